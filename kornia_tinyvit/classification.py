@@ -1,0 +1,229 @@
+"""From pictures to labels: :class:`ImageClassifier`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from kornia.geometry.transform import hflip
+from PIL import Image
+from torch import Tensor, nn
+
+from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained
+from kornia_tinyvit.checkpoints.catalog import imagenet_classes
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, EvaluationPipeline, read_image, to_image
+
+__all__ = ["ImageClassifier", "Prediction", "center_zoom"]
+
+Picture = Tensor | str | Path | Image.Image
+View = Callable[[Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """One class that a picture may show.
+
+    Args:
+        label: name of the class.
+        index: position of the class in the logits.
+        score: probability in [0, 1].
+    """
+
+    label: str
+    index: int
+    score: float
+
+
+def center_zoom(images: Tensor, share: float = 0.875) -> Tensor:
+    """Return the middle of pictures :math:`(*, H, W)`, ``share`` of each side, as a view for test-time augmentation."""
+    height, width = images.shape[-2:]
+    top, left = round(height * (1 - share) / 2), round(width * (1 - share) / 2)
+    return images[..., top : height - top, left : width - left]
+
+
+class ImageClassifier(nn.Module):
+    """A :class:`TinyViT` with the preprocessing it was evaluated with and the names of its classes.
+
+    It takes pictures in [0, 1] of any size and is differentiable down to the pixels, so it stands in an
+    :class:`torch.nn.Sequential` behind kornia's augmentations.
+
+    Args:
+        model: the network.
+        preprocessing: what turns pictures in [0, 1] into what the network takes; the evaluation of the network's
+            resolution if left out.
+        class_names: names of the classes in the order of the logits; numbers if left out.
+        views: test-time augmentation: functions of a picture batch :math:`(B, C, H, W)` whose logits are averaged with
+            those of the picture itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
+
+    Raises:
+        ValueError: if the network has no classes, or the names are not as many.
+
+    Example:
+        >>> classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
+        >>> classifier(torch.rand(2, 3, 48, 80)).shape
+        torch.Size([2, 10])
+    """
+
+    #: A flip and a closer look, the usual test-time augmentation: three times the work.
+    DEFAULT_VIEWS: tuple[View, ...] = (hflip, center_zoom)
+
+    def __init__(
+        self,
+        model: TinyViT,
+        preprocessing: nn.Module | None = None,
+        class_names: Sequence[str] | None = None,
+        views: Sequence[View] = (),
+    ) -> None:
+        super().__init__()
+        config = model.config
+        if config.num_classes == 0 or config.mobile_sam:
+            raise ValueError(
+                "ImageClassifier needs a network with classes; MobileSAM's encoder and num_classes=0 have none."
+            )
+        if class_names is None:
+            class_names = [f"class {index}" for index in range(config.num_classes)]
+        if len(class_names) != config.num_classes:
+            raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
+        self.model = model
+        self.preprocessing = preprocessing if preprocessing is not None else _evaluation(config)
+        self.class_names = tuple(class_names)
+        self.views = tuple(views)
+
+    @classmethod
+    def from_config(
+        cls,
+        config: str | TinyViTConfig | None = None,
+        pretrained: bool | str | Path | Checkpoint = False,
+        *,
+        class_names: Sequence[str] | None = None,
+        views: Sequence[View] = (),
+        **kwargs: Any,
+    ) -> ImageClassifier:
+        """Build a classifier from what :meth:`TinyViT.from_config` takes.
+
+        Args:
+            config: variant or configuration.
+            pretrained: weights. Their class names come along; a head of 1000 classes without names is ImageNet-1k's.
+            class_names: names of the classes, instead of those.
+            views: test-time augmentation.
+            **kwargs: for :meth:`TinyViT.from_config`.
+
+        Raises:
+            ValueError: if the network cannot be built, or the names are not as many as its classes.
+            CheckpointError: if the weights cannot be loaded.
+        """
+        if pretrained:
+            pretrained = open_pretrained(pretrained, config, img_size=kwargs.get("img_size"))
+        model = TinyViT.from_config(config, pretrained, **kwargs)
+        if class_names is None and isinstance(pretrained, Checkpoint) and not model.training:
+            class_names = pretrained.class_names or (imagenet_classes() if model.config.num_classes == 1000 else None)
+        classifier = cls(model, class_names=class_names, views=views)
+        return classifier.train(model.training)
+
+    def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
+        """Return logits :math:`(B, classes)`, averaged over the views if there are any.
+
+        Args:
+            images: pictures :math:`(B, C, H, W)` in [0, 1], or a list of pictures :math:`(C, H, W)` of any sizes, on
+                the device of the network.
+
+        Raises:
+            TypeError: if the pictures are not floating point tensors.
+            ValueError: if their shape is another.
+        """
+        logits = self.model(self._prepare(images, None))
+        for view in self.views:
+            logits = logits + self.model(self._prepare(images, view))
+        return logits / (1 + len(self.views))
+
+    def predict(self, images: Picture | Sequence[Picture], top_k: int = 5) -> list[list[Prediction]]:
+        """Name what pictures show.
+
+        Args:
+            images: one picture or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
+                :math:`(B, C, H, W)`. They are moved to the network's device.
+            top_k: how many classes to name; at most all of them.
+
+        Returns:
+            For each picture its most likely classes, the best first.
+
+        Raises:
+            TypeError: if something is no picture.
+            ValueError: if a file cannot be read, a shape is wrong or ``top_k`` is not positive.
+            FileNotFoundError: if there is no such file.
+        """
+        if top_k < 1:
+            raise ValueError(f"top_k must be at least 1; got {top_k}.")
+        first = next(self.model.parameters())
+        pictures = [picture.to(first.device, first.dtype) for picture in self._pictures(images)]
+        if not pictures:
+            return []
+        with _evaluating(self), torch.inference_mode():
+            scores = self(pictures).float().softmax(1)
+        best = scores.topk(min(top_k, scores.shape[1]))
+        return [
+            [Prediction(self.class_names[index], index, score) for index, score in zip(indices, values, strict=True)]
+            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+    def _prepare(self, images: Tensor | Sequence[Tensor], view: View | None) -> Tensor:
+        if isinstance(images, Tensor):
+            return self.preprocessing(images if view is None else view(images))
+        if not images:
+            raise ValueError("Got an empty list of pictures; an empty batch is a tensor (0, C, H, W).")
+        batches = (image.unsqueeze(0) for image in images)
+        return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
+
+    def _pictures(self, images: Picture | Sequence[Picture]) -> list[Tensor]:
+        if isinstance(images, Tensor) and images.ndim == 4:
+            return list(images)
+        if isinstance(images, (Tensor, str, Path, Image.Image)):
+            images = [images]
+        return [self._picture(image) for image in images]
+
+    def _picture(self, image: Picture) -> Tensor:
+        channels = self.model.config.in_chans
+        if isinstance(image, (str, Path)):
+            return read_image(image, channels)
+        if isinstance(image, Image.Image):
+            return to_image(image, channels)
+        if isinstance(image, Tensor):
+            if not image.is_floating_point():
+                raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+            return image
+        raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
+
+
+def _evaluation(config: TinyViTConfig) -> EvaluationPipeline:
+    """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
+    small = config.img_size < 224  # small pictures have no border to crop away
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if config.in_chans == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    channels = range(config.in_chans)
+    return EvaluationPipeline(
+        config.img_size,
+        crop_fraction=1.0 if small else "auto",
+        mean=tuple(mean[channel % len(mean)] for channel in channels),
+        std=tuple(std[channel % len(std)] for channel in channels),
+    )
+
+
+@contextmanager
+def _evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and each of its parts back into its own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -1,0 +1,33 @@
+"""The command line, one file a command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from kornia_tinyvit.cli.classify import classify
+from kornia_tinyvit.cli.demo import demo
+from kornia_tinyvit.cli.evaluate import evaluate
+from kornia_tinyvit.cli.pretrained import pretrained
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(
+    name="kornia-tinyvit",
+    help="TinyViT for kornia and PyTorch: classify pictures, evaluate networks and look into them.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (demo, classify, evaluate, pretrained):
+    app.command()(command)
+
+
+def main() -> None:
+    """Run the command line; what a user can mend is said in a sentence, without a traceback."""
+    try:
+        app()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        print(f"Error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None

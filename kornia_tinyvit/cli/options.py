@@ -1,0 +1,50 @@
+"""Options that commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from kornia_tinyvit.classification import ImageClassifier
+
+Variant = Annotated[
+    str | None,
+    typer.Option(help="1m, 5m, 11m or 21m; may be left out when --pretrained is a file with its configuration."),
+]
+Pretrained = Annotated[
+    str | None,
+    typer.Option(help="Weights: a name that 'pretrained' lists, a path or a URL. Default: the variant's best."),
+]
+Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...")]
+ImgSize = Annotated[int | None, typer.Option(help="Side in pixels to run at. Default: what the weights were made for.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and a closer look (3 times the work).")]
+
+
+def build_classifier(
+    variant: str | None, pretrained: str | None, device: str, img_size: int | None = None, tta: bool = False
+) -> ImageClassifier:
+    """Build what the options describe; with none, the network that comes with the package."""
+    if variant is None and pretrained is None:
+        variant, pretrained = "1m", "cifar10"
+    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+    views = ImageClassifier.DEFAULT_VIEWS if tta else ()
+    classifier = ImageClassifier.from_config(variant, pretrained or True, views=views, **size)
+    return classifier.to(parse_device(device)).eval()
+
+
+def parse_device(name: str) -> torch.device:
+    """Turn a name into a device that is there.
+
+    Raises:
+        ValueError: if there is no such kind of device, or it is not available.
+    """
+    try:
+        device = torch.device(name)
+        torch.zeros(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise ValueError(f"The device {name!r} cannot be used here ({reason}); try --device cpu.") from error
+    return device

@@ -1,0 +1,353 @@
+"""Evaluation and training pipelines made of kornia's operators, on any device and with gradients to the pixels."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import kornia.augmentation as K
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.augmentation.auto import RandAugment, TrivialAugment
+from kornia.enhance import normalize
+from kornia.image import image_to_tensor
+from PIL import Image, ImageOps
+from torch import Tensor, nn
+
+__all__ = [
+    "IMAGENET_MEAN",
+    "IMAGENET_STD",
+    "TRAINING_PRESETS",
+    "EvaluationPipeline",
+    "TrainingPipeline",
+    "TrainingPreset",
+    "check_images",
+    "read_image",
+    "to_image",
+]
+
+#: Channel statistics of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
+
+CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+SQUARE_FROM = 384  # from this size on the originals squeeze the whole picture into the square
+
+
+def check_images(images: Tensor, channels: int = 3) -> None:
+    """Refuse what is not a batch of floating point pictures.
+
+    Args:
+        images: what should be :math:`(B, C, H, W)`.
+        channels: the :math:`C` that is expected.
+
+    Raises:
+        TypeError: if it is not a floating point tensor.
+        ValueError: if its shape is another, or it has no pixels.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"Images must be a tensor (B, {channels}, H, W) with values in [0, 1]; got {type(images)}.")
+    if not images.is_floating_point():
+        raise TypeError(f"Images must be floating point in [0, 1]; got {images.dtype}. Use x.float() / 255.")
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(f"Images must have the shape (B, {channels}, H, W); got {tuple(images.shape)}.")
+    if images.shape[2] == 0 or images.shape[3] == 0:
+        raise ValueError(f"Images must have pixels; got {images.shape[2]}x{images.shape[3]}.")
+
+
+def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
+    """Read a picture file of any kind that Pillow knows, upright as its camera was held.
+
+    Pillow is used rather than kornia.io.load_image, which ignores the orientation that phones store and cannot read
+    CMYK JPEG files.
+
+    Args:
+        path: the file, or an open one.
+        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+
+    Returns:
+        The picture :math:`(C, H, W)`, float32 in [0, 1].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture, or is damaged.
+    """
+    try:
+        with Image.open(path) as image:
+            return to_image(ImageOps.exif_transpose(image), channels)
+    except FileNotFoundError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+
+
+def to_image(image: Image.Image, channels: int = 3) -> Tensor:
+    """Turn a PIL image into a tensor :math:`(C, H, W)`, float32 in [0, 1].
+
+    Args:
+        image: the image, in any mode.
+        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+
+    Raises:
+        ValueError: if there is no mode of that many channels.
+    """
+    if channels not in _MODES:
+        raise ValueError(f"A picture file has 1, 3 or 4 channels, not {channels}; pass tensors instead.")
+    if image.mode.startswith("I;16"):  # converting it would clip everything above 255
+        levels = np.asarray(image, dtype=np.float32) / 65535
+        return torch.from_numpy(levels).expand(channels, *levels.shape).clone()
+    return image_to_tensor(np.array(image.convert(_MODES[channels]))).float() / 255
+
+
+class EvaluationPipeline(nn.Module):
+    """Resize, crop and normalise pictures as the published networks are evaluated.
+
+    Up to 383 pixels the short side is resized to ``img_size / crop_fraction`` and the centre is cropped; from 384 on
+    the whole picture is resized to the square. Resizing is bicubic with antialiasing and agrees with Pillow's
+    within 1e-2.
+
+    Args:
+        img_size: side in pixels of the square that comes out.
+        crop_fraction: share of the resized short side that the crop keeps, in (0, 1]; ``None`` resizes the whole
+            picture to the square whatever its aspect ratio; ``"auto"`` is the originals' choice for the size.
+        mean: channel means to subtract, for values in [0, 1].
+        std: channel deviations to divide by.
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> EvaluationPipeline(224)(torch.rand(1, 3, 480, 640)).shape
+        torch.Size([1, 3, 224, 224])
+    """
+
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        crop_fraction: float | str | None = "auto",
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+    ) -> None:
+        super().__init__()
+        if crop_fraction == "auto":
+            crop_fraction = CROP_FRACTION if img_size < SQUARE_FROM else None
+        if img_size < 1 or isinstance(crop_fraction, str) or (crop_fraction is not None and not 0 < crop_fraction <= 1):
+            raise ValueError(
+                "EvaluationPipeline needs img_size >= 1 and crop_fraction in (0, 1], None or 'auto'; "
+                f"got {img_size!r} and {crop_fraction!r}."
+            )
+        if len(mean) != len(std):
+            raise ValueError(f"mean and std must have as many entries, one a channel; got {mean} and {std}.")
+        self.img_size = img_size
+        self.crop_fraction = crop_fraction
+        self.register_buffer("mean", torch.tensor(mean), persistent=False)
+        self.register_buffer("std", torch.tensor(std), persistent=False)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pictures :math:`(B, C, H, W)` in [0, 1] to normalised ones :math:`(B, C, S, S)`.
+
+        Raises:
+            TypeError: if ``images`` is not a floating point tensor.
+            ValueError: if its shape is another.
+        """
+        check_images(images, len(self.mean))
+        return normalize(self.resize_and_crop(images), self.mean.to(images), self.std.to(images))
+
+    def resize_and_crop(self, images: Tensor) -> Tensor:
+        """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1]."""
+        size = self.img_size
+        if self.crop_fraction is None:
+            return _resize(images, size, size)
+        short = int(size / self.crop_fraction)
+        height, width = images.shape[-2:]
+        if height <= width:
+            images = _resize(images, short, max(short, int(short * width / height)))
+        else:
+            images = _resize(images, max(short, int(short * height / width)), short)
+        top = round((images.shape[-2] - size) / 2)
+        left = round((images.shape[-1] - size) / 2)
+        return images[..., top : top + size, left : left + size]
+
+    def extra_repr(self) -> str:
+        """Show the two numbers that decide the geometry."""
+        return f"img_size={self.img_size}, crop_fraction={self.crop_fraction}"
+
+
+def _resize(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize as Pillow does: one direction after the other, each time clamping the bicubic overshoot to [0, 1].
+
+    The direction that leaves fewer pixels to the other goes first, as in Pillow 13. kornia.geometry.resize blurs with a
+    Gaussian before it samples, which is up to 0.3 away from Pillow on photos; torch's antialiased kernel is Pillow's.
+    """
+    if images.shape[0] == 0:
+        return images.new_zeros(0, images.shape[1], height, width)
+    columns_first = (images.shape[-2], width)
+    rows_first = (height, images.shape[-1])
+    resized = images if images.dtype in (torch.float32, torch.float64) else images.float()
+    for size in (min(columns_first, rows_first, key=math.prod), (height, width)):
+        if tuple(resized.shape[-2:]) != size:
+            resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+    return resized.to(images.dtype)
+
+
+@dataclass(frozen=True)
+class TrainingPreset:
+    """How pictures are changed for training.
+
+    Args:
+        crop_scale: range of the share of the picture that the random crop covers.
+        crop_ratio: range of the crop's width over height.
+        flip: probability of a horizontal flip.
+        policy: ``"rand"`` for RandAugment, ``"trivial"`` for TrivialAugment, or ``None``.
+        color_jitter: strength of brightness, contrast and saturation changes.
+        erasing: probability of erasing a rectangle, which becomes the mean colour.
+        mixup: parameter of mixup's Beta distribution; 0 leaves it out.
+        cutmix: parameter of cutmix's Beta distribution; 0 leaves it out. With both, each batch draws one of them.
+        label_smoothing: share of the target that is spread over all classes.
+    """
+
+    crop_scale: tuple[float, float] = (0.08, 1.0)
+    crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
+    flip: float = 0.5
+    policy: str | None = "rand"
+    color_jitter: float = 0.4
+    erasing: float = 0.25
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    label_smoothing: float = 0.1
+
+
+#: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
+#: milder, for pictures of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix.
+TRAINING_PRESETS: dict[str, TrainingPreset] = {
+    "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
+    "finetune": TrainingPreset(),
+    "distill": TrainingPreset(label_smoothing=0.0),
+    "small": TrainingPreset(crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), policy=None, color_jitter=0.2, erasing=0.4),
+}
+
+
+class TrainingPipeline(nn.Module):
+    """Augment and normalise a batch of pictures and turn its labels into soft targets.
+
+    Crop, flip, RandAugment or TrivialAugment, colour jitter, normalisation, erasing, and mixup or cutmix, all by
+    kornia, in this order and on the device of the pictures. RandAugment has kornia's magnitudes for ``n=2, m=9``.
+
+    Args:
+        img_size: side in pixels of the square that comes out.
+        num_classes: classes of the targets.
+        preset: a name of :data:`TRAINING_PRESETS` or a :class:`TrainingPreset`.
+        mean: channel means to subtract, for values in [0, 1].
+        std: channel deviations to divide by.
+        **changes: fields of the preset to replace.
+
+    Raises:
+        ValueError: if the preset, its policy or a field is unknown.
+
+    Example:
+        >>> pipeline = TrainingPipeline(64, num_classes=10, preset="small", mixup=0.8)
+        >>> images, targets = pipeline(torch.rand(4, 3, 48, 48), torch.tensor([0, 1, 2, 3]))
+        >>> images.shape, targets.shape
+        (torch.Size([4, 3, 64, 64]), torch.Size([4, 10]))
+    """
+
+    def __init__(
+        self,
+        img_size: int = 224,
+        num_classes: int = 1000,
+        preset: str | TrainingPreset = "finetune",
+        mean: tuple[float, ...] = IMAGENET_MEAN,
+        std: tuple[float, ...] = IMAGENET_STD,
+        **changes: object,
+    ) -> None:
+        super().__init__()
+        if isinstance(preset, str):
+            if preset not in TRAINING_PRESETS:
+                raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(TRAINING_PRESETS)}.")
+            preset = TRAINING_PRESETS[preset]
+        unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(preset)})
+        if unknown:
+            raise ValueError(f"TrainingPreset has no field {', '.join(unknown)}.")
+        self.preset = preset = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
+        if preset.policy not in (None, "rand", "trivial"):
+            raise ValueError(f"policy must be 'rand', 'trivial' or None; got {preset.policy!r}.")
+        self.num_classes = num_classes
+        self.augment = _augmentations(img_size, preset, mean, std)
+        self.mixers = nn.ModuleList()
+        if preset.mixup:
+            self.mixers.append(_BetaMixUp(preset.mixup))
+        if preset.cutmix:
+            self.mixers.append(
+                K.RandomCutMixV2(beta=preset.cutmix, use_correct_lambda=True, data_keys=["input", "class"])
+            )
+
+    def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """Map pictures and labels to what the network and the loss take.
+
+        Args:
+            images: pictures :math:`(B, C, H, W)` in [0, 1].
+            labels: class indices :math:`(B,)`.
+
+        Returns:
+            Normalised pictures :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
+            :func:`torch.nn.functional.cross_entropy`.
+
+        Raises:
+            TypeError: if ``images`` is not a floating point tensor.
+            ValueError: if the shapes do not fit.
+        """
+        check_images(images)
+        if labels.shape != images.shape[:1]:
+            raise ValueError(f"Expected {images.shape[0]} labels, one a picture; got the shape {tuple(labels.shape)}.")
+        images = self.augment(images)
+        first = second = labels
+        share = images.new_zeros(len(labels))
+        if len(self.mixers):
+            mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
+            images, mixed = mixer(images, labels)
+            first, second, share = mixed.view(-1, 3).unbind(1)
+        targets = torch.lerp(self._one_hot(first), self._one_hot(second), share.unsqueeze(1).float())
+        smoothing = self.preset.label_smoothing
+        return images, targets * (1 - smoothing) + smoothing / self.num_classes
+
+    def _one_hot(self, labels: Tensor) -> Tensor:
+        return F.one_hot(labels.long(), self.num_classes).float()
+
+
+def _augmentations(
+    img_size: int, preset: TrainingPreset, mean: tuple[float, ...], std: tuple[float, ...]
+) -> K.AugmentationSequential:
+    jitter = preset.color_jitter
+    steps: list[Any] = [
+        K.RandomResizedCrop((img_size, img_size), preset.crop_scale, preset.crop_ratio, resample="BICUBIC"),
+        K.RandomHorizontalFlip(p=preset.flip),
+    ]
+    if preset.policy:
+        steps.append(RandAugment(n=2, m=9) if preset.policy == "rand" else TrivialAugment())
+    if jitter:
+        steps.append(K.ColorJitter(jitter, jitter, jitter, 0.0))
+    steps.append(K.Normalize(torch.tensor(mean), torch.tensor(std)))
+    if preset.erasing:
+        steps.append(K.RandomErasing(p=preset.erasing))
+    return K.AugmentationSequential(*steps, data_keys=["input"])
+
+
+class _BetaMixUp(K.RandomMixUpV2):
+    """kornia's mixup with its uniform share replaced by the recipe's Beta distribution."""
+
+    def __init__(self, alpha: float) -> None:
+        super().__init__(data_keys=["input", "class"])
+        self.share = torch.distributions.Beta(alpha, alpha)
+
+    def forward_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
+        params = super().forward_parameters(batch_shape)
+        params["mixup_lambdas"] = self.share.sample((batch_shape[0],)).to(params["mixup_lambdas"])
+        return params

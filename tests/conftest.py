@@ -1,0 +1,66 @@
+"""What the tests share: small networks with weights that mean something, and the data beside the project."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import settings
+from torch import Tensor, nn
+
+from kornia_tinyvit import TinyViT
+
+settings.register_profile("project", deadline=None, max_examples=20, derandomize=True)
+settings.load_profile("project")
+
+SHARED = Path(os.environ.get("KORNIA_TINYVIT_SHARED", Path(__file__).parents[2] / "shared"))
+
+TINY = {
+    "depths": (1, 1, 2, 1),
+    "embed_dims": (16, 16, 24, 32),
+    "num_heads": (1, 2, 3, 4),
+    "window_sizes": (4, 4, 5, 3),
+    "num_classes": 7,
+    "img_size": 64,
+}
+
+
+def shared(path: str) -> Path:
+    """Return a file beside the project, or skip the test that needs it."""
+    if not (SHARED / path).exists():
+        pytest.skip(f"needs {path} in the folder 'shared' beside the project, which is not part of it")
+    return SHARED / path
+
+
+@torch.no_grad()
+def liven(model: nn.Module, seed: int = 0) -> nn.Module:
+    """Give a network weights whose output depends on the picture: statistics from data, biases that are not zero."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if name.endswith("attention_biases") or parameter.ndim == 1:
+            parameter.add_(0.3 * torch.randn(parameter.shape, generator=generator))
+        elif parameter.ndim == 2:
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) / parameter.shape[1] ** 0.5)
+    images = torch.rand(4, model.config.in_chans, 64, 64, generator=generator) if hasattr(model, "config") else None
+    norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
+    for norm in norms:
+        norm.momentum = None  # the plain average of what is seen
+    if images is not None:
+        model.train()(images)
+    for norm in norms:
+        norm.momentum = 0.1
+    return model.eval()
+
+
+@pytest.fixture
+def tiny() -> TinyViT:
+    """A network of 30 thousand weights in evaluation mode."""
+    torch.manual_seed(0)
+    return liven(TinyViT(**TINY))
+
+
+@pytest.fixture
+def images() -> Tensor:
+    return torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(1))
