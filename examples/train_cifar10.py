@@ -90,6 +90,8 @@ def main() -> None:
     pictures, labels = pictures[shuffled], labels[shuffled]
     held_out = (pictures[-HELD_OUT:], labels[-HELD_OUT:])
     pictures, labels = pictures[:-HELD_OUT][: args.limit], labels[:-HELD_OUT][: args.limit]
+    if len(labels) < args.batch_size:
+        parser.error(f"{len(labels)} training pictures are left, fewer than a batch of {args.batch_size}")
     model = TinyViT.from_config("1m", num_classes=len(CLASSES), drop_path_rate=0.05)
     averaged = AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay))

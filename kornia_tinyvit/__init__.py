@@ -8,6 +8,7 @@ from kornia_tinyvit.checkpoints import (
     load_checkpoint,
     save_checkpoint,
 )
+from kornia_tinyvit.classification import ImageClassifier, Prediction
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.model import TinyViT
 
@@ -15,7 +16,9 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "ImageClassifier",
     "LoadReport",
+    "Prediction",
     "PretrainedWeights",
     "TinyViT",
     "TinyViTConfig",

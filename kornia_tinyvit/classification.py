@@ -164,7 +164,7 @@ class ImageClassifier(nn.Module):
         pictures = [picture.to(first.device, first.dtype) for picture in self._pictures(images)]
         if not pictures:
             return []
-        with _evaluating(self), torch.inference_mode():
+        with evaluating(self), torch.inference_mode():
             scores = self(pictures).float().softmax(1)
         best = scores.topk(min(top_k, scores.shape[1]))
         return [
@@ -181,9 +181,7 @@ class ImageClassifier(nn.Module):
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
 
     def _pictures(self, images: Picture | Sequence[Picture]) -> list[Tensor]:
-        if isinstance(images, Tensor) and images.ndim == 4:
-            return list(images)
-        if isinstance(images, (Tensor, str, Path, Image.Image)):
+        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
             images = [images]
         return [self._picture(image) for image in images]
 
@@ -217,7 +215,7 @@ def _evaluation(config: TinyViTConfig) -> EvaluationPipeline:
 
 
 @contextmanager
-def _evaluating(module: nn.Module) -> Iterator[None]:
+def evaluating(module: nn.Module) -> Iterator[None]:
     """Put a module into evaluation mode and each of its parts back into its own mode afterwards."""
     training = [part for part in module.modules() if part.training]
     for part in training:

@@ -105,7 +105,7 @@ class TinyViTConfig:
         """Return the configuration of a named variant, with some fields replaced.
 
         Args:
-            variant: one of :data:`VARIANTS`.
+            variant: one of :data:`~kornia_tinyvit.config.VARIANTS`.
             **overrides: fields to replace.
 
         Raises:

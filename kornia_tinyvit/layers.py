@@ -97,9 +97,13 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map :math:`(B, C, H, W)` to the same shape."""
-        y = self.act1(self.conv1(x))
-        y = self.act2(self.conv2(y))
-        return self.act3(x + self.drop_path(self.conv3(y)))
+        # A statement for each step: nested calls would keep the wide map before a step alive during the step after it.
+        y = self.conv1(x)
+        y = self.act1(y)
+        y = self.conv2(y)
+        y = self.act2(y)
+        y = self.conv3(y)
+        return self.act3(x + self.drop_path(y))
 
 
 class PatchMerging(nn.Module):
@@ -122,8 +126,10 @@ class PatchMerging(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Map :math:`(B, C_{in}, H, W)` to :math:`(B, C_{out}, \lceil H/s \rceil, \lceil W/s \rceil)`."""
-        x = self.act1(self.conv1(x))
-        x = self.act2(self.conv2(x))
+        x = self.conv1(x)
+        x = self.act1(x)
+        x = self.conv2(x)
+        x = self.act2(x)
         return self.conv3(x)
 
 

@@ -139,7 +139,7 @@ class TinyViT(nn.Module):
             pretrained: ``False`` for random weights; ``True`` for the variant's best ImageNet-1k weights (5m, 11m,
                 21m; for 21m those of 384 or 512 pixels when ``img_size`` is at least that) or its embedded ones
                 (1m); a name of :func:`list_pretrained`; the path or URL of a checkpoint in any layout that
-                :func:`load_checkpoint` reads; or a :class:`Checkpoint`.
+                :func:`load_checkpoint` reads; or a :class:`~kornia_tinyvit.checkpoints.Checkpoint`.
             window_sizes: ``None`` keeps the windows of the variant or checkpoint at every size, as the originals do.
                 ``"scale"`` scales them with ``img_size``, the bias tables interpolated; ``"fit"`` cuts those that are
                 larger than their map; four integers are taken as they are.
@@ -147,7 +147,7 @@ class TinyViT(nn.Module):
                 resolution, classes and input channels.
 
         Returns:
-            The network: in evaluation mode if complete weights were loaded, in training mode if there are none or the
+            The network, in evaluation mode if complete weights were loaded, in training mode if there are none or the
             head was reset, as in kornia.
 
         Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -81,8 +80,8 @@ def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
         with Image.open(path) as image:
             return to_image(ImageOps.exif_transpose(image), channels)
     except FileNotFoundError:
-        raise
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+        raise FileNotFoundError(f"There is no picture {path}.") from None
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
 
 
@@ -98,9 +97,11 @@ def to_image(image: Image.Image, channels: int = 3) -> Tensor:
     """
     if channels not in _MODES:
         raise ValueError(f"A picture file has 1, 3 or 4 channels, not {channels}; pass tensors instead.")
-    if image.mode.startswith("I;16"):  # converting it would clip everything above 255
+    if image.mode.startswith("I"):  # 16 bits a pixel; converting it would clip everything above 255
         levels = np.asarray(image, dtype=np.float32) / 65535
-        return torch.from_numpy(levels).expand(channels, *levels.shape).clone()
+        picture = torch.from_numpy(levels).clamp(0, 1).expand(channels, *levels.shape).clone()
+        picture[3:] = 1  # opaque
+        return picture
     return image_to_tensor(np.array(image.convert(_MODES[channels]))).float() / 255
 
 
@@ -184,15 +185,17 @@ class EvaluationPipeline(nn.Module):
 def _resize(images: Tensor, height: int, width: int) -> Tensor:
     """Resize as Pillow does: one direction after the other, each time clamping the bicubic overshoot to [0, 1].
 
-    The direction that leaves fewer pixels to the other goes first, as in Pillow 13. kornia.geometry.resize blurs with a
-    Gaussian before it samples, which is up to 0.3 away from Pillow on photos; torch's antialiased kernel is Pillow's.
+    As in Pillow 13, the width goes first unless the height loses more than twice as many pixels.
+    kornia.geometry.resize blurs with a Gaussian before it samples, which is up to 0.3 away from Pillow on photos;
+    torch's antialiased kernel is Pillow's.
     """
     if images.shape[0] == 0:
         return images.new_zeros(0, images.shape[1], height, width)
-    columns_first = (images.shape[-2], width)
-    rows_first = (height, images.shape[-1])
+    rows, columns = images.shape[-2:]
+    rows_first = rows - height > max(0, 2 * (columns - width))
+    halfway = (height, columns) if rows_first else (rows, width)
     resized = images if images.dtype in (torch.float32, torch.float64) else images.float()
-    for size in (min(columns_first, rows_first, key=math.prod), (height, width)):
+    for size in (halfway, (height, width)):
         if tuple(resized.shape[-2:]) != size:
             resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
     return resized.to(images.dtype)
@@ -310,10 +313,12 @@ class TrainingPipeline(nn.Module):
         images = self.augment(images)
         first = second = labels
         share = images.new_zeros(len(labels))
-        if len(self.mixers):
+        if len(self.mixers) and len(labels):
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             images, mixed = mixer(images, labels)
             first, second, share = mixed.view(-1, 3).unbind(1)
+            if isinstance(mixer, K.RandomCutMixV2):  # which tells the first picture's share, and mixup the second's
+                share = 1 - share
         targets = torch.lerp(self._one_hot(first), self._one_hot(second), share.unsqueeze(1).float())
         smoothing = self.preset.label_smoothing
         return images, targets * (1 - smoothing) + smoothing / self.num_classes

@@ -9,26 +9,29 @@ from pathlib import Path
 import kornia.augmentation as K
 import torch
 from kornia.color import ApplyColorMap, ColorMap
+from kornia.enhance import normalize
 from kornia.filters import gaussian_blur2d
 from kornia.geometry.transform import resize
 from kornia.image import tensor_to_image
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
-from kornia_tinyvit.classification import ImageClassifier, Prediction
+from kornia_tinyvit.classification import ImageClassifier, Prediction, evaluating
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["demo_augmentations", "feature_colors", "overlay_heat", "saliency", "save_sheet"]
 
 _TILE = 232  # pixels a side
 _GAP = 12
 _CAPTION = 24
+_TITLE = 48
 
 
 def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = None, blur: float = 0.01) -> Tensor:
     """Return how strongly each pixel moves a class: the gradient of its logit with respect to the pixels.
 
     Args:
-        classifier: maps pictures to logits, such as an :class:`ImageClassifier`.
+        classifier: maps pictures to logits, such as an :class:`~kornia_tinyvit.ImageClassifier`.
         images: pictures :math:`(B, C, H, W)` in [0, 1].
         classes: class indices :math:`(B,)`; the most likely ones if left out.
         blur: deviation of the Gaussian that smooths the map, as a share of the picture's longer side.
@@ -84,7 +87,7 @@ def overlay_heat(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
         heat: maps :math:`(B, 1, H, W)` in [0, 1].
         opacity: share of the colour where the heat is highest.
     """
-    colormap = ApplyColorMap(ColorMap("inferno", num_colors=256, device=images.device, dtype=images.dtype))
+    colormap = ApplyColorMap(ColorMap("plasma", num_colors=256, device=images.device, dtype=images.dtype))
     grey = images.mean(1, keepdim=True).expand_as(images) * 0.6
     return torch.lerp(grey, colormap(heat), opacity * heat)
 
@@ -95,7 +98,7 @@ def demo_augmentations() -> dict[str, nn.Module]:
         "flip and turn": K.ImageSequential(
             K.RandomHorizontalFlip(p=1.0), K.RandomRotation((12.0, 12.0), p=1.0, resample="bilinear")
         ),
-        "dark and blue": K.ColorJiggle(brightness=(0.7, 0.7), contrast=(1.2, 1.2), hue=(-0.06, -0.06), p=1.0),
+        "dark and pale": K.ColorJiggle(brightness=(0.7, 0.7), contrast=(1.2, 1.2), saturation=(0.4, 0.4), p=1.0),
         "noise and blur": K.ImageSequential(
             K.RandomGaussianBlur((5, 5), (1.5, 1.5), p=1.0), K.RandomGaussianNoise(std=0.08, p=1.0)
         ),
@@ -112,6 +115,9 @@ def save_sheet(
 ) -> list[Prediction]:
     """Draw one picture's sheet: predictions, augmented views with theirs, saliency and the features of the stages.
 
+    The features are those of the whole picture with its shorter side at four times the network's resolution, which
+    shows more than the few cells that the classifier itself looks at.
+
     Args:
         path: the PNG file to write.
         classifier: the network to look into.
@@ -126,54 +132,79 @@ def save_sheet(
     views = demo_augmentations() if views is None else views
     batch = image.unsqueeze(0)
     changed = {name: view(batch).clamp(0, 1)[0] for name, view in views.items()}
-    predictions = classifier.predict([image, *changed.values()], top_k)
+    with evaluating(classifier):
+        predictions = classifier.predict([image, *changed.values()], top_k)
+        heat = saliency(classifier, batch)
+        stages = _stage_features(classifier, batch)
 
-    tiles = [(image, "the photo", "")]
+    above = [(image, "the photo", "")]
     for (name, view), found in zip(changed.items(), predictions[1:], strict=True):
-        tiles.append((view, name, f"{found[0].label} {found[0].score:.0%}"))
-    heat = saliency(classifier, batch)
+        above.append((view, name, f"{found[0].label} {found[0].score:.0%}"))
     below = [(overlay_heat(batch, heat)[0], "saliency", predictions[0][0].label)]
-    with torch.inference_mode():
-        stages = classifier.model.forward_intermediates(classifier.preprocessing(batch))
     for number, features in enumerate(stages, 1):
-        colors = resize(feature_colors(features), (_TILE, _TILE), interpolation="nearest")[0]
-        below.append((colors, f"stage {number}", f"{features.shape[1]} x {features.shape[2]} x {features.shape[3]}"))
+        below.append((feature_colors(features)[0], f"stage {number}", " x ".join(map(str, features.shape[1:]))))
 
-    columns = max(len(tiles) + 1, len(below))
-    row = _TILE + _CAPTION + _GAP
-    sheet = Image.new("RGB", (columns * (_TILE + _GAP) + _GAP, 2 * row + 48), "white")
-    draw = ImageDraw.Draw(sheet)
-    draw.text((_GAP, 12), title, fill="black", font=ImageFont.load_default(20))
-    for number, tile in enumerate(tiles):
-        _draw_tile(sheet, _GAP + number * (_TILE + _GAP), 48, *tile)
-    _draw_bars(draw, _GAP + len(tiles) * (_TILE + _GAP), 48, predictions[0])
-    for number, tile in enumerate(below):
-        _draw_tile(sheet, _GAP + number * (_TILE + _GAP), 48 + row, *tile)
+    sheet = _Sheet(columns=max(len(above) + 1, len(below)), aspect=image.shape[-2] / image.shape[-1], title=title)
+    for row, tiles in enumerate((above, below)):
+        for column, tile in enumerate(tiles):
+            sheet.draw_tile(row, column, *tile)
+    sheet.draw_bars(0, len(above), predictions[0])
     Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    sheet.canvas.save(path)
     return predictions[0]
 
 
-def _draw_tile(sheet: Image.Image, left: int, top: int, image: Tensor, name: str, note: str) -> None:
-    """Paste a picture into a square, whole, with its name on the left below and a note on the right."""
-    scale = _TILE / max(image.shape[-2:])
-    height, width = (max(1, round(side * scale)) for side in image.shape[-2:])
-    small = resize(image[None], (height, width), interpolation="bicubic", antialias=True)[0].clamp(0, 1)
-    picture = Image.fromarray(tensor_to_image((small * 255).round().byte().cpu()))
-    sheet.paste(picture, (left + (_TILE - width) // 2, top + (_TILE - height) // 2))
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    draw.text((left, top + _TILE + 4), name, fill="#555555", font=font)
-    draw.text((left + _TILE, top + _TILE + 4), note, fill="black", font=font, anchor="ra")
+@torch.inference_mode()
+def _stage_features(classifier: ImageClassifier, batch: Tensor) -> list[Tensor]:
+    scale = 4 * classifier.model.config.img_size / min(batch.shape[-2:])
+    height, width = (min(round(side * scale), 2048) for side in batch.shape[-2:])
+    whole = resize(batch, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
+    mean, std = batch.new_tensor(IMAGENET_MEAN), batch.new_tensor(IMAGENET_STD)
+    return classifier.model.forward_intermediates(normalize(whole, mean, std))
 
 
-def _draw_bars(draw: ImageDraw.ImageDraw, left: int, top: int, predictions: Sequence[Prediction]) -> None:
-    font = ImageFont.load_default(14)
-    for number, prediction in enumerate(predictions):
-        y = top + number * 44
-        draw.text((left, y), prediction.label, fill="black", font=font)
-        draw.text((left + _TILE, y), f"{prediction.score:.1%}", fill="black", font=font, anchor="ra")
-        draw.rectangle((left, y + 20, left + _TILE, y + 30), fill="#eeeeee")
-        draw.rectangle((left, y + 20, left + round(_TILE * prediction.score), y + 30), fill="#d1495b")
+class _Sheet:
+    """A page of equal tiles, each with a line of text below.
+
+    Args:
+        columns: tiles side by side, in two rows.
+        aspect: height over width of the pictures.
+        title: what to write above.
+    """
+
+    def __init__(self, columns: int, aspect: float, title: str) -> None:
+        self.tile = (_TILE, round(_TILE * min(max(aspect, 0.7), 1.5)))
+        self.step = (_TILE + _GAP, self.tile[1] + _CAPTION + _GAP)
+        self.canvas = Image.new("RGB", (_GAP + columns * self.step[0], _TITLE + 2 * self.step[1]), "white")
+        self.draw = ImageDraw.Draw(self.canvas)
+        self.font = ImageFont.load_default(14)
+        self.draw.text((_GAP, _GAP), title, fill="black", font=ImageFont.load_default(20))
+
+    def draw_tile(self, row: int, column: int, image: Tensor, name: str, note: str) -> None:
+        """Put a picture :math:`(3, H, W)` whole into a tile, its name below on the left and a note on the right."""
+        left, top = self._corner(row, column)
+        scale = min(side / pixels for side, pixels in zip(self.tile, (image.shape[2], image.shape[1]), strict=True))
+        width, height = (max(1, round(pixels * scale)) for pixels in (image.shape[2], image.shape[1]))
+        pixels = (image.detach().cpu() * 255).round().byte()
+        picture = Image.fromarray(tensor_to_image(pixels)).resize((width, height), Image.Resampling.BICUBIC)
+        self.canvas.paste(picture, (left + (self.tile[0] - width) // 2, top + (self.tile[1] - height) // 2))
+        below = top + self.tile[1] + 4
+        self.draw.text((left, below), name, fill="#555555", font=self.font)
+        self.draw.text((left + _TILE, below), note, fill="black", font=self.font, anchor="ra")
+
+    def draw_bars(self, row: int, column: int, predictions: Sequence[Prediction]) -> None:
+        """Fill a tile with the scores of some classes."""
+        left, top = self._corner(row, column)
+        step = self.tile[1] / max(len(predictions), 1)
+        for number, prediction in enumerate(predictions):
+            y = top + number * step
+            self.draw.text((left, y), prediction.label, fill="black", font=self.font)
+            self.draw.text((left + _TILE, y), f"{prediction.score:.1%}", fill="black", font=self.font, anchor="ra")
+            self.draw.rectangle((left, y + 18, left + _TILE, y + 25), fill="#eeeeee")
+            self.draw.rectangle((left, y + 18, left + round(_TILE * prediction.score), y + 25), fill="#d1495b")
+
+    def _corner(self, row: int, column: int) -> tuple[int, int]:
+        return _GAP + column * self.step[0], _TITLE + row * self.step[1]
 
 
 def _percentile(values: Tensor, share: float) -> Tensor:

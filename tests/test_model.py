@@ -11,7 +11,7 @@ from kornia.models.common import DropPath
 from torch import nn
 from torch.autograd import gradcheck
 
-from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig
+from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, load_checkpoint
 from tests.conftest import TINY, liven
 
 
@@ -269,6 +269,13 @@ class TestNothingGoesStale:
             empty = TinyViT(**TINY)
         empty.load_state_dict(tiny.state_dict(), assign=True)
         assert not any(t.is_meta for t in [*empty.parameters(), *empty.buffers()])
+        assert torch.equal(empty.eval()(images), tiny(images))
+
+    def test_meta_device_filled_by_load_checkpoint(self, tiny, images):
+        with torch.device("meta"):
+            empty = TinyViT(**TINY)
+        load_checkpoint(empty, {name: tensor.double() for name, tensor in tiny.state_dict().items()})
+        assert all(p.dtype == torch.float32 and p.requires_grad for p in empty.parameters())
         assert torch.equal(empty.eval()(images), tiny(images))
 
     def test_nothing_derived_is_stored(self, tiny):

@@ -118,7 +118,7 @@ def _published(
 def _family(variant: str, distilled: tuple[float, float], scratch: tuple[float, float]) -> list[PretrainedWeights]:
     """Return the three sets of weights that every published variant has at 224 pixels."""
     file = f"tiny_vit_{variant}"
-    distilled_data = "ImageNet-22k distillation, fine-tuned on ImageNet-1k"
+    distilled_data = "ImageNet-22k distillation, then ImageNet-1k"
     return [
         _published(variant, "in1k", f"{file}_22kto1k_distill", distilled_data, distilled, "224.dist_in22k_ft_in1k"),
         _published(
@@ -139,7 +139,7 @@ def _larger(img_size: int, accuracy: tuple[float, float]) -> PretrainedWeights:
         "21m",
         f"in1k_{img_size}",
         f"tiny_vit_21m_22kto1k_{img_size}_distill",
-        f"ImageNet-22k distillation, fine-tuned on ImageNet-1k at {img_size} pixels",
+        f"ImageNet-22k distillation, then ImageNet-1k up to {img_size} pixels",
         accuracy,
         f"{img_size}.dist_in22k_ft_in1k",
         img_size=img_size,
@@ -150,7 +150,7 @@ CATALOG: tuple[PretrainedWeights, ...] = (
     PretrainedWeights(
         variant="1m",
         name="cifar10",
-        trained_on="CIFAR-10, upscaled to 64 pixels, by this project",
+        trained_on="CIFAR-10, by this project",
         num_classes=10,
         img_size=64,
         asset="tiny_vit_1m_cifar10.safetensors",
@@ -160,7 +160,7 @@ CATALOG: tuple[PretrainedWeights, ...] = (
     PretrainedWeights(
         variant="5m",
         name="mobile_sam",
-        trained_on="the image encoder of SAM ViT-H, by MobileSAM (arXiv:2306.14289)",
+        trained_on="SAM ViT-H's embeddings, by MobileSAM",
         num_classes=1000,
         img_size=1024,
         urls=(

@@ -6,7 +6,7 @@ The official names, which are also kornia's, are the ones this package uses.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any
 
 from torch import Tensor
@@ -52,9 +52,8 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
         the names that were left out because they are derived or belong to another part of a whole model.
     """
     tensors = dict(state_dict)
-    for prefix in _PREFIXES:
-        if tensors and all(name.startswith(prefix) for name in tensors):
-            tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    while prefix := _common_prefix(tensors):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
 
     layout = "official"
     left_out: list[str] = []
@@ -70,6 +69,10 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
 
     derived = [name for name in tensors if name.endswith(_DERIVED)]
     return {name: tensors[name] for name in tensors if name not in derived}, layout, left_out + derived
+
+
+def _common_prefix(names: Collection[str]) -> str | None:
+    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
 def _from_timm(name: str) -> str:

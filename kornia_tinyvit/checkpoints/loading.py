@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -15,12 +16,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlparse
+from urllib.request import url2pathname
 
 import torch
 import torch.nn.functional as F
 from kornia.core.download import download_file_from_url
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import safe_open
+from safetensors.torch import save
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
@@ -124,11 +126,11 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         content, name = source, "a state dict"
     else:
         name = str(source)
-        path = _download([name]) if urlparse(name).scheme in ("http", "https", "file") else Path(source)
-        content, metadata = _read_file(path)
+        content, metadata = _read_file(_locate(name))
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
+    content = {str(key): value for key, value in content.items()}
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
     state_dict, layout, left_out = translate(tensors)
     if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
@@ -136,15 +138,11 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
             f"{name} holds no TinyViT in the official, kornia, timm or MobileSAM layout; its first tensors are "
             f"{_some(list(content))}."
         )
-    config = _config_from_shapes(state_dict, base, name)
-    classes = None
-    try:
-        if _CONFIG_KEY in metadata:
-            config = TinyViTConfig.from_dict(json.loads(metadata[_CONFIG_KEY]))
-        if _CLASSES_KEY in metadata:
-            classes = tuple(str(label) for label in json.loads(metadata[_CLASSES_KEY]))
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{name} carries a configuration that cannot be used: {error}") from error
+    stored, classes = _read_metadata(metadata, name)
+    config = _config_from_shapes(state_dict, stored or base, name)
+    if stored is not None:
+        _refuse_false_config(stored, config, name)
+        config = stored
     left_out += sorted(content.keys() - tensors.keys())
     return Checkpoint(state_dict, config, name, layout, classes, tuple(left_out))
 
@@ -162,14 +160,15 @@ def open_pretrained(
         img_size: side in pixels of the pictures to come, which may choose between weights.
 
     Returns:
-        The checkpoint. Its configuration is the published one for a name of the catalog, the asked one where that was
-        a whole configuration, and else what the file tells.
+        The checkpoint. Its configuration is the asked one where that was a whole configuration, else the published one
+        for a name of the catalog, and else what the file tells.
 
     Raises:
         CheckpointError: if there are no such weights, or they are of another architecture.
     """
     if isinstance(pretrained, Checkpoint):
-        return pretrained
+        return _follow(config, pretrained)
+    asked = _configuration(config)
     variant = config if isinstance(config, str) else None
     if pretrained is True:
         if variant is None:
@@ -179,16 +178,13 @@ def open_pretrained(
         weights = find_weights(variant, str(pretrained))
     if weights is not None:
         found = read_checkpoint(weights.asset_path or _fetch(weights))
-        return replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
-    if not _looks_like_file(str(pretrained)):
+        found = replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
+    elif _looks_like_file(str(pretrained)):
+        found = read_checkpoint(str(pretrained), asked)
+    else:
         names = ", ".join(f"{entry.name} ({entry.variant})" for entry in list_pretrained(variant))
         raise CheckpointError(f"There are no weights and no file {str(pretrained)!r}; there are {names}.")
-    if config is None:
-        return read_checkpoint(str(pretrained))
-    asked = TinyViTConfig.from_variant(config) if isinstance(config, str) else config
-    found = read_checkpoint(str(pretrained), asked)
-    _refuse_other_architecture(asked, found)
-    return found if variant is not None else replace(found, config=asked)
+    return _follow(config, found)
 
 
 def load_checkpoint(
@@ -203,7 +199,7 @@ def load_checkpoint(
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`.
-        source: path, URL, state dict, or what :func:`read_checkpoint` returned.
+        source: path, URL, state dict, or what :func:`~kornia_tinyvit.checkpoints.read_checkpoint` returned.
         window_adaptation: how a bias table follows another window: ``"interpolate"`` (bicubic), when the windows scale
             with the picture, or ``"cut"``, when they are clipped and a token's neighbours stay where they are.
 
@@ -238,7 +234,10 @@ def load_checkpoint(
     _adapt_input(state_dict, target, adapted)
     _adapt_windows(state_dict, target, window_adaptation, adapted)
     _refuse_misfits(state_dict, target, found.source)
-    model.load_state_dict(state_dict)
+    empty = any(tensor.is_meta for tensor in target.values())
+    if empty:  # nothing to copy into: the tensors themselves become the network's, in its precision
+        state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
+    model.load_state_dict(state_dict, assign=empty)
     return LoadReport(found.source, found.layout, tuple(adapted), (*extra_head, *found.left_out), not head_reset)
 
 
@@ -272,10 +271,10 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    os.close(handle)
     try:
-        save_file(tensors, temporary, metadata)
-        with open(temporary, "rb+") as file:
+        with os.fdopen(handle, "wb") as file:
+            file.write(save(tensors, metadata))
+            file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
         os.replace(temporary, path)
@@ -293,8 +292,20 @@ def _umask() -> int:
 
 
 def _looks_like_file(text: str) -> bool:
-    scheme = urlparse(text).scheme
-    return scheme in ("http", "https", "file") or "/" in text or os.sep in text or bool(Path(text).suffix)
+    if urlparse(text).scheme in ("http", "https", "file") or "/" in text or os.sep in text:
+        return True
+    return bool(Path(text).suffix) or Path(text).is_file()
+
+
+def _locate(source: str) -> Path:
+    url = urlparse(source)
+    if url.scheme == "file":
+        return Path(url2pathname(url.path))
+    if url.scheme in ("http", "https"):
+        # Files of one name lie at many places, so the name in the cache tells the place too.
+        place = hashlib.sha256(source.encode()).hexdigest()[:16]
+        return _download([source], f"{place}-{Path(url.path).name}")
+    return Path(source)
 
 
 def _fetch(weights: PretrainedWeights) -> Path:
@@ -320,8 +331,13 @@ def _download(urls: list[str], file_name: str | None = None, tried: Sequence[str
 
 
 def _refuse_torn(path: str) -> None:
-    """Refuse a download that is no whole archive, so that it does not stay in the cache."""
-    if not zipfile.is_zipfile(path):
+    """Refuse a download that is no whole archive, so that it does not stay in the cache.
+
+    A pickle, torch's format before 1.6, has no index at its end to tell by; reading it will.
+    """
+    with open(path, "rb") as file:
+        pickled = file.read(1) == pickle.PROTO
+    if not pickled and not zipfile.is_zipfile(path):
         with safe_open(path, framework="pt"):
             pass
 
@@ -330,34 +346,55 @@ def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}.")
     try:
-        if path.suffix == ".safetensors":
+        if _is_safetensors(path):
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
         return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and reading it could run code, so it is refused: "
-            f"{str(error).splitlines()[0]} If you trust it, load it yourself and pass its state dict."
+            f"{path} is damaged or holds more than tensors, and reading it could run code, so it is refused. If you "
+            "trust it, load it yourself and pass its state dict."
         ) from error
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError, KeyError, AttributeError) as error:
+    except Exception as error:  # damaged bytes make torch's reader fail in every way there is
         raise CheckpointError(f"{path} is truncated or no checkpoint: {error}") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    """Tell a safetensors file by its name or, whatever its name, by the JSON that follows the header's length."""
+    with path.open("rb") as file:
+        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
+
+
+def _read_metadata(metadata: Mapping[str, str], source: str) -> tuple[TinyViTConfig | None, tuple[str, ...] | None]:
+    config, classes = metadata.get(_CONFIG_KEY), metadata.get(_CLASSES_KEY)
+    try:
+        return (
+            None if config is None else TinyViTConfig.from_dict(json.loads(config)),
+            None if classes is None else tuple(str(label) for label in json.loads(classes)),
+        )
+    except (ValueError, TypeError, RecursionError) as error:
+        raise CheckpointError(f"{source} carries a configuration that cannot be used: {error}") from error
 
 
 def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | None, source: str) -> TinyViTConfig:
     """Tell the architecture from the tensors; what shapes cannot tell follows ``base`` or the nearest variant."""
 
-    def shape(name: str) -> tuple[int, ...]:
-        if name not in state_dict:
-            raise CheckpointError(f"{source} is not a whole TinyViT: it has no {name}.")
+    def shape(name: str, ndim: int) -> tuple[int, ...]:
+        if name not in state_dict or state_dict[name].ndim != ndim:
+            raise CheckpointError(f"{source} is not a whole TinyViT: it has no {name} of {ndim} dimensions.")
         return tuple(state_dict[name].shape)
+
+    def ratio(name: str, ndim: int, dim: int, known: float) -> float:
+        hidden = shape(name, ndim)[0]
+        return known if hidden <= dim * known < hidden + 1 else hidden / dim
 
     depths = [0, 0, 0, 0]
     for name in state_dict:
         if match := re.match(r"layers\.([0-3])\.blocks\.(\d+)\.", name):
             depths[int(match[1])] = max(depths[int(match[1])], int(match[2]) + 1)
-    dims = [shape("patch_embed.seq.2.c.weight")[0]]
-    dims += [shape(f"layers.{stage}.downsample.conv3.c.weight")[0] for stage in range(3)]
-    tables = [shape(f"layers.{stage}.blocks.0.attn.attention_biases") for stage in (1, 2, 3)]
+    dims = [shape("patch_embed.seq.2.c.weight", 4)[0]]
+    dims += [shape(f"layers.{stage}.downsample.conv3.c.weight", 4)[0] for stage in range(3)]
+    tables = [shape(f"layers.{stage}.blocks.0.attn.attention_biases", 2) for stage in (1, 2, 3)]
     windows = [math.isqrt(table[1]) for table in tables]
     if base is None:
         base = next((each for each in VARIANTS.values() if list(each.embed_dims) == dims), TinyViTConfig())
@@ -366,24 +403,54 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
         return base.replace(
             # All published networks were trained where the last window covers the last map.
             img_size=1024 if mobile_sam else max(32, 32 * windows[2]),
-            in_chans=shape(_STEM)[1],
-            num_classes=shape(_HEAD[0])[0] if _HEAD[0] in state_dict else 0,
+            in_chans=shape(_STEM, 4)[1],
+            num_classes=shape(_HEAD[0], 2)[0] if _HEAD[0] in state_dict else 0,
             embed_dims=tuple(dims),
             depths=tuple(depths),
             num_heads=(max(1, dims[0] // 32), *(table[0] for table in tables)),
             window_sizes=(windows[0], *windows),
-            mlp_ratio=shape("layers.1.blocks.0.mlp.fc1.weight")[0] / dims[1],
-            mbconv_expand_ratio=shape("layers.0.blocks.0.conv1.c.weight")[0] / dims[0],
-            local_conv_size=shape("layers.1.blocks.0.local_conv.c.weight")[-1],
+            mlp_ratio=ratio("layers.1.blocks.0.mlp.fc1.weight", 2, dims[1], base.mlp_ratio),
+            mbconv_expand_ratio=ratio("layers.0.blocks.0.conv1.c.weight", 4, dims[0], base.mbconv_expand_ratio),
+            local_conv_size=shape("layers.1.blocks.0.local_conv.c.weight", 4)[-1],
             mobile_sam=mobile_sam,
         )
-    except (ValueError, IndexError) as error:
+    except CheckpointError:
+        raise
+    except (ValueError, ZeroDivisionError) as error:
         raise CheckpointError(f"{source} is no TinyViT that can be built: {error}") from error
 
 
-def _refuse_other_architecture(expected: TinyViTConfig | None, found: Checkpoint) -> None:
-    if expected is None:
-        return
+def _refuse_false_config(stored: TinyViTConfig, told: TinyViTConfig, source: str) -> None:
+    """Refuse a stored configuration that the tensors contradict: building it could take any amount of memory."""
+    told = told.replace(
+        img_size=stored.img_size,
+        num_heads=(stored.num_heads[0], *told.num_heads[1:]),
+        window_sizes=(stored.window_sizes[0], *told.window_sizes[1:]),
+    )
+    differences = [
+        f"{name} is {value} in the configuration and {getattr(told, name)} in the tensors"
+        for name, value in vars(stored).items()
+        if value != getattr(told, name)
+    ]
+    if differences:
+        raise CheckpointError(f"{source} carries a configuration of another network: {'; '.join(differences)}.")
+
+
+def _configuration(config: str | TinyViTConfig | None) -> TinyViTConfig | None:
+    return TinyViTConfig.from_variant(config) if isinstance(config, str) else config
+
+
+def _follow(config: str | TinyViTConfig | None, found: Checkpoint) -> Checkpoint:
+    """Hold a checkpoint to what was asked for: a variant decides the architecture, a configuration everything."""
+    asked = _configuration(config)
+    if asked is not None:
+        _refuse_other_architecture(asked, found)
+    return replace(found, config=config) if isinstance(config, TinyViTConfig) else found
+
+
+def _refuse_other_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
+    # The first stage has no heads, whatever its entry says.
+    expected = expected.replace(num_heads=(found.config.num_heads[0], *expected.num_heads[1:]))
     differences = [
         f"{name} is {getattr(found.config, name)} in the file and {getattr(expected, name)} in the network"
         for name in _ARCHITECTURE
@@ -418,15 +485,16 @@ def _adapt_input(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], ad
     One channel stands for a grey picture, which had the same values in all channels: their weights add up. More
     channels repeat the known ones, scaled so that the sum over equal channels stays.
     """
-    old, new = state_dict.get(_STEM), target[_STEM]
-    if old is None or old.ndim != 4 or old.shape[1] == new.shape[1] or old.shape[0] != new.shape[0]:
+    old, new = state_dict.get(_STEM), target.get(_STEM)
+    if old is None or new is None or old.ndim != 4 or old.shape[1] == new.shape[1] or old.shape[0] != new.shape[0]:
         return
     have, want = old.shape[1], new.shape[1]
     if want == 1:
         state_dict[_STEM] = old.sum(1, keepdim=True)
     else:
         state_dict[_STEM] = old[:, torch.arange(want) % have] * (have / want)
-    adapted.append(f"the first convolution takes {want} channels instead of {have}")
+    channels = "channel" if want == 1 else "channels"
+    adapted.append(f"the first convolution takes {want} {channels} instead of {have}")
 
 
 def _adapt_windows(

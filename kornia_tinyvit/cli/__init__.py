@@ -29,5 +29,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError) as error:
-        print(f"Error: {error}", file=sys.stderr)
+        print("Error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

@@ -39,4 +39,4 @@ def classify(
         for rank, prediction in enumerate(found):
             name = str(photo) if rank == 0 else ""
             table.add_row(name, prediction.label, f"{prediction.score:.1%}", end_section=rank == len(found) - 1)
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup

@@ -29,12 +29,14 @@ def demo(
     torch.manual_seed(0)  # one view has noise
     if not photos:
         photos = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
+    sheets = [out / f"{photo.stem}.png" for photo in photos]
+    if len({path.resolve() for path in (*photos, *sheets)}) < 2 * len(photos):
+        raise ValueError(f"A sheet in {out} would replace a photo or another sheet; rename photos or change --out.")
     classifier = build_classifier(variant, pretrained, device)
     views = demo_augmentations()
     table = Table("photo", "class", "score", "second", "score", "sheet")
-    for photo in photos:
-        sheet = out / f"{photo.stem}.png"
+    for photo, sheet in zip(photos, sheets, strict=True):
         image = read_image(photo).to(parse_device(device))
         first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
         table.add_row(photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", str(sheet))
-    Console().print(table)
+    Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup

@@ -1,0 +1,204 @@
+"""Ours, kornia's and timm's TinyViT in plain eager mode, side by side in one run.
+
+    python benchmarks/eager.py                 # the whole table, about 15 minutes on 2 cores
+    python benchmarks/eager.py --quick         # 5m only, fewer repetitions
+
+Every network of a comparison has the same weights where the layouts allow, sees the same pictures, and is timed in turn
+with the others: the median of the runs is reported, and the ratio of the medians. The whole is done twice, in processes
+of their own: once with the memory allocator as it comes and once tuned (see docs/guides/speed.rst), the same for all.
+Peak memory is how far the resident set rises over the loaded network during forward passes, in a process for each.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from datetime import date
+
+import torch
+
+TUNED = {
+    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_TRIM_THRESHOLD_": str(1 << 30),
+    "MALLOC_TOP_PAD_": str(1 << 26),
+}
+
+
+def build(library: str, variant: str, **kwargs) -> torch.nn.Module:
+    """Return a network of a library in evaluation mode."""
+    torch.manual_seed(0)
+    if library == "kornia":
+        from kornia.models.tiny_vit import TinyViT as KorniaTinyViT
+
+        return KorniaTinyViT.from_config(variant, **kwargs).eval()
+    if library == "timm":
+        import timm
+
+        return timm.create_model(f"tiny_vit_{variant}_224", num_classes=1000).eval()
+    from kornia_tinyvit import TinyViT
+
+    return TinyViT.from_config(variant, **kwargs).eval()
+
+
+def libraries() -> tuple[list[str], list[str]]:
+    """Return what can be compared here, and a sentence for each that cannot."""
+    present, absent = ["ours", "kornia"], []
+    try:
+        import timm  # noqa: F401
+
+        present.append("timm")
+    except (ImportError, RuntimeError) as error:  # timm imports torchvision, which may not fit this torch
+        absent.append(f"timm is left out: {str(error).splitlines()[0]}")
+    return present, absent
+
+
+def medians(steps: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
+    """Run the steps in turn and return the median of each in milliseconds, after two rounds to warm up."""
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for repetition in range(repetitions + 2):
+        for name, step in steps.items():
+            start = time.perf_counter()
+            step()
+            if repetition >= 2:
+                seconds[name].append(time.perf_counter() - start)
+    return {name: 1000 * statistics.median(each) for name, each in seconds.items()}
+
+
+def forward_step(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    def step() -> object:
+        with torch.inference_mode():
+            return model(images)
+
+    return step
+
+
+def training_step(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
+    labels = torch.arange(len(images))
+    model.train()
+
+    def step() -> None:
+        model.zero_grad()
+        torch.nn.functional.cross_entropy(model(images), labels).backward()
+
+    return step
+
+
+def compare_forward(variants: list[str], names: list[str], quick: bool) -> list[dict]:
+    rows = []
+    for variant in variants:
+        models = {name: build(name, variant) for name in names}
+        if "kornia" in models:
+            models["ours"].load_state_dict(models["kornia"].state_dict())
+        for batch, repetitions in ((1, 20 if quick else 60), (16, 6 if quick else 15)):
+            images = torch.rand(batch, 3, 224, 224)
+            times = medians({name: forward_step(model, images) for name, model in models.items()}, repetitions)
+            rows.append({"variant": variant, "batch": batch, "ms": times})
+    return rows
+
+
+def compare_small(quick: bool) -> list[dict]:
+    """Measure what cutting the windows to the map is worth on small pictures, against padding the map."""
+    rows = []
+    for size in (32, 64):
+        for kind, make in (("forward", forward_step), ("training step", training_step)):
+            steps = {}
+            for name, windows in (("fit", "fit"), ("padded", None)):
+                model = build("ours", "5m", img_size=size, window_sizes=windows)
+                steps[name] = make(model, torch.rand(16, 3, size, size))
+            steps["kornia"] = make(build("kornia", "5m", img_size=size), torch.rand(16, 3, size, size))
+            rows.append({"size": size, "kind": kind, "ms": medians(steps, 5 if quick else 15)})
+    return rows
+
+
+def peak_memory(library: str, variant: str, batch: int) -> float:
+    """Return how far forward passes raise the resident set over that of the loaded network, in MB."""
+    model, images = build(library, variant), torch.rand(batch, 3, 224, 224)
+    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # what torch's first operators load is not the network's
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before = status("VmRSS")
+    for _ in range(3):
+        forward_step(model, images)()
+    return status("VmHWM") - before
+
+
+def status(field: str) -> float:
+    """Return a memory field of this process in MB."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
+
+
+def child(task: dict, tuned: bool, threads: int) -> object:
+    """Run a task in a process of its own and return what it found."""
+    environment = {key: value for key, value in os.environ.items() if key not in TUNED}
+    environment |= {"OMP_NUM_THREADS": str(threads)} | (TUNED if tuned else {})
+    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)]
+    output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
+    return json.loads(output.splitlines()[-1])
+
+
+def run_child(task: dict) -> object:
+    if task["what"] == "memory":
+        return peak_memory(task["library"], task["variant"], task["batch"])
+    if task["what"] == "small":
+        return compare_small(task["quick"])
+    return compare_forward(task["variants"], task["names"], task["quick"])
+
+
+def report(variants: list[str], quick: bool, threads: int) -> None:
+    names, absent = libraries()
+    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "kornia", *names[2:]))
+    with open("/proc/cpuinfo") as file:
+        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+    print(
+        f"{date.today()}  {platform.machine()} {processor}, {threads} threads, "
+        f"{versions}, Python {platform.python_version()}"
+    )
+    print("\n".join(absent))
+    for tuned in (False, True):
+        print(f"\nAllocator {'tuned' if tuned else 'as it comes'}: forward at 224, float32, median ms (ratio to ours)")
+        for variant in variants:
+            rows = child({"what": "forward", "variants": [variant], "names": names, "quick": quick}, tuned, threads)
+            for row in rows:
+                ours = row["ms"]["ours"]
+                cells = [f"{name} {ms:7.1f} ({ms / ours:4.2f}x)" for name, ms in row["ms"].items()]
+                print(f"  {row['variant']:>4} batch {row['batch']:2}   " + "   ".join(cells), flush=True)
+        print("Peak memory of forward passes at 224, MB over the loaded network")
+        for variant in variants:
+            for batch in (1, 16):
+                task = {"what": "memory", "variant": variant, "batch": batch}
+                peaks = {name: child(task | {"library": name}, tuned, threads) for name in names}
+                cells = [f"{name} {peak:7.0f}" for name, peak in peaks.items()]
+                print(f"  {variant:>4} batch {batch:2}   " + "   ".join(cells), flush=True)
+        print("5m on small pictures, batch 16, median ms; pictures a second; padded over fit")
+        for row in child({"what": "small", "quick": quick}, tuned, threads):
+            times = row["ms"]
+            cells = [f"{name} {ms:7.1f} ms {16000 / ms:6.0f}/s" for name, ms in times.items()]
+            print(
+                f"  {row['size']} px {row['kind']:13}   " + "   ".join(cells),
+                f"  {times['padded'] / times['fit']:4.2f}x",
+            )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="5m only, fewer repetitions")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        print(json.dumps(run_child(args.child)))
+    else:
+        report(["5m"] if args.quick else ["5m", "11m", "21m"], args.quick, args.threads)
+
+
+if __name__ == "__main__":
+    main()

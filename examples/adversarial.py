@@ -1,0 +1,113 @@
+"""Attack a photo through the whole classifier: gradients reach the pixels, past resizing and normalisation.
+
+    python examples/adversarial.py [PHOTO] --epsilon 4 --target dog --out attack
+
+Projected gradient descent (Madry et al., arXiv:1706.06083) changes no channel of a pixel by more than epsilon of 255
+levels, either away from the photo's class or towards `--target`. The result is rounded to 8 bits before it is judged,
+since that is what a file can hold. Written are `attacked.png`, and `sheet.png` with, from left to right, the photo, its
+saliency, the perturbation (grey is none), the attacked photo and its saliency. An attack that fails says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kornia.image import make_grid
+from kornia.io import write_image
+from torch import Tensor, nn
+
+from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.visualization import overlay_heat, saliency
+
+LEVELS = 255
+
+
+def attack(classifier: nn.Module, image: Tensor, label: int, epsilon: float, steps: int, towards: bool) -> Tensor:
+    """Return pictures within `epsilon` of `image` (1, 3, H, W) whose class is no longer, or now, `label`.
+
+    The steps are 2.5 times as long in all as the radius, so that the attack can reach the border of the ball and come
+    back. It starts at a random point, as the gradient at the photo itself may be near zero.
+    """
+    target = torch.tensor([label], device=image.device)
+    step_size = 2.5 * epsilon / steps
+    perturbation = torch.empty_like(image).uniform_(-epsilon, epsilon)
+    seen = torch.zeros_like(image, dtype=torch.bool)
+    for _ in range(steps):
+        pixels = (image + perturbation).clamp(0, 1).requires_grad_()
+        loss = F.cross_entropy(classifier(pixels), target)
+        (gradient,) = torch.autograd.grad(loss, pixels)
+        seen |= gradient != 0
+        direction = -gradient.sign() if towards else gradient.sign()
+        perturbation = (pixels.detach() - image + step_size * direction).clamp(-epsilon, epsilon)
+    # What the preprocessing crops away stays as it was, without the noise of the start.
+    return (image + perturbation * seen).clamp(0, 1)
+
+
+def to_levels(attacked: Tensor, image: Tensor, epsilon: float) -> Tensor:
+    """Round to 8 bits inside the ball: of 2.5 levels only 2 are left."""
+    levels = ((attacked - image) * LEVELS).round().clamp(-math.floor(epsilon), math.floor(epsilon))
+    return ((image * LEVELS).round() + levels) / LEVELS
+
+
+def to_bytes(image: Tensor) -> Tensor:
+    return (image.clamp(0, 1) * LEVELS).round().byte().cpu()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photo", type=Path, nargs="?", default=ASSETS / "photos" / "chelsea.png")
+    parser.add_argument("--out", type=Path, default=Path("attack"), help="folder for the two pictures")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--epsilon", type=float, default=4.0, help="largest change of a channel, in levels of 255")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--target", default=None, help="class to reach; left out: any but the photo's own")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    classifier = ImageClassifier.from_config(args.variant, args.pretrained).to(args.device).eval()
+    classifier.requires_grad_(False)  # the gradient at the pixels is all that is needed
+    names = classifier.class_names
+    if args.target is not None and args.target not in names:
+        parser.error(f"the network has no class {args.target!r}, but for example {', '.join(names[:10])}")
+    image = read_image(args.photo).unsqueeze(0).to(args.device)
+    image = (image * LEVELS).round() / LEVELS  # photos of 16 bits too begin on a level
+    (before,) = classifier.predict(image, top_k=1)[0]
+    towards = args.target is not None
+    label = names.index(args.target) if towards else before.index
+    attacked = attack(classifier, image, label, args.epsilon / LEVELS, args.steps, towards)
+    attacked = to_levels(attacked, image, args.epsilon)
+    (after,) = classifier.predict(attacked, top_k=1)[0]
+
+    perturbation = attacked - image
+    with torch.no_grad():
+        scores = torch.cat([classifier(image), classifier(attacked)]).softmax(1)
+    wanted = f"towards {args.target}" if towards else f"away from {before.label}"
+    print(f"attack: {wanted}, {args.steps} steps, epsilon {args.epsilon:g}/255")
+    print(f"before: {before.label} {before.score:.1%}")
+    print(f"after: {after.label} {after.score:.1%}")
+    print(f"score of {names[label]}: {scores[0, label]:.2%} -> {scores[1, label]:.2%}")
+    print(f"L-inf norm: {float(perturbation.abs().max()) * LEVELS:.3f}/255")
+    succeeded = (after.index == label) == towards
+    print("result: the attack succeeded" if succeeded else f"result: the attack failed, it is still {after.label}")
+
+    pictures = torch.cat([image, attacked])
+    heat = overlay_heat(pictures, saliency(classifier, pictures))
+    amplified = perturbation * (LEVELS / (2 * max(args.epsilon, 1.0))) + 0.5  # the ball's border is black or white
+    args.out.mkdir(parents=True, exist_ok=True)
+    sheet = make_grid(torch.cat([image, heat[:1], amplified, attacked, heat[1:]]), n_row=5, padding=8)
+    write_image(args.out / "attacked.png", to_bytes(attacked[0]))
+    write_image(args.out / "sheet.png", to_bytes(sheet))
+    print(f"wrote {args.out / 'attacked.png'} and {args.out / 'sheet.png'}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""Put kornia's augmentations and the classifier into one module, and see how steady its answers are.
+
+    python examples/augment_and_classify.py [PHOTO ...] --out augmented.png
+
+Augmentation, resizing, normalisation and network are one `nn.Sequential` of tensors on one device, CUDA where there is
+one, so a picture never goes back to the CPU in between. Each photo is classified as it is and in changed copies. The
+contact sheet has a row a photo: the photo framed grey, then its copies, green where the answer stayed and red where
+it changed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from pathlib import Path
+
+import kornia.augmentation as K
+import torch
+from kornia.image import make_grid
+from kornia.io import write_image
+from torch import Tensor, nn
+
+from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+
+PHOTOS = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in {".jpg", ".png"})
+STAYED, CHANGED, ORIGINAL = (0.2, 0.7, 0.3), (0.85, 0.25, 0.25), (0.5, 0.5, 0.5)
+
+
+def build_augmentations(size: int) -> nn.Module:
+    """Return augmentations that keep a picture in [0, 1] and its subject in view; every sample draws its own."""
+    return K.ImageSequential(
+        K.RandomHorizontalFlip(p=0.5),
+        K.RandomAffine(degrees=12.0, padding_mode="reflection", p=0.8),
+        K.RandomResizedCrop((size, size), scale=(0.5, 1.0), ratio=(0.8, 1.25)),
+        K.ColorJiggle(brightness=0.3, contrast=0.3, saturation=0.4, hue=0.05, p=0.8),
+        K.RandomGaussianBlur((7, 7), (0.5, 2.0), p=0.3),
+    )
+
+
+def frame(picture: Tensor, color: tuple[float, float, float], width: int = 4) -> Tensor:
+    """Return a picture (3, H, W) inside a border of one colour."""
+    _, height, length = picture.shape
+    framed = picture.new_tensor(color).view(3, 1, 1).repeat(1, height + 2 * width, length + 2 * width)
+    framed[:, width:-width, width:-width] = picture
+    return framed
+
+
+@torch.inference_mode()
+def pictures_per_second(module: nn.Module, batch: Tensor, repeats: int) -> float:
+    """Return the throughput of the median batch: the median is not moved by what else the machine does."""
+    seconds = []
+    for repeat in range(repeats + 2):  # two batches of warm-up: memory pools, kernels chosen on first use
+        began = time.perf_counter()
+        module(batch)
+        if batch.is_cuda:
+            torch.cuda.synchronize()  # kernels run after the call returns
+        if repeat >= 2:
+            seconds.append(time.perf_counter() - began)
+    return len(batch) / statistics.median(seconds)
+
+
+@torch.inference_mode()
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photos", type=Path, nargs="*", default=PHOTOS, help="default: those in the package")
+    parser.add_argument("--out", type=Path, default=Path("augmented.png"), help="the contact sheet")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--copies", type=int, default=6, help="changed copies of each photo")
+    parser.add_argument("--size", type=int, default=160, help="side in pixels at which photos are changed")
+    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time when timing")
+    parser.add_argument("--repeats", type=int, default=7, help="batches to time")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    torch.manual_seed(args.seed)
+
+    classifier = ImageClassifier.from_config(args.variant, args.pretrained)
+    pipeline = nn.Sequential(build_augmentations(args.size), classifier).to(args.device).eval()
+
+    # A batch needs one size, so the middle square of each photo is what is changed.
+    square = EvaluationPipeline(args.size, crop_fraction=1.0)
+    photos = torch.cat([square.resize_and_crop(read_image(path)[None].to(args.device)) for path in args.photos])
+    copies = pipeline[0](photos.repeat_interleave(args.copies, dim=0))  # apart, to have the pictures for the sheet
+    before = classifier(photos).softmax(1)
+    after = classifier(copies).softmax(1).unflatten(0, (len(photos), args.copies))
+    copies = copies.unflatten(0, (len(photos), args.copies))
+
+    tiles = []
+    print(f"{'photo':<16} {'class':<12} {'score':>6}   {'stays':>7} {'score in copies':>16}   other answers")
+    for row, path in enumerate(args.photos):
+        score, index = before[row].max(0)
+        answers = after[row].argmax(1)
+        stays = answers == index
+        others = sorted({classifier.class_names[answer] for answer in answers[~stays].tolist()})
+        in_copies = f"{after[row, :, index].mean():.1%}"
+        count = f"{int(stays.sum())} of {args.copies}"
+        name = classifier.class_names[int(index)]
+        print(f"{path.name:<16} {name:<12} {score:>6.1%}   {count:>7} {in_copies:>16}   {', '.join(others) or '-'}")
+        tiles.append(frame(photos[row], ORIGINAL))
+        tiles += [frame(copy, STAYED if same else CHANGED) for copy, same in zip(copies[row], stays, strict=True)]
+
+    batch = photos[torch.arange(args.batch_size) % len(photos)]
+    told = f"median of {args.repeats} batches of {args.batch_size}, {args.size} pixels, {args.device}"
+    print(f"augment and classify: {pictures_per_second(pipeline, batch, args.repeats):.1f} pictures/s ({told})")
+    print(f"classify alone: {pictures_per_second(classifier, batch, args.repeats):.1f} pictures/s")
+
+    sheet = make_grid(torch.stack(tiles), n_row=args.copies + 1, padding=6)
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    write_image(args.out, (sheet.clamp(0, 1) * 255).round().byte().cpu())
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()

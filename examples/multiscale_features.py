@@ -1,0 +1,106 @@
+"""Use the four stages of a TinyViT as the backbone of a feature pyramid, at picture sizes it was not trained at.
+
+    python examples/multiscale_features.py [PHOTO] --sizes 64x64 150x200 256x384 --out features
+
+Detectors and segmenters read a backbone at several strides. `forward_intermediates` returns one map a stage, and
+`feature_channels` and `feature_strides` say what to build on them; here a feature pyramid (Lin et al.,
+arXiv:1612.03144) whose weights are random, since only its shapes and gradients are shown. For each size a PNG is
+written with the photo and the stages' strongest components as colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kornia.enhance import normalize
+from kornia.geometry.transform import resize
+from kornia.image import make_grid
+from kornia.io import write_image
+from torch import Tensor, nn
+
+from kornia_tinyvit import TinyViT
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, read_image
+from kornia_tinyvit.visualization import feature_colors
+
+
+class FeaturePyramid(nn.Module):
+    """Bring maps of several strides to one width and add to each what the coarser ones know.
+
+    Args:
+        in_channels: channels of the maps, the finest first.
+        out_channels: channels of every map that comes out.
+    """
+
+    def __init__(self, in_channels: Sequence[int], out_channels: int = 64) -> None:
+        super().__init__()
+        self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
+        self.smooth = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
+
+    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Map (B, C_i, H_i, W_i) to (B, out_channels, H_i, W_i), the finest first."""
+        levels = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+        for fine in range(len(levels) - 2, -1, -1):
+            # Strides round up, so a map is not always twice its successor: the size is asked for, not the factor.
+            levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], levels[fine].shape[-2:], mode="nearest")
+        return [smooth(x) for smooth, x in zip(self.smooth, levels, strict=True)]
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Turn `HEIGHTxWIDTH` into two numbers."""
+    height, width = (int(side) for side in text.split("x"))
+    return height, width
+
+
+def shape(x: Tensor) -> str:
+    return " x ".join(str(side) for side in x.shape[1:])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("photo", type=Path, nargs="?", default=ASSETS / "photos" / "chelsea.png")
+    parser.add_argument("--sizes", type=parse_size, nargs="+", default=[(64, 64), (150, 200), (256, 384)])
+    parser.add_argument("--out", type=Path, default=Path("features"), help="folder for the pictures")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--channels", type=int, default=64, help="channels of the pyramid")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    backbone = TinyViT.from_config(args.variant, args.pretrained, num_classes=0).to(args.device).eval()
+    pyramid = FeaturePyramid(backbone.feature_channels, args.channels).to(args.device)
+    print(f"feature_channels {backbone.feature_channels}, feature_strides {backbone.feature_strides}")
+    photo = read_image(args.photo).unsqueeze(0).to(args.device)
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    for height, width in args.sizes:
+        image = resize(photo, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
+        mean, std = (image.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
+        maps = backbone.forward_intermediates(normalize(image, mean, std))
+        levels = pyramid(maps)
+        print(f"picture 3 x {height} x {width}")
+        for stride, features, level in zip(backbone.feature_strides, maps, levels, strict=True):
+            print(f"  stride {stride:>2}: stage {shape(features):<15} pyramid {shape(level)}")
+
+        sum(level.square().mean() for level in levels).backward()  # stands for a task's loss
+        touched = [parameter.grad is not None for parameter in backbone.layers.parameters()]
+        print(f"  gradients reach {sum(touched)} of {len(touched)} weights of the stages")
+        backbone.zero_grad()
+
+        # Nearest neighbours show the cells as they are; small pictures are enlarged to be looked at.
+        zoom = max(1, 256 // height)
+        tiles = [image, *(feature_colors(features) for features in maps)]
+        tiles = [F.interpolate(tile, (zoom * height, zoom * width), mode="nearest") for tile in tiles]
+        sheet = make_grid(torch.cat(tiles), n_row=5, padding=6)
+        path = args.out / f"features_{height}x{width}.png"
+        write_image(path, (sheet * 255).round().byte().cpu())
+        print(f"  wrote {path}")
+
+
+if __name__ == "__main__":
+    main()

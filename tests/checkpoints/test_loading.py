@@ -1,0 +1,865 @@
+import http.server
+import json
+import os
+import pickle
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import kornia.core.download
+import pytest
+import torch
+import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kornia_tinyvit import TinyViT, TinyViTConfig
+from kornia_tinyvit.checkpoints import (
+    CheckpointError,
+    PretrainedWeights,
+    catalog,
+    load_checkpoint,
+    open_pretrained,
+    read_checkpoint,
+    save_checkpoint,
+)
+from tests.checkpoints.test_layouts import to_timm
+from tests.conftest import TINY
+
+NAMES = tuple("abcdefg")
+TABLE = "layers.2.blocks.1.attn.attention_biases"
+STEM = "patch_embed.seq.0.c.weight"
+CONFIG = "kornia_tinyvit.config"
+CLASSES = "kornia_tinyvit.class_names"
+
+
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    return {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+
+def assert_same(model: nn.Module, expected: dict[str, Tensor]) -> None:
+    """Bitwise, so that NaN would be seen too."""
+    found = model.state_dict()
+    assert found.keys() == expected.keys()
+    for name, tensor in expected.items():
+        assert found[name].dtype == tensor.dtype
+        assert found[name].numpy().tobytes() == tensor.numpy().tobytes(), name
+
+
+def fresh(**changes) -> TinyViT:
+    """A network with other weights than the fixture's."""
+    torch.manual_seed(7)
+    return TinyViT(**TINY | changes)
+
+
+class TestRoundTrip:
+    @pytest.mark.parametrize("kind", ["path", "text", "file_url"])
+    def test_own_file(self, tiny, images, tmp_path, kind):
+        path = save_checkpoint(tiny, tmp_path / "new" / "model.safetensors", NAMES)
+        source = {"path": path, "text": str(path), "file_url": path.as_uri()}[kind]
+        model = TinyViT.from_config(pretrained=source)
+        assert not model.training
+        assert model.config == tiny.config
+        assert_same(model, weights_of(tiny))
+        assert torch.equal(model(images), tiny(images))
+        assert read_checkpoint(source).class_names == NAMES
+
+    def test_every_field_travels(self, tmp_path):
+        config = TinyViTConfig(
+            **TINY | {"num_heads": (4, 2, 3, 4)},
+            in_chans=4,
+            mlp_ratio=3.7,
+            mbconv_expand_ratio=2.3,
+            drop_rate=0.1,
+            drop_path_rate=0.2,
+            use_checkpoint=True,
+            local_conv_size=5,
+            activation=nn.SiLU,
+            mobile_sam=True,
+        )
+        path = save_checkpoint(TinyViT.from_config(config), tmp_path / "model.safetensors")
+        assert TinyViT.from_config(pretrained=path).config == config
+        assert TinyViT.from_config(config, pretrained=path).config == config
+        assert read_checkpoint(path).class_names is None
+
+    def test_any_suffix(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.pth")
+        assert_same(TinyViT.from_config(pretrained=path), weights_of(tiny))
+
+    def test_no_suffix_in_the_working_folder(self, tiny, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        save_checkpoint(tiny, "model")
+        assert_same(TinyViT.from_config(pretrained="model"), weights_of(tiny))
+
+    def test_other_tools_read_it(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors", NAMES)
+        tensors = load_file(path)
+        assert all(torch.equal(tensors[name], tensor) for name, tensor in tiny.state_dict().items())
+        with safe_open(path, "pt") as file:
+            assert file.metadata()["format"] == "pt"
+            assert json.loads(file.metadata()[CONFIG]) == json.loads(json.dumps(tiny.config.to_dict()))
+
+    def test_replaces_an_older_file(self, tiny, tmp_path):
+        path = save_checkpoint(fresh(), tmp_path / "model.safetensors")
+        save_checkpoint(tiny, path)
+        assert_same(TinyViT.from_config(pretrained=path), weights_of(tiny))
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_other_precision(self, tiny, images, tmp_path, dtype):
+        path = save_checkpoint(tiny.to(dtype), tmp_path / "model.safetensors")
+        assert load_file(path)["head.weight"].dtype == dtype
+        model = TinyViT.from_config(pretrained=path)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert_same(model, weights_of(tiny.float()))
+        assert torch.equal(model(images), tiny(images))
+
+    def test_channels_last(self, tiny, tmp_path):
+        path = save_checkpoint(tiny.to(memory_format=torch.channels_last), tmp_path / "model.safetensors")
+        assert_same(TinyViT.from_config(pretrained=path), weights_of(tiny))
+
+
+class TestForeignFiles:
+    @pytest.mark.parametrize("suffix", ["pth", "pt", "safetensors"])
+    @pytest.mark.parametrize("layout", ["official", "timm"])
+    def test_config_is_told_from_shapes(self, tiny, images, tmp_path, layout, suffix):
+        path = tmp_path / f"weights.{suffix}"
+        named = {to_timm(name) if layout == "timm" else name: t for name, t in weights_of(tiny).items()}
+        if suffix == "safetensors":
+            save_file(named, path)
+        else:
+            torch.save({"model": named, "epoch": 3}, path)
+        found = read_checkpoint(path)
+        assert found.layout == layout
+        # No tensor tells the picture's size; the last map of a published network is one window, 3 tokens here.
+        assert found.config == tiny.config.replace(img_size=96)
+        model = TinyViT.from_config(pretrained=path)
+        assert not model.training
+        assert torch.equal(model(images), tiny(images))
+
+    def test_older_file_format(self, tiny, tmp_path):
+        torch.save(tiny.state_dict(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
+        assert_same(TinyViT.from_config(pretrained=tmp_path / "old.pth"), weights_of(tiny))
+
+    @pytest.mark.parametrize(
+        "changes",
+        [
+            {"mlp_ratio": 2.0, "mbconv_expand_ratio": 3.0},
+            {"local_conv_size": 5},
+            {"in_chans": 4},
+            {"num_classes": 0},
+            {"depths": (2, 1, 3, 2)},
+        ],
+        ids=lambda changes: next(iter(changes)),
+    )
+    def test_other_shapes(self, changes):
+        model = fresh(**changes)
+        assert read_checkpoint(model.state_dict()).config == model.config.replace(img_size=96)
+
+    def test_mobile_sam(self):
+        model = fresh(mobile_sam=True)
+        whole = {f"image_encoder.{name}": tensor for name, tensor in model.state_dict().items()}
+        found = read_checkpoint(whole | {"mask_decoder.weight": torch.zeros(1)})
+        assert (found.layout, found.left_out) == ("mobile_sam", ("mask_decoder.weight",))
+        assert found.config == model.config.replace(img_size=1024)
+        assert_same(TinyViT.from_config(pretrained=found), weights_of(model))
+
+    def test_asked_configuration_is_kept(self, tiny, tmp_path):
+        """What shapes cannot tell, and what no tensor depends on, follows the configuration that was asked for."""
+        asked = TinyViTConfig(
+            **TINY | {"num_heads": (4, 2, 3, 4)}, mlp_ratio=3.7, drop_path_rate=0.3, activation=nn.SiLU
+        )
+        model = TinyViT.from_config(asked)
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        for source in (tmp_path / "weights.pth", read_checkpoint(tmp_path / "weights.pth", asked)):
+            loaded = TinyViT.from_config(asked, pretrained=source)
+            assert loaded.config == asked
+            assert_same(loaded, weights_of(model))
+
+    def test_variant(self, tmp_path):
+        model = TinyViT.from_config("1m", num_classes=3)
+        torch.save(model.state_dict(), tmp_path / "weights.pth")
+        loaded = TinyViT.from_config("1m", pretrained=tmp_path / "weights.pth")
+        assert loaded.config == model.config
+        assert_same(loaded, weights_of(model))
+
+    def test_load_state_dict(self, tiny, images):
+        report = load_checkpoint(model := fresh(), {"model": tiny.state_dict(), "epoch": 3})
+        assert_same(model, weights_of(tiny))
+        assert (report.source, report.layout, report.adapted, report.left_out) == ("a state dict", "official", (), ())
+        assert report.complete
+
+    def test_leftovers_are_reported(self, tiny):
+        derived = {"layers.1.blocks.0.attn.attention_bias_idxs": torch.zeros(16, 16).long()}
+        report = load_checkpoint(fresh(), tiny.state_dict() | derived)
+        assert report.left_out == tuple(derived)
+        report = load_checkpoint(fresh(), tiny.state_dict() | {"epoch": 3, 5: "five"})
+        assert report.left_out == ("5", "epoch")
+        assert "Left out: 5, epoch." in str(report)
+
+    def test_missing_step_counters(self, tiny):
+        weights = {n: t for n, t in tiny.state_dict().items() if not n.endswith("num_batches_tracked")}
+        assert len(weights) < len(tiny.state_dict())
+        report = load_checkpoint(model := fresh(), weights)
+        assert report.complete
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+class TestWindows:
+    @pytest.mark.parametrize("side", [3, 5, 8])
+    def test_interpolate(self, tiny, side):
+        report = load_checkpoint(model := fresh(window_sizes=(4, 4, side, 3)), tiny.state_dict())
+        table = tiny.state_dict()[TABLE].view(1, -1, 5, 5)
+        expected = F.interpolate(table, (side, side), mode="bicubic", align_corners=False).view(-1, side**2)
+        assert torch.equal(model.state_dict()[TABLE], expected)
+        for name, tensor in tiny.state_dict().items():
+            if not (name.startswith("layers.2.") and name.endswith("attention_biases")):
+                assert torch.equal(model.state_dict()[name], tensor), name
+        told = () if side == 5 else (f"bias tables interpolated from windows of 5 to {side} tokens",)
+        assert report.adapted == told
+        assert report.complete
+
+    def test_cut(self, tiny):
+        report = load_checkpoint(model := fresh(window_sizes=(4, 4, 3, 3)), tiny.state_dict(), "cut")
+        table = tiny.state_dict()[TABLE].view(-1, 5, 5)
+        assert torch.equal(model.state_dict()[TABLE], table[:, :3, :3].reshape(-1, 9))
+        assert report.adapted == ("bias tables cut from windows of 5 to 3 tokens",)
+        assert report.complete
+
+    def test_half_precision_table(self, tiny):
+        load_checkpoint(model := fresh(window_sizes=(4, 4, 8, 3)), tiny.half().state_dict())
+        table = tiny.float().state_dict()[TABLE].view(1, -1, 5, 5)
+        expected = F.interpolate(table, (8, 8), mode="bicubic", align_corners=False).view(-1, 64)
+        torch.testing.assert_close(model.state_dict()[TABLE], expected)
+
+    def test_every_change_is_told(self, tiny):
+        report = load_checkpoint(fresh(window_sizes=(4, 5, 4, 3)), tiny.state_dict())
+        assert report.adapted == (
+            "bias tables interpolated from windows of 4 to 5 tokens",
+            "bias tables interpolated from windows of 5 to 4 tokens",
+        )
+
+    def test_from_config(self, tiny, images, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        scaled = TinyViT.from_config(pretrained=path, img_size=128, window_sizes="scale")
+        assert scaled.config == tiny.config.replace(img_size=128, window_sizes=(8, 8, 10, 6))
+        assert not scaled.training
+        # At 64 pixels the maps of the last two stages have sides of 4 and 2, which the windows of 5 and 3 exceed.
+        fit = TinyViT.from_config(pretrained=path, window_sizes="fit")
+        assert fit.config.window_sizes == (4, 4, 4, 2)
+        table = tiny.state_dict()[TABLE].view(-1, 5, 5)
+        assert torch.equal(fit.state_dict()[TABLE], table[:, :4, :4].reshape(-1, 16))
+        kept = TinyViT.from_config(pretrained=path, img_size=128)
+        assert torch.equal(kept(images), tiny(images))
+
+    def test_unknown_way(self, tiny):
+        with pytest.raises(ValueError, match="must be 'interpolate' or 'cut'; got 'nearest'"):
+            load_checkpoint(tiny, tiny.state_dict(), "nearest")
+
+
+class TestHead:
+    def test_other_classes(self, tiny, images):
+        report = load_checkpoint(model := fresh(num_classes=3), tiny.state_dict())
+        assert not report.complete
+        assert report.adapted == ("the head has 3 classes instead of 7 and starts at zero",)
+        assert not model.state_dict()["head.weight"].any()
+        assert not model.state_dict()["head.bias"].any()
+        assert torch.equal(model.eval().forward_features(images), tiny.forward_features(images))
+
+    def test_missing_head(self, tiny):
+        weights = {name: tensor for name, tensor in tiny.state_dict().items() if not name.startswith("head.")}
+        report = load_checkpoint(model := fresh(), weights)
+        assert not report.complete
+        assert report.adapted == ("the head has 7 classes that the file does not have and starts at zero",)
+        assert not model.state_dict()["head.weight"].any()
+
+    def test_headless_network(self, tiny, images):
+        report = load_checkpoint(model := fresh(num_classes=0), tiny.state_dict())
+        assert report.complete
+        assert report.left_out == ("head.weight", "head.bias")
+        pooled = tiny.forward_head(tiny.forward_features(images), pre_logits=True)
+        assert torch.equal(model.eval()(images), pooled)
+
+    def test_headless_file(self, tiny, tmp_path):
+        tiny.reset_classifier(0)
+        torch.save(tiny.state_dict(), tmp_path / "weights.pth")
+        model = TinyViT.from_config(pretrained=tmp_path / "weights.pth")
+        assert model.config.num_classes == 0
+        assert not model.training
+
+    def test_mode_of_from_config(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        assert TinyViT.from_config(pretrained=path, num_classes=3).training
+        assert not TinyViT.from_config(pretrained=path, num_classes=0).training
+        assert not TinyViT.from_config(pretrained=path).training
+
+
+class TestChannels:
+    def test_grey(self, tiny, images):
+        report = load_checkpoint(model := fresh(in_chans=1), tiny.state_dict())
+        grey = images[:, :1]
+        torch.testing.assert_close(model.eval()(grey), tiny(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+        assert report.adapted == ("the first convolution takes 1 channel instead of 3",)
+        assert report.complete
+
+    @pytest.mark.parametrize("channels", [2, 4, 6])
+    def test_more(self, tiny, images, channels):
+        load_checkpoint(model := fresh(in_chans=channels), tiny.state_dict())
+        old, new = tiny.state_dict()[STEM], model.state_dict()[STEM]
+        for channel in range(channels):
+            torch.testing.assert_close(new[:, channel], old[:, channel % 3] * 3 / channels)
+
+    def test_a_picture_twice(self, tiny, images):
+        load_checkpoint(model := fresh(in_chans=6), tiny.state_dict())
+        twice = torch.cat([images, images], 1)
+        torch.testing.assert_close(model.eval()(twice), tiny(images), rtol=1e-4, atol=1e-5)
+
+    def test_from_config(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        model = TinyViT.from_config(pretrained=path, in_chans=4)
+        assert (model.config.in_chans, model.training) == (4, False)
+
+    def test_all_at_once(self, tiny):
+        model = fresh(in_chans=1, num_classes=3, window_sizes=(4, 4, 8, 3))
+        report = load_checkpoint(model, tiny.state_dict())
+        assert str(report).splitlines() == [
+            "Loaded a state dict (official layout).",
+            "Adapted: the head has 3 classes instead of 7 and starts at zero.",
+            "Adapted: the first convolution takes 1 channel instead of 3.",
+            "Adapted: bias tables interpolated from windows of 5 to 8 tokens.",
+        ]
+
+
+class Runs:
+    """Pickles to a call that leaves a mark."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self):
+        return Path.touch, (self.marker,)
+
+
+def refuse(source: object, message: str, **changes) -> None:
+    """Expect a source to be refused for a reason, and the network to stay as it was."""
+    model = fresh(**changes)
+    before = weights_of(model)
+    with pytest.raises(CheckpointError, match=message):
+        load_checkpoint(model, source)
+    assert_same(model, before)
+    if not isinstance(source, dict):
+        with pytest.raises(CheckpointError):
+            TinyViT.from_config(model.config, pretrained=source)
+
+
+class TestRefusedFiles:
+    """Files that are really broken."""
+
+    @pytest.mark.parametrize("share", [0.001, 0.3, 0.9, 0.999])
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    def test_truncated(self, tiny, tmp_path, suffix, share):
+        path = tmp_path / f"weights.{suffix}"
+        if suffix == "pth":
+            torch.save({"model": tiny.state_dict()}, path)
+        else:
+            save_checkpoint(tiny, path)
+        os.truncate(path, int(path.stat().st_size * share))
+        refuse(path, rf"weights.{suffix} is (truncated or no checkpoint|damaged or holds more than tensors)")
+
+    def test_damaged_anywhere(self, tiny, tmp_path):
+        """torch's reader fails in many ways on damaged bytes; the reason always comes as a CheckpointError."""
+        torch.save(tiny.state_dict(), tmp_path / "whole.pth", _use_new_zipfile_serialization=False)
+        whole, path = (tmp_path / "whole.pth").read_bytes(), tmp_path / "damaged.pth"
+        generator = torch.Generator().manual_seed(0)
+        refused = 0
+        for _ in range(150):
+            damaged = bytearray(whole)
+            for place in torch.randint(len(whole) // 8, (20,), generator=generator).tolist():
+                damaged[place] = int(torch.randint(256, (), generator=generator))
+            path.write_bytes(damaged[: int(torch.randint(1, len(whole), (), generator=generator))])
+            try:
+                read_checkpoint(path)
+            except CheckpointError:
+                refused += 1
+        assert refused > 100
+
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    @pytest.mark.parametrize("content", [b"", b"no weights here\n", b"<!DOCTYPE html><p>404", b"\0" * 4096])
+    def test_something_else(self, tmp_path, suffix, content):
+        path = tmp_path / f"weights.{suffix}"
+        path.write_bytes(content)
+        refuse(path, rf"weights.{suffix} is (truncated or no checkpoint|damaged or holds more than tensors)")
+
+    @pytest.mark.parametrize("where", ["beside", "inside", "alone"])
+    def test_code_does_not_run(self, tiny, tmp_path, where):
+        marker, path = tmp_path / "marker", tmp_path / "weights.pth"
+        content = {
+            "beside": {"model": tiny.state_dict(), "optimizer": Runs(marker)},
+            "inside": tiny.state_dict() | {"head.weight": Runs(marker)},
+            "alone": Runs(marker),
+        }[where]
+        torch.save(content, path)
+        refuse(path, "reading it could run code, so it is refused.*pass its state dict")
+        assert not marker.exists()
+        torch.load(path, weights_only=False)  # the file is a live one
+        assert marker.exists()
+
+    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
+    def test_plain_pickle(self, tmp_path):
+        marker, path = tmp_path / "marker", tmp_path / "weights.pth"
+        path.write_bytes(pickle.dumps(Runs(marker)))
+        refuse(path, "reading it could run code, so it is refused")
+        assert not marker.exists()
+
+    def test_whole_module(self, tiny, tmp_path):
+        torch.save(tiny, tmp_path / "module.pth")
+        refuse(tmp_path / "module.pth", "holds more than tensors.*load it yourself and pass its state dict")
+
+    def test_no_file(self, tmp_path):
+        refuse(tmp_path / "missing.pth", r"There is no checkpoint file .*missing\.pth")
+        refuse(tmp_path, "There is no checkpoint file")
+        refuse((tmp_path / "missing.pth").as_uri(), r"There is no checkpoint file .*missing\.pth")
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ({"epoch": 3}, "holds no TinyViT in the official, kornia, timm or MobileSAM layout.*epoch"),
+            ({"conv1.weight": torch.zeros(3)}, r"holds no TinyViT.*its first tensors are conv1\.weight"),
+            ({0: torch.zeros(3), 1: 2}, "holds no TinyViT.*its first tensors are 0, 1"),
+            ({}, "holds no state dict but dict"),
+            ({"model": {}}, "holds no state dict but dict"),
+            ([torch.zeros(3)], "holds no state dict but list"),
+            (torch.zeros(3), "holds no state dict but Tensor"),
+        ],
+    )
+    def test_no_network(self, tmp_path, content, message):
+        torch.save(content, tmp_path / "weights.pth")
+        refuse(tmp_path / "weights.pth", message)
+
+
+class TestRefusedWeights:
+    """Whole files whose tensors do not belong to the network."""
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+    @pytest.mark.parametrize("name", ["head.bias", "layers.0.blocks.0.conv1.bn.running_var", TABLE])
+    def test_not_finite(self, tiny, tmp_path, name, value):
+        tiny.state_dict()[name].view(-1)[-1] = value
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        refuse(path, f"NaN or infinite values in {name}, as a diverged training leaves them. Nothing was loaded")
+
+    def test_not_finite_in_an_adapted_table(self, tiny):
+        tiny.state_dict()[TABLE][0, 0] = float("nan")
+        refuse(tiny.state_dict(), "NaN or infinite", window_sizes=(4, 4, 8, 3))
+
+    def test_missing(self, tiny):
+        weights = tiny.state_dict()
+        del weights["norm_head.weight"], weights["layers.1.blocks.0.mlp.fc2.bias"]
+        refuse(weights, r"it lacks layers\.1\.blocks\.0\.mlp\.fc2\.bias, norm_head\.weight\. Nothing was loaded")
+
+    @pytest.mark.parametrize("name", [STEM, TABLE, "layers.1.blocks.0.attn.attention_biases", "head.bias"])
+    def test_each_missing(self, tiny, name):
+        weights = tiny.state_dict()
+        del weights[name]
+        refuse(weights, name.replace(".", r"\."))
+
+    def test_unexpected(self, tiny):
+        extra = {f"layers.3.adapter.{number}": torch.zeros(2) for number in range(6)}
+        refuse(
+            tiny.state_dict() | extra,
+            r"the network has no layers\.3\.adapter\.0, .*layers\.3\.adapter\.3 and 2 more\. Nothing was loaded",
+        )
+
+    def test_wrong_shape(self, tiny):
+        weights = tiny.state_dict() | {"norm_head.bias": torch.zeros(33)}
+        refuse(weights, r"norm_head\.bias is \(33,\) in the file and \(32,\) in the network\. Nothing was loaded")
+
+    @pytest.mark.parametrize("shape", [(), (3,), (3, 0), (3, 24), (24, 3, 5, 5)])
+    @pytest.mark.parametrize(
+        "name",
+        [
+            STEM,
+            "patch_embed.seq.2.c.weight",
+            "layers.0.downsample.conv3.c.weight",
+            "layers.0.blocks.0.conv1.c.weight",
+            "layers.2.blocks.0.attn.attention_biases",
+            "layers.1.blocks.0.mlp.fc1.weight",
+            "layers.1.blocks.0.local_conv.c.weight",
+            "head.weight",
+        ],
+    )
+    def test_every_wrong_shape(self, tiny, name, shape):
+        refuse(tiny.state_dict() | {name: torch.zeros(shape)}, "TinyViT|architecture")
+
+    @pytest.mark.parametrize(
+        ("changes", "told"),
+        [
+            ({"depths": (1, 1, 3, 1)}, r"it lacks layers\.2\.blocks\.2\."),
+            ({"depths": (1, 1, 1, 1)}, r"the network has no layers\.2\.blocks\.1\."),
+            ({"embed_dims": (16, 16, 24, 64)}, r"and \d+ more shapes differ"),
+            ({"num_heads": (1, 2, 6, 4)}, r"attention_biases is \(3, 25\) in the file and \(6, 25\) in the network"),
+            ({"mlp_ratio": 2.0}, r"mlp\.fc1\.weight is \(64, 16\) in the file and \(32, 16\) in the network"),
+            ({"local_conv_size": 5}, "local_conv"),
+            ({"mobile_sam": True}, r"it lacks neck\.0\.weight"),
+        ],
+        ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+    )
+    def test_other_architecture(self, tiny, changes, told):
+        refuse(tiny.state_dict(), told, **changes)
+        (field,) = changes
+        if field != "mobile_sam":
+            with pytest.raises(CheckpointError, match=f"is of another architecture: {field} is .* in the network"):
+                TinyViT.from_config(TinyViTConfig(**TINY | changes), pretrained=read_checkpoint(tiny.state_dict()))
+
+    def test_other_module(self, tiny):
+        with pytest.raises(CheckpointError, match=r"the network has no .*Nothing was loaded"):
+            load_checkpoint(nn.Linear(2, 2), tiny.state_dict())
+
+    @pytest.mark.parametrize("read", [False, True])
+    def test_other_variant(self, tiny, tmp_path, read):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        with pytest.raises(CheckpointError) as refusal:
+            TinyViT.from_config("5m", pretrained=read_checkpoint(path) if read else path)
+        message = str(refusal.value)
+        for told in (
+            "embed_dims is (16, 16, 24, 32) in the file and (64, 128, 160, 320) in the network",
+            "depths is (1, 1, 2, 1) in the file and (2, 2, 6, 2) in the network",
+            "num_heads",
+            "Leave the variant out",
+        ):
+            assert told in message
+        assert "mlp_ratio" not in message
+
+
+class TestRefusedMetadata:
+    @pytest.mark.parametrize(
+        ("config", "message"),
+        [
+            ('{"img_size": 64', "configuration that cannot be used"),
+            ("not json", "configuration that cannot be used"),
+            ("[]" * 3, "configuration that cannot be used"),
+            ("7", "configuration that cannot be used"),
+            ("null", "configuration that cannot be used"),
+            ("[" * 100_000, "configuration that cannot be used"),
+            ({"colour": 1}, "no field colour"),
+            ({"activation": "system"}, "torch.nn has no activation 'system'"),
+            ({"activation": "init"}, "torch.nn has no activation 'init'"),
+            ({"activation": "Parameter"}, "activation must be a class such as torch.nn.GELU"),
+            ({"depths": "1121"}, "depths must be a sequence of integers"),
+            ({"depths": [1, 1, 2]}, "depths must be 4 positive integers"),
+            ({"drop_rate": "0.5"}, "configuration that cannot be used"),
+            ({"mlp_ratio": float("nan")}, "mlp_ratio must be positive"),
+            ({"mlp_ratio": float("inf")}, "mlp_ratio is inf in the configuration and 4.0 in the tensors"),
+            ({"num_classes": 10**12}, "num_classes is 1000000000000 in the configuration and 7 in the tensors"),
+            ({"depths": [1, 1, 10**9, 1]}, "depths is .* in the configuration"),
+            ({"window_sizes": [4, 4, 10**6, 3]}, "window_sizes is .* in the configuration"),
+            ({"embed_dims": [16, 2 * 10**9, 24, 32]}, "embed_dims is .* in the configuration"),
+        ],
+        ids=lambda value: str(value)[:40],
+    )
+    def test_config(self, tiny, tmp_path, config, message):
+        path = tmp_path / "model.safetensors"
+        text = config if isinstance(config, str) else json.dumps(tiny.config.to_dict() | config)
+        save_file(tiny.state_dict(), path, {CONFIG: text})
+        model = fresh()
+        before = weights_of(model)
+        with pytest.raises(CheckpointError, match=message):
+            load_checkpoint(model, path)
+        assert_same(model, before)
+        with pytest.raises(CheckpointError, match=message):
+            TinyViT.from_config(pretrained=path)
+
+    @pytest.mark.parametrize("text", ['["a", ', "7", "null"])
+    def test_class_names(self, tiny, tmp_path, text):
+        path = tmp_path / "model.safetensors"
+        save_file(tiny.state_dict(), path, {CLASSES: text})
+        with pytest.raises(CheckpointError, match="configuration that cannot be used"):
+            read_checkpoint(path)
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch):
+    """A server on this machine whose answers are set by path; a cache of the test's own; no waiting for retries."""
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "cache"))
+    monkeypatch.setenv("KORNIA_DOWNLOAD_TIMEOUT", "5")
+    monkeypatch.setattr(kornia.core.download, "_BACKOFF_SECONDS", 0.0)
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            site.requests.append(self.path)
+            body = site.files.get(self.path)
+            self.send_response(404 if body is None else 200)
+            self.send_header("Content-Length", str(len(body or b"") + site.missing))
+            self.end_headers()
+            self.wfile.write(body or b"")
+
+        def log_message(self, *args):
+            pass
+
+    site = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    site.files, site.requests, site.missing = {}, [], 0
+    site.url = f"http://127.0.0.1:{site.server_address[1]}"
+    thread = threading.Thread(target=site.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield site
+    site.shutdown()
+    thread.join()
+    site.server_close()
+
+
+@pytest.mark.filterwarnings("ignore:Failed to download", "ignore:Transient failure")
+class TestDownloads:
+    @pytest.fixture
+    def weights(self, server, monkeypatch):
+        """An entry of the catalog for a small network, at two places and in timm's layout at a third."""
+        entry = PretrainedWeights(
+            variant="1m",
+            name="small",
+            trained_on="nothing",
+            num_classes=10,
+            img_size=64,
+            urls=(f"{server.url}/mirror/small.pth", f"{server.url}/original/small.pth"),
+            fallback=f"{server.url}/timm/tiny_vit_small/resolve/main/model.safetensors",
+        )
+        # list_pretrained and its users look CATALOG up in this module.
+        monkeypatch.setattr(catalog, "CATALOG", (*catalog.CATALOG, entry))
+        return entry
+
+    @pytest.fixture
+    def model(self):
+        torch.manual_seed(3)
+        return TinyViT.from_config("1m", num_classes=10)
+
+    @pytest.fixture
+    def pth(self, model, tmp_path):
+        torch.save({"model": model.state_dict(), "epoch": 1}, tmp_path / "served.pth")
+        return (tmp_path / "served.pth").read_bytes()
+
+    @staticmethod
+    def cached(tmp_path) -> list[str]:
+        return sorted(path.name for path in (tmp_path / "cache").rglob("*") if path.is_file())
+
+    def test_mirror_first(self, server, weights, model, pth, tmp_path):
+        server.files = {"/mirror/small.pth": pth, "/original/small.pth": b"not asked for"}
+        loaded = TinyViT.from_config("1m", pretrained="small")
+        assert server.requests == ["/mirror/small.pth"]
+        assert not loaded.training
+        assert loaded.config == weights.config
+        assert_same(loaded, weights_of(model))
+
+    def test_asked_configuration_is_kept(self, server, weights, model, pth):
+        server.files = {"/mirror/small.pth": pth}
+        asked = weights.config.replace(drop_path_rate=0.3, img_size=128)
+        assert TinyViT.from_config(asked, pretrained="small").config == asked
+        with pytest.raises(CheckpointError, match=r"depths is \(2, 2, 4, 2\) in the file and \(2, 2, 6, 2\)"):
+            TinyViT.from_config(asked.replace(depths=(2, 2, 6, 2)), pretrained="small")
+
+    def test_original_second(self, server, weights, model, pth):
+        server.files = {"/original/small.pth": pth}
+        assert_same(TinyViT.from_config("1m", pretrained="small"), weights_of(model))
+        assert server.requests == ["/mirror/small.pth", "/original/small.pth"]
+
+    def test_original_second_after_rubbish(self, server, weights, model, pth):
+        server.files = {"/mirror/small.pth": b"<!DOCTYPE html>", "/original/small.pth": pth}
+        assert_same(TinyViT.from_config("1m", pretrained="small"), weights_of(model))
+
+    def test_timm_last(self, server, weights, model, tmp_path):
+        save_file({to_timm(name): tensor for name, tensor in model.state_dict().items()}, tmp_path / "timm")
+        server.files = {"/timm/tiny_vit_small/resolve/main/model.safetensors": (tmp_path / "timm").read_bytes()}
+        found = open_pretrained("small", "1m")
+        assert found.layout == "timm"
+        assert_same(TinyViT.from_config("1m", pretrained=found), weights_of(model))
+        assert server.requests == ["/mirror/small.pth", "/original/small.pth", weights.fallback[len(server.url) :]]
+        # Every timm file is called model.safetensors, so the cache names it after its repository.
+        assert self.cached(tmp_path) == ["tiny_vit_small.safetensors"]
+
+    def test_all_dead(self, server, weights, tmp_path):
+        with pytest.raises(CheckpointError) as refusal:
+            TinyViT.from_config("1m", pretrained="small")
+        message = str(refusal.value)
+        for url in (*weights.urls, weights.fallback):
+            assert url in message
+        assert "404" in message
+        assert "Without a network, fetch one of them elsewhere and pass the path of the file" in message
+        assert self.cached(tmp_path) == []
+
+    def test_no_server(self, server, weights, monkeypatch):
+        monkeypatch.setattr(catalog, "CATALOG", (replace(weights, urls=("http://127.0.0.1:9/a.pth",), fallback=None),))
+        with pytest.raises(CheckpointError, match=r"127\.0\.0\.1:9/a\.pth(?s:.)*pass the path of the file"):
+            TinyViT.from_config("1m", pretrained="small")
+
+    def test_cache(self, server, weights, model, pth, tmp_path):
+        server.files = {"/mirror/small.pth": pth}
+        TinyViT.from_config("1m", pretrained="small")
+        assert len(server.requests) == 1
+        assert self.cached(tmp_path) == ["small.pth"]
+        server.files = {}
+        assert_same(TinyViT.from_config("1m", pretrained="small"), weights_of(model))
+        assert len(server.requests) == 1
+
+    def test_torn_cache_is_fetched_again(self, server, weights, model, pth, tmp_path):
+        server.files = {"/mirror/small.pth": pth}
+        TinyViT.from_config("1m", pretrained="small")
+        (entry,) = (tmp_path / "cache").rglob("small.pth")
+        os.truncate(entry, len(pth) // 2)
+        assert_same(TinyViT.from_config("1m", pretrained="small"), weights_of(model))
+        assert entry.read_bytes() == pth
+
+    @pytest.mark.parametrize("suffix", ["pth", "safetensors"])
+    @pytest.mark.parametrize("announced", [True, False])
+    def test_torn_transfer(self, server, model, pth, tmp_path, suffix, announced):
+        """Whether the length told beforehand shows it or only the file itself: refused, and not kept."""
+        whole = pth if suffix == "pth" else save_checkpoint(model, tmp_path / "served.safetensors").read_bytes()
+        half = len(whole) // 2
+        server.files = {f"/weights.{suffix}": whole[:half]}
+        server.missing = len(whole) - half if announced else 0
+        with pytest.raises(CheckpointError, match=rf"could not be fetched from\s+{server.url}/weights.{suffix}"):
+            read_checkpoint(f"{server.url}/weights.{suffix}")
+        assert self.cached(tmp_path) == []
+        server.files, server.missing = {f"/weights.{suffix}": whole}, 0
+        assert read_checkpoint(f"{server.url}/weights.{suffix}").config.num_classes == 10
+
+    def test_one_name_at_two_places(self, server, model, tiny, tmp_path):
+        """Most repositories call their file model.safetensors; one must never stand in for another."""
+        for name, network in {"one": model, "two": tiny}.items():
+            path = save_checkpoint(network, tmp_path / f"{name}.safetensors")
+            server.files[f"/{name}/model.safetensors"] = path.read_bytes()
+        for name, network in {"one": model, "two": tiny}.items():
+            url = f"{server.url}/{name}/model.safetensors"
+            assert_same(TinyViT.from_config(pretrained=url), weights_of(network))
+            read_checkpoint(url)
+        assert server.requests == ["/one/model.safetensors", "/two/model.safetensors"]
+
+    def test_file_url_is_read_in_place(self, server, model, tmp_path):
+        path = tmp_path / "a model.safetensors"
+        for network in (model, TinyViT.from_config("1m", num_classes=10)):
+            save_checkpoint(network, path)
+            assert_same(TinyViT.from_config(pretrained=path.as_uri()), weights_of(network))
+        assert self.cached(tmp_path) == []
+
+
+class NoActivation(nn.GELU):
+    """An activation that no file can name."""
+
+
+class TestSaving:
+    def test_wrong_number_of_names(self, tiny, tmp_path):
+        with pytest.raises(ValueError, match="Got 2 class names for 7 classes"):
+            save_checkpoint(tiny, tmp_path / "model.safetensors", ["cat", "dog"])
+        assert os.listdir(tmp_path) == []
+
+    def test_no_tinyvit(self, tmp_path):
+        with pytest.raises(TypeError, match="takes a TinyViT, whose config it stores; got Linear"):
+            save_checkpoint(nn.Linear(2, 2), tmp_path / "model.safetensors")
+
+    def test_own_activation(self, tmp_path):
+        with pytest.raises(ValueError, match=r"Only activations of torch\.nn can be written"):
+            save_checkpoint(TinyViT(**TINY, activation=NoActivation), tmp_path / "model.safetensors")
+        assert os.listdir(tmp_path) == []
+
+    def test_folder_that_is_a_file(self, tiny, tmp_path):
+        (tmp_path / "folder").write_text("a file")
+        with pytest.raises(OSError, match="folder"):
+            save_checkpoint(tiny, tmp_path / "folder" / "model.safetensors")
+        assert (tmp_path / "folder").read_text() == "a file"
+
+    def test_file_that_is_a_folder(self, tiny, tmp_path):
+        (tmp_path / "model.safetensors").mkdir()
+        with pytest.raises(OSError, match=r"model\.safetensors"):
+            save_checkpoint(tiny, tmp_path / "model.safetensors")
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    def test_disk_full(self, tiny, tmp_path):
+        """A child that may write no file of the network's size, as on a full disk: the old file stays, no other."""
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+        before = path.read_bytes()
+        code = f"""
+            import resource, signal
+            from kornia_tinyvit import TinyViT
+            from kornia_tinyvit.checkpoints import save_checkpoint
+            model = TinyViT.from_config(pretrained={str(path)!r}, num_classes=3)
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+            try:
+                save_checkpoint(model, {str(path)!r})
+            except OSError as error:
+                print("refused:", error)
+        """
+        out = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+        assert out.stdout.startswith("refused: [Errno")
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    def test_interrupted(self, tiny, tmp_path, monkeypatch):
+        def interrupt(*_):
+            raise KeyboardInterrupt
+
+        path = save_checkpoint(fresh(), tmp_path / "model.safetensors")
+        before = path.read_bytes()
+        monkeypatch.setattr(os, "fsync", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            save_checkpoint(tiny, path)
+        assert path.read_bytes() == before
+        assert os.listdir(tmp_path) == ["model.safetensors"]
+
+    @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+    @pytest.mark.parametrize("mask", [0o022, 0o077])
+    def test_permissions_follow_the_mask(self, tiny, tmp_path, mask):
+        old = os.umask(mask)
+        try:
+            path = save_checkpoint(tiny, tmp_path / "model.safetensors")
+            assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+            assert os.umask(mask) == mask
+        finally:
+            os.umask(old)
+
+    @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+    def test_killed(self, tiny, tmp_path):
+        """A process killed at any moment leaves the old file or a new one, whole, and at most one hidden leftover."""
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors", NAMES)
+        child = textwrap.dedent(f"""
+            from kornia_tinyvit import TinyViT
+            from kornia_tinyvit.checkpoints import save_checkpoint
+            import os, sys
+            model = TinyViT.from_config(pretrained={str(path)!r})
+            names = [f"class {{index}}" for index in range(7)]
+            for line in sys.stdin:
+                pid = os.fork()
+                if pid == 0:
+                    while True:
+                        for value in range(5):
+                            for parameter in model.parameters():
+                                parameter.data.fill_(value)
+                            save_checkpoint(model, {str(path)!r}, names)
+                print(pid, flush=True)
+                os.waitpid(pid, 0)
+                print("dead", flush=True)
+        """)
+        environment = os.environ | {"OMP_NUM_THREADS": "1"}
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True, "env": environment}
+        leftovers, replaced = 0, 0
+        with subprocess.Popen([sys.executable, "-c", child], **pipes) as parent:
+            for attempt in range(30):
+                parent.stdin.write("go\n")
+                parent.stdin.flush()
+                saver = int(parent.stdout.readline())
+                time.sleep(0.03 + 0.0017 * attempt)
+                os.kill(saver, signal.SIGKILL)
+                assert parent.stdout.readline() == "dead\n"
+                found = read_checkpoint(path)
+                others = [name for name in os.listdir(tmp_path) if name != path.name]
+                assert len(others) <= leftovers + 1
+                assert all(name.startswith(".model.safetensors.") and name.endswith(".tmp") for name in others)
+                leftovers = len(others)
+                replaced += found.class_names[0] == "class 0"
+                if found.class_names[0] == "class 0":  # no mixture of two savings
+                    values = {float(found.state_dict[name].unique()) for name, _ in tiny.named_parameters()}
+                    assert len(values) == 1
+            parent.stdin.close()
+        assert replaced > 0

@@ -1,0 +1,174 @@
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.cli import app, main
+
+CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+PHOTOS = [str(ASSETS / "photos" / name) for name in ("chelsea.png", "horse.png", "rocket.jpg")]
+
+
+def make_weights(model: TinyViT, folder: Path) -> str:
+    """Write a network of ten named classes to a file."""
+    model.reset_classifier(10)
+    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
+    return str(save_checkpoint(model, folder / "weights.safetensors", CIFAR))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def cells(output: str) -> list[list[str]]:
+    """The rows of a printed table."""
+    return [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+
+
+def error_of(capfd, monkeypatch, *arguments: str) -> str:
+    """Run the command line in this process and return the one line that it says before it gives up."""
+    monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", *arguments])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 1
+    captured = capfd.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("Error: ")
+    assert captured.err.endswith("\n")
+    assert captured.err.count("\n") == 1
+    return captured.err
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> str:
+    return make_weights(tiny, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")  # so that no table is folded
+
+
+class TestClassify:
+    def test_json(self, weights):
+        rows = json.loads(run("classify", *PHOTOS, "--pretrained", weights, "--json"))
+        assert [row["photo"] for row in rows] == PHOTOS
+        expected = ImageClassifier.from_config(pretrained=weights).predict(PHOTOS)
+        for row, found in zip(rows, expected, strict=True):
+            assert [each["label"] for each in row["predictions"]] == [each.label for each in found]
+            assert [each["index"] for each in row["predictions"]] == [each.index for each in found]
+            assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
+
+    def test_table_tells_the_same(self, weights):
+        rows = json.loads(run("classify", *PHOTOS, "--pretrained", weights, "--json"))
+        expected = [
+            [row["photo"] if rank == 0 else "", each["label"], f"{each['score']:.1%}"]
+            for row in rows
+            for rank, each in enumerate(row["predictions"])
+        ]
+        assert cells(run("classify", *PHOTOS, "--pretrained", weights)) == expected
+
+    @pytest.mark.parametrize(("top_k", "count"), [("1", 1), ("3", 3), ("50", 10)])
+    def test_top_k(self, weights, top_k, count):
+        (row,) = json.loads(run("classify", PHOTOS[0], "--pretrained", weights, "--top-k", top_k, "--json"))
+        assert len(row["predictions"]) == count
+
+    @pytest.mark.parametrize(
+        ("option", "changes"), [(["--tta"], {"views": ImageClassifier.DEFAULT_VIEWS}), (["--img-size", "48"], {})]
+    )
+    def test_options(self, weights, option, changes):
+        arguments = ("classify", PHOTOS[0], "--pretrained", weights, "--json", "--top-k", "10")
+        scores, plain = (
+            {each["label"]: each["score"] for each in json.loads(run(*arguments, *more))[0]["predictions"]}
+            for more in (option, [])
+        )
+        size = {"img_size": 48} if "--img-size" in option else {}
+        expected = ImageClassifier.from_config(pretrained=weights, **changes, **size).predict(PHOTOS[0], 10)[0]
+        assert scores == pytest.approx({each.label: each.score for each in expected}, rel=1e-4)
+        assert scores != pytest.approx(plain, rel=1e-2)
+
+    def test_names_are_no_markup(self, weights, tmp_path):
+        shutil.copy(PHOTOS[1], tmp_path / "a[bold]b :cat:.png")
+        output = run("classify", str(tmp_path / "a[bold]b :cat:.png"), "--pretrained", weights, "--top-k", "1")
+        assert "a[bold]b :cat:.png" in output
+
+    def test_network_in_the_package(self):
+        rows = json.loads(run("classify", PHOTOS[1], "--json"))
+        assert {each["label"] for each in rows[0]["predictions"]} < set(CIFAR)
+
+    def test_help(self):
+        assert "classify" in CliRunner().invoke(app, ["--help"]).stdout
+        assert "--top-k" in CliRunner().invoke(app, ["classify", "--help"], env={"TERM": "dumb"}).stdout
+        assert CliRunner().invoke(app, ["classify"]).exit_code == 2
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["{tmp}/gone.jpg", "--pretrained", "{weights}"], "There is no picture {tmp}/gone.jpg"),
+            (["{tmp}/notes.jpg", "--pretrained", "{weights}"], "{tmp}/notes.jpg is not a picture that can be read"),
+            (["{tmp}", "--pretrained", "{weights}"], "{tmp} is not a picture that can be read"),
+            (["{photo}", "--variant", "6m"], "no TinyViT variant '6m'; choose one of 1m, 5m, 11m, 21m"),
+            (["{photo}", "--pretrained", "{weights}", "--variant", "6m"], "no TinyViT variant '6m'"),
+            (["{photo}", "--pretrained", "{weights}", "--variant", "5m"], "{weights}"),
+            (["{photo}", "--pretrained", "in2k", "--variant", "5m"], "no weights and no file 'in2k'"),
+            (["{photo}", "--pretrained", "{tmp}/gone.pth"], "no checkpoint file {tmp}/gone.pth"),
+            (["{photo}", "--pretrained", "{tmp}/notes.jpg"], "{tmp}/notes.jpg"),
+            (["{photo}", "--pretrained", "{weights}", "--device", "toaster"], "'toaster' cannot be used here"),
+            (["{photo}", "--pretrained", "{weights}", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
+            (["{photo}", "--pretrained", "{weights}", "--top-k", "0"], "top_k must be at least 1; got 0"),
+            (["{photo}", "--pretrained", "{weights}", "--img-size", "8"], "img_size must be an integer of at least 32"),
+            (["{photo}", "--variant", "5m", "--pretrained", "mobile_sam_"], "no weights and no file"),
+        ],
+    )
+    def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
+        (tmp_path / "notes.jpg").write_text("no picture")
+        known = {"tmp": tmp_path, "weights": weights, "photo": PHOTOS[0]}
+        arguments = [argument.format(**known) for argument in arguments]
+        assert message.format(**known) in error_of(capfd, monkeypatch, "classify", *arguments)
+
+
+class TestProcess:
+    @staticmethod
+    def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+        code = "from kornia_tinyvit.cli import main; main()"
+        command = [sys.executable, "-c", code, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
+
+    def test_answers(self, weights, tmp_path):
+        Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
+        done = self.process("classify", str(tmp_path / "red.png"), "--pretrained", weights, "--json")
+        assert (done.returncode, done.stderr) == (0, "")
+        assert json.loads(done.stdout)[0]["photo"] == str(tmp_path / "red.png")
+
+    def test_mistakes(self, weights, tmp_path):
+        done = self.process("classify", str(tmp_path / "gone.jpg"), "--pretrained", weights)
+        assert (done.returncode, done.stdout) == (1, "")
+        assert done.stderr == f"Error: There is no picture {tmp_path / 'gone.jpg'}.\n"
+
+    def test_no_network(self, tmp_path):
+        url = "http://weights.invalid/tiny.safetensors"
+        dead = "http://127.0.0.1:9"
+        done = self.process(
+            *("classify", PHOTOS[0], "--pretrained", url),
+            **{"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "KORNIA_DOWNLOAD_TIMEOUT": "1"},
+            TORCH_HOME=str(tmp_path),
+        )
+        assert (done.returncode, done.stdout) == (1, "")
+        assert "Traceback" not in done.stderr
+        *progress, last = done.stderr.splitlines()
+        assert not any(line.startswith("Error") for line in progress)
+        assert last.startswith(f"Error: The weights could not be fetched from {url}")
+        assert "Without a network, fetch" in last

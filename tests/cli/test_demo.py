@@ -1,0 +1,75 @@
+import shutil
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from tests.cli.test_classify import cells, error_of, make_weights, run
+
+PHOTOS = ASSETS / "photos"
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> str:
+    return make_weights(tiny, tmp_path)
+
+
+@pytest.fixture(autouse=True)
+def wide(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "250")
+
+
+class TestDemo:
+    def test_own_photos(self, weights, tmp_path):
+        photo = tmp_path / "odd[name].jpg"
+        Image.open(PHOTOS / "rocket.jpg").resize((90, 60)).save(photo)
+        out = tmp_path / "sheets" / "new"
+        rows = cells(run("demo", str(photo), str(PHOTOS / "horse.png"), "--out", str(out), "--pretrained", weights))
+        assert [row[0] for row in rows] == ["odd[name].jpg", "horse.png"]
+        found = ImageClassifier.from_config(pretrained=weights).predict([photo, PHOTOS / "horse.png"])
+        for row, (first, second, *_) in zip(rows, found, strict=True):
+            assert row[1:5] == [first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}"]
+            assert Image.open(row[5]).format == "PNG"
+            assert Path(row[5]).parent == out
+        assert sorted(path.name for path in out.iterdir()) == ["horse.png", "odd[name].png"]
+
+    def test_repeats(self, weights, tmp_path):
+        for name in ("a", "b"):
+            run("demo", str(PHOTOS / "horse.png"), "--out", str(tmp_path / name), "--pretrained", weights)
+        sheets = [(tmp_path / name / "horse.png").read_bytes() for name in ("a", "b")]
+        assert sheets[0] == sheets[1]
+
+    def test_packaged_photos(self, tmp_path, monkeypatch):
+        monkeypatch.chdir(tmp_path)
+        rows = cells(run("demo"))
+        found = {row[0]: row[1] for row in rows}
+        assert found == {"chelsea.png": "cat", "horse.png": "horse", "rocket.jpg": found["rocket.jpg"]}
+        names = ["chelsea.png", "horse.png", "rocket.png"]
+        assert sorted(path.name for path in (tmp_path / "demo").iterdir()) == names
+        for name in names:
+            Image.open(tmp_path / "demo" / name).verify()
+
+
+class TestErrors:
+    def test_a_photo_is_never_replaced(self, weights, tmp_path, capfd, monkeypatch):
+        photo = tmp_path / "horse.png"
+        shutil.copy(PHOTOS / "horse.png", photo)
+        error = error_of(capfd, monkeypatch, "demo", str(photo), "--out", str(tmp_path), "--pretrained", weights)
+        assert "would replace a photo or another sheet" in error
+        assert photo.read_bytes() == (PHOTOS / "horse.png").read_bytes()
+
+    def test_nor_another_sheet(self, weights, tmp_path, capfd, monkeypatch):
+        photos = [tmp_path / folder / "1.png" for folder in ("cats", "dogs")]
+        for photo in photos:
+            photo.parent.mkdir()
+            shutil.copy(PHOTOS / "horse.png", photo)
+        out = tmp_path / "demo"
+        error = error_of(capfd, monkeypatch, "demo", *map(str, photos), "--out", str(out), "--pretrained", weights)
+        assert "would replace a photo or another sheet" in error
+
+    def test_no_picture(self, weights, tmp_path, capfd, monkeypatch):
+        (tmp_path / "notes.jpg").write_text("no picture")
+        arguments = (str(tmp_path / "notes.jpg"), "--out", str(tmp_path / "demo"), "--pretrained", weights)
+        assert "notes.jpg is not a picture that can be read" in error_of(capfd, monkeypatch, "demo", *arguments)

@@ -1,0 +1,269 @@
+"""The examples as a user runs them: other processes, whose files and printed numbers are checked from outside."""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import math
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+from safetensors.torch import load_file
+
+from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+
+EXAMPLES = Path(__file__).parents[1] / "examples"
+CHELSEA = ASSETS / "photos" / "chelsea.png"
+CIFAR10 = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
+
+
+def run(*command: object, cwd: Path, status: int = 0) -> str:
+    """Run Python with these arguments and return what it printed, or what it complained about."""
+    environment = os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [sys.executable, *map(str, command)], cwd=cwd, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == status, done.stderr
+    return done.stderr if status else done.stdout
+
+
+def json_lines(output: str) -> list[dict]:
+    return [json.loads(line) for line in output.splitlines() if line.startswith("{")]
+
+
+def levels(path: Path) -> np.ndarray:
+    return np.asarray(Image.open(path).convert("RGB")).astype(int)
+
+
+def test_augment_and_classify(tmp_path):
+    copies, size = 3, 64
+    options = ("--copies", copies, "--size", size, "--batch-size", 4, "--repeats", 2, "--out", "new/sheet.png")
+    photos = [CHELSEA, ASSETS / "photos" / "rocket.jpg"]
+    output = run(EXAMPLES / "augment_and_classify.py", *photos, *options, cwd=tmp_path)
+
+    rows = re.findall(r"^(\S+\.\w{3}) +(\w+) +([\d.]+)% +(\d+) of 3 +([\d.]+)%", output, re.MULTILINE)
+    assert [row[0] for row in rows] == [photo.name for photo in photos]
+    classifier = ImageClassifier.from_config("1m", "cifar10")
+    square = EvaluationPipeline(size, crop_fraction=1.0)
+    for photo, (_, label, score, _, in_copies) in zip(photos, rows, strict=True):
+        (expected,) = classifier.predict(square.resize_and_crop(read_image(photo)[None]), top_k=1)[0]
+        assert label == expected.label
+        assert float(score) == pytest.approx(100 * expected.score, abs=0.2)
+        assert 0 < float(in_copies) <= 100
+
+    rates = [float(rate) for rate in re.findall(r": ([\d.]+) pictures/s", output)]
+    assert len(rates) == 2
+    assert min(rates) > 0
+
+    # The frames say the same as the table: one corner of each tile, row by row.
+    sheet = levels(tmp_path / "new" / "sheet.png")
+    pitch = size + 2 * 4 + 6
+    assert sheet.shape == (2 * pitch - 6, (copies + 1) * pitch - 6, 3)
+    corners = sheet[1::pitch, 1::pitch]
+    assert (corners[:, 0] == corners[0, 0, 0]).all()
+    green = (corners[:, 1:, 1] > corners[:, 1:, 0]).sum(1)
+    assert green.tolist() == [int(row[3]) for row in rows]
+    first, copy = sheet[4 : 4 + size, 4 : 4 + size], sheet[4 : 4 + size, pitch + 4 : pitch + 4 + size]
+    assert np.abs(first - copy).mean() > 3  # the copies are changed
+
+
+@pytest.mark.parametrize(("epsilon", "target"), [(4, None), (2.5, "truck"), (0, None)])
+def test_adversarial(tmp_path, epsilon, target):
+    options = ("--epsilon", epsilon, "--steps", 8, "--out", "attack") + (("--target", target) if target else ())
+    output = run(EXAMPLES / "adversarial.py", CHELSEA, *options, cwd=tmp_path)
+
+    told = dict(re.findall(r"^(before|after): (.+) [\d.]+%$", output, re.MULTILINE))
+    name, before, after = re.search(r"^score of (.+): ([\d.]+)% -> ([\d.]+)%$", output, re.MULTILINE).groups()
+    norm = float(re.search(r"^L-inf norm: ([\d.]+)/255$", output, re.MULTILINE)[1])
+    change = levels(tmp_path / "attack" / "attacked.png") - levels(CHELSEA)
+    assert np.abs(change).max() == pytest.approx(norm, abs=1e-3)
+    assert norm == math.floor(epsilon)
+    assert not change[:, :60].any()  # what the preprocessing crops away is left alone
+
+    # What is in the file, read again, gives what was printed.
+    classifier = ImageClassifier.from_config("1m", "cifar10")
+    found = classifier.predict([CHELSEA, tmp_path / "attack" / "attacked.png"], top_k=10)
+    assert [each[0].label for each in found] == [told["before"], told["after"]]
+    scores = [{each.label: 100 * each.score for each in predictions}[name] for predictions in found]
+    assert scores == pytest.approx([float(before), float(after)], abs=0.02)
+    assert name == (target or told["before"])
+    if epsilon == 0:
+        assert scores[0] == pytest.approx(scores[1], abs=0.02)
+    else:
+        assert (scores[1] > 2 * scores[0]) if target else (scores[1] < scores[0] / 2)
+    succeeded = (told["after"] == name) == bool(target)
+    assert ("the attack succeeded" in output) == succeeded
+    assert ("the attack failed" in output) != succeeded
+    height, width, _ = change.shape
+    assert Image.open(tmp_path / "attack" / "sheet.png").size == (5 * width + 4 * 8, height)
+
+
+def test_multiscale_features(tmp_path):
+    sizes = [(64, 64), (40, 100)]
+    arguments = [f"{height}x{width}" for height, width in sizes]
+    output = run(EXAMPLES / "multiscale_features.py", CHELSEA, "--sizes", *arguments, "--channels", 8, cwd=tmp_path)
+
+    maps = re.findall(r"stride +(\d+): stage (\d+) x (\d+) x (\d+) +pyramid (\d+) x (\d+) x (\d+)", output)
+    expected = [
+        (stride, channels, -(-height // stride), -(-width // stride), 8, -(-height // stride), -(-width // stride))
+        for height, width in sizes
+        for stride, channels in zip((4, 8, 16, 32), (32, 64, 96, 160), strict=True)
+    ]
+    assert [tuple(map(int, numbers)) for numbers in maps] == expected
+    reached = re.findall(r"gradients reach (\d+) of (\d+)", output)
+    assert len(reached) == 2
+    assert all(some == every != "0" for some, every in reached)
+    for name, (height, width) in zip(arguments, sizes, strict=True):
+        zoom = 256 // height
+        picture = Image.open(tmp_path / "features" / f"features_{name}.png")
+        assert picture.size == (5 * zoom * width + 4 * 6, zoom * height)
+        assert len(set(picture.crop((zoom * width + 6, 0, 2 * zoom * width + 6, zoom * height)).getcolors(10**6))) > 50
+
+
+def test_feature_pyramid_hands_down_but_not_up():
+    spec = importlib.util.spec_from_file_location("multiscale_features", EXAMPLES / "multiscale_features.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    maps = [torch.rand(1, 4, side, side + 3, requires_grad=True) for side in (9, 5, 3)]
+    levels = module.FeaturePyramid((4, 4, 4), 6)(maps)
+    assert [tuple(level.shape) for level in levels] == [(1, 6, 9, 12), (1, 6, 5, 8), (1, 6, 3, 6)]
+    assert all(gradient.any() for gradient in torch.autograd.grad(levels[0].sum(), maps, retain_graph=True))
+    assert torch.autograd.grad(levels[2].sum(), maps, allow_unused=True)[0] is None
+
+
+def draw_shape(name: str, width: int, height: int, colors: list[tuple[int, ...]]) -> Image.Image:
+    """Draw a disc, stripes or a chequered board, whatever the size of the picture."""
+    image = Image.new("RGB", (width, height), colors[0])
+    draw = ImageDraw.Draw(image)
+    side = min(width, height)
+    if name == "disc":
+        box = (width / 2 - side / 3, height / 2 - side / 3, width / 2 + side / 3, height / 2 + side / 3)
+        draw.ellipse(box, fill=colors[1])
+        return image
+    cell = side // 6
+    for row in range(height // cell + 1):
+        for column in range(width // cell + 1):
+            if (row + (column if name == "board" else 0)) % 2:
+                left, top = column * cell, row * cell
+                draw.rectangle((left, top, left + cell - 1, top + cell - 1), fill=colors[1])
+    return image
+
+
+@pytest.fixture
+def shapes(tmp_path) -> Path:
+    """A folder with three classes of ten pictures, no two of the same size, in two file formats."""
+    generator = np.random.default_rng(0)
+    for name in ("board", "disc", "stripes"):
+        (tmp_path / "shapes" / name).mkdir(parents=True)
+        for number in range(10):
+            colors = [tuple(generator.integers(0, 100, 3).tolist()), tuple(generator.integers(150, 256, 3).tolist())]
+            image = draw_shape(name, 70 + 9 * number, 150 - 8 * number, colors[:: 1 if number % 2 else -1])
+            image.save(tmp_path / "shapes" / name / f"{number}.{'jpg' if number % 3 else 'png'}")
+    return tmp_path / "shapes"
+
+
+@pytest.mark.parametrize("freeze", [False, True])
+def test_finetune_folder(shapes, tmp_path, freeze):
+    options = ("--epochs", 8, "--batch-size", 8, "--out", "run") + (("--freeze-statistics",) if freeze else ())
+    output = run(EXAMPLES / "finetune_folder.py", shapes, *options, cwd=tmp_path)
+
+    assert output.startswith("3 classes, 24 pictures to train on, 6 held out\n")
+    *epochs, end = json_lines(output)
+    assert [line["epoch"] for line in epochs] == list(range(1, 9))
+    assert epochs[-1]["loss"] < 0.6 * epochs[0]["loss"]
+    assert end["train"] >= 0.9
+    assert end["held_out_best"] == max(line["held_out"] for line in epochs)
+    assert not list((tmp_path / "run").glob("*.tmp"))
+
+    # The file gives the same accuracy on the photos as they lie in the folder.
+    classifier = ImageClassifier.from_config(pretrained=tmp_path / "run" / "best.safetensors")
+    assert classifier.class_names == ("board", "disc", "stripes")
+    files = sorted(shapes.rglob("*.*g"))
+    right = [found[0].label == file.parent.name for file, found in zip(files, classifier.predict(files), strict=True)]
+    assert sum(right) / len(right) == pytest.approx((24 * end["train"] + 6 * end["held_out_best"]) / 30, abs=0.05)
+
+    # Frozen statistics stay those of the pretrained network; its weights move in either case.
+    before = TinyViT.from_config("1m", "cifar10").state_dict()
+    after = load_file(tmp_path / "run" / "last.safetensors")
+    statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
+    assert all(torch.equal(before[name], after[name]) == freeze for name in statistics)
+    assert not torch.equal(before["patch_embed.seq.0.c.weight"], after["patch_embed.seq.0.c.weight"])
+
+    if not freeze:  # the command that the example ends with, given a photo
+        program, *command = shlex.split(output.splitlines()[-1])
+        assert (program, command[-1]) == ("kornia-tinyvit", "PHOTO")
+        command[-1] = files[0]
+        start = "from kornia_tinyvit.cli import main; main()"
+        (row,) = json.loads(run("-c", start, *command, "--json", cwd=tmp_path))
+        assert row["predictions"][0]["label"] == classifier.predict(files[0])[0][0].label
+
+
+@pytest.mark.parametrize(
+    ("command", "complaint"),
+    [
+        (("adversarial.py", "--target", "unicorn"), "no class 'unicorn'"),
+        (("finetune_folder.py", "lonely"), "no class in lonely has a second picture"),
+    ],
+)
+def test_mistakes_are_told(tmp_path, command, complaint):
+    (tmp_path / "lonely" / "cat").mkdir(parents=True)
+    Image.new("RGB", (40, 40)).save(tmp_path / "lonely" / "cat" / "1.png")
+    script, *arguments = command
+    complained = run(EXAMPLES / script, *arguments, cwd=tmp_path, status=2)
+    assert complaint in complained
+    assert "Traceback" not in complained
+
+
+def write_parquet(path: Path, count: int, seed: int) -> None:
+    """Write pictures in CIFAR-10's layout whose colour tells the class."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    generator = np.random.default_rng(seed)
+    labels = [index % 10 for index in range(count)]
+    pictures = []
+    for label in labels:
+        noise = generator.integers(0, 60, (32, 32, 3))
+        file = io.BytesIO()
+        pixels = (noise + np.array([20 * label, 100, 190 - 20 * label])).astype(np.uint8)
+        Image.fromarray(pixels).save(file, "JPEG")
+        pictures.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": pictures, "label": labels}), path)
+
+
+def test_train_cifar10_goes_on_where_it_was(tmp_path):
+    pytest.importorskip("pyarrow")
+    # It holds 2,000 pictures out, whatever there are.
+    write_parquet(tmp_path / "train.parquet", 2064, seed=0)
+    write_parquet(tmp_path / "test.parquet", 40, seed=1)
+    command = (EXAMPLES / "train_cifar10.py", ".", "--out", "run", "--limit", 64, "--batch-size", 16)
+    first = json_lines(run(*command, "--epochs", 2, cwd=tmp_path))
+    assert [line.get("epoch") for line in first] == [1, 2, None]
+    state = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert state["epoch"] == 2
+
+    second = json_lines(run(*command, "--epochs", 3, cwd=tmp_path))
+    assert [line.get("epoch") for line in second] == [3, None]
+    assert second[0]["loss"] < first[1]["loss"] < first[0]["loss"]
+    later = torch.load(tmp_path / "run" / "state.pt", weights_only=True)
+    assert later["epoch"] == 3
+    steps = [int(next(iter(each["optimizer"]["state"].values()))["step"]) for each in (state, later)]
+    assert steps == [8, 12]  # the optimizer's averages went on too
+
+    exported = tmp_path / "run" / "tiny_vit_1m_cifar10.safetensors"
+    classifier = ImageClassifier.from_config(pretrained=exported)
+    assert classifier.class_names == CIFAR10
+    assert {tensor.dtype for tensor in load_file(exported).values() if tensor.is_floating_point()} == {torch.float16}
+    assert 0 <= second[-1]["test_top1"] <= 1
+    assert second[-1]["held_out_best"] == max(line["held_out"] for line in first + second if "epoch" in line)

@@ -1,0 +1,203 @@
+import copy
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import nn
+
+from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.visualization import demo_augmentations, feature_colors, overlay_heat, saliency, save_sheet
+
+
+@pytest.fixture
+def classifier(tiny) -> ImageClassifier:
+    return ImageClassifier(tiny).eval()
+
+
+class Corner(nn.Module):
+    """Two logits that read the top left corner, and the bottom right one."""
+
+    def forward(self, images):
+        weights = torch.tensor([1.0, 2.0, 3.0]).view(3, 1, 1)
+        corners = (images[..., :4, :6], images[..., -4:, -6:])
+        return torch.stack([(weights * corner).square().sum((1, 2, 3)) for corner in corners], 1)
+
+
+class TestSaliency:
+    @pytest.mark.parametrize("size", [(64, 64), (48, 90), (90, 33), (40, 1), (2, 3), (1, 1)])
+    def test_shape_and_range(self, classifier, size):
+        heat = saliency(classifier, torch.rand(2, 3, *size))
+        assert heat.shape == (2, 1, *size)
+        assert ((heat >= 0) & (heat <= 1)).all()
+        assert (heat.amax((1, 2, 3)) == 1).all()
+
+    def test_where_the_gradient_is(self):
+        images = 0.1 + 0.9 * torch.rand(2, 3, 40, 60)
+        images[0, :, :4, :6] = 1  # the first picture's larger logit is the first, the second's the second
+        images[0, :, -4:, -6:] = 0.1
+        images[1, :, :4, :6] = 0.1
+        images[1, :, -4:, -6:] = 1
+        heat = saliency(Corner(), images)
+        assert heat[0, 0, 1, 1] == 1
+        assert heat[1, 0, -2, -2] == 1
+        for picture, top, left in ((heat[0, 0], 0, 0), (heat[1, 0], 34, 52)):
+            elsewhere = torch.ones(40, 60, dtype=torch.bool)
+            elsewhere[top : top + 6, left : left + 8] = False  # two pixels of blur around the corner
+            assert (picture[elsewhere] == 0).all()
+
+    def test_classes(self):
+        images = torch.rand(2, 3, 40, 60)
+        heat = saliency(Corner(), images, torch.tensor([1, 0]))
+        assert heat[0, 0, :10].max() == 0 < heat[0, 0, -4:].max()
+        assert heat[1, 0, -10:].max() == 0 < heat[1, 0, :4].max()
+
+    def test_largest_over_channels_and_blur(self):
+        images = torch.full((1, 3, 200, 200), 0.5)
+        narrow, wide = (saliency(Corner(), images, torch.tensor([0]), blur)[0, 0] for blur in (0.01, 0.05))
+        assert 40 < (narrow > 0).sum() < (wide > 0).sum()
+
+    def test_no_gradient(self):
+        heat = saliency(lambda x: x.sum((2, 3)) * 0, torch.rand(1, 3, 8, 8))
+        assert (heat == 0).all()
+
+    def test_sign_does_not_matter(self):
+        heat = saliency(lambda x: -x.sum((2, 3)), torch.rand(1, 3, 8, 8))
+        torch.testing.assert_close(heat, torch.ones(1, 1, 8, 8))
+
+    def test_leaves_no_trace(self, classifier, images):
+        with torch.no_grad():
+            expected = saliency(classifier, images)
+        assert not images.requires_grad
+        assert not expected.requires_grad
+        assert all(parameter.grad is None for parameter in classifier.parameters())
+        assert torch.equal(saliency(classifier, images), expected)
+
+
+class TestFeatureColors:
+    @pytest.mark.parametrize("shape", [(2, 24, 8, 6), (1, 3, 5, 5), (1, 32, 2, 2), (3, 7, 1, 4), (1, 9, 1, 1)])
+    def test_shape_and_range(self, shape):
+        torch.manual_seed(0)
+        features = torch.randn(shape)
+        colors = feature_colors(features)
+        assert colors.shape == (shape[0], 3, *shape[2:])
+        assert ((colors >= 0) & (colors <= 1)).all()
+        assert torch.equal(feature_colors(features.clone()), colors)
+
+    def test_components(self):
+        torch.manual_seed(0)
+        features = torch.randn(2, 12, 9, 9) * torch.linspace(5, 1, 12).view(-1, 1, 1)
+        cells = features.movedim(1, -1).reshape(-1, 12).double().numpy()
+        _, vectors = np.linalg.eigh(np.cov(cells.T))
+        colors = feature_colors(features)
+        for number in range(3):
+            axis = vectors[:, -1 - number]
+            axis = axis * np.sign(axis[np.abs(axis).argmax()])
+            plain = torch.from_numpy((cells - cells.mean(0)) @ axis).view(2, 81)
+            shown = colors[:, number].flatten(1)
+            inside = (shown > 0) & (shown < 1)
+            assert inside.float().mean() > 0.9
+            for ours, theirs, mask in zip(shown.double(), plain, inside, strict=True):
+                assert torch.corrcoef(torch.stack([ours[mask], theirs[mask]]))[0, 1] > 0.9999  # and so of one sign
+
+    def test_signs_do_not_depend_on_the_order_of_cells(self):
+        torch.manual_seed(0)
+        features = torch.randn(1, 12, 8, 8) * torch.linspace(5, 1, 12).view(-1, 1, 1)
+        colors = feature_colors(features)
+        for dim in (2, 3):
+            torch.testing.assert_close(feature_colors(features.flip(dim)), colors.flip(dim), rtol=1e-3, atol=1e-3)
+
+    def test_constant(self):
+        assert (feature_colors(torch.ones(1, 8, 4, 4)) == 0).all()
+
+    def test_half_precision_and_gradients(self):
+        features = torch.randn(1, 8, 4, 4, dtype=torch.float16, requires_grad=True)
+        colors = feature_colors(features)
+        assert colors.dtype == torch.float32
+        assert not colors.requires_grad
+
+
+class TestOverlay:
+    def test_heat_covers_the_grey(self):
+        images = torch.rand(2, 3, 8, 10)
+        heat = torch.zeros(2, 1, 8, 10)
+        heat[..., 5:] = 1
+        laid = overlay_heat(images, heat)
+        assert laid.shape == images.shape
+        assert ((laid >= 0) & (laid <= 1)).all()
+        grey = images.mean(1, keepdim=True).expand_as(images) * 0.6
+        torch.testing.assert_close(laid[..., :5], grey[..., :5])
+        color = (laid - 0.25 * grey)[..., 5:] / 0.75
+        torch.testing.assert_close(color, color[:1, :, :1, :1].expand_as(color))
+        assert color.std(1).mean() > 0.1  # a colour, and no grey
+        torch.testing.assert_close(overlay_heat(images, heat, opacity=0.0), grey)
+
+
+class TestDemoAugmentations:
+    def test_always_change_a_picture(self):
+        image = read_image(ASSETS / "photos" / "horse.png")[None]
+        changed = [view(image) for view in demo_augmentations().values()]
+        assert len(changed) == 3
+        for number, view in enumerate(changed):
+            assert view.shape == image.shape
+            for other in [image, *changed[:number]]:
+                assert (view - other).abs().mean() > 0.01
+
+    def test_alike_with_a_seed(self):
+        image = torch.rand(1, 3, 40, 40)
+        results = []
+        for _ in range(2):
+            torch.manual_seed(0)
+            results.append([view(image) for view in demo_augmentations().values()])
+        for first, second in zip(*results, strict=True):
+            assert torch.equal(first, second)
+
+
+class TestSheet:
+    @pytest.mark.parametrize("size", [(60, 100), (100, 60), (64, 64), (8, 8), (3, 120), (120, 3)])
+    def test_sizes(self, classifier, tmp_path, size):
+        path = tmp_path / "new folder" / "sheet.png"
+        image = torch.rand(3, *size)
+        found = save_sheet(path, classifier, image, "A photo")
+        expected = classifier.predict(image)[0]
+        assert [each.label for each in found] == [each.label for each in expected]
+        assert [each.score for each in found] == pytest.approx([each.score for each in expected], rel=1e-3)
+        sheet = Image.open(path)
+        assert (sheet.format, sheet.mode) == ("PNG", "RGB")
+        high = round(232 * min(max(size[0] / size[1], 0.7), 1.5))
+        assert sheet.size == (12 + 5 * 244, 48 + 2 * (high + 36))
+
+    def test_shows_the_photo_and_the_stages(self, classifier, tmp_path):
+        image = torch.tensor([0.9, 0.1, 0.2]).view(3, 1, 1).expand(3, 60, 60).clone()
+        save_sheet(tmp_path / "sheet.png", classifier, image, "Red", top_k=2)
+        sheet = np.array(Image.open(tmp_path / "sheet.png")).astype(int)
+        first = sheet[48 : 48 + 232, 12 : 12 + 232]
+        assert np.abs(first - np.array([229.5, 25.5, 51])).max() <= 1
+        columns = [sheet[:, 12 + 244 * number : 244 + 244 * number] for number in range(5)]
+        for column in columns:
+            for row in (column[48:280], column[316:548]):
+                assert (row != 255).any()
+        assert (sheet[:, :12] == 255).all()
+
+    def test_own_views(self, classifier, tmp_path):
+        path = tmp_path / "sheet.png"
+        save_sheet(path, classifier, torch.rand(3, 40, 40), "Two", views={"same": nn.Identity()}, top_k=3)
+        assert Image.open(path).size[0] == 12 + 5 * 244  # the row of stages is the longer one
+        views = {str(number): nn.Identity() for number in range(6)}
+        save_sheet(path, classifier, torch.rand(3, 40, 40), "Many", views=views)
+        assert Image.open(path).size[0] == 12 + 8 * 244
+
+    def test_leaves_a_network_in_training_as_it_was(self, classifier, tmp_path):
+        image = torch.rand(3, 40, 40)
+        torch.manual_seed(0)
+        expected = save_sheet(tmp_path / "a.png", classifier, image, "")
+        state = copy.deepcopy(classifier.state_dict())
+        classifier.train()
+        torch.manual_seed(0)
+        assert save_sheet(tmp_path / "b.png", classifier, image, "") == expected
+        assert all(module.training for module in classifier.modules())
+        for name, tensor in classifier.state_dict().items():
+            assert torch.equal(tensor, state[name])
+        assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
