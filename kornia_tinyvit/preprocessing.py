@@ -35,6 +35,7 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+_ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that away would stop the gradient there
 SQUARE_FROM = 384  # from this size on the originals squeeze the whole picture into the square
 
 
@@ -163,7 +164,7 @@ class EvaluationPipeline(nn.Module):
         return normalize(self.resize_and_crop(images), self.mean.to(images), self.std.to(images))
 
     def resize_and_crop(self, images: Tensor) -> Tensor:
-        """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1]."""
+        """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
         size = self.img_size
         if self.crop_fraction is None:
             return _resize(images, size, size)
@@ -197,7 +198,8 @@ def _resize(images: Tensor, height: int, width: int) -> Tensor:
     resized = images if images.dtype in (torch.float32, torch.float64) else images.float()
     for size in (halfway, (height, width)):
         if tuple(resized.shape[-2:]) != size:
-            resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False).clamp(0, 1)
+            resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False)
+            resized = resized.clamp(-_ROUNDING, 1 + _ROUNDING)
     return resized.to(images.dtype)
 
 

@@ -128,7 +128,8 @@ class TestPredict:
         for row, predictions in zip(scores, found, strict=True):
             assert [each.index for each in predictions] == row.argsort(descending=True).tolist()
             assert [each.label for each in predictions] == [NAMES[each.index] for each in predictions]
-            assert [each.score for each in predictions] == pytest.approx(row.sort(descending=True).values.tolist())
+            expected = row.sort(descending=True).values.tolist()
+            assert [each.score for each in predictions] == pytest.approx(expected, rel=1e-4)
             assert sum(each.score for each in predictions) == pytest.approx(1)
 
     @pytest.mark.parametrize(("top_k", "count"), [(1, 1), (3, 3), (7, 7), (100, 7)])

@@ -45,7 +45,7 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         self.class_names: tuple[str, ...] | None = None
         self._pictures: list[Path] | list[bytes]
         if path.is_dir():
-            self.class_names = tuple(sorted(entry.name for entry in path.iterdir() if entry.is_dir()))
+            self.class_names = tuple(sorted(entry.name for entry in path.iterdir() if _is_class(entry)))
             known = Image.registered_extensions()
             files = [
                 (file, label)
@@ -66,6 +66,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
     def __getitem__(self, index: int) -> tuple[Tensor, int]:
         picture = self._pictures[index]
         return read_image(io.BytesIO(picture) if isinstance(picture, bytes) else picture), self.labels[index]
+
+
+def _is_class(entry: Path) -> bool:
+    return entry.is_dir() and not entry.name.startswith(".")  # tools leave hidden folders behind
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
