@@ -10,7 +10,7 @@ demo: $(VENV)/.core
 	@echo "The sheets are in demo/: open them in any picture viewer."
 
 test: setup lint
-	OMP_NUM_THREADS=2 $(BIN)/python -m pytest --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: setup
 	$(BIN)/ruff check .

@@ -75,7 +75,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
-    parser.add_argument("--epochs", type=int, default=40)
+    parser.add_argument("--epochs", type=int, default=26)
+    parser.add_argument("--mild-epochs", type=int, default=6, help="last epochs with mild augmentation")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
@@ -96,6 +97,8 @@ def main() -> None:
     averaged = AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay))
     augment = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small")
+    # Towards the end the pictures become what they will be in the test: whole and nearly in the middle.
+    mild = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small", crop_scale=(0.75, 1.0), erasing=0.0)
     steps_per_epoch = len(labels) // args.batch_size
     steps = steps_per_epoch * args.epochs
 
@@ -114,7 +117,8 @@ def main() -> None:
         order = torch.randperm(len(labels))
         for step in range(steps_per_epoch):
             rows = order[step * args.batch_size : (step + 1) * args.batch_size]
-            inputs, targets = augment(pictures[rows].float() / 255, labels[rows])
+            change = augment if epoch < args.epochs - args.mild_epochs else mild
+            inputs, targets = change(pictures[rows].float() / 255, labels[rows])
             loss = F.cross_entropy(model(inputs), targets)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps_per_epoch + step, steps, args.lr)
