@@ -42,7 +42,7 @@ def read_split(path: Path) -> tuple[Tensor, Tensor]:
 def accuracy(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> float:
     """Return the share of pictures whose most likely class is their label."""
     model.eval()
-    prepare = EvaluationPipeline(IMG_SIZE, crop_fraction=1.0)
+    prepare = EvaluationPipeline(IMG_SIZE)
     right = 0
     for start in range(0, len(labels), 250):
         logits = model(prepare(pictures[start : start + 250].float() / 255))

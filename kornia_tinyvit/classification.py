@@ -200,7 +200,6 @@ class ImageClassifier(nn.Module):
 
 def _evaluation(config: TinyViTConfig) -> EvaluationPipeline:
     """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
-    small = config.img_size < 224  # small pictures have no border to crop away
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD
     if config.in_chans == 1:
@@ -208,7 +207,6 @@ def _evaluation(config: TinyViTConfig) -> EvaluationPipeline:
     channels = range(config.in_chans)
     return EvaluationPipeline(
         config.img_size,
-        crop_fraction=1.0 if small else "auto",
         mean=tuple(mean[channel % len(mean)] for channel in channels),
         std=tuple(std[channel % len(std)] for channel in channels),
     )
