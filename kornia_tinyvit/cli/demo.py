@@ -25,14 +25,14 @@ def demo(
     pretrained: Pretrained = None,
     device: Device = "cpu",
 ) -> None:
-    """Classify photos and draw, for each, a sheet of what the network sees; works without a network."""
+    """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees."""
     torch.manual_seed(0)  # one view has noise
     if not photos:
         photos = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
     sheets = [out / f"{photo.stem}.png" for photo in photos]
     if len({path.resolve() for path in (*photos, *sheets)}) < 2 * len(photos):
         raise ValueError(f"A sheet in {out} would replace a photo or another sheet; rename photos or change --out.")
-    classifier = build_classifier(variant, pretrained, device)
+    classifier = build_classifier(variant, pretrained, device, tta=True)
     views = demo_augmentations()
     table = Table("photo", "class", "score", "second", "score", "sheet")
     for photo, sheet in zip(photos, sheets, strict=True):
