@@ -39,7 +39,7 @@ class TestForward:
     def test_batch(self, classifier, images):
         logits = classifier(images)
         assert logits.shape == (2, 7)
-        torch.testing.assert_close(logits, classifier.model(EvaluationPipeline(64, 1.0)(images)))
+        torch.testing.assert_close(logits, classifier.model(EvaluationPipeline(64, 15 / 16)(images)))
 
     def test_list_of_sizes(self, classifier, pictures):
         together = classifier(pictures)
@@ -52,7 +52,7 @@ class TestForward:
         with pytest.raises(ValueError, match=r"empty list of pictures; an empty batch is a tensor \(0, C, H, W\)"):
             classifier([])
 
-    @pytest.mark.parametrize(("size", "fraction"), [(64, 1.0), (223, 1.0), (224, 0.875), (384, None)])
+    @pytest.mark.parametrize(("size", "fraction"), [(64, 15 / 16), (223, 15 / 16), (224, 0.875), (384, None)])
     def test_preprocessing_follows_the_resolution(self, size, fraction):
         preprocessing = ImageClassifier(TinyViT(**TINY | {"img_size": size})).preprocessing
         assert (preprocessing.img_size, preprocessing.crop_fraction) == (size, fraction)

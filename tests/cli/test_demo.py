@@ -28,7 +28,8 @@ class TestDemo:
         out = tmp_path / "sheets" / "new"
         rows = cells(run("demo", str(photo), str(PHOTOS / "horse.png"), "--out", str(out), "--pretrained", weights))
         assert [row[0] for row in rows] == ["odd[name].jpg", "horse.png"]
-        found = ImageClassifier.from_config(pretrained=weights).predict([photo, PHOTOS / "horse.png"])
+        classifier = ImageClassifier.from_config(pretrained=weights, views=ImageClassifier.DEFAULT_VIEWS)
+        found = classifier.predict([photo, PHOTOS / "horse.png"])
         for row, (first, second, *_) in zip(rows, found, strict=True):
             assert row[1:5] == [first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}"]
             assert Image.open(row[5]).format == "PNG"
