@@ -120,8 +120,8 @@ class EvaluationPipeline(nn.Module):
     Args:
         img_size: side in pixels of the square that comes out.
         crop_fraction: share of the resized short side that the crop keeps, in (0, 1]; ``None`` resizes the whole
-            picture to the square whatever its aspect ratio; ``"auto"`` is the
-            originals' choice for the size, and 15/16 below 224 pixels, which they do not cover.
+            picture to the square whatever its aspect ratio; ``"auto"`` is the originals' choice for the size, and
+            15/16 below 224 pixels, which they do not cover.
         mean: channel means to subtract, for values in [0, 1].
         std: channel deviations to divide by.
 

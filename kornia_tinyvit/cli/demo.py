@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, parse_device
+from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier
 from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_sheet
 
@@ -36,7 +36,7 @@ def demo(
     views = demo_augmentations()
     table = Table("photo", "class", "score", "second", "score", "sheet")
     for photo, sheet in zip(photos, sheets, strict=True):
-        image = read_image(photo).to(parse_device(device))
+        image = read_image(photo).to(device)
         first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
         table.add_row(photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", str(sheet))
     Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup
