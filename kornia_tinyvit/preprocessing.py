@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -25,8 +27,11 @@ __all__ = [
     "TrainingPipeline",
     "TrainingPreset",
     "check_images",
+    "find_preset",
     "read_image",
+    "read_pixels",
     "to_image",
+    "to_pixels",
 ]
 
 #: Channel statistics of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
@@ -35,6 +40,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# What Pillow's readers raise for files that are damaged or no pictures.
+_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 _ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that away would stop the gradient there
 # Random crops show things larger than they are in whole pictures; a small border cut off in the test makes up for that
 # (arXiv:1906.06423). On CIFAR-10 at 64 pixels this is worth 0.9 points of top-1.
@@ -81,12 +88,34 @@ def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
         FileNotFoundError: if there is no such file.
         ValueError: if it is no picture, or is damaged.
     """
+    return _read(path, channels, to_image)
+
+
+def read_pixels(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
+    """Read a picture file as :func:`read_image` does, into a quarter of the memory.
+
+    Args:
+        path: the file, or an open one.
+        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+
+    Returns:
+        The picture :math:`(C, H, W)`, uint8 in [0, 255].
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no picture, or is damaged.
+    """
+    return _read(path, channels, to_pixels)
+
+
+def _read(path: str | Path | BinaryIO, channels: int, convert: Callable[[Image.Image, int], Tensor]) -> Tensor:
     try:
         with Image.open(path) as image:
-            return to_image(ImageOps.exif_transpose(image), channels)
+            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies pictures that are upright already
+            return convert(image, channels)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no picture {path}.") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+    except _UNREADABLE as error:
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
 
 
@@ -100,14 +129,41 @@ def to_image(image: Image.Image, channels: int = 3) -> Tensor:
     Raises:
         ValueError: if there is no mode of that many channels.
     """
+    return _deep_levels(image, channels) if _is_deep(image) else to_pixels(image, channels).float() / 255
+
+
+def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
+    """Turn a PIL image into a tensor :math:`(C, H, W)`, uint8 in [0, 255]; 16 bits a pixel are rounded to 8.
+
+    Args:
+        image: the image, in any mode.
+        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+
+    Raises:
+        ValueError: if there is no mode of that many channels.
+    """
+    if _is_deep(image):
+        return (_deep_levels(image, channels) * 255).round().to(torch.uint8)
+    mode = _mode(channels)
+    return image_to_tensor(np.array(image if image.mode == mode else image.convert(mode)))
+
+
+def _mode(channels: int) -> str:
     if channels not in _MODES:
         raise ValueError(f"A picture file has 1, 3 or 4 channels, not {channels}; pass tensors instead.")
-    if image.mode.startswith("I"):  # 16 bits a pixel; converting it would clip everything above 255
-        levels = np.asarray(image, dtype=np.float32) / 65535
-        picture = torch.from_numpy(levels).clamp(0, 1).expand(channels, *levels.shape).clone()
-        picture[3:] = 1  # opaque
-        return picture
-    return image_to_tensor(np.array(image.convert(_MODES[channels]))).float() / 255
+    return _MODES[channels]
+
+
+def _is_deep(image: Image.Image) -> bool:
+    return image.mode.startswith("I")  # 16 bits a pixel; converting it would clip everything above 255
+
+
+def _deep_levels(image: Image.Image, channels: int) -> Tensor:
+    _mode(channels)
+    levels = np.asarray(image, dtype=np.float32) / 65535
+    picture = torch.from_numpy(levels).clamp(0, 1).expand(channels, *levels.shape).clone()
+    picture[3:] = 1  # opaque
+    return picture
 
 
 class EvaluationPipeline(nn.Module):
@@ -227,6 +283,7 @@ class TrainingPreset:
         erasing: probability of erasing a rectangle, which becomes the mean colour.
         mixup: parameter of mixup's Beta distribution; 0 leaves it out.
         cutmix: parameter of cutmix's Beta distribution; 0 leaves it out. With both, each batch draws one of them.
+        mix_probability: probability that a batch (here) or a pair (in a replayed augmentation) is mixed at all.
         label_smoothing: share of the target that is spread over all classes.
     """
 
@@ -238,6 +295,7 @@ class TrainingPreset:
     erasing: float = 0.25
     mixup: float = 0.0
     cutmix: float = 0.0
+    mix_probability: float = 1.0
     label_smoothing: float = 0.1
 
 
@@ -249,6 +307,29 @@ TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "distill": TrainingPreset(label_smoothing=0.0),
     "small": TrainingPreset(crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), policy=None, color_jitter=0.2, erasing=0.4),
 }
+
+
+def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPreset:
+    """Return a preset by its name, with fields replaced.
+
+    Args:
+        preset: a name of :data:`TRAINING_PRESETS` or a :class:`TrainingPreset`.
+        **changes: fields to replace.
+
+    Raises:
+        ValueError: if the preset, its policy or a field is unknown.
+    """
+    if isinstance(preset, str):
+        if preset not in TRAINING_PRESETS:
+            raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(TRAINING_PRESETS)}.")
+        preset = TRAINING_PRESETS[preset]
+    unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(preset)})
+    if unknown:
+        raise ValueError(f"TrainingPreset has no field {', '.join(unknown)}.")
+    preset = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
+    if preset.policy not in (None, "rand", "trivial"):
+        raise ValueError(f"policy must be 'rand', 'trivial' or None; got {preset.policy!r}.")
+    return preset
 
 
 class TrainingPipeline(nn.Module):
@@ -285,16 +366,7 @@ class TrainingPipeline(nn.Module):
         **changes: object,
     ) -> None:
         super().__init__()
-        if isinstance(preset, str):
-            if preset not in TRAINING_PRESETS:
-                raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(TRAINING_PRESETS)}.")
-            preset = TRAINING_PRESETS[preset]
-        unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(preset)})
-        if unknown:
-            raise ValueError(f"TrainingPreset has no field {', '.join(unknown)}.")
-        self.preset = preset = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
-        if preset.policy not in (None, "rand", "trivial"):
-            raise ValueError(f"policy must be 'rand', 'trivial' or None; got {preset.policy!r}.")
+        self.preset = preset = find_preset(preset, **changes)
         self.num_classes = num_classes
         self.augment = _augmentations(img_size, preset, mean, std)
         self.mixers = nn.ModuleList()
@@ -326,7 +398,7 @@ class TrainingPipeline(nn.Module):
         images = self.augment(images)
         first = second = labels
         share = images.new_zeros(len(labels))
-        if len(self.mixers) and len(labels):
+        if len(self.mixers) and len(labels) and torch.rand(()) < self.preset.mix_probability:
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             images, mixed = mixer(images, labels)
             first, second, share = mixed.view(-1, 3).unbind(1)

@@ -10,7 +10,9 @@ from functools import cache
 from importlib import resources
 from pathlib import Path
 
+import torch
 from kornia.core.download import hf_url
+from torch import Tensor
 
 from kornia_tinyvit.config import TinyViTConfig, resolve_window_sizes
 
@@ -20,6 +22,7 @@ __all__ = [
     "PretrainedWeights",
     "default_weights",
     "find_weights",
+    "imagenet_1k_in_22k",
     "imagenet_classes",
     "list_pretrained",
 ]
@@ -87,6 +90,21 @@ class PretrainedWeights:
 def imagenet_classes() -> tuple[str, ...]:
     """Return the names of the 1000 classes of ImageNet-1k, in the order of the logits."""
     return tuple((ASSETS / "imagenet_1k_classes.txt").read_text(encoding="utf-8").splitlines())
+
+
+def imagenet_1k_in_22k() -> Tensor:
+    """Return where the classes of ImageNet-1k stand among the 21841 of ImageNet-22k: :math:`(1000,)`, int64.
+
+    Both lists are sorted by WordNet's identifiers, as the published heads are. Class 850, the teddy bear (n04399382),
+    is not in ImageNet-22k and has -1. The positions follow from timm's lists of the identifiers and agree with
+    ``imagenet_1kto22k.txt`` of the originals (microsoft/Cream).
+
+    Example:
+        >>> imagenet_1k_in_22k()[:3]  # tench, goldfish, great white shark
+        tensor([359, 368, 460])
+    """
+    lines = (ASSETS / "imagenet_22k_to_1k.txt").read_text(encoding="utf-8").split()
+    return torch.tensor([int(line) for line in lines])
 
 
 def _published(

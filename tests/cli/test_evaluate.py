@@ -1,16 +1,17 @@
 import io
 import json
 import shutil
+from collections import Counter
 
 import pytest
 import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit import ImageClassifier, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.training.data import LabelledImages
-from tests.cli.test_classify import CIFAR, error_of, make_weights, run
+from tests.cli.test_classify import CIFAR, cells, error_of, make_weights, run
 
 FOLDERS = ("truck", "cat", "frog")
 
@@ -98,6 +99,135 @@ class TestFolder:
         data = LabelledImages(folder)
         report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json"))
         assert report == {"pictures": 12, **expected_accuracy(weights, data, data.labels)}
+
+
+class TestMeasures:
+    """The other numbers that the command tells when asked."""
+
+    def answers(self, weights, folder):
+        """The classes of the pictures and what the network takes them for, by name."""
+        classifier = ImageClassifier.from_config(pretrained=weights)
+        data = LabelledImages(folder)
+        found = classifier.predict([data[number][0] for number in range(len(data))], top_k=1)
+        return [data.class_names[label] for label in data.labels], [row[0].label for row in found], found
+
+    def report(self, weights, folder, *options):
+        return json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json", *options))
+
+    def test_per_class(self, weights, folder, truth):
+        labels, answers, _ = self.answers(weights, folder)
+        rows = self.report(weights, folder, "--per-class")["per_class"]
+        assert [row["class"] for row in rows] == [name for name in CIFAR if name in labels]
+        for row in rows:
+            own = [answer for label, answer in zip(labels, answers, strict=True) if label == row["class"]]
+            assert row["pictures"] == len(own)
+            assert row["top1"] == round(100 * own.count(row["class"]) / len(own), 2)
+        printed = cells(run("evaluate", str(folder), "--pretrained", weights, "--per-class").replace("  ", "│"))
+        for row in rows:
+            wanted = [row["class"], str(row["pictures"]), f"{row['top1']:.2f}"]
+            assert wanted in [[cell for cell in line if cell] for line in printed]
+
+    def test_confusion(self, weights, folder, truth):
+        labels, answers, _ = self.answers(weights, folder)
+        pairs = Counter(pair for pair in zip(labels, answers, strict=True) if pair[0] != pair[1])
+        rows = self.report(weights, folder, "--confusion")["confusion"]
+        assert {(row["class"], row["taken_for"]): row["pictures"] for row in rows} == dict(pairs)
+        assert [row["pictures"] for row in rows] == sorted(pairs.values(), reverse=True)
+        output = run("evaluate", str(folder), "--pretrained", weights, "--confusion").strip().splitlines()
+        assert output[1] == f"{rows[0]['class']} taken for {rows[0]['taken_for']}: {rows[0]['pictures']}"
+        assert len(output) == 1 + len(rows)
+
+    def test_calibration(self, weights, folder, truth):
+        labels, answers, found = self.answers(weights, folder)
+        bins = {}
+        for label, answer, row in zip(labels, answers, found, strict=True):
+            bins.setdefault(int(row[0].score * 15), []).append(row[0].score - (label == answer))
+        error = 100 * sum(abs(sum(gaps)) for gaps in bins.values()) / len(labels)
+        calibration = self.report(weights, folder, "--calibration")["calibration"]
+        assert calibration["error"] == pytest.approx(error, abs=0.01)
+        assert [each["pictures"] for each in calibration["bins"]] == [len(bins[key]) for key in sorted(bins)]
+        output = run("evaluate", str(folder), "--pretrained", weights, "--calibration")
+        assert f"expected calibration error {calibration['error']:.2f} %" in output
+
+    def test_features_of_training_data(self, weights, photos, tmp_path):
+        """Three kinds of pictures that a network with any weights tells apart."""
+        for split, shift in (("train", 0), ("test", 7)):
+            for number, name in enumerate(("cat", "dog", "frog")):
+                (tmp_path / split / name).mkdir(parents=True)
+                for copy in range(3):
+                    shades = [20 + shift + copy] * 3
+                    shades[number] = 230 - shift
+                    Image.new("RGB", (64, 64), tuple(shades)).save(tmp_path / split / name / f"{copy}.png")
+        (tmp_path / "train" / "ant").mkdir()  # moves the training data's indices
+        options = ("--knn", str(tmp_path / "train"), "--linear", str(tmp_path / "train"))
+        report = self.report(weights, tmp_path / "test", *options)
+        assert (report["knn"], report["linear"]) == (100, 100)
+        (tmp_path / "test" / "cat").rename(tmp_path / "cats")
+        (tmp_path / "test" / "dog").rename(tmp_path / "test" / "cat")
+        (tmp_path / "cats").rename(tmp_path / "test" / "dog")
+        report = self.report(weights, tmp_path / "test", *options)
+        assert (report["knn"], report["linear"]) == (33.33, 33.33)
+        output = run("evaluate", str(tmp_path / "test"), "--pretrained", weights, "--linear", str(tmp_path / "train"))
+        assert "linear classifier on the features: top-1 33.33 %" in output
+        assert "nearest" not in output
+
+    def test_training_data_without_a_class(self, weights, folder, tmp_path, capfd, monkeypatch):
+        shutil.copytree(folder / "cat", tmp_path / "train" / "cat")
+        options = ("--pretrained", weights, "--json", "--knn", str(tmp_path / "train"))
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
+        assert "The training data has no classes frog, truck" in error
+
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_broken_pictures_are_skipped(self, weights, folder, truth, workers):
+        broken = folder / "cat" / "a.png"
+        broken.write_bytes(b"nothing")
+        (folder / "truck" / "b.png").write_bytes(b"")
+        options = ("--on-broken", "skip", "--workers", workers, "--knn", str(folder))
+        report = self.report(weights, folder, *options)
+        assert sorted(report.pop("broken")) == ["cat/a.png", "truck/b.png"]
+        report.pop("knn")
+        output = run("evaluate", str(folder), "--pretrained", weights, *options, "--batch-size", "1")
+        assert "\n2 could not be read and were left out: " in output
+        broken.unlink()
+        (folder / "truck" / "b.png").unlink()
+        assert report == self.report(weights, folder)
+        assert report["pictures"] == 12
+
+    def test_nothing_but_broken_pictures(self, weights, folder, capfd, monkeypatch):
+        for path in folder.rglob("*.png"):
+            path.write_bytes(b"nothing")
+        options = ("--pretrained", weights, "--json", "--on-broken", "skip")
+        assert "No pictures were evaluated" in error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
+
+
+class TestImageNet22k:
+    @pytest.fixture
+    def large(self, tiny, tmp_path) -> str:
+        """A network that takes every picture for the class 281 of ImageNet-1k, a tabby, or for one outside of it."""
+        tiny.reset_classifier(21841)
+        torch.nn.init.zeros_(tiny.head.weight)
+        torch.nn.init.zeros_(tiny.head.bias)
+        with torch.no_grad():
+            tiny.head.bias[2397] = 5
+            tiny.head.bias[2399] = 9
+        return str(save_checkpoint(tiny, tmp_path / "large.safetensors"))
+
+    def test_classes_of_imagenet_1k(self, large, photos, tmp_path):
+        for name in ("tabby", "goldfish"):
+            (tmp_path / "data" / name).mkdir(parents=True)
+            photos[0].save(tmp_path / "data" / name / "1.png")
+        output = CliRunner().invoke(app, ["evaluate", str(tmp_path / "data"), "--pretrained", large, "--confusion"])
+        assert output.exit_code == 0, output.output
+        assert "2 pictures: top-1 50.00 %" in output.stdout
+        assert "goldfish taken for tabby: 1" in output.stdout
+        assert "taking the 1000 of ImageNet-1k" in output.stderr
+
+    def test_names_of_the_network_come_first(self, large, photos, tmp_path, capfd, monkeypatch):
+        (tmp_path / "data" / "class 2399").mkdir(parents=True)
+        photos[0].save(tmp_path / "data" / "class 2399" / "1.png")
+        arguments = ("evaluate", str(tmp_path / "data"), "--pretrained", large, "--json")
+        assert json.loads(run(*arguments))["top1"] == 100
+        assert "--confusion takes up to 2048" in error_of(capfd, monkeypatch, *arguments, "--confusion")
 
 
 class TestParquet:
