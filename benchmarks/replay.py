@@ -1,0 +1,100 @@
+"""What replayable augmentation costs, and how exactly it repeats without SIMD instructions.
+
+python benchmarks/replay.py [--photos FOLDER]
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kornia_tinyvit.distillation import ReplayableAugmentation
+from kornia_tinyvit.distillation.augmentation import _crop_box
+from kornia_tinyvit.preprocessing import read_pixels
+
+BATCH, SIZE, RUNS = 128, 224, 7
+
+
+def median_ms(work: Callable[[], object]) -> float:
+    """Return the median time of a call in milliseconds a sample."""
+    times = []
+    for _ in range(RUNS):
+        start = time.perf_counter()
+        work()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times) * 1000 / BATCH
+
+
+def load_photos(folder: Path | None) -> list[torch.Tensor]:
+    """Return 8-bit pictures: photos of a folder, or noise of a photo's size."""
+    if folder is None:
+        random = torch.Generator().manual_seed(0)
+        return [torch.randint(256, (3, 480, 640), dtype=torch.uint8, generator=random) for _ in range(8)]
+    return [read_pixels(path) for path in sorted(folder.rglob("*.jpg"))[:BATCH]]
+
+
+def augment(photos: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
+    """Return the pixels and checksums of a batch of the recipe of ImageNet-1k."""
+    module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
+    draws = module.draw(0, module.order.permutation(0))
+    crops = torch.stack([module.crop(photos[row % len(photos)], draws, row) for row in range(BATCH)])
+    return module(crops, draws), draws.checksums().tolist()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, default=None, help="folder of JPEG photos; noise without it")
+    parser.add_argument("--save", type=Path, default=None, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    photos = load_photos(args.photos)
+    if args.save is not None:
+        torch.save(augment(photos), args.save)
+        return
+    threads = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    print(f"{datetime.date.today()}  {threads}, numpy {np.__version__}, Python {platform.python_version()}")
+    print(f"recipe in1k (mixup and cutmix), batch {BATCH}, {SIZE} pixels, milliseconds a sample, median of {RUNS}")
+    module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
+    order = module.order.permutation(0)
+    draws = module.draw(0, order)
+
+    def cut() -> list[torch.Tensor]:
+        return [module.crop(photos[row % len(photos)], draws, row) for row in range(BATCH)]
+
+    crops = torch.stack(cut())
+    works: dict[str, Callable[[], object]] = {
+        "draw all parameters": lambda: module.draw(0, order),
+        "crop boxes of photos": lambda: [_crop_box(tries, 480, 640, module.preset) for tries in draws.crop],
+        "checksums": draws.checksums,
+        "cut and resize": cut,
+        "pixels on this device": lambda: module(crops, draws),
+    }
+    for name, work in works.items():
+        print(f"  {name:24} {median_ms(work):8.4f}")
+    with tempfile.TemporaryDirectory() as folder:
+        results = []
+        for capability in ("avx2", "default"):
+            file = Path(folder) / capability
+            command = [sys.executable, __file__, "--save", str(file)]
+            command += [] if args.photos is None else ["--photos", str(args.photos)]
+            subprocess.run(command, check=True, env={**os.environ, "ATEN_CPU_CAPABILITY": capability})
+            results.append(torch.load(file))
+    (pixels, sums), (other, other_sums) = results
+    differ = ((pixels - other).abs() > 1e-3).float().mean()
+    equal = "equal" if sums == other_sums else "DIFFER"
+    print(f"AVX2 against no SIMD: parameters {equal}, pixels that differ by more than 0.001: {differ:.2e} of all")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,143 @@
+"""Random numbers that are a pure function of what they are for: a seed, a sample, an epoch and a purpose."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["EpochOrder", "keyed_words", "philox"]
+
+# Multipliers and key increments of Philox 4x32 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+_ROUNDS = 10
+_LOW = np.uint64(0xFFFFFFFF)
+_HIGH = np.uint64(32)
+_CHUNK = 1 << 18  # samples whose words are drawn at once, which bounds the memory of large data sets
+_ORDER_STREAM = 0  # the streams of the augmentation begin at 1
+
+
+def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:
+    """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011), on many counters at once.
+
+    Args:
+        counter: four words below 2**32 along the first axis, :math:`(4, ...)`.
+        key: two words below 2**32.
+
+    Returns:
+        Four random words for each counter, :math:`(4, ...)`.
+    """
+    c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
+    k0, k1 = key
+    for _ in range(_ROUNDS):
+        p0 = c0 * np.uint64(_MULTIPLIERS[0])
+        p1 = c2 * np.uint64(_MULTIPLIERS[1])
+        c0, c1, c2, c3 = (
+            (p1 >> _HIGH) ^ c1 ^ np.uint64(k0),
+            p1 & _LOW,
+            (p0 >> _HIGH) ^ c3 ^ np.uint64(k1),
+            p0 & _LOW,
+        )
+        k0, k1 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
+    return np.stack([c0, c1, c2, c3]).astype(np.uint32)
+
+
+def keyed_words(seed: int, epoch: int, indices: NDArray[np.int64], stream: int, blocks: int = 1) -> NDArray[np.uint32]:
+    """Return random words that depend on nothing but their own row's key.
+
+    Args:
+        seed: below 2**64.
+        epoch: below 2**32.
+        indices: what each row is for, below 2**32, :math:`(B,)`.
+        stream: number of the purpose; different purposes never share words.
+        blocks: how many groups of four words to draw.
+
+    Returns:
+        Words :math:`(B, 4 * blocks)`, each uniform in [0, 2**32).
+    """
+    rows = np.asarray(indices, dtype=np.uint64)[:, None]
+    block = np.arange(blocks, dtype=np.uint64)[None, :]
+    shape = np.broadcast_shapes(rows.shape, block.shape)
+    counter = np.stack(
+        [
+            np.broadcast_to(rows, shape),
+            np.full(shape, epoch, dtype=np.uint64),
+            np.full(shape, stream, dtype=np.uint64),
+            np.broadcast_to(block, shape),
+        ]
+    )
+    words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
+    return words.transpose(1, 2, 0).reshape(len(rows), 4 * blocks)
+
+
+class EpochOrder:
+    """The order in which an epoch visits its samples: a permutation that is a pure function of seed and epoch.
+
+    Args:
+        num_samples: how many samples there are, below 2**32.
+        seed: seed of the whole training, in [0, 2**64).
+
+    Raises:
+        ValueError: if a number is out of its range.
+
+    Example:
+        >>> order = EpochOrder(5, seed=0)
+        >>> sorted(order.permutation(3).tolist())
+        [0, 1, 2, 3, 4]
+        >>> order.permutation(3)[order.positions(3, np.array([4, 0]))].tolist()
+        [4, 0]
+    """
+
+    def __init__(self, num_samples: int, seed: int = 0) -> None:
+        if not 0 < num_samples < 2**32:
+            raise ValueError(f"num_samples must be in [1, 2**32); got {num_samples}.")
+        if not 0 <= seed < 2**64:
+            raise ValueError(f"seed must be in [0, 2**64); got {seed}.")
+        self.num_samples = num_samples
+        self.seed = seed
+        self._epoch: int | None = None
+        self._permutation = np.empty(0, dtype=np.int64)
+        self._positions = np.empty(0, dtype=np.int64)
+
+    def permutation(self, epoch: int) -> NDArray[np.int64]:
+        """Return the samples of an epoch in their order, :math:`(N,)`."""
+        self._prepare(epoch)
+        return self._permutation
+
+    def positions(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return where in the epoch's order samples come, :math:`(B,)`.
+
+        Raises:
+            IndexError: if there is no such sample.
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.size and not 0 <= indices.min() <= indices.max() < self.num_samples:
+            raise IndexError(
+                f"Sample indices must be in [0, {self.num_samples}); got {indices.min()} to {indices.max()}."
+            )
+        self._prepare(epoch)
+        return self._positions[indices]
+
+    def partners(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return with which sample each is mixed: its neighbour in the pairs (0, 1), (2, 3), ... of the order.
+
+        The last sample of an odd number has none and is its own partner.
+        """
+        neighbours = self.positions(epoch, indices) ^ 1
+        return np.where(neighbours < self.num_samples, self._permutation[neighbours % self.num_samples], indices)
+
+    def _prepare(self, epoch: int) -> None:
+        if epoch == self._epoch:
+            return
+        if not 0 <= epoch < 2**32:
+            raise ValueError(f"epoch must be in [0, 2**32); got {epoch}.")
+        keys = np.concatenate([self._keys(epoch, start) for start in range(0, self.num_samples, _CHUNK)])
+        permutation = np.argsort(keys, kind="stable")  # stable, so that equal keys have one order everywhere
+        positions = np.empty_like(permutation)
+        positions[permutation] = np.arange(self.num_samples)
+        self._epoch, self._permutation, self._positions = epoch, permutation, positions
+
+    def _keys(self, epoch: int, start: int) -> NDArray[np.uint64]:
+        chunk = np.arange(start, min(start + _CHUNK, self.num_samples))
+        words = keyed_words(self.seed, epoch, chunk, _ORDER_STREAM)
+        return words[:, 0].astype(np.uint64) << _HIGH | words[:, 1]

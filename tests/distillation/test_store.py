@@ -1,0 +1,638 @@
+"""The stores, with real processes that compete, are killed and run out of disk."""
+
+from __future__ import annotations
+
+import errno
+import multiprocessing
+import os
+import pickle
+import random
+import resource
+import signal
+import time
+from dataclasses import asdict, replace
+
+import numpy as np
+import pytest
+import torch
+
+from kornia_tinyvit.distillation import store as module
+from kornia_tinyvit.distillation.store import (
+    FeatureStore,
+    LogitStore,
+    Manifest,
+    MissingRecordsError,
+    RecordStore,
+    StoreError,
+    StoreLockedError,
+    StoreMismatchError,
+    describe_differences,
+    estimated_size,
+)
+
+MANIFEST = Manifest(
+    num_samples=1000,
+    num_classes=300,
+    top_k=4,
+    seed=5,
+    augmentation={"crop_scale": (0.08, 1.0), "mixup": {"alpha": 0.8}},
+    data={"name": "made up", "checksum": "12ab"},
+    teacher={"name": "t"},
+    shard_records=256,
+)
+FEATURES = Manifest(num_samples=30, seed=5, kind="features", shape=(3, 2, 2), shard_records=8)
+
+
+def probabilities_of(epoch, indices, num_classes=MANIFEST.num_classes):
+    """Return what a made-up teacher says: a function of epoch and sample only."""
+    keys = np.asarray(indices, dtype=np.int64)[:, None] * 7919 + np.arange(num_classes) * 104729 + epoch * 15485863
+    values = torch.from_numpy((keys % 1000003 / 1000003) ** 30)
+    return (values / values.sum(1, keepdim=True)).float()
+
+
+def checksums_of(epoch, indices):
+    return (np.asarray(indices, dtype=np.int64) * 2654435761 + epoch) % 2**32
+
+
+def fill(store, epoch, indices, batch=100):
+    written = 0
+    for start in range(0, len(indices), batch):
+        chosen = indices[start : start + batch]
+        values = probabilities_of(epoch, chosen, store.manifest.num_classes)
+        written += store.write(epoch, chosen, values, checksums_of(epoch, chosen))
+    return written
+
+
+def assert_right(store, epoch, indices):
+    records = store.read(epoch, indices)
+    top = probabilities_of(epoch, indices, store.manifest.num_classes).topk(store.manifest.top_k)
+    assert torch.equal(records.classes.long(), top.indices)
+    assert torch.equal(records.probabilities, top.values.half())
+    assert records.checksums.numpy().tolist() == checksums_of(epoch, indices).tolist()
+
+
+def written(store, epoch):
+    return np.setdiff1d(np.arange(store.manifest.num_samples), store.missing(epoch))
+
+
+@pytest.fixture
+def store(tmp_path):
+    with LogitStore.create(tmp_path / "store", MANIFEST) as store:
+        yield store
+
+
+# What other processes do. The server has imported everything and is small, so that they start in milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+
+
+def start(target, *args):
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def child_fill(path, epoch, batch, ready):
+    torch.set_num_threads(1)
+    store = LogitStore(path)
+    ready.set()
+    for shard in range(store.num_shards):
+        with store.writer(epoch, shard) as writer:
+            missing = writer.missing()
+            for place in range(0, len(missing), batch):
+                chosen = missing[place : place + batch]
+                writer.write(chosen, probabilities_of(epoch, chosen), checksums_of(epoch, chosen))
+
+
+def child_hold(path, shard, queue, with_child):
+    writer = LogitStore(path).writer(0, shard)
+    child = os.fork() if with_child else None
+    if child == 0:
+        time.sleep(60)
+        os._exit(0)
+    queue.put((child, writer.closed))
+    time.sleep(60)
+
+
+def child_create(path, manifest, barrier, queue):
+    barrier.wait()
+    try:
+        queue.put(LogitStore.create(path, manifest).manifest.seed)
+    except StoreMismatchError as error:
+        queue.put(str(error))
+
+
+def child_limited(path, limit, queue):
+    torch.set_num_threads(1)
+    with LogitStore(path) as store:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+        try:
+            fill(store, 1, np.arange(100))
+        except StoreError as error:
+            queue.put(str(error))
+        else:
+            queue.put("no error")
+
+
+class TestSmoke:
+    def test_round_trip(self, store, tmp_path):
+        assert fill(store, 3, np.arange(1000)) == 1000
+        reader = LogitStore(tmp_path / "store")
+        indices = np.random.default_rng(0).integers(0, 1000, 500)  # with repetitions
+        assert_right(reader, 3, indices)
+        records = reader.read(3, indices.tolist())
+        assert records.classes.dtype == torch.uint16
+        assert records.probabilities.dtype == torch.float16
+        assert records.checksums.dtype == torch.int64
+        assert all(tensor.is_contiguous() for tensor in records)
+        assert (records.probabilities.diff(dim=1) <= 0).all()
+        assert torch.equal(reader.read(3, torch.tensor([9])).probabilities, reader.read(3, [9]).probabilities)
+        assert [tensor.shape for tensor in reader.read(3, [])] == [(0, 4), (0, 4), (0,)]
+
+    def test_counts(self, store):
+        assert store.epochs == []
+        assert store.num_shards == 4
+        fill(store, 2, np.arange(10))
+        assert store.epochs == [2]
+        assert store.valid_count(2) == 10
+        assert store.valid_count(7) == 0
+        assert not store.is_complete(2)
+        assert store.missing(2).tolist() == [i for i in store.order.permutation(2).tolist() if i >= 10]
+        fill(store, 2, store.missing(2))
+        assert store.is_complete(2)
+        assert store.missing(2).tolist() == []
+
+    def test_layout(self, store):
+        """Records lie in the order of the epoch, which makes walking through it sequential."""
+        order = store.order.permutation(0)
+        fill(store, 0, order)
+        content = (store.path / "epoch-00000" / "shard-00001.bin").read_bytes()
+        assert len(content) == 256 * (4 * 4 + 4) + 32
+        checksums = np.frombuffer(content[: 256 * 20], "<u4").reshape(256, 5)[:, 4]
+        assert checksums.tolist() == checksums_of(0, order[256:512]).tolist()
+        assert content[256 * 20 :] == b"\xff" * 32
+
+    def test_example_of_other_order(self, store):
+        fill(store, 0, np.arange(1000)[::-1])
+        assert_right(store, 0, np.arange(1000))
+
+    def test_pickling(self, store):
+        fill(store, 0, np.arange(20))
+        copy = pickle.loads(pickle.dumps(store))
+        assert_right(copy, 0, np.arange(20))
+        assert len(pickle.dumps(store)) < 1000
+        with pytest.raises(StoreLockedError):  # the copy has inherited no shard
+            fill(copy, 0, np.arange(30))
+
+    @pytest.mark.parametrize(
+        ("num_classes", "top_k", "dtype", "record"),
+        [
+            (1, 1, torch.uint8, 7),
+            (256, 256, torch.uint8, 256 * 3 + 4),
+            (257, 3, torch.uint16, 16),
+            (65536, 5, torch.uint16, 24),
+            (70000, 5, torch.uint32, 34),
+        ],
+    )
+    def test_class_numbers(self, tmp_path, num_classes, top_k, dtype, record):
+        manifest = replace(MANIFEST, num_classes=num_classes, top_k=top_k, num_samples=9, shard_records=4)
+        assert manifest.record.itemsize == record
+        probabilities = torch.rand(9, num_classes, generator=torch.Generator().manual_seed(0))
+        probabilities = probabilities / probabilities.sum(1, keepdim=True)
+        probabilities[:, -1] = 0.5 if num_classes > 1 else 1.0
+        probabilities[:, :-1] /= 2
+        with LogitStore.create(tmp_path, manifest) as store:
+            store.write(0, range(9), probabilities, [2**32 - 1] * 9)
+            records = store.read(0, range(9))
+        top = probabilities.topk(top_k)
+        assert records.classes.dtype == dtype
+        assert torch.equal(records.classes.long(), top.indices)
+        assert (records.classes[:, 0].long() == num_classes - 1).all()
+        assert torch.equal(records.probabilities, top.values.half())
+        assert records.checksums.tolist() == [2**32 - 1] * 9
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_floating_types(self, store, dtype):
+        probabilities = probabilities_of(0, [4]).to(dtype)
+        store.write(0, [4], probabilities.requires_grad_(), [0])
+        assert torch.equal(store.read(0, [4]).probabilities, probabilities.detach().topk(4).values.half())
+
+
+class TestManifest:
+    def test_round_trip(self):
+        assert Manifest.from_json(MANIFEST.to_json()) == MANIFEST
+        assert Manifest.from_json(FEATURES.to_json()) == FEATURES
+
+    def test_differences(self):
+        assert MANIFEST.differences(asdict(MANIFEST)) == []
+        assert MANIFEST.differences({}) == []
+        assert MANIFEST.differences({"augmentation": {"crop_scale": (0.5, 1.0), "mixup": {"beta": 1}}}) == [
+            "augmentation.crop_scale: the store has [0.08, 1.0], this pipeline [0.5, 1.0]",
+            "augmentation.mixup.alpha: the store has 0.8, this pipeline nothing",
+            "augmentation.mixup.beta: the store has nothing, this pipeline 1",
+        ]
+        assert describe_differences({"a": None}, {}) == ["a: the store has None, this pipeline nothing"]
+        assert describe_differences({"a": "nothing"}, {}) != []
+
+    def test_require(self, store):
+        store.require({"seed": 5, "data": MANIFEST.data})
+        with pytest.raises(StoreMismatchError, match="seed: the store has 5, this pipeline 6"):
+            store.require({"seed": 6})
+
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"top_k": 301}, "top_k in .1, num_classes.*top_k=301"),
+            ({"top_k": 0}, "top_k=0"),
+            ({"shard_records": 255}, "even.*got 255"),
+            ({"shard_records": 0}, "got 0"),
+            ({"num_samples": 0}, "num_samples"),
+            ({"num_samples": 2.5}, "whole number; got 2.5"),
+            ({"seed": -1}, "seed"),
+            ({"kind": "sounds"}, "'sounds'"),
+            ({"shape": (3,)}, "no shape"),
+            ({"kind": "features"}, "needs the shape"),
+            ({"teacher": {"a": float("nan")}}, "teacher"),
+            ({"teacher": {"a": torch.ones(1)}}, "teacher.*JSON"),
+        ],
+    )
+    def test_refused(self, changes, message):
+        with pytest.raises(StoreError, match=message):
+            replace(MANIFEST, **changes)
+
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            (b"{", "damaged"),
+            (b"[]", "damaged"),
+            (b"\xff", "damaged"),
+            (b'{"version": 1}', "damaged.*num_samples"),
+            (MANIFEST.to_json().replace('"version": 1', '"version": 2').encode(), "version 2"),
+            (MANIFEST.to_json().replace('"shape": []', '"shape": 3').encode(), "damaged"),
+        ],
+    )
+    def test_damaged(self, store, content, message):
+        (store.path / "manifest.json").write_bytes(content)
+        with pytest.raises(StoreError, match=message):
+            LogitStore(store.path)
+
+    def test_no_store(self, tmp_path):
+        with pytest.raises(StoreError, match=r"no manifest.json"):
+            LogitStore(tmp_path)
+
+    def test_other_kind(self, store):
+        with pytest.raises(StoreError, match="holds logits"):
+            FeatureStore(store.path)
+        counts = RecordStore(store.path)
+        assert counts.valid_count(0) == 0
+        with pytest.raises(StoreError, match=r"open .* as a LogitStore"):
+            counts.read(0, [1])
+
+    def test_create_again(self, store):
+        assert LogitStore.create(store.path, MANIFEST).manifest == MANIFEST
+        other = replace(MANIFEST, augmentation=MANIFEST.augmentation | {"crop_scale": [0.5, 1.0]}, top_k=5)
+        with pytest.raises(StoreMismatchError) as error:
+            LogitStore.create(store.path, other)
+        assert "augmentation.crop_scale: the store has [0.08, 1.0], this pipeline [0.5, 1.0]" in str(error.value)
+        assert "top_k: the store has 4, this pipeline 5" in str(error.value)
+        assert "mixup" not in str(error.value)
+        assert LogitStore(store.path).manifest == MANIFEST
+
+    def test_created_at_once(self, tmp_path):
+        queue, barrier = PROCESSES.Queue(), PROCESSES.Barrier(6)
+        manifests = [replace(MANIFEST, seed=5 + number % 2) for number in range(6)]
+        processes = [start(child_create, tmp_path / "s", manifest, barrier, queue) for manifest in manifests]
+        answers = [queue.get(timeout=30) for _ in processes]
+        for process in processes:
+            process.join()
+        winner = LogitStore(tmp_path / "s").manifest.seed
+        assert answers.count(winner) == 3
+        assert sum(f"seed: the store has {winner}, this pipeline {11 - winner}" in str(each) for each in answers) == 3
+        assert [path.name for path in (tmp_path / "s").iterdir()] == ["manifest.json"]
+
+
+class TestSize:
+    def test_published(self):
+        assert estimated_size(1_281_167, 300, 1000, 10) == pytest.approx(16.9e9, rel=0.01)  # "16 GB" of the paper
+        assert estimated_size(14_197_122, 90, 21841, 100) == pytest.approx(516e9, rel=0.01)  # "481 GB", in GiB
+
+    @pytest.mark.parametrize("num_samples", [1000, 1024, 1])
+    def test_real(self, tmp_path, num_samples):
+        manifest = replace(MANIFEST, num_samples=num_samples)
+        with LogitStore.create(tmp_path, manifest) as store:
+            for epoch in range(3):
+                fill(store, epoch, np.arange(num_samples))
+        shards = [path.stat().st_size for path in tmp_path.glob("epoch-*/*")]
+        estimate = estimated_size(num_samples, 3, 300, 4, 256)
+        assert sum(shards) == estimate
+        formula = num_samples * 3 * (4 * 4 + 4)  # records alone
+        assert num_samples == 1 or estimate == pytest.approx(formula, rel=0.02)
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            (lambda p: p.fill_(float("nan")), "sample 8 .*minimum nan.*softmax"),
+            (lambda p: p[1].mul_(-1), "sample 9 .*minimum -"),
+            (lambda p: p[1].mul_(1.02), "sample 9 .*sum 1.02"),
+            (lambda p: p[0].fill_(float("inf")), "sum inf"),
+        ],
+    )
+    def test_values(self, store, change, message):
+        probabilities = probabilities_of(0, [8, 9])
+        change(probabilities)
+        with pytest.raises(StoreError, match=message):
+            store.write(0, [8, 9], probabilities, [1, 2])
+        assert store.valid_count(0) == 0
+
+    def test_rounding_is_allowed(self, store):
+        assert store.write(0, [8], probabilities_of(0, [8]) * 1.005, [1]) == 1
+
+    @pytest.mark.parametrize(
+        ("indices", "probabilities", "checksums", "message"),
+        [
+            ([8], torch.zeros(1, 299), [1], r"\(1, 300\); got torch.float32 of \(1, 299\)"),
+            ([8, 9], torch.zeros(1, 300), [1, 2], r"\(2, 300\)"),
+            ([8], torch.zeros(1, 300, dtype=torch.long), [1], "int64"),
+            ([8], [[0.5]], [1], "got list"),
+            ([8], torch.zeros(1, 300), [1, 2], "2 checksums for 1"),
+            ([8], torch.zeros(1, 300), [-1], "checksums must be in"),
+            ([8], torch.zeros(1, 300), [2**32], "checksums must be in"),
+            ([8], torch.zeros(1, 300), [2**64 - 1], "checksums must be below"),
+            ([8], torch.zeros(1, 300), [0.5], "checksums must be whole"),
+            ([8.0], torch.zeros(1, 300), [1], "indices must be whole"),
+            ([[8]], torch.zeros(1, 300), [1], "indices must be whole"),
+        ],
+    )
+    def test_shapes(self, store, indices, probabilities, checksums, message):
+        with pytest.raises(StoreError, match=message):
+            store.write(0, indices, probabilities, checksums)
+        assert store.epochs == []
+
+    @pytest.mark.parametrize("index", [-1, 1000])
+    def test_no_such_sample(self, store, index):
+        with pytest.raises(IndexError, match=str(index)):
+            store.read(0, [index])
+        with pytest.raises(IndexError, match=str(index)):
+            store.write(0, [index], probabilities_of(0, [0]), [0])
+
+    def test_no_such_shard(self, store):
+        with pytest.raises(StoreError, match="0 to 3; got 4"):
+            store.writer(0, 4)
+
+    def test_missing_records(self, store):
+        with pytest.raises(MissingRecordsError, match=r"2 of 2 .* epoch 0 .*samples 1, 2.*0 of 1000.*distill save"):
+            store.read(0, [1, 2])
+        fill(store, 0, np.arange(500))
+        with pytest.raises(MissingRecordsError) as error:
+            store.read(0, np.arange(490, 510))
+        for part in ("10 of 20", "500, 501, 502, 503, 504, ...", "500 of 1000", "distill save"):
+            assert part in str(error.value)
+        with pytest.raises(MissingRecordsError, match="epoch 1"):
+            store.read(1, [3])
+
+    @pytest.mark.parametrize("change", [b"", b"\0" * 10000])
+    def test_damaged_shard(self, store, change):
+        fill(store, 0, np.arange(1000))
+        store.close()
+        path = store.path / "epoch-00000" / "shard-00002.bin"
+        path.write_bytes(change)
+        for action in (lambda: store.read(0, np.arange(1000)), lambda: store.missing(0), lambda: store.writer(0, 2)):
+            with pytest.raises(StoreError, match=f"shard-00002.bin is damaged: it has {len(change)} bytes.*5152"):
+                action()
+        path.unlink()
+        assert fill(store, 0, store.missing(0)) == 256
+        assert_right(store, 0, np.arange(1000))
+
+    def test_changed_top_k(self, store):
+        """A manifest that was edited no longer fits the files."""
+        fill(store, 0, np.arange(1000))
+        (store.path / "manifest.json").write_text(replace(MANIFEST, top_k=5).to_json())
+        with pytest.raises(StoreError, match="damaged"):
+            LogitStore(store.path).read(0, [1])
+
+
+class TestWriting:
+    def test_writer(self, store):
+        with store.writer(1, 2) as writer:
+            missing = writer.missing()
+            assert missing.tolist() == store.order.permutation(1)[512:768].tolist()
+            assert writer.records == 256
+            values = probabilities_of(1, missing[:100])
+            assert writer.write(missing[:100], values, checksums_of(1, missing[:100])) == 100
+            assert writer.missing().tolist() == missing[100:].tolist()
+            stray = store.order.permutation(1)[0]
+            with pytest.raises(StoreError, match=f"Sample {stray} lies in shard 0.*shard 2"):
+                writer.write([missing[200], stray], probabilities_of(1, [0, 0]), [0, 0])
+        assert store.valid_count(1) == 100
+        assert_right(store, 1, missing[:100])
+        with pytest.raises(StoreError, match="closed"):
+            writer.write(missing[:1], probabilities_of(1, missing[:1]), [0])
+
+    def test_first_wins(self, store):
+        assert store.write(0, [3, 4, 3], probabilities_of(0, [3, 4, 7]), [1, 2, 3]) == 2
+        assert store.write(0, [3, 5], probabilities_of(0, [8, 5]), [9, 4]) == 1
+        assert store.read(0, [3, 4, 5]).checksums.tolist() == [1, 2, 4]
+        assert torch.equal(store.read(0, [3]).probabilities, probabilities_of(0, [3]).topk(4).values.half())
+
+    def test_whole_shards_are_let_go(self, store):
+        fill(store, 0, store.order.permutation(0)[:300])
+        with pytest.raises(StoreLockedError, match="Shard 1 of epoch 0"):
+            store.writer(0, 1)
+        store.writer(0, 0).close()
+        store.close()
+        store.writer(0, 1).close()
+
+    def test_few_maps(self, tmp_path, monkeypatch):
+        monkeypatch.setattr(module, "_MAX_MAPS", 3)
+        with LogitStore.create(tmp_path, replace(MANIFEST, shard_records=50)) as store:
+            fill(store, 0, np.arange(1000))
+            before = len(os.listdir("/proc/self/fd"))
+            assert_right(store, 0, np.arange(1000))
+            assert len(os.listdir("/proc/self/fd")) <= before + 3
+
+    def test_not_yet_on_disk(self, store):
+        """Bits are set only after the records were flushed: a failure between leaves records missing, not torn."""
+
+        class Broken:
+            def flush(self):
+                raise OSError(errno.EIO, "no")
+
+        samples = store.order.permutation(0)[:10]
+        with store.writer(0, 0) as writer:
+            writer._data._map = Broken()
+            with pytest.raises(OSError, match="no"):
+                writer.write(samples, probabilities_of(0, samples), checksums_of(0, samples))
+        assert store.valid_count(0) == 0
+        with pytest.raises(MissingRecordsError):
+            store.read(0, samples)
+        assert fill(store, 0, samples) == 10
+        assert_right(store, 0, samples)
+
+    def test_left_unfinished(self, store):
+        """A process that died while making a shard leaves a file that the next one takes over."""
+        folder = store.path / "epoch-00000"
+        folder.mkdir()
+        (folder / "shard-00000.tmp").write_bytes(b"x" * 10**6)
+        fill(store, 0, np.arange(1000))
+        assert_right(store, 0, np.arange(1000))
+        assert not list(folder.glob("*.tmp"))
+
+
+class TestProcesses:
+    def test_killed(self, tmp_path):
+        manifest = replace(MANIFEST, num_samples=6000, shard_records=2048)
+        store = LogitStore.create(tmp_path, manifest)
+        chance = random.Random(0)
+        counts = [0]
+        for number in range(10):
+            ready = PROCESSES.Event()
+            process = start(child_fill, tmp_path, 0, 8, ready)
+            assert ready.wait(30)
+            target = 300 * (number + chance.random())
+            while store.valid_count(0) < target:
+                pass
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            reader = LogitStore(tmp_path)
+            valid = written(reader, 0)
+            assert_right(reader, 0, valid)
+            counts.append(len(valid))
+        assert counts == sorted(counts)
+        assert len(set(counts)) >= 8, f"the writers were killed too early or too late: {counts}"
+        before = {path: path.stat().st_size for path in tmp_path.glob("epoch-*/*.bin")}
+        assert fill(store, 0, store.missing(0), batch=500) == 6000 - counts[-1]
+        assert_right(store, 0, np.arange(6000))
+        assert all(path.stat().st_size == size for path, size in before.items())
+
+    def test_read_while_written(self, tmp_path):
+        store = LogitStore.create(tmp_path, MANIFEST)
+        ready = PROCESSES.Event()
+        process = start(child_fill, tmp_path, 0, 10, ready)
+        assert ready.wait(30)
+        counts = set()
+        while process.is_alive():
+            valid = written(store, 0)
+            assert_right(store, 0, valid)
+            counts.add(len(valid))
+        process.join()
+        assert process.exitcode == 0
+        assert len(counts) > 3
+        assert_right(store, 0, np.arange(1000))
+
+    @pytest.mark.parametrize("with_child", [False, True], ids=["alone", "with data workers"])
+    def test_locked(self, store, with_child):
+        queue = PROCESSES.Queue()
+        process = start(child_hold, store.path, 1, queue, with_child)
+        child, _ = queue.get(timeout=30)
+        try:
+            with pytest.raises(StoreLockedError, match="Shard 1 of epoch 0"):
+                store.writer(0, 1)
+            with pytest.raises(StoreLockedError, match="Shard 1 of epoch 0"):
+                fill(store, 0, store.order.permutation(0)[256:260])
+            store.writer(0, 0).close()
+            process.kill()
+            process.join()
+            store.writer(0, 1).close()  # though a child of the killed process lives
+        finally:
+            process.kill()
+            if child:
+                os.kill(child, signal.SIGKILL)
+
+    def test_forked(self, store):
+        """A forked child cannot write with its parent's writer, and ending does not unlock the parent's shard."""
+        fill(store, 0, np.arange(5))
+        with store.writer(1, 0) as writer:
+            child = os.fork()
+            if child == 0:
+                try:
+                    writer.put(np.array([0]), np.empty(1, "V20"))
+                except StoreError:
+                    os._exit(7)
+                os._exit(1)
+            assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+            with pytest.raises(StoreLockedError):
+                LogitStore(store.path).writer(1, 0)
+            assert fill(store, 0, np.arange(10)) == 5
+
+
+class TestDiskFull:
+    def test_file_limit(self, store):
+        fill(store, 0, np.arange(1000))
+        queue = PROCESSES.Queue()
+        process = start(child_limited, store.path, 5000, queue)
+        message = queue.get(timeout=30)
+        process.join()
+        for part in ("epoch-00001/shard-0000", "5152 bytes (5.0 KiB)", "intact", "make room"):
+            assert part in message
+        assert [path.name for path in (store.path / "epoch-00001").iterdir()] == [".lock"]
+        assert_right(LogitStore(store.path), 0, np.arange(1000))
+        assert fill(store, 1, store.missing(1)) == 1000
+
+    def test_no_space(self, store, monkeypatch):
+        def full(handle, offset, size):
+            os.pwrite(handle, b"x" * 100, 0)
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        fill(store, 0, np.arange(1000))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "posix_fallocate", full)
+            with pytest.raises(StoreError, match=r"shard-0000.*5152 bytes.*No space left.*intact; make room"):
+                fill(store, 1, np.arange(1000))
+        assert store.epochs == [0]
+        assert not list(store.path.glob("*/*.tmp"))
+        assert_right(store, 0, np.arange(1000))
+        assert fill(store, 1, np.arange(1000)) == 1000
+
+    def test_no_fallocate(self, store, monkeypatch):
+        monkeypatch.delattr(os, "posix_fallocate")
+        fill(store, 0, np.arange(1000))
+        assert_right(store, 0, np.arange(1000))
+
+    def test_manifest(self, tmp_path, monkeypatch):
+        def full(handle):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(os, "fsync", full)
+        with pytest.raises(StoreError, match=r"manifest.json could not be made.*No space"):
+            LogitStore.create(tmp_path / "s", MANIFEST)
+        assert list((tmp_path / "s").iterdir()) == []
+
+    def test_not_allowed(self, tmp_path):
+        (tmp_path / "file").write_text("")
+        with pytest.raises(StoreError, match=r"could not be made.*mend that"):
+            LogitStore.create(tmp_path / "file" / "s", MANIFEST)
+
+
+class TestFeatures:
+    def test_round_trip(self, tmp_path):
+        features = 100 * torch.randn(30, 3, 2, 2, generator=torch.Generator().manual_seed(0))
+        features[3, 0, 0, 0] = -65504
+        with FeatureStore.create(tmp_path, FEATURES) as store:
+            assert store.write(2, range(30), features, checksums_of(2, range(30))) == 30
+        reader = pickle.loads(pickle.dumps(FeatureStore(tmp_path)))
+        indices = [7, 3, 29, 0]
+        records = reader.read(2, indices)
+        assert torch.equal(records.features, features[indices].half())
+        assert records.features.is_contiguous()
+        assert records.checksums.tolist() == checksums_of(2, indices).tolist()
+        sizes = [path.stat().st_size for path in sorted(tmp_path.glob("epoch-00002/*.bin"))]
+        assert sizes == [8 * 28 + 1] * 3 + [6 * 28 + 1]
+
+    @pytest.mark.parametrize("value", [65505.0, -1e6, float("nan"), float("inf")])
+    def test_overflow(self, tmp_path, value):
+        features = torch.zeros(2, 3, 2, 2)
+        features[1, 2, 1, 0] = value
+        with FeatureStore.create(tmp_path, FEATURES) as store:
+            with pytest.raises(StoreError, match=r"sample 6 reach .*65504"):
+                store.write(0, [5, 6], features, [0, 0])
+            assert store.valid_count(0) == 0
+
+    def test_wrong_shape(self, tmp_path):
+        with (
+            FeatureStore.create(tmp_path, FEATURES) as store,
+            pytest.raises(StoreError, match=r"\(2, 3, 2, 2\); got torch.float32 of \(2, 3, 4\)"),
+        ):
+            store.write(0, [5, 6], torch.zeros(2, 3, 4), [0, 0])
