@@ -8,26 +8,30 @@ import typer
 
 from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.demo import demo
+from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.pretrained import pretrained
+from kornia_tinyvit.cli.train import train
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify pictures, evaluate networks and look into them.",
+    help="TinyViT for kornia and PyTorch: classify pictures, train, distil and evaluate networks, and look into them.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, evaluate, pretrained):
+for command in (demo, classify, evaluate, train, pretrained):
     app.command()(command)
+app.add_typer(distill, name="distill")
 
 
 def main() -> None:
     """Run the command line; what a user can mend is said in a sentence, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        print("Error:", " ".join(str(error).split()), file=sys.stderr)
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+        lines = (" ".join(line.split()) for line in str(error).splitlines())
+        print("Error:", "; ".join(line for line in lines if line).replace(":;", ":"), file=sys.stderr)
         raise SystemExit(1) from None

@@ -1,5 +1,42 @@
-"""Labelled pictures to evaluate and train on."""
+"""Labelled pictures, evaluation, recipes and the training loop."""
 
-from kornia_tinyvit.training.data import LabelledImages
+from importlib import import_module
+from typing import TYPE_CHECKING
 
-__all__ = ["LabelledImages"]
+from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages, MissingExtraError
+from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
+
+if TYPE_CHECKING:
+    from kornia_tinyvit.training.loop import TrainingResult, train
+    from kornia_tinyvit.training.objectives import FeatureRegression, Labels, OnlineTeacher, StoredLabels
+
+# Loaded on first use: these rest on kornia_tinyvit.distillation, which rests on the data above.
+_LAZY = {
+    "train": "loop",
+    "TrainingResult": "loop",
+    "FeatureRegression": "objectives",
+    "Labels": "objectives",
+    "OnlineTeacher": "objectives",
+    "StoredLabels": "objectives",
+}
+
+__all__ = [
+    "RECIPES",
+    "BrokenPictureError",
+    "FeatureRegression",
+    "LabelledImages",
+    "Labels",
+    "MissingExtraError",
+    "OnlineTeacher",
+    "Recipe",
+    "StoredLabels",
+    "TrainingResult",
+    "find_recipe",
+    "train",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

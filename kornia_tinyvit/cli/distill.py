@@ -1,0 +1,267 @@
+"""``kornia-tinyvit distill save``, ``check`` and ``train``."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.cli.train import report_training
+from kornia_tinyvit.cli.training_options import (
+    BatchSize,
+    Checkpointing,
+    Data,
+    Epochs,
+    InitSeed,
+    Limit,
+    OnBroken,
+    Out,
+    Precision,
+    ProcessBatch,
+    Rate,
+    RecipeName,
+    Seed,
+    Side,
+    Start,
+    Store,
+    TrainedVariant,
+    Validation,
+    Workers,
+    build_samples,
+    build_student,
+)
+from kornia_tinyvit.distillation.batches import ReplayedSamples
+from kornia_tinyvit.distillation.saving import check_records, save_records
+from kornia_tinyvit.distillation.store import LogitStore, Manifest, StoreError, estimated_size, readable_size
+from kornia_tinyvit.distillation.teachers import load_teacher
+from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.objectives import OnlineTeacher, StoredLabels
+from kornia_tinyvit.training.recipes import find_recipe
+
+distill = typer.Typer(
+    help="Store a teacher's soft labels once, check them, and train students on them.", no_args_is_help=True
+)
+
+TeacherName = Annotated[
+    str,
+    typer.Option(
+        "--teacher",
+        help="file.py:function, timm:NAME, transformers:NAME, a checkpoint's path, or VARIANT/NAME such as 21m/in22k.",
+    ),
+]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
+PATIENCE = 600.0  # seconds without the next records after which a teacher is taken for dead
+AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@distill.command()
+def save(
+    data: Data,
+    store: Store,
+    teacher: TeacherName,
+    recipe: RecipeName = "in22k_distill",
+    epochs: Epochs = None,
+    top_k: Annotated[int, typer.Option(min=1, help="Classes kept of each record.")] = 10,
+    img_size: Side = None,
+    seed: Seed = 0,
+    batch_size: Batch = 128,
+    workers: Workers = 2,
+    device: Device = "cpu",
+    precision: Precision = "no",
+    on_broken: OnBroken = "stop",
+    limit: Limit = None,
+    estimate: Annotated[bool, typer.Option("--estimate", help="Tell the size on disk and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write what a teacher says about every sample of every epoch; the same command goes on after a stop.
+
+    Start it as often as there are GPUs or machines: each process takes shards that no other one holds.
+    """
+    if precision not in AUTOCAST:
+        raise ValueError(f"precision must be one of {', '.join(AUTOCAST)}; got {precision!r}.")
+    chosen = find_recipe(recipe, epochs=epochs, img_size=img_size)
+    samples = build_samples(data, chosen, seed, on_broken, limit)
+    network = load_teacher(teacher, parse_device(device))
+    classes = _count_classes(network, samples)
+    if top_k > classes:
+        raise ValueError(f"--top-k is at most the {classes} classes of the teacher; got {top_k}.")
+    size = estimated_size(len(samples), chosen.epochs, classes, top_k)
+    told: dict[str, Any] = {"records": len(samples) * chosen.epochs, "bytes": size}
+    if not as_json:
+        records = f"{len(samples)} samples x {chosen.epochs} epochs x the top {top_k} of {classes} classes"
+        print(f"{records}: {readable_size(size)}")
+    if not estimate:
+        manifest = Manifest(
+            num_samples=len(samples), num_classes=classes, top_k=top_k, teacher=network.describe(), **_pipeline(samples)
+        )
+        with LogitStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
+            task = bar.add_task("saving", total=told["records"])
+            done = save_records(
+                opened, network, samples, range(chosen.epochs), batch_size, workers, AUTOCAST[precision],
+                lambda records: bar.update(task, advance=records),
+            )  # fmt: skip
+        told |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}
+        if not as_json:
+            print(f"{done.written} records written, {done.present} were there.")
+            if done.locked:
+                print(f"Left to other processes, which are writing them: {done.locked} shards.")
+            if done.broken:
+                print(f"Could not be read: {len(done.broken)}, such as {', '.join(done.broken[:5])}")
+    if as_json:
+        print(json.dumps(told))
+
+
+@distill.command()
+def check(
+    data: Data,
+    store: Store,
+    teacher: TeacherName,
+    recipe: RecipeName = "in22k_distill",
+    records: Annotated[int, typer.Option(min=1, help="Records to recompute.")] = 256,
+    tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a probability that passes.")] = 0.02,
+    img_size: Side = None,
+    seed: Seed = 0,
+    batch_size: Batch = 32,
+    device: Device = "cpu",
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Recompute a sample of the stored records with the teacher and tell the largest difference."""
+    # Of pictures that could not be read the store says so, too; any other record of theirs does not pass.
+    samples = build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
+    network = load_teacher(teacher, parse_device(device))
+    opened = LogitStore(store)
+    opened.require({**_pipeline(samples), "num_samples": len(samples), "teacher": network.describe()})
+    report = check_records(opened, network, samples, records, batch_size)
+    good = report.largest <= tolerance and not report.drifted
+    if as_json:
+        told = {"records": report.records, "largest": report.largest, "mean": report.mean}
+        print(json.dumps({**told, "drifted": list(report.drifted), "good": good}))
+    else:
+        print(f"{report.records} records recomputed: largest difference {report.largest:.5f}, mean {report.mean:.6f}.")
+        if report.drifted:
+            print(f"{len(report.drifted)} samples are augmented otherwise than when they were stored.")
+    if not good:
+        print("The store does not hold what this teacher says.", file=sys.stderr)
+        raise typer.Exit(1)
+
+
+@distill.command()
+def train(
+    data: Data,
+    store: Annotated[
+        Path | None, typer.Argument(help="Folder of the stored soft labels; leave it out for --teacher.")
+    ] = None,
+    teacher: Annotated[str | None, typer.Option(help="Ask this teacher at every step instead of a store.")] = None,
+    variant: TrainedVariant = "5m",
+    recipe: RecipeName = "in22k_distill",
+    out: Out = Path("runs/distill"),
+    validation: Validation = None,
+    pretrained: Start = None,
+    replays: Annotated[
+        int | None,
+        typer.Option(min=1, help="Stored epochs to replay in turn, waiting for those that a teacher is still writing."),
+    ] = None,
+    hard_share: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels.")] = 0.0,
+    epochs: Epochs = None,
+    img_size: Side = None,
+    batch_size: BatchSize = None,
+    process_batch: ProcessBatch = None,
+    base_lr: Rate = None,
+    seed: Seed = 0,
+    init_seed: InitSeed = None,
+    workers: Workers = 2,
+    precision: Precision = "no",
+    gradient_checkpointing: Checkpointing = False,
+    on_broken: OnBroken = "stop",
+    limit: Limit = None,
+    as_json: Json = False,
+) -> None:
+    """Train a student on stored soft labels, or beside its teacher.
+
+    The augmentation has to be the one the labels were stored with: the same recipe, seed and size. A training with
+    more epochs than are stored replays them again. With --replays it may start while the teacher still writes.
+    """
+    from kornia_tinyvit.training.loop import train as run
+
+    if (store is None) == (teacher is None):
+        raise ValueError("Give either the folder of a store or --teacher.")
+    chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
+    samples = build_samples(data, chosen, seed, on_broken, limit)
+    objective: StoredLabels | OnlineTeacher
+    shown = None
+    if store is not None:
+        opened = LogitStore(store)
+        opened.require({**_pipeline(samples), "num_samples": len(samples)})
+        shown = _whole_epochs(opened, chosen.epochs) if replays is None else list(range(replays))
+        objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
+        classes = opened.manifest.num_classes
+    else:
+        network = load_teacher(str(teacher))
+        objective, classes = OnlineTeacher(network, AUTOCAST[precision]), _count_classes(network, samples)
+    if (hard_share or validation is not None) and samples.images.num_classes != classes:
+        raise ValueError(
+            f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "
+            "beside what it says: leave out --hard-share and --validation."
+        )
+    model = build_student(
+        variant, pretrained, chosen, classes, seed if init_seed is None else init_seed, gradient_checkpointing
+    )
+    names = samples.images.class_names
+    result = run(
+        model,
+        samples,
+        objective,
+        chosen,
+        out,
+        validation=None if validation is None else LabelledImages(validation).with_classes(names),
+        replays=shown,
+        class_names=names if names and len(names) == classes else None,
+        process_batch=process_batch,
+        workers=workers,
+        precision=precision,
+        progress=not as_json,
+    )
+    report_training(result, as_json)
+
+
+def _pipeline(samples: ReplayedSamples) -> dict[str, Any]:
+    """Return what a store's manifest says about the pictures that were shown."""
+    return {
+        "seed": samples.augmentation.seed,
+        "augmentation": samples.augmentation.describe(),
+        "data": {"fingerprint": samples.images.fingerprint()},
+    }
+
+
+def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:
+    size = samples.augmentation.img_size
+    device = next(iter(teacher.parameters())).device
+    with torch.inference_mode():
+        return int(teacher(torch.zeros(1, 3, size, size, device=device)).shape[1])
+
+
+def _whole_epochs(store: LogitStore, wanted: int) -> list[int]:
+    """Return the stored epochs that a training of so many replays.
+
+    Raises:
+        StoreError: if none is stored whole.
+    """
+    whole = [epoch for epoch in store.epochs if store.is_complete(epoch)][:wanted]
+    if not whole:
+        raise StoreError(f"{store.path} holds no whole epoch; kornia-tinyvit distill save goes on with it.")
+    if len(whole) < wanted:
+        print(f"Stored whole: {len(whole)} of {wanted} epochs, which are replayed in turn.", file=sys.stderr)
+    return whole
+
+
+def _bar(total: int, quiet: bool) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=quiet
+    )

@@ -1,0 +1,72 @@
+"""Options and steps that the commands which train or distill share."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import typer
+
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
+from kornia_tinyvit.distillation.batches import ReplayedSamples
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.recipes import RECIPES, Recipe
+
+Data = Annotated[
+    Path,
+    typer.Argument(help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files."),
+]
+Store = Annotated[Path, typer.Argument(help="Folder of the stored soft labels.")]
+RecipeName = Annotated[str, typer.Option("--recipe", help=f"{', '.join(RECIPES)}.")]
+Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs. Default: the recipe's.")]
+Side = Annotated[int | None, typer.Option("--img-size", min=32, help="Side in pixels. Default: the recipe's.")]
+Seed = Annotated[int, typer.Option(min=0, help="Seed of the order and the augmentation.")]
+InitSeed = Annotated[int | None, typer.Option(min=0, help="Seed of the first weights. Default: that of --seed.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
+OnBroken = Annotated[str, typer.Option(help="What to do at a picture that cannot be read: stop or skip.")]
+Limit = Annotated[int | None, typer.Option(min=2, help="Use so many pictures, drawn with a fixed seed.")]
+Validation = Annotated[Path | None, typer.Option(help="Pictures to measure the accuracy on after each epoch.")]
+Out = Annotated[Path, typer.Option(help="Folder for weights, metrics and state; the same one goes on after a stop.")]
+TrainedVariant = Annotated[str, typer.Option("--variant", help="1m, 5m, 11m or 21m.")]
+Start = Annotated[str | None, typer.Option("--pretrained", help="Weights to start from: a name, a path or a URL.")]
+BatchSize = Annotated[int | None, typer.Option(min=2, help="Global batch. Default: the recipe's.")]
+ProcessBatch = Annotated[int | None, typer.Option(min=2, help="Pictures at a time; gradients add up to the batch.")]
+Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
+Rate = Annotated[float | None, typer.Option("--base-lr", help="Learning rate for a batch of 512.")]
+Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")]
+
+
+def build_samples(
+    data: Path, recipe: Recipe, seed: int, on_broken: str = "stop", limit: int | None = None
+) -> ReplayedSamples:
+    """Build the pictures and the augmentation of a recipe."""
+    images = LabelledImages(data)
+    if limit is not None:
+        images = images.sample(limit)
+    augmentation = ReplayableAugmentation(
+        recipe.img_size, recipe.preset, seed=seed, num_samples=len(images), **recipe.changes
+    )
+    return ReplayedSamples(images, augmentation, on_broken)
+
+
+def build_student(
+    variant: str, pretrained: str | None, recipe: Recipe, num_classes: int, seed: int, gradient_checkpointing: bool
+) -> TinyViT:
+    """Build what is trained, with first weights of a seed; loaded windows grow with the pictures."""
+    torch.manual_seed(seed)
+    usual = TinyViTConfig.from_variant(variant)
+    changes: dict[str, Any] = {
+        "img_size": recipe.img_size,
+        "num_classes": num_classes,
+        "use_checkpoint": gradient_checkpointing,
+        "drop_path_rate": recipe.drop_path.get(variant, usual.drop_path_rate),
+    }
+    windows: Literal["scale", "fit"] | None = None
+    if pretrained and recipe.img_size > usual.img_size:
+        windows = "scale"
+    elif not pretrained and recipe.img_size < usual.img_size:
+        windows = "fit"  # or small maps would be padded to windows larger than they are
+    return TinyViT.from_config(variant, pretrained or False, window_sizes=windows, **changes)

@@ -1,0 +1,127 @@
+"""The published trainings, and one for small pictures, by name."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+__all__ = ["RECIPES", "Recipe", "find_recipe"]
+
+LR_BATCH = 512  # Swin's rule: learning rates are told for this global batch and grow with it in proportion
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a network is trained.
+
+    Args:
+        img_size: side of the pictures in pixels.
+        epochs: passes over the data.
+        warmup_epochs: first epochs in which the learning rate rises linearly.
+        batch_size: global batch, over all processes and accumulated steps.
+        base_lr: highest learning rate for a global batch of 512; it grows with the batch in proportion.
+        min_lr: what the cosine ends at, for a global batch of 512.
+        weight_decay: weight decay of the matrices.
+        layer_decay: factor of the learning rate from one block to the one before.
+        frozen_batch_norm: keep the running statistics of batch norm as they are.
+        clip_norm: largest norm of the gradient.
+        ema_decay: decay of the moving average of the weights that is evaluated and kept; 0 for none.
+        drop_path: stochastic depth by variant where it is not the variant's own.
+        preset: name of the augmentation in :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS`.
+        changes: fields of the preset to replace.
+    """
+
+    img_size: int = 224
+    epochs: int = 300
+    warmup_epochs: float = 20
+    batch_size: int = 1024
+    base_lr: float = 5e-4
+    min_lr: float = 5e-6
+    weight_decay: float = 0.05
+    layer_decay: float = 1.0
+    frozen_batch_norm: bool = False
+    clip_norm: float = 5.0
+    ema_decay: float = 0.0
+    drop_path: dict[str, float] = field(default_factory=dict)
+    preset: str = "in1k"
+    changes: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        ranges = {
+            "epochs": self.epochs >= 1,
+            "warmup_epochs": 0 <= self.warmup_epochs <= self.epochs,
+            "batch_size": self.batch_size >= 2 and self.batch_size % 2 == 0,
+            "base_lr": self.base_lr > 0,
+            "min_lr": 0 <= self.min_lr <= self.base_lr,
+            "ema_decay": 0 <= self.ema_decay < 1,
+        }
+        wrong = [f"{name}={getattr(self, name)}" for name, good in ranges.items() if not good]
+        if wrong:
+            raise ValueError(
+                f"Out of range: {', '.join(wrong)}. Expected epochs >= 1, 0 <= warmup_epochs <= epochs, an even "
+                "batch_size, 0 <= min_lr <= base_lr and ema_decay in [0, 1)."
+            )
+
+    @property
+    def peak_lr(self) -> float:
+        """Highest learning rate for the recipe's batch."""
+        return self.base_lr * self.batch_size / LR_BATCH
+
+    def lr_factor(self, epoch: float) -> float:
+        """Return what the peak is multiplied with after so many epochs: linear warm-up, then a cosine."""
+        if epoch < self.warmup_epochs:
+            return max(epoch / self.warmup_epochs, 1e-3)
+        lowest = self.min_lr / self.base_lr
+        done = (epoch - self.warmup_epochs) / max(self.epochs - self.warmup_epochs, 1e-9)
+        return lowest + (1 - lowest) * 0.5 * (1 + math.cos(math.pi * min(done, 1.0)))
+
+
+_FINE = Recipe(
+    epochs=30, warmup_epochs=5, base_lr=2.5e-4, min_lr=1e-5, weight_decay=1e-8, layer_decay=0.8,
+    frozen_batch_norm=True, drop_path={"21m": 0.1}, preset="finetune",
+)  # fmt: skip
+_LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
+
+#: Trainings of arXiv:2207.10666 and its code, and two for pictures of 32 pixels shown at 64: ``"cifar10"`` from
+#: labels, ``"cifar10_distill"`` from a teacher, who also knows what to say about a picture pasted into another.
+RECIPES: dict[str, Recipe] = {
+    "in1k": Recipe(drop_path={"21m": 0.2}),
+    "in22k_distill": Recipe(
+        epochs=90, warmup_epochs=5, batch_size=4096, base_lr=2.5e-4, weight_decay=0.01, drop_path={"21m": 0.1},
+        preset="distill",
+    ),
+    "in22k_to_in1k": _FINE,
+    "224_to_384": dataclasses.replace(_LARGER, img_size=384),
+    "384_to_512": dataclasses.replace(_LARGER, img_size=512),
+    "cifar10": Recipe(
+        img_size=64, epochs=30, warmup_epochs=1, batch_size=128, base_lr=8e-3, min_lr=8e-5, ema_decay=0.998,
+        drop_path={"1m": 0.05}, preset="small",
+    ),
+    "cifar10_distill": Recipe(
+        img_size=64, epochs=30, warmup_epochs=1, batch_size=128, base_lr=4e-3, min_lr=4e-5, ema_decay=0.998,
+        drop_path={"1m": 0.0}, preset="small", changes={"cutmix": 1.0, "mix_probability": 0.5},
+    ),
+}  # fmt: skip
+
+
+def find_recipe(name: str, **changes: Any) -> Recipe:
+    """Return a recipe by its name, with fields replaced; the warm-up is at most half of a training made shorter.
+
+    Args:
+        name: a name of :data:`RECIPES`.
+        **changes: fields to replace; ``None`` keeps the recipe's.
+
+    Raises:
+        ValueError: if there is no such recipe or field, or a value is out of its range.
+    """
+    if name not in RECIPES:
+        raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(RECIPES)}.")
+    unknown = sorted(changes.keys() - {entry.name for entry in dataclasses.fields(Recipe)})
+    if unknown:
+        raise ValueError(f"Recipe has no field {', '.join(unknown)}.")
+    given = {key: value for key, value in changes.items() if value is not None}
+    recipe = RECIPES[name]
+    given.setdefault("warmup_epochs", min(recipe.warmup_epochs, given.get("epochs", recipe.epochs) / 2))
+    return dataclasses.replace(recipe, **given)

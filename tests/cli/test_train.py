@@ -1,0 +1,147 @@
+"""Training from labels on the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kornia_tinyvit import TinyViT
+from kornia_tinyvit.cli import app
+from kornia_tinyvit.cli.training_options import build_student, choose_recipe
+from kornia_tinyvit.training import RECIPES
+from tests.cli.test_classify import error_of, run
+from tests.distillation.test_batches import CLASSES, damage, make_pictures
+
+SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_pictures(tmp_path / "data", each=4)
+
+
+def command(folder, tmp_path, *options):
+    return ("train", str(folder), *SMALL, "--epochs", "1", "--out", str(tmp_path / "out"), *options)
+
+
+def recorded(tmp_path):
+    return json.loads((tmp_path / "out" / "run.json").read_text())
+
+
+class TestTrain:
+    def test_json(self, folder, tmp_path):
+        validation = make_pictures(tmp_path / "val", each=2, seed=5)
+        told = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
+        assert told.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
+        assert (told["steps"], told["broken"], told["is_main_process"]) == (1, [], True)
+        report = json.loads(run("evaluate", str(validation), "--pretrained", told["best"], "--json"))
+        assert report["top1"] == pytest.approx(told["top1"], abs=0.01)
+        network = TinyViT.from_config(pretrained=told["last"])
+        assert (network.config.num_classes, network.config.img_size) == (3, 32)
+        assert network.config.drop_path_rate == RECIPES["cifar10"].drop_path["1m"]
+        assert not network.config.use_checkpoint
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["best"], "--json"))
+        assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
+
+    def test_text(self, folder, tmp_path):
+        printed = run(*command(folder, tmp_path, "--validation", str(folder)))
+        assert "training" in printed
+        last = printed.strip().splitlines()[-1]
+        assert last.startswith("1 steps in ")
+        assert "top-1 " in last
+        assert last.endswith("best.safetensors")
+        assert run(*command(folder, tmp_path, "--validation", str(folder))).strip().splitlines()[-1] == last
+
+    def test_broken_pictures(self, folder, tmp_path, capfd, monkeypatch):
+        damage(folder / "green" / "01.png")
+        options = ("--batch-size", "12", "--json")
+        assert "green/01.png is not a picture" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
+        printed = run(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
+        assert "1 pictures could not be read and were left out: green/01.png" in printed
+        told = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
+        assert told["broken"] == ["green/01.png"]
+
+    @pytest.mark.parametrize("pretrained", ["cifar10", "file"])
+    def test_pretrained(self, folder, tmp_path, pretrained):
+        if pretrained == "file":
+            pretrained = json.loads(run(*command(folder, tmp_path / "first", "--json")))["best"]
+        told = json.loads(run(*command(folder, tmp_path, "--pretrained", pretrained, "--base-lr", "1e-3", "--json")))
+        trained = TinyViT.from_config(pretrained=told["last"])
+        start = TinyViT.from_config("1m", pretrained)
+        near = (trained.layers[2].blocks[1].mlp.fc1.weight - start.layers[2].blocks[1].mlp.fc1.weight).abs().max()
+        assert near < 0.01
+        assert trained.config.num_classes == 3
+
+    def test_options_reach_the_training(self, folder, tmp_path):
+        run(*command(folder, tmp_path, "--process-batch", "4", "--seed", "7", "--base-lr", "0.004",
+                     "--gradient-checkpointing", "--precision", "bf16", "--limit", "10", "--json"))  # fmt: skip
+        asked = recorded(tmp_path)
+        assert asked["recipe"]["base_lr"] == 0.004
+        assert asked["recipe"]["batch_size"] == 8
+        assert asked["augmentation"]["seed"] == 7
+        assert asked["model"]["use_checkpoint"] is True
+        assert asked["objective"] == "Labels"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            (("--recipe", "in2k"), "There is no recipe 'in2k'; choose one of in1k"),
+            (("--variant", "9m"), "There is no TinyViT variant '9m'"),
+            (("--batch-size", "14"), "12 samples, fewer than a global batch of 14"),
+            (("--batch-size", "7"), "even batch_size"),
+            (("--process-batch", "3"), "no multiple of 3 pictures"),
+            (("--precision", "fp7"), "fp7"),
+            (("--pretrained", "nothing"), "nothing"),
+            (("--on-broken", "ignore"), "'stop' or 'skip'"),
+            (("--base-lr", "-1"), "Out of range: base_lr=-1.0"),
+            (("--validation", "gone"), "There is no data set gone"),
+        ],
+    )
+    def test_errors(self, folder, tmp_path, capfd, monkeypatch, options, message):
+        assert message in error_of(capfd, monkeypatch, *command(folder, tmp_path, "--json", *options))
+
+    def test_no_data(self, tmp_path, capfd, monkeypatch):
+        assert "There is no data set" in error_of(capfd, monkeypatch, *command(tmp_path / "gone", tmp_path, "--json"))
+
+    def test_another_training_in_the_folder(self, folder, tmp_path, capfd, monkeypatch):
+        run(*command(folder, tmp_path, "--json"))
+        error = error_of(capfd, monkeypatch, *command(folder, tmp_path, "--json", "--seed", "3"))
+        assert "out holds another training: augmentation.seed" in error
+
+    @pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--img-size", "--limit"])
+    def test_numbers_start_above_zero(self, folder, tmp_path, option):
+        assert CliRunner().invoke(app, [*command(folder, tmp_path), option, "0"]).exit_code == 2
+
+
+class TestChooseRecipe:
+    @pytest.mark.parametrize("name", RECIPES)
+    def test_unchanged(self, name):
+        assert choose_recipe(name, epochs=None, img_size=None) == RECIPES[name]
+
+    def test_a_shorter_training_has_a_shorter_warm_up(self):
+        assert choose_recipe("in1k", epochs=10).warmup_epochs == 5
+        assert choose_recipe("in1k", epochs=1).warmup_epochs == 0.5
+        assert choose_recipe("in1k", epochs=60).warmup_epochs == 20
+
+
+class TestBuildStudent:
+    def test_first_weights_depend_on_the_seed(self):
+        one, same, other = (build_student("1m", None, RECIPES["cifar10"], 4, seed, False) for seed in (1, 1, 2))
+        assert torch.equal(one.head.weight, same.head.weight)
+        assert not torch.equal(one.head.weight, other.head.weight)
+        assert one.training
+
+    def test_windows_grow_with_larger_pictures(self):
+        recipe = choose_recipe("224_to_384")
+        student = build_student("1m", "cifar10", recipe, 10, 0, True)
+        assert student.config.window_sizes == (48, 48, 24, 12)
+        assert (student.config.img_size, student.config.use_checkpoint) == (384, True)
+        assert build_student("1m", None, recipe, 10, 0, False).config.window_sizes == (8, 8, 4, 2)
+
+    @pytest.mark.parametrize(("variant", "rate"), [("5m", 0.0), ("11m", 0.1), ("21m", 0.2)])
+    def test_stochastic_depth(self, variant, rate):
+        assert build_student(variant, None, RECIPES["in1k"], 4, 0, False).config.drop_path_rate == rate

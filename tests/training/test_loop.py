@@ -1,0 +1,668 @@
+"""The training loop: what it does at every step, what it writes, and that it goes on after a kill."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import multiprocessing
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.optim import optimizer as optimizers
+
+from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit.distillation import LogitStore, Manifest, ReplayableAugmentation, ReplayedSamples
+from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.training import LabelledImages, Labels, Recipe, StoredLabels, train
+from kornia_tinyvit.training.averaging import MovingAverage
+from kornia_tinyvit.training.data import BrokenPictureError
+from tests.conftest import TINY
+from tests.distillation.test_batches import CLASSES, damage, make_pictures
+
+RECIPE = Recipe(
+    img_size=32, epochs=2, warmup_epochs=0, batch_size=8, base_lr=0.128, min_lr=0.0128, preset="small",
+    changes={"label_smoothing": 0.0},
+)  # fmt: skip
+EASY = replace(RECIPE, base_lr=0.5, min_lr=0.05, changes={"erasing": 0.0, "color_jitter": 0.0, "label_smoothing": 0.0})
+FROZEN = replace(RECIPE, frozen_batch_norm=True)
+STEPS = 3  # of an epoch of the 24 pictures
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_pictures(tmp_path / "data")
+
+
+def make_model(**changes) -> TinyViT:
+    torch.manual_seed(0)
+    return TinyViT(**(TINY | {"num_classes": 3, "img_size": 32} | changes))
+
+
+def make_samples(folder, recipe=RECIPE, on_broken="stop") -> ReplayedSamples:
+    images = LabelledImages(folder)
+    augmentation = ReplayableAugmentation(
+        recipe.img_size, recipe.preset, seed=1, num_samples=len(images), **recipe.changes
+    )
+    return ReplayedSamples(images, augmentation, on_broken)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Spoiled(Labels):
+    """Labels that do something before a batch."""
+
+    def __init__(self, augmentation, before) -> None:
+        super().__init__(augmentation)
+        self.before, self.calls = before, 0
+
+    def __call__(self, outputs, images, batch):
+        self.calls += 1
+        loss = super().__call__(outputs, images, batch)
+        return loss * self.before(self.calls)
+
+
+def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", **options):
+    samples = make_samples(folder, recipe, on_broken)
+    objective = Labels(samples.augmentation)
+    if before is not None:
+        objective = Spoiled(samples.augmentation, before)
+        objective.__class__ = type("Labels", (Spoiled,), {})  # the name that run.json notes down
+    options = {"cpu": True, "log_every": 1, "class_names": CLASSES} | options
+    return train(model or make_model(), samples, objective, recipe, out, **options)
+
+
+def stop_at(call):
+    def before(number):
+        if number == call:
+            raise Interrupted
+        return 1
+
+    return before
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out) -> list[float]:
+    return [line["loss"] for line in metrics(out) if "loss" in line]
+
+
+def weights(path) -> TinyViT:
+    return TinyViT.from_config(pretrained=path).eval()
+
+
+def assert_same_run(out, other):
+    """The same lines but for the clock."""
+    one, two = ([{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in metrics(each)]
+                for each in (out, other))  # fmt: skip
+    assert [line.keys() for line in one] == [line.keys() for line in two]
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, rel=1e-6)
+    for name in ("best", "last"):
+        first, second = (weights(each / f"{name}.safetensors").state_dict() for each in (out, other))
+        assert all(torch.allclose(first[key], second[key], rtol=1e-5, atol=1e-7) for key in first)
+
+
+@pytest.fixture
+def spy():
+    """Record what the optimizer is given at each step: learning rates of its groups and the norm of the gradients."""
+    seen = []
+
+    def before(optimizer, args, kwargs):
+        gradients = [p.grad for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = float(torch.stack([gradient.norm() for gradient in gradients]).norm())
+        seen.append(([group["lr"] for group in optimizer.param_groups], norm))
+
+    handle = optimizers.register_optimizer_step_pre_hook(before)
+    yield seen
+    handle.remove()
+
+
+class TestWhatComesOut:
+    def test_it_learns(self, folder, tmp_path):
+        validation = LabelledImages(make_pictures(tmp_path / "val", each=5, seed=9))
+        recipe = replace(EASY, epochs=8, warmup_epochs=1)
+        result = fit(folder, tmp_path / "out", recipe, validation=validation)
+        curve = losses(tmp_path / "out")
+        assert len(curve) == 8 * STEPS
+        assert np.mean(curve[-3:]) < 0.5 * np.mean(curve[:3])
+        assert result.top1 > 60
+        assert result.steps == 24
+        assert result.is_main_process
+
+    def test_metrics(self, folder, tmp_path):
+        out = tmp_path / "out"
+        validation = LabelledImages(make_pictures(tmp_path / "val", each=3, seed=9))
+        result = fit(folder, out, validation=validation, log_every=2)
+        lines = metrics(out)
+        told = [(line["step"], line["epoch"], "loss" in line) for line in lines]
+        assert told == [(2, 0.6667, True), (3, 1, True), (3, 1, False),
+                        (4, 1.3333, True), (6, 2, True), (6, 2, False)]  # fmt: skip
+        for line in lines:
+            if "loss" in line:
+                assert line.keys() == {"step", "epoch", "loss", "lr", "images_per_s"}
+                assert line["images_per_s"] > 0
+            else:
+                assert line.keys() == {"step", "epoch", "top1", "top5", "seconds", "broken"}
+                assert line["broken"] == 0
+        assert result.to_dict() == json.loads(json.dumps(result.to_dict())) | {"broken": ()}
+        assert result.top1 == pytest.approx(max(line.get("top1", 0) for line in lines), abs=1e-4)
+        names = {path.name for path in out.iterdir()} - {"tensorboard"}
+        wanted = {"metrics.jsonl", "run.json", "best.safetensors", "last.safetensors", "state-000000006"}
+        assert names == wanted
+
+    def test_losses_are_means_since_the_last_line(self, folder, tmp_path):
+        fit(folder, tmp_path / "each")
+        fit(folder, tmp_path / "some", log_every=2)
+        each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
+        wanted = [np.mean(each[0:2]), each[2], each[3], np.mean(each[4:6])]
+        assert some == pytest.approx(wanted, rel=1e-5)
+
+    def test_checkpoints(self, folder, tmp_path):
+        model = make_model()
+        result = fit(folder, tmp_path / "out", model=model)
+        assert (result.best, result.last) == (tmp_path / "out/best.safetensors", tmp_path / "out/last.safetensors")
+        assert result.top1 is None
+        for path in (result.best, result.last):
+            network = weights(path)
+            assert network.config == model.config
+            for key, value in model.state_dict().items():
+                assert torch.equal(network.state_dict()[key], value.cpu())
+        answer = ImageClassifier.from_config(pretrained=result.last).predict(Image.new("RGB", (40, 40), "red"))
+        assert {each.label for each in answer[0]} == set(CLASSES)
+
+    def test_the_best_is_kept(self, folder, tmp_path):
+        """The network unlearns in the last epochs, and the weights of one before stay the best."""
+        validation = LabelledImages(folder)
+        recipe = replace(EASY, epochs=10, min_lr=0.5)
+
+        def before(number):
+            return 1 if number <= 7 * STEPS else -1
+
+        model = make_model()
+        result = fit(folder, tmp_path / "out", recipe, model, before, validation=validation)
+        top1 = [line["top1"] for line in metrics(tmp_path / "out") if "top1" in line]
+        assert top1[-1] < max(top1)
+        assert result.top1 == pytest.approx(max(top1), abs=1e-4)
+        assert accuracy(result.best, validation) == pytest.approx(max(top1), abs=1e-3)
+        assert accuracy(result.last, validation) == pytest.approx(top1[-1], abs=1e-3)
+
+    def test_validation_equals_a_direct_one(self, folder, tmp_path):
+        validation = LabelledImages(make_pictures(tmp_path / "val", each=7, seed=9, size=36))
+        result = fit(folder, tmp_path / "out", validation=validation, process_batch=4)  # 21 pictures, 6 batches
+        assert result.top1 == pytest.approx(accuracy(result.best, validation), abs=1e-4)
+        assert metrics(tmp_path / "out")[-1]["top5"] == 100  # of three classes
+
+    def test_other_validation_classes(self, folder, tmp_path):
+        data = make_pictures(tmp_path / "val", each=1)
+        (data / "green").rename(data / "yellow")
+        with pytest.raises(ValueError, match="other classes than the network: green, yellow"):
+            fit(folder, tmp_path / "out", validation=LabelledImages(data))
+        (data / "violet").mkdir()
+        with pytest.raises(ValueError, match="have 4 classes, but the network 3"):
+            fit(folder, tmp_path / "out", validation=LabelledImages(data), class_names=None)
+        assert not (tmp_path / "out").exists()
+
+
+def accuracy(path, images) -> float:
+    network, prepare = weights(path), EvaluationPipeline(32)
+    with torch.no_grad():
+        right = [int(network(prepare(picture[None])).argmax()) == label for picture, label in
+                 (images[row] for row in range(len(images)))]  # fmt: skip
+    return 100 * sum(right) / len(right)
+
+
+class TestSteps:
+    def test_learning_rates(self, folder, tmp_path, spy):
+        recipe = replace(RECIPE, warmup_epochs=1, layer_decay=0.5)
+        fit(folder, tmp_path / "out", recipe)
+        assert recipe.peak_lr == 0.128 * 8 / 512
+        wanted = [recipe.peak_lr * recipe.lr_factor(step / STEPS) for step in range(2 * STEPS)]
+        lines = [line["lr"] for line in metrics(tmp_path / "out") if "loss" in line]
+        assert lines == pytest.approx(wanted)
+        assert wanted[1] == pytest.approx(recipe.peak_lr / 3)
+        for (rates, _), highest in zip(spy, wanted, strict=True):
+            assert sorted(set(rates)) == pytest.approx([highest * 0.5**block for block in (4, 3, 2, 1, 0)])
+
+    def test_accumulated_steps_have_one_learning_rate(self, folder, tmp_path, spy):
+        recipe = replace(RECIPE, warmup_epochs=1)
+        fit(folder, tmp_path / "out", recipe, process_batch=2)
+        assert len(spy) == 2 * STEPS
+        wanted = [recipe.peak_lr * recipe.lr_factor(step / STEPS) for step in range(2 * STEPS)]
+        assert [rates[0] for rates, _ in spy] == pytest.approx(wanted)
+
+    def test_weight_decay_groups(self, folder, tmp_path):
+        decays = []
+
+        def before(optimizer, args, kwargs):
+            decays.append({id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]})
+            assert all(group["betas"] == (0.9, 0.999) for group in optimizer.param_groups)
+
+        handle = optimizers.register_optimizer_step_pre_hook(before)
+        model = make_model()
+        try:
+            fit(folder, tmp_path / "out", replace(RECIPE, weight_decay=0.37, epochs=1), model)
+        finally:
+            handle.remove()
+        for name, parameter in model.named_parameters():
+            plain = parameter.ndim == 1 or name.endswith("attention_biases")
+            assert decays[0][id(parameter)] == (0 if plain else 0.37), name
+
+    def test_clipping(self, folder, tmp_path, spy):
+        fit(folder, tmp_path / "free", replace(RECIPE, clip_norm=1e9))
+        free = [norm for _, norm in spy]
+        spy.clear()
+        limit = min(free) / 2
+        fit(folder, tmp_path / "clipped", replace(RECIPE, clip_norm=limit))
+        assert [norm for _, norm in spy] == pytest.approx([limit] * len(free), rel=1e-3)
+
+    @pytest.mark.parametrize("recipe", [FROZEN, replace(FROZEN, ema_decay=0.9)])
+    def test_accumulation_equals_the_large_batch(self, folder, tmp_path, recipe):
+        for size in (8, 2):
+            fit(folder, tmp_path / str(size), recipe, process_batch=size)
+        assert losses(tmp_path / "8") == pytest.approx(losses(tmp_path / "2"), rel=1e-4)
+        one, two = (weights(tmp_path / size / "last.safetensors").state_dict() for size in ("8", "2"))
+        for key, value in one.items():
+            assert torch.allclose(value, two[key], atol=2e-4), key
+
+    def test_frozen_batch_norm(self, folder, tmp_path):
+        for recipe, kept in ((FROZEN, True), (RECIPE, False)):
+            model = make_model()
+            before = {key: value.clone() for key, value in model.state_dict().items() if "running" in key}
+            fit(folder, tmp_path / str(kept), recipe, model)
+            after = model.state_dict()
+            assert before
+            assert all(torch.equal(value, after[key]) == kept for key, value in before.items())
+
+    def test_average(self, folder, tmp_path):
+        model = make_model()
+        recipe = replace(RECIPE, ema_decay=0.3)
+        parameters = list(model.parameters())
+        expected, number = [p.detach().clone() for p in parameters], 0
+
+        def after(optimizer, args, kwargs):
+            nonlocal expected, number
+            kept = min(0.3, (1 + number) / (10 + number))
+            expected = [kept * a + (1 - kept) * p.detach() for a, p in zip(expected, parameters, strict=True)]
+            number += 1
+
+        handle = optimizers.register_optimizer_step_post_hook(after)
+        try:
+            result = fit(folder, tmp_path / "out", recipe, model)
+        finally:
+            handle.remove()
+        assert number == 2 * STEPS
+        for path in (result.best, result.last):
+            for value, wanted in zip(weights(path).parameters(), expected, strict=True):
+                assert torch.allclose(value, wanted, atol=1e-6)
+        own = next(model.head.parameters())
+        assert not torch.allclose(own, weights(result.last).head.weight)
+        assert MovingAverage(model, 0.3).updates == 0
+
+    def test_gradient_checkpointing(self, folder, tmp_path):
+        for name in ("plain", "recomputed"):
+            model = make_model(drop_path_rate=0.4, use_checkpoint=name == "recomputed")
+            fit(folder, tmp_path / name, model=model)
+        assert losses(tmp_path / "plain") == pytest.approx(losses(tmp_path / "recomputed"), rel=1e-5)
+
+    def test_gradient_checkpointing_is_on(self, folder, tmp_path, monkeypatch):
+        from kornia_tinyvit import model as module
+
+        calls = []
+        original = module.checkpoint
+        monkeypatch.setattr(module, "checkpoint", lambda *args, **kwargs: calls.append(1) or original(*args, **kwargs))
+        fit(folder, tmp_path / "out", replace(RECIPE, epochs=1), make_model(use_checkpoint=True))
+        assert len(calls) == STEPS * 5
+
+    def test_drop_path_is_drawn_anew_at_each_step(self, folder, tmp_path):
+        """With a learning rate of next to nothing, the same pictures give other losses in each epoch."""
+        recipe = replace(FROZEN, base_lr=1e-12, min_lr=1e-12, epochs=3, batch_size=24)
+        for name, rate in (("same", 0.0), ("other", 0.5)):
+            fit(folder, tmp_path / name, recipe, make_model(drop_path_rate=rate), replays=[0])
+        assert losses(tmp_path / "same") == pytest.approx([losses(tmp_path / "same")[0]] * 3, rel=1e-5)
+        assert len({round(loss, 5) for loss in losses(tmp_path / "other")}) == 3
+
+    def test_lower_precision(self, folder, tmp_path):
+        """In one process, one after the other, and the network has its own forward afterwards."""
+        curves = []
+        for number, precision in enumerate(("no", "bf16", "no")):
+            model, kinds = make_model(), []
+            model.head.register_forward_hook(lambda module, inputs, output, kinds=kinds: kinds.append(output.dtype))
+            fit(folder, tmp_path / str(number), FROZEN, model, precision=precision)
+            assert set(kinds) == {torch.bfloat16 if precision == "bf16" else torch.float32}
+            kinds.clear()
+            model.eval()(torch.zeros(1, 3, 32, 32))
+            assert kinds == [torch.float32]
+            curves.append(losses(tmp_path / str(number)))
+        first, half, second = curves
+        assert first == second
+        assert half == pytest.approx(first, rel=0.1)
+        assert half != first
+
+    def test_unknown_precision(self, folder, tmp_path):
+        with pytest.raises(ValueError, match="fp7"):
+            fit(folder, tmp_path / "out", precision="fp7")
+
+    def test_stored_labels(self, folder, tmp_path):
+        """A store is replayed in turn, and its labels are what is learnt."""
+        samples = make_samples(folder, EASY)
+        manifest = Manifest(num_samples=24, num_classes=3, top_k=2, seed=1)
+        with LogitStore.create(tmp_path / "store", manifest) as store:
+            for epoch in (0, 1):
+                order = samples.order.permutation(epoch)
+                wrong = (torch.tensor(samples.images.labels)[order.tolist()] + 1) % 3
+                draws = samples.augmentation.draw(epoch, order)
+                store.write(epoch, order, F.one_hot(wrong, 3).float(), draws.checksums())
+        objective = StoredLabels(LogitStore(tmp_path / "store"), samples.augmentation)
+        recipe = replace(EASY, epochs=8)
+        train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)
+        curve = losses(tmp_path / "out")
+        assert np.mean(curve[-3:]) < 0.6 * np.mean(curve[:3])
+        assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # since each is told its neighbour
+
+    def test_workers_change_nothing(self, folder, tmp_path):
+        fit(folder, tmp_path / "alone")
+        fit(folder, tmp_path / "helped", workers=1)
+        assert_same_run(tmp_path / "alone", tmp_path / "helped")
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(("batch", "message"), [(3, "no multiple of 3"), (5, "no multiple of 5"), (1, "even")])
+    def test_batches_that_do_not_divide(self, folder, tmp_path, batch, message):
+        with pytest.raises(ValueError, match=message):
+            fit(folder, tmp_path / "out", process_batch=batch)
+
+    def test_too_few_pictures(self, folder, tmp_path):
+        with pytest.raises(ValueError, match="24 samples, fewer than a global batch of 32"):
+            fit(folder, tmp_path / "out", replace(RECIPE, batch_size=32))
+
+    def test_another_training(self, folder, tmp_path):
+        out = tmp_path / "out"
+        fit(folder, out)
+        before = (out / "metrics.jsonl").read_text()
+        with pytest.raises(ValueError, match=r"another training.*recipe\.base_lr: .*0\.128.*0\.064"):
+            fit(folder, out, replace(RECIPE, base_lr=0.064))
+        with pytest.raises(ValueError, match=r"model\.drop_path_rate"):
+            fit(folder, out, model=make_model(drop_path_rate=0.1))
+        with pytest.raises(ValueError, match=r"augmentation\.flip"):
+            fit(folder, out, replace(RECIPE, changes=RECIPE.changes | {"flip": 0.1}))
+        make_pictures(tmp_path / "more", seed=5)
+        with pytest.raises(ValueError, match="data: "):
+            fit(tmp_path / "more", out)
+        assert (out / "metrics.jsonl").read_text() == before
+
+    @pytest.mark.parametrize("value", [float("nan"), float("inf")])
+    def test_loss_that_is_not_finite(self, folder, tmp_path, value):
+        out = tmp_path / "out"
+        with pytest.raises(FloatingPointError, match=r"The loss is (nan|inf) at step 5"):
+            fit(folder, out, before=lambda number: value if number == 5 else 1)
+        assert [line["step"] for line in metrics(out)] == [1, 2, 3, 3, 4]
+        assert (out / "state-000000003").is_dir()
+        fit(folder, tmp_path / "undisturbed")
+        fit(folder, out)  # goes on before it went wrong
+        assert_same_run(out, tmp_path / "undisturbed")
+
+
+class TestBrokenPictures:
+    def test_stop(self, folder, tmp_path):
+        damage(folder / "green" / "02.png")
+        with pytest.raises(BrokenPictureError, match=r"green/02\.png"):
+            fit(folder, tmp_path / "out", replace(RECIPE, batch_size=24))
+
+    def test_skipped_and_counted_over_a_restart(self, folder, tmp_path):
+        recipe = replace(RECIPE, batch_size=12)
+        names = ("blue/07.png", "green/02.png")
+        whole = [damage(folder / name) for name in names]
+        with pytest.raises(Interrupted):
+            fit(folder, tmp_path / "out", recipe, on_broken="skip", before=stop_at(4))
+        assert metrics(tmp_path / "out")[-2]["broken"] == 2
+        for name, content in zip(names, whole, strict=True):
+            (folder / name).write_bytes(content)  # whoever went on would not know
+        result = fit(folder, tmp_path / "out", recipe, on_broken="skip")
+        assert result.broken == names
+        assert [line["broken"] for line in metrics(tmp_path / "out") if "broken" in line] == [2, 2]
+        assert fit(folder, tmp_path / "out", recipe, on_broken="skip").broken == names
+
+    def test_they_have_no_say(self, folder, tmp_path):
+        """Losses and gradients are those of the other pictures."""
+        recipe = replace(FROZEN, epochs=1, batch_size=24)
+        for number, name in enumerate(("first", "second")):
+            damage(folder / "red" / "03.png")
+            model = make_model()
+            weight = torch.where(torch.tensor(broken_row(folder)), 1.0 + 50 * number, 1.0)
+            fit(folder, tmp_path / name, recipe, model, lambda _, weight=weight: weight, on_broken="skip")
+        assert losses(tmp_path / "first") == losses(tmp_path / "second")
+
+    def test_nothing_but_broken_pictures_in_a_batch(self, folder, tmp_path):
+        for path in folder.rglob("*.png"):
+            damage(path)
+        result = fit(folder, tmp_path / "out", on_broken="skip")
+        assert losses(tmp_path / "out") == [0] * 6
+        assert len(result.broken) == 24
+
+    def test_in_validation(self, folder, tmp_path):
+        data = make_pictures(tmp_path / "val", each=3, seed=9)
+        damage(data / "green" / "00.png")
+        with pytest.raises(BrokenPictureError, match=r"green/00\.png"):
+            fit(folder, tmp_path / "stopped", validation=LabelledImages(data), process_batch=2)
+        result = fit(folder, tmp_path / "out", validation=LabelledImages(data), on_broken="skip", process_batch=2)
+        assert result.broken == ("validation: green/00.png",)
+        assert metrics(tmp_path / "out")[-1]["broken"] == 1
+        (data / "green" / "00.png").unlink()
+        assert result.top1 == pytest.approx(accuracy(result.best, LabelledImages(data)), abs=1e-4)
+
+
+def broken_row(folder):
+    samples = make_samples(folder, FROZEN)
+    index = [samples.images.name(row) for row in range(24)].index("red/03.png")
+    return samples.order.permutation(0) == index
+
+
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload([__name__])
+RESUMED = replace(RECIPE, epochs=3, ema_decay=0.9)
+PAUSE = 0.1
+
+
+def resumable(folder, out, save_minutes, pause=0.0):
+    torch.set_num_threads(1)
+
+    def before(number):
+        time.sleep(pause)
+        return 1
+
+    validation = LabelledImages(folder.parent / "val")
+    model = make_model(drop_path_rate=0.4, drop_rate=0.1)
+    return fit(folder, out, RESUMED, model, before, validation=validation, save_minutes=save_minutes, process_batch=4)
+
+
+class TestResuming:
+    @pytest.mark.parametrize("save_minutes", [0, 10], ids=["each step", "each epoch"])
+    def test_killed(self, folder, tmp_path, save_minutes):
+        """Killed in the middle of epochs again and again, the training tells the same as one that was left alone."""
+        make_pictures(tmp_path / "val", each=3, seed=9)
+        out, chance = tmp_path / "out", random.Random(3)
+        reached = []
+        for target in (2, 6, 9) if save_minutes == 0 else (7, 10):
+            process = PROCESSES.Process(target=resumable, args=(folder, out, save_minutes, PAUSE))
+            process.start()
+            file = out / "metrics.jsonl"
+            while not file.exists() or file.read_text().count("\n") < target:
+                assert process.is_alive()
+                time.sleep(0.005)
+            time.sleep(chance.random() * PAUSE * 1.5)  # in a step, or while the state is saved
+            process.kill()
+            process.join()
+            assert process.exitcode == -signal.SIGKILL
+            reached.append(metrics(out)[-1]["step"])
+        assert reached[-1] < 3 * STEPS, f"killed too late: {reached}"
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 9, "epo')  # what a killed write leaves
+        resumable(folder, out, save_minutes)
+        resumable(folder, tmp_path / "undisturbed", save_minutes)
+        assert len(losses(out)) == 3 * STEPS
+        assert_same_run(out, tmp_path / "undisturbed")
+        assert [path.name for path in out.glob("state*")] == ["state-000000009"]
+
+    @pytest.mark.parametrize("call", [1, 3, 4, 5, 6])
+    def test_interrupted(self, folder, tmp_path, call):
+        """With what lines and files a kill may leave behind."""
+        model = {"drop_path_rate": 0.4}
+        fit(folder, tmp_path / "undisturbed", model=make_model(**model))
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, model=make_model(**model), before=stop_at(call))
+        (out / "state.tmp").mkdir()
+        (out / "state.tmp" / "model.safetensors").write_text("half")
+        (out / ".last.safetensors.x.tmp").write_text("half")
+        with (out / "metrics.jsonl").open("a") as file:
+            file.write('{"step": 2')
+        fit(folder, out, model=make_model(**model))
+        assert_same_run(out, tmp_path / "undisturbed")
+        assert not (out / "state.tmp").exists()
+
+    def test_an_older_state_that_was_not_removed(self, folder, tmp_path):
+        out = tmp_path / "out"
+        fit(folder, tmp_path / "undisturbed")
+        with pytest.raises(Interrupted):
+            fit(folder, out, before=stop_at(5))
+        (out / "state-000000001").mkdir()  # killed while it was being removed
+        fit(folder, out)
+        assert_same_run(out, tmp_path / "undisturbed")
+        assert [path.name for path in out.glob("state*")] == ["state-000000006"]
+
+    @pytest.mark.parametrize(("first", "second"), [(8, 2), (2, 8)])
+    def test_with_another_number_of_accumulated_batches(self, folder, tmp_path, first, second):
+        """The state counts steps, not batches, so a training may go on with another batch of a process."""
+        recipe = replace(FROZEN, ema_decay=0.5)
+        fit(folder, tmp_path / "undisturbed", recipe)
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, recipe, before=stop_at(5 * 8 // first), process_batch=first, save_minutes=0)
+        fit(folder, out, recipe, process_batch=second)
+        assert losses(out) == pytest.approx(losses(tmp_path / "undisturbed"), rel=1e-4)
+        assert [line["step"] for line in metrics(out)] == [1, 2, 3, 3, 4, 5, 6, 6]
+
+    def test_finished(self, folder, tmp_path):
+        first = fit(folder, tmp_path / "out", validation=LabelledImages(folder))
+        before = (tmp_path / "out" / "metrics.jsonl").read_text()
+        model = make_model()
+        second = fit(folder, tmp_path / "out", model=model, validation=LabelledImages(folder), before=stop_at(1))
+        assert (second.steps, second.top1, second.best) == (first.steps, first.top1, first.best)
+        assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
+
+
+@pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
+class TestTensorBoard:
+    def test_scalars(self, folder, tmp_path):
+        from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, before=stop_at(6), validation=LabelledImages(folder))
+        fit(folder, out, validation=LabelledImages(folder))
+        events = EventAccumulator(str(out / "tensorboard")).Reload()
+        assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
+        assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(out), rel=1e-5)
+        assert [event.step for event in events.Scalars("top1")] == [3, 6]
+        assert {"lr", "images_per_s", "top5"} <= set(events.Tags()["scalars"])
+
+    def test_nothing_of_a_refused_training(self, folder, tmp_path):
+        fit(folder, tmp_path / "out")
+        files = sorted((tmp_path / "out").rglob("*"))
+        with pytest.raises(ValueError, match="another training"):
+            fit(folder, tmp_path / "out", replace(RECIPE, base_lr=0.1))
+        assert sorted((tmp_path / "out").rglob("*")) == files
+
+
+def test_without_tensorboard(folder, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    fit(folder, tmp_path / "out", replace(RECIPE, epochs=1))
+    assert not (tmp_path / "out" / "tensorboard").exists()
+    assert len(losses(tmp_path / "out")) == STEPS
+
+
+def test_progress_bar(folder, tmp_path, capsys):
+    fit(folder, tmp_path / "out", replace(RECIPE, epochs=1), progress=True)
+    shown = capsys.readouterr().out
+    for part in ("training", "100 %", "pictures/s", f"loss {losses(tmp_path / 'out')[-1]:.4f}", "0:00:00"):
+        assert part in shown
+    fit(folder, tmp_path / "quiet", replace(RECIPE, epochs=1))
+    assert capsys.readouterr().out == ""
+
+
+TWO = replace(FROZEN, ema_decay=0.5)
+
+
+def shared_run(folder, out, epochs_before_stop=None):
+    """What each of two processes does, and one alone."""
+    validation = LabelledImages(folder.parent / "val")
+    return fit(folder, out, TWO, validation=validation, on_broken="skip", save_minutes=0,
+               before=None if epochs_before_stop is None else stop_at(epochs_before_stop * STEPS + 2))  # fmt: skip
+
+
+SCRIPT = """
+import json, os, sys
+from pathlib import Path
+from tests.training.test_loop import Interrupted, shared_run
+
+folder, out = Path(sys.argv[1]), Path(sys.argv[2])
+result = shared_run(folder, out)
+out.with_name(f"told-{os.environ['RANK']}.json").write_text(json.dumps(result.to_dict()))
+try:
+    shared_run(folder, out.with_name("stopped"), 1)
+except Interrupted:
+    pass
+"""
+
+
+@pytest.mark.skipif(
+    not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+)
+def test_two_processes_equal_one(folder, tmp_path):
+    """Losses, accuracy, weights and names of broken pictures; and one process goes on where two were stopped."""
+    damage(folder / "red" / "02.png")
+    data = make_pictures(tmp_path / "val", each=7, seed=9)  # 17 and a broken one: in the end shares of 2 and none
+    damage(data / "blue" / "05.png")
+    for name in ("04.png", "05.png", "06.png"):
+        (data / "red" / name).unlink()
+    script = tmp_path / "script.py"
+    script.write_text(SCRIPT)
+    root = Path(__file__).parents[2]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*launch, str(script), str(folder), str(tmp_path / "two")],
+        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["is_main_process"] for each in told] == [True, False]
+    alone = shared_run(folder, tmp_path / "one")
+    for each in told:
+        assert each["top1"] == pytest.approx(alone.top1, abs=1e-4)
+        assert tuple(each["broken"]) == alone.broken == ("red/02.png", "validation: blue/05.png")
+    assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) < 2 * STEPS + 2
+    shared_run(folder, tmp_path / "stopped")
+    for name in ("two", "stopped"):
+        one, other = metrics(tmp_path / "one"), metrics(tmp_path / name)
+        assert len(one) == len(other) == 2 * STEPS + 2
+        for first, second in zip(one, other, strict=True):
+            for key in first.keys() - {"seconds", "images_per_s"}:
+                assert second[key] == pytest.approx(first[key], rel=1e-4), (name, key)
+        first, second = (weights(tmp_path / each / "last.safetensors").state_dict() for each in ("one", name))
+        assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
