@@ -7,11 +7,25 @@ import re
 
 from docutils.nodes import SkipNode
 
-SYMBOLS = {r"\lceil": "⌈", r"\rceil": "⌉", r"\ge": "≥", r"\le": "≤", r"\Delta": "Δ"}
+SYMBOLS = {
+    r"\lceil": "⌈",
+    r"\rceil": "⌉",
+    r"\left": "",
+    r"\right": "",
+    r"\ge": "≥",
+    r"\le": "≤",
+    r"\Delta": "Δ",
+    r"\sum": "∑",
+    r"\log": "\N{SQUARE LOG} ",  # a letter of its own until the others are slanted
+}
+
+UNDERSCORE = "\N{FULLWIDTH LOW LINE}"
 
 
 def to_html(formula: str) -> str:
-    """Turn letters, numbers, the symbols above and one-level indices into HTML.
+    """Turn letters, numbers, the symbols above, indices and exponents into HTML.
+
+    An exponent may hold indices; apart from that, neither holds the other.
 
     Raises:
         ValueError: if the formula needs more than that.
@@ -20,8 +34,11 @@ def to_html(formula: str) -> str:
         formula = re.sub(re.escape(name) + r"(?![A-Za-z])", symbol, formula)
     formula = formula.replace("⌈ ", "⌈").replace(" ⌉", "⌉").replace("Δ ", "Δ")
     text = html.escape(formula)
+    text = re.sub(r"(?<=[A-Za-z]{2})_(?=[A-Za-z]{2})", UNDERSCORE, text)  # of a name such as num_classes
     text = re.sub(r"(?<![A-Za-z&])([A-Za-z]+)(?![A-Za-z;])", r"<i>\1</i>", text)
     text = re.sub(r"_(?:\{([^{}]*)\}|(<i>.*?</i>|\w))", lambda match: f"<sub>{match[1] or match[2]}</sub>", text)
+    text = re.sub(r"\^(?:\{([^{}]*)\}|(<i>.*?</i>|\w))", lambda match: f"<sup>{match[1] or match[2]}</sup>", text)
+    text = text.replace("\N{SQUARE LOG}", "log").replace(UNDERSCORE, "_")
     if set(text) & set("\\{}^"):
         raise ValueError(f"docs/plain_math.py cannot show the formula {formula!r}.")
     return text
@@ -33,6 +50,11 @@ def visit(translator, node) -> None:
     raise SkipNode
 
 
+def visit_block(translator, node) -> None:
+    translator.body.append(f'<p class="math">{to_html(" ".join(node.astext().split()))}</p>')
+    raise SkipNode
+
+
 def setup(app):
-    app.add_html_math_renderer("plain", (visit, None), (visit, None))
+    app.add_html_math_renderer("plain", (visit, None), (visit_block, None))
     return {"parallel_read_safe": True, "parallel_write_safe": True}

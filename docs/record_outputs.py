@@ -1,14 +1,18 @@
 """Run the commands that the pages show and write what they print to `docs/guides/outputs`.
 
-    python docs/record_outputs.py [--cifar10 FOLDER]
+    python docs/record_outputs.py [--cifar10 FOLDER] [NAME ...]
 
-FOLDER holds `test.parquet` with CIFAR-10's test pictures in the Hugging Face layout; without it, the accuracy that is
-shown stays as it was. The sheet of the cat becomes the picture of the model's page.
+FOLDER holds `test.parquet` and `train.parquet` with CIFAR-10's pictures in the Hugging Face layout; without it, the
+accuracies that are shown stay as they were. The sheet of the cat becomes the picture of the model's page. The table of
+the recipes is written from the code. With names, only those outputs are written; each of `distill_check` and
+`distill_train` needs `distill_save` before it.
 """
 
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import os
 import shutil
 import subprocess
@@ -16,34 +20,108 @@ import sys
 import tempfile
 from pathlib import Path
 
+from PIL import Image
+
 from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.training import RECIPES, Recipe
 
 DOCS = Path(__file__).resolve().parent
+OUTPUTS = DOCS / "guides" / "outputs"
+SAVE = """kornia-tinyvit distill save photos labels --teacher 1m/cifar10 \\
+    --recipe cifar10_distill --epochs 4 --top-k 5"""
 COMMANDS = {
     "demo": "kornia-tinyvit demo",
     "classify": "kornia-tinyvit classify chelsea.png horse.png --top-k 3",
     "classify_json": "kornia-tinyvit classify horse.png --top-k 2 --json",
     "pretrained": "kornia-tinyvit pretrained",
     "error": "kornia-tinyvit classify no_such.png",
+    "distill_estimate": SAVE + " --estimate",
+    "distill_save": SAVE,
+    "distill_check": """kornia-tinyvit distill check photos labels --teacher 1m/cifar10 \\
+    --recipe cifar10_distill""",
+    "distill_train": """kornia-tinyvit distill train photos labels --variant 1m \\
+    --recipe cifar10_distill --epochs 4 --batch-size 8 --out runs/student""",
+    "train": """kornia-tinyvit train photos --variant 1m --pretrained cifar10 --recipe cifar10 \\
+    --epochs 8 --batch-size 8 --base-lr 0.03 --validation photos --out runs/photos""",
 }
+ON_CIFAR10 = {
+    "evaluate": "kornia-tinyvit evaluate test.parquet",
+    "evaluate_more": """kornia-tinyvit evaluate test.parquet --per-class --confusion --calibration \\
+    --knn train.parquet --linear train.parquet""",
+}
+COLUMNS = (
+    "recipe",
+    "pixels",
+    "epochs (warm-up)",
+    "batch",
+    "learning rate, to",
+    "weight decay",
+    "layer decay",
+    "drop path",
+    "batch norm",
+    "average",
+    "augmentation",
+)
+
+
+def recipes_table() -> str:
+    """Return the recipes as lines of comma-separated values."""
+    file = io.StringIO()
+    writer = csv.writer(file, lineterminator="\n")
+    writer.writerow(COLUMNS)
+    for name, recipe in RECIPES.items():
+        writer.writerow([name, *_row(recipe)])
+    return file.getvalue()
+
+
+def _row(recipe: Recipe) -> list[object]:
+    changes = "".join(f", {key} {value:g}" for key, value in recipe.changes.items())
+    return [
+        recipe.img_size,
+        f"{recipe.epochs} ({recipe.warmup_epochs:g})",
+        recipe.batch_size,
+        f"{recipe.base_lr:g}, {recipe.min_lr:g}",
+        f"{recipe.weight_decay:g}",
+        f"{recipe.layer_decay:g}",
+        ", ".join(f"{variant} {rate:g}" for variant, rate in recipe.drop_path.items()),
+        "frozen" if recipe.frozen_batch_norm else "trained",
+        f"{recipe.ema_decay:g}" if recipe.ema_decay else "none",
+        recipe.preset + changes,
+    ]
+
+
+def write_pieces(root: Path) -> None:
+    """Make a data set of sixteen pieces of two photos."""
+    for name, file in (("cat", "chelsea.png"), ("horse", "horse.png")):
+        (root / name).mkdir(parents=True)
+        with Image.open(ASSETS / "photos" / file) as photo:
+            small = photo.convert("RGB").resize((120, 120))
+        for number in range(8):
+            small.crop((2 * number, 2 * number, 2 * number + 100, 2 * number + 100)).save(root / name / f"{number}.png")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
+    parser.add_argument("names", nargs="*", help="outputs to write; all without names")
     args = parser.parse_args()
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(DOCS.parent), "NO_COLOR": "1"}
+    environment["PYTHONWARNINGS"] = "ignore::UserWarning:torch.utils.data.dataloader"  # of machines with one core
     with tempfile.TemporaryDirectory() as folder:
         for photo in (ASSETS / "photos").iterdir():
             shutil.copy(photo, folder)
+        write_pieces(Path(folder) / "photos")
         commands = dict(COMMANDS)
         if args.cifar10:
-            shutil.copy(args.cifar10 / "test.parquet", folder)
-            commands["evaluate"] = "kornia-tinyvit evaluate test.parquet"
+            for split in ("train", "test"):
+                os.symlink((args.cifar10 / f"{split}.parquet").resolve(), Path(folder) / f"{split}.parquet")
+            commands |= ON_CIFAR10
+        if args.names:
+            commands = {name: commands[name] for name in args.names}
         for name, command in commands.items():
             program = [sys.executable, "-c", "from kornia_tinyvit.cli import main; main()"]
             done = subprocess.run(  # noqa: S603 - the commands above
-                [*program, *command.split()[1:]],
+                [*program, *command.replace("\\\n", " ").split()[1:]],
                 cwd=folder,
                 env=environment,
                 stdout=subprocess.PIPE,
@@ -52,8 +130,10 @@ def main() -> None:
                 check=name != "error",
             )
             lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
-            (DOCS / "guides" / "outputs" / f"{name}.txt").write_text("\n".join([f"$ {command}", *lines, ""]))
-        shutil.copy(Path(folder) / "demo" / "chelsea.png", DOCS / "_static" / "demo.png")
+            (OUTPUTS / f"{name}.txt").write_text("\n".join([f"$ {command}", *lines, ""]))
+        if "demo" in commands:
+            shutil.copy(Path(folder) / "demo" / "chelsea.png", DOCS / "_static" / "demo.png")
+    (OUTPUTS / "recipes.csv").write_text(recipes_table())
 
 
 if __name__ == "__main__":

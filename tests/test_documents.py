@@ -2,6 +2,7 @@
 
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
@@ -51,3 +52,8 @@ def test_readme_prints_what_it_says(tmp_path):
 def test_links_of_the_readme_exist():
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("http") or (ROOT / target).exists(), target
+
+
+def test_table_of_the_recipes_is_current():
+    written = (ROOT / "docs" / "guides" / "outputs" / "recipes.csv").read_text(encoding="utf-8")
+    assert written == runpy.run_path(str(ROOT / "docs" / "record_outputs.py"))["recipes_table"]()

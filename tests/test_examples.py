@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.distillation import FeatureStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -214,6 +215,7 @@ def test_finetune_folder(shapes, tmp_path, freeze):
     [
         (("adversarial.py", "--target", "unicorn"), "no class 'unicorn'"),
         (("finetune_folder.py", "lonely"), "no class in lonely has a second picture"),
+        (("feature_distillation.py", "lonely"), f"no folder {Path('lonely', 'train2017')}"),
     ],
 )
 def test_mistakes_are_told(tmp_path, command, complaint):
@@ -267,3 +269,58 @@ def test_train_cifar10_goes_on_where_it_was(tmp_path):
     assert {tensor.dtype for tensor in load_file(exported).values() if tensor.is_floating_point()} == {torch.float16}
     assert 0 <= second[-1]["test_top1"] <= 1
     assert second[-1]["held_out_best"] == max(line["held_out"] for line in first + second if "epoch" in line)
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    """A folder of pictures as COCO has them: without classes, 16 to train on and 6 others."""
+    generator = np.random.default_rng(0)
+    for name, count in (("train2017", 16), ("val2017", 6)):
+        (tmp_path / "photos" / name).mkdir(parents=True)
+        for number in range(count):
+            colors = [tuple(generator.integers(0, 256, 3).tolist()) for _ in range(2)]
+            shape = ("board", "disc", "stripes")[number % 3]
+            draw_shape(shape, 60 + 3 * number, 80 - 2 * number, colors).save(
+                tmp_path / "photos" / name / f"{number:03d}.jpg"
+            )
+    return tmp_path / "photos"
+
+
+def test_feature_distillation_asks_the_teacher_once(photos, tmp_path):
+    pytest.importorskip("accelerate")
+    options = ("--out", "run", "--img-size", 32, "--stored", 2, "--epochs", 4, "--batch-size", 8, "--show", 3)
+    command = (EXAMPLES / "feature_distillation.py", photos, *options, "--device", "cpu")
+    first, second = run(*command, cwd=tmp_path), run(*command, cwd=tmp_path)
+    assert re.findall(r"(\d+) records of (.+) written, (\d+) were", first) == [("32", "256 x 2 x 2", "0")]
+    assert re.findall(r"(\d+) records of (.+) written, (\d+) were", second) == [("0", "256 x 2 x 2", "32")]
+    assert re.findall(r"(\d+) epochs trained, (\d+) were, (\d+) steps", first) == [("4", "0", "8")]
+    assert re.findall(r"(\d+) epochs trained, (\d+) were, (\d+) steps", second) == [("0", "4", "8")]
+    assert all("was shown 0 pictures" in output for output in (first, second))
+    row = r"^  (mean|untrained|trained) .* ([\d.]+) +(-?[\d.]+)$"
+    tables = [re.findall(row, output, re.MULTILINE) for output in (first, second)]
+    assert tables[0] == tables[1]
+    told = {name: (float(error), float(cosine)) for name, error, cosine in tables[0]}
+    assert told["trained"][0] < told["untrained"][0]
+    assert told["trained"][1] > told["untrained"][1]
+
+    # The files give what was printed: the store's features are the teacher's, and so are the student's differences.
+    spec = importlib.util.spec_from_file_location("feature_distillation", EXAMPLES / "feature_distillation.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    teacher = module.build_teacher(module.Photos(photos / "train2017"), 32, tmp_path / "run" / "teacher.safetensors")
+    changes = {"crop_scale": (0.2, 1.0), "erasing": 0.0}
+    augmentation = ReplayableAugmentation(32, "small", 0, **changes)
+    samples = ReplayedSamples(module.Photos(photos / "train2017"), augmentation)
+    with FeatureStore(tmp_path / "run" / "store") as store:
+        report = check_records(store, teacher, samples, records=32)
+    assert report.records == 32
+    assert report.largest < 0.02
+    assert not report.drifted
+    student = TinyViT.from_config(pretrained=tmp_path / "run" / "student" / "last.safetensors").eval()
+    prepare = EvaluationPipeline(32)
+    with torch.inference_mode():
+        images = torch.cat([prepare(read_image(file)[None]) for file in sorted((photos / "val2017").iterdir())])
+        expected, found = teacher(images), student(images)
+    assert (found - expected).square().mean().item() == pytest.approx(told["trained"][0], abs=2e-3)
+    assert torch.cosine_similarity(found, expected).mean().item() == pytest.approx(told["trained"][1], abs=2e-3)
+    assert Image.open(tmp_path / "run" / "features.png").size == (3 * 256 + 2 * 6, 3 * 256 + 2 * 6)

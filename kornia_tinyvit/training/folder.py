@@ -1,0 +1,118 @@
+"""The folder of a training: what was asked for, its metrics, its weights and the state to go on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from kornia_tinyvit.distillation.store import describe_differences
+
+__all__ = ["RunFolder"]
+
+
+class RunFolder:
+    """Files of a training, each put into place whole, so that a kill at any time leaves what was there before.
+
+    Args:
+        path: the folder; it is made when something is written.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._board: Any = None
+
+    def weights(self, name: str) -> Path:
+        """Return the file of the ``best`` or the ``last`` weights."""
+        return self.path / f"{name}.safetensors"
+
+    def claim(self, asked: dict[str, Any]) -> None:
+        """Refuse a folder that holds another training than is asked for.
+
+        Raises:
+            ValueError: telling the differences.
+        """
+        file = self.path / "run.json"
+        if not file.exists():
+            return
+        differences = describe_differences(json.loads(file.read_text()), asked, words=("it has", "asked for"))
+        if differences:
+            raise ValueError(
+                f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
+            )
+
+    def begin(self, asked: dict[str, Any], step: int) -> None:
+        """Write down what is asked for, and forget what was told of steps after this one: they come again."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        _write(self.path / "run.json", json.dumps(asked, indent=1))
+        metrics = self.path / "metrics.jsonl"
+        if metrics.exists():
+            lines = [line for line in metrics.read_text().splitlines() if _is_at_most(line, step)]
+            _write(metrics, "".join(line + "\n" for line in lines))
+        self._board = _tensorboard(self.path, step)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Add a line to the metrics, and its numbers to TensorBoard where that is installed."""
+        with (self.path / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._board is not None:
+            for name in ("loss", "lr", "images_per_s", "top1", "top5"):
+                if name in line:
+                    self._board.add_scalar(name, line[name], line["step"])
+
+    def newest_state(self) -> tuple[Path, dict[str, Any]] | None:
+        """Return the folder of the newest whole state and how far it was, or ``None``."""
+        states = self._states()
+        return (states[-1], json.loads((states[-1] / "progress.json").read_text())) if states else None
+
+    def new_state(self) -> Path:
+        """Return an empty place for a state, which counts after :meth:`keep_state`."""
+        temporary = self.path / "state.tmp"
+        shutil.rmtree(temporary, ignore_errors=True)
+        return temporary
+
+    def keep_state(self, progress: dict[str, Any]) -> None:
+        """Put the new state in the place of the one before.
+
+        Args:
+            progress: how far it is, with ``step``.
+        """
+        temporary = self.path / "state.tmp"
+        (temporary / "progress.json").write_text(json.dumps(progress))
+        os.replace(temporary, self.path / f"state-{progress['step']:09d}")
+        for older in self._states()[:-1]:
+            shutil.rmtree(older)
+
+    def close(self) -> None:
+        """Close TensorBoard's file."""
+        if self._board is not None:
+            self._board.close()
+
+    def _states(self) -> list[Path]:
+        return sorted(path for path in self.path.glob("state-*") if re.fullmatch(r"state-\d{9,}", path.name))
+
+
+def _is_at_most(line: str, step: int) -> bool:
+    try:
+        return bool(json.loads(line)["step"] <= step)
+    except ValueError:  # the killed run's half line
+        return False
+
+
+def _write(path: Path, text: str) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(text)
+    os.replace(temporary, path)
+
+
+def _tensorboard(path: Path, step: int) -> Any:
+    make: Callable[..., Any]
+    try:
+        from torch.utils.tensorboard import SummaryWriter as make
+    except ImportError:  # it is a convenience, not a need
+        return None
+    return make(str(path / "tensorboard"), purge_step=step + 1)  # what a killed run told is told again
