@@ -140,15 +140,8 @@ def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: i
     """Write what the teacher says about epochs of augmented photos, but for what is there already."""
     augmentation = samples.augmentation
     cells = augmentation.img_size // STRIDE
-    manifest = Manifest(
-        kind="features",
-        num_samples=len(samples),
-        shape=(CHANNELS, cells, cells),
-        seed=augmentation.seed,
-        augmentation=augmentation.describe(),
-        data={"fingerprint": samples.images.fingerprint()},
-        teacher=teacher.describe(),
-    )
+    shape = (CHANNELS, cells, cells)
+    manifest = Manifest(kind="features", shape=shape, teacher=teacher.describe(), **samples.describe())
     began = time.process_time()
     store = FeatureStore.create(path, manifest)
     saved = save_records(store, teacher, samples, range(epochs), batch_size=32)

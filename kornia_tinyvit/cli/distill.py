@@ -97,9 +97,7 @@ def save(
         records = f"{len(samples)} samples x {chosen.epochs} epochs x the top {top_k} of {classes} classes"
         print(f"{records}: {readable_size(size)}")
     if not estimate:
-        manifest = Manifest(
-            num_samples=len(samples), num_classes=classes, top_k=top_k, teacher=network.describe(), **_pipeline(samples)
-        )
+        manifest = Manifest(num_classes=classes, top_k=top_k, teacher=network.describe(), **samples.describe())
         with LogitStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
             task = bar.add_task("saving", total=told["records"])
             done = save_records(
@@ -137,7 +135,7 @@ def check(
     samples = build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
     network = load_teacher(teacher, parse_device(device))
     opened = LogitStore(store)
-    opened.require({**_pipeline(samples), "num_samples": len(samples), "teacher": network.describe()})
+    opened.require({**samples.describe(), "teacher": network.describe()})
     report = check_records(opened, network, samples, records, batch_size)
     good = report.largest <= tolerance and not report.drifted
     if as_json:
@@ -198,7 +196,7 @@ def train(
     shown = None
     if store is not None:
         opened = LogitStore(store)
-        opened.require({**_pipeline(samples), "num_samples": len(samples)})
+        opened.require(samples.describe())
         shown = _whole_epochs(opened, chosen.epochs) if replays is None else list(range(replays))
         objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
         classes = opened.manifest.num_classes
@@ -229,15 +227,6 @@ def train(
         progress=not as_json,
     )
     report_training(result, as_json)
-
-
-def _pipeline(samples: ReplayedSamples) -> dict[str, Any]:
-    """Return what a store's manifest says about the pictures that were shown."""
-    return {
-        "seed": samples.augmentation.seed,
-        "augmentation": samples.augmentation.describe(),
-        "data": {"fingerprint": samples.images.fingerprint()},
-    }
 
 
 def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:

@@ -68,6 +68,15 @@ class ReplayedSamples(Dataset[Batch]):
     def __len__(self) -> int:
         return len(self.images)
 
+    def describe(self) -> dict[str, Any]:
+        """Return what a store's :class:`~kornia_tinyvit.distillation.Manifest` says about the pictures shown."""
+        return {
+            "num_samples": len(self),
+            "seed": self.augmentation.seed,
+            "augmentation": self.augmentation.describe(),
+            "data": {"fingerprint": self.images.fingerprint()},
+        }
+
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
 

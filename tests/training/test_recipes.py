@@ -106,7 +106,8 @@ class TestFindRecipe:
     @pytest.mark.parametrize(
         "changes",
         [
-            {"epochs": 0}, {"epochs": 10, "warmup_epochs": 20}, {"warmup_epochs": -1}, {"batch_size": 0}, {"batch_size": 127},
+            {"epochs": 0}, {"epochs": 10, "warmup_epochs": 20}, {"warmup_epochs": -1}, {"batch_size": 0},
+            {"batch_size": 127},
             {"base_lr": 0.0}, {"base_lr": -1.0}, {"min_lr": 1.0}, {"min_lr": -1e-9}, {"ema_decay": 1.0},
             {"ema_decay": -0.1},
         ],
