@@ -45,7 +45,7 @@ def student(kind: str, seed: int, args: argparse.Namespace, store: Path) -> dict
     out.mkdir(parents=True, exist_ok=True)
     source = {"labels": ["train"], "online": ["distill", "train"], "stored": ["distill", "train"]}[kind]
     data = [str(args.data / "train.parquet"), *([str(store)] if kind == "stored" else [])]
-    teacher = ["--teacher", TEACHER, "--precision", args.precision] if kind == "online" else []
+    teacher = ["--teacher", args.teacher] if kind == "online" else []
     fixed = ["--variant", "1m", "--init-seed", str(seed), "--workers", "0", "--out", str(out), *common(args)]
     trained = run([*source, *data, *teacher, *fixed, "--batch-size", str(args.batch_size)], out / "trained.json")
     weights = ["--pretrained", str(out / "last.safetensors"), "--img-size", str(args.img_size)]
@@ -68,12 +68,21 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--precision", default="no", choices=["no", "bf16"], help="what the online student runs in")
+    parser.add_argument("--teacher", default=TEACHER)
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
 
     store = args.out / "store"
-    saving = ["distill", "save", str(args.data / "train.parquet"), str(store), "--teacher", TEACHER, "--top-k", "5"]
+    saving = [
+        "distill",
+        "save",
+        str(args.data / "train.parquet"),
+        str(store),
+        "--teacher",
+        args.teacher,
+        "--top-k",
+        "5",
+    ]
     saved = run([*saving, "--workers", "0", *common(args)], args.out / "saved.json")
     print(f"stored {saved['records']} records, {saved['bytes'] / 1e6:.1f} MB, {saved['cpu_s']:.0f} s", flush=True)
     results: dict[str, list[dict]] = {kind: [] for kind in KINDS}

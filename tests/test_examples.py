@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.distillation import FeatureStore, ReplayableAugmentation, ReplayedSamples, check_records
+from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -269,6 +269,33 @@ def test_train_cifar10_goes_on_where_it_was(tmp_path):
     assert {tensor.dtype for tensor in load_file(exported).values() if tensor.is_floating_point()} == {torch.float16}
     assert 0 <= second[-1]["test_top1"] <= 1
     assert second[-1]["held_out_best"] == max(line["held_out"] for line in first + second if "epoch" in line)
+
+
+def test_distill_cifar10_compares_three_students(tmp_path):
+    pytest.importorskip("pyarrow")
+    pytest.importorskip("accelerate")
+    write_parquet(tmp_path / "train.parquet", 40, seed=0)
+    write_parquet(tmp_path / "test.parquet", 20, seed=1)
+    command = (EXAMPLES / "distill_cifar10.py", ".", "--out", "run", "--teacher", "1m/cifar10", "--limit", 32)
+    printed = run(*command, "--epochs", 1, "--batch-size", 16, "--seeds", 3, cwd=tmp_path)
+    assert "stored 32 records" in printed
+    for kind in ("labels", "online", "stored"):
+        assert re.search(rf"{kind} seed 3: top-1 [\d.]+ %, [\d.]+ s an epoch, peak \d+ MB", printed)
+        model = TinyViT.from_config(pretrained=tmp_path / "run" / f"{kind}-3" / "last.safetensors")
+        tested = json.loads((tmp_path / "run" / f"{kind}-3" / "tested.json").read_text())
+        assert tested["pictures"] == 20
+        assert model.config.num_classes == 10
+    store = LogitStore(tmp_path / "run" / "store")
+    assert (store.valid_count(0), store.manifest.top_k) == (32, 5)
+    weights = [
+        load_file(tmp_path / "run" / f"{kind}-3" / "last.safetensors") for kind in ("labels", "online", "stored")
+    ]
+    online, stored = (weights[row]["head.weight"] for row in (1, 2))
+    assert torch.allclose(online, stored, atol=2e-3)  # the same targets but for what the top five leave out
+    assert not torch.allclose(weights[0]["head.weight"], stored, atol=1e-6)
+    assert (
+        run(*command, "--epochs", 1, "--batch-size", 16, "--seeds", 3, cwd=tmp_path) == printed
+    )  # nothing is done again
 
 
 @pytest.fixture

@@ -73,12 +73,14 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
-        """Return its name and a checksum of its weights, for a store's manifest."""
+        """Return its name, a checksum of its weights and what it does to pictures, for a store's manifest."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.network.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-        return {"name": self.name, "checksum": digest.hexdigest()[:16], "img_size": self.img_size}
+        offset, scale = ([round(value, 6) for value in each.tolist()] for each in (self.offset, self.scale))
+        weights = {"name": self.name, "checksum": digest.hexdigest()[:16]}
+        return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
 
 
 def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Teacher:
