@@ -91,11 +91,16 @@ def main() -> None:
     torch.manual_seed(0)
     teacher = Teacher()
     pictures, labels = read_split(args.data / "train.parquet")
+    if args.limit is not None:
+        kept = torch.randperm(len(labels))[: args.limit]  # the file may be sorted by class
+        pictures, labels = pictures[kept], labels[kept]
     augment = TrainingPipeline(
         IMG_SIZE, CLASSES, preset="small", crop_scale=(0.6, 1.0), erasing=0.0, label_smoothing=0.05
     )
     optimizer = torch.optim.AdamW(teacher.parameters(), weight_decay=0.01)
-    per_epoch = min(args.limit or len(labels), len(labels)) // args.batch_size
+    per_epoch = len(labels) // args.batch_size
+    if per_epoch == 0:
+        parser.error(f"{len(labels)} pictures are fewer than a batch of {args.batch_size}")
     steps, began = per_epoch * args.epochs, time.perf_counter()
     for epoch in range(args.epochs):
         teacher.train()

@@ -25,16 +25,18 @@ TEACHER = str(Path(__file__).with_name("cifar10_teacher.py")) + ":build"
 
 def run(command: list[str], record: Path) -> dict:
     """Run a command of kornia-tinyvit and return what it printed, its processor seconds and its peak memory."""
-    if record.exists():
-        return json.loads(record.read_text())
-    command = [sys.executable, "-m", "kornia_tinyvit", *command, "--json"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+    known = json.loads(record.read_text()) if record.exists() else {}
+    if known.get("command") == command:
+        return known
+    process = subprocess.Popen(
+        [sys.executable, "-m", "kornia_tinyvit", *command, "--json"], stdout=subprocess.PIPE, text=True
+    )
     output = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     if status:
         raise SystemExit(f"failed: {' '.join(command)}")
     result = json.loads(output.splitlines()[-1])
-    result |= {"cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
+    result |= {"command": command, "cpu_s": usage.ru_utime + usage.ru_stime, "peak_mb": usage.ru_maxrss / 1024}
     record.write_text(json.dumps(result))
     return result
 

@@ -32,6 +32,5 @@ def main() -> None:
     try:
         app()
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
-        lines = (" ".join(line.split()) for line in str(error).splitlines())
-        print("Error:", "; ".join(line for line in lines if line).replace(":;", ":"), file=sys.stderr)
+        print("Error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

@@ -21,6 +21,7 @@ from kornia_tinyvit.cli.training_options import (
     InitSeed,
     Limit,
     OnBroken,
+    OnCpu,
     Out,
     Precision,
     ProcessBatch,
@@ -35,11 +36,12 @@ from kornia_tinyvit.cli.training_options import (
     Workers,
     build_samples,
     build_student,
+    parse_precision,
 )
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LogitStore, Manifest, StoreError, estimated_size, readable_size
-from kornia_tinyvit.distillation.teachers import load_teacher
+from kornia_tinyvit.distillation.teachers import Teacher, load_teacher
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.objectives import OnlineTeacher, StoredLabels
 from kornia_tinyvit.training.recipes import find_recipe
@@ -56,8 +58,7 @@ TeacherName = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
-PATIENCE = 600.0  # seconds without the next records after which a teacher is taken for dead
-AUTOCAST = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+PATIENCE = 300.0  # seconds without the next records after which a teacher is taken for dead
 
 
 @distill.command()
@@ -83,8 +84,7 @@ def save(
 
     Start it as often as there are GPUs or machines: each process takes shards that no other one holds.
     """
-    if precision not in AUTOCAST:
-        raise ValueError(f"precision must be one of {', '.join(AUTOCAST)}; got {precision!r}.")
+    autocast = parse_precision(precision)
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size)
     samples = build_samples(data, chosen, seed, on_broken, limit)
     network = load_teacher(teacher, parse_device(device))
@@ -97,11 +97,11 @@ def save(
         records = f"{len(samples)} samples x {chosen.epochs} epochs x the top {top_k} of {classes} classes"
         print(f"{records}: {readable_size(size)}")
     if not estimate:
-        manifest = Manifest(num_classes=classes, top_k=top_k, teacher=network.describe(), **samples.describe())
+        manifest = Manifest(num_classes=classes, top_k=top_k, teacher=_told(network, precision), **samples.describe())
         with LogitStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
             task = bar.add_task("saving", total=told["records"])
             done = save_records(
-                opened, network, samples, range(chosen.epochs), batch_size, workers, AUTOCAST[precision],
+                opened, network, samples, range(chosen.epochs), batch_size, workers, autocast,
                 lambda records: bar.update(task, advance=records),
             )  # fmt: skip
         told |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}
@@ -127,6 +127,7 @@ def check(
     seed: Seed = 0,
     batch_size: Batch = 32,
     device: Device = "cpu",
+    precision: Precision = "no",
     limit: Limit = None,
     as_json: Json = False,
 ) -> None:
@@ -135,8 +136,8 @@ def check(
     samples = build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
     network = load_teacher(teacher, parse_device(device))
     opened = LogitStore(store)
-    opened.require({**samples.describe(), "teacher": network.describe()})
-    report = check_records(opened, network, samples, records, batch_size)
+    opened.require({**samples.describe(), "teacher": _told(network, precision)})
+    report = check_records(opened, network, samples, records, batch_size, autocast=parse_precision(precision))
     good = report.largest <= tolerance and not report.drifted
     if as_json:
         told = {"records": report.records, "largest": report.largest, "mean": report.mean}
@@ -177,6 +178,7 @@ def train(
     workers: Workers = 2,
     precision: Precision = "no",
     gradient_checkpointing: Checkpointing = False,
+    cpu: OnCpu = False,
     on_broken: OnBroken = "stop",
     limit: Limit = None,
     as_json: Json = False,
@@ -190,6 +192,8 @@ def train(
 
     if (store is None) == (teacher is None):
         raise ValueError("Give either the folder of a store or --teacher.")
+    if teacher is not None and (hard_share or replays is not None):
+        raise ValueError("--hard-share and --replays belong to a store; leave them out with --teacher.")
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
     samples = build_samples(data, chosen, seed, on_broken, limit)
     objective: StoredLabels | OnlineTeacher
@@ -197,12 +201,12 @@ def train(
     if store is not None:
         opened = LogitStore(store)
         opened.require(samples.describe())
-        shown = _whole_epochs(opened, chosen.epochs) if replays is None else list(range(replays))
+        shown = list(range(replays)) if replays is not None else _begun(out) or _whole_epochs(opened, chosen.epochs)
         objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
         classes = opened.manifest.num_classes
     else:
         network = load_teacher(str(teacher))
-        objective, classes = OnlineTeacher(network, AUTOCAST[precision]), _count_classes(network, samples)
+        objective, classes = OnlineTeacher(network, parse_precision(precision)), _count_classes(network, samples)
     if (hard_share or validation is not None) and samples.images.num_classes != classes:
         raise ValueError(
             f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "
@@ -224,9 +228,20 @@ def train(
         process_batch=process_batch,
         workers=workers,
         precision=precision,
+        cpu=cpu,
         progress=not as_json,
     )
     report_training(result, as_json)
+
+
+def _told(teacher: Teacher, precision: str) -> dict[str, Any]:
+    return {**teacher.describe(), "precision": precision}
+
+
+def _begun(out: Path) -> list[int] | None:
+    """Return the epochs that a training which is gone on with replays; its store may have grown since."""
+    file = out / "run.json"
+    return json.loads(file.read_text()).get("replays") if file.exists() else None
 
 
 def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:

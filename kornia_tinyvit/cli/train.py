@@ -15,6 +15,7 @@ from kornia_tinyvit.cli.training_options import (
     InitSeed,
     Limit,
     OnBroken,
+    OnCpu,
     Out,
     Precision,
     ProcessBatch,
@@ -28,6 +29,7 @@ from kornia_tinyvit.cli.training_options import (
     Workers,
     build_samples,
     build_student,
+    parse_precision,
 )
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.recipes import find_recipe
@@ -53,6 +55,7 @@ def train(
     workers: Workers = 2,
     precision: Precision = "no",
     gradient_checkpointing: Checkpointing = False,
+    cpu: OnCpu = False,
     on_broken: OnBroken = "stop",
     limit: Limit = None,
     as_json: Json = False,
@@ -61,6 +64,7 @@ def train(
     from kornia_tinyvit.training import Labels
     from kornia_tinyvit.training.loop import train as run
 
+    parse_precision(precision)
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
     samples = build_samples(data, chosen, seed, on_broken, limit)
     model = build_student(
@@ -82,6 +86,7 @@ def train(
         process_batch=process_batch,
         workers=workers,
         precision=precision,
+        cpu=cpu,
         progress=not as_json,
     )
     report_training(result, as_json)

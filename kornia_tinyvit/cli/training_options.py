@@ -37,6 +37,20 @@ ProcessBatch = Annotated[int | None, typer.Option(min=2, help="Pictures at a tim
 Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
 Rate = Annotated[float | None, typer.Option("--base-lr", help="Learning rate for a batch of 512.")]
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")]
+OnCpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where there is a GPU.")]
+
+PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def parse_precision(name: str) -> torch.dtype | None:
+    """Return the data type to compute in, ``None`` for that of the weights.
+
+    Raises:
+        ValueError: if there is no such precision.
+    """
+    if name not in PRECISIONS:
+        raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {name!r}.")
+    return PRECISIONS[name]
 
 
 def build_samples(

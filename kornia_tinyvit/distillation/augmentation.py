@@ -8,6 +8,7 @@ the last bits of floating point arithmetic, which differ between processors, are
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import zlib
 from collections.abc import Callable
@@ -267,8 +268,9 @@ class ReplayableAugmentation(nn.Module):
         chunk = _CPU_CHUNK if crops.device.type == "cpu" else len(draws)
         rows = np.arange(len(draws))
         parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
-        images = torch.cat([self._change(crops[part[0] : part[-1] + 1], draws, part) for part in parts])
-        return self._mix(images, draws) if self.mixes else images
+        with torch.autocast(crops.device.type, enabled=False):  # whoever trains in 16 bits gets the same pictures
+            images = torch.cat([self._change(crops[part[0] : part[-1] + 1], draws, part) for part in parts])
+            return self._mix(images, draws) if self.mixes else images
 
     def soft_labels(self, labels: Tensor, draws: Draws, num_classes: int) -> Tensor:
         """Return the targets :math:`(B, classes)` of mixed and smoothed labels, whose rows sum to 1.
@@ -458,12 +460,14 @@ def _beta_quantile(alpha: float) -> Callable[[NDArray[np.float64]], NDArray[np.f
     density = (1 - grid ** (1 / alpha)) ** (alpha - 1)
     half = np.concatenate([[0], np.cumsum((density[1:] + density[:-1]) / 2)])
     half *= 0.5 / half[-1]
+    return functools.partial(_interpolated, half=half, grid=grid, alpha=alpha)
 
-    def quantile(uniform: NDArray[np.float64]) -> NDArray[np.float64]:
-        lower = np.interp(np.minimum(uniform, 1 - uniform), half, grid) ** (1 / alpha)
-        return np.where(uniform < 0.5, lower, 1 - lower)
 
-    return quantile
+def _interpolated(
+    uniform: NDArray[np.float64], half: NDArray[np.float64], grid: NDArray[np.float64], alpha: float
+) -> NDArray[np.float64]:
+    lower = np.interp(np.minimum(uniform, 1 - uniform), half, grid) ** (1 / alpha)
+    return np.where(uniform < 0.5, lower, 1 - lower)
 
 
 def _swap_neighbours(rows: Tensor) -> Tensor:
@@ -528,12 +532,25 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    with torch.backends.cudnn.flags(allow_tf32=False):  # whose 10 bits would be seen in 8-bit pictures
-        return _to_8_bits(KE.sharpness(_to_floats(images), factor))
+    """Blend with Pillow's smoothing, but for the border; a convolution would be rounded otherwise on each device."""
+    levels = images.int()
+    rows = levels[..., :-2, :] + levels[..., 1:-1, :] + levels[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[..., 1:-1, 1:-1]
+    smooth = levels.float()
+    smooth[..., 1:-1, 1:-1] = ((total + 6) // 13).float()  # the nearest whole number
+    blend = smooth + (levels - smooth) * factor[:, None, None, None]
+    return blend.round_().clamp_(0, 255).to(torch.uint8)
+
+
+def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
+    """Stretch each channel to all levels, but leave one of a single level as it is, as Pillow does."""
+    lowest, highest = images.flatten(2).aminmax(dim=2)
+    flat = (lowest == highest)[..., None, None]
+    return torch.where(flat, images, _to_8_bits(KE.normalize_min_max(_to_floats(images))))
 
 
 _INTENSITY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
-    "auto_contrast": _on_floats(lambda images, _: KE.normalize_min_max(images)),
+    "auto_contrast": _auto_contrast,
     "equalize": _equalize,
     "invert": _on_floats(lambda images, _: KE.invert(images)),
     "posterize": _on_floats(lambda images, bits: KE.posterize(images, bits.int())),

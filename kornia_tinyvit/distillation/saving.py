@@ -115,6 +115,7 @@ def check_records(
     records: int = 256,
     batch_size: int = 32,
     seed: int = 0,
+    autocast: torch.dtype | None = None,
 ) -> CheckReport:
     """Recompute a random sample of a store's records with the teacher.
 
@@ -125,6 +126,7 @@ def check_records(
         records: how many records to recompute, spread over the stored epochs; mixed samples bring their partners along.
         batch_size: pictures at a time.
         seed: seed of the choice.
+        autocast: data type to compute in, that of the saving; ``None`` for the teacher's own.
 
     Raises:
         StoreError: if the store holds no records.
@@ -140,7 +142,7 @@ def check_records(
         chosen = random.choice(valid, min(share, len(valid)), replace=False)
         for keys in _batches(augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
-            targets = _even_where_broken(store, _ask(store, teacher, samples, batch, None), batch.valid)
+            targets = _even_where_broken(store, _ask(store, teacher, samples, batch, autocast), batch.valid).cpu()
             stored, checksums = _stored(store, epoch, batch.draws.indices)
             drifted += batch.draws.indices[batch.draws.checksums() != checksums].tolist()
             values = targets.gather(1, stored[0].long()) if isinstance(store, LogitStore) else targets
@@ -191,10 +193,10 @@ def _ask(
     with torch.inference_mode(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         output = teacher(augmentation(batch.crops.to(device, non_blocking=True), batch.draws))
     output = output.float()
-    return (output.softmax(1) if isinstance(store, LogitStore) else output).cpu()
+    return output.softmax(1) if isinstance(store, LogitStore) else output
 
 
 def _even_where_broken(store: RecordStore, targets: Tensor, valid: Tensor) -> Tensor:
     neutral = 1 / targets.shape[1] if isinstance(store, LogitStore) else 0.0
-    missing = (valid == 0).view(-1, *[1] * (targets.ndim - 1))
+    missing = (valid == 0).view(-1, *[1] * (targets.ndim - 1)).to(targets.device)
     return torch.where(missing, torch.full_like(targets, neutral), targets)

@@ -69,7 +69,7 @@ Integers = NDArray[Any] | Tensor | Sequence[int]
 _VERSION = 1
 _MANIFEST = "manifest.json"
 _SHARD_RECORDS = 65536
-_MAX_MAPS = 64  # each keeps a file descriptor, of which a process may have 1,024 or fewer
+_MAX_MAPS = 256  # each keeps a file descriptor, of which a process may have 1,024 or fewer
 _MAX_HALF = 65504.0
 _NO_KIND = "A RecordStore only counts records; open {} as a LogitStore or FeatureStore."
 _MAX_SUM = 1.01  # what rounding to half precision may make of a sum of 1
@@ -426,7 +426,7 @@ class RecordStore:
             empty = not any(self.valid_count(epoch) for epoch in self.epochs)
             mend = "It holds no records yet: delete the folder" if empty else "Use the settings of the store"
             raise StoreMismatchError(
-                f"{self.path} was made from something else:\n  " + "\n  ".join(differences) + f"\n{mend}, or use "
+                f"{self.path} was made from something else:\n  " + ";\n  ".join(differences) + f".\n{mend}, or use "
                 "another folder."
             )
 

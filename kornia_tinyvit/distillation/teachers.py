@@ -74,13 +74,18 @@ class Teacher(nn.Module):
 
     def describe(self) -> dict[str, Any]:
         """Return its name, a checksum of its weights and what it does to pictures, for a store's manifest."""
-        digest = hashlib.sha256()
-        for name, tensor in sorted(self.network.state_dict().items()):
-            digest.update(name.encode())
-            digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
         offset, scale = ([round(value, 6) for value in each.tolist()] for each in (self.offset, self.scale))
-        weights = {"name": self.name, "checksum": digest.hexdigest()[:16]}
+        weights = {"name": self.name, "checksum": checksum(self.network)}
         return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
+
+
+def checksum(network: nn.Module) -> str:
+    """Return 16 hexadecimal digits that tell the weights of a network from others."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(network.state_dict().items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
 
 
 def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "cpu") -> Teacher:
@@ -112,7 +117,11 @@ def _build(source: str | Path | nn.Module) -> Teacher:
     if kind == "transformers":
         return _from_transformers(name)
     if kind.endswith(".py"):
-        return Teacher(_call(Path(kind), name), f"{Path(kind).name}:{name}")
+        found, told = _call(Path(kind), name), f"{Path(kind).name}:{name}"
+        if not isinstance(found, Teacher):
+            return Teacher(found, told)
+        found.name = told
+        return found
     if Path(text).is_file():
         network = TinyViT.from_config(pretrained=text)
         text = Path(text).name  # wherever it lies

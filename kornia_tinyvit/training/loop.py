@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.distillation.batches import Batch, EpochBatches, ReplayedSamples, replay_loader
+from kornia_tinyvit.distillation.teachers import checksum
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training.averaging import MovingAverage
@@ -29,7 +31,7 @@ from kornia_tinyvit.training.recipes import Recipe
 try:
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, gather_object
+    from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 except ImportError as error:  # pragma: no cover
     raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
 
@@ -114,12 +116,14 @@ def train(
     """
     _check_sizes(samples, recipe)
     _check_validation(validation, class_names, model.config.num_classes)
-    AcceleratorState._reset_state()  # which would refuse another precision than that of an earlier training
+    # Which would refuse another precision, or keep another device, than an earlier training of this process had.
+    AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # MobileSAM's file holds a norm and a head that its forward pass does not use.
     unused = DistributedDataParallelKwargs(find_unused_parameters=model.config.mobile_sam)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
     training = _Training(accelerator, model, samples, objective, recipe, process_batch)
-    evaluate = None if validation is None else _Validation(training, validation)
+    evaluate = None if validation is None else _Validation(training, validation, workers)
+    replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
     return _run(
         training, RunFolder(Path(out)), evaluate, replays, class_names, workers, save_minutes, log_every, progress
     )
@@ -144,7 +148,8 @@ def _run(
     if accelerator.is_main_process:
         folder.begin(asked, training.step)
     batches = training.batches(replays)
-    began = saved = time.perf_counter() - training.seconds
+    saved = time.perf_counter()
+    began = saved - training.seconds
     with _bar(progress and accelerator.is_main_process) as bar:
         task = bar.add_task("training", total=batches.end, completed=training.done, rate="", loss="")
         for batch in replay_loader(training.samples, batches, workers):
@@ -161,7 +166,7 @@ def _run(
                 _log(accelerator, folder, training.end_epoch(epoch, folder, evaluate, class_names))
             if not inside or training.agree(time.perf_counter() - saved > 60 * save_minutes):
                 training.save(folder)
-                saved = time.perf_counter()
+                saved = training.taken = time.perf_counter()
     folder.close()
     accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)  # gives the network its own forward back
     return TrainingResult(
@@ -183,7 +188,7 @@ class _Training:
         process_batch: int | None,
     ) -> None:
         self.accelerator, self.samples, self.objective, self.recipe = accelerator, samples, objective, recipe
-        self.config = model.config
+        self.config, self.first_weights = model.config, checksum(model)
         self.process_batch, self.accumulate = _split_batch(recipe.batch_size, accelerator.num_processes, process_batch)
         groups = model.parameter_groups(recipe.peak_lr, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=1e-8)
@@ -210,6 +215,8 @@ class _Training:
         asked = {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.config.to_dict(),
+            "first_weights": self.first_weights,
+            "precision": self.accelerator.mixed_precision,
             "augmentation": {**self.augmentation.describe(), "seed": self.augmentation.seed},
             "objective": self.objective.describe(),
             "replays": replays,
@@ -343,24 +350,20 @@ class _Training:
 class _Validation:
     """Measures top-1 and top-5 in percent; each process takes its share, all the same number of batches."""
 
-    def __init__(self, training: _Training, images: LabelledImages) -> None:
-        self.training, self.images = training, images
+    def __init__(self, training: _Training, images: LabelledImages, workers: int) -> None:
+        self.training, self.images, self.workers = training, images, workers
         augmentation = training.augmentation
         mean, std = (tuple(values.tolist()) for values in (augmentation.mean, augmentation.std))
         self.size = training.recipe.img_size
         self.prepare = EvaluationPipeline(self.size, mean=mean, std=std).to(training.accelerator.device)
 
-    @torch.inference_mode()
+    @torch.no_grad()
     def __call__(self) -> tuple[float, float]:
         training, accelerator = self.training, self.training.accelerator
-        device, batch = accelerator.device, training.process_batch
+        device = accelerator.device
         training.model.eval()
-        readable = ReadablePictures(self.images, range(len(self.images)), training.samples.on_broken == "skip")
         metrics = Metrics(training.config.num_classes)
-        for start in range(0, len(self.images), batch * accelerator.num_processes):
-            first = start + accelerator.process_index * batch
-            rows = range(first, min(first + batch, len(self.images)))
-            pictures, labels, broken = collate_readable([readable[row] for row in rows])
+        for pictures, labels, broken in self._batches():
             training.broken.update(f"validation: {name}" for name in broken)
             prepared = [self.prepare(picture[None].to(device)) for picture in pictures]
             # Without pictures of its own a process still takes part in what the network's processes do together.
@@ -368,9 +371,22 @@ class _Validation:
             logits = training.model(torch.cat(prepared) if prepared else blank)
             if prepared:
                 metrics.update(logits, labels)
-        metrics.load_state(accelerator.reduce(metrics.state().to(device), "sum"))
+        if accelerator.num_processes > 1:
+            metrics.load_state(accelerator.reduce(metrics.state().to(device), "sum"))
         found = metrics.compute()
         return round(found.top1, 4), round(found.top5, 4)
+
+    def _batches(self) -> DataLoader[Any]:
+        training, count = self.training, len(self.images)
+        batch, processes = training.process_batch, training.accelerator.num_processes
+        rounds = -(-count // (batch * processes))
+        firsts = [(turn * processes + training.accelerator.process_index) * batch for turn in range(rounds)]
+        readable = ReadablePictures(self.images, range(count), training.samples.on_broken == "skip")
+        rows = [list(range(first, min(first + batch, count))) for first in firsts]
+        return DataLoader(
+            readable, batch_sampler=rows, num_workers=self.workers, collate_fn=collate_readable,
+            generator=torch.Generator(),
+        )  # fmt: skip
 
 
 def _log(accelerator: Accelerator, folder: RunFolder, line: dict[str, Any]) -> None:

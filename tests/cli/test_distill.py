@@ -127,7 +127,7 @@ class TestSave:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--precision", "fp7"), "precision must be one of no, bf16, fp16"),
+            (("--precision", "fp7"), "--precision is one of no, bf16, fp16"),
             (("--teacher", "gone.py:build"), "There is no file gone.py"),
             (("--teacher", "nonsense"), "is no teacher"),
             (("--recipe", "in2k"), "There is no recipe 'in2k'"),

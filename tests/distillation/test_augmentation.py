@@ -1,5 +1,6 @@
 import itertools
 import os
+import pickle
 import subprocess
 import sys
 import zlib
@@ -124,6 +125,17 @@ class TestInvariance:
         with ThreadPoolExecutor(4) as pool:
             parts = list(pool.map(lambda part: replay(augment, 3, [part]), cut(order, 16)))
         assert {key: crc for pixels, _ in parts for key, crc in pixels.items()} == expected[0]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, recorded, dtype):
+        name, order, expected = recorded
+        with torch.autocast("cpu", dtype):
+            assert replay(build(name), 3, cut(order, 64)) == expected
+
+    def test_pickled(self, recorded):
+        """As data loaders send it to processes that are spawned."""
+        name, order, expected = recorded
+        assert replay(pickle.loads(pickle.dumps(build(name))), 3, cut(order, 64)) == expected
 
     def test_global_random_numbers(self, recorded):
         name, order, expected = recorded
@@ -342,6 +354,12 @@ class TestOperators:
         out = module._operator("auto_contrast")(picture, torch.zeros(1)).flatten(2)
         assert out.amin(2).tolist() == [[0, 0, 0]]
         assert out.amax(2).min() >= 254
+        flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+        flat[1, 0, 0, 0] = 100
+        flat_out = module._operator("auto_contrast")(flat, torch.zeros(2))
+        assert torch.equal(flat_out[0], flat[0])  # a channel of one level stays
+        assert torch.equal(flat_out[1, 1:], flat[1, 1:])
+        assert sorted(flat_out[1, 0].unique().tolist()) == [0, 255]
 
     def test_translation_and_shear_move_where_they_say(self):
         picture = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)

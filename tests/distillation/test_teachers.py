@@ -123,6 +123,21 @@ class TestLoadTeacher:
         assert "mine.py:build" in teacher.name
         assert teacher.describe() == load_teacher(f"{file}:build").describe()
 
+    def test_a_teacher_that_a_file_returns_is_told_apart(self, tmp_path):
+        """What it does to pictures is in the manifest, not hidden inside another teacher."""
+        told = []
+        for size in (96, 112):
+            (tmp_path / "made.py").write_text(
+                "from kornia_tinyvit import TinyViT\nfrom kornia_tinyvit.distillation import Teacher\n"
+                "def build():\n"
+                "    network = TinyViT.from_config('1m', pretrained='cifar10')\n"
+                f"    return Teacher(network, 'own', img_size={size}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))\n"
+            )
+            told.append(load_teacher(f"{tmp_path / 'made.py'}:build").describe())
+        assert told[0] != told[1]
+        assert told[0]["name"] == "made.py:build"
+        assert told[0]["offset"] != [0.0, 0.0, 0.0]
+
     def test_the_folder_of_a_file_is_no_difference(self, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(FILE)
         monkeypatch.chdir(tmp_path)
