@@ -22,9 +22,10 @@ import numpy as np
 import torch
 
 from kornia_tinyvit.distillation.official import OfficialLogits
-from kornia_tinyvit.distillation.store import LogitStore, Manifest
+from kornia_tinyvit.distillation.store import LogitStore, Manifest, Records
 
 CLASSES, TOP_K, BATCH = 1000, 100, 1024
+SHARDS = 200  # an epoch of ImageNet-22k has 217
 
 
 class SeekingReader:
@@ -47,8 +48,13 @@ class SeekingReader:
         return torch.tensor(seeds), torch.from_numpy(np.stack(classes)), torch.from_numpy(np.stack(probabilities))
 
 
-def fill(store: LogitStore, folder: Path) -> None:
-    """Write the same made-up records in both layouts."""
+def dense(records: Records) -> torch.Tensor:
+    """Return all probabilities, with none for what was not stored."""
+    return torch.zeros(len(records.classes), CLASSES).scatter_(1, records.classes.long(), records.probabilities.float())
+
+
+def fill(store: LogitStore, folder: Path, others: list[LogitStore]) -> None:
+    """Write the same made-up records in all layouts."""
     layout = np.dtype([("seed", "<i4"), ("classes", "<i2", (TOP_K,)), ("probabilities", "<f2", (TOP_K,))])
     order = store.order.permutation(0)
     generator = torch.Generator().manual_seed(0)
@@ -58,6 +64,8 @@ def fill(store: LogitStore, folder: Path) -> None:
             samples = order[start : start + 8192]
             store.write(0, samples, torch.randn(len(samples), CLASSES, generator=generator).softmax(1), samples)
             stored = store.read(0, samples)
+            for other in others:
+                other.write(0, samples, dense(stored), samples)
             records = np.empty(len(samples), layout)
             records["seed"], records["classes"] = stored.checksums, stored.classes
             records["probabilities"] = stored.probabilities
@@ -67,9 +75,13 @@ def fill(store: LogitStore, folder: Path) -> None:
 
 def measure(path: Path, num_records: int, repetitions: int) -> dict[str, float]:
     """Return records a second of each reader."""
-    with LogitStore.create(path / "ours", Manifest(num_records, CLASSES, TOP_K)) as store:
-        fill(store, path / f"logits_top{TOP_K}_epoch0")
-    store, official = LogitStore(path / "ours"), OfficialLogits(path)
+    many = Manifest(num_records, CLASSES, TOP_K, shard_records=num_records // SHARDS // 2 * 2)
+    with (
+        LogitStore.create(path / "ours", Manifest(num_records, CLASSES, TOP_K)) as store,
+        LogitStore.create(path / "shards", many) as other,
+    ):
+        fill(store, path / f"logits_top{TOP_K}_epoch0", [other])
+    store, sharded, official = LogitStore(path / "ours"), LogitStore(path / "shards"), OfficialLogits(path)
     seeking = SeekingReader(path / f"logits_top{TOP_K}_epoch0")
     random = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {}
@@ -79,6 +91,7 @@ def measure(path: Path, num_records: int, repetitions: int) -> dict[str, float]:
         found = {}
         for name, read in (
             ("our store", lambda: store.read(0, indices)),  # noqa: B023
+            (f"our store in {SHARDS} shards", lambda: sharded.read(0, indices)),  # noqa: B023
             ("our reader of the original's layout", lambda: official.read(0, keys)),  # noqa: B023
             ("as the original", lambda: seeking.read(keys)),  # noqa: B023
         ):
@@ -87,6 +100,7 @@ def measure(path: Path, num_records: int, repetitions: int) -> dict[str, float]:
             if repetition >= 10:  # the first ones open files and bring them into the page cache
                 seconds.setdefault(name, []).append(time.perf_counter() - start)
         if repetition == 0:
+            assert (found["our store"].probabilities == found[f"our store in {SHARDS} shards"].probabilities).all()
             assert (found["our store"].classes.long() == found["as the original"][1]).all()
             assert (found["our store"].probabilities == found["as the original"][2]).all()
     return {name: BATCH / statistics.median(each) for name, each in seconds.items()}

@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import itertools
 import json
 import math
 import mmap
@@ -517,18 +518,25 @@ class RecordStore:
         """Return the records of samples as the structured array :math:`(B,)` that the manifest describes."""
         samples = _integers(indices, "indices")
         shards, rows = self._locate(epoch, samples)
+        # Sorted by their shards, so that each shard is asked once and little is done for each.
+        order = np.argsort(shards, kind="stable")
+        shards, rows = shards[order], rows[order]
+        bounds = [*np.flatnonzero(np.diff(shards, prepend=-1)).tolist(), len(samples)]
         record = self.manifest.record
-        records = np.empty(len(samples), np.dtype((np.void, record.itemsize)))
-        valid = np.zeros(len(samples), bool)
-        for number in np.unique(shards).tolist():
-            shard = self._map(epoch, number)
-            if shard is None:
-                continue
-            chosen = np.flatnonzero(shards == number)
-            valid[chosen] = shard.valid(rows[chosen])  # before the records: what is valid now stays as it is
-            records[chosen] = shard.records.take(rows[chosen])
+        found = np.empty(len(samples), np.dtype((np.void, record.itemsize)))
+        bits = np.zeros(len(samples), np.uint8)
+        for start, end in itertools.pairwise(bounds):
+            shard = self._map(epoch, int(shards[start]))
+            if shard is not None:
+                # The bits before the records: what is valid now stays as it is.
+                bits[start:end] = shard.bits[rows[start:end] >> 3]
+                found[start:end] = shard.records.take(rows[start:end])
+        valid = np.empty(len(samples), bool)
+        valid[order] = bits >> (rows & 7).astype(np.uint8) & 1
         if not valid.all():
             self._refuse_missing(epoch, samples, valid)
+        records = np.empty_like(found)
+        records[order] = found
         return records.view(record)
 
     def _refuse_missing(self, epoch: int, samples: NDArray[np.int64], valid: NDArray[np.bool_]) -> None:
