@@ -212,9 +212,8 @@ def train(
             f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "
             "beside what it says: leave out --hard-share and --validation."
         )
-    model = build_student(
-        variant, pretrained, chosen, classes, seed if init_seed is None else init_seed, gradient_checkpointing
-    )
+    first = seed if init_seed is None else init_seed
+    model = build_student(variant, pretrained, chosen, classes, first, gradient_checkpointing)
     names = samples.images.class_names
     result = run(
         model,
@@ -225,6 +224,7 @@ def train(
         validation=None if validation is None else LabelledImages(validation).with_classes(names),
         replays=shown,
         class_names=names if names and len(names) == classes else None,
+        origin={"pretrained": pretrained, "init_seed": first},
         process_batch=process_batch,
         workers=workers,
         precision=precision,

@@ -67,12 +67,13 @@ def train(
     parse_precision(precision)
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
     samples = build_samples(data, chosen, seed, on_broken, limit)
+    first = seed if init_seed is None else init_seed
     model = build_student(
         variant,
         pretrained,
         chosen,
         samples.images.num_classes,
-        seed if init_seed is None else init_seed,
+        first,
         gradient_checkpointing,
     )
     result = run(
@@ -83,6 +84,7 @@ def train(
         out,
         validation=None if validation is None else LabelledImages(validation).with_classes(samples.images.class_names),
         class_names=samples.images.class_names,
+        origin={"pretrained": pretrained, "init_seed": first},
         process_batch=process_batch,
         workers=workers,
         precision=precision,

@@ -18,7 +18,6 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.distillation.batches import Batch, EpochBatches, ReplayedSamples, replay_loader
-from kornia_tinyvit.distillation.teachers import checksum
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training.averaging import MovingAverage
@@ -77,6 +76,7 @@ def train(
     validation: LabelledImages | None = None,
     replays: list[int] | None = None,
     class_names: tuple[str, ...] | None = None,
+    origin: dict[str, Any] | None = None,
     process_batch: int | None = None,
     workers: int = 0,
     precision: str = "no",
@@ -101,6 +101,8 @@ def train(
         validation: pictures to measure top-1 and top-5 on after each epoch.
         replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
         class_names: names to write into the checkpoints.
+        origin: where the first weights come from, such as a seed or a file's name, for ``run.json``: the same folder
+            with another origin is refused.
         process_batch: pictures of one process at a time; gradients are accumulated up to the recipe's batch.
         workers: processes that read pictures, for each process.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
@@ -124,16 +126,15 @@ def train(
     training = _Training(accelerator, model, samples, objective, recipe, process_batch)
     evaluate = None if validation is None else _Validation(training, validation, workers)
     replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
-    return _run(
-        training, RunFolder(Path(out)), evaluate, replays, class_names, workers, save_minutes, log_every, progress
-    )
+    folder, asked = RunFolder(Path(out)), training.describe(replays) | {"origin": origin}
+    return _run(training, folder, asked, evaluate, class_names, workers, save_minutes, log_every, progress)
 
 
 def _run(
     training: _Training,
     folder: RunFolder,
+    asked: dict[str, Any],
     evaluate: _Validation | None,
-    replays: list[int] | None,
     class_names: tuple[str, ...] | None,
     workers: int,
     save_minutes: float,
@@ -142,12 +143,12 @@ def _run(
 ) -> TrainingResult:
     """Go through the epochs: batch by batch, logging, measuring and saving on the way."""
     accelerator = training.accelerator
-    folder.claim(asked := training.describe(replays))
+    folder.claim(asked)
     accelerator.wait_for_everyone()
     training.resume(folder)
     if accelerator.is_main_process:
         folder.begin(asked, training.step)
-    batches = training.batches(replays)
+    batches = training.batches(asked["replays"])
     saved = time.perf_counter()
     began = saved - training.seconds
     with _bar(progress and accelerator.is_main_process) as bar:
@@ -188,7 +189,7 @@ class _Training:
         process_batch: int | None,
     ) -> None:
         self.accelerator, self.samples, self.objective, self.recipe = accelerator, samples, objective, recipe
-        self.config, self.first_weights = model.config, checksum(model)
+        self.config = model.config
         self.process_batch, self.accumulate = _split_batch(recipe.batch_size, accelerator.num_processes, process_batch)
         groups = model.parameter_groups(recipe.peak_lr, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=1e-8)
@@ -215,7 +216,6 @@ class _Training:
         asked = {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.config.to_dict(),
-            "first_weights": self.first_weights,
             "precision": self.accelerator.mixed_precision,
             "augmentation": {**self.augmentation.describe(), "seed": self.augmentation.seed},
             "objective": self.objective.describe(),
