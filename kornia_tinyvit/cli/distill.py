@@ -43,6 +43,7 @@ from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LogitStore, Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.teachers import Teacher, load_teacher
 from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import OnlineTeacher, StoredLabels
 from kornia_tinyvit.training.recipes import find_recipe
 
@@ -240,8 +241,7 @@ def _told(teacher: Teacher, precision: str) -> dict[str, Any]:
 
 def _begun(out: Path) -> list[int] | None:
     """Return the epochs that a training which is gone on with replays; its store may have grown since."""
-    file = out / "run.json"
-    return json.loads(file.read_text()).get("replays") if file.exists() else None
+    return (RunFolder(out).begun() or {}).get("replays")
 
 
 def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:

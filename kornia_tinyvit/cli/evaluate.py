@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.options import Augmented, Device, ImgSize, Json, Pretrained, Variant, build_classifier
-from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.data import LabelledImages, match_classes
 from kornia_tinyvit.training.evaluation import (
     CONFUSION_CLASSES,
     Evaluation,
@@ -133,7 +133,8 @@ class _Head:
         if len(self.names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
             self.names, self.kept = imagenet_classes(), imagenet_1k_in_22k()
             print("The network's classes are ImageNet-22k's; taking the 1000 of ImageNet-1k.", file=sys.stderr)
-        self.positions = _class_indices(images.class_names, self.names)
+        positions = match_classes(images.class_names, self.names)
+        self.positions = None if positions is None else torch.tensor(positions)
 
     def evaluate(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> Evaluation:
         """Measure the network on pictures and the data's class indices."""
@@ -146,16 +147,6 @@ class _Head:
     def _logits(self, pictures: list[Tensor]) -> Tensor:
         logits: Tensor = self.classifier(pictures)
         return logits if self.kept is None else select_classes(logits, self.kept)
-
-
-def _class_indices(folders: tuple[str, ...] | None, names: tuple[str, ...]) -> Tensor | None:
-    """Map the data's classes to the network's by name, or by position where no name is told or known."""
-    if folders is None or not set(folders) & set(names):
-        return None
-    unknown = sorted(set(folders) - set(names))
-    if unknown:
-        raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
-    return torch.tensor([names.index(folder) for folder in folders])
 
 
 def _report(

@@ -12,7 +12,14 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import Batch, ReplayedSamples, replay_loader
-from kornia_tinyvit.distillation.store import LogitStore, RecordStore, StoreError, StoreLockedError
+from kornia_tinyvit.distillation.store import (
+    FeatureRecords,
+    LogitStore,
+    Records,
+    RecordStore,
+    StoreError,
+    StoreLockedError,
+)
 
 __all__ = ["CheckReport", "SavedRecords", "check_records", "save_records"]
 
@@ -143,10 +150,8 @@ def check_records(
         for keys in _batches(augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
             targets = _even_where_broken(store, _ask(store, teacher, samples, batch, autocast), batch.valid).cpu()
-            stored, checksums = _stored(store, epoch, batch.draws.indices)
+            difference, checksums = _compare(store.read(epoch, batch.draws.indices), targets)
             drifted += batch.draws.indices[batch.draws.checksums() != checksums].tolist()
-            values = targets.gather(1, stored[0].long()) if isinstance(store, LogitStore) else targets
-            difference = (values.float() - stored[1].float()).abs()
             largest = max(largest, float(difference.max()))
             total, count, checked = (
                 total + float(difference.sum()),
@@ -158,11 +163,13 @@ def check_records(
     return CheckReport(checked, largest, total / count, tuple(drifted))
 
 
-def _stored(
-    store: RecordStore, epoch: int, indices: NDArray[np.int64]
-) -> tuple[tuple[Tensor, ...], NDArray[np.uint32]]:
-    *values, checksums = store.read(epoch, indices)
-    return (tuple(values) if len(values) == 2 else (values[0], values[0])), np.asarray(checksums)
+def _compare(stored: Records | FeatureRecords, targets: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
+    """Return how far targets are from what is stored of them, and the stored checksums."""
+    if isinstance(stored, Records):
+        values, targets = stored.probabilities, targets.gather(1, stored.classes.long())
+    else:
+        values = stored.features
+    return (targets - values.float()).abs(), stored.checksums.numpy()
 
 
 def _batches(

@@ -56,6 +56,8 @@ class Teacher(nn.Module):
         # From (p - a) / b to (p - c) / d is one normalisation: (x - (c - a) / b) / (d / b).
         self.register_buffer("offset", (theirs_mean - ours_mean) / ours_std, persistent=False)
         self.register_buffer("scale", theirs_std / ours_std, persistent=False)
+        # Decided once: asking the buffers at every step would wait for the GPU.
+        self.renormalizes = bool(self.offset.any()) or bool((self.scale != 1).any())
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -63,7 +65,7 @@ class Teacher(nn.Module):
         size = self.img_size
         if size is not None and tuple(images.shape[-2:]) != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        if bool(self.offset.any()) or bool((self.scale != 1).any()):
+        if self.renormalizes:
             images = normalize(images, self.offset, self.scale)
         output: Any = self.network(images)
         return output if isinstance(output, Tensor) else output.logits

@@ -119,13 +119,10 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         Raises:
             ValueError: if some but not all classes of the data are among them.
         """
-        if self.class_names is None or names is None or not set(self.class_names) & set(names):
+        positions = match_classes(self.class_names, names)
+        if names is None or positions is None:
             return self
-        unknown = sorted(set(self.class_names) - set(names))
-        if unknown:
-            raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
         mapped = copy.copy(self)
-        positions = [names.index(name) for name in self.class_names]
         mapped.labels = [positions[label] for label in self.labels]
         mapped.class_names, mapped.num_classes = names, len(names)
         mapped._fingerprint = None
@@ -158,6 +155,24 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             raise BrokenPictureError(
                 f"{self._source.place(index)} is not a picture that can be read: {reason}"
             ) from error
+
+
+def match_classes(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> list[int] | None:
+    """Return where the classes of data stand among a network's, or ``None`` to match them by their position.
+
+    Args:
+        ours: names of the data's classes, where they are known.
+        theirs: names of the network's.
+
+    Raises:
+        ValueError: if some but not all of the data's classes are among the network's.
+    """
+    if ours is None or theirs is None or not set(ours) & set(theirs):
+        return None
+    unknown = sorted(set(ours) - set(theirs))
+    if unknown:
+        raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
+    return [theirs.index(name) for name in ours]
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:

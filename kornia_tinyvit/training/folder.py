@@ -24,11 +24,17 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.pending = path / "state.tmp"  # where a state is written, which counts after keep_state
         self._board: Any = None
 
     def weights(self, name: str) -> Path:
         """Return the file of the ``best`` or the ``last`` weights."""
         return self.path / f"{name}.safetensors"
+
+    def begun(self) -> dict[str, Any] | None:
+        """Return what was asked for when the training in this folder began, or ``None``."""
+        file = self.path / "run.json"
+        return json.loads(file.read_text()) if file.exists() else None
 
     def claim(self, asked: dict[str, Any]) -> None:
         """Refuse a folder that holds another training than is asked for.
@@ -36,10 +42,10 @@ class RunFolder:
         Raises:
             ValueError: telling the differences.
         """
-        file = self.path / "run.json"
-        if not file.exists():
+        begun = self.begun()
+        if begun is None:
             return
-        differences = describe_differences(json.loads(file.read_text()), asked, words=("it has", "asked for"))
+        differences = describe_differences(begun, asked, words=("it has", "asked for"))
         if differences:
             raise ValueError(
                 f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
@@ -69,11 +75,9 @@ class RunFolder:
         states = self._states()
         return (states[-1], json.loads((states[-1] / "progress.json").read_text())) if states else None
 
-    def new_state(self) -> Path:
-        """Return an empty place for a state, which counts after :meth:`keep_state`."""
-        temporary = self.path / "state.tmp"
-        shutil.rmtree(temporary, ignore_errors=True)
-        return temporary
+    def clear_pending(self) -> None:
+        """Remove what a killed process wrote of a state."""
+        shutil.rmtree(self.pending, ignore_errors=True)
 
     def keep_state(self, progress: dict[str, Any]) -> None:
         """Put the new state in the place of the one before.
@@ -81,9 +85,8 @@ class RunFolder:
         Args:
             progress: how far it is, with ``step``.
         """
-        temporary = self.path / "state.tmp"
-        (temporary / "progress.json").write_text(json.dumps(progress))
-        os.replace(temporary, self.path / f"state-{progress['step']:09d}")
+        (self.pending / "progress.json").write_text(json.dumps(progress))
+        os.replace(self.pending, self.path / f"state-{progress['step']:09d}")
         for older in self._states()[:-1]:
             shutil.rmtree(older)
 

@@ -312,13 +312,12 @@ class _Training:
 
     def save(self, folder: RunFolder) -> None:
         """Save everything to go on from; a kill at any time leaves the state before intact."""
-        place = folder.path / "state.tmp"
         if self.accelerator.is_main_process:
-            folder.new_state()
+            folder.clear_pending()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(place))
+        self.accelerator.save_state(str(folder.pending))
         if self.average:  # by each process, which may have a part of its own of it
-            torch.save(self.average.state_dict(), place / _average_name(self.accelerator.process_index))
+            torch.save(self.average.state_dict(), folder.pending / _average_name(self.accelerator.process_index))
         broken = self._everyones_broken()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:
