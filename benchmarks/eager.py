@@ -12,18 +12,15 @@ Peak memory is how far the resident set rises over the loaded network during for
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 import os
-import platform
-import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from datetime import date
 
 import torch
+
+from kornia_tinyvit.deploy.measuring import describe_machine, interleaved
 
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
@@ -61,15 +58,8 @@ def libraries() -> tuple[list[str], list[str]]:
 
 
 def medians(steps: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Run the steps in turn and return the median of each in milliseconds, after two rounds to warm up."""
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for repetition in range(repetitions + 2):
-        for name, step in steps.items():
-            start = time.perf_counter()
-            step()
-            if repetition >= 2:
-                seconds[name].append(time.perf_counter() - start)
-    return {name: 1000 * statistics.median(each) for name, each in seconds.items()}
+    """Return the median of each step in milliseconds; all of them use torch's threads, which need no time to settle."""
+    return {name: 1000 * seconds for name, seconds in interleaved(steps, repetitions, settle=0).items()}
 
 
 def forward_step(model: torch.nn.Module, images: torch.Tensor) -> Callable[[], object]:
@@ -136,11 +126,11 @@ def status(field: str) -> float:
         return next(int(line.split()[1]) / 1024 for line in file if line.startswith(field))
 
 
-def child(task: dict, tuned: bool, threads: int) -> object:
-    """Run a task in a process of its own and return what it found."""
+def child(task: dict, tuned: bool, threads: int, script: str = __file__) -> object:
+    """Run a task of a script in a process of its own and return what it found."""
     environment = {key: value for key, value in os.environ.items() if key not in TUNED}
     environment |= {"OMP_NUM_THREADS": str(threads)} | (TUNED if tuned else {})
-    command = [sys.executable, "-W", "ignore", __file__, "--child", json.dumps(task)]
+    command = [sys.executable, "-W", "ignore", script, "--child", json.dumps(task)]
     output = subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout
     return json.loads(output.splitlines()[-1])
 
@@ -155,12 +145,11 @@ def run_child(task: dict) -> object:
 
 def report(variants: list[str], quick: bool, threads: int) -> None:
     names, absent = libraries()
-    versions = " ".join(f"{name} {importlib.metadata.version(name)}" for name in ("torch", "kornia", *names[2:]))
-    with open("/proc/cpuinfo") as file:
-        processor = next((line.split(":")[1].strip() for line in file if line.startswith("model name")), "unknown")
+    machine = describe_machine()
+    versions = " ".join(f"{name} {machine.versions[name]}" for name in ("torch", "kornia", *names[2:]))
     print(
-        f"{date.today()}  {platform.machine()} {processor}, {threads} threads, "
-        f"{versions}, Python {platform.python_version()}"
+        f"{machine.date}  {machine.architecture} {machine.processor}, {threads} threads, "
+        f"{versions}, Python {machine.versions['Python']}"
     )
     print("\n".join(absent))
     for tuned in (False, True):

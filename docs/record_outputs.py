@@ -34,6 +34,7 @@ COMMANDS = {
     "classify": "kornia-tinyvit classify chelsea.png horse.png --top-k 3",
     "classify_json": "kornia-tinyvit classify horse.png --top-k 2 --json",
     "pretrained": "kornia-tinyvit pretrained",
+    "export": "kornia-tinyvit export photos.onnx --photos --pixels uint8",
     "error": "kornia-tinyvit classify no_such.png",
     "distill_estimate": SAVE + " --estimate",
     "distill_save": SAVE,
@@ -45,6 +46,7 @@ COMMANDS = {
     --epochs 8 --batch-size 8 --base-lr 0.03 --validation photos --out runs/photos""",
 }
 ON_CIFAR10 = {
+    "benchmark": "kornia-tinyvit benchmark --data test.parquet --limit 9000",
     "evaluate": "kornia-tinyvit evaluate test.parquet",
     "evaluate_more": """kornia-tinyvit evaluate test.parquet --per-class --confusion --calibration \\
     --knn train.parquet --linear train.parquet""",

@@ -91,7 +91,7 @@ class ImageClassifier(nn.Module):
         if len(class_names) != config.num_classes:
             raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
         self.model = model
-        self.preprocessing = preprocessing if preprocessing is not None else _evaluation(config)
+        self.preprocessing = preprocessing if preprocessing is not None else default_evaluation(config)
         self.class_names = tuple(class_names)
         self.views = tuple(views)
 
@@ -198,7 +198,7 @@ class ImageClassifier(nn.Module):
         raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
 
 
-def _evaluation(config: TinyViTConfig) -> EvaluationPipeline:
+def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
     """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
     mean: tuple[float, ...] = IMAGENET_MEAN
     std: tuple[float, ...] = IMAGENET_STD

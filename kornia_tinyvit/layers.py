@@ -262,7 +262,7 @@ class TinyViTBlock(nn.Module):
         """
         batch, height, width, channels = tokens.shape
         side = self.attn.window_size
-        rows, columns = -(-height // side), -(-width // side)
+        rows, columns = (height + side - 1) // side, (width + side - 1) // side  # ONNX rounds towards zero
         pad_h, pad_w = rows * side - height, columns * side - width
         tracing = torch.compiler.is_compiling()
         if not tracing and rows == columns == 1 and not (pad_h or pad_w):

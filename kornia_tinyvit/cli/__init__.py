@@ -6,23 +6,26 @@ import sys
 
 import typer
 
+from kornia_tinyvit.cli.benchmark import benchmark
 from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.demo import demo
 from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
+from kornia_tinyvit.cli.export import export
 from kornia_tinyvit.cli.pretrained import pretrained
 from kornia_tinyvit.cli.train import train
+from kornia_tinyvit.deploy.export import ExportError
 
 __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify pictures, train, distil and evaluate networks, and look into them.",
+    help="TinyViT for kornia and PyTorch: classify pictures; train, distil, evaluate and export networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, evaluate, train, pretrained):
+for command in (demo, classify, evaluate, train, export, benchmark, pretrained):
     app.command()(command)
 app.add_typer(distill, name="distill")
 
@@ -31,6 +34,6 @@ def main() -> None:
     """Run the command line; what a user can mend is said in a sentence, without a traceback."""
     try:
         app()
-    except (ValueError, TypeError, OSError, ImportError, FloatingPointError) as error:
+    except (ValueError, TypeError, OSError, ImportError, FloatingPointError, ExportError) as error:
         print("Error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None

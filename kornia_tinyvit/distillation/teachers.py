@@ -12,9 +12,9 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
+from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from kornia_tinyvit.training.data import MissingExtraError
 
 __all__ = ["Teacher", "load_teacher"]
 

@@ -3,7 +3,8 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages, MissingExtraError
+from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 
 if TYPE_CHECKING:

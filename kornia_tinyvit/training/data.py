@@ -19,15 +19,12 @@ from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import read_image, read_pixels
 
-__all__ = ["BrokenPictureError", "LabelledImages", "MissingExtraError"]
+__all__ = ["BrokenPictureError", "LabelledImages"]
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
-
-
-class MissingExtraError(ImportError):
-    """An optional package is needed that is not installed."""
 
 
 class BrokenPictureError(ValueError):

@@ -18,10 +18,11 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.distillation.batches import Batch, EpochBatches, ReplayedSamples, replay_loader
+from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training.averaging import MovingAverage
-from kornia_tinyvit.training.data import LabelledImages, MissingExtraError
+from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.evaluation import Metrics, ReadablePictures, collate_readable
 from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import Objective

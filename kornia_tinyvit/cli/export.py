@@ -1,0 +1,117 @@
+"""``kornia-tinyvit export``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from torch import Tensor, nn
+
+from kornia_tinyvit.checkpoints import open_pretrained
+from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.cli.options import ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.deploy.export import export_onnx, export_program
+from kornia_tinyvit.deploy.graph import build_graph
+from kornia_tinyvit.model import TinyViT
+
+
+class Method(StrEnum):
+    """What a network computes."""
+
+    forward = "forward"
+    forward_features = "forward_features"
+    forward_intermediates = "forward_intermediates"
+
+
+class Pixels(StrEnum):
+    """What pictures are made of."""
+
+    normalized = "normalized"
+    unit = "unit"
+    uint8 = "uint8"
+
+
+def export(
+    out: Annotated[Path, typer.Argument(help="File to write: .onnx, or .pt2 for torch.export.")],
+    variant: Variant = None,
+    pretrained: Pretrained = None,
+    img_size: ImgSize = None,
+    photos: Annotated[
+        bool, typer.Option("--photos", help="Start from photos of any size: the graph resizes, crops and normalises.")
+    ] = False,
+    pixels: Annotated[
+        Pixels | None,
+        typer.Option(help="What comes in: normalized (the default), unit (0 to 1; the default of photos) or uint8."),
+    ] = None,
+    method: Annotated[Method, typer.Option(help="What the graph returns.")] = Method.forward,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take pictures of any size.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators. Default: 20.")] = None,
+    compiled: Annotated[bool, typer.Option("--compiled", help="Compile a .pt2 for this kind of machine.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Write a network to a file that other runtimes load; without --variant, the network in the package.
+
+    What was written is run and compared with the network; if it differs, nothing is left behind.
+    """
+    if out.suffix not in {".onnx", ".pt2"}:
+        raise ValueError(f"The file's ending tells its format, .onnx or .pt2; got {out.name}.")
+    if out.suffix == ".onnx" and compiled:
+        raise ValueError("--compiled is for .pt2 files.")
+    if out.suffix == ".pt2" and opset is not None:
+        raise ValueError("--opset is for .onnx files.")
+    model, class_names = _build(variant, pretrained, img_size, photos)
+    settings: dict[str, Any] = {"method": method.value, "pixels": pixels and pixels.value}
+    report = {"path": str(out), **_describe(model, **settings, open_size=dynamic_size or photos)}
+    settings |= {"dynamic_size": dynamic_size, "class_names": class_names}
+    if opset is not None:
+        settings["opset"] = opset
+    if out.suffix == ".onnx":
+        export_onnx(model, out, **settings)
+    else:
+        export_program(model, out, compiled=compiled, **settings)
+    report["bytes"] = out.stat().st_size
+    if as_json:
+        print(json.dumps(report))
+        return
+    outputs = ", ".join(_shape(shape) for shape in report["outputs"])
+    taken = f"{_shape(report['input'])} {report['dtype']}, {report['pixels']}"
+    print(f"{out}: {report['bytes'] / 1e6:.1f} MB, from pictures {taken}, to {outputs}")
+
+
+def _build(
+    variant: str | None, pretrained: str | None, img_size: int | None, photos: bool
+) -> tuple[nn.Module, tuple[str, ...] | None]:
+    """Build the network and tell its classes; MobileSAM's encoder has none, so it is no classifier."""
+    if variant is not None or pretrained is not None:
+        checkpoint = open_pretrained(pretrained or True, variant, img_size=img_size)
+        if checkpoint.config.mobile_sam and not photos:
+            size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
+            return TinyViT.from_config(variant, checkpoint, **size).eval(), None
+    classifier: ImageClassifier = build_classifier(variant, pretrained, "cpu", img_size)
+    return classifier if photos else classifier.model, classifier.class_names
+
+
+@torch.inference_mode()
+def _describe(model: nn.Module, method: str, pixels: str | None, open_size: bool) -> dict[str, Any]:
+    """Return shapes of input and outputs; sizes that are left open are letters, and outputs those of the usual size."""
+    graph = build_graph(model, method, pixels)  # type: ignore[arg-type]
+    network = next(module for module in model.modules() if isinstance(module, TinyViT))
+    config, dtype = network.config, torch.uint8 if pixels == "uint8" else torch.float32
+    found = graph(torch.zeros(1, config.in_chans, config.img_size, config.img_size, dtype=dtype))
+    outputs = [found] if isinstance(found, Tensor) else found
+    side = ["H", "W"] if open_size else [config.img_size] * 2
+    return {
+        "method": method,
+        "pixels": graph.pixels,
+        "dtype": str(dtype).removeprefix("torch."),
+        "input": ["B", config.in_chans, *side],
+        "outputs": [["B", *output.shape[1:]] for output in outputs],
+    }
+
+
+def _shape(sizes: list[str | int]) -> str:
+    return f"({', '.join(map(str, sizes))})"

@@ -1,0 +1,310 @@
+"""Files that other runtimes load: ONNX, torch.export's programs and AOTInductor's packages."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+import kornia_tinyvit
+from kornia_tinyvit.classification import ImageClassifier, default_evaluation
+from kornia_tinyvit.deploy.graph import Pixels, build_graph
+from kornia_tinyvit.deploy.tracing import has_compiler, open_sizes_at_one, quiet, to_onnx, trace
+from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import EvaluationPipeline
+
+__all__ = ["ExportError", "export_onnx", "export_program"]
+
+MIN_OPSET = 18  # the oldest that torch's exporter writes
+_METADATA = "kornia_tinyvit."
+Size = int | tuple[int, int]
+
+
+class ExportError(RuntimeError):
+    """A network cannot be exported, or what was exported does not do what the network does."""
+
+
+def export_onnx(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    method: str = "forward",
+    pixels: Pixels | None = None,
+    img_size: Size | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    opset: int = 20,
+    class_names: Sequence[str] | None = None,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Write a network to an ONNX file, folded, and compare it in ONNX Runtime with the network in PyTorch.
+
+    The input is called ``images``; outputs are ``logits``, ``features`` (without a head, or of ``forward_features``),
+    ``embedding`` (MobileSAM) or ``stage1`` to ``stage4`` (``forward_intermediates``). The file's metadata tell the
+    configuration, the method, what the input has to be and the names of the classes, as JSON under keys that begin
+    with ``kornia_tinyvit.``. The file is written beside its place and moved there when it has been checked.
+
+    Args:
+        model: a :class:`~kornia_tinyvit.TinyViT` or an :class:`~kornia_tinyvit.ImageClassifier`, whose graph takes raw
+            photos, resizing and normalisation inside; or a module that holds a TinyViT.
+        path: the file to write; its folder is made.
+        method: ``"forward"``, ``"forward_features"`` or ``"forward_intermediates"``.
+        pixels: what comes in: ``"normalized"``, ``"unit"`` (floats in [0, 1]) or ``"uint8"``, see
+            :func:`~kornia_tinyvit.deploy.build_graph`.
+        img_size: side or (height, width) of the pictures. A network's is its own resolution if left out; a
+            classifier's graph then takes photos of any size.
+        dynamic_batch: take any number of pictures; otherwise one.
+        dynamic_size: take pictures of any size; ``img_size`` is then only an example.
+        opset: version of the operators: from 20 on Gelu is one of them, from 23 on Attention.
+        class_names: names of the classes to store; a classifier has its own.
+        tolerance: largest difference to accept, of outputs whose values are up to 1, else in proportion.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: if the outputs differ, or the exporter cannot write the opset.
+        ValueError: if the opset is older than 18 or newer than the installed onnx, or a setting is unknown.
+        MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
+    """
+    onnx, onnxruntime = _import_onnx()
+    newest = onnx.defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= newest:
+        raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
+    task = _Task.of(model, method, pixels, img_size, dynamic_batch, dynamic_size, class_names)
+    proto = to_onnx(task.program(), opset, task.outputs)
+    found = {entry.domain: entry.version for entry in proto.opset_import}
+    if found != {"": opset}:
+        raise ExportError(f"torch's exporter wrote operators of {found} where opset {opset} was asked for.")
+    proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__
+    onnx.helper.set_model_props(proto, task.metadata())
+    with _replacing(Path(path)) as temporary:
+        onnx.save(proto, temporary)
+        onnx.checker.check_model(temporary, full_check=True)
+        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
+        task.compare(
+            lambda images: [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})], tolerance
+        )
+    return Path(path)
+
+
+def export_program(
+    model: nn.Module,
+    path: str | Path,
+    *,
+    method: str = "forward",
+    pixels: Pixels | None = None,
+    img_size: Size | None = None,
+    dynamic_batch: bool = True,
+    dynamic_size: bool = False,
+    compiled: bool = False,
+    class_names: Sequence[str] | None = None,
+    tolerance: float = 1e-4,
+) -> Path:
+    """Write a network as a program of torch.export, or compiled, load it again and compare it with the network.
+
+    ``torch.export.load(path).module()`` reads a program back, ``torch._inductor.aoti_load_package(path)`` a compiled
+    one, which runs without Python as well. The metadata are those of :func:`export_onnx`: a program has
+    them in its extra file ``metadata.json``, a compiled one in its ``get_metadata()``.
+
+    Args:
+        model: as for :func:`export_onnx`, and so are ``method``, ``pixels``, ``img_size``, ``dynamic_batch``,
+            ``dynamic_size``, ``class_names`` and ``tolerance``.
+        path: the file to write, which has to end in ``.pt2``; its folder is made.
+        method: see there.
+        pixels: see there.
+        img_size: see there.
+        dynamic_batch: see there.
+        dynamic_size: see there.
+        compiled: compile to machine code with AOTInductor, for the machine it runs on.
+        class_names: see there.
+        tolerance: see there.
+
+    Returns:
+        The path.
+
+    Raises:
+        ExportError: if the outputs differ, or there is no C++ compiler to compile with.
+        ValueError: if the path does not end in ``.pt2``, or a setting is unknown.
+    """
+    path = Path(path)
+    if path.suffix != ".pt2":
+        raise ValueError(f"torch reads programs from files that end in .pt2; got {path.name}.")
+    if compiled and not has_compiler():
+        raise ExportError("A compiled program needs a C++ compiler such as g++, or CXX set to one.")
+    task = _Task.of(model, method, pixels, img_size, dynamic_batch, dynamic_size, class_names)
+    metadata = task.metadata()
+    with _replacing(path) as temporary, quiet(), open_sizes_at_one(), torch.no_grad():
+        program = task.program()
+        if compiled:
+            settings = {"aot_inductor.metadata": metadata, "freezing": True}
+            torch._inductor.aoti_compile_and_package(program, package_path=temporary, inductor_configs=settings)
+            run: Callable[[Tensor], Any] = torch._inductor.aoti_load_package(temporary)
+        else:
+            torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata)})
+            run = torch.export.load(temporary).module()
+        task.compare(run, tolerance)
+    return path
+
+
+@dataclass(frozen=True)
+class _Task:
+    """What is exported: a graph, what goes in and what comes out."""
+
+    graph: nn.Module
+    network: TinyViT
+    preprocessing: EvaluationPipeline | None
+    method: str
+    pixels: Pixels
+    size: tuple[int, int]
+    dynamic_batch: bool
+    dynamic_size: bool
+    class_names: tuple[str, ...] | None
+
+    @classmethod
+    def of(
+        cls,
+        model: nn.Module,
+        method: str,
+        pixels: Pixels | None,
+        img_size: Size | None,
+        dynamic_batch: bool,
+        dynamic_size: bool,
+        class_names: Sequence[str] | None,
+    ) -> _Task:
+        network = next((module for module in model.modules() if isinstance(module, TinyViT)), None)
+        if network is None:
+            raise ValueError(f"There is no TinyViT in this {type(model).__name__} to export.")
+        photos, preprocessing = False, None
+        if isinstance(model, ImageClassifier):
+            photos, preprocessing = True, model.preprocessing
+            class_names = model.class_names if class_names is None else class_names
+        if class_names is not None and len(class_names) != network.config.num_classes:
+            raise ValueError(f"Got {len(class_names)} class names for {network.config.num_classes} classes.")
+        size = network.config.img_size if img_size is None else img_size
+        return cls(
+            graph=build_graph(model, method, pixels).eval(),
+            network=network,
+            preprocessing=preprocessing if isinstance(preprocessing, EvaluationPipeline) else None,
+            method=method,
+            pixels=pixels or ("unit" if photos else "normalized"),
+            size=(size, size) if isinstance(size, int) else size,
+            dynamic_batch=dynamic_batch,
+            dynamic_size=dynamic_size or (photos and img_size is None),
+            class_names=None if class_names is None else tuple(class_names),
+        )
+
+    @property
+    def outputs(self) -> list[str]:
+        config = self.network.config
+        if self.method == "forward_intermediates":
+            return [f"stage{stage}" for stage in range(1, len(config.depths) + 1)]
+        if self.method == "forward" and config.mobile_sam:
+            return ["embedding"]
+        return ["logits" if self.method == "forward" and config.num_classes else "features"]
+
+    def program(self) -> ExportedProgram:
+        """Trace the graph."""
+        height, width = self.size
+        if self.dynamic_size:
+            width += width // 2 + 1  # not square, see trace
+        images = self._pictures(2 if self.dynamic_batch else 1, height, width)
+        return trace(self.graph, images, self.dynamic_batch, self.dynamic_size)
+
+    def metadata(self) -> dict[str, str]:
+        """Describe the network and its input, as JSON by key."""
+        config = self.network.config
+        pipeline = self.preprocessing or default_evaluation(config)
+        entries: dict[str, Any] = {
+            "version": kornia_tinyvit.__version__,
+            "config": config.to_dict(),
+            "method": self.method,
+            "input": {
+                "pixels": self.pixels,
+                "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[self.pixels],
+                "mean": pipeline.mean.tolist(),
+                "std": pipeline.std.tolist(),
+                "normalization_inside": self.pixels != "normalized",
+                "img_size": pipeline.img_size,
+                "crop_fraction": pipeline.crop_fraction,
+                "resize_inside": self.preprocessing is not None,
+            },
+        }
+        if self.class_names is not None:
+            entries["class_names"] = self.class_names
+        return {_METADATA + key: json.dumps(value) for key, value in entries.items()}
+
+    def compare(self, run: Callable[[Tensor], Any], tolerance: float) -> None:
+        """Compare with the graph, at two numbers of pictures and two sizes where they are open."""
+        height, width = self.size
+        sizes = [(height, width), (height + 37, width + 10)] if self.dynamic_size else [(height, width)]
+        for batch in (1, 3) if self.dynamic_batch else (1,):
+            for size in sizes:
+                images = self._pictures(batch, *size)
+                with torch.inference_mode():
+                    expected, found = _listed(self.graph(images)), _listed(run(images))
+                for name, want, have in zip(self.outputs, expected, found, strict=True):
+                    _refuse_difference(name, want, have, tolerance)
+
+    def _pictures(self, batch: int, height: int, width: int) -> Tensor:
+        """Draw pictures: rough patterns with noise, which networks tell apart better than noise alone."""
+        generator = torch.Generator().manual_seed(batch)
+        channels = self.network.config.in_chans
+        pattern = torch.rand(batch, channels, 5, 7, generator=generator)
+        pattern = nn.functional.interpolate(pattern, (height, width), mode="bilinear")
+        unit = 0.8 * pattern + 0.2 * torch.rand(batch, channels, height, width, generator=generator)
+        if self.pixels == "uint8":
+            return (unit * 255).round().to(torch.uint8)
+        dtype = next(self.network.parameters()).dtype
+        return (4 * unit - 2 if self.pixels == "normalized" else unit).to(dtype)
+
+
+def _refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
+    if want.shape != have.shape:
+        raise ExportError(f"The export returns {name} of {tuple(have.shape)} instead of {tuple(want.shape)}.")
+    difference = float((have - want).abs().max() / want.abs().max().clamp(min=1))
+    if not difference <= tolerance:  # NaN is refused too
+        raise ExportError(
+            f"The export differs from the network by {difference:.2g} in {name}, more than {tolerance:.2g}; nothing "
+            "was written."
+        )
+
+
+def _listed(outputs: Any) -> list[Tensor]:
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def _import_onnx() -> tuple[Any, Any]:
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - found missing before anything is traced
+    except ImportError as error:
+        raise MissingExtraError(
+            "Exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install 'kornia-tinyvit[export]'."
+        ) from error
+    return onnx, onnxruntime
+
+
+@contextlib.contextmanager
+def _replacing(path: Path) -> Iterator[str]:
+    """Give the name of a file beside ``path`` to write, which takes its place when the block ends well."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
+    try:
+        yield str(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,130 @@
+"""The graph that an engine runs: a folded network between the pictures that a user has and the results of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal, cast
+
+import torch
+from torch import Tensor, nn
+
+from kornia_tinyvit.classification import ImageClassifier, View, default_evaluation
+from kornia_tinyvit.deploy.folding import fold, fold_normalization
+from kornia_tinyvit.deploy.photos import PhotoResize
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import EvaluationPipeline
+
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph"]
+
+#: What comes in: pictures that are normalised, floats in [0, 1], or levels of 8 bits.
+Pixels = Literal["normalized", "unit", "uint8"]
+METHODS = ("forward", "forward_features", "forward_intermediates")
+LEVELS = {"unit": 1.0, "uint8": 255.0}
+
+
+class InferenceGraph(nn.Module):
+    """A folded network with what stands before it, for an engine to run or to trace.
+
+    Args:
+        network: the folded network.
+        method: which of its methods.
+        pixels: what comes in.
+        mean: what to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` if they are normalised.
+        resize: what turns photos of any size into pictures of the network's; ``None`` if they are such pictures.
+        views: test-time augmentation of :class:`~kornia_tinyvit.ImageClassifier`.
+    """
+
+    mean: Tensor | None
+
+    def __init__(
+        self,
+        network: nn.Module,
+        method: str = "forward",
+        pixels: Pixels = "normalized",
+        mean: Tensor | None = None,
+        resize: nn.Module | None = None,
+        views: Sequence[View] = (),
+    ) -> None:
+        super().__init__()
+        self.network = network
+        self.method = method
+        self.pixels = pixels
+        self.resize = resize
+        self.views = tuple(views)
+        self.register_buffer("mean", mean)
+        self.dtype = torch.float32
+
+    def with_dtype(self, dtype: torch.dtype) -> InferenceGraph:
+        """Convert the network; the pixels are subtracted from in float32 whatever its type."""
+        self.dtype = dtype
+        self.network.to(dtype)
+        return self
+
+    def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
+        """Map pictures :math:`(B, C, H, W)` to what the model returns, in float32; a list becomes a tuple."""
+        out = self._run(images)
+        for view in self.views:
+            out = cast("Tensor", out) + cast("Tensor", self._run(view(images)))
+        if isinstance(out, (list, tuple)):
+            return tuple(each.float() for each in out)
+        return out.float() / (1 + len(self.views)) if self.views else out.float()
+
+    def _run(self, images: Tensor) -> Tensor | list[Tensor]:
+        if self.resize is not None:
+            images = self.resize(images)
+        if self.mean is not None:
+            images = images.float() - self.mean
+        method: Callable[[Tensor], Tensor | list[Tensor]] = getattr(self.network, self.method)
+        return method(images.to(self.dtype))
+
+
+def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:
+    """Fold a model and put before it what its pictures need.
+
+    Args:
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph starts from
+            photos of any size; or any module of one picture batch that holds a TinyViT.
+        method: ``"forward"``, or for a TinyViT ``"forward_features"`` or ``"forward_intermediates"``.
+        pixels: what comes in: ``"normalized"`` (what a TinyViT takes), ``"unit"`` (floats in [0, 1], what a classifier
+            takes) or ``"uint8"`` (integers from 0 to 255).
+
+    Returns:
+        A module of one tensor :math:`(B, C, H, W)` that returns a tensor or a tuple of tensors in float32.
+
+    Raises:
+        ValueError: if the method or the kind of pixels is unknown or not one that the model can do.
+    """
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
+    if pixels is None:
+        pixels = "unit" if isinstance(model, ImageClassifier) else "normalized"
+    if pixels not in ("normalized", *LEVELS):
+        raise ValueError(f"pixels must be normalized, unit or uint8; got {pixels!r}.")
+    if isinstance(model, ImageClassifier):
+        return _classifier_graph(model, method, pixels)
+    if not isinstance(model, TinyViT):
+        if method != "forward" or pixels != "normalized":
+            raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
+        return InferenceGraph(fold(model))
+    network = fold(model)
+    mean = None if pixels == "normalized" else _fold_pixels(network, default_evaluation(model.config), pixels)
+    return InferenceGraph(network, method, pixels, mean)
+
+
+def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> InferenceGraph:
+    if method != "forward" or pixels == "normalized":
+        raise ValueError("An ImageClassifier takes photos, unit or uint8, and has one method; pass its .model instead.")
+    network, prepare = fold(model.model), model.preprocessing
+    if isinstance(prepare, EvaluationPipeline):
+        mean = _fold_pixels(network, prepare, pixels)
+        return InferenceGraph(network, method, pixels, mean, PhotoResize(prepare, LEVELS[pixels]), model.views)
+    if pixels == "uint8":
+        raise ValueError("uint8 photos need the evaluation's own preprocessing; this classifier has another.")
+    return InferenceGraph(network, method, pixels, None, prepare, model.views)
+
+
+def _fold_pixels(network: TinyViT, prepare: EvaluationPipeline, pixels: Pixels) -> Tensor:
+    stem = cast("nn.Sequential", network.patch_embed.seq)
+    conv, mean, std = cast("nn.Conv2d", stem[0]), prepare.mean.tolist(), prepare.std.tolist()
+    stem[0], offset = fold_normalization(conv, mean, std, LEVELS[pixels])
+    return offset

@@ -1,0 +1,129 @@
+import json
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
+from kornia_tinyvit.cli import app
+from kornia_tinyvit.deploy.export import ExportError
+from tests.cli.test_classify import CIFAR, error_of, make_weights, run
+from tests.conftest import TINY, liven
+
+MODULE = sys.modules["kornia_tinyvit.cli.export"]  # the package has the command under this name
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> str:
+    return make_weights(tiny, tmp_path)
+
+
+class TestOnnx:
+    @pytest.fixture(autouse=True)
+    def runtime(self):
+        pytest.importorskip("onnxscript")
+        return pytest.importorskip("onnxruntime")
+
+    def test_network(self, runtime, weights, tmp_path):
+        out = tmp_path / "new" / "network.onnx"
+        report = json.loads(run("export", str(out), "--pretrained", weights, "--json"))
+        assert report == {
+            "path": str(out),
+            "method": "forward",
+            "pixels": "normalized",
+            "dtype": "float32",
+            "input": ["B", 3, 64, 64],
+            "outputs": [["B", 10]],
+            "bytes": out.stat().st_size,
+        }
+        session = runtime.InferenceSession(str(out))
+        images = torch.randn(3, 3, 64, 64)
+        classifier = ImageClassifier.from_config(pretrained=weights)
+        (found,) = session.run(None, {"images": images.numpy()})
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), classifier.model(images), rtol=1e-4, atol=1e-4)
+        stored = session.get_modelmeta().custom_metadata_map["kornia_tinyvit.class_names"]
+        assert tuple(json.loads(stored)) == CIFAR
+
+    def test_photos(self, runtime, weights, tmp_path):
+        out = tmp_path / "photos.onnx"
+        options = ("--photos", "--pixels", "uint8", "--opset", "18", "--img-size", "96")
+        output = run("export", str(out), "--pretrained", weights, *options)
+        assert output.startswith(f"{out}: ")
+        assert output.endswith(" MB, from pictures (B, 3, H, W) uint8, uint8, to (B, 10)\n")
+        photo = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8)
+        (found,) = runtime.InferenceSession(str(out)).run(None, {"images": photo.numpy()})
+        classifier = ImageClassifier.from_config(pretrained=weights, img_size=96)
+        with torch.no_grad():
+            torch.testing.assert_close(torch.from_numpy(found), classifier(photo / 255), rtol=1e-3, atol=1e-3)
+
+    def test_differences_are_errors(self, weights, tmp_path, capfd, monkeypatch):
+        def refuse(*args, **kwargs):
+            raise ExportError("The export differs.")
+
+        monkeypatch.setattr(MODULE, "export_onnx", refuse)
+        out = str(tmp_path / "x.onnx")
+        assert "The export differs." in error_of(capfd, monkeypatch, "export", out, "--pretrained", weights)
+
+
+class TestProgram:
+    def test_program(self, weights, tmp_path):
+        out = tmp_path / "network.pt2"
+        assert "(B, 3, 64, 64) float32, normalized, to (B, 10)" in run("export", str(out), "--pretrained", weights)
+        images = torch.randn(2, 3, 64, 64)
+        classifier = ImageClassifier.from_config(pretrained=weights)
+        with torch.no_grad():
+            found = torch.export.load(out).module()(images)
+            torch.testing.assert_close(found, classifier.model(images), rtol=1e-4, atol=1e-4)
+
+    def test_mobile_sam(self, tmp_path):
+        """An encoder, which is no classifier."""
+        torch.manual_seed(0)
+        encoder = liven(TinyViT(**TINY | {"num_classes": 0, "mobile_sam": True}))
+        path = str(save_checkpoint(encoder, tmp_path / "sam.safetensors"))
+        report = json.loads(run("export", str(tmp_path / "sam.pt2"), "--pretrained", path, "--json"))
+        assert report["outputs"] == [["B", 256, 4, 4]]
+
+    def test_settings_reach_the_exporter(self, weights, tmp_path, monkeypatch):
+        asked = {}
+
+        def write(model, path, **settings):
+            asked.update(settings)
+            path.write_bytes(b"12345")
+
+        monkeypatch.setattr(MODULE, "export_program", write)
+        options = ("--method", "forward_intermediates", "--dynamic-size", "--pixels", "unit", "--compiled", "--json")
+        report = json.loads(run("export", str(tmp_path / "maps.pt2"), "--pretrained", weights, *options))
+        assert asked == {
+            "method": "forward_intermediates",
+            "pixels": "unit",
+            "dynamic_size": True,
+            "compiled": True,
+            "class_names": CIFAR,
+        }
+        assert (report["input"], report["bytes"]) == (["B", 3, "H", "W"], 5)
+        assert report["outputs"][0] == ["B", TINY["embed_dims"][0], 16, 16]
+        assert len(report["outputs"]) == len(TINY["depths"])
+
+
+@pytest.mark.parametrize(
+    ("out", "options", "message"),
+    [
+        ("network.tflite", (), ".onnx or .pt2; got network.tflite"),
+        ("network.onnx", ("--compiled",), "--compiled is for .pt2 files"),
+        ("network.pt2", ("--opset", "20"), "--opset is for .onnx files"),
+        ("network.pt2", ("--photos", "--method", "forward_features"), "has one method"),
+        ("network.pt2", ("--photos", "--pixels", "normalized"), "takes photos, unit or uint8"),
+    ],
+)
+def test_errors(weights, tmp_path, capfd, monkeypatch, out, options, message):
+    error = error_of(capfd, monkeypatch, "export", str(tmp_path / out), "--pretrained", weights, *options)
+    assert message in error
+    assert not (tmp_path / out).exists()
+
+
+def test_unknown_choices(weights, tmp_path):
+    for option in ("--method", "--pixels"):
+        result = CliRunner().invoke(app, ["export", str(tmp_path / "x.onnx"), option, "other"])
+        assert result.exit_code == 2

@@ -1,0 +1,91 @@
+import math
+
+import pytest
+import torch
+
+from kornia_tinyvit.deploy.accuracy import Agreement, compare
+
+
+@pytest.fixture
+def logits():
+    """Logits of five pictures of four classes."""
+    return torch.tensor(
+        [[3.0, 0.0, 0.0, 0.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0], [2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0]]
+    )
+
+
+def as_pictures(logits):
+    return logits.view(-1, 4, 1, 1)
+
+
+def read(pictures):
+    return pictures.flatten(1)
+
+
+def swap_last(pictures):
+    """Exchange the two largest logits of a batch's last picture."""
+    output = pictures.flatten(1).clone()
+    output[-1, 2:] = output[-1, 2:].flip(0)
+    return output
+
+
+class TestCompare:
+    def test_equal(self, logits):
+        labels = torch.tensor([0, 1, 2, 1, 3])
+        assert compare(read, read, [(as_pictures(logits), labels)]) == Agreement(5, 80.0, 80.0, 100.0, 0.0, 0.0)
+
+    @pytest.mark.parametrize("sizes", [[5], [2, 2, 1], [1, 4]])
+    def test_counts_over_batches(self, logits, sizes):
+        labels = torch.tensor([0, 1, 2, 1, 3])
+        batches = list(zip(as_pictures(logits).split(sizes), labels.split(sizes), strict=True))
+        result = compare(read, lambda pictures: read(pictures) * 1.5, batches)
+        assert result == Agreement(5, 80.0, 80.0, 100.0, pytest.approx(0.5), pytest.approx(0.5))
+
+    def test_wrong_class(self, logits):
+        result = compare(read, swap_last, [(as_pictures(logits), torch.tensor([0, 1, 2, 0, 3]))])
+        assert (result.top1_reference, result.top1_candidate, result.agreement) == (100.0, 80.0, 80.0)
+        assert result.largest_error == pytest.approx(math.sqrt(2 / 5))
+        assert result.mean_error == pytest.approx(math.sqrt(2 / 5) / 5)
+
+    def test_without_labels(self, logits):
+        result = compare(read, swap_last, [as_pictures(logits)])
+        assert (result.top1_reference, result.top1_candidate, result.agreement) == (None, None, 80.0)
+
+    def test_low_precision(self, logits):
+        result = compare(read, lambda pictures: read(pictures + 0.3).bfloat16() - 0.3, [as_pictures(logits)])
+        assert 0 < result.mean_error < 1e-2
+        assert result.agreement == 100.0
+
+    def test_maps(self):
+        images = torch.rand(3, 2, 8, 8)
+        labelled = [(images, torch.zeros(3, dtype=torch.long))]
+        several = compare(lambda x: [x, x[:, :, ::2]], lambda x: [x, 1.1 * x[:, :, ::2]], labelled)
+        assert several.agreement is several.top1_reference is several.top1_candidate is None
+        assert several.largest_error == pytest.approx(0.1)
+        assert several.mean_error == pytest.approx(0.05)
+        single = compare(lambda x: x, lambda x: -x, labelled)
+        assert (single.agreement, single.mean_error) == (None, pytest.approx(2.0))
+
+    def test_broken_candidate(self, logits):
+        broken = compare(read, lambda pictures: read(pictures) * math.nan, [as_pictures(logits)])
+        assert math.isnan(broken.largest_error)
+        zero = compare(lambda x: 0 * read(x), read, [as_pictures(logits)])
+        assert zero.largest_error == math.inf
+        assert compare(lambda x: 0 * read(x), lambda x: 0 * read(x), [as_pictures(logits)]).largest_error == 0
+
+    def test_no_gradients(self):
+        network = torch.nn.Linear(4, 4)
+        seen = []
+        compare(lambda x: seen.append(network(x.flatten(1))) or seen[-1], read, [torch.rand(2, 4, 1, 1)])
+        assert not seen[0].requires_grad
+
+    def test_errors(self, logits):
+        pictures = as_pictures(logits)
+        with pytest.raises(ValueError, match="no pictures"):
+            compare(read, read, [])
+        with pytest.raises(ValueError, match=r"expected \(5, 4\); got \(5, 3\)"):
+            compare(read, lambda x: read(x)[:, :3], [pictures])
+        with pytest.raises(ValueError, match="differ in shape"):
+            compare(lambda x: [x, x], lambda x: [x], [pictures])
+        with pytest.raises(ValueError, match="Only 5 of 10"):
+            compare(read, read, [(pictures, torch.zeros(5, dtype=torch.long)), pictures])

@@ -1,0 +1,228 @@
+import builtins
+import json
+
+import pytest
+import torch
+from torch import nn
+
+from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
+from kornia_tinyvit.deploy import export
+from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program
+from kornia_tinyvit.training.data import MissingExtraError
+from tests.conftest import TINY, liven
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+pytest.importorskip("onnxscript")
+
+
+def by_onnxruntime(path):
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})]
+
+
+def by_openvino(path):
+    openvino = pytest.importorskip("openvino")
+    core = openvino.Core()
+    model = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: [torch.from_numpy(each.copy()) for each in model(images.numpy()).values()]
+
+
+ENGINES = [by_onnxruntime, by_openvino]
+
+
+def check(found, expected):
+    for have, want in zip(found, expected, strict=True):
+        torch.testing.assert_close(have, want.detach(), atol=1e-3, rtol=1e-3)
+
+
+def outputs(path):
+    return [output.name for output in onnx.load(path).graph.output]
+
+
+def properties(path):
+    return {each.key.removeprefix("kornia_tinyvit."): json.loads(each.value) for each in onnx.load(path).metadata_props}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("exports")
+
+
+@pytest.fixture(scope="module")
+def network():
+    torch.manual_seed(0)
+    return liven(TinyViT(**TINY))
+
+
+@pytest.fixture(scope="module")
+def classifier():
+    return ImageClassifier.from_config("1m", pretrained="cifar10")
+
+
+@pytest.fixture(scope="module")
+def classifier_file(classifier, folder):
+    return str(export_onnx(classifier, folder / "classifier.onnx", pixels="uint8", opset=23))
+
+
+@pytest.fixture(scope="module")
+def backbone_file(network, folder):
+    path = folder / "new" / "backbone.onnx"
+    return str(export_onnx(network, path, method="forward_intermediates", dynamic_size=True))
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    torch.manual_seed(0)
+    return liven(TinyViT(**{**TINY, "mobile_sam": True, "num_classes": 0}))
+
+
+@pytest.fixture(scope="module")
+def encoder_file(encoder, folder):
+    return str(export_onnx(encoder, folder / "encoder.onnx", img_size=(64, 96), dynamic_batch=False))
+
+
+class TestOnnx:
+    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("shape", [(1, 120, 160), (4, 160, 120), (2, 33, 90), (1, 64, 64)])
+    def test_classifier(self, classifier, classifier_file, engine, shape):
+        batch, height, width = shape
+        images = nn.functional.interpolate(torch.rand(batch, 3, 5, 6), (height, width)).mul(255).to(torch.uint8)
+        check(engine(classifier_file)(images), [classifier(images / 255)])
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 70, 33), (2, 39, 128), (1, 32, 32)])
+    def test_backbone(self, network, backbone_file, engine, shape):
+        batch, height, width = shape
+        images = torch.randn(batch, 3, height, width)
+        check(engine(backbone_file)(images), network.forward_intermediates(images))
+
+    @pytest.mark.parametrize("engine", ENGINES)
+    def test_encoder(self, encoder, encoder_file, engine):
+        images = torch.randn(1, 3, 64, 96)
+        check(engine(encoder_file)(images), [encoder(images)])
+
+    def test_outputs(self, classifier_file, backbone_file, encoder_file):
+        assert outputs(classifier_file) == ["logits"]
+        assert outputs(backbone_file) == ["stage1", "stage2", "stage3", "stage4"]
+        assert outputs(encoder_file) == ["embedding"]
+
+    def test_operators(self, classifier_file, encoder_file):
+        kinds = {}
+        for path, opset in ((classifier_file, 23), (encoder_file, 20)):
+            proto = onnx.load(path)
+            assert [(entry.domain, entry.version) for entry in proto.opset_import] == [("", opset)]
+            kinds[opset] = {node.op_type for node in proto.graph.node}
+        assert {"Gelu", "Attention"} <= kinds[23]
+        assert "Gelu" in kinds[20]
+        assert "Attention" not in kinds[20]
+
+    def test_fixed_sizes(self, encoder_file):
+        [images] = onnx.load(encoder_file).graph.input
+        assert images.name == "images"
+        assert [dim.dim_value for dim in images.type.tensor_type.shape.dim] == [1, 3, 64, 96]
+
+    def test_metadata(self, classifier, classifier_file, network, backbone_file):
+        told = properties(classifier_file)
+        assert TinyViTConfig.from_dict(told["config"]) == classifier.model.config
+        assert tuple(told["class_names"]) == classifier.class_names
+        assert told["method"] == "forward"
+        assert told["input"]["pixels"] == "uint8"
+        assert told["input"]["range"] == [0, 255]
+        assert told["input"]["normalization_inside"]
+        assert told["input"]["resize_inside"]
+        assert told["input"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+        told = properties(backbone_file)
+        assert TinyViTConfig.from_dict(told["config"]) == network.config
+        assert "class_names" not in told
+        assert not told["input"]["normalization_inside"]
+        assert not told["input"]["resize_inside"]
+
+
+class TestPrograms:
+    def test_backbone(self, network, folder):
+        path = export_program(network, folder / "backbone.pt2", method="forward_intermediates", dynamic_size=True)
+        files = {"metadata.json": ""}
+        program = torch.export.load(path, extra_files=files).module()
+        for shape in ((1, 3, 64, 64), (3, 3, 70, 33), (2, 3, 39, 128)):
+            images = torch.randn(shape)
+            check(program(images), network.forward_intermediates(images))
+        assert "kornia_tinyvit.config" in json.loads(files["metadata.json"])
+
+    def test_name(self, network, folder):
+        with pytest.raises(ValueError, match=r"end in \.pt2; got backbone\.onnx"):
+            export_program(network, folder / "backbone.onnx")
+
+    def test_without_compiler(self, network, folder, monkeypatch):
+        from torch._inductor import cpp_builder, exc
+
+        def nothing(*_):
+            raise exc.InvalidCxxCompiler
+
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
+        with pytest.raises(ExportError, match="needs a C\\+\\+ compiler"):
+            export_program(network, folder / "none.pt2", compiled=True)
+
+
+class TestRefusals:
+    @pytest.fixture
+    def place(self, tmp_path):
+        path = tmp_path / "network.pt2"
+        path.write_text("the old file")
+        yield path
+        assert [entry.name for entry in tmp_path.iterdir()] == ["network.pt2"]
+        assert path.read_text() == "the old file"
+
+    def test_mismatch(self, network, place, monkeypatch):
+        load = torch.export.load
+
+        def wrong(path):
+            program = load(path)
+            with torch.no_grad():
+                program.state_dict["network.head.bias"][0] += 0.01
+            return program
+
+        monkeypatch.setattr(torch.export, "load", wrong)
+        with pytest.raises(ExportError, match=r"differs from the network by .* in logits, more than 0\.0001"):
+            export_program(network, place)
+
+    def test_failing_write(self, network, place, monkeypatch):
+        def full(program, path, **_):
+            with open(path, "w") as file:
+                file.write("half")
+            raise OSError("No space left on device")
+
+        monkeypatch.setattr(torch.export, "save", full)
+        with pytest.raises(OSError, match="No space left"):
+            export_program(network, place)
+
+    def test_shapes_and_nan(self):
+        with pytest.raises(ExportError, match=r"\(1, 2\) instead of \(1, 3\)"):
+            export._refuse_difference("logits", torch.zeros(1, 3), torch.zeros(1, 2), 1e-4)
+        with pytest.raises(ExportError, match="by nan"):
+            export._refuse_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
+
+    @pytest.mark.parametrize("opset", [17, 99])
+    def test_opset(self, network, place, opset):
+        with pytest.raises(ValueError, match=f"opset must be from 18 to .*; got {opset}"):
+            export_onnx(network, place, opset=opset)
+
+    def test_missing_extra(self, network, place, monkeypatch):
+        real = builtins.__import__
+
+        def without(name, *args, **kwargs):
+            if name == "onnxscript":
+                raise ImportError(name)
+            return real(name, *args, **kwargs)
+
+        monkeypatch.setattr(builtins, "__import__", without)
+        with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[export\]'"):
+            export_onnx(network, place)
+
+    def test_class_names(self, network, place):
+        with pytest.raises(ValueError, match="Got 1 class names for 7 classes"):
+            export_onnx(network, place, class_names=["cat"])
+
+    def test_no_network(self, place):
+        with pytest.raises(ValueError, match="no TinyViT in this Identity"):
+            export_onnx(nn.Identity(), place)
