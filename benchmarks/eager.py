@@ -5,7 +5,7 @@
 
 Every network of a comparison has the same weights where the layouts allow, sees the same pictures, and is timed in turn
 with the others: the median of the runs is reported, and the ratio of the medians. The whole is done twice, in processes
-of their own: once with the memory allocator as it comes and once tuned (see docs/guides/speed.rst), the same for all.
+of their own: once with the memory allocator as it comes and once tuned (docs/guides/allocator.rst), the same for all.
 Peak memory is how far the resident set rises over the loaded network during forward passes, in a process for each.
 """
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from kornia.geometry.transform import hflip
@@ -19,10 +21,11 @@ from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, EvaluationPipeline, read_image, to_image
 
-__all__ = ["ImageClassifier", "Prediction", "center_zoom"]
+__all__ = ["ImageClassifier", "Picture", "Prediction", "as_pictures", "center_zoom"]
 
 Picture = Tensor | str | Path | Image.Image
 View = Callable[[Tensor], Tensor]
+Batch = TypeVar("Batch")
 
 
 @dataclass(frozen=True)
@@ -137,18 +140,19 @@ class ImageClassifier(nn.Module):
             TypeError: if the pictures are not floating point tensors.
             ValueError: if their shape is another.
         """
-        logits = self.model(self._prepare(images, None))
-        for view in self.views:
-            logits = logits + self.model(self._prepare(images, view))
-        return logits / (1 + len(self.views))
+        return self._average(self._prepare(images, view) for view in (None, *self.views))
 
-    def predict(self, images: Picture | Sequence[Picture], top_k: int = 5) -> list[list[Prediction]]:
+    def predict(
+        self, images: Picture | Iterable[Picture], top_k: int = 5, batch_size: int = 16
+    ) -> list[list[Prediction]]:
         """Name what pictures show.
 
         Args:
             images: one picture or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
-                :math:`(B, C, H, W)`. They are moved to the network's device.
+                :math:`(B, C, H, W)`. They are moved to the network's device. A thread reads and resizes the next batch
+                while the network works on one, so any number of files, or a generator, takes the memory of two batches.
             top_k: how many classes to name; at most all of them.
+            batch_size: how many pictures the network takes at a time.
 
         Returns:
             For each picture its most likely classes, the best first.
@@ -158,19 +162,31 @@ class ImageClassifier(nn.Module):
             ValueError: if a file cannot be read, a shape is wrong or ``top_k`` is not positive.
             FileNotFoundError: if there is no such file.
         """
-        if top_k < 1:
-            raise ValueError(f"top_k must be at least 1; got {top_k}.")
-        first = next(self.model.parameters())
-        pictures = [picture.to(first.device, first.dtype) for picture in self._pictures(images)]
-        if not pictures:
-            return []
-        with evaluating(self), torch.inference_mode():
-            scores = self(pictures).float().softmax(1)
-        best = scores.topk(min(top_k, scores.shape[1]))
+        if top_k < 1 or batch_size < 1:
+            raise ValueError(f"top_k and batch_size must be at least 1; got {top_k} and {batch_size}.")
+        found = []
+        with evaluating(self), torch.inference_mode(), ThreadPoolExecutor(1) as reader:
+            for inputs in _ahead(reader, self._batches(images, batch_size)):
+                scores = self._average(inputs).float().softmax(1)
+                best = scores.topk(min(top_k, scores.shape[1]))
+                found += zip(best.indices.tolist(), best.values.tolist(), strict=True)
         return [
             [Prediction(self.class_names[index], index, score) for index, score in zip(indices, values, strict=True)]
-            for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for indices, values in found
         ]
+
+    def _average(self, inputs: Iterable[Tensor]) -> Tensor:
+        """Return the logits averaged over what the views made of the pictures."""
+        logits: list[Tensor] = [self.model(images) for images in inputs]
+        return sum(logits[1:], start=logits[0]) / len(logits)
+
+    def _batches(self, images: Picture | Iterable[Picture], batch_size: int) -> Iterator[list[Tensor]]:
+        """Read pictures batch by batch and return what each view makes of them."""
+        first = next(self.model.parameters())
+        pictures = (picture.to(first.device, first.dtype) for picture in self._pictures(images))
+        while batch := list(islice(pictures, batch_size)):
+            with torch.inference_mode():
+                yield [self._prepare(batch, view) for view in (None, *self.views)]
 
     def _prepare(self, images: Tensor | Sequence[Tensor], view: View | None) -> Tensor:
         if isinstance(images, Tensor):
@@ -180,22 +196,34 @@ class ImageClassifier(nn.Module):
         batches = (image.unsqueeze(0) for image in images)
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
 
-    def _pictures(self, images: Picture | Sequence[Picture]) -> list[Tensor]:
-        if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
-            images = [images]
-        return [self._picture(image) for image in images]
 
-    def _picture(self, image: Picture) -> Tensor:
-        channels = self.model.config.in_chans
-        if isinstance(image, (str, Path)):
-            return read_image(image, channels)
-        if isinstance(image, Image.Image):
-            return to_image(image, channels)
-        if isinstance(image, Tensor):
-            if not image.is_floating_point():
-                raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
-            return image
-        raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
+def as_pictures(images: Picture | Sequence[Picture], channels: int = 3) -> list[Tensor]:
+    """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1].
+
+    Args:
+        images: one picture or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
+        channels: channels that files and PIL images are read with: 1, 3 or 4.
+
+    Raises:
+        TypeError: if something is no picture.
+        ValueError: if a file cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
+        images = [images]
+    return [_as_picture(image, channels) for image in images]
+
+
+def _as_picture(image: Picture, channels: int) -> Tensor:
+    if isinstance(image, (str, Path)):
+        return read_image(image, channels)
+    if isinstance(image, Image.Image):
+        return to_image(image, channels)
+    if isinstance(image, Tensor):
+        if not image.is_floating_point():
+            raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+        return image
+    raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
 
 
 def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
@@ -210,6 +238,14 @@ def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
         mean=tuple(mean[channel % len(mean)] for channel in channels),
         std=tuple(std[channel % len(std)] for channel in channels),
     )
+
+
+def _ahead(reader: Executor, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Return batches of which the next is always being read."""
+    coming = reader.submit(next, batches, None)
+    while (batch := coming.result()) is not None:
+        coming = reader.submit(next, batches, None)
+        yield batch
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from typing import TypeVar, cast
 
 import torch
 import torch.nn.functional as F
+from kornia.models.common import LayerNorm2d
 from torch import Tensor, nn
 
 from kornia_tinyvit.layers import Attention, ConvBN, TinyViTBlock
@@ -23,8 +24,11 @@ __all__ = [
     "fold",
     "fold_attention",
     "fold_batch_norm",
+    "fold_key_and_value_biases",
     "fold_layer_norm",
     "fold_normalization",
+    "fold_scale",
+    "split_projections",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -83,31 +87,42 @@ def fold_normalization(
     return folded, levels * torch.tensor(mean).to(conv.weight).view(1, -1, 1, 1)
 
 
-def fold_attention(attention: Attention) -> FoldedAttention:
-    r"""Return window attention with everything constant folded away.
+def split_projections(qkv: nn.Linear, num_heads: int) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return the projections to queries, keys and values as layers of their own, each with its heads in order.
 
-    The affine part of the norm goes into the projections; the scale :math:`1 / \sqrt{d}` into the queries'; the table
-    of biases is spread over all pairs of tokens. The keys' bias goes: it adds the same to all scores of a query, which
-    a softmax does not see. The values' bias moves behind the attention, whose weights sum to 1, and there into the bias
-    of the output's projection.
+    The rows of the joint layer are ordered head, then query, key and value.
     """
+    weights = qkv.weight.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    biases = qkv.bias.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(1, 2)
+    query, key, value = (_linear(weight, bias) for weight, bias in zip(weights, biases, strict=True))
+    return query, key, value
+
+
+def fold_scale(query: nn.Linear, num_heads: int) -> nn.Linear:
+    r"""Return the projection to queries with the scale of the scores, :math:`1 / \sqrt{d}`, in its weights."""
+    scale = (query.out_features // num_heads) ** -0.5
+    return _linear(query.weight * scale, query.bias * scale)
+
+
+def fold_key_and_value_biases(
+    key: nn.Linear, value: nn.Linear, proj: nn.Linear
+) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
+    """Return the projections to keys and values without a bias, and that of the output, which has taken over.
+
+    The keys' bias goes: it adds the same to all scores of a query, which a softmax does not see. The values' bias moves
+    behind the attention, whose weights sum to 1, and there into the bias of the output's projection.
+    """
+    folded = _linear(proj.weight, proj.bias + proj.weight @ value.bias)
+    return _linear(key.weight), _linear(value.weight), folded
+
+
+def fold_attention(attention: Attention) -> FoldedAttention:
+    """Return window attention with everything constant folded away, and its biases spread over all pairs of tokens."""
     norm, qkv = fold_layer_norm(attention.norm, attention.qkv)
-    dim, heads = attention.proj.in_features, attention.num_heads
-    scale = (dim // heads) ** -0.5
-    # The rows are ordered head, then query, key and value.
-    weights = qkv.weight.unflatten(0, (heads, 3, -1)).unbind(1)
-    biases = qkv.bias.unflatten(0, (heads, 3, -1)).unbind(1)
-    query_weight, key_weight, value_weight = (weight.flatten(0, 1) for weight in weights)
-    query_bias, _, value_bias = (bias.flatten() for bias in biases)
-    return FoldedAttention(
-        norm,
-        _linear(query_weight * scale, query_bias * scale),
-        _linear(key_weight),
-        _linear(value_weight),
-        _linear(attention.proj.weight, attention.proj.bias + attention.proj.weight @ value_bias),
-        attention.attention_bias(),
-        attention.window_size,
-    )
+    query, key, value = split_projections(qkv, attention.num_heads)
+    query = fold_scale(query, attention.num_heads)
+    key, value, proj = fold_key_and_value_biases(key, value, attention.proj)
+    return FoldedAttention(norm, query, key, value, proj, attention.attention_bias(), attention.window_size)
 
 
 class FoldedAttention(nn.Module):
@@ -188,6 +203,24 @@ def _needs_padding(height: int, width: int, side: int) -> bool:
     return unknown or height % side > 0 or width % side > 0
 
 
+class ChannelNorm(nn.Module):
+    """kornia's ``LayerNorm2d`` over tokens, where engines know it as a layer norm and not as eight operators.
+
+    Args:
+        norm: the norm of MobileSAM's neck.
+    """
+
+    def __init__(self, norm: LayerNorm2d) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(norm.weight.shape[0], norm.eps, device="meta")
+        self.norm.weight, self.norm.bias = _constant(norm.weight), _constant(norm.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map :math:`(B, C, H, W)` to the same shape."""
+        height, width = x.shape[2:]
+        return _to_map(self.norm(_to_tokens(x)), height, width)
+
+
 class FoldedBlock(nn.Module):
     """A :class:`~kornia_tinyvit.layers.TinyViTBlock` for inference, its parts folded.
 
@@ -246,6 +279,8 @@ def fold(module: Module) -> Module:
                 setattr(parent, name, FoldedBlock(child))
             elif isinstance(child, ConvBN):
                 setattr(parent, name, fold_batch_norm(child))
+            elif isinstance(child, LayerNorm2d):
+                setattr(parent, name, ChannelNorm(child))
     return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 

@@ -9,8 +9,11 @@ from kornia_tinyvit.deploy.folding import (
     fold,
     fold_attention,
     fold_batch_norm,
+    fold_key_and_value_biases,
     fold_layer_norm,
     fold_normalization,
+    fold_scale,
+    split_projections,
 )
 from kornia_tinyvit.layers import Attention, ConvBN, TinyViTBlock
 from tests.conftest import TINY, liven
@@ -64,6 +67,37 @@ class TestFoldNormalization:
         torch.testing.assert_close(folded(levels * pixels - offset), conv((pixels - mean) / std), atol=1e-5, rtol=1e-5)
 
 
+class TestFoldProjections:
+    HEADS, DEPTH = 3, 4
+
+    @pytest.fixture
+    def projections(self):
+        qkv = scramble(nn.Linear(12, 36))
+        return qkv, split_projections(qkv, self.HEADS)
+
+    def test_split(self, projections):
+        qkv, parts = projections
+        x = torch.randn(5, 12)
+        joint = qkv(x).unflatten(1, (self.HEADS, 3, self.DEPTH))
+        for index, part in enumerate(parts):
+            torch.testing.assert_close(part(x).unflatten(1, (self.HEADS, self.DEPTH)), joint[:, :, index])
+
+    def test_scale(self, projections):
+        _, (query, _, _) = projections
+        x = torch.randn(5, 12)
+        torch.testing.assert_close(fold_scale(query, self.HEADS)(x), query(x) / 2)
+
+    def test_key_and_value_biases(self, projections):
+        _, (query, key, value) = projections
+        proj, x = scramble(nn.Linear(12, 12)), torch.randn(5, 12)
+        folded_key, folded_value, folded_proj = fold_key_and_value_biases(key, value, proj)
+        assert folded_key.bias is None
+        assert folded_value.bias is None
+        expected = proj((query(x) @ key(x).mT).softmax(1) @ value(x))
+        found = folded_proj((query(x) @ folded_key(x).mT).softmax(1) @ folded_value(x))
+        torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-5)
+
+
 class TestFoldAttention:
     @pytest.mark.parametrize("size", [(4, 4), (8, 12), (7, 5), (3, 9)])
     def test_exact_with_and_without_padding(self, size):
@@ -78,18 +112,13 @@ class TestFoldAttention:
             rtol=1e-5,
         )
 
-    def test_projects_real_tokens_only(self, monkeypatch):
+    def test_projects_real_tokens_only(self):
         folded = fold_attention(scramble(Attention(12, 3, 4)))
         seen = []
         for project in (folded.query, folded.key, folded.value, folded.proj):
             project.register_forward_hook(lambda _module, args, _out: seen.append(args[0].shape[1]))
         folded(torch.randn(1, 35, 12), 7, 5)
         assert seen == [35, 35, 35, 35]
-
-    def test_keys_and_values_have_no_bias(self):
-        folded = fold_attention(scramble(Attention(12, 3, 4)))
-        assert folded.key.bias is None
-        assert folded.value.bias is None
 
 
 class TestFold:
