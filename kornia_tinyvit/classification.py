@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from kornia.geometry.transform import hflip
@@ -159,12 +159,13 @@ class ImageClassifier(nn.Module):
 
         Raises:
             TypeError: if something is no picture.
-            ValueError: if a file cannot be read, a shape is wrong or ``top_k`` is not positive.
+            ValueError: if a file cannot be read, a shape is wrong, or a number is not positive.
             FileNotFoundError: if there is no such file.
         """
-        if top_k < 1 or batch_size < 1:
-            raise ValueError(f"top_k and batch_size must be at least 1; got {top_k} and {batch_size}.")
-        found = []
+        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
+            if number < 1:
+                raise ValueError(f"{name} must be at least 1; got {number}.")
+        found: list[tuple[list[int], list[float]]] = []
         with evaluating(self), torch.inference_mode(), ThreadPoolExecutor(1) as reader:
             for inputs in _ahead(reader, self._batches(images, batch_size)):
                 scores = self._average(inputs).float().softmax(1)
@@ -177,16 +178,17 @@ class ImageClassifier(nn.Module):
 
     def _average(self, inputs: Iterable[Tensor]) -> Tensor:
         """Return the logits averaged over what the views made of the pictures."""
-        logits: list[Tensor] = [self.model(images) for images in inputs]
-        return sum(logits[1:], start=logits[0]) / len(logits)
+        return torch.stack([self.model(images) for images in inputs]).mean(0)
 
     def _batches(self, images: Picture | Iterable[Picture], batch_size: int) -> Iterator[list[Tensor]]:
         """Read pictures batch by batch and return what each view makes of them."""
         first = next(self.model.parameters())
-        pictures = (picture.to(first.device, first.dtype) for picture in self._pictures(images))
+        channels = cast("int", self.model.config.in_chans)
+        pictures = (picture.to(first.device, first.dtype) for picture in as_pictures(images, channels))
         while batch := list(islice(pictures, batch_size)):
-            with torch.inference_mode():
-                yield [self._prepare(batch, view) for view in (None, *self.views)]
+            with torch.no_grad():
+                inputs = [self._prepare(batch, view) for view in (None, *self.views)]
+            yield inputs
 
     def _prepare(self, images: Tensor | Sequence[Tensor], view: View | None) -> Tensor:
         if isinstance(images, Tensor):
@@ -197,8 +199,8 @@ class ImageClassifier(nn.Module):
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
 
 
-def as_pictures(images: Picture | Sequence[Picture], channels: int = 3) -> list[Tensor]:
-    """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1].
+def as_pictures(images: Picture | Iterable[Picture], channels: int = 3) -> Iterator[Tensor]:
+    """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1], one at a time.
 
     Args:
         images: one picture or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
@@ -211,7 +213,7 @@ def as_pictures(images: Picture | Sequence[Picture], channels: int = 3) -> list[
     """
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
         images = [images]
-    return [_as_picture(image, channels) for image in images]
+    return (_as_picture(image, channels) for image in images)
 
 
 def _as_picture(image: Picture, channels: int) -> Tensor:

@@ -149,6 +149,38 @@ class TestPredict:
             assert [each.label for each in found] == [each.label for each in expected[0]]
             assert [each.score for each in found] == pytest.approx([each.score for each in expected[0]], rel=1e-4)
 
+    @pytest.mark.parametrize("batch_size", [1, 2, 5])
+    def test_batches(self, classifier, batch_size):
+        seen = []
+        hook = classifier.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+        pictures = [torch.rand(3, 60 + 5 * size, 70) for size in range(5)]
+        found = classifier.predict(iter(pictures), top_k=1, batch_size=batch_size)
+        hook.remove()
+        assert seen == [len(pictures[start : start + batch_size]) for start in range(0, 5, batch_size)]
+        assert [each[0].index for each in found] == [classifier.predict(p, 1)[0][0].index for p in pictures]
+
+    def test_reads_no_more_than_a_batch_ahead(self, classifier):
+        read = []
+
+        def photos():
+            for index in range(12):
+                read.append(index)
+                yield torch.rand(3, 64, 64)
+
+        ahead = []
+        hook = classifier.model.register_forward_hook(lambda *_: ahead.append(len(read)))
+        classifier.predict(photos(), batch_size=2)
+        hook.remove()
+        assert all(count <= 2 * (done + 2) + 1 for done, count in enumerate(ahead))
+
+    def test_an_error_while_reading(self, classifier):
+        def photos():
+            yield torch.rand(3, 64, 64)
+            raise OSError("the disk is gone")
+
+        with pytest.raises(OSError, match="the disk is gone"):
+            classifier.predict(photos(), batch_size=1)
+
     def test_none(self, classifier):
         assert classifier.predict([]) == []
         assert classifier.predict(torch.rand(0, 3, 40, 40)) == []
