@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, cast, overload
 
@@ -71,7 +71,7 @@ class Optimized(nn.Module):
         self.place = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
         self.pixels = graph.pixels
         self.choices: tuple[Choice, ...] = ()
-        self._run: Engine = ENGINES[engine](graph, example, dtype, _pictures(task.calibration))
+        self._run: Engine = ENGINES[engine](graph, example, dtype, task.pictures)
         self._channels = example.shape[1]
         self._returns_list = task.method == "forward_intermediates"
         self(example)
@@ -127,6 +127,10 @@ class _Task:
     method: str
     pixels: Pixels | None
     calibration: Sequence[Tensor | tuple[Tensor, Tensor]]
+
+    @property
+    def pictures(self) -> list[Tensor]:
+        return [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
 
 
 @overload
@@ -305,7 +309,3 @@ def _prepared(
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     prepare = classifier.preprocessing
     return [prepare(batch) if isinstance(batch, Tensor) else (prepare(batch[0]), batch[1]) for batch in batches]
-
-
-def _pictures(batches: Iterable[Tensor | tuple[Tensor, Tensor]]) -> Iterator[Tensor]:
-    return (batch if isinstance(batch, Tensor) else batch[0] for batch in batches)

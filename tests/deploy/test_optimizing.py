@@ -73,6 +73,16 @@ class TestSignatureAndResults:
         assert torch.equal(fast(images), before)
 
 
+class TestInt8:
+    def test_labelled_pictures_and_other_sizes(self, model, images):
+        labelled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
+        fast = optimize(model, "onnxruntime", torch.int8, calibration=labelled)
+        for size in (64, 96):  # the second makes the engine calibrate again
+            pictures = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
+            error = (fast(pictures) - model(pictures)).norm() / model(pictures).norm()
+            assert 1e-4 < error < 0.3
+
+
 class TestClassifier:
     def test_is_a_classifier(self, classifier):
         fast = optimize(classifier, "eager", tune_allocator=False)
