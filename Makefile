@@ -9,9 +9,8 @@ demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
 	@echo "The sheets are in demo/: open them in any picture viewer."
 
-# A process for each core, of one thread each: threads of several processes would wait for one another.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --dist loadfile --cov --cov-report=term
+	$(BIN)/python -m pytest --cov --cov-report=term
 
 lint: setup
 	$(BIN)/ruff check .
