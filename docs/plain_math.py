@@ -14,6 +14,8 @@ SYMBOLS = {
     r"\right": "",
     r"\ge": "≥",
     r"\le": "≤",
+    r"\times": "\N{MULTIPLICATION SIGN}",
+    r"\cdot": "·",
     r"\Delta": "Δ",
     r"\sum": "∑",
     r"\log": "\N{SQUARE LOG} ",  # a letter of its own until the others are slanted

@@ -46,7 +46,6 @@ COMMANDS = {
     --epochs 8 --batch-size 8 --base-lr 0.03 --validation photos --out runs/photos""",
 }
 ON_CIFAR10 = {
-    "benchmark": "kornia-tinyvit benchmark --data test.parquet",
     "evaluate": "kornia-tinyvit evaluate test.parquet",
     "evaluate_more": """kornia-tinyvit evaluate test.parquet --per-class --confusion --calibration \\
     --knn train.parquet --linear train.parquet""",

@@ -23,6 +23,7 @@ __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "TRAINING_PRESETS",
+    "UNREADABLE",
     "EvaluationPipeline",
     "TrainingPipeline",
     "TrainingPreset",
@@ -30,6 +31,7 @@ __all__ = [
     "find_preset",
     "read_image",
     "read_pixels",
+    "resize_images",
     "to_image",
     "to_pixels",
 ]
@@ -40,8 +42,8 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# What Pillow's readers raise for files that are damaged or no pictures.
-_UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
+#: What Pillow's readers raise for files that are damaged or no pictures.
+UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 _ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that away would stop the gradient there
 # Random crops show things larger than they are in whole pictures; a small border cut off in the test makes up for that
 # (arXiv:1906.06423). On CIFAR-10 at 64 pixels this is worth 0.9 points of top-1.
@@ -115,7 +117,7 @@ def _read(path: str | Path | BinaryIO, channels: int, convert: Callable[[Image.I
             return convert(image, channels)
     except FileNotFoundError:
         raise FileNotFoundError(f"There is no picture {path}.") from None
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"{path} is not a picture that can be read: {error}") from error
 
 
@@ -228,13 +230,13 @@ class EvaluationPipeline(nn.Module):
         """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
         size = self.img_size
         if self.crop_fraction is None:
-            return _resize(images, size, size)
+            return resize_images(images, size, size)
         short = int(size / self.crop_fraction)
         height, width = images.shape[-2:]
         if height <= width:
-            images = _resize(images, short, max(short, int(short * width / height)))
+            images = resize_images(images, short, max(short, int(short * width / height)))
         else:
-            images = _resize(images, max(short, int(short * height / width)), short)
+            images = resize_images(images, max(short, int(short * height / width)), short)
         top = round((images.shape[-2] - size) / 2)
         left = round((images.shape[-1] - size) / 2)
         return images[..., top : top + size, left : left + size]
@@ -250,12 +252,20 @@ def _usual_crop_fraction(img_size: int) -> float | None:
     return CROP_FRACTION if img_size < SQUARE_FROM else None
 
 
-def _resize(images: Tensor, height: int, width: int) -> Tensor:
-    """Resize as Pillow does: one direction after the other, each time clamping the bicubic overshoot to [0, 1].
+def resize_images(images: Tensor, height: int, width: int) -> Tensor:
+    """Resize pictures as Pillow does: one direction after the other, each time clamping the bicubic overshoot.
 
     As in Pillow 13, the width goes first unless the height loses more than twice as many pixels.
     kornia.geometry.resize blurs with a Gaussian before it samples, which is up to 0.3 away from Pillow on photos;
     torch's antialiased kernel is Pillow's.
+
+    Args:
+        images: pictures :math:`(B, C, H, W)` in [0, 1].
+        height: rows of the pictures that come out.
+        width: their columns.
+
+    Returns:
+        Pictures :math:`(B, C, height, width)` in [0, 1] but for rounding (1e-6).
     """
     if images.shape[0] == 0:
         return images.new_zeros(0, images.shape[1], height, width)
@@ -300,12 +310,14 @@ class TrainingPreset:
 
 
 #: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
-#: milder, for pictures of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix.
+#: milder, for pictures of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
+#: ``"semantic"`` is for pictures whose pixels are labelled.
 TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
     "finetune": TrainingPreset(),
     "distill": TrainingPreset(label_smoothing=0.0),
     "small": TrainingPreset(crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), policy=None, color_jitter=0.2, erasing=0.4),
+    "semantic": TrainingPreset(crop_scale=(0.25, 1.0), policy=None, color_jitter=0.3, erasing=0.0, label_smoothing=0.0),
 }
 
 

@@ -23,6 +23,9 @@ from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.training import MaskedImages, evaluate_segmenter
+from tests.training.test_semantic import NAMES, make_scenes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHELSEA = ASSETS / "photos" / "chelsea.png"
@@ -351,3 +354,23 @@ def test_feature_distillation_asks_the_teacher_once(photos, tmp_path):
     assert (found - expected).square().mean().item() == pytest.approx(told["trained"][0], abs=2e-3)
     assert torch.cosine_similarity(found, expected).mean().item() == pytest.approx(told["trained"][1], abs=2e-3)
     assert Image.open(tmp_path / "run" / "features.png").size == (3 * 256 + 2 * 6, 3 * 256 + 2 * 6)
+
+
+def test_segment_semantic(tmp_path):
+    data = make_scenes(tmp_path / "data", 4)
+    options = ("--pictures", 2, "--img-size", 64, "--width", 8, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu")
+    output = run(EXAMPLES / "segment_semantic.py", data, *options, "--out", "runs/it", cwd=tmp_path)
+    assert "2 pictures, 3 classes, 2 steps" in output
+    train, val = json_lines(output)
+    assert (train["split"], train["pictures"], train["classes_present"], val["pictures"]) == ("train", 2, 3, 4)
+    kept = SemanticSegmenter.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
+    assert kept.class_names == NAMES
+    found = evaluate_segmenter(kept, MaskedImages.open(data))
+    assert val["mean_iou"] == pytest.approx(found.mean_iou, abs=0.01)
+    assert val["pixel_accuracy"] == pytest.approx(found.pixel_accuracy, abs=0.01)
+    sheet = levels(tmp_path / "runs" / "it" / "val.png")
+    photo = levels(data / "images" / "00.png")
+    assert np.abs(sheet[20, 16] - photo[3, 3]).max() < 60  # the ground of the first photo, enlarged
+    assert not sheet[1, 328 + 20].any()  # the frame has no label
+    resumed = run(EXAMPLES / "segment_semantic.py", data, *options, "--out", "runs/it", cwd=tmp_path)
+    assert json_lines(resumed) == [train, val]

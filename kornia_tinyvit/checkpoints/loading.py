@@ -21,7 +21,7 @@ from urllib.request import url2pathname
 import torch
 import torch.nn.functional as F
 from kornia.core.download import download_file_from_url
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
@@ -126,7 +126,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         content, name = source, "a state dict"
     else:
         name = str(source)
-        content, metadata = _read_file(_locate(name))
+        content, metadata = read_tensors(_locate(name))
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
@@ -267,13 +267,27 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
         if len(class_names) != config.num_classes:
             raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
         metadata[_CLASSES_KEY] = json.dumps(list(class_names))
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in model.state_dict().items()}
+    return write_tensors(path, model.state_dict(), metadata)
+
+
+def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
+    """Write a safetensors file beside its place and move it there when it is whole; its folder is made.
+
+    Args:
+        path: the file to write.
+        tensors: what it holds, by name.
+        metadata: texts that it carries.
+
+    Returns:
+        The path.
+    """
+    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "wb") as file:
-            file.write(save(tensors, metadata))
+            file.write(save(kept, metadata))
             file.flush()
             os.fsync(file.fileno())
         os.chmod(temporary, 0o666 & ~_umask())
@@ -342,7 +356,24 @@ def _refuse_torn(path: str) -> None:
             pass
 
 
-def _read_file(path: Path) -> tuple[Any, dict[str, str]]:
+def read_metadata(path: str | Path) -> dict[str, str]:
+    """Return the texts that a safetensors file carries; none where there is no such file, or none that can be read."""
+    path = Path(path)
+    if not path.is_file() or not _is_safetensors(path):
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            return file.metadata() or {}
+    except SafetensorError:  # reading the tensors will tell
+        return {}
+
+
+def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
+    """Read a safetensors or PyTorch file: what it holds, usually tensors by name, and the texts that it carries.
+
+    Raises:
+        CheckpointError: if there is no such file, or it is damaged or would have to run code.
+    """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}.")
     try:

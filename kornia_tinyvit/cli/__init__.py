@@ -13,6 +13,7 @@ from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.export import export
 from kornia_tinyvit.cli.pretrained import pretrained
+from kornia_tinyvit.cli.segment import segment
 from kornia_tinyvit.cli.train import train
 from kornia_tinyvit.deploy.export import ExportError
 
@@ -20,12 +21,12 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify pictures; train, distil, evaluate and export networks.",
+    help="TinyViT for kornia and PyTorch: classify and segment pictures; train, distil, evaluate and export networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, evaluate, train, export, benchmark, pretrained):
+for command in (demo, classify, segment, evaluate, train, export, benchmark, pretrained):
     app.command()(command)
 app.add_typer(distill, name="distill")
 

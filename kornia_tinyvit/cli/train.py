@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
 
 from kornia_tinyvit.cli.options import Json
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Checkpointing,
-    Data,
     Epochs,
     InitSeed,
     Limit,
@@ -20,7 +23,6 @@ from kornia_tinyvit.cli.training_options import (
     Precision,
     ProcessBatch,
     Rate,
-    RecipeName,
     Seed,
     Side,
     Start,
@@ -28,22 +30,48 @@ from kornia_tinyvit.cli.training_options import (
     Validation,
     Workers,
     build_samples,
+    build_segmenter,
     build_student,
     parse_precision,
 )
 from kornia_tinyvit.training.data import LabelledImages
-from kornia_tinyvit.training.recipes import find_recipe
+from kornia_tinyvit.training.masks import MaskedImages
+from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
+from kornia_tinyvit.training.tasks import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult
 
 
+class TaskName(StrEnum):
+    """What a network can be trained for."""
+
+    classification = "classification"
+    semantic = "semantic"
+
+
+_TITLES = {"top1": "top-1", "mean_iou": "mean IoU"}
+_USUAL_RECIPES = {TaskName.classification: "in1k", TaskName.semantic: "semantic"}
+
+
 def train(
-    data: Data,
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
+            "a folder with images and masks, or a YAML file that names those of train and val and the classes."
+        ),
+    ],
     variant: TrainedVariant = "5m",
-    recipe: RecipeName = "in1k",
+    task: Annotated[
+        TaskName, typer.Option(help="classification: a class a picture; semantic: a class a pixel.")
+    ] = TaskName.classification,
+    recipe: Annotated[
+        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or semantic for that task.")
+    ] = None,
     out: Out = Path("runs/train"),
     validation: Validation = None,
+    validate_every: Annotated[int, typer.Option(min=1, help="Epochs from one measurement to the next.")] = 1,
     pretrained: Start = None,
     epochs: Epochs = None,
     img_size: Side = None,
@@ -58,32 +86,36 @@ def train(
     cpu: OnCpu = False,
     on_broken: OnBroken = "stop",
     limit: Limit = None,
+    class_balance: Annotated[
+        float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
+    ] = 0.0,
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
-    from kornia_tinyvit.training import Labels
     from kornia_tinyvit.training.loop import train as run
 
     parse_precision(precision)
-    chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
-    samples = build_samples(data, chosen, seed, on_broken, limit)
-    first = seed if init_seed is None else init_seed
-    model = build_student(
-        variant,
-        pretrained,
-        chosen,
-        samples.images.num_classes,
-        first,
-        gradient_checkpointing,
+    chosen = find_recipe(
+        recipe or _USUAL_RECIPES[task], epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr
     )
+    first = seed if init_seed is None else init_seed
+    asked = _Asked(
+        data, validation, variant, pretrained, chosen, seed, first, on_broken, limit, gradient_checkpointing,
+        class_balance,
+    )  # fmt: skip
+    plan = _plan_segmenter(asked) if task is TaskName.semantic else _plan_classifier(asked)
+    if not as_json:
+        plan.tell()
     result = run(
-        model,
-        samples,
-        Labels(samples.augmentation),
+        plan.model,
+        plan.samples,
+        plan.objective,
         chosen,
         out,
-        validation=None if validation is None else LabelledImages(validation).with_classes(samples.images.class_names),
-        class_names=samples.images.class_names,
+        task=plan.task,
+        validation=plan.validation,
+        validate_every=validate_every,
+        class_names=plan.class_names,
         origin={"pretrained": pretrained, "init_seed": first},
         process_batch=process_batch,
         workers=workers,
@@ -94,6 +126,89 @@ def train(
     report_training(result, as_json)
 
 
+@dataclass(frozen=True)
+class _Asked:
+    """The options that decide what is trained on what."""
+
+    data: Path
+    validation: Path | None
+    variant: str
+    pretrained: str | None
+    recipe: Recipe
+    seed: int
+    init_seed: int
+    on_broken: str
+    limit: int | None
+    gradient_checkpointing: bool
+    class_balance: float
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """What the loop takes."""
+
+    model: Any
+    samples: Any
+    objective: Any
+    validation: Any
+    class_names: tuple[str, ...] | None
+    task: Task = CLASSIFICATION
+    left_out: tuple[str, ...] = ()
+
+    def tell(self) -> None:
+        """Print the names of files that are of no use."""
+        if self.left_out:
+            some = ", ".join(self.left_out[:5])
+            print(f"Left out, since their pictures or masks are missing: {len(self.left_out)}, such as {some}")
+
+
+def _plan_classifier(asked: _Asked) -> _Plan:
+    from kornia_tinyvit.training import Labels
+
+    samples = build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
+    images = samples.images
+    model = build_student(
+        asked.variant,
+        asked.pretrained,
+        asked.recipe,
+        images.num_classes,
+        asked.init_seed,
+        asked.gradient_checkpointing,
+    )
+    validation = None
+    if asked.validation is not None:
+        validation = LabelledImages(asked.validation).with_classes(images.class_names)
+    return _Plan(model, samples, Labels(samples.augmentation), validation, images.class_names)
+
+
+def _plan_segmenter(asked: _Asked) -> _Plan:
+    from kornia_tinyvit.training.semantic import (
+        SEMANTIC,
+        MaskAugmentation,
+        MaskedSamples,
+        PixelLabels,
+        balanced_weights,
+    )
+
+    images = MaskedImages.open(asked.data, "train")
+    left_out = images.without_mask + images.without_picture
+    if asked.limit is not None:
+        images = images.sample(asked.limit)
+    recipe = asked.recipe
+    augmentation = MaskAugmentation(recipe.img_size, recipe.preset, asked.seed, **recipe.changes)
+    model = build_segmenter(
+        asked.variant, asked.pretrained, recipe, images.class_names, asked.init_seed, asked.gradient_checkpointing
+    )
+    validation = None
+    if asked.validation is not None:
+        classes = dict(zip(images.ids, images.class_names, strict=True))
+        validation = MaskedImages.open(asked.validation, "val", classes, images.ignored)
+    samples = MaskedSamples(images, augmentation, asked.on_broken)
+    weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
+    objective = PixelLabels(augmentation.preset.label_smoothing, weights)
+    return _Plan(model, samples, objective, validation, images.class_names, SEMANTIC, left_out)
+
+
 def report_training(result: TrainingResult, as_json: bool) -> None:
     """Print what a training came to, in the main process."""
     if not result.is_main_process:
@@ -101,7 +216,7 @@ def report_training(result: TrainingResult, as_json: bool) -> None:
     if as_json:
         print(json.dumps(result.to_dict()))
         return
-    top1 = "" if result.top1 is None else f", top-1 {result.top1:.2f} %"
-    print(f"{result.steps} steps in {result.seconds:.0f} s{top1}: {result.best}")
+    score = "" if result.score is None else f", {_TITLES[result.measure]} {result.score:.2f} %"
+    print(f"{result.steps} steps in {result.seconds:.0f} s{score}: {result.best}")
     if result.broken:
         print(f"Could not be read and were left out: {len(result.broken)}, such as {', '.join(result.broken[:5])}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -12,6 +13,7 @@ from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe
 
@@ -71,16 +73,36 @@ def build_student(
 ) -> TinyViT:
     """Build what is trained, with first weights of a seed; loaded windows grow with the pictures."""
     torch.manual_seed(seed)
+    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
+    return TinyViT.from_config(variant, pretrained or False, num_classes=num_classes, **options)
+
+
+def build_segmenter(
+    variant: str,
+    pretrained: str | None,
+    recipe: Recipe,
+    class_names: Sequence[str],
+    seed: int,
+    gradient_checkpointing: bool,
+) -> SemanticSegmenter:
+    """Build the segmenter that is trained, as :func:`build_student` builds its backbone."""
+    torch.manual_seed(seed)
+    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
+    return SemanticSegmenter.from_config(variant, pretrained=pretrained or False, class_names=class_names, **options)
+
+
+def _network_options(
+    variant: str, pretrained: str | None, recipe: Recipe, gradient_checkpointing: bool
+) -> dict[str, Any]:
     usual = TinyViTConfig.from_variant(variant)
-    changes: dict[str, Any] = {
-        "img_size": recipe.img_size,
-        "num_classes": num_classes,
-        "use_checkpoint": gradient_checkpointing,
-        "drop_path_rate": recipe.drop_path.get(variant, usual.drop_path_rate),
-    }
     windows: Literal["scale", "fit"] | None = None
     if pretrained and recipe.img_size > usual.img_size:
         windows = "scale"
     elif not pretrained and recipe.img_size < usual.img_size:
         windows = "fit"  # or small maps would be padded to windows larger than they are
-    return TinyViT.from_config(variant, pretrained or False, window_sizes=windows, **changes)
+    return {
+        "img_size": recipe.img_size,
+        "use_checkpoint": gradient_checkpointing,
+        "drop_path_rate": recipe.drop_path.get(variant, usual.drop_path_rate),
+        "window_sizes": windows,
+    }

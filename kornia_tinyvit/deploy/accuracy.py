@@ -17,7 +17,7 @@ Outputs = Tensor | Sequence[Tensor]
 class Agreement:
     r"""What :func:`compare` measures.
 
-    Relative errors are those of a picture's whole output, :math:`\|c - r\| / \|r\|` in the Euclidean norm; where there
+    Relative errors are those of a picture's whole output, ``norm(c - r) / norm(r)`` in the Euclidean norm; where there
     are several maps, of each.
 
     Args:

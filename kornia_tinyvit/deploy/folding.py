@@ -99,7 +99,7 @@ def split_projections(qkv: nn.Linear, num_heads: int) -> tuple[nn.Linear, nn.Lin
 
 
 def fold_scale(query: nn.Linear, num_heads: int) -> nn.Linear:
-    r"""Return the projection to queries with the scale of the scores, :math:`1 / \sqrt{d}`, in its weights."""
+    r"""Return the projection to queries with the scale of the scores, :math:`d^{-1/2}`, in its weights."""
     scale = (query.out_features // num_heads) ** -0.5
     return _linear(query.weight * scale, query.bias * scale)
 

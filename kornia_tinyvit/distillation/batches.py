@@ -77,6 +77,10 @@ class ReplayedSamples(Dataset[Batch]):
             "data": {"fingerprint": self.images.fingerprint()},
         }
 
+    def inputs(self, batch: Batch, device: torch.device) -> Tensor:
+        """Return the augmented pictures :math:`(B, 3, S, S)` of a batch on a device."""
+        return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.draws)
+
     def __getitem__(self, key: Key) -> Batch:
         return self.__getitems__([key])
 
@@ -162,13 +166,11 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in samples.tolist()]
 
 
-def replay_loader(
-    samples: ReplayedSamples, batches: Sequence[list[Key]] | Sampler[list[Key]], workers: int = 0
-) -> DataLoader[Batch]:
-    """Return a loader of :class:`Batch` for lists of keys; each batch is made in one worker.
+def replay_loader(samples: Any, batches: Sequence[list[Key]] | Sampler[list[Key]], workers: int = 0) -> DataLoader[Any]:
+    """Return a loader of batches for lists of keys; each batch is made in one worker.
 
     Args:
-        samples: the data.
+        samples: the data: :class:`ReplayedSamples`, or another that makes a batch of a list of keys.
         batches: lists of keys (epoch, sample).
         workers: processes that read pictures; 0 reads them in this one.
     """

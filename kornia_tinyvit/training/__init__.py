@@ -1,15 +1,25 @@
-"""Labelled pictures, evaluation, recipes and the training loop."""
+"""Labelled pictures and masks, evaluation, recipes and the training loop."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
+from kornia_tinyvit.training.masks import IGNORED, MaskedImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 
 if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult, train
     from kornia_tinyvit.training.objectives import FeatureRegression, Labels, OnlineTeacher, StoredLabels
+    from kornia_tinyvit.training.semantic import (
+        SEMANTIC,
+        MaskAugmentation,
+        MaskedSamples,
+        PixelLabels,
+        PixelMetrics,
+        balanced_weights,
+        evaluate_segmenter,
+    )
 
 # Loaded on first use: these rest on kornia_tinyvit.distillation, which rests on the data above.
 _LAZY = {
@@ -19,19 +29,35 @@ _LAZY = {
     "Labels": "objectives",
     "OnlineTeacher": "objectives",
     "StoredLabels": "objectives",
+    "SEMANTIC": "semantic",
+    "MaskAugmentation": "semantic",
+    "MaskedSamples": "semantic",
+    "PixelLabels": "semantic",
+    "PixelMetrics": "semantic",
+    "balanced_weights": "semantic",
+    "evaluate_segmenter": "semantic",
 }
 
 __all__ = [
+    "IGNORED",
     "RECIPES",
+    "SEMANTIC",
     "BrokenPictureError",
     "FeatureRegression",
     "LabelledImages",
     "Labels",
+    "MaskAugmentation",
+    "MaskedImages",
+    "MaskedSamples",
     "MissingExtraError",
     "OnlineTeacher",
+    "PixelLabels",
+    "PixelMetrics",
     "Recipe",
     "StoredLabels",
     "TrainingResult",
+    "balanced_weights",
+    "evaluate_segmenter",
     "find_recipe",
     "train",
 ]

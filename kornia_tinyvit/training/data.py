@@ -259,7 +259,7 @@ class _Folders:
         self.labels: list[int] = []
         self.files: list[str] = []
         for label, name in enumerate(self.class_names):
-            files = sorted(_pictures_below(root / name), key=lambda file: file.parts)
+            files = sorted(pictures_below(root / name), key=lambda file: file.parts)
             self.files += [file.relative_to(root).as_posix() for file in files]
             self.labels += [label] * len(files)
 
@@ -276,7 +276,8 @@ class _Folders:
         return open(self.root / self.files[index], "rb")
 
 
-def _pictures_below(folder: Path) -> Iterator[Path]:
+def pictures_below(folder: Path) -> Iterator[Path]:
+    """Return the files below a folder whose names end as those of pictures do; hidden ones are left out."""
     known = Image.registered_extensions()
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]

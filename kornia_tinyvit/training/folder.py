@@ -15,6 +15,9 @@ from kornia_tinyvit.distillation.store import describe_differences
 __all__ = ["RunFolder"]
 
 
+_NOT_SHOWN = {"step", "epoch", "seconds", "broken"}
+
+
 class RunFolder:
     """Files of a training, each put into place whole, so that a kill at any time leaves what was there before.
 
@@ -66,9 +69,8 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
-            for name in ("loss", "lr", "images_per_s", "top1", "top5"):
-                if name in line:
-                    self._board.add_scalar(name, line[name], line["step"])
+            for name in line.keys() - _NOT_SHOWN:
+                self._board.add_scalar(name, line[name], line["step"])
 
     def newest_state(self) -> tuple[Path, dict[str, Any]] | None:
         """Return the folder of the newest whole state and how far it was, or ``None``."""

@@ -9,24 +9,21 @@ import time
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from kornia_tinyvit.checkpoints import save_checkpoint
-from kornia_tinyvit.distillation.batches import Batch, EpochBatches, ReplayedSamples, replay_loader
+from kornia_tinyvit.distillation.batches import EpochBatches, replay_loader
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training.averaging import MovingAverage
-from kornia_tinyvit.training.data import LabelledImages
-from kornia_tinyvit.training.evaluation import Metrics, ReadablePictures, collate_readable
 from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import Objective
 from kornia_tinyvit.training.recipes import Recipe
+from kornia_tinyvit.training.tasks import CLASSIFICATION, Judge, Samples, Task
 
 try:
     from accelerate import Accelerator
@@ -34,6 +31,9 @@ try:
     from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
 except ImportError as error:  # pragma: no cover
     raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
+
+if TYPE_CHECKING:
+    from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
 
 __all__ = ["TrainingResult", "train"]
 
@@ -46,35 +46,46 @@ class TrainingResult:
 
     Attributes:
         steps: steps of the optimizer.
-        top1: top-1 of the kept weights on the validation pictures in percent; ``None`` without them.
-        best: file of the weights with the best top-1; without validation that of the last ones.
+        score: what the kept weights reach on the validation pictures in per cent; ``None`` without them.
+        best: file of the weights with the best score; without validation that of the last ones.
         last: file of the last weights.
         broken: names of pictures that could not be read.
         seconds: time spent, over all restarts.
         is_main_process: whether this is the process that wrote the files.
+        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.Task.measure`.
     """
 
     steps: int
-    top1: float | None
+    score: float | None
     best: Path
     last: Path
     broken: tuple[str, ...]
     seconds: float
     is_main_process: bool = True
+    measure: str = CLASSIFICATION.measure
+
+    @property
+    def top1(self) -> float | None:
+        """The score of a classifier, its top-1 in per cent; ``None`` for other tasks."""
+        return self.score if self.measure == CLASSIFICATION.measure else None
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
-        return dataclasses.asdict(self) | {"best": str(self.best), "last": str(self.last)}
+        """Return the fields as values that JSON can hold, the score under the name of its measure."""
+        told = dataclasses.asdict(self) | {"best": str(self.best), "last": str(self.last)}
+        measure, score = told.pop("measure"), told.pop("score")
+        return {"steps": told.pop("steps"), measure: score, **told}
 
 
 def train(
-    model: TinyViT,
-    samples: ReplayedSamples,
+    model: TinyViT | SemanticSegmenter,
+    samples: Samples,
     objective: Objective,
     recipe: Recipe,
     out: str | Path,
     *,
-    validation: LabelledImages | None = None,
+    task: Task = CLASSIFICATION,
+    validation: Any = None,
+    validate_every: int = 1,
     replays: list[int] | None = None,
     class_names: tuple[str, ...] | None = None,
     origin: dict[str, Any] | None = None,
@@ -89,7 +100,7 @@ def train(
     """Train a network, or go on where a killed training stopped.
 
     ``out`` gets ``metrics.jsonl`` with a line every ``log_every`` steps and one for each epoch, ``best.safetensors``
-    and ``last.safetensors`` for :meth:`TinyViT.from_config`, the newest ``state-*`` to go on from, ``run.json`` with
+    and ``last.safetensors`` for the network's ``from_config``, the newest ``state-*`` to go on from, ``run.json`` with
     what was asked for, and TensorBoard's files where it is installed. Started by ``torchrun`` or ``accelerate
     launch`` it runs on all processes; batch norm in training mode uses the statistics of each process.
 
@@ -99,7 +110,9 @@ def train(
         objective: the loss; see :mod:`kornia_tinyvit.training.objectives`.
         recipe: the hyperparameters.
         out: folder for what comes out.
-        validation: pictures to measure top-1 and top-5 on after each epoch.
+        task: what the network is trained for, which decides how it is measured and written.
+        validation: pictures to measure the network on, such as :class:`~kornia_tinyvit.training.LabelledImages`.
+        validate_every: epochs from one measurement to the next; the last one is always measured.
         replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
         class_names: names to write into the checkpoints.
         origin: where the first weights come from, such as a seed or a file's name, for ``run.json``: the same folder
@@ -118,14 +131,18 @@ def train(
         FloatingPointError: if the loss is no longer finite.
     """
     _check_sizes(samples, recipe)
-    _check_validation(validation, class_names, model.config.num_classes)
+    if validation is not None:
+        task.check(validation, model.config, class_names)
+    if validate_every < 1:
+        raise ValueError(f"validate_every must be at least 1; got {validate_every}.")
     # Which would refuse another precision, or keep another device, than an earlier training of this process had.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # MobileSAM's file holds a norm and a head that its forward pass does not use.
-    unused = DistributedDataParallelKwargs(find_unused_parameters=model.config.mobile_sam)
+    idle = isinstance(model, TinyViT) and model.config.mobile_sam
+    unused = DistributedDataParallelKwargs(find_unused_parameters=idle)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
-    training = _Training(accelerator, model, samples, objective, recipe, process_batch)
-    evaluate = None if validation is None else _Validation(training, validation, workers)
+    training = _Training(accelerator, model, samples, objective, recipe, process_batch, task)
+    evaluate = None if validation is None else _Validation(training, validation, workers, validate_every)
     replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
     folder, asked = RunFolder(Path(out)), training.describe(replays) | {"origin": origin}
     return _run(training, folder, asked, evaluate, class_names, workers, save_minutes, log_every, progress)
@@ -173,7 +190,7 @@ def _run(
     accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)  # gives the network its own forward back
     return TrainingResult(
         training.step, None if training.best < 0 else training.best, folder.weights("best"), folder.weights("last"),
-        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process,
+        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process, training.task.measure,
     )  # fmt: skip
 
 
@@ -183,21 +200,22 @@ class _Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: TinyViT,
-        samples: ReplayedSamples,
+        model: TinyViT | SemanticSegmenter,
+        samples: Samples,
         objective: Objective,
         recipe: Recipe,
         process_batch: int | None,
+        task: Task,
     ) -> None:
         self.accelerator, self.samples, self.objective, self.recipe = accelerator, samples, objective, recipe
-        self.config = model.config
+        self.config, self.task = model.config, task
         self.process_batch, self.accumulate = _split_batch(recipe.batch_size, accelerator.num_processes, process_batch)
         groups = model.parameter_groups(recipe.peak_lr, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=1e-8)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.augmentation = samples.augmentation.to(accelerator.device)
+        self.augmentation = samples.augmentation
         self.average = MovingAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
 
         self.done = 0  # batches of this process, over all epochs
@@ -234,7 +252,7 @@ class _Training:
             accelerator.num_processes, self.accumulate, self.done, replays,
         )  # fmt: skip
 
-    def train_batch(self, batch: Batch, per_epoch: int) -> None:
+    def train_batch(self, batch: Any, per_epoch: int) -> None:
         """Add a batch's gradients and, with the last one of a step, move the weights."""
         # Stochastic depth is drawn anew from the batch's own seed, so that a resumed run draws the same.
         torch.manual_seed(hash((self.augmentation.seed, self.done, self.accelerator.process_index)) & 0x7FFFFFFF)
@@ -244,7 +262,7 @@ class _Training:
         self._training_mode()
         self.broken.update(batch.broken)
         device = self.accelerator.device
-        images = self.augmentation(batch.crops.to(device, non_blocking=True), batch.draws)
+        images = self.samples.inputs(batch, device)
         last = (self.done + 1) % self.accumulate == 0
         with nullcontext() if last else self.accelerator.no_sync(self.model):
             with self.accelerator.autocast():
@@ -297,17 +315,14 @@ class _Training:
             names = ["last"]
             if evaluate is None:
                 names.append("best")
-            else:
-                line["top1"], line["top5"] = evaluate()
-                if line["top1"] >= self.best:
-                    self.best = line["top1"]
+            elif evaluate.is_due(epoch):
+                line |= evaluate()
+                if line[self.task.measure] >= self.best:
+                    self.best = line[self.task.measure]
                     names.append("best")
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
-                plain = TinyViT.from_config(self.config)
-                plain.load_state_dict(state)
-                for name in names:
-                    save_checkpoint(plain, folder.weights(name), class_names=class_names)
+                self.task.save(self.config, state, [folder.weights(name) for name in names], class_names)
         self.broken.update(self._everyones_broken())
         return line | {"seconds": round(self.seconds, 1), "broken": len(self.broken)}
 
@@ -348,43 +363,36 @@ class _Training:
 
 
 class _Validation:
-    """Measures top-1 and top-5 in percent; each process takes its share, all the same number of batches."""
+    """Measures the network on validation pictures; each process takes its share, all the same number of batches."""
 
-    def __init__(self, training: _Training, images: LabelledImages, workers: int) -> None:
-        self.training, self.images, self.workers = training, images, workers
-        augmentation = training.augmentation
-        mean, std = (tuple(values.tolist()) for values in (augmentation.mean, augmentation.std))
-        self.size = training.recipe.img_size
-        self.prepare = EvaluationPipeline(self.size, mean=mean, std=std).to(training.accelerator.device)
+    def __init__(self, training: _Training, images: Any, workers: int, every: int) -> None:
+        self.training, self.images, self.workers, self.every = training, images, workers, every
+
+    def is_due(self, epoch: int) -> bool:
+        """Return whether so many epochs are followed by a measurement."""
+        return epoch % self.every == 0 or epoch == self.training.recipe.epochs
 
     @torch.no_grad()
-    def __call__(self) -> tuple[float, float]:
+    def __call__(self) -> dict[str, float]:
         training, accelerator = self.training, self.training.accelerator
-        device = accelerator.device
         training.model.eval()
-        metrics = Metrics(training.config.num_classes)
-        for pictures, labels, broken in self._batches():
-            training.broken.update(f"validation: {name}" for name in broken)
-            prepared = [self.prepare(picture[None].to(device)) for picture in pictures]
-            # Without pictures of its own a process still takes part in what the network's processes do together.
-            blank = torch.zeros(1, 3, self.size, self.size, device=device)
-            logits = training.model(torch.cat(prepared) if prepared else blank)
-            if prepared:
-                metrics.update(logits, labels)
+        judge = training.task.judge(
+            self.images, training.config, training.samples, training.process_batch, accelerator.device
+        )
+        for batch in self._batches(judge):
+            training.broken.update(f"validation: {name}" for name in judge.add(training.model, batch))
         if accelerator.num_processes > 1:
-            metrics.load_state(accelerator.reduce(metrics.state().to(device), "sum"))
-        found = metrics.compute()
-        return round(found.top1, 4), round(found.top5, 4)
+            state = judge.counts.state().to(accelerator.device)
+            judge.counts.load_state(accelerator.reduce(state, "sum"))
+        return judge.measures()
 
-    def _batches(self) -> DataLoader[Any]:
-        training, count = self.training, len(self.images)
-        batch, processes = training.process_batch, training.accelerator.num_processes
-        rounds = -(-count // (batch * processes))
-        firsts = [(turn * processes + training.accelerator.process_index) * batch for turn in range(rounds)]
-        readable = ReadablePictures(self.images, range(count), training.samples.on_broken == "skip")
+    def _batches(self, judge: Judge) -> DataLoader[Any]:
+        accelerator, count, batch = self.training.accelerator, len(self.images), judge.batch_size
+        rounds = -(-count // (batch * accelerator.num_processes))
+        firsts = [(turn * accelerator.num_processes + accelerator.process_index) * batch for turn in range(rounds)]
         rows = [list(range(first, min(first + batch, count))) for first in firsts]
         return DataLoader(
-            readable, batch_sampler=rows, num_workers=self.workers, collate_fn=collate_readable,
+            judge.pictures, batch_sampler=rows, num_workers=self.workers, collate_fn=judge.collate,
             generator=torch.Generator(),
         )  # fmt: skip
 
@@ -415,20 +423,9 @@ def _split_batch(whole: int, processes: int, process_batch: int | None) -> tuple
     return process_batch, whole // (process_batch * processes)
 
 
-def _check_sizes(samples: ReplayedSamples, recipe: Recipe) -> None:
+def _check_sizes(samples: Samples, recipe: Recipe) -> None:
     if samples.augmentation.img_size != recipe.img_size:
         raise ValueError(
             f"The augmentation makes pictures of {samples.augmentation.img_size} pixels, but the recipe has "
             f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
         )
-
-
-def _check_validation(images: LabelledImages | None, class_names: tuple[str, ...] | None, num_classes: int) -> None:
-    """Refuse validation pictures whose labels do not mean what the network's classes mean."""
-    if images is None:
-        return
-    if images.num_classes > num_classes:
-        raise ValueError(f"The validation pictures have {images.num_classes} classes, but the network {num_classes}.")
-    if class_names is not None and images.class_names is not None and images.class_names != tuple(class_names):
-        others = sorted(set(images.class_names) ^ set(class_names))[:5]
-        raise ValueError(f"The validation pictures have other classes than the network: {', '.join(others)}.")

@@ -32,13 +32,13 @@ class Objective(Protocol):
     def describe(self) -> dict[str, Any]:
         """Return what tells it from other objectives, as JSON's types."""
 
-    def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Any) -> Tensor:
         """Return the losses :math:`(B,)`.
 
         Args:
             outputs: what the network made of the images.
             images: augmented pictures :math:`(B, 3, S, S)`.
-            batch: what they were made from.
+            batch: what they were made from, such as :class:`~kornia_tinyvit.distillation.batches.Batch`.
         """
 
 

@@ -86,6 +86,8 @@ _LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
 
 #: Trainings of arXiv:2207.10666 and its code, and two for pictures of 32 pixels shown at 64: ``"cifar10"`` from
 #: labels, ``"cifar10_distill"`` from a teacher, who also knows what to say about a picture pasted into another.
+#: ``"semantic"`` fine-tunes a segmenter; as in SegFormer's (arXiv:2105.15203) the decoder learns ten times as fast as
+#: the first layers.
 RECIPES: dict[str, Recipe] = {
     "in1k": Recipe(drop_path={"21m": 0.2}),
     "in22k_distill": Recipe(
@@ -102,6 +104,10 @@ RECIPES: dict[str, Recipe] = {
     "cifar10_distill": Recipe(
         img_size=64, epochs=30, warmup_epochs=1, batch_size=128, base_lr=4e-3, min_lr=4e-5, ema_decay=0.998,
         drop_path={"1m": 0.0}, preset="small", changes={"cutmix": 1.0, "mix_probability": 0.5},
+    ),
+    "semantic": Recipe(
+        img_size=512, epochs=160, warmup_epochs=5, batch_size=16, base_lr=0.0192, min_lr=1.92e-4, weight_decay=0.01,
+        layer_decay=0.8, preset="semantic",
     ),
 }  # fmt: skip
 

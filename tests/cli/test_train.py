@@ -12,9 +12,11 @@ from typer.testing import CliRunner
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import build_student
-from kornia_tinyvit.training import RECIPES, find_recipe
+from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.training import RECIPES, MaskedImages, evaluate_segmenter, find_recipe
 from tests.cli.test_classify import error_of, run
 from tests.distillation.test_batches import CLASSES, damage, make_pictures
+from tests.training.test_semantic import NAMES, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
 
@@ -115,6 +117,41 @@ class TestTrain:
     @pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--img-size", "--limit"])
     def test_numbers_start_above_zero(self, folder, tmp_path, option):
         assert CliRunner().invoke(app, [*command(folder, tmp_path), option, "0"]).exit_code == 2
+
+
+class TestSemantic:
+    def command(self, folder, tmp_path, *options):
+        small = ("--variant", "1m", "--img-size", "32", "--batch-size", "2", "--workers", "0", "--epochs", "1")
+        return ("train", str(folder), "--task", "semantic", *small, "--out", str(tmp_path / "out"), *options)
+
+    def test_json(self, tmp_path):
+        data, validation = make_scenes(tmp_path / "data", 4), make_scenes(tmp_path / "val", 2, seed=9)
+        options = ("--validation", str(validation), "--class-balance", "0.5", "--json")
+        told = json.loads(run(*self.command(data, tmp_path, *options)))
+        assert told.keys() == {"steps", "mean_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        segmenter = SemanticSegmenter.from_config(pretrained=told["best"])
+        assert segmenter.class_names == NAMES
+        assert segmenter.config.backbone.window_sizes == (8, 4, 2, 1)
+        found = evaluate_segmenter(segmenter, MaskedImages.open(validation))
+        assert found.mean_iou == pytest.approx(told["mean_iou"], abs=1e-3)
+        asked = recorded(tmp_path)
+        assert asked["augmentation"]["kind"] == "masks"
+        assert len(set(asked["objective"]["class_weights"])) == 3
+
+    def test_text(self, tmp_path):
+        data = make_scenes(tmp_path / "data", 4)
+        (data / "masks" / "03.png").unlink()
+        printed = run(*self.command(data, tmp_path, "--validation", str(data), "--pretrained", "cifar10"))
+        assert "missing: 1, such as 03.png" in printed
+        assert ", mean IoU " in printed.strip().splitlines()[-1]
+        again = self.command(data, tmp_path / "more", "--pretrained", str(tmp_path / "out" / "best.safetensors"))
+        assert "1 steps in " in run(*again)
+
+    def test_errors(self, tmp_path, capfd, monkeypatch):
+        data = make_scenes(tmp_path / "data", 2)
+        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--recipe", "in1k"))
+        assert "Masks cannot follow policy, erasing" in error
 
 
 class TestChooseRecipe:

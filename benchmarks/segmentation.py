@@ -1,0 +1,283 @@
+"""MobileSAM beside kornia and segment-anything in one run: encoder, decoder, and everything in a photo.
+
+    python benchmarks/segmentation.py --photo PHOTO         # all sections
+    python benchmarks/segmentation.py --quick               # a small network, few points: does it run?
+
+encoder     at 1024, kornia's in eager mode and ours through deploy.optimize
+prompts     the decoder on 1, 16 and 64 points over one picture: kornia's, and FoldedMaskDecoder over the same weights
+everything  SamAutomaticMaskGenerator of the package segment-anything, and generate_masks, both around our encoder in
+            eager mode with the same weights and settings
+
+The encoders run in turn in one process and medians are told. Each row of the other sections has a process of its own,
+whose peak memory is told, whole and over the loaded network. All is done with the memory allocator as it comes and
+tuned (see docs/guides/allocator.rst).
+
+Weights are random, but made to draw masks of large pieces. Random networks think well of all their masks or of none, so
+the thresholds are quantiles of what this one says: a sixth of the masks pass both, before suppression. "agree" counts
+the masks of segment-anything that ours holds with an IoU of 0.99 or more, "identical" those of the same pixels.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from deploy import ENCODERS, measure_networks, show_networks
+from eager import child, status
+from torch import Tensor, nn
+
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.deploy.measuring import describe_machine
+from kornia_tinyvit.preprocessing import read_pixels
+from kornia_tinyvit.segmentation import FoldedMaskDecoder, MobileSAM, decode_rle, generate_masks
+
+SECTIONS = ("encoder", "prompts", "everything")
+DECODERS = ("kornia", "ours", "ours bfloat16")
+GENERATORS = ("segment-anything", "ours", "ours bfloat16")
+PROMPTS = (1, 16, 64)
+PASSING_IOU, PASSING_STABILITY = 0.35, 0.5  # shares of the masks that pass a threshold, and both one after the other
+BOX_NMS = 0.95  # random masks are spread all over the photo, so at 0.7 a handful would be left
+
+
+@torch.no_grad()
+def build(task: dict) -> MobileSAM:
+    """Build a network with random weights whose masks depend on the picture and hold together."""
+    torch.manual_seed(0)
+    sam = MobileSAM.from_config(task["variant"], img_size=task["size"]).eval()
+    for name, parameter in sam.named_parameters():
+        if parameter.ndim > 1:
+            is_table = "embed" in name or "token" in name.split(".")[-2]
+            nn.init.normal_(parameter, std=1.5 if is_table else 1.5 / parameter[0].numel() ** 0.5)
+        else:
+            nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
+    sam.image_encoder.neck[3].weight.mul_(3)
+    for layer in sam.mask_decoder.output_upscaling[::3]:  # the pixels of a cell agree
+        layer.weight.copy_(layer.weight[..., :1, :1].expand_as(layer.weight))
+    return sam
+
+
+def as_original(sam: MobileSAM) -> nn.Module:
+    """Put the weights into segment-anything's classes, around our encoder."""
+    from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
+
+    side = sam.img_size[0]
+    prompt_encoder = PromptEncoder(256, (side // 16, side // 16), (side, side), mask_in_chans=16)
+    prompt_encoder.load_state_dict(sam.prompt_encoder.state_dict())
+    transformer = TwoWayTransformer(depth=2, embedding_dim=256, num_heads=8, mlp_dim=2048)
+    mask_decoder = MaskDecoder(transformer_dim=256, transformer=transformer)
+    mask_decoder.load_state_dict(sam.mask_decoder.state_dict())
+    sam.image_encoder.img_size = side
+    return Sam(sam.image_encoder, prompt_encoder, mask_decoder).eval()
+
+
+def timed(work: Callable[[], Any], repetitions: int, warmup: int) -> tuple[Any, dict]:
+    """Return what the work returns, the median of its seconds, and the peak of memory meanwhile in MB."""
+    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # what torch's first operators load is not the network's
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # the peak starts anew
+    before, seconds = status("VmRSS"), []
+    for _ in range(warmup + repetitions):
+        start = time.perf_counter()
+        found = work()
+        seconds.append(time.perf_counter() - start)
+    peak = status("VmHWM")
+    return found, {"s": statistics.median(seconds[warmup:]), "peak_mb": peak, "over_mb": peak - before}
+
+
+@torch.no_grad()
+def measure_prompts(task: dict) -> dict:
+    """Measure a decoder on prompts of one point."""
+    sam = build(task)
+    dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
+    decoder = sam.mask_decoder if task["who"] == "kornia" else FoldedMaskDecoder(sam.mask_decoder, dtype)
+    cells = task["size"] // 16
+
+    def arguments(count: int) -> tuple[Tensor, ...]:
+        features = torch.randn(1, 256, cells, cells, generator=torch.Generator().manual_seed(0))
+        points = torch.rand(count, 1, 2, generator=torch.Generator().manual_seed(1)) * task["size"]
+        sparse, dense = sam.prompt_encoder(points=(points, torch.ones(count, 1)), boxes=None, masks=None)
+        return features, sam.prompt_encoder.get_dense_pe(), sparse, dense
+
+    asked = arguments(task["count"])
+    _, told = timed(lambda: decoder(*asked, multimask_output=True), task["repetitions"], warmup=1)
+    few = arguments(2)
+    found, expected = (each(*few, multimask_output=True)[0] for each in (decoder, sam.mask_decoder))
+    return told | {"error": ((found - expected).abs().mean() / expected.abs().mean()).item()}
+
+
+def read_photo(task: dict) -> np.ndarray:
+    return read_pixels(task["photo"]).movedim(0, -1).contiguous().numpy()
+
+
+def measure_thresholds(task: dict) -> dict:
+    """Return thresholds that the wanted shares of the masks of a coarse grid pass."""
+    everything = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1.0}
+    side = min(task["points_per_side"], 12)
+    found = generate_masks(build(task), read_photo(task), side, **everything, output_mode="coco_rle")
+    iou, stability = (np.array([getattr(m, name) for m in found]) for name in ("predicted_iou", "stability_score"))
+    best = np.quantile(iou, 1 - PASSING_IOU)
+    stable = np.nanquantile(stability[iou > best], 1 - PASSING_STABILITY)
+    return {"pred_iou_thresh": float(best), "stability_score_thresh": float(stable), "box_nms_thresh": BOX_NMS}
+
+
+def measure_everything(task: dict) -> dict:
+    """Measure a generator once and write its masks to a file."""
+    sam, photo = build(task), read_photo(task)
+    settings = task["settings"] | {"points_per_side": task["points_per_side"], "output_mode": "coco_rle"}
+    try:
+        if task["who"] == "segment-anything":
+            from segment_anything import SamAutomaticMaskGenerator
+
+            generator = SamAutomaticMaskGenerator(as_original(sam), **settings)
+            found, told = timed(lambda: generator.generate(photo), 1, warmup=0)
+            rles = [each["segmentation"] for each in found]
+        else:
+            dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
+            found, told = timed(lambda: generate_masks(sam, photo, **settings, dtype=dtype), 1, warmup=0)
+            rles = [each.segmentation for each in found]
+    except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it does not fit torch
+        return {"absent": str(error).strip().splitlines()[0]}
+    Path(task["masks"]).write_text(json.dumps(rles))
+    return told | {"masks": len(rles)}
+
+
+def agreement(reference: list[dict], found: list[dict]) -> dict:
+    """Count the masks of the reference that are found, pixel for pixel or nearly."""
+    texts = {rle["counts"] for rle in found}
+    missed = [decode_rle(rle) for rle in reference if rle["counts"] not in texts]
+    masks = [decode_rle(rle) for rle in found] if missed else []
+    best = [max(((mask & other).sum() / max(1, (mask | other).sum()) for other in masks), default=0) for mask in missed]
+    identical = len(reference) - len(missed)
+    return {"identical": identical, "agree": identical + sum(bool(iou >= 0.99) for iou in best)}
+
+
+def everything(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
+    """Run all generators, each in a process of its own, and compare their masks."""
+    settings = child(task | {"what": "thresholds"}, tuned, args.threads, __file__)
+    rows: list[dict] = []
+    with tempfile.TemporaryDirectory() as folder:
+        paths = {who: Path(folder) / f"{who}.json" for who in GENERATORS}
+        for who, path in paths.items():
+            one = task | {"what": "everything", "who": who, "settings": settings, "masks": str(path)}
+            rows.append({"who": who} | child(one, tuned, args.threads, __file__))
+        reference, *others = [json.loads(path.read_text()) if path.exists() else None for path in paths.values()]
+        for row, found in zip(rows[1:], others, strict=True):
+            if reference is not None and found is not None:
+                row.update(agreement(reference, found))
+    return rows
+
+
+def prompts(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
+    """Run all decoders on all numbers of prompts, each in a process of its own."""
+    rows = []
+    for count in PROMPTS[:2] if args.quick else PROMPTS:
+        for who in DECODERS:
+            one = task | {"what": "prompts", "who": who, "count": count, "repetitions": 2 if args.quick else 7}
+            rows.append({"who": who, "count": count} | child(one, tuned, args.threads, __file__))
+    return rows
+
+
+def show_prompts(rows: list[dict]) -> None:
+    kornia = {row["count"]: row["s"] for row in rows if row["who"] == "kornia"}
+    for row in rows:
+        speed = f"{1000 * row['s']:9.1f} ms   {kornia[row['count']] / row['s']:5.2f}x kornia"
+        error = "" if row["who"] == "kornia" else f"   relative error of the logits {row['error']:.1e}"
+        print(f"    {row['who']:16} {row['count']:3} prompts {speed}   {show_memory(row)}{error}", flush=True)
+
+
+def show_everything(rows: list[dict]) -> None:
+    reference = rows[0]
+    for row in rows:
+        if "absent" in row:
+            print(f"    {row['who']:16}   left out: {row['absent']}")
+            continue
+        over = f"{reference['s'] / row['s']:5.2f}x segment-anything" if "s" in reference else ""
+        same = ""
+        if "agree" in row:
+            total = reference["masks"]
+            same = f"   of {total} masks {row['agree']} agree, {row['identical']} identical"
+        print(f"    {row['who']:16} {row['s']:8.2f} s   {over}   {show_memory(row)}   {row['masks']} masks{same}")
+    sys.stdout.flush()
+
+
+def show_memory(row: dict) -> str:
+    return f"peak {row['peak_mb']:6.0f} MB, {row['over_mb']:6.0f} over the network"
+
+
+def report(args: argparse.Namespace) -> dict:
+    """Run the sections, print their tables and return what was found."""
+    print(f"$ python benchmarks/segmentation.py {shlex.join(sys.argv[1:])}".rstrip())
+    torch.set_num_threads(args.threads)
+    machine = describe_machine()
+    print(f"{machine}\n", flush=True)
+    variant, size = ("1m", 256) if args.quick else ("5m", 1024)
+    task = {"variant": variant, "size": size, "photo": args.photo, "points_per_side": args.points_per_side}
+    # Exporting to the engines takes most of a minute.
+    rows = [row for row in ENCODERS if row[1] == "eager" or not args.quick]
+    encoder = {"what": "mobile_sam", "variant": "5m", "size": size, "batch": 1, "rows": rows}
+    encoder["repetitions"] = 1 if args.quick else 7
+    kinds: dict[str, tuple[str, Callable, Callable]] = {
+        "encoder": (
+            f"Encoder, 5m at {size}",
+            lambda tuned: child(encoder, tuned, args.threads, __file__),
+            show_networks,
+        ),
+        "prompts": (f"Decoder at {size}", lambda tuned: prompts(args, task, tuned), show_prompts),
+        "everything": (
+            f"Everything in a photo, {variant} at {size}, {args.points_per_side}x{args.points_per_side} points",
+            lambda tuned: everything(args, task, tuned),
+            show_everything,
+        ),
+    }
+    results = []
+    for tuned in {"both": (False, True), "tuned": (True,), "plain": (False,)}[args.allocator]:
+        for section in args.sections:
+            title, run, show = kinds[section]
+            print(f"{title}, allocator {'tuned' if tuned else 'as it comes'}", flush=True)
+            found = run(tuned)
+            show(found)
+            print(flush=True)
+            results.append({"section": section, "title": title, "allocator_tuned": tuned, "found": found})
+    return {"machine": vars(machine), "groups": results}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
+    parser.add_argument("--photo", default=str(ASSETS / "photos" / "rocket.jpg"), help="default: one of the package")
+    parser.add_argument("--points-per-side", type=int, help="default: 32, or 4 with --quick")
+    parser.add_argument("--quick", action="store_true", help="a small network at 256 pixels, few repetitions")
+    parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="both")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--json", help="file to write all numbers to")
+    parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.child:
+        measures = {
+            "mobile_sam": measure_networks,
+            "prompts": measure_prompts,
+            "thresholds": measure_thresholds,
+            "everything": measure_everything,
+        }
+        print(json.dumps(measures[args.child["what"]](args.child)))
+        return
+    if set(args.sections) - set(SECTIONS):
+        parser.error(f"--sections takes {', '.join(SECTIONS)}")
+    args.points_per_side = args.points_per_side or (4 if args.quick else 32)
+    found = report(args)
+    if args.json:
+        Path(args.json).write_text(json.dumps(found, indent=1))
+
+
+if __name__ == "__main__":
+    main()

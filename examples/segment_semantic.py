@@ -1,0 +1,151 @@
+"""Train a segmenter on photos with masks and see how well it knows them: a class for each pixel.
+
+    python examples/segment_semantic.py ../shared/data/coco128/semantic_segmentation/config.yaml --pictures 32
+
+DATA is a YAML file that names the folders of pictures and masks of `train` and `val` and what the ids in the masks
+mean, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`: killed
+and started again it goes on. Then it measures the pictures it was trained on and all those of `val`, and draws some of
+both: photo, truth, prediction and the names of the colours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from kornia_tinyvit.segmentation.overlay import distinct_colors
+from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.training import (
+    SEMANTIC,
+    MaskAugmentation,
+    MaskedImages,
+    MaskedSamples,
+    PixelLabels,
+    balanced_weights,
+    evaluate_segmenter,
+    find_recipe,
+    train,
+)
+
+TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
+
+
+def paint(classes: Tensor, colors: Tensor) -> Tensor:
+    """Return a picture (3, H, W) of a class map (H, W); pixels without a label are black."""
+    black = torch.cat([colors, torch.zeros(1, 3)])
+    return black[torch.where(classes < 0, len(colors), classes)].movedim(-1, 0)
+
+
+def to_tile(image: Tensor, mode: str) -> Image.Image:
+    """Return a picture (3, H, W) as an image that fits into a tile."""
+    scale = TILE / max(image.shape[1:])
+    size = [max(1, round(side * scale)) for side in image.shape[1:]]
+    smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
+    pixels = F.interpolate(image[None], size, mode=mode, **smooth)[0].clamp(0, 1)
+    return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
+
+
+def draw_sheet(segmenter: SemanticSegmenter, images: MaskedImages, rows: list[int], path: Path) -> None:
+    """Write a picture with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
+    colors, font = distinct_colors(len(segmenter.class_names)), ImageFont.load_default(13)
+    strips = []
+    for row in rows:
+        photo, truth = images[row]
+        found = segmenter.predict(photo)[0].cpu()
+        tiles = [to_tile(photo, "bicubic")]
+        tiles += [to_tile(paint(classes, colors), "nearest-exact") for classes in (truth, found)]
+        width, height = tiles[0].size
+        strip = Image.new("RGB", (3 * (TILE + GAP) + LEGEND, max(height, 8 * LINE) + GAP), "white")
+        for column, tile in enumerate(tiles):
+            strip.paste(tile, (column * (TILE + GAP) + (TILE - width) // 2, 0))
+        draw = ImageDraw.Draw(strip)
+        areas = torch.cat([truth[truth >= 0], found[truth >= 0]]).bincount(minlength=len(colors))
+        largest = areas.argsort(descending=True)[: strip.height // LINE]
+        for line, index in enumerate(index for index in largest.tolist() if areas[index]):
+            left, top = 3 * (TILE + GAP), line * LINE
+            draw.rectangle((left, top + 2, left + 12, top + 14), fill=tuple((colors[index] * 255).int().tolist()))
+            draw.text((left + 18, top), segmenter.class_names[index], fill="black", font=font)
+        strips.append(strip)
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
+    parser.add_argument("--pictures", type=int, default=32, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a segmenter, or 'none'")
+    parser.add_argument("--img-size", type=int, default=192)
+    parser.add_argument("--width", type=int, default=128, help="channels of the decoder")
+    parser.add_argument("--epochs", type=int, default=180)
+    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--base-lr", type=float, default=0.064, help="for a batch of 512")
+    parser.add_argument("--shown", type=int, default=6, help="photos to draw of each split")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/segment"))
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    images = MaskedImages.open(args.data, "train")
+    classes = dict(zip(images.ids, images.class_names, strict=True))
+    validation = MaskedImages.open(args.data, "val", classes, images.ignored)
+    images = images.sample(args.pictures)
+    # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.
+    recipe = dataclasses.replace(
+        find_recipe(
+            "semantic", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=args.base_lr
+        ),
+        min_lr=args.base_lr / 100,
+        layer_decay=1.0,
+        changes={"crop_scale": (0.7, 1.0), "flip": 0.0, "color_jitter": 0.0},
+    )
+    segmenter = SemanticSegmenter.from_config(
+        args.variant,
+        pretrained=False if args.pretrained == "none" else args.pretrained,
+        class_names=images.class_names,
+        width=args.width,
+        img_size=args.img_size,
+        window_sizes="scale",
+    )
+    samples = MaskedSamples(images, MaskAugmentation(recipe.img_size, recipe.preset, **recipe.changes))
+    result = train(
+        segmenter,
+        samples,
+        PixelLabels(class_weights=balanced_weights(images)),
+        recipe,
+        args.out,
+        task=SEMANTIC,
+        class_names=images.class_names,
+        origin={"pretrained": args.pretrained},
+        workers=args.workers,
+        log_every=5,
+        cpu=args.cpu,
+    )
+    print(f"{len(images)} pictures, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
+
+    kept = SemanticSegmenter.from_config(pretrained=result.last)
+    for split, pictures in (("train", images), ("val", validation)):
+        found = evaluate_segmenter(kept, pictures)
+        told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
+        print(json.dumps({"split": split, "pictures": len(pictures), "classes_present": found.present, **told}))
+        sheet = args.out / f"{split}.png"
+        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet)
+        print(f"wrote {sheet}")
+
+
+if __name__ == "__main__":
+    main()

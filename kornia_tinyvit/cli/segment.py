@@ -1,0 +1,194 @@
+"""``kornia-tinyvit segment``."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from PIL import Image
+from torch import Tensor
+
+from kornia_tinyvit.checkpoints import CheckpointError
+from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.preprocessing import read_pixels
+from kornia_tinyvit.segmentation import RLE, MobileSAM, compress_rle, decode_rle, draw_overlay, encode_rle
+
+Found = list[dict[str, Any]]
+
+
+class Format(StrEnum):
+    """How masks are written."""
+
+    png = "png"
+    coco = "coco"
+
+
+@dataclass(frozen=True)
+class _Prompts:
+    """What the options ask for: points on one object, a box around each of several, or everything."""
+
+    points: Tensor | None
+    labels: Tensor | None
+    boxes: Tensor | None
+
+
+def segment(
+    photo: Annotated[Path, typer.Argument(help="Picture file.")],
+    point: Annotated[
+        list[str] | None,
+        typer.Option(help="x,y on the object, or x,y,0 off it; several describe one object. In pixels of the photo."),
+    ] = None,
+    box: Annotated[
+        list[str] | None, typer.Option(help="left,top,right,bottom around an object; each finds one of its own.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--everything", help="Find all there is, without prompts.")] = False,
+    out: Annotated[Path, typer.Option(help="Folder for the overlay and the masks.")] = Path("segments"),
+    mask_format: Annotated[
+        Format, typer.Option("--format", help="Masks as a PNG file each, or as one COCO JSON file.")
+    ] = Format.png,
+    variant: Annotated[
+        str | None, typer.Option(help="Encoder: 1m, 5m, 11m or 21m. Default: that of the weights.")
+    ] = None,
+    checkpoint: Annotated[
+        str | None, typer.Option(help="Path or URL of a whole MobileSAM. Default: the published one, downloaded once.")
+    ] = None,
+    img_size: Annotated[
+        int | None,
+        typer.Option(help="Longest side in pixels to run at, a multiple of 16. Default: that of the weights, 1024."),
+    ] = None,
+    device: Device = "cpu",
+    as_json: Json = False,
+) -> None:
+    """Cut objects out of a photo: those at points, in boxes, or everything."""
+    prompts = _parse(point or [], box or [], everything)
+    pixels = read_pixels(photo)
+    sam = _build(variant, checkpoint, img_size).to(parse_device(device)).eval()
+    picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+    found = _everything(sam, picture) if everything else _prompted(sam, picture, prompts)
+    written = _write(out, photo, pixels, found, prompts, mask_format)
+    if as_json:
+        rows = [{name: value for name, value in each.items() if name != "segmentation"} for each in found]
+        print(json.dumps({"photo": str(photo), "files": [str(path) for path in written], "masks": rows}))
+        return
+    print(f"{photo}: {len(found)} {'mask' if len(found) == 1 else 'masks'}, see {written[0]}")
+    for number, each in enumerate(found):
+        left, top, width, height = each["bbox"]
+        place = f"{each['area']:9} pixels in {width}x{height} at ({left}, {top})"
+        print(f"{number:4} {place}, predicted IoU {each['predicted_iou']:.3f}")
+
+
+def _parse(points: list[str], boxes: list[str], everything: bool) -> _Prompts:
+    if everything and (points or boxes):
+        raise ValueError("--everything takes no --point and no --box.")
+    if not (everything or points or boxes):
+        raise ValueError("Say what to find: --point x,y, --box left,top,right,bottom or --everything.")
+    if points and len(boxes) > 1:
+        raise ValueError("Points describe one object, so they go with one --box at most.")
+    places = [_numbers("--point", text, (2, 3), "x,y or x,y,label") for text in points]
+    corners = [_numbers("--box", text, (4,), "left,top,right,bottom") for text in boxes]
+    labels = [int(place[2]) if len(place) == 3 else 1 for place in places]
+    if any(label not in (0, 1) for label in labels) or any(len(each) == 3 and each[2] % 1 for each in places):
+        raise ValueError("The label of a --point is 1 on the object or 0 off it.")
+    return _Prompts(
+        torch.tensor([place[:2] for place in places]) if places else None,
+        torch.tensor(labels) if places else None,
+        torch.tensor(corners) if corners else None,
+    )
+
+
+def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list[float]:
+    try:
+        numbers = [float(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if len(numbers) not in counts:
+        raise ValueError(f"{option} takes {form}, such as {','.join('1234'[: counts[0]])}; got {text!r}.")
+    return numbers
+
+
+def _build(variant: str | None, checkpoint: str | None, img_size: int | None) -> MobileSAM:
+    try:
+        return MobileSAM.from_config(variant, checkpoint is None, checkpoint, img_size)
+    except CheckpointError as error:
+        if checkpoint is not None:
+            raise
+        raise CheckpointError(f"{error} On the command line that is --checkpoint FILE.") from error
+
+
+def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
+    # Encoded, because hundreds of masks of a large photo do not fit into memory.
+    masks = sam.generate_masks(picture, output_mode="coco_rle")
+    return [
+        {
+            "segmentation": mask.segmentation,
+            # segment-anything tells the distance of the outermost pixels, COCO how many pixels there are.
+            "bbox": [*mask.bbox[:2], mask.bbox[2] + 1, mask.bbox[3] + 1],
+            "area": mask.area,
+            "predicted_iou": mask.predicted_iou,
+            "stability_score": mask.stability_score,
+        }
+        for mask in sorted(masks, key=lambda mask: mask.area, reverse=True)
+    ]
+
+
+def _prompted(sam: MobileSAM, picture: Image.Image, prompts: _Prompts) -> Found:
+    points = None if prompts.points is None else prompts.points[None]
+    labels = None if prompts.labels is None else prompts.labels[None]
+    # A single point may mean a part or the whole; more than that is unambiguous, and a single mask is better then.
+    several = prompts.boxes is None and points is not None and points.shape[1] == 1
+    (found,) = sam.predict_masks(sam.embed(picture), points, labels, prompts.boxes, multimask_output=several)
+    best = found.best()
+    rows = zip(best.masks()[:, 0].cpu(), best.scores[:, 0].tolist(), strict=True)
+    return [_describe(mask) | {"predicted_iou": score} for mask, score in rows]
+
+
+def _describe(mask: Tensor) -> dict[str, Any]:
+    """Return a mask as COCO has it; its box is left, top, width and height."""
+    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
+    box = [0] * 4
+    if len(rows):
+        left, top = int(columns[0]), int(rows[0])
+        box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+    return {"segmentation": compress_rle(encode_rle(mask)), "bbox": box, "area": int(mask.sum())}
+
+
+def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: _Prompts, form: Format) -> list[Path]:
+    """Write the overlay and the masks; return their paths, the overlay first."""
+    out.mkdir(parents=True, exist_ok=True)
+    overlay = out / f"{photo.stem}_overlay.png"
+    draw_overlay(pixels, _decoded(found), prompts.points, prompts.labels, prompts.boxes).save(overlay)
+    written = [overlay]
+    if form is Format.coco:
+        written.append(out / f"{photo.stem}.json")
+        written[-1].write_text(json.dumps(_coco(photo, pixels, found)), encoding="utf-8")
+        return written
+    for number, (each, mask) in enumerate(zip(found, _decoded(found), strict=True)):
+        written.append(out / f"{photo.stem}_mask_{number:03}.png")
+        Image.fromarray(mask.numpy()).save(written[-1])
+        each["file"] = str(written[-1])
+    return written
+
+
+def _decoded(found: Found) -> Iterator[Tensor]:
+    for each in found:
+        rle: RLE = each["segmentation"]
+        yield torch.from_numpy(decode_rle(rle).copy())
+
+
+def _coco(photo: Path, pixels: Tensor, found: Found) -> dict[str, Any]:
+    """Return COCO's record of a photo and its masks (cocodataset.org, "Data format")."""
+    height, width = pixels.shape[1:]
+    return {
+        "images": [{"id": 1, "file_name": photo.name, "height": height, "width": width}],
+        "categories": [{"id": 1, "name": "object"}],
+        "annotations": [
+            {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0, **each}
+            for number, each in enumerate(found, 1)
+        ],
+    }

@@ -1,0 +1,190 @@
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from typer.testing import CliRunner
+
+from kornia_tinyvit import save_checkpoint
+from kornia_tinyvit.checkpoints import loading
+from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
+from kornia_tinyvit.cli import app, main
+from kornia_tinyvit.segmentation import MobileSAM, decode_rle
+from tests.segmentation.test_mobile_sam import lively
+
+PHOTO = str(ASSETS / "photos" / "chelsea.png")  # 451x300
+BOX = ("--box", "100,20,300,280")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    return str(save_checkpoint(lively(), tmp_path_factory.mktemp("weights") / "sam.safetensors"))
+
+
+@pytest.fixture(autouse=True)
+def few_points(monkeypatch):
+    """Keep "everything" small, and let the masks of random weights pass."""
+    whole = MobileSAM.generate_masks
+    easy = {"points_per_side": 2, "pred_iou_thresh": -1e9, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
+    monkeypatch.setattr(MobileSAM, "generate_masks", lambda self, image, **more: whole(self, image, **easy, **more))
+
+
+def run(*arguments: str) -> str:
+    result = CliRunner().invoke(app, ["segment", *arguments], catch_exceptions=False)
+    assert result.exit_code == 0, result.output
+    return result.stdout
+
+
+def pixels_of(path) -> np.ndarray:
+    return np.array(Image.open(path))
+
+
+class TestSegment:
+    @pytest.mark.parametrize(
+        ("arguments", "prompts", "multimask"),
+        [
+            (["--point", "200,150"], {"points": [[[200, 150]]]}, True),
+            (["--point", "200,150", "--point", "20,280,0"], {"points": [[[200, 150], [20, 280]]]}, False),
+            ([*BOX], {"boxes": [[100, 20, 300, 280]]}, False),
+            ([*BOX, "--box", "0,0,40.5,300"], {"boxes": [[100, 20, 300, 280], [0, 0, 40.5, 300]]}, False),
+            (
+                [*BOX, "--point", "200,150"],
+                {"points": [[[200, 150]]], "boxes": [[100, 20, 300, 280]]},
+                False,
+            ),
+        ],
+    )
+    def test_masks(self, weights, tmp_path, arguments, prompts, multimask):
+        out = str(tmp_path / "new" / "folder")
+        report = json.loads(run(PHOTO, "--checkpoint", weights, "--out", out, "--json", *arguments))
+        sam = MobileSAM.from_config(checkpoint=weights)
+        given = {name: torch.tensor(values, dtype=torch.float32) for name, values in prompts.items()}
+        if len(arguments) == 4 and "--box" not in arguments:
+            given["labels"] = torch.tensor([[1, 0]])
+        (found,) = sam.predict_masks(sam.embed(PHOTO), **given, multimask_output=multimask)
+        expected = found.best().masks()[:, 0].numpy()
+        assert len(report["masks"]) == len(expected)
+        assert report["photo"] == PHOTO
+        for each, mask, score in zip(report["masks"], expected, found.best().scores[:, 0].tolist(), strict=True):
+            assert np.array_equal(pixels_of(each["file"]), mask)
+            rows, columns = np.nonzero(mask)
+            box = [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1] if len(rows) else [0] * 4
+            assert (each["area"], each["bbox"]) == (mask.sum(), box)
+            assert each["predicted_iou"] == pytest.approx(score, rel=1e-4)
+        assert report["files"] == [f"{out}/chelsea_overlay.png", *(each["file"] for each in report["masks"])]
+        overlay = pixels_of(report["files"][0])
+        assert overlay.shape == (300, 451, 3)
+        assert (overlay != pixels_of(PHOTO)).any()
+
+    def test_everything_as_coco(self, weights, tmp_path):
+        arguments = (PHOTO, "--checkpoint", weights, "--everything", "--out", str(tmp_path), "--format", "coco")
+        report = json.loads(run(*arguments, "--json"))
+        assert report["files"] == [str(tmp_path / "chelsea_overlay.png"), str(tmp_path / "chelsea.json")]
+        record = json.loads((tmp_path / "chelsea.json").read_text())
+        assert record["images"] == [{"id": 1, "file_name": "chelsea.png", "height": 300, "width": 451}]
+        assert len(record["annotations"]) == len(report["masks"]) > 1
+        areas = []
+        for number, each in enumerate(record["annotations"], 1):
+            mask = decode_rle(each["segmentation"])
+            rows, columns = np.nonzero(mask)
+            assert mask.shape == (300, 451)
+            assert each["bbox"] == [columns.min(), rows.min(), np.ptp(columns) + 1, np.ptp(rows) + 1]
+            assert each["area"] == mask.sum()
+            assert (each["id"], each["image_id"], each["category_id"], each["iscrowd"]) == (number, 1, 1, 0)
+            assert {"predicted_iou", "stability_score"} < each.keys()
+            areas.append(each["area"])
+        assert areas == sorted(areas, reverse=True)
+
+    def test_told(self, weights, tmp_path):
+        output = run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX)
+        first, second = output.splitlines()
+        assert first == f"{PHOTO}: 1 mask, see {tmp_path}/chelsea_overlay.png"
+        area = pixels_of(tmp_path / "chelsea_mask_000.png").sum()
+        assert second.split()[:3] == ["0", str(area), "pixels"]
+
+    def test_size(self, weights, tmp_path):
+        plain, small = (
+            json.loads(run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX, *size))
+            for size in ([], ["--img-size", "128"])
+        )
+        sam = MobileSAM.from_config(checkpoint=weights, img_size=128)
+        box = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
+        (found,) = sam.predict_masks(sam.embed(PHOTO), boxes=box, multimask_output=False)
+        assert small["masks"][0]["predicted_iou"] == pytest.approx(found.scores.item(), rel=1e-4)
+        assert small["masks"][0]["predicted_iou"] != pytest.approx(plain["masks"][0]["predicted_iou"], rel=1e-4)
+
+    def test_turned_photo(self, weights, tmp_path):
+        exif = Image.Exif()
+        exif[0x0112] = 6
+        Image.open(PHOTO).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+        report = json.loads(
+            run(str(tmp_path / "turned.png"), "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json")
+        )
+        upright = json.loads(run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"))
+        assert np.array_equal(pixels_of(report["masks"][0]["file"]), pixels_of(upright["masks"][0]["file"]))
+
+
+class TestErrors:
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            ([], "Say what to find: --point x,y, --box left,top,right,bottom or --everything"),
+            (["--everything", *BOX], "--everything takes no --point and no --box"),
+            (["--point", "1,2", *BOX, *BOX], "so they go with one --box at most"),
+            (["--point", "1"], "--point takes x,y or x,y,label, such as 1,2; got '1'"),
+            (["--point", "1,two"], "got '1,two'"),
+            (["--point", "1,2,3"], "The label of a --point is 1 on the object or 0 off it"),
+            (["--point", "1,2,0.5"], "The label of a --point is 1 on the object or 0 off it"),
+            (["--box", "1,2,3"], "--box takes left,top,right,bottom, such as 1,2,3,4; got '1,2,3'"),
+            (["--point", "452,1"], "point (452, 1) lies outside of the photo, which is 451 wide and 300 high"),
+            (["--point", "nan,1"], "NaN or infinity"),
+            (["--box", "9,9,9,20"], "box (9, 9, 9, 20) is empty"),
+            ([*BOX, "--img-size", "100"], "img_size must be a multiple of 16"),
+            ([*BOX, "--variant", "5m"], "another architecture"),
+            ([*BOX, "--device", "toaster"], "'toaster' cannot be used here"),
+        ],
+    )
+    def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
+        told = self.error_of(capfd, monkeypatch, PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *arguments)
+        assert message in told
+        assert not list(tmp_path.iterdir())
+
+    @pytest.mark.parametrize(
+        ("photo", "message"), [("gone.png", "There is no picture"), ("notes.png", "is not a picture that can be read")]
+    )
+    def test_photo(self, weights, tmp_path, capfd, monkeypatch, photo, message):
+        (tmp_path / "notes.png").write_text("no picture")
+        assert message in self.error_of(capfd, monkeypatch, str(tmp_path / photo), "--checkpoint", weights, *BOX)
+
+    def test_no_weights(self, capfd, monkeypatch, tmp_path):
+        """One line, with the addresses, and what to do with a file from there."""
+
+        def no_network(urls, **_):
+            raise RuntimeError("no network")
+
+        monkeypatch.setattr(loading, "download_file_from_url", no_network)
+        told = self.error_of(capfd, monkeypatch, PHOTO, *BOX)
+        assert all(url in told for url in find_weights("5m", "mobile_sam").urls)
+        assert "On the command line that is --checkpoint FILE." in told
+        assert "with a 5m encoder, not with 21m" in self.error_of(capfd, monkeypatch, PHOTO, *BOX, "--variant", "21m")
+
+    def test_broken_checkpoint(self, capfd, monkeypatch, tmp_path):
+        (tmp_path / "sam.pt").write_bytes(b"<!DOCTYPE html>")
+        told = self.error_of(capfd, monkeypatch, PHOTO, *BOX, "--checkpoint", str(tmp_path / "sam.pt"))
+        assert "sam.pt is damaged" in told
+        assert "On the command line" not in told
+
+    @staticmethod
+    def error_of(capfd, monkeypatch, *arguments: str) -> str:
+        """Run the command in this process and return the one line that it says before it gives up."""
+        monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", "segment", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            main()
+        assert stop.value.code == 1
+        captured = capfd.readouterr()
+        assert captured.out == ""
+        assert captured.err.startswith("Error: ")
+        assert captured.err.count("\n") == 1
+        return captured.err
