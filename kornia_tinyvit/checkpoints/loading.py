@@ -8,10 +8,8 @@ import math
 import os
 import pickle
 import re
-import tempfile
 import zipfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -28,6 +26,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.layouts import translate, unwrap
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
+from kornia_tinyvit.files import replacing
 
 __all__ = [
     "Checkpoint",
@@ -282,27 +281,9 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
         The path.
     """
     kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(save(kept, metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o666 & ~_umask())
-        os.replace(temporary, path)
-    except BaseException:
-        with suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
-    return path
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
+    with replacing(path) as temporary:
+        temporary.write_bytes(save(kept, metadata))
+    return Path(path)
 
 
 def _looks_like_file(text: str) -> bool:

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
-import os
-import uuid
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from kornia_tinyvit.classification import ImageClassifier, default_evaluation
 from kornia_tinyvit.deploy.graph import Pixels, build_graph
 from kornia_tinyvit.deploy.tracing import has_compiler, open_sizes_at_one, quiet, to_onnx, trace
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.files import replacing
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 
@@ -88,14 +86,15 @@ def export_onnx(
         raise ExportError(f"torch's exporter wrote operators of {found} where opset {opset} was asked for.")
     proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__
     onnx.helper.set_model_props(proto, task.metadata())
-    with _replacing(Path(path)) as temporary:
+    path = Path(path)
+    with replacing(path, path.suffix) as temporary:
         onnx.save(proto, temporary)
         onnx.checker.check_model(temporary, full_check=True)
         session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
         task.compare(
             lambda images: [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})], tolerance
         )
-    return Path(path)
+    return path
 
 
 def export_program(
@@ -144,12 +143,12 @@ def export_program(
         raise ExportError("A compiled program needs a C++ compiler such as g++, or CXX set to one.")
     task = _Task.of(model, method, pixels, img_size, dynamic_batch, dynamic_size, class_names)
     metadata = task.metadata()
-    with _replacing(path) as temporary, quiet(), open_sizes_at_one(), torch.no_grad():
+    with replacing(path, path.suffix) as temporary, quiet(), open_sizes_at_one(), torch.no_grad():
         program = task.program()
         if compiled:
             settings = {"aot_inductor.metadata": metadata, "freezing": True}
-            torch._inductor.aoti_compile_and_package(program, package_path=temporary, inductor_configs=settings)
-            run: Callable[[Tensor], Any] = torch._inductor.aoti_load_package(temporary)
+            torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
+            run: Callable[[Tensor], Any] = torch._inductor.aoti_load_package(str(temporary))
         else:
             torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata)})
             run = torch.export.load(temporary).module()
@@ -294,17 +293,3 @@ def _import_onnx() -> tuple[Any, Any]:
             "Exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install 'kornia-tinyvit[export]'."
         ) from error
     return onnx, onnxruntime
-
-
-@contextlib.contextmanager
-def _replacing(path: Path) -> Iterator[str]:
-    """Give the name of a file beside ``path`` to write, which takes its place when the block ends well."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.stem}.{uuid.uuid4().hex[:8]}{path.suffix}")
-    try:
-        yield str(temporary)
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)

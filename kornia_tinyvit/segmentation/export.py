@@ -16,10 +16,11 @@ from torch import Tensor, nn
 from torch.export import Dim
 
 import kornia_tinyvit
-from kornia_tinyvit.deploy.export import _METADATA, MIN_OPSET, _import_onnx, _refuse_difference, _replacing
+from kornia_tinyvit.deploy.export import _METADATA, MIN_OPSET, _import_onnx, _refuse_difference
 from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.graph import build_graph
 from kornia_tinyvit.deploy.tracing import TORCH_2_7, open_sizes_at_one, quiet, to_onnx, trace
+from kornia_tinyvit.files import replacing
 from kornia_tinyvit.segmentation.embedding import Geometry
 from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM
 
@@ -84,7 +85,7 @@ def export_mobile_sam(
         raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
     encoder, decoder = Path(folder) / "encoder.onnx", Path(folder) / "decoder.onnx"
     network = copy.deepcopy(sam).to("cpu", torch.float32).eval()
-    with _replacing(encoder) as new_encoder, _replacing(decoder) as new_decoder, torch.no_grad():
+    with replacing(encoder, ".onnx") as new_encoder, replacing(decoder, ".onnx") as new_decoder, torch.no_grad():
         _check_encoder(network, _write(_encoder(network, opset), new_encoder, _encoder_facts(network)), tolerance)
         _check_decoder(network, _write(_decoder(network, opset), new_decoder, _decoder_facts(network)), tolerance)
     return encoder, decoder
@@ -193,7 +194,7 @@ def _decoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     return translated.model_proto
 
 
-def _write(proto: onnx.ModelProto, path: str, facts: dict[str, Any]) -> Run:
+def _write(proto: onnx.ModelProto, path: Path, facts: dict[str, Any]) -> Run:
     """Write a file with its metadata and return what runs it."""
     onnx, onnxruntime = _import_onnx()
     proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__

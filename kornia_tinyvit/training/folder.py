@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.distillation.store import describe_differences
+from kornia_tinyvit.files import replacing
 
 __all__ = ["RunFolder"]
 
@@ -56,7 +57,6 @@ class RunFolder:
 
     def begin(self, asked: dict[str, Any], step: int) -> None:
         """Write down what is asked for, and forget what was told of steps after this one: they come again."""
-        self.path.mkdir(parents=True, exist_ok=True)
         _write(self.path / "run.json", json.dumps(asked, indent=1))
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
@@ -109,9 +109,8 @@ def _is_at_most(line: str, step: int) -> bool:
 
 
 def _write(path: Path, text: str) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(text)
-    os.replace(temporary, path)
+    with replacing(path) as temporary:
+        temporary.write_text(text)
 
 
 def _tensorboard(path: Path, step: int) -> Any:

@@ -1,0 +1,120 @@
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from kornia_tinyvit import files
+from kornia_tinyvit.files import replacing
+
+
+def test_replaces(tmp_path):
+    path = tmp_path / "new" / "folder" / "notes.txt"
+    for text in ("first", "second"):
+        with replacing(path) as temporary:
+            temporary.write_text(text)
+            assert not path.exists() or path.read_text() == "first"
+        assert path.read_text() == text
+        assert os.listdir(path.parent) == ["notes.txt"]
+
+
+def test_name_as_text(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with replacing("notes.txt") as temporary:
+        temporary.write_text("here")
+    assert (tmp_path / "notes.txt").read_text() == "here"
+
+
+@pytest.mark.parametrize(("suffix", "end"), [((), ".tmp"), ((".pt2",), ".pt2")])
+def test_temporary_name(tmp_path, suffix, end):
+    """It is hidden, beside the file, ends as asked, and no two are alike."""
+    path = tmp_path / "program.pt2"
+    with replacing(path, *suffix) as first, replacing(path, *suffix) as second:
+        assert first != second
+        for temporary in (first, second):
+            assert not temporary.exists()
+            assert temporary.parent == tmp_path
+            assert temporary.name.startswith(".program.pt2.")
+            assert temporary.suffix == end
+            temporary.write_text(temporary.name)
+    assert path.read_text() == first.name  # the last to end
+
+
+@pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
+@pytest.mark.parametrize("half", [False, True])
+def test_error(tmp_path, error, half):
+    path = tmp_path / "notes.txt"
+    path.write_text("the old file")
+
+    def fail(temporary):
+        if half:
+            temporary.write_text("half")
+        raise error
+
+    with pytest.raises(type(error)), replacing(path) as temporary:
+        fail(temporary)
+    assert path.read_text() == "the old file"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_nothing_written(tmp_path):
+    path = tmp_path / "notes.txt"
+    path.write_text("the old file")
+    with pytest.raises(FileNotFoundError, match=r"\.notes\.txt\..*\.tmp"), replacing(path):
+        pass
+    assert path.read_text() == "the old file"
+
+
+def test_place_is_a_folder(tmp_path):
+    (tmp_path / "notes.txt").mkdir()
+    with pytest.raises(IsADirectoryError), replacing(tmp_path / "notes.txt") as temporary:
+        temporary.write_text("text")
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+def test_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    order = []
+    for name in ("fsync", "replace"):
+        real = getattr(os, name)
+        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (order.append(name), real(*given)))
+    with replacing(tmp_path / "notes.txt") as temporary:
+        temporary.write_text("text")
+    assert order == ["fsync", "replace"]
+
+
+@pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
+@pytest.mark.parametrize("mask", [0o022, 0o077])
+def test_permissions_follow_the_mask(tmp_path, mask):
+    path = tmp_path / "notes.txt"
+    old = os.umask(mask)
+    try:
+        with replacing(path) as temporary:
+            temporary.write_text("text")
+    finally:
+        os.umask(old)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_killed(tmp_path):
+    """A process that is killed as it writes leaves the old file and a hidden leftover, which hinders nobody."""
+    path = tmp_path / "notes.txt"
+    path.write_text("the old file")
+    code = f"""
+        import os, runpy, signal
+        replacing = runpy.run_path({files.__file__!r})["replacing"]  # without the package, which takes seconds
+        with replacing({str(path)!r}) as temporary:
+            temporary.write_text("half")
+            os.kill(os.getpid(), signal.SIGKILL)
+    """
+    killed = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert path.read_text() == "the old file"
+    (leftover,) = (name for name in os.listdir(tmp_path) if name != "notes.txt")
+    assert leftover.startswith(".notes.txt.")
+    with replacing(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == "new"
