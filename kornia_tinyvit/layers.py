@@ -17,6 +17,9 @@ from torch import Tensor, nn
 
 __all__ = ["Attention", "ConvBN", "MBConv", "Mlp", "PatchEmbed", "PatchMerging", "TinyViTBlock"]
 
+_CONFIG: Any = torch.fx.experimental._config
+TORCH_2_7 = hasattr(_CONFIG, "backed_size_oblivious")
+
 
 class ConvBN(nn.Module):
     """A convolution without bias followed by batch normalisation.
@@ -200,17 +203,19 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-def _any_number_of_windows() -> AbstractContextManager[None]:
-    """Keep torch.export from fixing whether a dynamic picture has one window or several in a direction.
+def open_sizes_at_one() -> AbstractContextManager[None]:
+    """Keep torch from setting apart the size 1 of dimensions that are open, where it can (from 2.7 on).
 
-    torch asks of every dynamic size whether it is 1 and makes the answer a condition of the exported graph, unless it
-    is told to treat sizes as unknown, as torch.onnx.export does.
+    It asks of every open size whether it is 1 and makes the answer a condition of the exported graph, unless it is told
+    to treat sizes as unknown, as torch.onnx.export does.
     """
-    config: Any = torch.fx.experimental._config
+    return _CONFIG.patch(backed_size_oblivious=True) if TORCH_2_7 else nullcontext()
+
+
+def _any_number_of_windows() -> AbstractContextManager[None]:
+    """Keep torch.export from fixing whether an open picture has one window or several in a direction."""
     exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    if exporting and hasattr(config, "backed_size_oblivious"):  # torch 2.7
-        return config.patch(backed_size_oblivious=True)
-    return nullcontext()
+    return open_sizes_at_one() if exporting else nullcontext()
 
 
 class TinyViTBlock(nn.Module):

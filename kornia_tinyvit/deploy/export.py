@@ -15,9 +15,10 @@ from torch.export import ExportedProgram
 import kornia_tinyvit
 from kornia_tinyvit.classification import ImageClassifier, default_evaluation
 from kornia_tinyvit.deploy.graph import Pixels, build_graph
-from kornia_tinyvit.deploy.tracing import has_compiler, open_sizes_at_one, quiet, to_onnx, trace
+from kornia_tinyvit.deploy.tracing import has_compiler, quiet, to_onnx, trace
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.files import replacing
+from kornia_tinyvit.layers import open_sizes_at_one
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 

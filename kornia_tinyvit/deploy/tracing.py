@@ -10,19 +10,16 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-import torch.fx.experimental._config
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["has_compiler", "open_sizes_at_one", "quiet", "to_onnx", "trace"]
-
-_CONFIG: Any = torch.fx.experimental._config
-TORCH_2_7 = hasattr(_CONFIG, "backed_size_oblivious")
+__all__ = ["has_compiler", "quiet", "to_onnx", "trace"]
 
 
 def trace(graph: nn.Module, images: Tensor, dynamic_batch: bool = True, dynamic_size: bool = False) -> ExportedProgram:
@@ -64,11 +61,6 @@ def to_onnx(program: ExportedProgram, opset: int, outputs: Sequence[str] | None 
             program, (), dynamo=True, opset_version=opset, input_names=["images"], output_names=outputs, verbose=False
         )
     return translated.model_proto
-
-
-def open_sizes_at_one() -> contextlib.AbstractContextManager[None]:
-    """Keep torch from setting apart the size 1 of dimensions that are open, where it can (from 2.7 on)."""
-    return _CONFIG.patch(backed_size_oblivious=True) if TORCH_2_7 else contextlib.nullcontext()
 
 
 def has_compiler() -> bool:

@@ -19,8 +19,9 @@ import kornia_tinyvit
 from kornia_tinyvit.deploy.export import _METADATA, MIN_OPSET, _import_onnx, _refuse_difference
 from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.graph import build_graph
-from kornia_tinyvit.deploy.tracing import TORCH_2_7, open_sizes_at_one, quiet, to_onnx, trace
+from kornia_tinyvit.deploy.tracing import quiet, to_onnx, trace
 from kornia_tinyvit.files import replacing
+from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 from kornia_tinyvit.segmentation.embedding import Geometry
 from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM
 
