@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.deploy.graph import InferenceGraph
-from kornia_tinyvit.deploy.tracing import has_compiler, to_onnx, trace
+from kornia_tinyvit.deploy.tracing import has_compiler, to_onnx, trace_pictures
 
 __all__ = ["ENGINES", "Engine"]
 
@@ -305,4 +305,4 @@ def _to_onnx(graph: InferenceGraph, example: Tensor, dynamic_size: bool) -> Any:
     if dynamic_size:
         width += width // 2 + 1  # see trace
     images = torch.zeros(2, example.shape[1], height, width, dtype=example.dtype)
-    return to_onnx(trace(graph, images, dynamic_size=dynamic_size), OPSET)
+    return to_onnx(trace_pictures(graph, images, dynamic_size=dynamic_size), OPSET)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -14,19 +14,23 @@ from torch.export import ExportedProgram
 
 import kornia_tinyvit
 from kornia_tinyvit.classification import ImageClassifier, default_evaluation
+from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.graph import Pixels, build_graph
-from kornia_tinyvit.deploy.tracing import has_compiler, quiet, to_onnx, trace
+from kornia_tinyvit.deploy.tracing import has_compiler, quiet, to_onnx, trace_pictures
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.layers import open_sizes_at_one
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 
+if TYPE_CHECKING:
+    import onnx
+
 __all__ = ["ExportError", "export_onnx", "export_program"]
 
 MIN_OPSET = 18  # the oldest that torch's exporter writes
-_METADATA = "kornia_tinyvit."
 Size = int | tuple[int, int]
+Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
 class ExportError(RuntimeError):
@@ -76,25 +80,13 @@ def export_onnx(
         ValueError: if the opset is older than 18 or newer than the installed onnx, or a setting is unknown.
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
     """
-    onnx, onnxruntime = _import_onnx()
-    newest = onnx.defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
-        raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
+    check_opset(opset)
     task = _Task.of(model, method, pixels, img_size, dynamic_batch, dynamic_size, class_names)
-    proto = to_onnx(task.program(), opset, task.outputs)
-    found = {entry.domain: entry.version for entry in proto.opset_import}
-    if found != {"": opset}:
-        raise ExportError(f"torch's exporter wrote operators of {found} where opset {opset} was asked for.")
-    proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__
-    onnx.helper.set_model_props(proto, task.metadata())
+    proto = to_onnx(task.program(), opset, outputs=task.outputs)
     path = Path(path)
     with replacing(path, path.suffix) as temporary:
-        onnx.save(proto, temporary)
-        onnx.checker.check_model(temporary, full_check=True)
-        session = onnxruntime.InferenceSession(temporary, providers=["CPUExecutionProvider"])
-        task.compare(
-            lambda images: [torch.from_numpy(each) for each in session.run(None, {"images": images.numpy()})], tolerance
-        )
+        run = write_onnx(proto, temporary, opset, task.metadata())
+        task.compare(lambda images: run({"images": images}), tolerance)
     return path
 
 
@@ -219,30 +211,24 @@ class _Task:
         if self.dynamic_size:
             width += width // 2 + 1  # not square, see trace
         images = self._pictures(2 if self.dynamic_batch else 1, height, width)
-        return trace(self.graph, images, self.dynamic_batch, self.dynamic_size)
+        return trace_pictures(self.graph, images, self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
         """Describe the network and its input, as JSON by key."""
         config = self.network.config
         pipeline = self.preprocessing or default_evaluation(config)
-        entries: dict[str, Any] = {
-            "version": kornia_tinyvit.__version__,
-            "config": config.to_dict(),
-            "method": self.method,
-            "input": {
-                "pixels": self.pixels,
-                "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[self.pixels],
-                "mean": pipeline.mean.tolist(),
-                "std": pipeline.std.tolist(),
-                "normalization_inside": self.pixels != "normalized",
-                "img_size": pipeline.img_size,
-                "crop_fraction": pipeline.crop_fraction,
-                "resize_inside": self.preprocessing is not None,
-            },
+        told = {
+            "pixels": self.pixels,
+            "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[self.pixels],
+            "mean": pipeline.mean.tolist(),
+            "std": pipeline.std.tolist(),
+            "normalization_inside": self.pixels != "normalized",
+            "img_size": pipeline.img_size,
+            "crop_fraction": pipeline.crop_fraction,
+            "resize_inside": self.preprocessing is not None,
         }
-        if self.class_names is not None:
-            entries["class_names"] = self.class_names
-        return {_METADATA + key: json.dumps(value) for key, value in entries.items()}
+        names = {} if self.class_names is None else {"class_names": self.class_names}
+        return describe(config, method=self.method, input=told, **names)
 
     def compare(self, run: Callable[[Tensor], Any], tolerance: float) -> None:
         """Compare with the graph, at two numbers of pictures and two sizes where they are open."""
@@ -254,7 +240,7 @@ class _Task:
                 with torch.inference_mode():
                     expected, found = _listed(self.graph(images)), _listed(run(images))
                 for name, want, have in zip(self.outputs, expected, found, strict=True):
-                    _refuse_difference(name, want, have, tolerance)
+                    refuse_difference(name, want, have, tolerance)
 
     def _pictures(self, batch: int, height: int, width: int) -> Tensor:
         """Draw pictures: rough patterns with noise, which networks tell apart better than noise alone."""
@@ -269,7 +255,60 @@ class _Task:
         return (4 * unit - 2 if self.pixels == "normalized" else unit).to(dtype)
 
 
-def _refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
+def check_opset(opset: int) -> None:
+    """Refuse operators that cannot be written, before anything is traced, which takes long.
+
+    Raises:
+        ValueError: if the opset is older than 18 or newer than the installed onnx.
+        MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
+    """
+    newest = _import_onnx()[0].defs.onnx_opset_version()
+    if not MIN_OPSET <= opset <= newest:
+        raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
+
+
+def describe(config: TinyViTConfig, **facts: Any) -> dict[str, str]:
+    """Return the metadata of a file: the version, the configuration and more facts, as JSON by key."""
+    facts = {"version": kornia_tinyvit.__version__, "config": config.to_dict(), **facts}
+    return {f"kornia_tinyvit.{key}": json.dumps(value) for key, value in facts.items()}
+
+
+def write_onnx(proto: onnx.ModelProto, path: Path, opset: int, metadata: dict[str, str]) -> Run:
+    """Write an ONNX file, check it and return what runs it: a function from inputs by name to the outputs.
+
+    Args:
+        proto: the graph; it gets the metadata.
+        path: the file to write.
+        opset: version of the operators that was asked for.
+        metadata: what :func:`describe` returned.
+
+    Raises:
+        ExportError: if the graph has operators of another version, as torch writes those of 18 where it does not know
+            the asked ones.
+    """
+    onnx, onnxruntime = _import_onnx()
+    found = {entry.domain: entry.version for entry in proto.opset_import}
+    if found != {"": opset}:
+        raise ExportError(f"torch's exporter wrote operators of {found} where opset {opset} was asked for.")
+    proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__
+    onnx.helper.set_model_props(proto, metadata)
+    onnx.save(proto, path)
+    onnx.checker.check_model(path, full_check=True)
+    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+
+    def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
+        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+        return [torch.from_numpy(output) for output in session.run(None, arrays)]
+
+    return run
+
+
+def refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
+    """Refuse an output whose largest difference, of values up to 1, else in proportion, is above the tolerance.
+
+    Raises:
+        ExportError: telling the output and the difference.
+    """
     if want.shape != have.shape:
         raise ExportError(f"The export returns {name} of {tuple(have.shape)} instead of {tuple(want.shape)}.")
     difference = float((have - want).abs().max() / want.abs().max().clamp(min=1))

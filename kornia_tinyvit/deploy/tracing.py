@@ -6,7 +6,7 @@ import contextlib
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,33 +19,51 @@ from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["has_compiler", "quiet", "to_onnx", "trace"]
+__all__ = ["has_compiler", "quiet", "to_onnx", "trace", "trace_pictures"]
 
 
-def trace(graph: nn.Module, images: Tensor, dynamic_batch: bool = True, dynamic_size: bool = False) -> ExportedProgram:
+def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str, Collection[int]]) -> ExportedProgram:
+    """Trace a graph.
+
+    Args:
+        graph: what to trace.
+        inputs: examples of what goes in, by name, in the order in which the graph takes them. An open dimension has to
+            be 2 or more, and another number than those it has nothing to do with, or torch takes it for fixed, or the
+            two for one and the same.
+        open_dims: the dimensions that may be of any size, of the inputs that have some.
+    """
+    shapes = tuple(dict.fromkeys(open_dims.get(name, ()), Dim.DYNAMIC) for name in inputs)
+    # What the graph asks of open sizes is asked when it runs; as conditions of the trace they would exclude some.
+    deferred: Any = {"prefer_deferred_runtime_asserts_over_guards": True} if TORCH_2_7 else {}
+    with torch.no_grad(), quiet(), open_sizes_at_one():
+        return torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=shapes, **deferred)
+
+
+def trace_pictures(
+    graph: nn.Module, images: Tensor, dynamic_batch: bool = True, dynamic_size: bool = False
+) -> ExportedProgram:
     """Trace a graph of one picture batch.
 
     Args:
         graph: what to trace.
         images: pictures :math:`(B, C, H, W)` of the sizes that stay closed. Where sizes are open, :math:`B` has to be 2
-            or more, and :math:`H` another number than :math:`W`, or torch takes them for fixed or for one and the same.
+            or more, and :math:`H` another number than :math:`W`, see :func:`trace`.
         dynamic_batch: take any number of pictures.
         dynamic_size: take any height and width.
     """
-    open_sizes = {0: dynamic_batch, 2: dynamic_size, 3: dynamic_size}
-    shapes = {index: Dim.DYNAMIC for index, is_open in open_sizes.items() if is_open}
-    # What the graph asks of open sizes is asked when it runs; as conditions of the trace they would exclude some.
-    deferred: Any = {"prefer_deferred_runtime_asserts_over_guards": True} if TORCH_2_7 else {}
-    with torch.no_grad(), quiet(), open_sizes_at_one():
-        return torch.export.export(graph, (images,), dynamic_shapes=(shapes,), **deferred)
+    batch, size = (0,) if dynamic_batch else (), (2, 3) if dynamic_size else ()
+    return trace(graph, {"images": images}, {"images": batch + size})
 
 
-def to_onnx(program: ExportedProgram, opset: int, outputs: Sequence[str] | None = None) -> onnx.ModelProto:
-    """Translate a program into an ONNX graph with the input ``images``.
+def to_onnx(
+    program: ExportedProgram, opset: int, inputs: Sequence[str] = ("images",), outputs: Sequence[str] | None = None
+) -> onnx.ModelProto:
+    """Translate a program into an ONNX graph.
 
     Args:
         program: what :func:`trace` returned.
         opset: version of the operators.
+        inputs: names of the inputs.
         outputs: names of the outputs.
 
     Raises:
@@ -58,7 +76,7 @@ def to_onnx(program: ExportedProgram, opset: int, outputs: Sequence[str] | None 
         raise MissingExtraError("ONNX needs onnx and onnxscript: pip install 'kornia-tinyvit[export]'.") from error
     with quiet(), open_sizes_at_one():
         translated: Any = torch.onnx.export(
-            program, (), dynamo=True, opset_version=opset, input_names=["images"], output_names=outputs, verbose=False
+            program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
         )
     return translated.model_proto
 

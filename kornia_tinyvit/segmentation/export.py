@@ -3,25 +3,20 @@
 from __future__ import annotations
 
 import copy
-import json
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
-from torch.export import Dim
 
-import kornia_tinyvit
-from kornia_tinyvit.deploy.export import _METADATA, MIN_OPSET, _import_onnx, _refuse_difference
+from kornia_tinyvit.deploy.export import Run, check_opset, describe, refuse_difference, write_onnx
 from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.graph import build_graph
-from kornia_tinyvit.deploy.tracing import quiet, to_onnx, trace
+from kornia_tinyvit.deploy.tracing import to_onnx, trace
 from kornia_tinyvit.files import replacing
-from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 from kornia_tinyvit.segmentation.embedding import Geometry
 from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM
 
@@ -32,8 +27,6 @@ __all__ = ["export_mobile_sam"]
 
 _LABELS = {"none": -1, "off": 0, "on": 1, "top_left": 2, "bottom_right": 3}
 _OUTPUTS = ["masks", "iou_predictions", "low_res_masks"]
-
-Run = Callable[[dict[str, Tensor]], list[Tensor]]
 
 
 def export_mobile_sam(
@@ -77,18 +70,18 @@ def export_mobile_sam(
         The paths of the encoder and the decoder.
 
     Raises:
-        ExportError: if an output differs; files that were there before stay.
+        ExportError: if an output differs, or the exporter cannot write the opset; files that were there before stay.
         ValueError: if the opset is older than 18 or newer than the installed onnx.
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
     """
-    newest = _import_onnx()[0].defs.onnx_opset_version()
-    if not MIN_OPSET <= opset <= newest:
-        raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
+    check_opset(opset)
     encoder, decoder = Path(folder) / "encoder.onnx", Path(folder) / "decoder.onnx"
     network = copy.deepcopy(sam).to("cpu", torch.float32).eval()
     with replacing(encoder, ".onnx") as new_encoder, replacing(decoder, ".onnx") as new_decoder, torch.no_grad():
-        _check_encoder(network, _write(_encoder(network, opset), new_encoder, _encoder_facts(network)), tolerance)
-        _check_decoder(network, _write(_decoder(network, opset), new_decoder, _decoder_facts(network)), tolerance)
+        run = write_onnx(_encoder(network, opset), new_encoder, opset, _describe_encoder(network))
+        _check_encoder(network, run, tolerance)
+        run = write_onnx(_decoder(network, opset), new_decoder, opset, _describe_decoder(network))
+        _check_decoder(network, run, tolerance)
     return encoder, decoder
 
 
@@ -170,69 +163,33 @@ class _DecoderGraph(nn.Module):
 def _encoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     height, width = sam.img_size
     photo = torch.zeros(1, 3, height - 1, width - 2, dtype=torch.uint8)  # open sizes must differ, see trace
-    return to_onnx(
-        trace(_EncoderGraph(sam), photo, dynamic_batch=False, dynamic_size=True), opset, ["image_embeddings"]
-    )
+    program = trace(_EncoderGraph(sam), {"images": photo}, {"images": (2, 3)})
+    return to_onnx(program, opset, outputs=["image_embeddings"])
 
 
 def _decoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     inputs = _Prompts.draw(sam, prompts=2, points=3, size=(150, 200)).inputs()
-    prompts = {0: Dim.DYNAMIC}
-    shapes: dict[str, Any] = {
-        "image_embeddings": None,
-        "point_coords": prompts | {1: Dim.DYNAMIC},
-        "point_labels": prompts | {1: Dim.DYNAMIC},
-        "mask_input": prompts,
-        "has_mask_input": prompts,
-        "orig_im_size": None,
+    open_dims = {"point_coords": (0, 1), "point_labels": (0, 1), "mask_input": (0,), "has_mask_input": (0,)}
+    return to_onnx(trace(_DecoderGraph(sam), inputs, open_dims), opset, list(inputs), _OUTPUTS)
+
+
+def _describe_encoder(sam: MobileSAM) -> dict[str, str]:
+    told = {
+        "pixels": "uint8",
+        "range": [0, 255],
+        "mean": PIXEL_MEAN,
+        "std": PIXEL_STD,
+        "normalization_inside": True,
+        "padding_inside": True,
+        "img_size": sam.img_size,
+        "resize_inside": False,
     }
-    deferred: Any = {"prefer_deferred_runtime_asserts_over_guards": True} if TORCH_2_7 else {}
-    with quiet(), open_sizes_at_one():
-        program = torch.export.export(_DecoderGraph(sam), (), inputs, dynamic_shapes=shapes, **deferred)
-        translated: Any = torch.onnx.export(
-            program, (), dynamo=True, opset_version=opset, output_names=_OUTPUTS, verbose=False
-        )
-    return translated.model_proto
+    return describe(sam.config, part="encoder", input=told)
 
 
-def _write(proto: onnx.ModelProto, path: Path, facts: dict[str, Any]) -> Run:
-    """Write a file with its metadata and return what runs it."""
-    onnx, onnxruntime = _import_onnx()
-    proto.producer_name, proto.producer_version = "kornia-tinyvit", kornia_tinyvit.__version__
-    onnx.helper.set_model_props(proto, {_METADATA + key: json.dumps(value) for key, value in facts.items()})
-    onnx.save(proto, path)
-    onnx.checker.check_model(path, full_check=True)
-    session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
-
-    def run(inputs: dict[str, Tensor]) -> list[Tensor]:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
-        return [torch.from_numpy(output) for output in session.run(None, arrays)]
-
-    return run
-
-
-def _encoder_facts(sam: MobileSAM) -> dict[str, Any]:
-    return _facts(sam, "encoder") | {
-        "input": {
-            "pixels": "uint8",
-            "range": [0, 255],
-            "mean": PIXEL_MEAN,
-            "std": PIXEL_STD,
-            "normalization_inside": True,
-            "padding_inside": True,
-            "img_size": sam.img_size,
-            "resize_inside": False,
-        }
-    }
-
-
-def _decoder_facts(sam: MobileSAM) -> dict[str, Any]:
+def _describe_decoder(sam: MobileSAM) -> dict[str, str]:
     told = {"img_size": sam.img_size, "point_labels": _LABELS}
-    return _facts(sam, "decoder") | {"input": told, "mask_threshold": sam.mask_threshold}
-
-
-def _facts(sam: MobileSAM, part: str) -> dict[str, Any]:
-    return {"version": kornia_tinyvit.__version__, "config": sam.config.to_dict(), "part": part}
+    return describe(sam.config, part="decoder", input=told, mask_threshold=sam.mask_threshold)
 
 
 @dataclass(frozen=True)
@@ -309,7 +266,7 @@ def _check_encoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
         inputs = normalize(photo / 255, torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD))
         want = sam.image_encoder(F.pad(inputs, (0, width - size[1], 0, height - size[0])))
         (have,) = run({"images": photo.to(torch.uint8)})
-        _refuse_difference("image_embeddings", want, have, tolerance)
+        refuse_difference("image_embeddings", want, have, tolerance)
 
 
 def _check_decoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
@@ -319,4 +276,4 @@ def _check_decoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
     ):
         answers = zip(_OUTPUTS, prompts.expected(sam), run(prompts.inputs()), strict=True)
         for name, want, have in answers:
-            _refuse_difference(name, want, have, tolerance)
+            refuse_difference(name, want, have, tolerance)

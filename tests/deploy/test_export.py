@@ -7,7 +7,7 @@ from torch import nn
 
 from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
 from kornia_tinyvit.deploy import export
-from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program
+from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program, refuse_difference
 from kornia_tinyvit.training.data import MissingExtraError
 from tests.conftest import TINY, liven
 
@@ -198,14 +198,20 @@ class TestRefusals:
 
     def test_shapes_and_nan(self):
         with pytest.raises(ExportError, match=r"\(1, 2\) instead of \(1, 3\)"):
-            export._refuse_difference("logits", torch.zeros(1, 3), torch.zeros(1, 2), 1e-4)
+            refuse_difference("logits", torch.zeros(1, 3), torch.zeros(1, 2), 1e-4)
         with pytest.raises(ExportError, match="by nan"):
-            export._refuse_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
+            refuse_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
 
     @pytest.mark.parametrize("opset", [17, 99])
     def test_opset(self, network, place, opset):
         with pytest.raises(ValueError, match=f"opset must be from 18 to .*; got {opset}"):
             export_onnx(network, place, opset=opset)
+
+    def test_another_opset(self, encoder, encoder_file, place, monkeypatch):
+        """As torch does with an opset that it does not know: it writes one that it knows, and says nothing."""
+        monkeypatch.setattr(export, "to_onnx", lambda *_, **__: onnx.load(encoder_file))
+        with pytest.raises(ExportError, match=r"wrote operators of \{'': 20\} where opset 21 was asked for"):
+            export_onnx(encoder, place, opset=21)
 
     def test_missing_extra(self, network, place, monkeypatch):
         real = builtins.__import__

@@ -220,6 +220,12 @@ class TestRefusals:
         with pytest.raises(ValueError, match=f"opset must be from 18 to .*; got {opset}"):
             export_mobile_sam(sam, folder, opset=opset)
 
+    @pytest.mark.usefixtures("written")
+    def test_another_opset(self, sam, folder):
+        """As torch does with an opset that it does not know: it writes one that it knows, and says nothing."""
+        with pytest.raises(ExportError, match=r"wrote operators of \{'': 20\} where opset 21 was asked for"):
+            export_mobile_sam(sam, folder, opset=21)
+
 
 @pytest.mark.usefixtures("written")
 def test_network_stays(sam, tmp_path):
