@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,12 @@ def tiny() -> TinyViT:
     """A network of 30 thousand weights in evaluation mode."""
     torch.manual_seed(0)
     return liven(TinyViT(**TINY))
+
+
+@pytest.fixture
+def without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let ``import onnxscript`` fail as if it were not installed."""
+    monkeypatch.setitem(sys.modules, "onnxscript", None)
 
 
 @pytest.fixture

@@ -1,17 +1,15 @@
 import json
-import sys
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from typer.testing import CliRunner
 
 from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.checkpoints import loading
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
-from kornia_tinyvit.cli import app, main
 from kornia_tinyvit.segmentation import MobileSAM, decode_rle
+from tests.cli.test_classify import error_of, run
 from tests.segmentation.test_mobile_sam import lively
 
 PHOTO = str(ASSETS / "photos" / "chelsea.png")  # 451x300
@@ -29,12 +27,6 @@ def few_points(monkeypatch):
     whole = MobileSAM.generate_masks
     easy = {"points_per_side": 2, "pred_iou_thresh": -1e9, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
     monkeypatch.setattr(MobileSAM, "generate_masks", lambda self, image, **more: whole(self, image, **easy, **more))
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, ["segment", *arguments], catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
 
 
 def pixels_of(path) -> np.ndarray:
@@ -58,7 +50,7 @@ class TestSegment:
     )
     def test_masks(self, weights, tmp_path, arguments, prompts, multimask):
         out = str(tmp_path / "new" / "folder")
-        report = json.loads(run(PHOTO, "--checkpoint", weights, "--out", out, "--json", *arguments))
+        report = json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", out, "--json", *arguments))
         sam = MobileSAM.from_config(checkpoint=weights)
         given = {name: torch.tensor(values, dtype=torch.float32) for name, values in prompts.items()}
         if len(arguments) == 4 and "--box" not in arguments:
@@ -80,7 +72,7 @@ class TestSegment:
 
     def test_everything_as_coco(self, weights, tmp_path):
         arguments = (PHOTO, "--checkpoint", weights, "--everything", "--out", str(tmp_path), "--format", "coco")
-        report = json.loads(run(*arguments, "--json"))
+        report = json.loads(run("segment", *arguments, "--json"))
         assert report["files"] == [str(tmp_path / "chelsea_overlay.png"), str(tmp_path / "chelsea.json")]
         record = json.loads((tmp_path / "chelsea.json").read_text())
         assert record["images"] == [{"id": 1, "file_name": "chelsea.png", "height": 300, "width": 451}]
@@ -98,7 +90,7 @@ class TestSegment:
         assert areas == sorted(areas, reverse=True)
 
     def test_told(self, weights, tmp_path):
-        output = run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX)
+        output = run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX)
         first, second = output.splitlines()
         assert first == f"{PHOTO}: 1 mask, see {tmp_path}/chelsea_overlay.png"
         area = pixels_of(tmp_path / "chelsea_mask_000.png").sum()
@@ -106,7 +98,7 @@ class TestSegment:
 
     def test_size(self, weights, tmp_path):
         plain, small = (
-            json.loads(run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX, *size))
+            json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX, *size))
             for size in ([], ["--img-size", "128"])
         )
         sam = MobileSAM.from_config(checkpoint=weights, img_size=128)
@@ -120,9 +112,11 @@ class TestSegment:
         exif[0x0112] = 6
         Image.open(PHOTO).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
         report = json.loads(
-            run(str(tmp_path / "turned.png"), "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json")
+            run(
+                "segment", str(tmp_path / "turned.png"), "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"
+            )
         )
-        upright = json.loads(run(PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"))
+        upright = json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"))
         assert np.array_equal(pixels_of(report["masks"][0]["file"]), pixels_of(upright["masks"][0]["file"]))
 
 
@@ -147,7 +141,9 @@ class TestErrors:
         ],
     )
     def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
-        told = self.error_of(capfd, monkeypatch, PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *arguments)
+        told = error_of(
+            capfd, monkeypatch, "segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *arguments
+        )
         assert message in told
         assert not list(tmp_path.iterdir())
 
@@ -156,7 +152,7 @@ class TestErrors:
     )
     def test_photo(self, weights, tmp_path, capfd, monkeypatch, photo, message):
         (tmp_path / "notes.png").write_text("no picture")
-        assert message in self.error_of(capfd, monkeypatch, str(tmp_path / photo), "--checkpoint", weights, *BOX)
+        assert message in error_of(capfd, monkeypatch, "segment", str(tmp_path / photo), "--checkpoint", weights, *BOX)
 
     def test_no_weights(self, capfd, monkeypatch, tmp_path):
         """One line, with the addresses, and what to do with a file from there."""
@@ -165,26 +161,15 @@ class TestErrors:
             raise RuntimeError("no network")
 
         monkeypatch.setattr(loading, "download_file_from_url", no_network)
-        told = self.error_of(capfd, monkeypatch, PHOTO, *BOX)
+        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX)
         assert all(url in told for url in find_weights("5m", "mobile_sam").urls)
         assert "On the command line that is --checkpoint FILE." in told
-        assert "with a 5m encoder, not with 21m" in self.error_of(capfd, monkeypatch, PHOTO, *BOX, "--variant", "21m")
+        assert "with a 5m encoder, not with 21m" in error_of(
+            capfd, monkeypatch, "segment", PHOTO, *BOX, "--variant", "21m"
+        )
 
     def test_broken_checkpoint(self, capfd, monkeypatch, tmp_path):
         (tmp_path / "sam.pt").write_bytes(b"<!DOCTYPE html>")
-        told = self.error_of(capfd, monkeypatch, PHOTO, *BOX, "--checkpoint", str(tmp_path / "sam.pt"))
+        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX, "--checkpoint", str(tmp_path / "sam.pt"))
         assert "sam.pt is damaged" in told
         assert "On the command line" not in told
-
-    @staticmethod
-    def error_of(capfd, monkeypatch, *arguments: str) -> str:
-        """Run the command in this process and return the one line that it says before it gives up."""
-        monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", "segment", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            main()
-        assert stop.value.code == 1
-        captured = capfd.readouterr()
-        assert captured.out == ""
-        assert captured.err.startswith("Error: ")
-        assert captured.err.count("\n") == 1
-        return captured.err

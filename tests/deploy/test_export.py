@@ -1,4 +1,3 @@
-import builtins
 import json
 
 import pytest
@@ -213,15 +212,8 @@ class TestRefusals:
         with pytest.raises(ExportError, match=r"wrote operators of \{'': 20\} where opset 21 was asked for"):
             export_onnx(encoder, place, opset=21)
 
-    def test_missing_extra(self, network, place, monkeypatch):
-        real = builtins.__import__
-
-        def without(name, *args, **kwargs):
-            if name == "onnxscript":
-                raise ImportError(name)
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", without)
+    @pytest.mark.usefixtures("without_onnxscript")
+    def test_missing_extra(self, network, place):
         with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[export\]'"):
             export_onnx(network, place)
 

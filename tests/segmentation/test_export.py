@@ -1,4 +1,3 @@
-import builtins
 import copy
 import json
 
@@ -203,15 +202,8 @@ class TestRefusals:
         with pytest.raises(ExportError, match=rf"differs from the network by .* in {output}, more than 0\.001"):
             export_mobile_sam(other, folder)
 
-    def test_missing_extra(self, sam, folder, monkeypatch):
-        real = builtins.__import__
-
-        def without(name, *args, **kwargs):
-            if name == "onnxscript":
-                raise ImportError(name)
-            return real(name, *args, **kwargs)
-
-        monkeypatch.setattr(builtins, "__import__", without)
+    @pytest.mark.usefixtures("without_onnxscript")
+    def test_missing_extra(self, sam, folder):
         with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[export\]'"):
             export_mobile_sam(sam, folder)
 
