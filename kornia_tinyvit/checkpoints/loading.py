@@ -125,7 +125,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         content, name = source, "a state dict"
     else:
         name = str(source)
-        content, metadata = read_tensors(_locate(name))
+        content, metadata = read_tensors(locate_file(name))
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
@@ -176,7 +176,7 @@ def open_pretrained(
     else:
         weights = find_weights(variant, str(pretrained))
     if weights is not None:
-        found = read_checkpoint(weights.asset_path or _fetch(weights))
+        found = read_checkpoint(weights.asset_path or fetch_weights(weights))
         found = replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
     elif _looks_like_file(str(pretrained)):
         found = read_checkpoint(str(pretrained), asked)
@@ -232,7 +232,7 @@ def load_checkpoint(
     head_reset = _adapt_head(state_dict, target, adapted)
     _adapt_input(state_dict, target, adapted)
     _adapt_windows(state_dict, target, window_adaptation, adapted)
-    _refuse_misfits(state_dict, target, found.source)
+    refuse_misfits(state_dict, target, found.source)
     empty = any(tensor.is_meta for tensor in target.values())
     if empty:  # nothing to copy into: the tensors themselves become the network's, in its precision
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
@@ -292,7 +292,12 @@ def _looks_like_file(text: str) -> bool:
     return bool(Path(text).suffix) or Path(text).is_file()
 
 
-def _locate(source: str) -> Path:
+def locate_file(source: str) -> Path:
+    """Return the file that a path or an address means, fetching it into the cache if it lies elsewhere.
+
+    Raises:
+        CheckpointError: if it cannot be fetched.
+    """
     url = urlparse(source)
     if url.scheme == "file":
         return Path(url2pathname(url.path))
@@ -303,7 +308,12 @@ def _locate(source: str) -> Path:
     return Path(source)
 
 
-def _fetch(weights: PretrainedWeights) -> Path:
+def fetch_weights(weights: PretrainedWeights) -> Path:
+    """Return the file of published weights, fetching it into the cache if it is not there.
+
+    Raises:
+        CheckpointError: if it cannot be fetched from any of its places.
+    """
     urls = list(weights.urls)
     try:
         return _download(urls)
@@ -531,7 +541,17 @@ def _adapt_windows(
     adapted.extend(f"bias tables {verb} from windows of {before} to {after} tokens" for before, after in changes)
 
 
-def _refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
+def refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
+    """Refuse tensors that a network cannot take, before it is touched.
+
+    Args:
+        state_dict: the tensors.
+        target: the network's.
+        source: where the tensors came from, for the error.
+
+    Raises:
+        CheckpointError: if names or shapes differ, or a tensor holds NaN or infinity.
+    """
     missing = sorted(target.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - target.keys())
     shapes = [

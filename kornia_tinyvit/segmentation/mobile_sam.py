@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.layouts import unwrap
-from kornia_tinyvit.checkpoints.loading import _fetch, _locate, _refuse_misfits, read_tensors
+from kornia_tinyvit.checkpoints.loading import fetch_weights, locate_file, read_tensors, refuse_misfits
 from kornia_tinyvit.classification import Picture, evaluating
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
@@ -389,7 +389,7 @@ class _Weights:
     def load_into(self, model: MobileSAM) -> None:
         """Load everything; what does not fit is refused before the network is touched."""
         target = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_ENCODER)}
-        _refuse_misfits(self.others, target, self.encoder.source)
+        refuse_misfits(self.others, target, self.encoder.source)
         load_checkpoint(model.image_encoder, self.encoder)
         model.load_state_dict(self.others, strict=False)
 
@@ -404,11 +404,11 @@ def _find(pretrained: bool | str | Path, variant: str | TinyViTConfig | None) ->
             f"MobileSAM is published with a 5m encoder, not with {variant}; leave the variant out, or pass a file of "
             "your own as checkpoint=."
         )
-    return _fetch(weights)
+    return fetch_weights(weights)
 
 
 def _read_whole(source: str | Path | Mapping[str, Any], variant: str | TinyViTConfig | None) -> _Weights:
-    origin = source if isinstance(source, Mapping) else _locate(str(source))
+    origin = source if isinstance(source, Mapping) else locate_file(str(source))
     found = open_pretrained(read_checkpoint(origin), variant)
     if found.layout != "mobile_sam":
         raise CheckpointError(f"{found.source} holds a TinyViT alone, without SAM's prompt encoder and mask decoder.")
