@@ -301,8 +301,4 @@ def _results(outputs: list[Tensor]) -> Outputs:
 
 def _to_onnx(graph: InferenceGraph, example: Tensor, dynamic_size: bool) -> Any:
     """Translate a graph with an open batch; of operators as new as the two runtimes know (23 has Attention)."""
-    height, width = example.shape[2:]
-    if dynamic_size:
-        width += width // 2 + 1  # see trace
-    images = torch.zeros(2, example.shape[1], height, width, dtype=example.dtype)
-    return to_onnx(trace_pictures(graph, images, dynamic_size=dynamic_size), OPSET)
+    return to_onnx(trace_pictures(graph, example.cpu(), dynamic_size=dynamic_size), OPSET)

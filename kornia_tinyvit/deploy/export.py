@@ -207,11 +207,7 @@ class _Task:
 
     def program(self) -> ExportedProgram:
         """Trace the graph."""
-        height, width = self.size
-        if self.dynamic_size:
-            width += width // 2 + 1  # not square, see trace
-        images = self._pictures(2 if self.dynamic_batch else 1, height, width)
-        return trace_pictures(self.graph, images, self.dynamic_batch, self.dynamic_size)
+        return trace_pictures(self.graph, self._pictures(1, *self.size), self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
         """Describe the network and its input, as JSON by key."""

@@ -46,13 +46,20 @@ def trace_pictures(
 
     Args:
         graph: what to trace.
-        images: pictures :math:`(B, C, H, W)` of the sizes that stay closed. Where sizes are open, :math:`B` has to be 2
-            or more, and :math:`H` another number than :math:`W`, see :func:`trace`.
-        dynamic_batch: take any number of pictures.
+        images: pictures :math:`(B, C, H, W)` of the sizes that stay closed.
+        dynamic_batch: take any number of pictures; otherwise :math:`B`.
         dynamic_size: take any height and width.
     """
-    batch, size = (0,) if dynamic_batch else (), (2, 3) if dynamic_size else ()
-    return trace(graph, {"images": images}, {"images": batch + size})
+    batch, channels, height, width = images.shape
+    open_dims: list[int] = []
+    if dynamic_batch:
+        batch = 2  # what is open must not be 1, see trace
+        open_dims += [0]
+    if dynamic_size:
+        width = height + height // 2 + 1  # and not square
+        open_dims += [2, 3]
+    example = images.new_zeros(batch, channels, height, width)
+    return trace(graph, {"images": example}, {"images": open_dims})
 
 
 def to_onnx(
