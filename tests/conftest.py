@@ -27,6 +27,9 @@ TINY = {
     "img_size": 64,
 }
 
+#: The same with a block a stage, for what takes its time by the block, as tracing and compiling do.
+SHALLOW = TINY | {"depths": (1, 1, 1, 1)}
+
 
 def shared(path: str) -> Path:
     """Return a file beside the project, or skip the test that needs it."""

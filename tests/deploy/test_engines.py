@@ -5,10 +5,11 @@ import torch
 from torch import nn
 
 from kornia_tinyvit import TinyViT
+from kornia_tinyvit.deploy import engines as engines_module
 from kornia_tinyvit.deploy.engines import ENGINES, EagerEngine, InductorEngine, fuse_activations
 from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.graph import build_graph
-from tests.conftest import TINY, liven
+from tests.conftest import SHALLOW, liven
 
 CPU = torch.device("cpu")
 SHAPES = [(2, 3, 64, 64), (3, 3, 64, 64), (1, 3, 70, 96)]
@@ -17,11 +18,27 @@ SHAPES = [(2, 3, 64, 64), (3, 3, 64, 64), (1, 3, 70, 96)]
 @pytest.fixture(scope="module")
 def model() -> TinyViT:
     torch.manual_seed(0)
-    return liven(TinyViT(**TINY))
+    return liven(TinyViT(**SHALLOW))
 
 
 def pictures(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def exported_once():
+    """Export the network once with closed sizes and once with open ones, whichever engine asks: it takes seconds."""
+    with pytest.MonkeyPatch.context() as patch:
+        export, made = engines_module._to_onnx, {}
+
+        def keep(graph, example, dynamic_size):
+            key = None if dynamic_size else example.shape[2:]
+            if key not in made:
+                made[key] = export(graph, example, dynamic_size)
+            return made[key]
+
+        patch.setattr(engines_module, "_to_onnx", keep)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -83,10 +100,9 @@ class TestSameResults:
     def test_inductor(self, model):
         if InductorEngine.missing():
             pytest.skip(InductorEngine.missing())
-        small = liven(TinyViT(**TINY | {"depths": (1, 1, 1, 1)}))
-        engine = InductorEngine(build_graph(small), pictures(2, 3, 32, 32), torch.float32)
+        engine = InductorEngine(build_graph(model), pictures(2, 3, 32, 32), torch.float32)
         images = pictures(2, 3, 32, 32)
-        torch.testing.assert_close(engine(images), small(images).detach(), atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(engine(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
 
 class TestFusedActivations:
@@ -100,7 +116,7 @@ class TestFusedActivations:
         torch.testing.assert_close(folded(images), expected, atol=1e-4, rtol=1e-4)
 
     def test_other_activations_stay(self):
-        folded = fold(liven(TinyViT(**TINY | {"activation": nn.Hardswish})))
+        folded = fold(liven(TinyViT(**SHALLOW | {"activation": nn.Hardswish})))
         images = pictures(1, 3, 64, 64)
         expected = folded(images)
         fuse_activations(folded)
@@ -133,7 +149,7 @@ class TestCuda:
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_same_results(self, model, name, dtype):
         images = pictures(2, 3, 64, 64)
-        on_gpu = TinyViT(**TINY).eval()
+        on_gpu = TinyViT(**SHALLOW).eval()
         on_gpu.load_state_dict(model.state_dict())
         on_gpu.cuda()
         found = ENGINES[name](build_graph(on_gpu), images.cuda(), dtype)(images.cuda()).cpu()

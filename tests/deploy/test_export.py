@@ -8,7 +8,7 @@ from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
 from kornia_tinyvit.deploy import export
 from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program, refuse_difference
 from kornia_tinyvit.training.data import MissingExtraError
-from tests.conftest import TINY, liven
+from tests.conftest import SHALLOW, liven
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -51,12 +51,12 @@ def folder(tmp_path_factory):
 @pytest.fixture(scope="module")
 def network():
     torch.manual_seed(0)
-    return liven(TinyViT(**TINY))
+    return liven(TinyViT(**SHALLOW))
 
 
 @pytest.fixture(scope="module")
-def classifier():
-    return ImageClassifier.from_config("1m", pretrained="cifar10")
+def classifier(network):
+    return ImageClassifier(network, class_names=["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -73,7 +73,7 @@ def backbone_file(network, folder):
 @pytest.fixture(scope="module")
 def encoder():
     torch.manual_seed(0)
-    return liven(TinyViT(**{**TINY, "mobile_sam": True, "num_classes": 0}))
+    return liven(TinyViT(**SHALLOW | {"mobile_sam": True, "num_classes": 0}))
 
 
 @pytest.fixture(scope="module")
