@@ -11,13 +11,13 @@ from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.deploy import allocator, optimizing
 from kornia_tinyvit.deploy.engines import EagerEngine
 from kornia_tinyvit.deploy.optimizing import Optimized, optimize
-from tests.conftest import TINY, liven
+from tests.conftest import SHALLOW, liven
 
 
 @pytest.fixture(scope="module")
 def model() -> TinyViT:
     torch.manual_seed(0)
-    return liven(TinyViT(**TINY))
+    return liven(TinyViT(**SHALLOW))
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +50,7 @@ class TestSignatureAndResults:
 
     @pytest.mark.parametrize("size", [(64, 64), (96, 70)])
     def test_mobile_sam(self, size):
-        encoder = liven(TinyViT(**TINY | {"mobile_sam": True}))
+        encoder = liven(TinyViT(**SHALLOW | {"mobile_sam": True}))
         images = torch.randn(1, 3, *size)
         torch.testing.assert_close(eager(encoder)(images), encoder(images).detach(), atol=1e-4, rtol=1e-4)
 
@@ -65,7 +65,7 @@ class TestSignatureAndResults:
         assert [tuple(each.shape) for each in maps] == [tuple(e.shape) for e in model.forward_intermediates(images[:0])]
 
     def test_keeps_its_own_weights(self, images):
-        model = liven(TinyViT(**TINY))
+        model = liven(TinyViT(**SHALLOW))
         fast = eager(model)
         before = fast(images)
         with torch.no_grad():

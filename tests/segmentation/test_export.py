@@ -11,7 +11,7 @@ from kornia_tinyvit.deploy.export import ExportError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.segmentation import Geometry, MobileSAM, export
 from kornia_tinyvit.segmentation.export import export_mobile_sam
-from tests.conftest import TINY, liven
+from tests.conftest import SHALLOW, liven
 from tests.segmentation.reference_network import IMG_SIZE, build_network
 
 onnx = pytest.importorskip("onnx")
@@ -26,7 +26,7 @@ def sam():
     """A network with a small encoder, whose masks depend on the prompts."""
     torch.manual_seed(0)
     reference = build_network()
-    config = {**TINY, "mobile_sam": True, "num_classes": 0, "img_size": IMG_SIZE}
+    config = SHALLOW | {"mobile_sam": True, "num_classes": 0, "img_size": IMG_SIZE}
     sam = MobileSAM(liven(TinyViT(**config)))
     sam.prompt_encoder.load_state_dict(reference.prompt_encoder.state_dict())
     sam.mask_decoder.load_state_dict(reference.mask_decoder.state_dict())
