@@ -9,13 +9,8 @@ demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
 	@echo "The sheets are in demo/: open them in any picture viewer."
 
-# Tests that load OpenVINO and ONNX Runtime have a process of their own: one that has loaded them may crash when it forks,
-# as torch's data loaders do.
-RUNTIMES := tests/deploy tests/cli/test_benchmark.py tests/cli/test_export.py tests/segmentation/test_export.py
-
 test: setup lint
-	$(BIN)/python -m pytest $(RUNTIMES:%=--ignore=%) --cov --cov-report= --cov-fail-under=0
-	$(BIN)/python -m pytest $(RUNTIMES) --cov --cov-append --cov-report=term
+	$(BIN)/python -m pytest --cov
 
 lint: setup
 	$(BIN)/ruff check .

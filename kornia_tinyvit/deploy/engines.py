@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.deploy.graph import InferenceGraph
+from kornia_tinyvit.deploy.openvino_core import openvino_core
 from kornia_tinyvit.deploy.tracing import has_compiler, to_onnx, trace_pictures
 
 __all__ = ["ENGINES", "Engine"]
@@ -177,7 +178,7 @@ class OpenVinoEngine(Engine):
     def __init__(
         self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
     ) -> None:
-        self.core = _openvino().Core()
+        self.core = openvino_core()
         # It cuts an open graph to a shape without loss, so the graph is traced once.
         traced = _to_onnx(graph, example, dynamic_size=True)
         self.model = self.core.read_model(traced.SerializeToString())
@@ -225,16 +226,8 @@ class OpenVinoEngine(Engine):
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
         if device.type != "cpu":
             return ()
-        able = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         return (torch.float32, *((torch.bfloat16,) if "BF16" in able else ()), torch.int8)
-
-
-def _openvino() -> Any:
-    from kornia_tinyvit.deploy.quantization import without_telemetry
-
-    with without_telemetry():
-        import openvino
-    return openvino
 
 
 #: The engines by name, in the order in which they are told.

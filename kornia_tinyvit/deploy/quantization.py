@@ -14,7 +14,6 @@ import contextlib
 import io
 import itertools
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -24,13 +23,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 from torch import Tensor
 
+from kornia_tinyvit.deploy.openvino_core import one_core, without_telemetry
 from kornia_tinyvit.extras import MissingExtraError
 
 if TYPE_CHECKING:
     import onnx
     import openvino
 
-__all__ = ["CALIBRATION_PICTURES", "quantize_onnx", "quantize_openvino", "without_telemetry"]
+__all__ = ["CALIBRATION_PICTURES", "quantize_onnx", "quantize_openvino"]
 
 #: How many pictures a calibration looks at; the accuracy is the same from about 64 on.
 CALIBRATION_PICTURES = 256
@@ -122,7 +122,7 @@ def quantize_openvino(model: openvino.Model, pictures: Iterable[Tensor]) -> open
     except ImportError as error:
         raise MissingExtraError("int8 for OpenVINO needs nncf: pip install 'kornia-tinyvit[openvino]'.") from error
     batches = _calibration_batches(pictures, _openvino_input(model))
-    with _quiet("nncf"):
+    with _quiet("nncf"), one_core():
         return nncf.quantize(
             model,
             nncf.Dataset(batches),
@@ -131,26 +131,6 @@ def quantize_openvino(model: openvino.Model, pictures: Iterable[Tensor]) -> open
             preset=nncf.QuantizationPreset.PERFORMANCE,
             ignored_scope=nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False),
         )
-
-
-@contextlib.contextmanager
-def without_telemetry() -> Iterator[None]:
-    """Import openvino or nncf in here, and they do not report their use to Intel.
-
-    Otherwise they do so at their import, without asking, and write an identification into ``~/intel``. What they find
-    when they are first imported holds for the process.
-    """
-    switches = {"CI": "true", "NNCF_CI": "1"}
-    before = {name: os.environ.get(name) for name in switches}
-    os.environ.update(switches)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 @contextlib.contextmanager

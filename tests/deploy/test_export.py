@@ -7,6 +7,7 @@ from torch import nn
 from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
 from kornia_tinyvit.deploy import export
 from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program, refuse_difference
+from kornia_tinyvit.deploy.openvino_core import openvino_core
 from kornia_tinyvit.training.data import MissingExtraError
 from tests.conftest import SHALLOW, liven
 
@@ -21,8 +22,8 @@ def by_onnxruntime(path):
 
 
 def by_openvino(path):
-    openvino = pytest.importorskip("openvino")
-    core = openvino.Core()
+    pytest.importorskip("openvino")
+    core = openvino_core()
     model = core.compile_model(core.read_model(path), "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     return lambda images: [torch.from_numpy(each.copy()) for each in model(images.numpy()).values()]
 

@@ -1,4 +1,3 @@
-import os
 import sys
 from collections import Counter
 from pathlib import Path
@@ -12,11 +11,11 @@ import kornia_tinyvit
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.deploy.accuracy import compare
 from kornia_tinyvit.deploy.folding import fold
+from kornia_tinyvit.deploy.openvino_core import openvino_core, without_telemetry
 from kornia_tinyvit.deploy.quantization import (
     CALIBRATION_PICTURES,
     quantize_onnx,
     quantize_openvino,
-    without_telemetry,
 )
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import read_image
@@ -26,7 +25,7 @@ from tests.conftest import shared
 onnx = pytest.importorskip("onnx", reason="needs kornia-tinyvit[export]")
 ort = pytest.importorskip("onnxruntime", reason="needs kornia-tinyvit[export]")
 with without_telemetry():
-    openvino = pytest.importorskip("openvino", reason="needs kornia-tinyvit[openvino]")
+    pytest.importorskip("openvino", reason="needs kornia-tinyvit[openvino]")
     pytest.importorskip("nncf", reason="needs kornia-tinyvit[openvino]")
 
 PHOTOS = Path(kornia_tinyvit.__file__).parent / "assets" / "photos"
@@ -74,7 +73,7 @@ def onnx_int8(graph, crops):
 
 @pytest.fixture(scope="module")
 def openvino_int8(graph, crops):
-    return quantize_openvino(openvino.Core().read_model(graph), crops[0].split(20))
+    return quantize_openvino(openvino_core().read_model(graph), crops[0].split(20))
 
 
 def run_onnx(model):
@@ -86,7 +85,7 @@ def run_onnx(model):
 
 
 def run_openvino(model):
-    compiled = openvino.Core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1})
+    compiled = openvino_core().compile_model(model, "CPU", {"INFERENCE_NUM_THREADS": 1})
     return lambda images: torch.from_numpy(compiled(images.numpy())[0].copy())
 
 
@@ -151,7 +150,7 @@ class TestOpenvino:
         assert 1e-3 < result.mean_error < 0.08
 
     def test_linear_layers_are_integers(self, openvino_int8):
-        compiled = openvino.Core().compile_model(openvino_int8, "CPU")
+        compiled = openvino_core().compile_model(openvino_int8, "CPU")
         information = [operation.get_rt_info() for operation in compiled.get_runtime_model().get_ops()]
         kinds = Counter(
             (str(info["layerType"].astype(str)), str(info["primitiveType"].astype(str))) for info in information
@@ -161,7 +160,7 @@ class TestOpenvino:
         assert all("i8" in primitive or "u8" in primitive for primitive in linear), linear
 
     def test_deterministic_and_quiet(self, graph, openvino_int8, crops, capfd):
-        float_model = openvino.Core().read_model(graph)
+        float_model = openvino_core().read_model(graph)
         operators = len(float_model.get_ops())
         again = quantize_openvino(float_model, crops[0].split(7))
         assert capfd.readouterr().out == ""
@@ -187,7 +186,7 @@ class TestCifar10:
         if engine == "onnxruntime":
             candidate = run_onnx(quantize_onnx(graph, calibration))
         else:
-            candidate = run_openvino(quantize_openvino(openvino.Core().read_model(graph), calibration))
+            candidate = run_openvino(quantize_openvino(openvino_core().read_model(graph), calibration))
         result = compare(network, candidate, batches("test", 1000))
         assert result.pictures == 1000
         assert result.top1_candidate >= result.top1_reference - 1  # half a point is 5 of these pictures
@@ -199,7 +198,7 @@ class TestErrors:
     def quantize(self, request, graph):
         if request.param == "onnxruntime":
             return lambda pictures: quantize_onnx(graph, pictures)
-        return lambda pictures: quantize_openvino(openvino.Core().read_model(graph), pictures)
+        return lambda pictures: quantize_openvino(openvino_core().read_model(graph), pictures)
 
     def test_pictures(self, quantize):
         with pytest.raises(ValueError, match="none"):
@@ -216,7 +215,7 @@ class TestErrors:
             quantize([np.zeros((2, 3, 64, 64), np.float32)])
 
     def test_missing(self, monkeypatch, graph, crops):
-        model = openvino.Core().read_model(graph)
+        model = openvino_core().read_model(graph)
         monkeypatch.setitem(sys.modules, "nncf", None)
         with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[openvino\]'"):
             quantize_openvino(model, [crops[0]])
@@ -235,12 +234,3 @@ def test_endless_pictures(graph):
 
     quantize_onnx(graph, pictures())
     assert sum(taken) <= CALIBRATION_PICTURES + 50
-
-
-def test_without_telemetry(monkeypatch):
-    monkeypatch.setenv("CI", "false")
-    monkeypatch.delenv("NNCF_CI", raising=False)
-    with without_telemetry():
-        assert (os.environ["CI"], os.environ["NNCF_CI"]) == ("true", "1")
-    assert os.environ["CI"] == "false"
-    assert "NNCF_CI" not in os.environ
