@@ -87,6 +87,22 @@ class TestPycocotools:
         assert uncompress_rle({"size": size, "counts": expected.encode()}) == {"size": size, "counts": counts}
 
 
+class TestInstalledPycocotools:
+    """The package itself, where it is installed."""
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # its own, of NumPy 2
+    @given(masks())
+    def test_both_ways(self, mask):
+        coco = pytest.importorskip("pycocotools.mask")
+        theirs = coco.encode(np.asfortranarray(mask, np.uint8))
+        ours = compress_rle(encode_rle(mask))
+        assert ours == {"size": theirs["size"], "counts": theirs["counts"].decode()}
+        np.testing.assert_array_equal(coco.decode(ours), mask)
+        np.testing.assert_array_equal(decode_rle(theirs), mask)
+        assert coco.area(ours) == rle_area(theirs) == mask.sum()
+        assert coco.frPyObjects(encode_rle(mask), *mask.shape) == theirs
+
+
 class TestExceptions:
     @pytest.mark.parametrize("mask", [np.zeros((2, 2)), np.zeros(4, dtype=bool), torch.zeros(1, 2, 2).bool()])
     def test_no_mask(self, mask):
