@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import kornia.augmentation as K
 import numpy as np
@@ -19,7 +19,6 @@ from kornia.models.sam import Sam, SamConfig
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from kornia.models.structures import Prompts
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -31,7 +30,7 @@ from kornia_tinyvit.classification import Picture, evaluating
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
 from kornia_tinyvit.preprocessing import read_pixels, to_pixels
-from kornia_tinyvit.segmentation.automatic import Mask, generate_masks
+from kornia_tinyvit.segmentation.automatic import Mask, Photo, generate_masks
 from kornia_tinyvit.segmentation.decoder import SharingMaskDecoder
 from kornia_tinyvit.segmentation.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.segmentation.prompts import PhotoPrompts, each_photo, prepare_prompts
@@ -277,8 +276,16 @@ class MobileSAM(Sam):
             found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
         return found
 
-    def generate_masks(self, image: Picture | NDArray[np.uint8], **settings: Any) -> list[Mask]:
-        """Segment everything in a photo; see :func:`~kornia_tinyvit.segmentation.generate_masks` for the settings."""
+    @overload
+    def generate_masks(self, image: Photo, **settings: Any) -> list[Mask]: ...
+
+    @overload
+    def generate_masks(self, image: Sequence[Photo] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
+
+    def generate_masks(
+        self, image: Photo | Sequence[Photo] | ImageEmbedding, **settings: Any
+    ) -> list[Mask] | list[list[Mask]]:
+        """Segment everything in a photo, or in several; see :func:`~kornia_tinyvit.segmentation.generate_masks`."""
         return generate_masks(self, image, **settings)
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:

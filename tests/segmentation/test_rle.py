@@ -37,6 +37,7 @@ class TestEncode:
     def test_round_trip(self, mask):
         rle = encode_rle(mask)
         compressed = compress_rle(rle)
+        assert encode_rle(mask, compressed=True) == compressed
         assert json.loads(json.dumps(compressed)) == compressed
         assert uncompress_rle(compressed) == rle
         for each in (rle, compressed, {**compressed, "counts": compressed["counts"].encode()}):
@@ -52,6 +53,7 @@ class TestEncode:
 
     def test_no_pixels(self):
         assert encode_rle(np.zeros((0, 5), dtype=bool)) == {"size": [0, 5], "counts": [0]}
+        assert encode_rle(np.zeros((0, 5), dtype=bool), compressed=True) == {"size": [0, 5], "counts": "0"}
         assert decode_rle({"size": [0, 5], "counts": [0]}).shape == (0, 5)
 
 
