@@ -1,25 +1,30 @@
 """MobileSAM beside kornia and segment-anything in one run: encoder, decoder, and everything in a photo.
 
-    python benchmarks/segmentation.py --photo PHOTO         # all sections
-    python benchmarks/segmentation.py --quick               # a small network, few points: does it run?
+    python benchmarks/segmentation.py                           # all sections, some minutes each
+    python benchmarks/segmentation.py --sections everything     # 1,024 points: 4 minutes of one core
+    python benchmarks/segmentation.py --quick                   # a small network, few points: does it run?
 
 encoder     at 1024, kornia's in eager mode and ours through deploy.optimize
+sizes       our encoder in eager mode on inputs of other sizes
 prompts     the decoder on 1, 16 and 64 points over one picture: kornia's, and FoldedMaskDecoder over the same weights
 everything  SamAutomaticMaskGenerator of the package segment-anything, and generate_masks, both around our encoder in
             eager mode with the same weights and settings
 
 The encoders run in turn in one process and medians are told. Each row of the other sections has a process of its own,
-whose peak memory is told, whole and over the loaded network. All is done with the memory allocator as it comes and
-tuned (see docs/guides/allocator.rst).
+whose peak memory is told, whole and over the loaded network, and its seconds beside those that its threads computed:
+on a machine that does other work meanwhile the latter count. The memory allocator is tuned for all (see
+docs/guides/allocator.rst); --allocator both does everything twice, also as it comes. segment-anything needs torchvision
+too; without both its row is left out.
 
 Weights are random, but made to draw masks of large pieces. Random networks think well of all their masks or of none, so
-the thresholds are quantiles of what this one says: a sixth of the masks pass both, before suppression. "agree" counts
-the masks of segment-anything that ours holds with an IoU of 0.99 or more, "identical" those of the same pixels.
+the thresholds are quantiles of what this one says: a sixth of the masks pass both, and none is suppressed. "agree"
+counts the masks of segment-anything that ours holds with an IoU of 0.99 or more, "identical" those of the same pixels.
 """
 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import shlex
 import statistics
@@ -34,6 +39,7 @@ import numpy as np
 import torch
 from deploy import ENCODERS, measure_networks, show_networks
 from eager import child, status
+from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
@@ -41,12 +47,13 @@ from kornia_tinyvit.deploy.measuring import describe_machine
 from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.segmentation import FoldedMaskDecoder, MobileSAM, decode_rle, generate_masks
 
-SECTIONS = ("encoder", "prompts", "everything")
+SECTIONS = ("encoder", "sizes", "prompts", "everything")
 DECODERS = ("kornia", "ours", "ours bfloat16")
 GENERATORS = ("segment-anything", "ours", "ours bfloat16")
 PROMPTS = (1, 16, 64)
+SIZES = ((1024, 1024), (768, 768), (512, 1024), (512, 512))
 PASSING_IOU, PASSING_STABILITY = 0.35, 0.5  # shares of the masks that pass a threshold, and both one after the other
-BOX_NMS = 0.95  # random masks are spread all over the photo, so at 0.7 a handful would be left
+BOX_NMS = 1.0  # random masks are spread all over the photo, and all but one or two would count as its duplicates
 
 
 @torch.no_grad()
@@ -81,17 +88,32 @@ def as_original(sam: MobileSAM) -> nn.Module:
 
 
 def timed(work: Callable[[], Any], repetitions: int, warmup: int) -> tuple[Any, dict]:
-    """Return what the work returns, the median of its seconds, and the peak of memory meanwhile in MB."""
+    """Return what the work returns, the medians of its seconds, and the peak of memory meanwhile in MB."""
     torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # what torch's first operators load is not the network's
     with open("/proc/self/clear_refs", "w") as file:
         file.write("5")  # the peak starts anew
-    before, seconds = status("VmRSS"), []
+    before = status("VmRSS")
+    clocks: list[tuple[float, float]] = []
     for _ in range(warmup + repetitions):
-        start = time.perf_counter()
+        start = time.perf_counter(), time.process_time()
         found = work()
-        seconds.append(time.perf_counter() - start)
+        clocks.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     peak = status("VmHWM")
-    return found, {"s": statistics.median(seconds[warmup:]), "peak_mb": peak, "over_mb": peak - before}
+    seconds, computed = (statistics.median(each[warmup:]) for each in zip(*clocks, strict=True))
+    return found, {"s": seconds, "cpu_s": computed, "peak_mb": peak, "over_mb": peak - before}
+
+
+@torch.no_grad()
+def measure_sizes(task: dict) -> list[dict]:
+    """Measure the encoder on inputs of several sizes."""
+    rows = []
+    for height, width in SIZES:
+        shape = [side * task["size"] // SIZES[0][0] for side in (height, width)]
+        sam = build(task | {"size": tuple(shape)})
+        inputs = torch.rand(1, 3, *shape)
+        told = timed(functools.partial(sam.image_encoder, inputs), task["repetitions"], warmup=1)[1]
+        rows.append({"shape": shape} | told)
+    return rows
 
 
 @torch.no_grad()
@@ -99,7 +121,8 @@ def measure_prompts(task: dict) -> dict:
     """Measure a decoder on prompts of one point."""
     sam = build(task)
     dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
-    decoder = sam.mask_decoder if task["who"] == "kornia" else FoldedMaskDecoder(sam.mask_decoder, dtype)
+    kornias = functools.partial(MaskDecoder.forward, sam.mask_decoder)
+    decoder = kornias if task["who"] == "kornia" else FoldedMaskDecoder(sam.mask_decoder, dtype)
     cells = task["size"] // 16
 
     def arguments(count: int) -> tuple[Tensor, ...]:
@@ -111,7 +134,7 @@ def measure_prompts(task: dict) -> dict:
     asked = arguments(task["count"])
     _, told = timed(lambda: decoder(*asked, multimask_output=True), task["repetitions"], warmup=1)
     few = arguments(2)
-    found, expected = (each(*few, multimask_output=True)[0] for each in (decoder, sam.mask_decoder))
+    found, expected = (each(*few, multimask_output=True)[0] for each in (decoder, kornias))
     return told | {"error": ((found - expected).abs().mean() / expected.abs().mean()).item()}
 
 
@@ -166,7 +189,7 @@ def everything(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
     settings = child(task | {"what": "thresholds"}, tuned, args.threads, __file__)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
-        paths = {who: Path(folder) / f"{who}.json" for who in GENERATORS}
+        paths = {who: Path(folder) / f"{who}.json" for who in choose(GENERATORS, args)}
         for who, path in paths.items():
             one = task | {"what": "everything", "who": who, "settings": settings, "masks": str(path)}
             rows.append({"who": who} | child(one, tuned, args.threads, __file__))
@@ -177,22 +200,32 @@ def everything(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
     return rows
 
 
+def choose(rows: tuple[str, ...], args: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(who for who in rows if args.bfloat16 or "bfloat16" not in who)
+
+
 def prompts(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
     """Run all decoders on all numbers of prompts, each in a process of its own."""
     rows = []
     for count in PROMPTS[:2] if args.quick else PROMPTS:
-        for who in DECODERS:
+        for who in choose(DECODERS, args):
             one = task | {"what": "prompts", "who": who, "count": count, "repetitions": 2 if args.quick else 7}
             rows.append({"who": who, "count": count} | child(one, tuned, args.threads, __file__))
     return rows
 
 
-def show_prompts(rows: list[dict]) -> None:
-    kornia = {row["count"]: row["s"] for row in rows if row["who"] == "kornia"}
+def show_sizes(rows: list[dict]) -> None:
     for row in rows:
-        speed = f"{1000 * row['s']:9.1f} ms   {kornia[row['count']] / row['s']:5.2f}x kornia"
+        height, width = row["shape"]
+        print(f"    {height:4}x{width:<4} {show_times(row, rows[0], 'the largest')}", flush=True)
+
+
+def show_prompts(rows: list[dict]) -> None:
+    kornia = {row["count"]: row for row in rows if row["who"] == "kornia"}
+    for row in rows:
         error = "" if row["who"] == "kornia" else f"   relative error of the logits {row['error']:.1e}"
-        print(f"    {row['who']:16} {row['count']:3} prompts {speed}   {show_memory(row)}{error}", flush=True)
+        times = show_times(row, kornia[row["count"]], "kornia")
+        print(f"    {row['who']:16} {row['count']:3} prompts {times}   {show_memory(row)}{error}", flush=True)
 
 
 def show_everything(rows: list[dict]) -> None:
@@ -201,13 +234,19 @@ def show_everything(rows: list[dict]) -> None:
         if "absent" in row:
             print(f"    {row['who']:16}   left out: {row['absent']}")
             continue
-        over = f"{reference['s'] / row['s']:5.2f}x segment-anything" if "s" in reference else ""
         same = ""
         if "agree" in row:
-            total = reference["masks"]
-            same = f"   of {total} masks {row['agree']} agree, {row['identical']} identical"
-        print(f"    {row['who']:16} {row['s']:8.2f} s   {over}   {show_memory(row)}   {row['masks']} masks{same}")
+            same = f"   of {reference['masks']} masks {row['agree']} agree, {row['identical']} identical"
+        times = show_times(row, reference, "segment-anything")
+        print(f"    {row['who']:16} {times}   {show_memory(row)}   {row['masks']} masks{same}")
     sys.stdout.flush()
+
+
+def show_times(row: dict, reference: dict, name: str) -> str:
+    times = f"{row['s']:8.3f} s, computed {row['cpu_s']:8.3f} s"
+    if "s" not in reference:
+        return times
+    return f"{times}   {reference['s'] / row['s']:5.2f}x {name}, computed {reference['cpu_s'] / row['cpu_s']:5.2f}x"
 
 
 def show_memory(row: dict) -> str:
@@ -232,6 +271,13 @@ def report(args: argparse.Namespace) -> dict:
             lambda tuned: child(encoder, tuned, args.threads, __file__),
             show_networks,
         ),
+        "sizes": (
+            f"Encoder, {variant}, eager, at other sizes",
+            lambda tuned: child(
+                task | {"what": "sizes", "repetitions": 1 if args.quick else 3}, tuned, args.threads, __file__
+            ),
+            show_sizes,
+        ),
         "prompts": (f"Decoder at {size}", lambda tuned: prompts(args, task, tuned), show_prompts),
         "everything": (
             f"Everything in a photo, {variant} at {size}, {args.points_per_side}x{args.points_per_side} points",
@@ -253,11 +299,14 @@ def report(args: argparse.Namespace) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
+    parser.add_argument(
+        "--sections", type=lambda text: text.split(","), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}"
+    )
     parser.add_argument("--photo", default=str(ASSETS / "photos" / "rocket.jpg"), help="default: one of the package")
     parser.add_argument("--points-per-side", type=int, help="default: 32, or 4 with --quick")
     parser.add_argument("--quick", action="store_true", help="a small network at 256 pixels, few repetitions")
-    parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="both")
+    parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false", help="leave its rows out")
+    parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="tuned")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="file to write all numbers to")
     parser.add_argument("--child", type=json.loads, help=argparse.SUPPRESS)
@@ -265,6 +314,7 @@ def main() -> None:
     if args.child:
         measures = {
             "mobile_sam": measure_networks,
+            "sizes": measure_sizes,
             "prompts": measure_prompts,
             "thresholds": measure_thresholds,
             "everything": measure_everything,

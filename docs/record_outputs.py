@@ -20,9 +20,12 @@ import sys
 import tempfile
 from pathlib import Path
 
+import torch
 from PIL import Image
 
+from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.segmentation import MobileSAM
 from kornia_tinyvit.training import RECIPES, Recipe
 
 DOCS = Path(__file__).resolve().parent
@@ -35,6 +38,8 @@ COMMANDS = {
     "classify_json": "kornia-tinyvit classify horse.png --top-k 2 --json",
     "pretrained": "kornia-tinyvit pretrained",
     "export": "kornia-tinyvit export photos.onnx --photos --pixels uint8",
+    "segment": """kornia-tinyvit segment chelsea.png --box 100,20,400,290 --box 10,150,120,290 \\
+    --checkpoint mobile_sam.safetensors""",
     "error": "kornia-tinyvit classify no_such.png",
     "distill_estimate": SAVE + " --estimate",
     "distill_save": SAVE,
@@ -101,6 +106,12 @@ def write_pieces(root: Path) -> None:
             small.crop((2 * number, 2 * number, 2 * number + 100, 2 * number + 100)).save(root / name / f"{number}.png")
 
 
+def write_mobile_sam(path: Path) -> None:
+    """Write a MobileSAM with random weights, since the published ones are not part of the package."""
+    torch.manual_seed(0)
+    save_checkpoint(MobileSAM.from_config("1m", img_size=256), path)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
@@ -112,6 +123,7 @@ def main() -> None:
         for photo in (ASSETS / "photos").iterdir():
             shutil.copy(photo, folder)
         write_pieces(Path(folder) / "photos")
+        write_mobile_sam(Path(folder) / "mobile_sam.safetensors")
         commands = dict(COMMANDS)
         if args.cifar10:
             for split in ("train", "test"):

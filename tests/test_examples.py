@@ -25,6 +25,7 @@ from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugm
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
 from kornia_tinyvit.training import MaskedImages, evaluate_segmenter
+from tests.conftest import TINY
 from tests.training.test_semantic import NAMES, make_scenes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -40,6 +41,13 @@ def run(*command: object, cwd: Path, status: int = 0) -> str:
     )
     assert done.returncode == status, done.stderr
     return done.stderr if status else done.stdout
+
+
+def load_example(name: str):
+    spec = importlib.util.spec_from_file_location(name, EXAMPLES / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def json_lines(output: str) -> list[dict]:
@@ -136,9 +144,7 @@ def test_multiscale_features(tmp_path):
 
 
 def test_feature_pyramid_hands_down_but_not_up():
-    spec = importlib.util.spec_from_file_location("multiscale_features", EXAMPLES / "multiscale_features.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    module = load_example("multiscale_features")
     maps = [torch.rand(1, 4, side, side + 3, requires_grad=True) for side in (9, 5, 3)]
     levels = module.FeaturePyramid((4, 4, 4), 6)(maps)
     assert [tuple(level.shape) for level in levels] == [(1, 6, 9, 12), (1, 6, 5, 8), (1, 6, 3, 6)]
@@ -374,3 +380,42 @@ def test_segment_semantic(tmp_path):
     assert not sheet[1, 328 + 20].any()  # the frame has no label
     resumed = run(EXAMPLES / "segment_semantic.py", data, *options, "--out", "runs/it", cwd=tmp_path)
     assert json_lines(resumed) == [train, val]
+
+
+def test_unet_decoder(tmp_path):
+    data = make_scenes(tmp_path / "data", 3)
+    options = ("--pictures", 3, "--img-size", 64, "--epochs", 12, "--lr", 3e-3, "--out", "new/unet.pt")
+    output = run(EXAMPLES / "unet_decoder.py", data, *options, cwd=tmp_path)
+    assert "out_channels (3, 0, 32, 64, 96, 160), output_stride 32" in output
+    maps = re.findall(r"^ +(\d+) channels: (\d+) x (\d+) x (\d+)$", output, re.MULTILINE)
+    sides = (64, 32, 16, 8, 4, 2)
+    assert [tuple(map(int, each)) for each in maps] == [
+        (channels, channels, side, side) for channels, side in zip((3, 0, 32, 64, 96, 160), sides, strict=True)
+    ]
+    first, last, found = json_lines(output)
+    assert (first["epoch"], last["epoch"]) == (1, 12)
+    assert last["loss"] < first["loss"]
+    assert (found["pictures"], found["classes_present"]) == (3, 3)
+
+    # What is in the file, loaded again, gives what was printed.
+    module = load_example("unet_decoder")
+    encoder = module.TinyViTEncoder(TinyViT.from_config("1m", num_classes=0))
+    network = module.Unet(encoder, module.UnetDecoder(encoder.out_channels), 16, 3)
+    network.load_state_dict(torch.load(tmp_path / "new" / "unet.pt", weights_only=True))
+    measured = module.evaluate(network, *module.load(MaskedImages.open(data).sample(3), 64), 3)
+    assert found["mean_iou"] == pytest.approx(measured.mean_iou, abs=0.01)
+    assert found["pixel_accuracy"] == pytest.approx(measured.pixel_accuracy, abs=0.01)
+
+
+def test_unet_of_any_size():
+    """Sides that no stride divides, and gradients into every stage."""
+    module = load_example("unet_decoder")
+    encoder = module.TinyViTEncoder(TinyViT(**TINY | {"num_classes": 0}))
+    features = encoder(torch.rand(2, 3, 75, 101))
+    assert [tuple(each.shape[2:]) for each in features] == [(75, 101), (38, 51), (19, 26), (10, 13), (5, 7), (3, 4)]
+    assert [each.shape[1] for each in features] == list(encoder.out_channels)
+    network = module.Unet(encoder, module.UnetDecoder(encoder.out_channels, (12, 8, 8, 8, 4)), 4, 5)
+    logits = network(torch.rand(2, 3, 75, 101))
+    assert logits.shape == (2, 5, 75, 101)
+    logits.sum().backward()
+    assert all(weight.grad is not None for weight in encoder.backbone.layers.parameters())

@@ -17,7 +17,7 @@ from torch import Tensor
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.preprocessing import read_pixels
-from kornia_tinyvit.segmentation import RLE, MobileSAM, compress_rle, decode_rle, draw_overlay, encode_rle
+from kornia_tinyvit.segmentation import RLE, MobileSAM, decode_rle, draw_overlay, encode_rle
 
 Found = list[dict[str, Any]]
 
@@ -59,8 +59,11 @@ def segment(
         str | None, typer.Option(help="Path or URL of a whole MobileSAM. Default: the published one, downloaded once.")
     ] = None,
     img_size: Annotated[
-        int | None,
-        typer.Option(help="Longest side in pixels to run at, a multiple of 16. Default: that of the weights, 1024."),
+        str | None,
+        typer.Option(
+            help="Side in pixels to run at, or heightxwidth such as 512x1024; multiples of 16. Default: that of the "
+            "weights, 1024."
+        ),
     ] = None,
     device: Device = "cpu",
     as_json: Json = False,
@@ -68,7 +71,7 @@ def segment(
     """Cut objects out of a photo: those at points, in boxes, or everything."""
     prompts = _parse(point or [], box or [], everything)
     pixels = read_pixels(photo)
-    sam = _build(variant, checkpoint, img_size).to(parse_device(device)).eval()
+    sam = _build(variant, checkpoint, _parse_size(img_size)).to(parse_device(device)).eval()
     picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
     found = _everything(sam, picture) if everything else _prompted(sam, picture, prompts)
     written = _write(out, photo, pixels, found, prompts, mask_format)
@@ -102,6 +105,18 @@ def _parse(points: list[str], boxes: list[str], everything: bool) -> _Prompts:
     )
 
 
+def _parse_size(text: str | None) -> int | tuple[int, int] | None:
+    if text is None:
+        return None
+    try:
+        sides = [int(side) for side in text.split("x")]
+    except ValueError:
+        sides = []
+    if len(sides) not in (1, 2):
+        raise ValueError(f"--img-size takes a side, or heightxwidth such as 512x1024; got {text!r}.")
+    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
+
+
 def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list[float]:
     try:
         numbers = [float(part) for part in text.split(",")]
@@ -112,7 +127,7 @@ def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list
     return numbers
 
 
-def _build(variant: str | None, checkpoint: str | None, img_size: int | None) -> MobileSAM:
+def _build(variant: str | None, checkpoint: str | None, img_size: int | tuple[int, int] | None) -> MobileSAM:
     try:
         return MobileSAM.from_config(variant, checkpoint is None, checkpoint, img_size)
     except CheckpointError as error:
@@ -155,7 +170,7 @@ def _describe(mask: Tensor) -> dict[str, Any]:
     if len(rows):
         left, top = int(columns[0]), int(rows[0])
         box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
-    return {"segmentation": compress_rle(encode_rle(mask)), "bbox": box, "area": int(mask.sum())}
+    return {"segmentation": encode_rle(mask, compressed=True), "bbox": box, "area": int(mask.sum())}
 
 
 def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: _Prompts, form: Format) -> list[Path]:

@@ -5,10 +5,10 @@ what its encoder saw of photos.
 """
 
 from kornia_tinyvit.segmentation.automatic import Mask, generate_masks
-from kornia_tinyvit.segmentation.decoder import FoldedMaskDecoder
+from kornia_tinyvit.segmentation.decoder import FoldedMaskDecoder, SharingMaskDecoder
 from kornia_tinyvit.segmentation.embedding import Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.segmentation.export import export_mobile_sam
-from kornia_tinyvit.segmentation.mobile_sam import MaskPrediction, MobileSAM
+from kornia_tinyvit.segmentation.mobile_sam import MaskPrediction, MobileSAM, MobileSAMPrompter
 from kornia_tinyvit.segmentation.overlay import distinct_colors, draw_overlay
 from kornia_tinyvit.segmentation.regions import remove_small_regions
 from kornia_tinyvit.segmentation.rle import RLE, compress_rle, decode_rle, encode_rle, rle_area, uncompress_rle
@@ -23,8 +23,10 @@ __all__ = [
     "MaskPrediction",
     "MlpDecoder",
     "MobileSAM",
+    "MobileSAMPrompter",
     "SegmenterConfig",
     "SemanticSegmenter",
+    "SharingMaskDecoder",
     "compress_rle",
     "decode_rle",
     "distinct_colors",

@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, Any, Literal, cast, overload
 
 import numpy as np
 import torch
@@ -20,19 +20,23 @@ from torch import Tensor
 
 from kornia_tinyvit.preprocessing import read_pixels, to_pixels
 from kornia_tinyvit.segmentation.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
-from kornia_tinyvit.segmentation.embedding import Geometry
+from kornia_tinyvit.segmentation.embedding import Geometry, ImageEmbedding
 from kornia_tinyvit.segmentation.regions import remove_small_regions
-from kornia_tinyvit.segmentation.rle import RLE, compress_rle, decode_rle, encode_rle, rle_area
+from kornia_tinyvit.segmentation.rle import RLE, decode_rle, encode_rle, rle_area, uncompress_rle
 
 if TYPE_CHECKING:
     from kornia_tinyvit.segmentation.mobile_sam import MobileSAM
 
-__all__ = ["OUTPUT_MODES", "Mask", "generate_masks"]
+__all__ = ["OUTPUT_MODES", "Mask", "Photo", "generate_masks"]
+
+#: What is taken for a photo.
+Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off
 PIXELS = 1 << 21  # enlarged at a time: 8 MiB of logits
+LOGITS = 1 << 28  # bytes of a crop's candidates kept as logits; those beyond are encoded before duplicates are removed
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -68,6 +72,11 @@ class _Settings:
     stability_score_thresh: float
     stability_score_offset: float
     box_nms_thresh: float
+    crop_n_layers: int
+    crop_nms_thresh: float
+    crop_overlap_ratio: float
+    min_mask_region_area: int
+    output_mode: str
     mask_threshold: float
 
 
@@ -75,7 +84,7 @@ class _Settings:
 class _Candidates:
     """Masks of a crop that pass the filters, before duplicates are removed; all but the logits on the CPU."""
 
-    logits: list[Tensor]  # (r, c) each
+    masks: list[Tensor | RLE]  # logits (r, c), or encoded in the photo, each
     boxes: Tensor  # (K, 4), in pixels of the crop
     iou: Tensor  # (K,)
     stability: Tensor  # (K,)
@@ -84,15 +93,15 @@ class _Candidates:
     @classmethod
     def join(cls, parts: Sequence[_Candidates]) -> _Candidates:
         names = ("boxes", "iou", "stability", "points")
-        logits = [each for part in parts for each in part.logits]
-        return cls(logits, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
+        masks = [each for part in parts for each in part.masks]
+        return cls(masks, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
 @dataclass(frozen=True)
 class _Found:
     """Masks in the photo."""
 
-    rles: list[RLE]
+    rles: list[RLE]  # compressed: as lists the runs of a ragged mask take twenty times the memory
     boxes: Tensor
     iou: Tensor
     stability: Tensor
@@ -111,10 +120,20 @@ class _Found:
         return cls(rles, *(torch.cat([getattr(part, name) for part in parts]) for name in names))
 
 
+@overload
+def generate_masks(sam: MobileSAM, image: Photo, *args: Any, **settings: Any) -> list[Mask]: ...
+
+
+@overload
+def generate_masks(
+    sam: MobileSAM, image: Sequence[Photo] | ImageEmbedding, *args: Any, **settings: Any
+) -> list[list[Mask]]: ...
+
+
 @torch.no_grad()
 def generate_masks(
     sam: MobileSAM,
-    image: Tensor | str | Path | Image.Image | NDArray[np.uint8],
+    image: Photo | Sequence[Photo] | ImageEmbedding,
     points_per_side: int | None = 32,
     points_per_batch: int = 64,
     pred_iou_thresh: float = 0.88,
@@ -129,19 +148,21 @@ def generate_masks(
     min_mask_region_area: int = 0,
     output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask",
     dtype: torch.dtype | None = None,
-) -> list[Mask]:
-    """Segment everything in a photo.
+    batch_size: int = 4,
+) -> list[Mask] | list[list[Mask]]:
+    """Segment everything in a photo, or in each of several.
 
     The masks are those of segment-anything's ``SamAutomaticMaskGenerator`` on the same weights with the same settings,
     in the same order. A point's masks must pass the network's own judgement, be stable against the threshold, and not
     be cut off by the edge of a crop; of masks whose boxes overlap, the best stays.
 
-    Memory hardly grows with the photo but for the masks that are returned: a boolean mask takes a byte a pixel, its
-    runs some thousandths of that.
+    Memory hardly grows with the photo or the number of masks but for what is returned, see ``output_mode``.
 
     Args:
         sam: the network.
-        image: a photo as :meth:`MobileSAM.embed` takes it, or a uint8 array :math:`(H, W, 3)`. Files, PIL images and
+        image: a photo as :meth:`MobileSAM.embed` takes it, or a uint8 array :math:`(H, W, 3)`; several of these in a
+            sequence, or in a tensor :math:`(B, 3, H, W)` or array :math:`(B, H, W, 3)`; or what
+            :meth:`MobileSAM.embed` returned, here or before in a file, which saves the encoder. Files, PIL images and
             arrays are resized exactly as segment-anything does it.
         points_per_side: points of the grid along a side of the photo; ``None`` with ``point_grids``.
         points_per_batch: the most points decoded together. On a CPU 8 are best, and taken if it allows.
@@ -157,17 +178,21 @@ def generate_masks(
         point_grids: for each layer from 0 on, points :math:`(G, 2)`, x and y in [0, 1], instead of
             ``points_per_side``.
         min_mask_region_area: fill holes and drop islands of fewer pixels, then suppress duplicates again.
-        output_mode: what ``segmentation`` is: ``"binary_mask"``; ``"uncompressed_rle"`` or ``"coco_rle"``, of which
-            the latter holds text and takes the least memory.
+        output_mode: what ``segmentation`` is. ``"binary_mask"``: an array, a byte a pixel, so 8 MB each for a photo of
+            3840x2160; ``"coco_rle"``: runs as text, some kilobytes; ``"uncompressed_rle"``: runs as a list, some tens
+            of kilobytes.
         dtype: precision of the decoder's work on the picture. ``torch.bfloat16`` is faster on hardware that has it;
             masks near a threshold may come or go, and borders move.
+        batch_size: photos that the encoder sees at a time.
 
     Returns:
-        The masks, the best first within a crop.
+        The masks of a photo, the best first within a crop; of several photos or an embedding, a list of these, one for
+        each photo.
 
     Raises:
         TypeError: if the image is of no kind that is known.
-        ValueError: if a setting is out of its range, or the image has no pixels or another shape.
+        ValueError: if a setting is out of its range, the image has no pixels or another shape, or an embedding is of
+            other weights, of another input size, or given with crop layers, which need the photo.
 
     Example:
         >>> from kornia_tinyvit.segmentation import MobileSAM
@@ -175,38 +200,110 @@ def generate_masks(
         >>> masks = generate_masks(sam, torch.rand(3, 48, 80), points_per_side=2, stability_score_thresh=0)
         >>> [mask.segmentation.shape for mask in masks if mask.area > 48 * 80]
         []
+        >>> len(generate_masks(sam, torch.rand(2, 3, 48, 80), points_per_side=2))
+        2
     """
     if output_mode not in OUTPUT_MODES:
         raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {output_mode!r}.")
-    if points_per_batch < 1 or crop_n_layers < 0:
+    if min(points_per_batch, batch_size) < 1 or crop_n_layers < 0:
         raise ValueError(
-            "points_per_batch must be at least 1, crop_n_layers at least 0; "
-            f"got {points_per_batch} and {crop_n_layers}."
+            "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
+            f"got {points_per_batch}, {batch_size} and {crop_n_layers}."
         )
-    grids = _point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor, point_grids)
     settings = _Settings(
         points_per_batch,
         pred_iou_thresh,
         stability_score_thresh,
         stability_score_offset,
         box_nms_thresh,
+        crop_n_layers,
+        crop_nms_thresh,
+        crop_overlap_ratio,
+        min_mask_region_area,
+        output_mode,
         sam.mask_threshold,
     )
-    photo = _open(image)
-    crops = _crop_boxes(_size(photo), crop_n_layers, crop_overlap_ratio)
-    decoder = FoldedMaskDecoder(sam.mask_decoder, dtype)
-    found = _Found.join([_segment_crop(sam, decoder, photo, crop, grids[layer], settings) for crop, layer in crops])
-    if len(crops) > 1:
-        sides = found.crops[:, 2:] - found.crops[:, :2]
-        found = found.select(_suppress(found.boxes, 1 / sides.prod(1), crop_nms_thresh))
-    if min_mask_region_area > 0:
-        found = _without_small_regions(found, min_mask_region_area, max(box_nms_thresh, crop_nms_thresh))
-    return [_record(found, index, output_mode) for index in range(len(found.rles))]
+    grids = _point_grids(points_per_side, crop_n_layers, crop_n_points_downscale_factor, point_grids)
+    segment = _Everything(sam, FoldedMaskDecoder(sam.mask_decoder, dtype), grids, settings)
+    if isinstance(image, ImageEmbedding):
+        return segment.embedded(image)
+    several = isinstance(image, Sequence) and not isinstance(image, str)
+    if several or (isinstance(image, (Tensor, np.ndarray)) and image.ndim == 4):
+        photos = cast("Sequence[Photo]", image)
+        batches = (photos[start : start + batch_size] for start in range(0, len(photos), batch_size))
+        return [masks for batch in batches for masks in segment([_open(photo) for photo in batch])]
+    return segment([_open(cast("Photo", image))])[0]
 
 
-def _open(image: Tensor | str | Path | Image.Image | NDArray[np.uint8]) -> Tensor | Image.Image:
+@dataclass(frozen=True)
+class _Everything:
+    """The search for everything in photos, with its settings."""
+
+    sam: MobileSAM
+    decoder: FoldedMaskDecoder
+    grids: list[Tensor]
+    settings: _Settings
+
+    def __call__(self, photos: list[Tensor | Image.Image]) -> list[list[Mask]]:
+        """Return the masks of each photo; the encoder sees all photos together, and crops one by one."""
+        embedding = self.sam.embed(photos, batch_size=max(1, len(photos)))
+        return [self._search(photo, whole) for photo, whole in zip(photos, embedding, strict=True)]
+
+    def embedded(self, embedding: ImageEmbedding) -> list[list[Mask]]:
+        """Return the masks of each photo of an embedding."""
+        if self.settings.crop_n_layers:
+            raise ValueError(
+                f"crop_n_layers={self.settings.crop_n_layers} looks at parts of the photo, enlarged, and an embedding "
+                "holds no pixels: pass the photo, or crop_n_layers=0."
+            )
+        self.sam.check_embedding(embedding)
+        first = next(self.decoder.parameters())
+        return [self._search(None, whole.to(first.device, first.dtype)) for whole in embedding]
+
+    def _search(self, photo: Tensor | Image.Image | None, whole: ImageEmbedding) -> list[Mask]:
+        s = self.settings
+        size = whole.geometries[0].original_size
+        crops = _crop_boxes(size, s.crop_n_layers, s.crop_overlap_ratio)
+        found = _Found.join([self._search_crop(photo, whole, crop, layer) for crop, layer in crops])
+        if len(crops) > 1:
+            sides = found.crops[:, 2:] - found.crops[:, :2]
+            found = found.select(_suppress(found.boxes, 1 / sides.prod(1), s.crop_nms_thresh))
+        if s.min_mask_region_area > 0:
+            threshold = max(s.box_nms_thresh, s.crop_nms_thresh)
+            found = _without_small_regions(found, s.min_mask_region_area, threshold)
+        return [_record(found, index, s.output_mode) for index in range(len(found.rles))]
+
+    def _search_crop(self, photo: Tensor | Image.Image | None, whole: ImageEmbedding, crop: Box, layer: int) -> _Found:
+        """Segment a part of the photo, and tell where in the photo its masks are."""
+        embedding = whole if photo is None or layer == 0 else self.sam.embed(_cut(photo, crop))
+        size, s = whole.geometries[0].original_size, self.settings
+        prompts = _Prompts(self.sam, self.decoder, embedding.features, embedding.geometries[0])
+        enlarge = _Enlargement(embedding.geometries[0], prompts.low_size, embedding.features.device)
+        left, top, right, bottom = crop
+        points = self.grids[layer] * self.grids[layer].new_tensor([right - left, bottom - top])
+        masks = (self.decoder.decoder.num_mask_tokens - 1) * len(points)
+        store = _Store(enlarge, prompts.image.tokens, masks)
+        batches = [
+            _filter(*proposed, enlarge, store, crop, size, s) for proposed in prompts.propose(points, enlarge.cells, s)
+        ]
+        found = _Candidates.join(batches)
+        kept = _suppress(found.boxes, found.iou, s.box_nms_thresh)
+        offset = torch.tensor([left, top])
+        return _Found(
+            [_encode(found.masks[index], enlarge, crop, size, s.mask_threshold) for index in kept.tolist()],
+            found.boxes[kept] + offset.repeat(2),
+            found.iou[kept],
+            found.stability[kept],
+            found.points[kept] + offset,
+            torch.tensor(crop).expand(len(kept), 4),
+        )
+
+
+def _open(image: Photo) -> Tensor | Image.Image:
     """Return the photo as something that :meth:`MobileSAM.embed` takes and that can be cropped."""
     if isinstance(image, Tensor):
+        if image.ndim != 3 or not image.numel():
+            raise ValueError(f"A photo must be (3, H, W) with pixels; got {tuple(image.shape)}.")
         return image
     if isinstance(image, (str, Path)):
         image = read_pixels(image).movedim(0, -1).numpy()
@@ -217,14 +314,6 @@ def _open(image: Tensor | str | Path | Image.Image | NDArray[np.uint8]) -> Tenso
     if image.dtype != np.uint8 or image.ndim != 3 or image.shape[2] != 3 or not image.size:
         raise ValueError(f"An array must be uint8 (H, W, 3) with pixels; got {image.dtype} {image.shape}.")
     return Image.fromarray(image)
-
-
-def _size(photo: Tensor | Image.Image) -> tuple[int, int]:
-    if isinstance(photo, Image.Image):
-        return photo.height, photo.width
-    if photo.ndim != 3 or not photo.numel():
-        raise ValueError(f"A photo must be (3, H, W) with pixels; got {tuple(photo.shape)}.")
-    return photo.shape[1], photo.shape[2]
 
 
 def _point_grids(
@@ -266,37 +355,9 @@ def _crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> lis
     return crops
 
 
-def _segment_crop(
-    sam: MobileSAM,
-    decoder: FoldedMaskDecoder,
-    photo: Tensor | Image.Image,
-    crop: Box,
-    grid: Tensor,
-    settings: _Settings,
-) -> _Found:
-    """Segment a part of the photo, and tell where in the photo its masks are."""
+def _cut(photo: Tensor | Image.Image, crop: Box) -> Tensor | Image.Image:
     left, top, right, bottom = crop
-    part = photo.crop(crop) if isinstance(photo, Image.Image) else photo[:, top:bottom, left:right]
-    embedding = sam.embed(part)
-    prompts = _Prompts(sam, decoder, embedding.features, embedding.geometries[0])
-    enlarge = _Enlargement(embedding.geometries[0], prompts.low_size, embedding.features.device)
-    points = grid * grid.new_tensor([right - left, bottom - top])
-    batches = [
-        _filter(*proposed, enlarge, crop, _size(photo), settings)
-        for proposed in prompts.propose(points, enlarge.cells, settings)
-    ]
-    found = _Candidates.join(batches)
-    kept = _suppress(found.boxes, found.iou, settings.box_nms_thresh)
-    masks = (enlarge(found.logits[index][None])[0] > settings.mask_threshold for index in kept.tolist())
-    offset = torch.tensor([left, top])
-    return _Found(
-        [encode_rle(_place(mask, crop, _size(photo))) for mask in masks],
-        found.boxes[kept] + offset.repeat(2),
-        found.iou[kept],
-        found.stability[kept],
-        found.points[kept] + offset,
-        torch.tensor(crop).expand(len(kept), 4),
-    )
+    return photo.crop(crop) if isinstance(photo, Image.Image) else photo[:, top:bottom, left:right]
 
 
 class _Prompts:
@@ -360,10 +421,46 @@ def _interpolation(low: int, padded: int, used: int, full: int, device: torch.de
     return weights[: int(weights.any(1).nonzero().max()) + 1]
 
 
+class _Store:
+    """A block of memory for the logits of a crop's candidates.
+
+    On their own they would lie between the large buffers that come and go, and leave no holes for the next ones: with
+    an allocator that is slow to give memory back, the process would grow by several times what they take.
+
+    Args:
+        enlarge: what enlarges them, which tells their size.
+        like: a tensor of their device.
+        count: how many there are at the most.
+    """
+
+    def __init__(self, enlarge: _Enlargement, like: Tensor, count: int) -> None:
+        rows, columns = (UPSCALING * cells for cells in enlarge.cells)
+        fitting = LOGITS // (4 * rows * columns)
+        self._block = torch.empty(min(count, fitting), rows, columns, device=like.device)
+        self._used = 0
+
+    @property
+    def room(self) -> bool:
+        """Whether one more fits."""
+        return self._used < len(self._block)
+
+    def keep(self, logits: Tensor) -> Tensor:
+        """Copy logits :math:`(r, c)` into the block."""
+        self._used += 1
+        return self._block[self._used - 1].copy_(logits)
+
+
 def _filter(
-    logits: Tensor, iou: Tensor, points: Tensor, enlarge: _Enlargement, crop: Box, size: tuple[int, int], s: _Settings
+    logits: Tensor,
+    iou: Tensor,
+    points: Tensor,
+    enlarge: _Enlargement,
+    store: _Store,
+    crop: Box,
+    size: tuple[int, int],
+    s: _Settings,
 ) -> _Candidates:
-    """Keep masks that are stable and not cut off, enlarging a few at a time."""
+    """Keep masks that are stable and not cut off, enlarging a few at a time; as logits, or encoded without room."""
     parts = []
     step = max(1, PIXELS // (enlarge.rows.shape[0] * enlarge.columns.shape[1]))
     for start in range(0, max(1, len(logits)), step):
@@ -375,7 +472,11 @@ def _filter(
         if s.stability_score_thresh > 0:  # a mask without a pixel has no stability, and passes no threshold
             keep &= stability >= s.stability_score_thresh
         found = (boxes[keep], iou[rows][keep], stability[keep], points[rows][keep.cpu()])
-        parts.append(_Candidates(list(logits[rows][keep]), *(each.cpu() for each in found)))
+        masks: list[Tensor | RLE] = [
+            store.keep(logits[start + index]) if store.room else _compress(large[index] > s.mask_threshold, crop, size)
+            for index in keep.nonzero()[:, 0].tolist()
+        ]
+        parts.append(_Candidates(masks, *(each.cpu() for each in found)))
     return _Candidates.join(parts)
 
 
@@ -423,9 +524,16 @@ def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     return order[keep]
 
 
-def _place(mask: Tensor, crop: Box, size: tuple[int, int]) -> Tensor:
+def _encode(mask: Tensor | RLE, enlarge: _Enlargement, crop: Box, size: tuple[int, int], threshold: float) -> RLE:
+    if not isinstance(mask, Tensor):
+        return mask
+    return _compress(enlarge(mask[None])[0] > threshold, crop, size)
+
+
+def _compress(mask: Tensor, crop: Box, size: tuple[int, int]) -> RLE:
+    """Encode a mask of a crop as one of the photo."""
     left, top, right, bottom = crop
-    return F.pad(mask, (left, size[1] - right, top, size[0] - bottom))
+    return encode_rle(F.pad(mask, (left, size[1] - right, top, size[0] - bottom)), compressed=True)
 
 
 def _without_small_regions(found: _Found, min_area: int, threshold: float) -> _Found:
@@ -435,7 +543,7 @@ def _without_small_regions(found: _Found, min_area: int, threshold: float) -> _F
         mask, filled = remove_small_regions(decode_rle(rle), min_area, "holes")
         mask, dropped = remove_small_regions(mask, min_area, "islands")
         unchanged.append(not (filled or dropped))
-        rles.append(rle if unchanged[-1] else encode_rle(mask))
+        rles.append(rle if unchanged[-1] else encode_rle(mask, compressed=True))
         boxes.append(box if unchanged[-1] else _boxes(torch.from_numpy(mask)[None])[0])
     if not rles:
         return found
@@ -445,7 +553,7 @@ def _without_small_regions(found: _Found, min_area: int, threshold: float) -> _F
 
 def _record(found: _Found, index: int, output_mode: str) -> Mask:
     rle = found.rles[index]
-    segmentation = {"binary_mask": decode_rle, "uncompressed_rle": lambda rle: rle, "coco_rle": compress_rle}
+    segmentation = {"binary_mask": decode_rle, "uncompressed_rle": uncompress_rle, "coco_rle": lambda rle: rle}
     return Mask(
         segmentation=segmentation[output_mode](rle),
         area=rle_area(rle),

@@ -14,7 +14,7 @@ from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from kornia.models.sam.architecture.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 
-__all__ = ["FoldedMaskDecoder", "PreparedImage", "PromptedImage"]
+__all__ = ["FoldedMaskDecoder", "PreparedImage", "PromptedImage", "SharingMaskDecoder"]
 
 # Prompts decoded together. On a CPU the tokens of few pictures stay in its caches; a GPU wants more work at a time.
 CPU_CHUNK, CHUNK = 8, 64
@@ -243,6 +243,30 @@ class FoldedMaskDecoder(nn.Module):
                 "FoldedMaskDecoder is for inference only. Call it under torch.no_grad() or torch.inference_mode(); for "
                 "gradients use the MaskDecoder it was made from, which takes the same arguments."
             )
+
+
+class SharingMaskDecoder(MaskDecoder):
+    """kornia's ``MaskDecoder``, whose prompts share their work wherever no gradient is recorded.
+
+    The names of its weights, its arguments and, but for rounding, its results are the same. Under
+    :func:`torch.no_grad` it runs as :class:`FoldedMaskDecoder`, whoever calls it; with gradients, or in a program that
+    is being compiled or exported, it runs as kornia's.
+    """
+
+    def forward(
+        self,
+        image_embeddings: Tensor,
+        image_pe: Tensor,
+        sparse_prompt_embeddings: Tensor,
+        dense_prompt_embeddings: Tensor,
+        multimask_output: bool,
+    ) -> tuple[Tensor, Tensor]:
+        """Predict masks, as ``MaskDecoder.forward`` does; also for no prompts."""
+        prompts = (sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output)
+        if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and len(sparse_prompt_embeddings):
+            return super().forward(image_embeddings, image_pe, *prompts)
+        with torch.no_grad():
+            return FoldedMaskDecoder(self)(image_embeddings, image_pe, *prompts)
 
 
 def _exchange(

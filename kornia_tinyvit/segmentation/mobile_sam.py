@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, overload
 
 import kornia.augmentation as K
 import numpy as np
@@ -16,11 +16,9 @@ from kornia.contrib.visual_prompter import VisualPrompter
 from kornia.enhance import normalize
 from kornia.image import image_to_tensor
 from kornia.models.sam import Sam, SamConfig
-from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from kornia.models.structures import Prompts
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -32,12 +30,12 @@ from kornia_tinyvit.classification import Picture, evaluating
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
 from kornia_tinyvit.preprocessing import read_pixels, to_pixels
-from kornia_tinyvit.segmentation.automatic import Mask, generate_masks
-from kornia_tinyvit.segmentation.decoder import FoldedMaskDecoder
+from kornia_tinyvit.segmentation.automatic import Mask, Photo, generate_masks
+from kornia_tinyvit.segmentation.decoder import SharingMaskDecoder
 from kornia_tinyvit.segmentation.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
-from kornia_tinyvit.segmentation.prompts import PhotoPrompts, count_prompts, each_photo, prepare_prompts
+from kornia_tinyvit.segmentation.prompts import PhotoPrompts, each_photo, prepare_prompts
 
-__all__ = ["PIXEL_MEAN", "PIXEL_STD", "MaskPrediction", "MobileSAM"]
+__all__ = ["PIXEL_MEAN", "PIXEL_STD", "MaskPrediction", "MobileSAM", "MobileSAMPrompter"]
 
 #: Channel statistics that every SAM is normalised with, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -243,7 +241,8 @@ class MobileSAM(Sam):
 
         Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is being trained or the
         embedding or a prompt requires one. Otherwise prompts share the work on their photo
-        (:class:`~kornia_tinyvit.segmentation.FoldedMaskDecoder`): the same results in less time.
+        (:class:`~kornia_tinyvit.segmentation.FoldedMaskDecoder`): the same results in less time. So they do under
+        :meth:`forward` and :meth:`prompter`.
 
         Args:
             embedding: what :meth:`embed` returned, here or before in a file.
@@ -263,7 +262,7 @@ class MobileSAM(Sam):
             ValueError: if the embedding is of other weights or another input size, all prompts of a photo are
                 ``None``, or a prompt's shape or place is wrong: outside of the photo, empty, NaN.
         """
-        self._check_embedding(embedding)
+        self.check_embedding(embedding)
         kinds = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
         given = [each_photo(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
         device = next(self.mask_decoder.parameters()).device
@@ -273,21 +272,45 @@ class MobileSAM(Sam):
             prompts = prepare_prompts(one.geometries[0], *on_device)
             recording = _records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)
             with torch.set_grad_enabled(recording):
-                logits, scores = self._decode(one.features, prompts, multimask_output, recording)
+                logits, scores = self._decode(one.features, prompts, multimask_output)
             found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
         return found
 
-    def generate_masks(self, image: Picture | NDArray[np.uint8], **settings: Any) -> list[Mask]:
-        """Segment everything in a photo; see :func:`~kornia_tinyvit.segmentation.generate_masks` for the settings."""
+    @overload
+    def generate_masks(self, image: Photo, **settings: Any) -> list[Mask]: ...
+
+    @overload
+    def generate_masks(self, image: Sequence[Photo] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
+
+    def generate_masks(
+        self, image: Photo | Sequence[Photo] | ImageEmbedding, **settings: Any
+    ) -> list[Mask] | list[list[Mask]]:
+        """Segment everything in a photo, or in several; see :func:`~kornia_tinyvit.segmentation.generate_masks`."""
         return generate_masks(self, image, **settings)
 
-    def prompter(self) -> VisualPrompter:
+    def check_embedding(self, embedding: ImageEmbedding) -> None:
+        """Refuse an embedding that this network cannot read.
+
+        Raises:
+            ValueError: if it is of another input size, or made by an encoder with other weights.
+        """
+        sizes = {geometry.img_size for geometry in embedding.geometries} - {self.img_size}
+        if sizes:
+            raise ValueError(f"The embedding is of inputs of {sizes.pop()} pixels; this network has {self.img_size}.")
+        mine = fingerprint(self.image_encoder)
+        if None not in (embedding.encoder, mine) and embedding.encoder != mine:
+            raise ValueError(
+                "The embedding was made by an encoder with other weights, or in another precision; embed the photos "
+                "again with this network."
+            )
+
+    def prompter(self) -> MobileSAMPrompter:
         """Return kornia's prompter over this very network; its image conventions are told in :meth:`preprocess`.
 
         Raises:
             ValueError: if the input is not square, which the prompter's always is.
         """
-        return _Prompter(self)
+        return MobileSAMPrompter(self)
 
     def extra_repr(self) -> str:
         """Show the input size."""
@@ -310,27 +333,13 @@ class MobileSAM(Sam):
     def _no_features(self, inputs: Tensor) -> Tensor:
         return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size))
 
-    def _check_embedding(self, embedding: ImageEmbedding) -> None:
-        sizes = {geometry.img_size for geometry in embedding.geometries} - {self.img_size}
-        if sizes:
-            raise ValueError(f"The embedding is of inputs of {sizes.pop()} pixels; this network has {self.img_size}.")
-        mine = fingerprint(self.image_encoder)
-        if None not in (embedding.encoder, mine) and embedding.encoder != mine:
-            raise ValueError(
-                "The embedding was made by an encoder with other weights, or in another precision; embed the photos "
-                "again with this network."
-            )
-
-    def _decode(self, features: Tensor, prompts: Prompts, multimask: bool, recording: bool) -> tuple[Tensor, Tensor]:
+    def _decode(self, features: Tensor, prompts: Prompts, multimask: bool) -> tuple[Tensor, Tensor]:
         """Return logits :math:`(P, M, h/4, w/4)` and scores :math:`(P, M)` for a photo's features."""
         first = next(self.mask_decoder.parameters())
         masks = None if prompts.masks is None else prompts.masks.to(first.dtype)
         sparse, dense = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
-        # kornia's decoder cannot do nothing.
-        exact = recording and count_prompts(prompts) > 0
-        decoder = self.mask_decoder if exact else FoldedMaskDecoder(self.mask_decoder)
         features = features.to(first.device, first.dtype)
-        return decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+        return self.mask_decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
 
 
 class _SquarePositions(PositionEmbeddingRandom):
@@ -350,8 +359,19 @@ class _SquarePositions(PositionEmbeddingRandom):
         return super().forward_with_coords(coords_input, (max(image_size), max(image_size)))
 
 
-class _Prompter(VisualPrompter):
-    """kornia's prompter over a network that is there already."""
+class MobileSAMPrompter(VisualPrompter):
+    """kornia's ``VisualPrompter`` over a network that is there already; made by :meth:`MobileSAM.prompter`.
+
+    What the encoder saw of its photo can be taken out, saved, and set again.
+
+    Args:
+        model: the network.
+
+    Raises:
+        ValueError: if its input is not square, which the prompter's always is.
+    """
+
+    model: MobileSAM
 
     def __init__(self, model: MobileSAM) -> None:
         height, width = model.img_size
@@ -371,6 +391,43 @@ class _Prompter(VisualPrompter):
         self.transforms = K.AugmentationSequential(resize, same_on_batch=True)
         self.mask_side = height // 4
         model.image_encoder.img_size = height  # what it asks an encoder for
+
+    def embedding(self) -> ImageEmbedding:
+        """Return what the encoder saw of the photo that was set.
+
+        Raises:
+            RuntimeError: if none was.
+        """
+        sizes = (self._original_image_size, self._input_image_size)
+        if sizes[0] is None or sizes[1] is None:
+            raise RuntimeError("There is no photo: call set_image or set_embedding first.")
+        geometry = Geometry(sizes[0], sizes[1], self.model.img_size)
+        return ImageEmbedding(self.image_embeddings, (geometry,), fingerprint(self.model.image_encoder))
+
+    def set_embedding(self, embedding: ImageEmbedding) -> None:
+        """Take what an encoder saw before instead of :meth:`set_image`.
+
+        Args:
+            embedding: one photo's, from :meth:`embedding` or :meth:`MobileSAM.embed`.
+
+        Raises:
+            ValueError: if it is of more or fewer photos, of another input size, or of an encoder with other weights.
+        """
+        if len(embedding) != 1:
+            raise ValueError(f"The prompter has one photo; the embedding is of {len(embedding)}. Take one, as in e[0].")
+        self.model.check_embedding(embedding)
+        self.reset_image()
+        (geometry,) = embedding.geometries
+        first = next(self.model.mask_decoder.parameters())
+        self.image_embeddings = embedding.features.to(first.device, first.dtype)
+        self._original_image_size, self._input_image_size = geometry.original_size, geometry.input_size
+        self._input_encoder_size = geometry.img_size
+        (height, width), (rows, columns) = geometry.original_size, geometry.input_size
+        scale = [columns / width, rows / height]
+        self._prompt_scale = torch.tensor(
+            scale, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
+        )
+        self.is_image_set = True
 
     def _valid_masks(self, masks: Tensor) -> Tensor:
         side = self.mask_side
@@ -426,10 +483,10 @@ def _build_prompt_encoder(size: tuple[int, int]) -> PromptEncoder:
     return encoder
 
 
-def _build_mask_decoder() -> MaskDecoder:
+def _build_mask_decoder() -> SharingMaskDecoder:
     """Return the decoder that all SAMs share (``build_sam.py`` of segment-anything)."""
     transformer = TwoWayTransformer(depth=2, embedding_dim=NECK_CHANNELS, mlp_dim=2048, num_heads=8)
-    return MaskDecoder(transformer_dim=NECK_CHANNELS, transformer=transformer)
+    return SharingMaskDecoder(transformer_dim=NECK_CHANNELS, transformer=transformer)
 
 
 def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:

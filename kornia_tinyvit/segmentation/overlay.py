@@ -73,8 +73,10 @@ def _tint(canvas: Tensor, mask: Tensor, color: Tensor, line: int) -> None:
     # Only the part where the mask is: a photo may have hundreds.
     part = (slice(int(rows[0]), int(rows[-1]) + 1), slice(int(columns[0]), int(columns[-1]) + 1))
     inside = mask[part]
-    around = F.pad((~inside).float(), (line, line, line, line), value=1.0)
-    contour = inside & (F.max_pool2d(around[None, None], 2 * line + 1, stride=1)[0, 0] > 0)
+    around = F.pad((~inside).float(), (line, line, line, line), value=1.0)[None]
+    for window in ((2 * line + 1, 1), (1, 2 * line + 1)):  # a square at once would take its area
+        around = F.max_pool2d(around, window, stride=1)
+    contour = inside & (around[0] > 0)
     strength = OPACITY * inside.float() + (1 - OPACITY) * contour.float()
     view = canvas[:, part[0], part[1]]
     view.copy_(torch.lerp(view.float(), color[:, None, None].expand_as(view), strength).round())

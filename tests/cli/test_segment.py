@@ -96,16 +96,50 @@ class TestSegment:
         area = pixels_of(tmp_path / "chelsea_mask_000.png").sum()
         assert second.split()[:3] == ["0", str(area), "pixels"]
 
-    def test_size(self, weights, tmp_path):
-        plain, small = (
-            json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX, *size))
-            for size in ([], ["--img-size", "128"])
-        )
-        sam = MobileSAM.from_config(checkpoint=weights, img_size=128)
+    @pytest.mark.parametrize(("text", "size"), [("128", 128), ("160x256", (160, 256))])
+    def test_size(self, weights, tmp_path, text, size):
+        told = (PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX)
+        plain, other = (json.loads(run("segment", *told, *more)) for more in ([], ["--img-size", text]))
+        sam = MobileSAM.from_config(checkpoint=weights, img_size=size)
         box = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
         (found,) = sam.predict_masks(sam.embed(PHOTO), boxes=box, multimask_output=False)
-        assert small["masks"][0]["predicted_iou"] == pytest.approx(found.scores.item(), rel=1e-4)
-        assert small["masks"][0]["predicted_iou"] != pytest.approx(plain["masks"][0]["predicted_iou"], rel=1e-4)
+        assert other["masks"][0]["predicted_iou"] == pytest.approx(found.scores.item(), rel=1e-4)
+        assert other["masks"][0]["predicted_iou"] != pytest.approx(plain["masks"][0]["predicted_iou"], rel=1e-4)
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
+    def test_kinds_of_files(self, weights, tmp_path, mode):
+        """Grey, with opacity, with a palette: as the same pixels in three channels."""
+        photo = Image.open(PHOTO).convert(mode)
+        photo.save(tmp_path / "photo.png")
+        photo.convert("RGB").save(tmp_path / "same.png")
+        found, expected = (
+            json.loads(
+                run(
+                    "segment",
+                    str(tmp_path / name),
+                    "--checkpoint",
+                    weights,
+                    "--out",
+                    str(tmp_path / "out"),
+                    *BOX,
+                    "--json",
+                )
+            )
+            for name in ("photo.png", "same.png")
+        )
+        assert np.array_equal(pixels_of(found["masks"][0]["file"]), pixels_of(expected["masks"][0]["file"]))
+        assert pixels_of(found["files"][0]).shape == (300, 451, 3)
+
+    @pytest.mark.parametrize("size", [(1, 300), (300, 1), (12000, 20)])
+    def test_extreme_shapes(self, weights, tmp_path, size):
+        """A photo of one pixel's width and a panorama, from the prompt to the overlay."""
+        Image.effect_noise(size, 90).save(tmp_path / "photo.png")
+        prompts = (["--point", f"{size[0] / 2},{size[1] / 2}"], ["--everything"])
+        for arguments in prompts:
+            told = (str(tmp_path / "photo.png"), "--checkpoint", weights, "--out", str(tmp_path / "out"), "--json")
+            report = json.loads(run("segment", *told, *arguments))
+            assert Image.open(report["files"][0]).size == size
+            assert all(Image.open(each["file"]).size == size for each in report["masks"])
 
     def test_turned_photo(self, weights, tmp_path):
         exif = Image.Exif()
@@ -136,6 +170,10 @@ class TestErrors:
             (["--point", "nan,1"], "NaN or infinity"),
             (["--box", "9,9,9,20"], "box (9, 9, 9, 20) is empty"),
             ([*BOX, "--img-size", "100"], "img_size must be a multiple of 16"),
+            ([*BOX, "--img-size", "160x100"], "img_size must be a multiple of 16"),
+            ([*BOX, "--img-size", "large"], "--img-size takes a side, or heightxwidth such as 512x1024; got 'large'"),
+            ([*BOX, "--img-size", "64x64x64"], "--img-size takes a side, or heightxwidth"),
+            (["--everything", "--img-size", ""], "--img-size takes a side, or heightxwidth"),
             ([*BOX, "--variant", "5m"], "another architecture"),
             ([*BOX, "--device", "toaster"], "'toaster' cannot be used here"),
         ],

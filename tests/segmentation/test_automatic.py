@@ -1,3 +1,5 @@
+import dataclasses
+import inspect
 import json
 from pathlib import Path
 
@@ -7,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from kornia_tinyvit.segmentation import automatic
+from kornia_tinyvit.segmentation import ImageEmbedding, MobileSAM, automatic
 from kornia_tinyvit.segmentation.automatic import Mask, generate_masks
 from kornia_tinyvit.segmentation.embedding import Geometry
 from kornia_tinyvit.segmentation.rle import decode_rle
@@ -58,6 +60,26 @@ class TestParity:
             np.testing.assert_allclose(mask.point_coords, record["point_coords"], atol=1e-9)
         assert identical >= 0.95 * len(expected)
 
+    def test_arguments(self):
+        """Those of segment-anything 1.0's ``SamAutomaticMaskGenerator.__init__``, in its order, with its defaults."""
+        theirs = {
+            "points_per_side": 32,
+            "points_per_batch": 64,
+            "pred_iou_thresh": 0.88,
+            "stability_score_thresh": 0.95,
+            "stability_score_offset": 1.0,
+            "box_nms_thresh": 0.7,
+            "crop_n_layers": 0,
+            "crop_nms_thresh": 0.7,
+            "crop_overlap_ratio": 512 / 1500,
+            "crop_n_points_downscale_factor": 1,
+            "point_grids": None,
+            "min_mask_region_area": 0,
+            "output_mode": "binary_mask",
+        }
+        ours = list(inspect.signature(generate_masks).parameters.values())[2:]
+        assert [(each.name, each.default) for each in ours[: len(theirs)]] == list(theirs.items())
+
     def test_recorded_settings_differ(self):
         """Crops and the removal of regions do something to these masks, so that agreeing on them means something."""
         assert len({tuple(record["crop_box"]) for record in RECORDED["crops"]}) > 1
@@ -93,6 +115,13 @@ class TestOutput:
         for form in (path, str(path), Image.fromarray(photo), Image.fromarray(photo).convert("RGBA")):
             found = generate_masks(sam, form, **FEW, output_mode="coco_rle")
             assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
+        exif = Image.Exif()
+        exif[0x0112] = 6  # to be turned to the right
+        turned = tmp_path / "turned.png"
+        Image.fromarray(photo).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
+        assert [m.segmentation for m in generate_masks(sam, turned, **FEW, output_mode="coco_rle")] == [
+            mask.segmentation for mask in expected
+        ]
         tensor = torch.from_numpy(photo).movedim(-1, 0) / 255  # resized in floating point, not in 8 bits
         assert generate_masks(sam, tensor, **FEW)
 
@@ -121,12 +150,20 @@ class TestOutput:
         sam.eval()
         assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
-    @pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 500), (17, 16)])
+    @pytest.mark.parametrize("size", [(1, 40), (40, 1), (3, 500), (17, 16), (40, 12000)])
     @pytest.mark.parametrize("layers", [0, 1])
     def test_thin_photos(self, sam, size, layers):
         photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
         for mask in generate_masks(sam, photo, **FEW, crop_n_layers=layers):
             assert mask.segmentation.shape == size
+
+    def test_grey(self, sam, photo, tmp_path):
+        grey = Image.fromarray(photo).convert("L")
+        grey.save(tmp_path / "grey.png")
+        expected = generate_masks(sam, np.repeat(np.array(grey)[..., None], 3, 2), **FEW, output_mode="coco_rle")
+        for form in (grey, tmp_path / "grey.png"):
+            found = generate_masks(sam, form, **FEW, output_mode="coco_rle")
+            assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
     def test_nothing_found(self, sam, photo):
         assert generate_masks(sam, photo, points_per_side=2, pred_iou_thresh=1e6, crop_n_layers=1) == []
@@ -140,6 +177,111 @@ class TestOutput:
         rough.sort(key=lambda mask: (mask.point_coords, mask.predicted_iou))
         overlaps = [iou(a.segmentation, b.segmentation) for a, b in zip(exact, rough, strict=True)]
         assert 0.8 < np.median(overlaps) < 1
+
+
+def overlaps(found, expected):
+    """Return the IoU of masks found in two ways, in the same order."""
+    return [iou(a.segmentation, b.segmentation) for a, b in zip(found, expected, strict=True)]
+
+
+class TestSeveralPhotos:
+    @pytest.fixture
+    def photos(self, photo):
+        return [photo, photo[:90, 20:], photo[::-1, ::2].copy()]
+
+    @pytest.mark.parametrize("batch_size", [1, 2, 9])
+    def test_each_as_alone(self, sam, photos, batch_size, monkeypatch):
+        expected = [generate_masks(sam, photo, **FEW) for photo in photos]
+        seen = []
+        encoder = type(sam.image_encoder).forward
+        monkeypatch.setattr(type(sam.image_encoder), "forward", lambda self, x: seen.append(len(x)) or encoder(self, x))
+        found = sam.generate_masks(photos, **FEW, batch_size=batch_size)
+        assert seen == {1: [1, 1, 1], 2: [2, 1], 9: [3]}[batch_size]
+        for masks, alone, photo in zip(found, expected, photos, strict=True):
+            assert masks[0].segmentation.shape == photo.shape[:2]
+            assert min(overlaps(masks, alone)) > 0.99
+
+    def test_batches(self, sam, photo):
+        """Arrays and tensors with a first dimension more."""
+        (alone,) = generate_masks(sam, [photo], **FEW)
+        for masks in generate_masks(sam, np.stack([photo, photo]), **FEW):
+            assert min(overlaps(masks, alone)) > 0.99
+        tensor = torch.from_numpy(photo).movedim(-1, 0)[None] / 255
+        (found,) = generate_masks(sam, tensor, **FEW)
+        assert min(overlaps(found, generate_masks(sam, tensor[0], **FEW))) == 1
+
+    def test_none(self, sam):
+        assert generate_masks(sam, []) == generate_masks(sam, torch.zeros(0, 3, 9, 9)) == []
+
+    def test_crops(self, sam, photos):
+        settings = {**FEW, "points_per_side": 1, "crop_n_layers": 1, "output_mode": "coco_rle"}
+        found = generate_masks(sam, photos[:2], **settings)
+        for masks, photo in zip(found, photos, strict=False):
+            alone = generate_masks(sam, photo, **settings)
+            assert [mask.crop_box for mask in masks] == [mask.crop_box for mask in alone]
+
+    def test_a_wrong_one(self, sam, photo):
+        with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
+            generate_masks(sam, [photo, photo[..., 0]], **FEW)
+        with pytest.raises(TypeError, match="got int"):
+            generate_masks(sam, [photo, 3], **FEW)
+
+
+class TestEmbedding:
+    def test_same_masks_without_the_encoder(self, sam, photo, tmp_path, monkeypatch):
+        pictures = [Image.fromarray(photo), Image.fromarray(photo[:90])]
+        expected = [generate_masks(sam, picture, **FEW) for picture in pictures]
+        path = sam.embed(pictures, batch_size=1).save(tmp_path / "photos.safetensors")
+        monkeypatch.setattr(type(sam.image_encoder), "forward", None)  # is not to be called
+        for masks, alone in zip(sam.generate_masks(ImageEmbedding.load(path), **FEW), expected, strict=True):
+            assert [mask.bbox for mask in masks] == [mask.bbox for mask in alone]
+            assert min(overlaps(masks, alone)) == 1
+
+    def test_of_the_prompter(self, sam, photo):
+        prompter = sam.prompter()
+        prompter.set_image(torch.from_numpy(photo).movedim(-1, 0) / 255)
+        (masks,) = generate_masks(sam, prompter.embedding(), **FEW)
+        assert masks[0].segmentation.shape == photo.shape[:2]
+
+    def test_refused(self, sam, photo):
+        embedding = sam.embed(Image.fromarray(photo))
+        with pytest.raises(
+            ValueError, match=r"crop_n_layers=1 looks at parts of the photo.*an embedding holds no pixel"
+        ):
+            generate_masks(sam, embedding, **FEW, crop_n_layers=1)
+        with pytest.raises(ValueError, match="encoder with other weights"):
+            generate_masks(sam, dataclasses.replace(embedding, encoder="others"), **FEW)
+        small = MobileSAM.from_config("1m", img_size=128).eval()
+        with pytest.raises(ValueError, match="this network has"):
+            generate_masks(small, embedding, **FEW)
+
+
+class TestMemory:
+    @pytest.mark.parametrize("room", [0, 20_000])
+    def test_encoded_early(self, sam, photo, monkeypatch, room):
+        """Beyond some bytes of logits candidates are kept encoded, and nothing else is different."""
+        settings = {**FEW, "box_nms_thresh": 0.95, "crop_n_layers": 1, "output_mode": "coco_rle"}
+        expected = generate_masks(sam, photo, **settings)
+        kept, blocks = [], {}
+        encode = automatic._encode
+
+        def spy(mask, enlarge, crop, *rest):
+            kept.append(isinstance(mask, torch.Tensor))
+            if kept[-1]:
+                blocks.setdefault(crop, set()).add(mask.untyped_storage().data_ptr())
+            return encode(mask, enlarge, crop, *rest)
+
+        monkeypatch.setattr(automatic, "LOGITS", room)
+        monkeypatch.setattr(automatic, "CPU_CHUNK", 2)
+        monkeypatch.setattr(automatic, "_encode", spy)
+        found = generate_masks(sam, photo, **settings)
+        assert any(kept) == (room > 0)
+        assert not all(kept)
+        assert all(len(block) == 1 for block in blocks.values())  # nothing small between large buffers
+        assert len(found) == len(expected)
+        for one, other in zip(found, expected, strict=True):
+            assert iou(decode_rle(one.segmentation), decode_rle(other.segmentation)) > 0.99
+            assert one.crop_box == other.crop_box
 
 
 class TestSavings:
@@ -246,6 +388,7 @@ class TestExceptions:
         [
             ({"output_mode": "png"}, "output_mode"),
             ({"points_per_batch": 0}, "points_per_batch"),
+            ({"batch_size": 0}, "batch_size"),
             ({"crop_n_layers": -1}, "crop_n_layers"),
             ({"points_per_side": None}, "point_grids"),
             ({"point_grids": [np.zeros((1, 2))]}, "points_per_side"),
@@ -261,7 +404,7 @@ class TestExceptions:
 
     @pytest.mark.parametrize(
         "image",
-        [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(2, 3, 9, 9)],
+        [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(9, 9)],
     )
     def test_images(self, sam, image):
         with pytest.raises(ValueError, match=r"\(H, W, 3\)|\(3, H, W\)"):

@@ -6,7 +6,7 @@ from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from torch import nn
 
 from kornia_tinyvit.segmentation import decoder as module
-from kornia_tinyvit.segmentation.decoder import FoldedMaskDecoder
+from kornia_tinyvit.segmentation.decoder import FoldedMaskDecoder, SharingMaskDecoder
 
 CHANNELS, CELLS = 32, (6, 9)
 PIXELS = (96, 144)
@@ -259,3 +259,53 @@ class TestExceptions:
         masks, iou = FoldedMaskDecoder(decoder)(features, prompt_encoder.get_dense_pe(), sparse, dense, True)
         assert masks.shape == (0, 3, 24, 36)
         assert iou.shape == (0, 3)
+
+
+class TestSharing:
+    """kornia's decoder by name and weights, the folded one at work."""
+
+    @pytest.fixture
+    def sharing(self, decoder, monkeypatch):
+        calls = []
+        forward = FoldedMaskDecoder.forward
+
+        def count(self, *arguments):
+            calls.append(len(arguments[2]))
+            return forward(self, *arguments)
+
+        monkeypatch.setattr(FoldedMaskDecoder, "forward", count)
+        transformer = TwoWayTransformer(depth=2, embedding_dim=CHANNELS, num_heads=4, mlp_dim=48)
+        network = SharingMaskDecoder(transformer_dim=CHANNELS, transformer=transformer, iou_head_hidden_dim=24)
+        network.load_state_dict(decoder.state_dict())
+        network.calls = calls
+        return network.eval()
+
+    @torch.no_grad()
+    def test_without_gradients(self, sharing, decoder, prompt_encoder, features):
+        arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"))
+        for found, expected in zip(sharing(*arguments, True), decoder(*arguments, True), strict=True):
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        assert sharing.calls == [5]
+
+    def test_with_gradients(self, sharing, decoder, prompt_encoder, features):
+        arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"))
+        found, _ = sharing(*arguments, True)
+        assert torch.equal(found, decoder(*arguments, True)[0])
+        found.sum().backward()
+        assert sharing.mask_tokens.weight.grad.abs().sum() > 0
+        assert sharing.calls == []
+
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_no_prompts(self, sharing, prompt_encoder, features, recorded):
+        with torch.set_grad_enabled(recorded):
+            sparse, dense = ask(prompt_encoder, "points", count=2)
+            masks, scores = sharing(features, prompt_encoder.get_dense_pe(), sparse[:0], dense[:0], True)
+        assert (masks.shape, scores.shape) == ((0, 3, 24, 36), (0, 3))
+        assert not masks.requires_grad
+
+    def test_exported(self, sharing, decoder, prompt_encoder, features):
+        with torch.no_grad():
+            arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"), True)
+            program = torch.export.export(sharing, arguments)
+            assert torch.equal(program.module()(*arguments)[0], decoder(*arguments)[0])
+        assert sharing.calls == []

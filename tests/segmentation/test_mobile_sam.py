@@ -27,7 +27,7 @@ from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, save_checkpo
 from kornia_tinyvit.checkpoints import catalog
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.deploy import optimize
-from kornia_tinyvit.segmentation import MaskPrediction, MobileSAM, mobile_sam
+from kornia_tinyvit.segmentation import ImageEmbedding, MaskPrediction, MobileSAM, decoder
 from tests.checkpoints.test_loading import Runs, server  # noqa: F401 - a fixture
 from tests.conftest import TINY, liven, shared
 
@@ -438,6 +438,23 @@ class TestPositions:
         boxes = torch.tensor([[10.0, 20.0, 90.0, 100.0]])
         assert torch.equal(oblong.prompt_encoder(None, boxes, None)[0], sam.prompt_encoder(None, boxes, None)[0])
 
+    @pytest.mark.parametrize("size", [512, 768, (512, 1024), (1024, 512)])
+    def test_usual_sizes(self, sam, photos, size):
+        """The positions of a cell or a point are those that kornia's encoder of the square has."""
+        side = size if isinstance(size, int) else max(size)
+        model = MobileSAM.from_config(SMALL, img_size=size).eval()
+        model.load_state_dict(sam.state_dict())
+        theirs, _ = kornia_parts(side)
+        theirs.load_state_dict(sam.prompt_encoder.state_dict())
+        height, width = model.img_size
+        expected = theirs.get_dense_pe()[..., : height // 16, : width // 16]
+        assert torch.equal(model.prompt_encoder.get_dense_pe(), expected)
+        corners = torch.tensor([[20.0, 30.0, width - 9.0, height - 5.0]])
+        assert torch.equal(model.prompt_encoder(None, corners, None)[0], theirs(None, corners, None)[0])
+        (found,) = model.predict_masks(model.embed(photos["strip"]), boxes=torch.tensor([[9.0, 9.0, 300.0, 60.0]]))
+        assert found.low_res_logits.shape == (1, 3, height // 4, width // 4)
+        assert found.masks().shape == (1, 3, 61, 640)
+
     def test_oblong_masks(self, photos):
         oblong = lively((192, 256))
         embedding = oblong.embed(photos["chelsea.png"])
@@ -636,16 +653,22 @@ class TestGradients:
             assert not found.scores.requires_grad
 
     def test_work_is_shared(self, sam, photos, monkeypatch):
+        """By every call with several prompts: ours, kornia's own and the prompter's."""
         calls = []
 
-        class Counted(mobile_sam.FoldedMaskDecoder):
+        class Counted(decoder.FoldedMaskDecoder):
             def forward(self, *arguments):
                 calls.append(len(arguments[2]))
                 return super().forward(*arguments)
 
-        monkeypatch.setattr(mobile_sam, "FoldedMaskDecoder", Counted)
-        sam.predict_masks(sam.embed(photos["tall"]), boxes=self.BOXES.repeat(3, 1))
-        assert calls == [6]
+        monkeypatch.setattr(decoder, "FoldedMaskDecoder", Counted)
+        boxes = self.BOXES.repeat(3, 1)
+        sam.predict_masks(sam.embed(photos["tall"]), boxes=boxes)
+        sam(sam.preprocess(photos["tall"])[0], [{"boxes": boxes}], True)
+        prompter = sam.prompter()
+        prompter.set_image(torch.rand(3, 250, 150))
+        prompter.predict(boxes=boxes)
+        assert calls == [6, 6, 6]
 
 
 @pytest.fixture(scope="module")
@@ -700,6 +723,37 @@ class TestPrompter:
         assert prompter.model is model
         assert (prompter.device, prompter.dtype) == (torch.device("cpu"), torch.float32)
         assert not any(isinstance(value, Tensor) and value.is_meta for value in vars(prompter).values())
+
+    def test_embedding(self, sam, photos, tmp_path):
+        """What the encoder saw outlives the prompter, in a file, and goes both ways."""
+        photo = kornia.image.image_to_tensor(np.array(Image.open(photos["tall"]))).float() / 255
+        prompts = prompts_for("points+box", *photo.shape[1:])
+        given = {"keypoints": prompts["points"], "keypoints_labels": prompts["labels"], "boxes": prompts["boxes"]}
+        prompter = sam.prompter()
+        prompter.set_image(photo)
+        expected = prompter.predict(**given)
+        path = prompter.embedding().save(tmp_path / "photo.safetensors")
+        later = sam.prompter()
+        later.set_embedding(ImageEmbedding.load(path))
+        found = later.predict(**given)
+        assert torch.equal(found.logits, expected.logits)
+        assert torch.equal(found.binary_masks, expected.binary_masks)
+        later.set_embedding(sam.embed(photo))
+        assert later.embedding().geometries == sam.embed(photo).geometries
+        (ours,) = sam.predict_masks(sam.embed(photo), boxes=prompts["boxes"])
+        theirs = later.predict(boxes=prompts["boxes"])
+        assert_close(theirs.logits, ours.low_res_logits)
+        assert_close(theirs._original_res_logits, ours.logits())
+
+    def test_embedding_refused(self, sam, photos):
+        prompter = sam.prompter()
+        with pytest.raises(RuntimeError, match="There is no photo: call set_image or set_embedding first"):
+            prompter.embedding()
+        with pytest.raises(ValueError, match="the embedding is of 2"):
+            prompter.set_embedding(sam.embed(torch.rand(2, 3, 50, 60)))
+        with pytest.raises(ValueError, match="encoder with other weights"):
+            prompter.set_embedding(lively(seed=1).embed(photos["tall"]))
+        assert not prompter.is_image_set
 
     def test_refused(self, sam):
         with pytest.raises(ValueError, match="the input of this network is 192x256; use embed and predict_masks"):

@@ -1,6 +1,7 @@
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from kornia.image import image_to_tensor
 
 from kornia_tinyvit.segmentation import distinct_colors, draw_overlay
@@ -39,6 +40,16 @@ class TestMasks:
         assert torch.equal(drawn[:, 17, 27].float(), tint)
         outside = ~square(10, 20, 15)
         assert (drawn[:, outside] == 128).all()
+
+    def test_contour_of_a_large_picture(self):
+        """Its width grows with the picture; it is what lies so near to the outside, across, down or diagonally."""
+        mask = torch.zeros(40, 2000, dtype=torch.bool)
+        mask[5:35, 100:1900] = mask[0:20, 300:320] = True
+        mask[18, 900] = False
+        drawn = pixels_of(torch.full((3, 40, 2000), 128, dtype=torch.uint8), [mask])
+        near = F.pad(~mask, (4, 4, 4, 4), value=True).unfold(0, 9, 1).unfold(1, 9, 1).flatten(2).any(2)
+        color = (distinct_colors(1)[0] * 255).round()
+        assert torch.equal((drawn.float() == color[:, None, None]).all(0), mask & near)
 
     def test_later_ones_lie_on_top(self):
         drawn = pixels_of(GREY, [square(0, 0, 40), square(10, 10, 9)])

@@ -37,6 +37,7 @@ class TestEncode:
     def test_round_trip(self, mask):
         rle = encode_rle(mask)
         compressed = compress_rle(rle)
+        assert encode_rle(mask, compressed=True) == compressed
         assert json.loads(json.dumps(compressed)) == compressed
         assert uncompress_rle(compressed) == rle
         for each in (rle, compressed, {**compressed, "counts": compressed["counts"].encode()}):
@@ -52,6 +53,7 @@ class TestEncode:
 
     def test_no_pixels(self):
         assert encode_rle(np.zeros((0, 5), dtype=bool)) == {"size": [0, 5], "counts": [0]}
+        assert encode_rle(np.zeros((0, 5), dtype=bool), compressed=True) == {"size": [0, 5], "counts": "0"}
         assert decode_rle({"size": [0, 5], "counts": [0]}).shape == (0, 5)
 
 
@@ -85,6 +87,22 @@ class TestPycocotools:
         size = [1, sum(counts)]
         assert compress_rle({"size": size, "counts": counts}) == {"size": size, "counts": expected}
         assert uncompress_rle({"size": size, "counts": expected.encode()}) == {"size": size, "counts": counts}
+
+
+class TestInstalledPycocotools:
+    """The package itself, where it is installed."""
+
+    @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # its own, of NumPy 2
+    @given(masks())
+    def test_both_ways(self, mask):
+        coco = pytest.importorskip("pycocotools.mask")
+        theirs = coco.encode(np.asfortranarray(mask, np.uint8))
+        ours = compress_rle(encode_rle(mask))
+        assert ours == {"size": theirs["size"], "counts": theirs["counts"].decode()}
+        np.testing.assert_array_equal(coco.decode(ours), mask)
+        np.testing.assert_array_equal(decode_rle(theirs), mask)
+        assert coco.area(ours) == rle_area(theirs) == mask.sum()
+        assert coco.frPyObjects(encode_rle(mask), *mask.shape) == theirs
 
 
 class TestExceptions:

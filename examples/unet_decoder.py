@@ -1,0 +1,165 @@
+"""Use a TinyViT as the encoder of a U-Net, in the way of segmentation_models_pytorch, and train it on a few photos.
+
+    python examples/unet_decoder.py ../shared/data/coco128/semantic_segmentation/config.yaml --pictures 6
+
+`TinyViTEncoder` keeps the conventions of that library's encoders: `forward` returns maps of the strides 1, 2, 4, ...
+32, of which the first is the picture, `out_channels` tells their channels, and `output_stride` is 32. A TinyViT has no
+map of stride 2; as that library's Mix Transformers do, the encoder returns one without channels in its place. The
+decoder is a U-Net's (arXiv:1505.04597) in the same style: `segmentation_models_pytorch` cannot be imported without
+torchvision, which this project does without. Where both are installed, its own decoder takes this encoder, too:
+
+    decoder = smp.decoders.unet.decoder.UnetDecoder(encoder.out_channels, (64, 48, 32, 24, 16), n_blocks=5)
+
+DATA is what `examples/segment_semantic.py` takes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from kornia.enhance import normalize
+from torch import Tensor, nn
+
+from kornia_tinyvit import TinyViT
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from kornia_tinyvit.training import IGNORED, MaskedImages, PixelMetrics
+from kornia_tinyvit.training.semantic import Segmentation
+
+
+class TinyViTEncoder(nn.Module):
+    """A TinyViT whose maps are listed as encoders of segmentation_models_pytorch do it.
+
+    Args:
+        backbone: the network; its head is not used.
+    """
+
+    output_stride = 32
+
+    def __init__(self, backbone: TinyViT) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.out_channels = (backbone.config.in_chans, 0, *backbone.feature_channels)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """Map normalised pictures (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
+        batch, _, height, width = x.shape
+        nothing = x.new_empty(batch, 0, (height + 1) // 2, (width + 1) // 2)
+        return [x, nothing, *self.backbone.forward_intermediates(x)]
+
+
+class UnetDecoder(nn.Module):
+    """Join maps from the coarsest to the finest.
+
+    Args:
+        encoder_channels: channels of the maps, the picture first.
+        decoder_channels: channels after each step, the coarsest first; one less than there are maps.
+    """
+
+    def __init__(self, encoder_channels: Sequence[int], decoder_channels: Sequence[int] = (64, 48, 32, 24, 16)) -> None:
+        super().__init__()
+        coarsest, *skips = encoder_channels[:0:-1]
+        entering = (coarsest, *decoder_channels[:-1])
+        joined = (some + skip for some, skip in zip(entering, (*skips, 0), strict=True))
+        self.blocks = nn.ModuleList(
+            nn.Sequential(conv(before, after), conv(after, after))
+            for before, after in zip(joined, decoder_channels, strict=True)
+        )
+
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Map the encoder's list to (B, C, H, W) of the picture's size."""
+        x, *skips = features[:0:-1]
+        skips.append(features[0][:, :0])  # nothing but the picture's size
+        for block, skip in zip(self.blocks, skips, strict=True):
+            # Strides round up, so a map is not always twice its successor: the size is asked for, not the factor.
+            x = block(torch.cat([F.interpolate(x, skip.shape[2:], mode="nearest"), skip], 1))
+        return x
+
+
+class Unet(nn.Module):
+    """Encoder, decoder and a head for the classes."""
+
+    def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: int, classes: int) -> None:
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.segmentation_head = nn.Conv2d(channels, classes, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map normalised pictures (B, 3, H, W) to logits (B, K, H, W)."""
+        return self.segmentation_head(self.decoder(self.encoder(x)))
+
+
+def conv(before: int, after: int) -> nn.Sequential:
+    return nn.Sequential(
+        nn.Conv2d(before, after, 3, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU(inplace=True)
+    )
+
+
+def load(images: MaskedImages, size: int) -> tuple[Tensor, Tensor]:
+    """Return all pictures, normalised, and their masks, squeezed into squares."""
+    pictures, masks = [], []
+    for picture, mask in images:
+        pictures.append(F.interpolate(picture[None], (size, size), mode="bilinear", antialias=True))
+        masks.append(F.interpolate(mask[None, None].double(), (size, size), mode="nearest")[0].long())
+    mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
+    return normalize(torch.cat(pictures).clamp(0, 1), mean, std), torch.cat(masks)
+
+
+@torch.no_grad()
+def evaluate(network: Unet, pictures: Tensor, masks: Tensor, classes: int) -> Segmentation:
+    metrics = PixelMetrics(classes)
+    for picture, mask in zip(pictures.split(1), masks.split(1), strict=True):
+        metrics.update(network.eval()(picture).argmax(1), mask)
+    return metrics.compute()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
+    parser.add_argument("--pictures", type=int, default=6, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--img-size", type=int, default=128)
+    parser.add_argument("--epochs", type=int, default=120)
+    parser.add_argument("--batch-size", type=int, default=3)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--out", type=Path, default=Path("unet.pt"), help="file for the weights")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    images = MaskedImages.open(args.data, "train")
+    classes = len(images.class_names)
+    pictures, masks = load(images.sample(args.pictures), args.img_size)
+    encoder = TinyViTEncoder(TinyViT.from_config(args.variant, args.pretrained, num_classes=0))
+    decoder = UnetDecoder(encoder.out_channels)
+    network = Unet(encoder, decoder, 16, classes)
+    print(f"out_channels {encoder.out_channels}, output_stride {encoder.output_stride}")
+    for channels, features in zip(encoder.out_channels, encoder(pictures[:1]), strict=True):
+        print(f"  {channels:3} channels: {' x '.join(map(str, features.shape[1:]))}")
+
+    optimizer = torch.optim.AdamW(network.parameters(), args.lr)
+    for epoch in range(args.epochs):
+        total = 0.0
+        for rows in torch.randperm(len(pictures)).split(args.batch_size):
+            loss = F.cross_entropy(network.train()(pictures[rows]), masks[rows], ignore_index=IGNORED)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            total += len(rows) * loss.item()
+        if epoch in (0, args.epochs - 1):
+            print(json.dumps({"epoch": epoch + 1, "loss": round(total / len(pictures), 4)}))
+
+    found = evaluate(network, pictures, masks, classes)
+    told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
+    print(json.dumps({"pictures": len(pictures), "classes_present": found.present, **told}))
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(network.state_dict(), args.out)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    main()
