@@ -89,11 +89,14 @@ def main() -> None:
     parser.add_argument("--freeze", nargs="*", default=[], help="image_encoder, prompt_encoder")
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--windows", nargs=4, type=int, default=(8, 8, 16, 8), help="attention windows of the stages")
-    parser.add_argument("--asked", type=int, default=6, help="instances of a photo to ask for each time")
-    parser.add_argument("--box-share", type=float, default=0.7)
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--asked", type=int, default=8, help="objects of a photo to ask for each time")
+    parser.add_argument("--box-share", type=float, default=0.85, help="share of boxes; the other prompts are points")
+    parser.add_argument("--jitter", type=float, default=0.0, help="noise on the boxes, as a share of their sides")
+    parser.add_argument("--focal", type=float, default=2.0, help="weight of the focal loss beside the dice loss")
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--base-lr", type=float, default=0.064, help="for a batch of 512")
+    parser.add_argument("--base-lr", type=float, default=0.128, help="for a batch of 512")
+    parser.add_argument("--measure-every", type=int, default=10, help="epochs from one measurement to the next")
     parser.add_argument("--shown", type=int, default=6, help="photos to draw")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/promptable"))
@@ -103,26 +106,30 @@ def main() -> None:
 
     images = InstanceImages(args.photos, args.instances, args.min_area).with_instances().sample(args.pictures)
     # To fit a few photos from weights made for something else: all layers learn alike, from what will be asked later.
+    # SAM's 20 times heavier focal loss keeps a random decoder's masks empty for a long time.
     recipe = dataclasses.replace(
         find_recipe(
             "promptable", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=args.base_lr
         ),
         min_lr=args.base_lr / 100,
         layer_decay=1.0,
+        clip_norm=0.5,
         changes={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0},
     )
     pretrained = None if args.pretrained == "none" else args.pretrained
     sam = build_sam(args.variant, pretrained, img_size=args.img_size, window_sizes=tuple(args.windows))
     tell("before", "train", sam, images)
-    prompting = Prompting(args.asked, args.box_share)
+    prompting = Prompting(args.asked, args.box_share, jitter=args.jitter)
     augmentation = PromptAugmentation(recipe.img_size, recipe.preset, prompting=prompting, **recipe.changes)
     result = train(
         PromptedSAM(sam, args.freeze),
         PromptedSamples(images, augmentation),
-        MaskLoss(),
+        MaskLoss(args.focal),
         recipe,
         args.out,
         task=PROMPTABLE,
+        validation=images,
+        validate_every=args.measure_every,
         origin={"pretrained": args.pretrained},
         workers=args.workers,
         log_every=5,
