@@ -19,13 +19,14 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training import MaskedImages, evaluate_segmenter
+from kornia_tinyvit.training import InstanceImages, MaskedImages, evaluate_prompts, evaluate_segmenter
 from tests.conftest import TINY
+from tests.training.test_promptable import make_instances
 from tests.training.test_semantic import NAMES, make_scenes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
@@ -419,3 +420,21 @@ def test_unet_of_any_size():
     assert logits.shape == (2, 5, 75, 101)
     logits.sum().backward()
     assert all(weight.grad is not None for weight in encoder.backbone.layers.parameters())
+
+
+def test_segment_promptable(tmp_path):
+    data = make_instances(tmp_path / "data", 3)
+    folders = (data / "images", data / "masks")
+    options = ("--pictures", 2, "--min-area", 1, "--img-size", 64, "--windows", 4, 4, 4, 4, "--epochs", 2,
+               "--batch-size", 2, "--shown", 2, "--others", *folders, "--cpu", "--out", "runs/it")  # fmt: skip
+    output = run(EXAMPLES / "segment_promptable.py", *folders, *options, cwd=tmp_path)
+    assert "2 pictures, 2 steps" in output
+    before, after, others = json_lines(output)
+    assert (before["when"], before["pictures"], before["instances"]) == ("before", 2, 4)
+    assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
+    kept = MobileSAM.from_config(checkpoint=tmp_path / "runs" / "it" / "last.safetensors")
+    found = evaluate_prompts(kept, InstanceImages(*folders))
+    assert others["box_iou"] == pytest.approx(found["box_iou"], abs=0.01)
+    assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)
+    sheet = Image.open(tmp_path / "runs" / "it" / "masks.png")
+    assert sheet.width == 3 * 328

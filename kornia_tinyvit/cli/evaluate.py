@@ -21,7 +21,18 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.options import Augmented, Device, ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.cli.evaluate_masks import Asked, evaluate_masks
+from kornia_tinyvit.cli.options import (
+    Augmented,
+    Device,
+    ImgSize,
+    Json,
+    MinArea,
+    Pretrained,
+    TaskName,
+    Variant,
+    build_classifier,
+)
 from kornia_tinyvit.training.data import LabelledImages, match_classes
 from kornia_tinyvit.training.evaluation import (
     CONFUSION_CLASSES,
@@ -48,8 +59,12 @@ class OnBroken(StrEnum):
 def evaluate(
     data: Annotated[
         Path,
-        typer.Argument(help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files."),
+        typer.Argument(
+            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Semantic and "
+            "promptable: what 'train' takes."
+        ),
     ],
+    task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification,
     variant: Variant = None,
     pretrained: Pretrained = None,
     img_size: ImgSize = None,
@@ -58,7 +73,9 @@ def evaluate(
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    per_class: Annotated[bool, typer.Option("--per-class", help="Tell the top-1 accuracy of each class.")] = False,
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Tell the top-1 accuracy, or the IoU, of each class.")
+    ] = False,
     confusion: Annotated[bool, typer.Option("--confusion", help="Tell the most frequent mistakes.")] = False,
     calibration: Annotated[bool, typer.Option("--calibration", help="Tell how far to trust the scores.")] = False,
     knn: Annotated[
@@ -66,9 +83,20 @@ def evaluate(
     ] = None,
     linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None,
     on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop,
+    split: Annotated[str, typer.Option(help="Semantic, promptable: which part of the data.")] = "val",
+    min_area: MinArea = 1,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy on labelled pictures."""
+    if task is not TaskName.classification:
+        given = {"tta": tta, "confusion": confusion, "calibration": calibration, "knn": knn, "linear": linear}
+        _refuse(task, [name for name, value in given.items() if value])
+        asked = Asked(
+            data, split, variant, pretrained, img_size, device, limit, workers, per_class, min_area,
+            on_broken is OnBroken.skip, as_json,
+        )  # fmt: skip
+        evaluate_masks(task, asked)
+        return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
     reader = _Reader(classifier, batch_size, workers, on_broken is OnBroken.skip, quiet=as_json)
     images = LabelledImages(data)
@@ -85,6 +113,11 @@ def evaluate(
         print(json.dumps(report))
     else:
         _show(report, found.top_k)
+
+
+def _refuse(task: TaskName, options: list[str]) -> None:
+    if options:
+        raise ValueError(f"{', '.join(f'--{name}' for name in options)} is for classifiers, not for --task {task}.")
 
 
 @dataclass

@@ -4,17 +4,17 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kornia_tinyvit.cli.options import Json
+from kornia_tinyvit.cli.options import Json, MinArea, TaskName
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Checkpointing,
     Epochs,
+    Frozen,
     InitSeed,
     Limit,
     OnBroken,
@@ -29,12 +29,14 @@ from kornia_tinyvit.cli.training_options import (
     TrainedVariant,
     Validation,
     Workers,
+    build_promptable,
     build_samples,
     build_segmenter,
     build_student,
     parse_precision,
 )
 from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.masks import MaskedImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 from kornia_tinyvit.training.tasks import CLASSIFICATION, Task
@@ -43,15 +45,12 @@ if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult
 
 
-class TaskName(StrEnum):
-    """What a network can be trained for."""
-
-    classification = "classification"
-    semantic = "semantic"
-
-
-_TITLES = {"top1": "top-1", "mean_iou": "mean IoU"}
-_USUAL_RECIPES = {TaskName.classification: "in1k", TaskName.semantic: "semantic"}
+_TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes"}
+_USUAL_RECIPES = {
+    TaskName.classification: "in1k",
+    TaskName.semantic: "semantic",
+    TaskName.promptable: "promptable",
+}
 
 
 def train(
@@ -59,15 +58,20 @@ def train(
         Path,
         typer.Argument(
             help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
-            "a folder with images and masks, or a YAML file that names those of train and val and the classes."
+            "a folder with images and masks, or a YAML file that names those of train and val and the classes. "
+            "Promptable: a folder with images and masks or labels, or a YAML file that names images and instances."
         ),
     ],
     variant: TrainedVariant = "5m",
     task: Annotated[
-        TaskName, typer.Option(help="classification: a class a picture; semantic: a class a pixel.")
+        TaskName,
+        typer.Option(
+            help="classification: a class a picture; semantic: a class a pixel; promptable: MobileSAM, on a mask for "
+            "each object."
+        ),
     ] = TaskName.classification,
     recipe: Annotated[
-        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or semantic for that task.")
+        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task's name.")
     ] = None,
     out: Out = Path("runs/train"),
     validation: Validation = None,
@@ -89,6 +93,14 @@ def train(
     class_balance: Annotated[
         float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
     ] = 0.0,
+    freeze: Annotated[
+        list[Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of a picture to ask for each time.")] = 8,
+    box_share: Annotated[
+        float, typer.Option(min=0, max=1, help="Promptable: share of boxes among the prompts; the others are points.")
+    ] = 0.5,
+    min_area: MinArea = 1,
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
@@ -101,9 +113,9 @@ def train(
     first = seed if init_seed is None else init_seed
     asked = _Asked(
         data, validation, variant, pretrained, chosen, seed, first, on_broken, limit, gradient_checkpointing,
-        class_balance,
+        class_balance, tuple(freeze or ()), prompts, box_share, min_area,
     )  # fmt: skip
-    plan = _plan_segmenter(asked) if task is TaskName.semantic else _plan_classifier(asked)
+    plan = _PLANS[task](asked)
     if not as_json:
         plan.tell()
     result = run(
@@ -141,6 +153,10 @@ class _Asked:
     limit: int | None
     gradient_checkpointing: bool
     class_balance: float
+    freeze: tuple[Frozen, ...]
+    prompts: int
+    box_share: float
+    min_area: int
 
 
 @dataclass(frozen=True)
@@ -207,6 +223,37 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
     weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
     objective = PixelLabels(augmentation.preset.label_smoothing, weights)
     return _Plan(model, samples, objective, validation, images.class_names, SEMANTIC, left_out)
+
+
+def _plan_promptable(asked: _Asked) -> _Plan:
+    from kornia_tinyvit.training.promptable import (
+        PROMPTABLE,
+        MaskLoss,
+        PromptAugmentation,
+        PromptedSAM,
+        PromptedSamples,
+        Prompting,
+    )
+
+    images = InstanceImages.open(asked.data, "train", asked.min_area)
+    left_out = images.without_mask + images.without_picture
+    if asked.limit is not None:
+        images = images.sample(asked.limit)
+    recipe, prompting = asked.recipe, Prompting(asked.prompts, asked.box_share)
+    augmentation = PromptAugmentation(recipe.img_size, recipe.preset, asked.seed, prompting, **recipe.changes)
+    sam = build_promptable(asked.variant, asked.pretrained, recipe, asked.init_seed, asked.gradient_checkpointing)
+    validation = None
+    if asked.validation is not None:
+        validation = InstanceImages.open(asked.validation, "val", asked.min_area)
+    samples = PromptedSamples(images, augmentation, asked.on_broken)
+    return _Plan(PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None, PROMPTABLE, left_out)
+
+
+_PLANS = {
+    TaskName.classification: _plan_classifier,
+    TaskName.semantic: _plan_segmenter,
+    TaskName.promptable: _plan_promptable,
+}
 
 
 def report_training(result: TrainingResult, as_json: bool) -> None:

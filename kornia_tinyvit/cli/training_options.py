@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -13,9 +14,18 @@ from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.segmentation.mobile_sam import MobileSAM
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe
+
+
+class Frozen(StrEnum):
+    """Parts of MobileSAM whose weights may stay as they are."""
+
+    image_encoder = "image_encoder"
+    prompt_encoder = "prompt_encoder"
+
 
 Data = Annotated[
     Path,
@@ -89,6 +99,19 @@ def build_segmenter(
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
     return SemanticSegmenter.from_config(variant, pretrained=pretrained or False, class_names=class_names, **options)
+
+
+def build_promptable(
+    variant: str, pretrained: str | None, recipe: Recipe, seed: int, gradient_checkpointing: bool
+) -> MobileSAM:
+    """Build the MobileSAM that is trained, with first weights of a seed; windows are MobileSAM's own at every size."""
+    from kornia_tinyvit.training.promptable import build_sam
+
+    torch.manual_seed(seed)
+    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
+    if options["window_sizes"] == "scale":
+        options["window_sizes"] = None
+    return build_sam(variant, pretrained, **options)
 
 
 def _network_options(

@@ -186,9 +186,11 @@ class MobileSAM(Sam):
             ValueError: if a file cannot be read, a tensor has another shape, no pixels, NaN or infinity.
             FileNotFoundError: if there is no such file.
         """
-        prepared = [self._prepare(image) for image in _photos(images)]
+        first = next(self.parameters())
+        prepared = [
+            prepare_photo(_pixels(image), self.img_size, first.device, first.dtype) for image in _photos(images)
+        ]
         if not prepared:
-            first = next(self.parameters())
             return first.new_zeros(0, 3, *self.img_size), ()
         return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
 
@@ -316,20 +318,6 @@ class MobileSAM(Sam):
         """Show the input size."""
         return f"img_size={self.img_size}"
 
-    def _prepare(self, image: Picture) -> tuple[Tensor, Geometry]:
-        """Return an input :math:`(3, h, w)` and how the photo lies in it."""
-        first = next(self.parameters())
-        pixels = _pixels(image)
-        geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), self.img_size)
-        if pixels.dtype == torch.uint8:
-            pixels = _resize_levels(pixels, geometry.input_size).to(first.device).float() / 255
-        else:
-            pixels = pixels.to(first.device, torch.promote_types(pixels.dtype, torch.float32))
-            pixels = _resize(pixels, geometry.input_size)
-        mean, std = pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)
-        below, right = (side - used for side, used in zip(self.img_size, geometry.input_size, strict=True))
-        return F.pad(normalize(pixels[None], mean, std)[0], (0, right, 0, below)).to(first.dtype), geometry
-
     def _no_features(self, inputs: Tensor) -> Tensor:
         return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size))
 
@@ -340,6 +328,31 @@ class MobileSAM(Sam):
         sparse, dense = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
         features = features.to(first.device, first.dtype)
         return self.mask_decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+
+
+def prepare_photo(
+    pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Geometry]:
+    """Resize a photo as a whole, normalise it and pad it; see :meth:`MobileSAM.preprocess`.
+
+    Args:
+        pixels: photo :math:`(3, H, W)`, of 8 bits or floating point in [0, 1].
+        img_size: height and width of the input.
+        device: where the input shall be.
+        dtype: its precision.
+
+    Returns:
+        An input :math:`(3, h, w)` and how the photo lies in it.
+    """
+    geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
+    if pixels.dtype == torch.uint8:
+        pixels = _resize_levels(pixels, geometry.input_size).to(device).float() / 255
+    else:
+        pixels = pixels.to(device, torch.promote_types(pixels.dtype, torch.float32))
+        pixels = _resize(pixels, geometry.input_size)
+    mean, std = pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)
+    below, right = (side - used for side, used in zip(img_size, geometry.input_size, strict=True))
+    return F.pad(normalize(pixels[None], mean, std)[0], (0, right, 0, below)).to(dtype), geometry
 
 
 class _SquarePositions(PositionEmbeddingRandom):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -299,11 +299,7 @@ class SemanticSegmenter(nn.Module):
             ValueError: if ``layer_decay`` is outside of (0, 1].
         """
         groups = self.backbone.parameter_groups(lr, weight_decay, layer_decay)
-        parameters = [parameter for parameter in self.decoder.parameters() if parameter.requires_grad]
-        for decay, flat in ((weight_decay, False), (0.0, True)):
-            params = [parameter for parameter in parameters if (parameter.ndim <= 1) == flat]
-            groups.append({"params": params, "lr": lr, "weight_decay": decay})
-        return [group for group in groups if group["params"]]
+        return groups + group_by_decay(self.decoder.parameters(), lr, weight_decay)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with configuration and class names inside, whole or not at all.
@@ -321,6 +317,25 @@ class SemanticSegmenter(nn.Module):
         """
         told = self.config.to_dict() | {"class_names": self.class_names}
         return write_tensors(path, self.state_dict(), {"format": "pt", _CONFIG_KEY: json.dumps(told)})
+
+
+def group_by_decay(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
+    """Group the parameters of a decoder for a torch optimizer.
+
+    Args:
+        parameters: the parameters; those that require no gradient are left out.
+        lr: learning rate of all of them.
+        weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
+
+    Returns:
+        Dictionaries with ``params``, ``lr`` and ``weight_decay``, none without parameters.
+    """
+    learning = [parameter for parameter in parameters if parameter.requires_grad]
+    groups = [
+        {"params": [each for each in learning if (each.ndim <= 1) == flat], "lr": lr, "weight_decay": decay}
+        for decay, flat in ((weight_decay, False), (0.0, True))
+    ]
+    return [group for group in groups if group["params"]]
 
 
 def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, int]:

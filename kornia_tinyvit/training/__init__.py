@@ -5,12 +5,26 @@ from typing import TYPE_CHECKING
 
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
+from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.masks import IGNORED, MaskedImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 
 if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult, train
     from kornia_tinyvit.training.objectives import FeatureRegression, Labels, OnlineTeacher, StoredLabels
+    from kornia_tinyvit.training.promptable import (
+        PROMPTABLE,
+        MaskLoss,
+        PromptAugmentation,
+        PromptedSAM,
+        PromptedSamples,
+        Prompting,
+        PromptMetrics,
+        build_sam,
+        central_points,
+        evaluate_prompts,
+        mask_boxes,
+    )
     from kornia_tinyvit.training.semantic import (
         SEMANTIC,
         MaskAugmentation,
@@ -29,6 +43,17 @@ _LAZY = {
     "Labels": "objectives",
     "OnlineTeacher": "objectives",
     "StoredLabels": "objectives",
+    "PROMPTABLE": "promptable",
+    "MaskLoss": "promptable",
+    "PromptAugmentation": "promptable",
+    "PromptMetrics": "promptable",
+    "PromptedSAM": "promptable",
+    "PromptedSamples": "promptable",
+    "Prompting": "promptable",
+    "build_sam": "promptable",
+    "central_points": "promptable",
+    "evaluate_prompts": "promptable",
+    "mask_boxes": "promptable",
     "SEMANTIC": "semantic",
     "MaskAugmentation": "semantic",
     "MaskedSamples": "semantic",
@@ -40,25 +65,37 @@ _LAZY = {
 
 __all__ = [
     "IGNORED",
+    "PROMPTABLE",
     "RECIPES",
     "SEMANTIC",
     "BrokenPictureError",
     "FeatureRegression",
+    "InstanceImages",
     "LabelledImages",
     "Labels",
     "MaskAugmentation",
+    "MaskLoss",
     "MaskedImages",
     "MaskedSamples",
     "MissingExtraError",
     "OnlineTeacher",
     "PixelLabels",
     "PixelMetrics",
+    "PromptAugmentation",
+    "PromptMetrics",
+    "PromptedSAM",
+    "PromptedSamples",
+    "Prompting",
     "Recipe",
     "StoredLabels",
     "TrainingResult",
     "balanced_weights",
+    "build_sam",
+    "central_points",
+    "evaluate_prompts",
     "evaluate_segmenter",
     "find_recipe",
+    "mask_boxes",
     "train",
 ]
 

@@ -22,6 +22,7 @@ from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training.averaging import MovingAverage
 from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import Objective
+from kornia_tinyvit.training.promptable import PromptedSAM
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.tasks import CLASSIFICATION, Judge, Samples, Task
 
@@ -77,7 +78,7 @@ class TrainingResult:
 
 
 def train(
-    model: TinyViT | SemanticSegmenter,
+    model: TinyViT | SemanticSegmenter | PromptedSAM,
     samples: Samples,
     objective: Objective,
     recipe: Recipe,
@@ -137,8 +138,9 @@ def train(
         raise ValueError(f"validate_every must be at least 1; got {validate_every}.")
     # Which would refuse another precision, or keep another device, than an earlier training of this process had.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
-    # MobileSAM's file holds a norm and a head that its forward pass does not use.
-    idle = isinstance(model, TinyViT) and model.config.mobile_sam
+    # MobileSAM's file holds a norm and a head that its forward pass does not use; which weights prompts use depends on
+    # their kind.
+    idle = isinstance(model, PromptedSAM) or (isinstance(model, TinyViT) and model.config.mobile_sam)
     unused = DistributedDataParallelKwargs(find_unused_parameters=idle)
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
     training = _Training(accelerator, model, samples, objective, recipe, process_batch, task)
@@ -200,7 +202,7 @@ class _Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: TinyViT | SemanticSegmenter,
+        model: TinyViT | SemanticSegmenter | PromptedSAM,
         samples: Samples,
         objective: Objective,
         recipe: Recipe,

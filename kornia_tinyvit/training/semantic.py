@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import kornia.augmentation as K
-import numpy as np
 import torch
 import torch.nn.functional as F
 from kornia.metrics import confusion_matrix
@@ -17,12 +16,12 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.distillation.batches import ON_BROKEN, Key
-from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_words
+from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_seed
 from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
 from kornia_tinyvit.segmentation.semantic import SegmenterConfig, SemanticSegmenter, class_maps
 from kornia_tinyvit.training.data import BrokenPictureError
 from kornia_tinyvit.training.masks import IGNORED, MaskedImages
-from kornia_tinyvit.training.tasks import check_names
+from kornia_tinyvit.training.tasks import ReadableItems, as_it_is, check_names
 
 __all__ = [
     "SEMANTIC",
@@ -112,19 +111,19 @@ class MaskAugmentation:
 
         Args:
             picture: 8-bit picture :math:`(3, H, W)` on the CPU.
-            mask: its class indices :math:`(H, W)`.
+            mask: its class indices :math:`(H, W)`, or several masks :math:`(N, H, W)`.
             epoch: number of the epoch.
             index: number of the sample.
 
         Returns:
-            8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`.
+            8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
         """
-        pixels, labels = self._shrink(picture[None], mask[None, None].float())
-        words = keyed_words(self.seed, epoch, np.array([index]), _STREAM)[0].astype(np.uint64)
+        pixels, labels = self._shrink(picture[None], mask.reshape(1, -1, *mask.shape[-2:]).float())
         with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(int(words[0] << np.uint64(31) | words[1] >> np.uint64(1)))
+            torch.default_generator.manual_seed(keyed_seed(self.seed, epoch, index, _STREAM))
             pixels, labels = self._change(pixels.float() / 255, labels)
-        return (pixels[0] * 255).round().clamp(0, 255).to(torch.uint8), labels[0, 0].long()
+        changed = labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
+        return (pixels[0] * 255).round().clamp(0, 255).to(torch.uint8), changed
 
     def _shrink(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         """Make large pictures so small that their smallest crops still have the size that comes out.
@@ -397,9 +396,9 @@ class Semantic:
         samples: MaskedSamples,
         batch_size: int,
         device: torch.device,
-    ) -> _MeanIou:
+    ) -> PixelJudge:
         """Begin to count pixels, one picture at a time since each has its own size."""
-        return _MeanIou(images, config, samples.on_broken == "skip", device)
+        return PixelJudge(images, config, samples.on_broken == "skip", device)
 
     def save(
         self,
@@ -417,41 +416,20 @@ class Semantic:
 
 SEMANTIC = Semantic()
 
-_Readable = tuple[tuple[Tensor, Tensor] | None, str]
 
+class PixelJudge:
+    """A single measurement of a segmenter on validation pictures; see :class:`~.tasks.Judge`."""
 
-class _ReadableMasks(Dataset[_Readable]):
-    """Pictures, masks and names; pictures that cannot be read are ``None`` or raise."""
-
-    def __init__(self, images: MaskedImages, skip_broken: bool) -> None:
-        self.images, self.skip_broken = images, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> _Readable:
-        try:
-            return self.images[index], self.images.name(index)
-        except BrokenPictureError:
-            if not self.skip_broken:
-                raise
-            return None, self.images.name(index)
-
-
-def _as_it_is(items: list[_Readable]) -> list[_Readable]:
-    return items
-
-
-class _MeanIou:
-    collate = staticmethod(_as_it_is)
+    collate = staticmethod(as_it_is)
     batch_size = 1
 
     def __init__(self, images: MaskedImages, config: SegmenterConfig, skip_broken: bool, device: torch.device) -> None:
-        self.pictures = _ReadableMasks(images, skip_broken)
+        self.pictures = ReadableItems(images, images.__getitem__, skip_broken)
         self.config, self.device = config.backbone, device
         self.counts = PixelMetrics(config.num_classes)
 
-    def add(self, network: nn.Module, batch: list[_Readable]) -> list[str]:
+    def add(self, network: nn.Module, batch: list[tuple[tuple[Tensor, Tensor] | None, str]]) -> list[str]:
+        """Count the pixels of a picture."""
         sample = batch[0][0] if batch else None
         # Without a picture of its own a process still takes part in what the network's processes do together.
         picture = torch.zeros(3, self.config.img_size, self.config.img_size) if sample is None else sample[0]
@@ -461,5 +439,6 @@ class _MeanIou:
         return [name for found, name in batch if found is None]
 
     def measures(self) -> dict[str, float]:
+        """Return mean IoU and pixel accuracy in per cent."""
         found = self.counts.compute()
         return {"mean_iou": round(found.mean_iou, 4), "pixel_accuracy": round(found.pixel_accuracy, 4)}

@@ -9,13 +9,21 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kornia_tinyvit import TinyViT
+from kornia_tinyvit import MobileSAM, TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import build_student
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training import RECIPES, MaskedImages, evaluate_segmenter, find_recipe
+from kornia_tinyvit.training import (
+    RECIPES,
+    InstanceImages,
+    MaskedImages,
+    evaluate_prompts,
+    evaluate_segmenter,
+    find_recipe,
+)
 from tests.cli.test_classify import error_of, run
 from tests.distillation.test_batches import CLASSES, damage, make_pictures
+from tests.training.test_promptable import make_instances
 from tests.training.test_semantic import NAMES, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
@@ -152,6 +160,49 @@ class TestSemantic:
         assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--recipe", "in1k"))
         assert "Masks cannot follow policy, erasing" in error
+
+
+class TestPromptable:
+    def command(self, folder, tmp_path, *options):
+        small = ("--variant", "1m", "--img-size", "64", "--batch-size", "2", "--workers", "0", "--epochs", "1")
+        return ("train", str(folder), "--task", "promptable", *small, "--out", str(tmp_path / "out"), *options)
+
+    def test_json(self, tmp_path):
+        data, validation = make_instances(tmp_path / "data", 2), make_instances(tmp_path / "val", 2, seed=9)
+        options = ("--validation", str(validation), "--freeze", "image_encoder", "--freeze", "prompt_encoder",
+                   "--pretrained", "cifar10", "--min-area", "100", "--prompts", "3", "--box-share", "0.75",
+                   "--json")  # fmt: skip
+        told = json.loads(run(*self.command(data, tmp_path, *options)))
+        assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        sam = MobileSAM.from_config(checkpoint=told["best"])
+        assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (8, 8, 4, 2))
+        start = TinyViT.from_config("1m", "cifar10").state_dict()
+        kept = sam.image_encoder.state_dict()
+        assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
+        found = evaluate_prompts(sam, InstanceImages.open(validation, min_area=100))
+        assert found["box_iou"] == pytest.approx(told["box_iou"], abs=1e-3)
+        asked = recorded(tmp_path)
+        assert asked["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
+        assert asked["augmentation"]["prompting"]["instances"] == 3
+        assert asked["augmentation"]["prompting"]["box_share"] == 0.75
+        assert asked["objective"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
+
+    def test_text(self, tmp_path):
+        data = make_instances(tmp_path / "data", 3)
+        (data / "masks" / "02.png").unlink()
+        printed = run(*self.command(data, tmp_path, "--validation", str(data)))
+        assert "missing: 1, such as 02.png" in printed
+        assert ", mean IoU of boxes " in printed.strip().splitlines()[-1]
+        again = self.command(data, tmp_path / "more", "--pretrained", str(tmp_path / "out" / "best.safetensors"))
+        assert "1 steps in " in run(*again)
+
+    def test_errors(self, tmp_path, capfd, monkeypatch):
+        data = make_instances(tmp_path / "data", 2)
+        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--pretrained", "nothing"))
+        assert "no weights and no file 'nothing'" in error
+        frozen = self.command(data, tmp_path, "--freeze", "mask_decoder")
+        assert CliRunner().invoke(app, frozen).exit_code == 2
 
 
 class TestChooseRecipe:

@@ -1,0 +1,108 @@
+"""Segmenters and MobileSAM measured on the command line."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from kornia_tinyvit import save_checkpoint
+from kornia_tinyvit.training import InstanceImages, MaskedImages, evaluate_prompts, evaluate_segmenter
+from tests.cli.test_classify import error_of, run
+from tests.distillation.test_batches import damage
+from tests.training.test_promptable import lively_sam, make_instances
+from tests.training.test_semantic import NAMES, make_scenes, make_segmenter
+
+
+@pytest.fixture
+def segmenter(tmp_path) -> str:
+    return str(make_segmenter().eval().save(tmp_path / "segmenter.safetensors"))
+
+
+@pytest.fixture
+def sam(tmp_path) -> str:
+    return str(save_checkpoint(lively_sam(), tmp_path / "sam.safetensors"))
+
+
+class TestSemantic:
+    def command(self, data, weights, *options):
+        return ("evaluate", str(data), "--task", "semantic", "--pretrained", weights, *options)
+
+    def test_json(self, tmp_path, segmenter):
+        data = make_scenes(tmp_path / "data", 3)
+        wanted = evaluate_segmenter(make_segmenter(), MaskedImages.open(data))
+        told = json.loads(run(*self.command(data, segmenter, "--json", "--per-class")))
+        rows = told.pop("per_class")
+        assert told == {
+            "pictures": 3,
+            "classes_present": 3,
+            "mean_iou": round(wanted.mean_iou, 2),
+            "pixel_accuracy": round(wanted.pixel_accuracy, 2),
+        }
+        assert [row["class"] for row in rows] == list(NAMES)
+        assert [row["iou"] for row in rows] == pytest.approx(wanted.per_class.tolist(), abs=0.01)
+        assert sum(row["pixels"] for row in rows) == wanted.pixels
+
+    def test_text(self, tmp_path, segmenter):
+        data = make_scenes(tmp_path / "data", 3)
+        printed = run(*self.command(data, segmenter, "--per-class", "--limit", "2"))
+        assert [word for line in printed.splitlines() for word in line.split()[:1] if word in NAMES] == list(NAMES)
+        assert "2 pictures: mean IoU " in printed.strip().splitlines()[-1]
+
+    def test_split(self, tmp_path, segmenter):
+        for split, seed in (("train", 0), ("val", 5)):
+            make_scenes(tmp_path / split, 2, seed)
+        described = {split: {kind: f"{split}/{kind}" for kind in ("images", "masks")} for split in ("train", "val")}
+        (tmp_path / "data.json").write_text(json.dumps(described | {"classes": list(NAMES)}))
+        both = [json.loads(run(*self.command(tmp_path / "data.json", segmenter, "--json", *options)))
+                for options in ((), ("--split", "train"))]  # fmt: skip
+        wanted = [evaluate_segmenter(make_segmenter(), MaskedImages.open(tmp_path / split)).pixel_accuracy
+                  for split in ("val", "train")]  # fmt: skip
+        assert [each["pixel_accuracy"] for each in both] == pytest.approx(wanted, abs=0.01)
+
+    def test_broken(self, tmp_path, segmenter, capfd, monkeypatch):
+        data = make_scenes(tmp_path / "data", 3)
+        damage(data / "images" / "01.png")
+        assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, segmenter, "--json"))
+        told = json.loads(run(*self.command(data, segmenter, "--json", "--on-broken", "skip")))
+        assert (told["pictures"], told["broken"]) == (2, ["01.png"])
+
+    def test_errors(self, tmp_path, segmenter, capfd, monkeypatch):
+        data = make_scenes(tmp_path / "data", 2)
+        error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "semantic")
+        assert "--pretrained FILE" in error
+        error = error_of(capfd, monkeypatch, *self.command(data, segmenter, "--confusion", "--tta"))
+        assert "--tta, --confusion is for classifiers, not for --task semantic" in error
+        (data / "classes.txt").write_text("ground\ndisc\ncube")
+        assert "other classes" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
+
+
+class TestPromptable:
+    def command(self, data, weights, *options):
+        return ("evaluate", str(data), "--task", "promptable", "--pretrained", weights, *options)
+
+    def test_json(self, tmp_path, sam):
+        data = make_instances(tmp_path / "data", 2)
+        wanted = evaluate_prompts(lively_sam(), InstanceImages.open(data))
+        told = json.loads(run(*self.command(data, sam, "--json", "--workers", "1")))
+        rounded = {name: round(value, 2) for name, value in wanted.items()}
+        assert told == {"pictures": 2, **rounded}
+        assert told["instances"] == 4
+
+    def test_text(self, tmp_path, sam):
+        data = make_instances(tmp_path / "data", 3)
+        damage(data / "masks" / "01.png")
+        last, broken = run(*self.command(data, sam, "--on-broken", "skip")).strip().splitlines()[-2:]
+        assert last.startswith("2 pictures, 4 objects: mean IoU ")
+        assert last.endswith("% from a point each")
+        assert broken == "1 could not be read and were left out: 01.png"
+
+    def test_options(self, tmp_path, sam, capfd, monkeypatch):
+        data = make_instances(tmp_path / "data", 2)
+        told = [json.loads(run(*self.command(data, sam, "--json", *options)))
+                for options in ((), ("--img-size", "96"), ("--limit", "1"))]  # fmt: skip
+        assert told[0]["box_iou"] != told[1]["box_iou"]
+        assert [each["instances"] for each in told] == [4, 4, 2]
+        error = error_of(capfd, monkeypatch, *self.command(data, sam, "--json", "--min-area", "2000"))
+        assert "None of 2 pictures has an object of at least 2000 pixels" in error
+        assert "have no classes" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))
