@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import math
 import weakref
-from collections.abc import Hashable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -191,7 +191,7 @@ def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
     return {"parameters": parameters, "macs": macs, "memory": scale * parameters + scale * maps // 4}
 
 
-_Part = tuple[type[nn.Module], tuple[Hashable, ...], tuple[int, ...]]  # class, its arguments, shape of its input
+_Part = tuple[Any, ...]  # class, its arguments, shape of its input
 
 
 def _parts(config: TinyViTConfig) -> Iterator[tuple[_Part, int]]:

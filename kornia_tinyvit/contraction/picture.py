@@ -46,7 +46,7 @@ def save_search(path: str | Path, result: SearchResult) -> None:
 
 
 def _draw_panel(draw: ImageDraw.ImageDraw, left: int, result: SearchResult, cost: str, limit: float) -> None:
-    shown = [each for each in result.candidates if each.accuracy is not None]
+    shown = result.evaluated
     costs = [*(each.costs[cost] for each in shown), limit]
     across = _Axis([math.log10(each) for each in costs], left + _LEFT, left + _PANEL[0] - _RIGHT)
     up = _Axis([each.accuracy or 0.0 for each in shown], _PANEL[1] - _BOTTOM, _TOP)

@@ -83,6 +83,11 @@ class SearchResult:
         return tuple(candidate for candidate in self.candidates if candidate.kept)
 
     @property
+    def evaluated(self) -> tuple[Candidate, ...]:
+        """The networks that met the constraint of their step and were evaluated."""
+        return tuple(candidate for candidate in self.candidates if candidate.accuracy is not None)
+
+    @property
     def winner(self) -> Candidate:
         """The network that fits the budget."""
         return self.path[-1]
@@ -102,10 +107,9 @@ class SearchResult:
         Args:
             cost: such as ``"macs"``; with ``"throughput"`` more is better.
         """
-        evaluated = [each for each in self.candidates if each.accuracy is not None]
         sign = -1 if cost == "throughput" else 1
         front: list[Candidate] = []
-        for each in sorted(evaluated, key=lambda each: (sign * each.costs[cost], -_accuracy(each))):
+        for each in sorted(self.evaluated, key=lambda each: (sign * each.costs[cost], -_accuracy(each))):
             if not front or _accuracy(each) > _accuracy(front[-1]):
                 front.append(each)
         return tuple(front)
