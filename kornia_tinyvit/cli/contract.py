@@ -43,7 +43,7 @@ from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
-    from kornia_tinyvit.contraction import SearchResult
+    from kornia_tinyvit.contraction import Candidate, SearchResult
 
 Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
 
@@ -190,17 +190,27 @@ def _amount(text: str | None, option: str) -> float | None:
 
 
 def _show(result: SearchResult, out: Path) -> None:
-    table = Table("contracted", "widths", "depths", "windows", "MBConv", "MLP", box=box.SIMPLE_HEAD)
+    table = Table("contracted", box=box.SIMPLE_HEAD)
     for name in (*result.budget.limits, "top-1 %"):
         table.add_column(name, justify="right", no_wrap=True)
     for each in result.path:
-        config = each.config
-        cells = [" ".join(map(str, values)) for values in (config.embed_dims, config.depths, config.window_sizes[1:])]
-        ratios = [f"{ratio:g}" for ratio in (config.mbconv_expand_ratio, config.mlp_ratio)]
         costs = [_short(each.costs[name]) for name in result.budget.limits]
-        table.add_row(each.factor or "seed", *cells, *ratios, *costs, f"{each.accuracy:.2f}")
+        table.add_row(_change(result, each), *costs, f"{each.accuracy:.2f}")
     Console(highlight=False).print(table)
+    config = result.config
+    print(f"widths {config.embed_dims}, depths {config.depths}, windows {config.window_sizes}")
+    print(f"MBConv expansion {config.mbconv_expand_ratio:g}, MLP ratio {config.mlp_ratio:g}")
     print(f"{len(result.evaluated)} networks trained: {out / 'winner.safetensors'}, {out / 'search.png'}")
+
+
+def _change(result: SearchResult, candidate: Candidate) -> str:
+    """Tell what was contracted, such as ``depths[2] 6 -> 5``."""
+    if candidate.parent is None or candidate.factor is None:
+        return "seed"
+    name, _, stage = candidate.factor.rstrip("]").partition("[")
+    values = [getattr(each.config, name) for each in (result.candidates[candidate.parent], candidate)]
+    before, after = (value[int(stage)] if stage else value for value in values)
+    return f"{candidate.factor} {before:g} -> {after:g}"
 
 
 def _short(value: float) -> str:
