@@ -10,7 +10,8 @@ from typing import Annotated, Any, Literal
 import torch
 import typer
 
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.checkpoints import read_checkpoint
+from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
@@ -42,7 +43,9 @@ OnBroken = Annotated[str, typer.Option(help="What to do at a picture that cannot
 Limit = Annotated[int | None, typer.Option(min=2, help="Use so many pictures, drawn with a fixed seed.")]
 Validation = Annotated[Path | None, typer.Option(help="Pictures to measure the accuracy on after each epoch.")]
 Out = Annotated[Path, typer.Option(help="Folder for weights, metrics and state; the same one goes on after a stop.")]
-TrainedVariant = Annotated[str, typer.Option("--variant", help="1m, 5m, 11m or 21m.")]
+TrainedVariant = Annotated[
+    str, typer.Option("--variant", help="1m, 5m, 11m or 21m; or a file, for a network like the one it holds.")
+]
 Start = Annotated[str | None, typer.Option("--pretrained", help="Weights to start from: a name, a path or a URL.")]
 BatchSize = Annotated[int | None, typer.Option(min=2, help="Global batch. Default: the recipe's.")]
 ProcessBatch = Annotated[int | None, typer.Option(min=2, help="Pictures at a time; gradients add up to the batch.")]
@@ -70,8 +73,11 @@ def build_samples(
 ) -> ReplayedSamples:
     """Build the pictures and the augmentation of a recipe."""
     images = LabelledImages(data)
-    if limit is not None:
-        images = images.sample(limit)
+    return augment_samples(images if limit is None else images.sample(limit), recipe, seed, on_broken)
+
+
+def augment_samples(images: LabelledImages, recipe: Recipe, seed: int, on_broken: str) -> ReplayedSamples:
+    """Give pictures the augmentation of a recipe."""
     augmentation = ReplayableAugmentation(
         recipe.img_size, recipe.preset, seed=seed, num_samples=len(images), **recipe.changes
     )
@@ -84,7 +90,8 @@ def build_student(
     """Build what is trained, with first weights of a seed; loaded windows grow with the pictures."""
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    return TinyViT.from_config(variant, pretrained or False, num_classes=num_classes, **options)
+    network: str | TinyViTConfig = variant if variant in VARIANTS else _like(variant)
+    return TinyViT.from_config(network, pretrained or False, num_classes=num_classes, **options)
 
 
 def build_segmenter(
@@ -114,10 +121,15 @@ def build_promptable(
     return build_sam(variant, pretrained, **options)
 
 
+def _like(variant: str) -> TinyViTConfig:
+    """Return the configuration of a variant, or of the network in a file such as a contracted one."""
+    return read_checkpoint(variant).config if Path(variant).is_file() else TinyViTConfig.from_variant(variant)
+
+
 def _network_options(
     variant: str, pretrained: str | None, recipe: Recipe, gradient_checkpointing: bool
 ) -> dict[str, Any]:
-    usual = TinyViTConfig.from_variant(variant)
+    usual = _like(variant)
     windows: Literal["scale", "fit"] | None = None
     if pretrained and recipe.img_size > usual.img_size:
         windows = "scale"

@@ -97,8 +97,24 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
         """
         if not 0 < count <= len(self):
             raise ValueError(f"Cannot draw {count} of {len(self)} pictures.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
-        rows = order[:count].sort().values.tolist()
+        return self._take(self._shuffled(seed)[:count])
+
+    def split(self, count: int, seed: int = 0) -> tuple[LabelledImages, LabelledImages]:
+        """Hold out so many of the pictures: return the others, and those that :meth:`sample` draws.
+
+        Raises:
+            ValueError: if there are not more pictures than that.
+        """
+        if not 0 < count < len(self):
+            raise ValueError(f"Cannot hold out {count} of {len(self)} pictures and keep some.")
+        order = self._shuffled(seed)
+        return self._take(order[count:]), self._take(order[:count])
+
+    def _shuffled(self, seed: int) -> Tensor:
+        return torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
+
+    def _take(self, chosen: Tensor) -> LabelledImages:
+        rows = chosen.sort().values.tolist()
         drawn = copy.copy(self)
         drawn._source = _Sample(self._source, rows)
         drawn.labels = drawn._source.labels

@@ -1,0 +1,23 @@
+"""Contraction: from a large network to one that fits a budget."""
+
+from kornia_tinyvit.contraction.budget import Bench, Budget, count
+from kornia_tinyvit.contraction.evaluation import ProxyTraining
+from kornia_tinyvit.contraction.inheritance import inherit
+from kornia_tinyvit.contraction.neighbours import Space, contractions, smallest
+from kornia_tinyvit.contraction.picture import save_search
+from kornia_tinyvit.contraction.search import Candidate, SearchResult, contract
+
+__all__ = [
+    "Bench",
+    "Budget",
+    "Candidate",
+    "ProxyTraining",
+    "SearchResult",
+    "Space",
+    "contract",
+    "contractions",
+    "count",
+    "inherit",
+    "save_search",
+    "smallest",
+]

@@ -1,0 +1,238 @@
+"""A contracted network starts from the most important channels, heads and blocks of its parent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
+from kornia_tinyvit.layers import Attention, ConvBN, MBConv, Mlp, PatchMerging, TinyViTBlock
+from kornia_tinyvit.model import TinyViT
+
+__all__ = ["inherit"]
+
+# What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
+_CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
+_FREE = ("img_size", "drop_rate", "drop_path_rate", "use_checkpoint")
+
+
+@torch.no_grad()
+def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
+    """Cut a network down to a configuration that is contracted in any of its factors.
+
+    What is kept is what matters most: the importance of a channel or head is the L2 norm of the weights that write it,
+    batch norms included, times that of the weights that read it; the importance of a block is the norm of what its
+    branches add. Norms of filters as importance are those of arXiv:1608.08710 (there L1). Kept parts stay in their
+    order and keep their weights; a smaller window keeps the biases of the distances that are left.
+
+    Hidden channels, channels of the convolutional stage, and whole blocks that contribute nothing are cut without
+    changing what the network computes. Channels of an attention stage are not: its layer norms average over all
+    channels, so that they see others when some are gone, even if those were zero.
+
+    Args:
+        parent: the network to cut; it stays as it is.
+        config: what to cut it to.
+
+    Returns:
+        A new network on the parent's device, in training mode.
+
+    Raises:
+        ValueError: if the configuration is larger than the parent in some way, or differs in what is no contraction.
+
+    Example:
+        >>> parent = TinyViT.from_config("1m", pretrained="cifar10")
+        >>> inherit(parent, parent.config.replace(mlp_ratio=3.0)).config.mlp_ratio
+        3.0
+    """
+    _check(parent.config, config)
+    weight = parent.norm_head.weight
+    child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
+    # The blocks first: blocks that are dropped have no say about the channels.
+    blocks = [_kept_blocks(parent, stage, config.depths[stage]) for stage in range(NUM_STAGES)]
+    streams = [_kept_channels(parent, stage, blocks[stage], config.embed_dims[stage]) for stage in range(NUM_STAGES)]
+    _cut_stem(parent, child, streams[0])
+    for stage in range(NUM_STAGES):
+        source, target = _stages(parent)[stage], _stages(child)[stage]
+        for old, new in zip((source.blocks[number] for number in blocks[stage]), target.blocks, strict=True):
+            cut = _cut_mbconv if stage == 0 else _cut_block
+            cut(old, new, streams[stage])
+        if target.downsample is not None:
+            _cut_merging(source.downsample, target.downsample, streams[stage], streams[stage + 1])
+    _copy(parent.norm_head, child.norm_head, streams[-1])
+    if config.num_classes:
+        _cut_linear(cast("nn.Linear", parent.head), cast("nn.Linear", child.head), slice(None), streams[-1])
+    return child
+
+
+def _stages(model: TinyViT) -> list[Any]:
+    return list(cast("nn.Sequential", model.layers))
+
+
+def _stem(model: TinyViT) -> tuple[ConvBN, ConvBN]:
+    return cast("ConvBN", model.patch_embed.seq[0]), cast("ConvBN", model.patch_embed.seq[2])
+
+
+def _check(old: TinyViTConfig, new: TinyViTConfig) -> None:
+    if old.mobile_sam or new.mobile_sam:
+        raise ValueError("MobileSAM's encoder cannot be contracted; give a classifier.")
+    others = [
+        name
+        for name in old.__dataclass_fields__
+        if name not in (*_CONTRACTED, *_FREE) and getattr(old, name) != getattr(new, name)
+    ]
+    if others:
+        raise ValueError(f"A contracted network has its parent's {', '.join(others)}; the configuration has others.")
+    for name in _CONTRACTED:
+        ours, theirs = _numbers(old, name), _numbers(new, name)
+        if any(mine < wanted for mine, wanted in zip(ours, theirs, strict=True)):
+            raise ValueError(f"{name} can only become smaller; the parent has {ours}, the configuration {theirs}.")
+    for stage in range(1, NUM_STAGES):
+        widths = [config.embed_dims[stage] // config.num_heads[stage] for config in (old, new)]
+        if widths[0] != widths[1]:
+            raise ValueError(f"The heads of stage {stage} are {widths[0]} wide and stay so; got {widths[1]}.")
+
+
+def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
+    """Return a factor, of the stages where it means something."""
+    value = getattr(config, name)
+    if name in ("num_heads", "window_sizes"):  # the first stage ignores its entry
+        return tuple(value[1:])
+    return value if isinstance(value, tuple) else (value,)
+
+
+def _kept_blocks(parent: TinyViT, stage: int, depth: int) -> list[int]:
+    added = [_branch_norm(block) for block in _stages(parent)[stage].blocks]
+    return _largest(torch.tensor(added), depth).tolist()
+
+
+def _branch_norm(block: MBConv | TinyViTBlock) -> float:
+    """Return the norm of the weights that write what a block adds to its map."""
+    if isinstance(block, MBConv):
+        return float(_filters(block.conv3).norm())
+    written = [_rows(layer) for layer in (block.attn.proj, block.mlp.fc2)]
+    return float(torch.cat(written, 1).norm())
+
+
+def _kept_channels(parent: TinyViT, stage: int, blocks: list[int], width: int) -> Tensor:
+    """Return the channels of a stage's map to keep."""
+    written: list[Tensor] = []
+    read: list[Tensor] = []
+    for writes, matrix in _touching(parent, stage, blocks):
+        (written if writes else read).append(matrix.norm(dim=1).square())
+    return _largest(torch.stack(written).sum(0) * torch.stack(read).sum(0), width)
+
+
+def _touching(parent: TinyViT, stage: int, blocks: list[int]) -> Iterator[tuple[bool, Tensor]]:
+    """Yield all that writes to the map of a stage (True) or reads it (False), each with a row for each channel."""
+    entry = _stem(parent)[1] if stage == 0 else _stages(parent)[stage - 1].downsample.conv3
+    yield True, _filters(entry)
+    for number in blocks:
+        block = _stages(parent)[stage].blocks[number]
+        if isinstance(block, MBConv):
+            yield True, _filters(block.conv3)
+            yield False, block.conv1.c.weight.flatten(1).T
+        else:
+            for layer in (block.attn.proj, block.mlp.fc2):
+                yield True, _rows(layer)
+            for norm, layer in ((block.attn.norm, block.attn.qkv), (block.mlp.norm, block.mlp.fc1)):
+                yield False, layer.weight.T * norm.weight[:, None]
+    if stage + 1 < NUM_STAGES:
+        yield False, _stages(parent)[stage].downsample.conv1.c.weight.flatten(1).T
+    elif parent.config.num_classes:
+        yield False, cast("nn.Linear", parent.head).weight.T * parent.norm_head.weight[:, None]
+
+
+def _kept_hidden(written: Tensor, read: Tensor, width: int) -> Tensor:
+    """Return the hidden channels to keep between two layers, given a row for each of what writes and what reads it."""
+    return _largest(written.norm(dim=1) * read.norm(dim=1), width)
+
+
+def _largest(scores: Tensor, count: int) -> Tensor:
+    """Return where the largest scores are, in order; of equal ones the first."""
+    return scores.sort(descending=True, stable=True).indices[:count].sort().values
+
+
+def _filters(layer: ConvBN) -> Tensor:
+    """Return the folded filters of a convolution and their biases, a row for each channel it writes."""
+    norm = cast("Any", layer.bn)  # whose statistics torch declares as perhaps missing
+    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
+    bias = norm.bias - norm.running_mean * scale
+    return torch.cat([layer.c.weight.flatten(1) * scale[:, None], bias[:, None]], 1)
+
+
+def _rows(layer: nn.Linear) -> Tensor:
+    return torch.cat([layer.weight, layer.bias[:, None]], 1)
+
+
+def _cut_stem(old: TinyViT, new: TinyViT, channels: Tensor) -> None:
+    (first, second), (new_first, new_second) = _stem(old), _stem(new)
+    hidden = _kept_hidden(_filters(first), _readers(second), new_first.c.out_channels)
+    _cut_conv(first, new_first, hidden)
+    _cut_conv(second, new_second, channels, hidden)
+
+
+def _cut_mbconv(old: MBConv, new: MBConv, channels: Tensor) -> None:
+    hidden = _kept_hidden(_filters(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
+    _cut_conv(old.conv1, new.conv1, hidden, channels)
+    _cut_conv(old.conv2, new.conv2, hidden)
+    _cut_conv(old.conv3, new.conv3, channels, hidden)
+
+
+def _cut_merging(old: PatchMerging, new: PatchMerging, before: Tensor, after: Tensor) -> None:
+    hidden = _kept_hidden(_filters(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
+    _cut_conv(old.conv1, new.conv1, hidden, before)
+    _cut_conv(old.conv2, new.conv2, hidden)
+    _cut_conv(old.conv3, new.conv3, after, hidden)
+
+
+def _cut_block(old: TinyViTBlock, new: TinyViTBlock, channels: Tensor) -> None:
+    _cut_attention(old.attn, new.attn, channels)
+    _cut_conv(old.local_conv, new.local_conv, channels)
+    _cut_mlp(old.mlp, new.mlp, channels)
+
+
+def _cut_mlp(old: Mlp, new: Mlp, channels: Tensor) -> None:
+    hidden = _kept_hidden(_rows(old.fc1), old.fc2.weight.T, new.fc1.out_features)
+    _copy(old.norm, new.norm, channels)
+    _cut_linear(old.fc1, new.fc1, hidden, channels)
+    _cut_linear(old.fc2, new.fc2, channels, hidden)
+
+
+def _cut_attention(old: Attention, new: Attention, channels: Tensor) -> None:
+    # A head writes by its values, the last third of its rows, and is read by the projection.
+    rows = old.qkv.weight.new_tensor(range(old.qkv.out_features), dtype=torch.long).view(old.num_heads, 3, -1)
+    values = _rows(old.qkv)[rows[:, 2]].flatten(1)
+    read = old.proj.weight.T.unflatten(0, (old.num_heads, -1)).flatten(1)
+    heads = _kept_hidden(values, read, new.num_heads)
+    _copy(old.norm, new.norm, channels)
+    _cut_linear(old.qkv, new.qkv, rows[heads].flatten(), channels)
+    columns = torch.arange(old.proj.in_features, device=heads.device).view(old.num_heads, -1)
+    _cut_linear(old.proj, new.proj, channels, columns[heads].flatten())
+    side = new.window_size
+    biases = old.attention_biases.unflatten(1, (old.window_size, old.window_size))[heads, :side, :side]
+    new.attention_biases.copy_(biases.flatten(1))
+
+
+def _readers(layer: ConvBN) -> Tensor:
+    """Return the weights of a convolution with a row for each channel it reads."""
+    return layer.c.weight.transpose(0, 1).flatten(1)
+
+
+def _cut_conv(old: ConvBN, new: ConvBN, out: Tensor, into: Tensor | slice = slice(None)) -> None:
+    """Copy some filters; a depthwise convolution reads what it writes, which its weights do not tell apart."""
+    new.c.weight.copy_(old.c.weight[out][:, into])
+    for name, values in old.bn.state_dict().items():
+        getattr(new.bn, name).copy_(values[out] if values.ndim else values)
+
+
+def _cut_linear(old: nn.Linear, new: nn.Linear, out: Tensor | slice, into: Tensor | slice) -> None:
+    new.weight.copy_(old.weight[out][:, into])
+    new.bias.copy_(old.bias[out])
+
+
+def _copy(old: nn.LayerNorm, new: nn.LayerNorm, channels: Tensor) -> None:
+    new.weight.copy_(old.weight[channels])
+    new.bias.copy_(old.bias[channels])

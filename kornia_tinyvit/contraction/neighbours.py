@@ -1,0 +1,132 @@
+"""The steps a search can take: a network contracted in one factor."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+
+from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
+
+__all__ = ["Space", "contractions", "smallest"]
+
+
+@dataclass(frozen=True)
+class Space:
+    """How far each factor of a network may be contracted, and in which steps.
+
+    The factors are those of arXiv:2207.10666, section 3.2: width and depth of each stage, window of each attention
+    stage, expansion of the MBConv blocks and of the MLPs. Widths change by whole heads of unchanged width, in the
+    convolutional stage by half of that; windows go to the next smaller size that tiles the stage's map.
+
+    Args:
+        min_depth: fewest blocks of a stage.
+        min_window: smallest window in tokens.
+        ratio_step: step of the two expansions.
+        min_ratio: smallest expansion.
+
+    Raises:
+        ValueError: if a number is out of its range.
+    """
+
+    min_depth: int = 1
+    min_window: int = 2
+    ratio_step: float = 0.5
+    min_ratio: float = 1.0
+
+    def __post_init__(self) -> None:
+        for name in ("min_depth", "min_window"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)!r}.")
+        for name in ("ratio_step", "min_ratio"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
+
+    def describe(self) -> dict[str, float]:
+        """Return the fields as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+
+_Step = Callable[[TinyViTConfig], TinyViTConfig | None]
+
+
+def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
+    """Return the neighbours of a network: for each factor, the network contracted by one step, two steps and so on.
+
+    Args:
+        config: the network.
+        space: how far to go.
+
+    Returns:
+        Lazily made configurations by the factor's name, such as ``"embed_dims[2]"`` or ``"mlp_ratio"``.
+
+    Example:
+        >>> found = contractions(TinyViTConfig.from_variant("5m"), Space())
+        >>> [each.embed_dims for each in found["embed_dims[3]"]][:2]
+        [(64, 128, 160, 288), (64, 128, 160, 256)]
+    """
+    return {name: _repeat(config, step) for name, step in _steps(space).items()}
+
+
+def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
+    """Return the network with every factor contracted as far as it goes."""
+    for step in _steps(space).values():
+        for further in _repeat(config, step):
+            config = further
+    return config
+
+
+def _repeat(config: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:
+    further = step(config)
+    while further is not None:
+        yield further
+        further = step(further)
+
+
+def _steps(space: Space) -> dict[str, _Step]:
+    steps: dict[str, _Step] = {}
+    for stage in range(NUM_STAGES):
+        steps[f"embed_dims[{stage}]"] = partial(_narrow, stage)
+        steps[f"depths[{stage}]"] = partial(_shorten, stage, space)
+        if stage:
+            steps[f"window_sizes[{stage}]"] = partial(_tighten, stage, space)
+    for name in ("mbconv_expand_ratio", "mlp_ratio"):
+        steps[name] = partial(_squeeze, name, space)
+    return steps
+
+
+def _narrow(stage: int, config: TinyViTConfig) -> TinyViTConfig | None:
+    """Take away a head; of the first stage, which has none, half as many channels as a head of the second has."""
+    head = config.embed_dims[max(stage, 1)] // config.num_heads[max(stage, 1)]
+    step = head if stage else max(2, head // 2)
+    dim = config.embed_dims[stage] - step
+    if dim < step:
+        return None
+    # The first entry is ignored by the network; it is kept at what the published configurations say.
+    heads = dim // head if stage else max(1, dim // head)
+    return config.replace(
+        embed_dims=_with(config.embed_dims, stage, dim), num_heads=_with(config.num_heads, stage, heads)
+    )
+
+
+def _shorten(stage: int, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
+    depth = config.depths[stage] - 1
+    return config.replace(depths=_with(config.depths, stage, depth)) if depth >= space.min_depth else None
+
+
+def _tighten(stage: int, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
+    """Go to the next smaller window that needs no padding."""
+    side = -(-config.img_size // config.stage_strides[stage])
+    smaller = range(min(config.window_sizes[stage] - 1, side), space.min_window - 1, -1)
+    window = next((size for size in smaller if side % size == 0), None)
+    return None if window is None else config.replace(window_sizes=_with(config.window_sizes, stage, window))
+
+
+def _squeeze(name: str, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
+    ratio = getattr(config, name) - space.ratio_step
+    return config.replace(**{name: ratio}) if ratio >= space.min_ratio else None
+
+
+def _with(values: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
+    return (*values[:position], value, *values[position + 1 :])
