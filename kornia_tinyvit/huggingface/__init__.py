@@ -20,12 +20,14 @@ from kornia_tinyvit.huggingface.modeling import (
     TinyVitModel,
     TinyVitPreTrainedModel,
 )
+from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
 from kornia_tinyvit.huggingface.registration import register
 
 __all__ = [
     "TinyVitBackbone",
     "TinyVitConfig",
     "TinyVitForImageClassification",
+    "TinyVitImageProcessor",
     "TinyVitModel",
     "TinyVitPreTrainedModel",
 ]
