@@ -14,7 +14,8 @@ except ImportError as error:
     ) from error
 
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
-from kornia_tinyvit.huggingface.conversion import from_checkpoint, from_tinyvit, save_hub_folder, to_tinyvit
+from kornia_tinyvit.huggingface.conversion import from_checkpoint, from_tinyvit, to_tinyvit
+from kornia_tinyvit.huggingface.folders import save_hub_folder
 from kornia_tinyvit.huggingface.modeling import (
     TinyVitBackbone,
     TinyVitForImageClassification,

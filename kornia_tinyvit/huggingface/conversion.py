@@ -1,4 +1,4 @@
-"""Between this package's networks and transformers' models of them, and folders for the hub."""
+"""Between this package's networks and transformers' models of them."""
 
 from __future__ import annotations
 
@@ -6,18 +6,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.checkpoints import Checkpoint, PretrainedWeights, load_checkpoint, open_pretrained
-from kornia_tinyvit.checkpoints.catalog import default_weights, find_weights, imagenet_classes
-from kornia_tinyvit.checkpoints.hub import read_timm_preprocessing
+from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
+from kornia_tinyvit.checkpoints.catalog import imagenet_classes
 from kornia_tinyvit.checkpoints.layouts import to_transformers
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.huggingface.card import model_card
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.modeling import TinyVitForImageClassification, TinyVitModel
-from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
 from kornia_tinyvit.model import TinyViT
 
-__all__ = ["from_checkpoint", "from_tinyvit", "read_processor", "save_hub_folder", "to_tinyvit"]
+__all__ = ["from_checkpoint", "from_tinyvit", "to_tinyvit"]
 
 
 def from_tinyvit(
@@ -98,66 +95,6 @@ def from_checkpoint(
     found = open_pretrained(pretrained, variant)
     network = TinyViT.from_config(variant, found).eval()
     return from_tinyvit(network, class_names or found.class_names or _usual_names(network.config.num_classes))
-
-
-def read_processor(pretrained: Any, network: TinyViTConfig) -> TinyVitImageProcessor:
-    """Return what prepares pictures for weights: as timm's folder says where it is one, else as they are evaluated.
-
-    Args:
-        pretrained: the weights, as :func:`from_checkpoint` takes them.
-        network: their configuration.
-    """
-    folder = Path(str(pretrained))
-    told = read_timm_preprocessing(folder) if isinstance(pretrained, (str, Path)) and folder.is_dir() else None
-    if not told:
-        return TinyVitImageProcessor.from_network(network)
-    usual = TinyVitImageProcessor(size=network.img_size)
-    return TinyVitImageProcessor(
-        size=network.img_size,
-        do_center_crop=told.get("crop_mode", "center") == "center",
-        crop_pct=told.get("crop_pct", usual.crop_pct),
-        image_mean=told.get("mean", usual.image_mean),
-        image_std=told.get("std", usual.image_std),
-    )
-
-
-def save_hub_folder(
-    folder: str | Path,
-    pretrained: bool | str | Path | Checkpoint,
-    variant: str | TinyViTConfig | None = None,
-    repo_id: str | None = None,
-) -> Path:
-    """Write a folder that is ready for the hub: weights, configuration, preprocessing and a model card.
-
-    ``hf upload NAME FOLDER`` puts it there.
-
-    Args:
-        folder: the folder, which is made.
-        pretrained: the weights, as :func:`from_checkpoint` takes them.
-        variant: the variant, where that does not follow from the weights.
-        repo_id: the name that the card calls the model by; the folder's name if left out.
-
-    Returns:
-        The folder.
-
-    Raises:
-        CheckpointError: if there are no such weights, or they cannot be read.
-    """
-    folder = Path(folder)
-    model = from_checkpoint(pretrained, variant)
-    model.save_pretrained(folder)
-    read_processor(pretrained, to_tinyvit(model).config).save_pretrained(folder)
-    page = model_card(repo_id or folder.name, model, _published(pretrained, variant))
-    (folder / "README.md").write_text(page, encoding="utf-8")
-    return folder
-
-
-def _published(pretrained: Any, variant: str | TinyViTConfig | None) -> PretrainedWeights | None:
-    """Return the entry of the catalog that was asked for, if it was one."""
-    name = variant if isinstance(variant, str) else None
-    if pretrained is True:
-        return None if name is None else default_weights(name)
-    return find_weights(name, str(pretrained)) if isinstance(pretrained, str) else None
 
 
 def _labels(names: Sequence[str], classes: int) -> dict[str, Any]:
