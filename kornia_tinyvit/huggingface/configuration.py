@@ -74,7 +74,8 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in _TUPLES:  # JSON turns them into lists
-            setattr(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         self.to_network()
         self.hidden_size = self.embed_dims[-1]
         self.num_hidden_layers = NUM_STAGES

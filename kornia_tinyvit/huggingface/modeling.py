@@ -246,7 +246,7 @@ class TinyVitForImageClassification(TinyVitPreTrainedModel):
         Returns:
             ``logits`` :math:`(B, classes)`, ``loss`` if there are labels, and what was asked for.
         """
-        outputs = self.tinyvit(pixel_values, **kwargs)
+        outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -293,7 +293,7 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
             ``feature_maps`` :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)`, :math:`s` = 4 for the stem, and
             4, 8, 16, 32 for the stages; and what was asked for.
         """
-        outputs = self.tinyvit(pixel_values, **kwargs)
+        outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
         maps = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
         return BackboneOutput(
             feature_maps=tuple(maps[name] for name in self.out_features),
