@@ -9,6 +9,7 @@ import typer
 from kornia_tinyvit.cli.benchmark import benchmark
 from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.contract import contract
+from kornia_tinyvit.cli.convert import convert
 from kornia_tinyvit.cli.demo import demo
 from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
@@ -28,7 +29,9 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, segment, evaluate, train, contract, export, benchmark, pretrained):
+for command in (
+    demo, classify, segment, evaluate, train, contract, export, convert, benchmark, pretrained
+):  # fmt: skip
     app.command()(command)
 app.add_typer(distill, name="distill")
 

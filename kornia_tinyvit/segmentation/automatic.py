@@ -267,7 +267,7 @@ class _Everything:
         found = _Found.join([self._search_crop(photo, whole, crop, layer) for crop, layer in crops])
         if len(crops) > 1:
             sides = found.crops[:, 2:] - found.crops[:, :2]
-            found = found.select(_suppress(found.boxes, 1 / sides.prod(1), s.crop_nms_thresh))
+            found = found.select(suppress_boxes(found.boxes, 1 / sides.prod(1), s.crop_nms_thresh))
         if s.min_mask_region_area > 0:
             threshold = max(s.box_nms_thresh, s.crop_nms_thresh)
             found = _without_small_regions(found, s.min_mask_region_area, threshold)
@@ -287,7 +287,7 @@ class _Everything:
             _filter(*proposed, enlarge, store, crop, size, s) for proposed in prompts.propose(points, enlarge.cells, s)
         ]
         found = _Candidates.join(batches)
-        kept = _suppress(found.boxes, found.iou, s.box_nms_thresh)
+        kept = suppress_boxes(found.boxes, found.iou, s.box_nms_thresh)
         offset = torch.tensor([left, top])
         return _Found(
             [_encode(found.masks[index], enlarge, crop, size, s.mask_threshold) for index in kept.tolist()],
@@ -506,7 +506,7 @@ def _near_crop_edge(boxes: Tensor, crop: Box, size: tuple[int, int]) -> Tensor:
     return (near_crop & ~near_photo).any(1)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def suppress_boxes(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Return the boxes that non-maximum suppression keeps, the best first, exactly as torchvision's.
 
     kornia's does the work. It may exchange equal scores, drops boxes without area that meet, and compares with the
@@ -548,7 +548,7 @@ def _without_small_regions(found: _Found, min_area: int, threshold: float) -> _F
     if not rles:
         return found
     cleaned = dataclasses.replace(found, rles=rles, boxes=torch.stack(boxes))
-    return cleaned.select(_suppress(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
+    return cleaned.select(suppress_boxes(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
 
 
 def _record(found: _Found, index: int, output_mode: str) -> Mask:
