@@ -50,7 +50,7 @@ def variant(name: str, img_size: int) -> TinyViTConfig:
 
 
 def norm_operations(config: TinyViTConfig) -> int:
-    """What fvcore, to which a multiply-accumulate is one, adds for norms: 2 a value in batch norms, 5 in layer norms."""
+    """What fvcore, to which a multiply-accumulate is one, adds for norms: 2 a value in batch, 5 in layer norms."""
     found = []
     costs = {nn.BatchNorm2d: 2, nn.LayerNorm: 5}
     with torch.device("meta"):
