@@ -36,7 +36,7 @@ OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off
 PIXELS = 1 << 21  # enlarged at a time: 8 MiB of logits
-LOGITS = 1 << 28  # bytes of a crop's candidates kept as logits; those beyond are encoded before duplicates are removed
+LOGITS = 1 << 30  # bytes of a crop's candidates kept as logits, enough for 1,024 points; those beyond are encoded
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
@@ -156,7 +156,8 @@ def generate_masks(
     in the same order. A point's masks must pass the network's own judgement, be stable against the threshold, and not
     be cut off by the edge of a crop; of masks whose boxes overlap, the best stays.
 
-    Memory hardly grows with the photo or the number of masks but for what is returned, see ``output_mode``.
+    Candidates take up to a quarter of a megabyte each until duplicates are removed; for what is returned see
+    ``output_mode``.
 
     Args:
         sam: the network.
