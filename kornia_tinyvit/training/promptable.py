@@ -320,16 +320,17 @@ class PromptedSAM(nn.Module):
 
     def __init__(self, sam: MobileSAM, freeze: Iterable[str] = ()) -> None:
         super().__init__()
-        frozen = tuple(name for name in FREEZABLE if name in set(freeze))
-        unknown = sorted(set(freeze) - set(FREEZABLE))
+        asked = set(freeze)
+        frozen = tuple(name for name in FREEZABLE if name in asked)
+        unknown = sorted(asked - set(FREEZABLE))
         if unknown:
             raise ValueError(f"Parts that can be frozen are {', '.join(FREEZABLE)}; got {', '.join(unknown)}.")
         if sam.img_size[0] != sam.img_size[1]:
             raise ValueError(f"Training takes square inputs; this network has {sam.img_size}. Give img_size a number.")
         self.sam = sam
         self.config = PromptableConfig(sam.config, sam.img_size[0], frozen)
-        for name in FREEZABLE:
-            self.sam.get_submodule(name).requires_grad_(name not in frozen)
+        for name in frozen:
+            self.sam.get_submodule(name).requires_grad_(False)
 
     def train(self, mode: bool = True) -> PromptedSAM:
         """Switch to training, but for frozen parts."""
