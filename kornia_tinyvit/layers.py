@@ -6,6 +6,7 @@ Maps are :math:`(B, C, H, W)` tensors kept in channels-last memory, so that turn
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -139,6 +140,10 @@ class Attention(nn.Module):
     Two tokens :math:`\Delta y` rows and :math:`\Delta x` columns apart share one bias per head,
     ``attention_biases[head, abs(dy) * window_size + abs(dx)]`` (LeViT, arXiv:2104.01136).
 
+    Attributes:
+        attend: what maps queries, keys and values :math:`(B, heads, N, C / heads)` and the biases to the shape of the
+            queries; torch's attention, unless a library around the network brings its own.
+
     Args:
         dim: channels of the tokens.
         num_heads: attention heads, each :math:`C / heads` wide.
@@ -153,6 +158,7 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
         self.attention_biases = nn.Parameter(torch.zeros(num_heads, window_size**2))
+        self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def attention_bias(self) -> Tensor:
         """Spread the table over all pairs of tokens: :math:`(heads, N, N)` with :math:`N` = ``window_size ** 2``.
@@ -170,7 +176,7 @@ class Attention(nn.Module):
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, 3, -1))
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind()  # each (B, heads, N, C / heads)
         bias = self.attention_bias().to(q.dtype)  # autocast computes q in a narrower type than the table's
-        x = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+        x = self.attend(q, k, v, bias.unsqueeze(0))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -20,6 +21,32 @@ __all__ = ["TinyViT"]
 NECK_CHANNELS = 256  # what SAM's mask decoder takes
 
 
+class Blocks(nn.Sequential):
+    """The blocks of one resolution in their order.
+
+    Attributes:
+        gradient_checkpointing: recompute the blocks in the backward pass. This and the function beside it have the
+            names by which transformers switches the parts of a network.
+
+    Args:
+        blocks: the blocks, each of which keeps the shape of its map.
+        use_checkpoint: the first value of ``gradient_checkpointing``.
+    """
+
+    def __init__(self, blocks: Iterable[nn.Module], use_checkpoint: bool = False) -> None:
+        super().__init__(*blocks)
+        self.gradient_checkpointing = use_checkpoint
+        self._gradient_checkpointing_func: Callable[..., Tensor] = partial(checkpoint, use_reentrant=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map :math:`(B, C, H, W)` to the same shape."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return super().forward(x)
+        for block in self:
+            x = self._gradient_checkpointing_func(block, x)
+        return x
+
+
 class Stage(nn.Module):
     """Blocks of one resolution, and the merging that leads to the next stage.
 
@@ -31,18 +58,8 @@ class Stage(nn.Module):
 
     def __init__(self, blocks: list[nn.Module], downsample: PatchMerging | None, use_checkpoint: bool = False) -> None:
         super().__init__()
-        self.blocks = nn.ModuleList(blocks)
+        self.blocks = Blocks(blocks, use_checkpoint)
         self.downsample = downsample
-        self.use_checkpoint = use_checkpoint
-
-    def forward_blocks(self, x: Tensor) -> Tensor:
-        """Map :math:`(B, C, H, W)` to the same shape."""
-        for block in self.blocks:
-            if self.use_checkpoint and torch.is_grad_enabled():
-                x = checkpoint(block, x, use_reentrant=False)
-            else:
-                x = block(x)
-        return x
 
     def forward_downsample(self, x: Tensor) -> Tensor:
         """Merge a map into that of the next stage; the last stage has no next one and returns the map."""
@@ -50,7 +67,7 @@ class Stage(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Run the blocks and the merging on a map :math:`(B, C, H, W)`."""
-        return self.forward_downsample(self.forward_blocks(x))
+        return self.forward_downsample(self.blocks(x))
 
 
 class TinyViT(nn.Module):
@@ -222,7 +239,7 @@ class TinyViT(nn.Module):
         x = self._embed(x)
         maps = []
         for stage in cast("Iterable[Stage]", self.layers):
-            maps.append(stage.forward_blocks(x))
+            maps.append(stage.blocks(x))
             x = stage.forward_downsample(maps[-1])
         return maps
 

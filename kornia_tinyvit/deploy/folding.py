@@ -16,7 +16,7 @@ from kornia.models.common import LayerNorm2d
 from torch import Tensor, nn
 
 from kornia_tinyvit.layers import Attention, ConvBN, TinyViTBlock
-from kornia_tinyvit.model import Stage
+from kornia_tinyvit.model import Blocks
 
 __all__ = [
     "FoldedAttention",
@@ -272,8 +272,8 @@ def fold(module: Module) -> Module:
     """
     folded = copy.deepcopy(module).eval().requires_grad_(False)
     for parent in list(folded.modules()):
-        if isinstance(parent, Stage):
-            parent.use_checkpoint = False
+        if isinstance(parent, Blocks):
+            parent.gradient_checkpointing = False
         for name, child in list(parent.named_children()):
             if isinstance(child, TinyViTBlock):
                 setattr(parent, name, FoldedBlock(child))

@@ -1,0 +1,132 @@
+"""What a network is, as transformers stores it: :class:`TinyVitConfig`."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.backbone_utils import BackboneConfigMixin
+
+from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
+
+__all__ = ["TinyVitConfig"]
+
+#: Where the two configurations have other names for the same.
+_NETWORK_NAMES = {"image_size": "img_size", "num_channels": "in_chans"}
+_FIELDS = (
+    "image_size",
+    "num_channels",
+    "embed_dims",
+    "depths",
+    "num_heads",
+    "window_sizes",
+    "mlp_ratio",
+    "drop_rate",
+    "drop_path_rate",
+    "mbconv_expand_ratio",
+    "local_conv_size",
+    "activation",
+)
+_TUPLES = ("embed_dims", "depths", "num_heads", "window_sizes")
+
+
+@strict
+class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
+    """The configuration of transformers' classes over a :class:`~kornia_tinyvit.TinyViT`; by default its 5m variant.
+
+    The fields are those of :class:`~kornia_tinyvit.TinyViTConfig`, with transformers' names where every model of it has
+    them. The classes are transformers' ``num_labels``, ``id2label`` and ``label2id``.
+
+    Args:
+        image_size: side in pixels of the square picture the network is meant for; it runs at any size.
+        num_channels: channels of the picture.
+        embed_dims: channels of the four stages.
+        depths: blocks of the four stages.
+        num_heads: attention heads of the four stages; the first entry is ignored.
+        window_sizes: side in tokens of the attention windows of the four stages; the first entry is ignored.
+        mlp_ratio: hidden over input width of the MLPs.
+        drop_rate: dropout probability inside the MLPs.
+        drop_path_rate: stochastic depth probability of the last block.
+        mbconv_expand_ratio: hidden over input width of the first stage's blocks.
+        local_conv_size: odd kernel size of the convolution between attention and MLP.
+        activation: name of an activation class of :mod:`torch.nn`.
+        out_features: maps that :class:`TinyVitBackbone` returns, of ``"stem"``, ``"stage1"``, ..., ``"stage4"``.
+        out_indices: the same as positions, 0 to 4.
+        **kwargs: fields of transformers' ``PreTrainedConfig``.
+
+    Raises:
+        ValueError: if a field is out of its range, or the four stages do not agree.
+
+    Example:
+        >>> config = TinyVitConfig.from_network(TinyViTConfig.from_variant("1m"), num_labels=10)
+        >>> config.hidden_size, config.stage_names
+        (160, ['stem', 'stage1', 'stage2', 'stage3', 'stage4'])
+    """
+
+    model_type = "tinyvit"
+    attribute_map = {  # noqa: RUF012 - transformers reads it from the class
+        "img_size": "image_size",
+        "in_chans": "num_channels",
+        "hidden_sizes": "embed_dims",
+        "num_attention_heads": "num_heads",
+    }
+
+    image_size: int = 224
+    num_channels: int = 3
+    embed_dims: list[int] | tuple[int, ...] = (64, 128, 160, 320)
+    depths: list[int] | tuple[int, ...] = (2, 2, 6, 2)
+    num_heads: list[int] | tuple[int, ...] = (2, 4, 5, 10)
+    window_sizes: list[int] | tuple[int, ...] = (7, 7, 14, 7)
+    mlp_ratio: float | int = 4.0
+    drop_rate: float | int = 0.0
+    drop_path_rate: float | int = 0.0
+    mbconv_expand_ratio: float | int = 4.0
+    local_conv_size: int = 3
+    activation: str = "GELU"
+    _out_features: list[str] | None = None
+    _out_indices: list[int] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        for name in _TUPLES:  # JSON turns them into lists
+            setattr(self, name, tuple(getattr(self, name)))
+        self.to_network()
+        self.hidden_size = self.embed_dims[-1]
+        self.num_hidden_layers = NUM_STAGES
+        self.stage_names = ["stem", *(f"stage{stage + 1}" for stage in range(NUM_STAGES))]
+        self.set_output_features_output_indices(
+            out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
+        )
+        super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_network(cls, network: TinyViTConfig, **kwargs: Any) -> TinyVitConfig:
+        """Return the configuration of a network; its classes become numbered labels.
+
+        Args:
+            network: the network's own configuration, such as ``model.config``.
+            **kwargs: further fields, such as ``id2label``.
+
+        Raises:
+            ValueError: if the activation is not one of :mod:`torch.nn`, or the network is MobileSAM's encoder, which
+                belongs into a :class:`TinyVitSamConfig`.
+        """
+        if network.mobile_sam:
+            raise ValueError("MobileSAM's encoder has no classes and another stride; use TinyVitSamConfig for it.")
+        values = network.to_dict()
+        fields = {name: values[_NETWORK_NAMES.get(name, name)] for name in _FIELDS}
+        if network.num_classes and "id2label" not in kwargs:
+            kwargs = {"num_labels": network.num_classes} | kwargs
+        return cls(**fields, **kwargs)
+
+    def to_network(self, num_classes: int = 0) -> TinyViTConfig:
+        """Return the configuration of the network, by default without a head.
+
+        Args:
+            num_classes: classes of its head.
+
+        Raises:
+            ValueError: if a field is out of its range.
+        """
+        values = {_NETWORK_NAMES.get(name, name): getattr(self, name) for name in _FIELDS}
+        return TinyViTConfig.from_dict(values | {"num_classes": num_classes})

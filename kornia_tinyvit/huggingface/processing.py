@@ -1,0 +1,226 @@
+"""Pictures into what a network takes, as transformers does it: :class:`TinyVitImageProcessor`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, TypedDict
+
+import numpy as np
+import torch
+from huggingface_hub.dataclasses import validate_typed_dict
+from kornia.enhance import normalize
+from PIL import Image
+from torch import Tensor
+from transformers import BatchFeature
+from transformers.image_processing_utils import BaseImageProcessor
+from transformers.image_utils import ChannelDimension, load_image
+from transformers.utils import TensorType
+from transformers.utils.type_validators import device_validator, image_size_validator, tensor_type_validator
+
+from kornia_tinyvit.classification import default_evaluation
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.preprocessing import (
+    CROP_FRACTION,
+    IMAGENET_MEAN,
+    IMAGENET_STD,
+    EvaluationPipeline,
+    check_images,
+    resize_images,
+    to_image,
+)
+
+__all__ = ["TinyVitImageProcessor"]
+
+
+class TinyVitImageProcessorKwargs(TypedDict, total=False):
+    """What :class:`TinyVitImageProcessor` is told when it is built or called."""
+
+    do_resize: bool | None
+    size: Annotated[int | list[int] | tuple[int, ...] | dict[str, int] | None, image_size_validator()]
+    do_center_crop: bool | None
+    crop_pct: float | None
+    do_rescale: bool | None
+    do_normalize: bool | None
+    image_mean: list[float] | tuple[float, ...] | None
+    image_std: list[float] | tuple[float, ...] | None
+    input_data_format: str | ChannelDimension | None
+    device: Annotated[str | torch.device | None, device_validator()]
+    return_tensors: Annotated[str | TensorType | None, tensor_type_validator()]
+
+
+class TinyVitImageProcessor(BaseImageProcessor):
+    r"""The evaluation of :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline` as an image processor.
+
+    It takes files and URLs, PIL images, arrays and tensors: one, lists of any sizes, or batches :math:`(B, C, H, W)`.
+    Levels of 8 bits are divided by 255; floating point pictures are in [0, 1], as kornia's are. Tensors stay on their
+    device and have gradients. Grey arrays are repeated for a network of colour pictures.
+
+    Args:
+        do_resize: resize and crop; otherwise the pictures of a call must have one size.
+        size: ``{"height": S, "width": S}`` of what comes out.
+        do_center_crop: resize the short side to ``S / crop_pct`` and crop the centre; otherwise the whole picture is
+            resized to ``size`` whatever its aspect ratio, as the networks from 384 pixels on are evaluated.
+        crop_pct: share of the resized short side that the crop keeps, in (0, 1].
+        do_rescale: divide levels by 255. Without it whole numbers are refused; floating point pictures never change.
+        do_normalize: subtract the mean and divide by the deviation.
+        image_mean: channel means, for values in [0, 1]; as many as the network has channels.
+        image_std: channel deviations.
+        **kwargs: what transformers stores beside them.
+
+    Example:
+        >>> processor = TinyVitImageProcessor(size=64)
+        >>> processor([torch.rand(3, 90, 120), torch.rand(3, 70, 50)])["pixel_values"].shape
+        torch.Size([2, 3, 64, 64])
+    """
+
+    model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers reads them from the class
+    valid_kwargs = TinyVitImageProcessorKwargs  # type: ignore[assignment]
+    do_resize = True
+    size = {"height": 224, "width": 224}  # noqa: RUF012
+    do_center_crop = True
+    crop_pct = CROP_FRACTION
+    do_rescale = True
+    do_normalize = True
+    image_mean = IMAGENET_MEAN
+    image_std = IMAGENET_STD
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._set_attributes(**kwargs)
+
+    @classmethod
+    def from_network(cls, network: TinyViTConfig) -> TinyVitImageProcessor:
+        """Return the evaluation of a network, which follows from its resolution and channels.
+
+        Args:
+            network: the network's own configuration, such as ``model.config``.
+        """
+        return cls.from_evaluation(default_evaluation(network))
+
+    @classmethod
+    def from_evaluation(cls, evaluation: EvaluationPipeline) -> TinyVitImageProcessor:
+        """Return the processor that does what a pipeline does.
+
+        Args:
+            evaluation: the pipeline, such as ``classifier.preprocessing``.
+        """
+        crop = {} if evaluation.crop_fraction is None else {"crop_pct": evaluation.crop_fraction}
+        # The shortest numbers that are these in single precision, which is what a reader of the file expects.
+        mean, std = ([float(str(each)) for each in kept.cpu().numpy()] for kept in (evaluation.mean, evaluation.std))
+        return cls(size=evaluation.img_size, do_center_crop=bool(crop), image_mean=mean, image_std=std, **crop)
+
+    @property
+    def backend(self) -> str:
+        """The name of what does the work."""
+        return "kornia"
+
+    def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
+        """Prepare pictures.
+
+        Args:
+            images: one picture or several.
+            **kwargs: other values than the processor's own for this call; ``device`` for where to work;
+                ``input_data_format``, ``"channels_first"`` or ``"channels_last"``, where an array's shape leaves that
+                open; ``return_tensors="np"`` for arrays instead of tensors.
+
+        Returns:
+            ``pixel_values`` :math:`(B, C, S, S)`.
+
+        Raises:
+            TypeError: if something is no picture, or has numbers of another kind.
+            ValueError: if a shape is wrong, or a setting out of its range.
+        """
+        validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
+        settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
+        settings = self._standardize_kwargs(**settings)
+        pictures = _flatten(images)
+        if pictures:
+            batches = _batches([_to_tensor(picture, settings) for picture in pictures])
+        elif isinstance(images, Tensor):
+            batches = [images]  # a batch of none, which keeps its channels
+        else:
+            raise ValueError("Got no pictures; an empty batch is a tensor (0, C, H, W).")
+        done = torch.cat([_evaluate(batch, settings) for batch in batches])
+        if settings["return_tensors"] is not None and TensorType(settings["return_tensors"]) == TensorType.NUMPY:
+            return BatchFeature({"pixel_values": done.detach().cpu().numpy()})
+        return BatchFeature({"pixel_values": done})
+
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+        """Bring settings into one form, without those of transformers that do not exist here."""
+        done = super()._standardize_kwargs(**kwargs, default_to_square=True)
+        return {name: value for name, value in done.items() if name in kwargs}
+
+
+def _flatten(images: Any) -> list[Any]:
+    """Return single pictures; what is no list and no batch is one."""
+    if isinstance(images, (list, tuple)):
+        return [picture for each in images for picture in _flatten(each)]
+    if isinstance(images, (str, Path)):
+        return [load_image(str(images))]
+    return list(images) if getattr(images, "ndim", 0) == 4 else [images]
+
+
+def _to_tensor(picture: Any, settings: dict[str, Any]) -> Tensor:
+    """Return a picture :math:`(C, H, W)` in [0, 1]."""
+    channels = len(settings["image_mean"])
+    if isinstance(picture, Image.Image):
+        tensor = to_image(picture, channels)
+    elif isinstance(picture, (Tensor, np.ndarray)):
+        tensor = _scale(picture if isinstance(picture, Tensor) else torch.tensor(picture), settings["do_rescale"])
+        if isinstance(picture, np.ndarray) and tensor.numel() and tensor.max() > 1:
+            raise ValueError(
+                f"Floating point pictures are in [0, 1]; got {tensor.max():.4g}. Divide levels by 255, or pass uint8."
+            )
+        tensor = _channels_first(tensor, channels, settings["input_data_format"])
+    else:
+        raise TypeError(f"A picture is a file, a PIL image, an array or a tensor; got {type(picture).__name__}.")
+    if tensor.shape[0] == 1:
+        tensor = tensor.expand(channels, -1, -1)
+    return tensor if settings["device"] is None else tensor.to(settings["device"])
+
+
+def _scale(picture: Tensor, do_rescale: bool) -> Tensor:
+    if picture.is_floating_point():
+        return picture
+    if picture.dtype != torch.uint8 or not do_rescale:
+        told = "" if do_rescale else " and do_rescale=False, which leaves only the latter"
+        raise TypeError(f"Pictures are uint8 or floating point in [0, 1]; got {picture.dtype}{told}.")
+    return picture.float() / 255
+
+
+def _channels_first(picture: Tensor, channels: int, layout: str | ChannelDimension | None) -> Tensor:
+    if picture.ndim == 2:
+        return picture[None]
+    if picture.ndim != 3:
+        raise ValueError(f"A picture must be (C, H, W), (H, W, C) or (H, W); got {tuple(picture.shape)}.")
+    if layout is None:
+        if not {channels, 1} & {picture.shape[0], picture.shape[2]}:
+            raise ValueError(f"A picture must have {channels} channels, or 1; got {tuple(picture.shape)}.")
+        layout = ChannelDimension.FIRST if picture.shape[0] in (channels, 1) else ChannelDimension.LAST
+    return picture.movedim(-1, 0) if ChannelDimension(layout) == ChannelDimension.LAST else picture
+
+
+def _batches(pictures: list[Tensor]) -> list[Tensor]:
+    """Put pictures into one batch if they have one size, and otherwise each into its own."""
+    same = len({picture.shape for picture in pictures}) == 1
+    return [torch.stack(pictures)] if same else [picture[None] for picture in pictures]
+
+
+def _evaluate(images: Tensor, settings: dict[str, Any]) -> Tensor:
+    """Resize, crop and normalise a batch :math:`(B, C, H, W)`."""
+    mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
+    check_images(images, len(mean))
+    if settings["do_resize"]:
+        images = _resize(images, settings)
+    return normalize(images, mean.to(images), std.to(images)) if settings["do_normalize"] else images
+
+
+def _resize(images: Tensor, settings: dict[str, Any]) -> Tensor:
+    height, width = settings["size"].height, settings["size"].width
+    if height is None or width is None:
+        raise ValueError(f"size must be a number or {{'height': S, 'width': S}}; got {dict(settings['size'])}.")
+    if not settings["do_center_crop"]:
+        return resize_images(images, height, width)
+    if height != width:
+        raise ValueError(f"A crop is square; got {height}x{width}. For an oblong size pass do_center_crop=False.")
+    return EvaluationPipeline(height, settings["crop_pct"]).resize_and_crop(images)
