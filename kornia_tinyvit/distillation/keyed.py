@@ -70,6 +70,12 @@ def keyed_words(seed: int, epoch: int, indices: NDArray[np.int64], stream: int, 
     return words.transpose(1, 2, 0).reshape(len(rows), 4 * blocks)
 
 
+def keyed_seed(seed: int, epoch: int, index: int, stream: int) -> int:
+    """Return a seed below 2**63 for a generator of its own, from the key of :func:`keyed_words`."""
+    words = keyed_words(seed, epoch, np.array([index]), stream)[0].astype(np.uint64)
+    return int(words[0] << np.uint64(31) | words[1] >> np.uint64(1))
+
+
 class EpochOrder:
     """The order in which an epoch visits its samples: a permutation that is a pure function of seed and epoch.
 

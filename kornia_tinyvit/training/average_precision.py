@@ -5,22 +5,17 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 import torch
-from kornia.models.rt_detr import DETRPostProcessor
 from torch import Tensor
 
-from kornia_tinyvit.classification import evaluating
-from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.training.boxes import BoxedImages
-from kornia_tinyvit.training.tasks import check_names
 
-__all__ = ["BoxMetrics", "DetectionScores", "evaluate_detector"]
+__all__ = ["BoxMetrics", "DetectionScores"]
 
 _COUNTED = 100  # detections of a picture, the surest, as COCO counts them
 _ROW = 6  # class, score, left, top, width, height
@@ -189,50 +184,3 @@ def _evaluate(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[Ten
 def _mean(values: Tensor) -> float:
     """Return the mean in per cent over what is not -1, which COCO writes where nothing was to be found."""
     return 100 * float(values[values > -1].mean())
-
-
-def evaluate_detector(detector: TinyViTDetector, images: BoxedImages, batch_size: int = 8) -> DetectionScores:
-    """Measure a detector on whole pictures, in their own pixels.
-
-    Args:
-        detector: the detector, seen as :meth:`TinyViTDetector.predict` sees pictures.
-        images: pictures and boxes.
-        batch_size: how many pictures the network takes at a time.
-
-    Raises:
-        ValueError: if the boxes have other classes than the detector.
-        BrokenPictureError: if a picture cannot be read.
-    """
-    check_names(images.class_names, detector.class_names)
-    metrics, device = BoxMetrics(images), next(detector.parameters()).device
-    rows = iter(range(len(images)))
-    with evaluating(detector), torch.inference_mode():
-        while batch := list(islice(rows, batch_size)):
-            pictures = [images[index][0] for index in batch]
-            find_all(detector, detector.config, batch, pictures, metrics, device)
-    return metrics.compute()
-
-
-def find_all(
-    network: Callable[[Tensor], tuple[Tensor, Tensor]],
-    config: DetectorConfig,
-    indices: Sequence[int],
-    pictures: Sequence[Tensor],
-    metrics: BoxMetrics,
-    device: torch.device,
-) -> None:
-    """Add what a network finds on pictures to measures.
-
-    Args:
-        network: maps squares in [0, 1] to logits and boxes, such as a :class:`TinyViTDetector`.
-        config: what it is.
-        indices: numbers of the pictures.
-        pictures: the pictures :math:`(3, H, W)` in [0, 1].
-        metrics: where it is added.
-        device: where the network is.
-    """
-    squares, sizes = Squares(config.backbone.img_size)([picture.to(device) for picture in pictures])
-    logits, boxes = network(squares)
-    every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
-    for index, found, size in zip(indices, every(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):
-        metrics.update(index, found, *size)

@@ -20,7 +20,7 @@ from torch.utils.data import Dataset
 
 from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.training.data import BrokenPictureError, pictures_below
-from kornia_tinyvit.training.masks import read_yaml
+from kornia_tinyvit.training.masks import draw_rows, read_yaml
 
 __all__ = ["BoxedImages", "Objects"]
 
@@ -269,11 +269,8 @@ class BoxedImages(Dataset[tuple[Tensor, Objects]]):
         Raises:
             ValueError: if there are not as many.
         """
-        if not 0 < count <= len(self):
-            raise ValueError(f"Cannot draw {count} of {len(self)} pictures.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         drawn = copy.copy(self)
-        drawn._records = [self._records[row] for row in order[:count].sort().values.tolist()]
+        drawn._records = [self._records[row] for row in draw_rows(len(self), count, seed)]
         drawn._fingerprint = None
         return drawn
 

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from kornia.enhance import normalize
+from kornia.models.rt_detr import DETRPostProcessor
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.composite import part_groups
-from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
+from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
 from kornia_tinyvit.distillation.batches import Key
-from kornia_tinyvit.training.average_precision import BoxMetrics, find_all
+from kornia_tinyvit.training.average_precision import BoxMetrics, DetectionScores
 from kornia_tinyvit.training.boxes import BoxedImages, Objects
-from kornia_tinyvit.training.paired import PairedAugmentation, PairedSamples, Readable
-from kornia_tinyvit.training.tasks import check_names
+from kornia_tinyvit.training.paired import PairedAugmentation, PairedSamples
+from kornia_tinyvit.training.tasks import ReadableItems, as_it_is, check_names, measure_network
 
 __all__ = [
     "DETECTION",
@@ -27,6 +29,7 @@ __all__ = [
     "DetectionLoss",
     "DetectionTask",
     "DetectorTraining",
+    "evaluate_detector",
 ]
 
 _VISIBLE = 0.3  # share of an object's box that a crop must hold for the object to count
@@ -275,9 +278,9 @@ class DetectionTask:
         samples: BoxedSamples,
         batch_size: int,
         device: torch.device,
-    ) -> _MeanPrecision:
+    ) -> BoxJudge:
         """Begin to collect what is found."""
-        return _MeanPrecision(images, config, samples.on_broken == "skip", batch_size, device)
+        return BoxJudge(images, config, samples.on_broken == "skip", batch_size, device)
 
     def save(
         self, config: DetectorConfig, state: dict[str, Tensor], paths: Sequence[Path], class_names: Sequence[str] | None
@@ -293,41 +296,61 @@ class DetectionTask:
 
 DETECTION = DetectionTask()
 
-_Readable = tuple[tuple[int, Tensor] | None, str]
 
+class BoxJudge:
+    """A single measurement of a detector on validation pictures; see :class:`~.tasks.Judge`."""
 
-class _Numbered(Readable):
-    """Pictures with their numbers, in the place of their boxes."""
-
-    def __getitem__(self, index: int) -> _Readable:
-        sample, name = super().__getitem__(index)
-        return None if sample is None else (index, sample[0]), name
-
-
-def _as_it_is(items: list[_Readable]) -> list[_Readable]:
-    return items
-
-
-class _MeanPrecision:
-    collate = staticmethod(_as_it_is)
+    collate = staticmethod(as_it_is)
 
     def __init__(
         self, images: BoxedImages, config: DetectorConfig, skip_broken: bool, batch_size: int, device: torch.device
     ) -> None:
-        self.pictures = _Numbered(images, skip_broken)
+        self.pictures = ReadableItems(images, partial(_numbered, images), skip_broken)
         self.config, self.batch_size, self.device = config, batch_size, device
         self.counts = BoxMetrics(images)
+        self._squares = Squares(config.backbone.img_size)
+        self._every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
-    def add(self, network: nn.Module, batch: list[_Readable]) -> list[str]:
-        found = [sample for sample, _ in batch if sample is not None]
-        if found:
-            indices, pictures = zip(*found, strict=True)
-            find_all(network, self.config, indices, pictures, self.counts, self.device)
-        else:  # without pictures of its own a process still takes part in what the network's processes do together
-            side = self.config.backbone.img_size
-            network(torch.zeros(1, self.config.backbone.in_chans, side, side, device=self.device))
+    def add(self, network: nn.Module, batch: list[tuple[tuple[int, Tensor] | None, str]]) -> list[str]:
+        """Add what is found on pictures."""
+        read = [sample for sample, _ in batch if sample is not None]
+        # Without pictures of its own a process still takes part in what the network's processes do together.
+        blank = torch.zeros(self.config.backbone.in_chans, 32, 32)
+        squares, sizes = self._squares([picture.to(self.device) for _, picture in read] or [blank.to(self.device)])
+        logits, boxes = network(squares)
+        found = self._every(logits.float(), boxes.float(), sizes)
+        for (index, picture), rows in zip(read, found, strict=False):
+            self.counts.update(index, rows, *picture.shape[1:])
         return [name for sample, name in batch if sample is None]
 
     def measures(self) -> dict[str, float]:
+        """Return mAP over all overlaps, and at those of 50 and 75 per cent."""
         found = self.counts.compute().to_dict()
         return {name: found[name] or 0.0 for name in ("map", "map50", "map75")}
+
+
+def _numbered(images: BoxedImages, index: int) -> tuple[int, Tensor]:
+    return index, images[index][0]
+
+
+def evaluate_detector(
+    detector: TinyViTDetector, images: BoxedImages, batch_size: int = 8, workers: int = 0, progress: bool = False
+) -> DetectionScores:
+    """Measure a detector on whole pictures, in their own pixels.
+
+    Args:
+        detector: the detector, seen as :meth:`TinyViTDetector.predict` sees pictures.
+        images: pictures and boxes.
+        batch_size: how many pictures the network takes at a time.
+        workers: processes that read pictures.
+        progress: show a bar.
+
+    Raises:
+        ValueError: if the boxes have other classes than the detector.
+        BrokenPictureError: if a picture cannot be read.
+        MissingExtraError: if pycocotools is missing.
+    """
+    check_names(images.class_names, detector.class_names)
+    judge = BoxJudge(images, detector.config, False, batch_size, next(detector.parameters()).device)
+    measure_network(detector, judge, workers, progress)
+    return judge.counts.compute()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from pathlib import Path
 from typing import Any
 
@@ -70,19 +70,13 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         ignored: Iterable[int] = (),
     ) -> None:
         self._folders = Path(pictures), Path(masks)
-        found, labelled = (_by_stem(folder) for folder in self._folders)
+        found, labelled = (files_by_stem(folder) for folder in self._folders)
         stems = sorted(found.keys() & labelled.keys())
         self._files = [(found[stem], labelled[stem]) for stem in stems]
         self.without_mask = tuple(found[stem] for stem in sorted(found.keys() - labelled.keys()))
         self.without_picture = tuple(labelled[stem] for stem in sorted(labelled.keys() - found.keys()))
-        if not stems:
-            raise ValueError(
-                f"No picture of {pictures} has a mask of its name in {masks}: {len(found)} pictures, {len(labelled)} "
-                "masks. They are matched by their paths without the ending, such as street/1.jpg and street/1.png."
-            )
-        smeared = [mask for _, mask in self._files if mask.lower().endswith(_SMEARED)]
-        if smeared:
-            raise ValueError(f"{masks} holds JPEG masks such as {smeared[0]}, whose ids are smeared; use PNG.")
+        refuse_unpaired(stems, found, labelled, pictures, masks)
+        refuse_smeared((mask for _, mask in self._files), masks)
         self._name_classes(classes, set(ignored))
         self._fingerprint: str | None = None
 
@@ -119,7 +113,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
             if classes is None and names.exists():
                 classes = names.read_text().splitlines()
             return cls(pictures, masks, classes, ignored)
-        told = _read_description(path)
+        told = read_description(path, "'images' and 'masks'")
         try:
             pictures, masks = (path.parent / told[split][kind] for kind in ("images", "masks"))
             classes = told.get("classes") if classes is None else classes
@@ -153,7 +147,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
             pixels = read_pixels(picture)
         except ValueError as error:
             raise BrokenPictureError(str(error)) from error
-        indices = self._table[_read_ids(mask)]
+        indices = self._table[read_ids(mask)]
         if pixels.shape[1:] != indices.shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape[1:], indices.shape)]
             raise BrokenPictureError(
@@ -161,7 +155,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
                 "its picture as it is shown."
             )
         if (indices == _UNKNOWN).any():
-            ids = np.unique(_read_ids(mask)[indices == _UNKNOWN])
+            ids = np.unique(read_ids(mask)[indices == _UNKNOWN])
             raise BrokenPictureError(
                 f"{mask} holds the ids {', '.join(map(str, ids[:5]))}, which are no classes; name them in the classes "
                 "or among the ignored ids."
@@ -178,11 +172,8 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         Raises:
             ValueError: if there are not as many.
         """
-        if not 0 < count <= len(self):
-            raise ValueError(f"Cannot draw {count} of {len(self)} pictures.")
-        order = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed))
         drawn = copy.copy(self)
-        drawn._files = [self._files[row] for row in order[:count].sort().values.tolist()]
+        drawn._files = [self._files[row] for row in draw_rows(len(self), count, seed)]
         drawn._fingerprint = None
         return drawn
 
@@ -201,7 +192,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
 
     def _name_classes(self, classes: Mapping[int, str] | Sequence[str] | None, ignored: set[int]) -> None:
         if classes is None:
-            present = {int(each) for _, mask in self._files for each in np.unique(_read_ids(self._folders[1] / mask))}
+            present = {int(each) for _, mask in self._files for each in np.unique(read_ids(self._folders[1] / mask))}
             classes = {each: f"class {each}" for each in present - {_CONVENTIONAL}}
         elif not isinstance(classes, Mapping):
             classes = dict(enumerate(classes))
@@ -222,7 +213,36 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
         self._table[[each for each in self.ignored if 0 <= each < _IDS]] = IGNORED
 
 
-def _by_stem(folder: Path) -> dict[str, str]:
+def draw_rows(rows: int, count: int, seed: int) -> list[int]:
+    """Return so many of some rows, drawn with a seed, in their order.
+
+    Raises:
+        ValueError: if there are not as many.
+    """
+    if not 0 < count <= rows:
+        raise ValueError(f"Cannot draw {count} of {rows} pictures.")
+    order = torch.randperm(rows, generator=torch.Generator().manual_seed(seed))
+    drawn: list[int] = order[:count].sort().values.tolist()
+    return drawn
+
+
+def refuse_unpaired(stems: list[str], found: Sized, labelled: Sized, pictures: str | Path, masks: str | Path) -> None:
+    """Refuse a data set none of whose pictures has a mask."""
+    if not stems:
+        raise ValueError(
+            f"No picture of {pictures} has a mask of its name in {masks}: {len(found)} pictures, {len(labelled)} "
+            "masks. They are matched by their paths without the ending, such as street/1.jpg and street/1.png."
+        )
+
+
+def refuse_smeared(masks: Iterable[str], folder: str | Path) -> None:
+    """Refuse masks in a format that makes new values along every edge."""
+    smeared = [mask for mask in masks if mask.lower().endswith(_SMEARED)]
+    if smeared:
+        raise ValueError(f"{folder} holds JPEG masks such as {smeared[0]}, whose ids are smeared; use PNG.")
+
+
+def files_by_stem(folder: Path) -> dict[str, str]:
     """Return the paths of the pictures below a folder, relative to it, by their path without the ending."""
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
@@ -236,7 +256,7 @@ def _by_stem(folder: Path) -> dict[str, str]:
     return files
 
 
-def _read_ids(path: Path) -> NDArray[np.int64]:
+def read_ids(path: Path) -> NDArray[np.int64]:
     """Return the ids of a mask's pixels, :math:`(H, W)`, in [0, 65536)."""
     try:
         with Image.open(path) as image:
@@ -255,10 +275,16 @@ def _read_ids(path: Path) -> NDArray[np.int64]:
     return ids
 
 
-def _read_description(path: Path) -> dict[str, Any]:
+def read_description(path: Path, folders: str) -> dict[str, Any]:
+    """Return what a YAML or JSON file tells of a data set.
+
+    Args:
+        path: the file.
+        folders: what a folder would have to hold, for the error.
+    """
     if not path.is_file():
         raise FileNotFoundError(
-            f"There is no data set {path}; expected a folder with 'images' and 'masks', or a YAML file that names them."
+            f"There is no data set {path}; expected a folder with {folders}, or a YAML file that names them."
         )
     try:
         told = json.loads(path.read_text()) if path.suffix.lower() == ".json" else read_yaml(path)

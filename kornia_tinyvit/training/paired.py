@@ -9,17 +9,16 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, Generic, TypeVar
 
 import kornia.augmentation as K
-import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.distillation.batches import ON_BROKEN, Key
-from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_words
+from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_seed
 from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
 from kornia_tinyvit.training.data import BrokenPictureError
 
-__all__ = ["PairedAugmentation", "PairedSamples", "Readable"]
+__all__ = ["PairedAugmentation", "PairedSamples"]
 
 _STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
 
@@ -101,9 +100,8 @@ class PairedAugmentation:
 @contextmanager
 def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
     """Let torch draw random numbers that are a function of a sample and its epoch."""
-    words = keyed_words(seed, epoch, np.array([index]), _STREAM)[0].astype(np.uint64)
     with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(int(words[0] << np.uint64(31) | words[1] >> np.uint64(1)))
+        torch.default_generator.manual_seed(keyed_seed(seed, epoch, index, _STREAM))
         yield
 
 
@@ -157,26 +155,3 @@ class PairedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
             if self.on_broken == "stop":
                 raise
             return None
-
-
-class Readable(Dataset[tuple[Any, str]]):
-    """Samples of a data set with their names; those that cannot be read are ``None`` or raise.
-
-    Args:
-        images: the data set.
-        skip_broken: whether samples that cannot be read are ``None``.
-    """
-
-    def __init__(self, images: Any, skip_broken: bool) -> None:
-        self.images, self.skip_broken = images, skip_broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def __getitem__(self, index: int) -> tuple[Any, str]:
-        try:
-            return self.images[index], self.images.name(index)
-        except BrokenPictureError:
-            if not self.skip_broken:
-                raise
-            return None, self.images.name(index)

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from kornia_tinyvit.distillation.batches import Key
 from kornia_tinyvit.segmentation.semantic import SegmenterConfig, SemanticSegmenter, class_maps
 from kornia_tinyvit.training.masks import IGNORED, MaskedImages
-from kornia_tinyvit.training.paired import PairedAugmentation, PairedSamples, Readable
-from kornia_tinyvit.training.tasks import check_names
+from kornia_tinyvit.training.paired import PairedAugmentation, PairedSamples
+from kornia_tinyvit.training.tasks import ReadableItems, as_it_is, check_names
 
 __all__ = [
     "SEMANTIC",
@@ -66,20 +66,20 @@ class MaskAugmentation(PairedAugmentation):
 
         Args:
             picture: 8-bit picture :math:`(3, H, W)` on the CPU.
-            mask: its class indices :math:`(H, W)`.
+            mask: its class indices :math:`(H, W)`, or several masks :math:`(N, H, W)`.
             epoch: number of the epoch.
             index: number of the sample.
 
         Returns:
-            8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`.
+            8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
         """
-        pixels, labels = picture[None], mask[None, None].float()
+        pixels, labels = picture[None], mask.reshape(1, -1, *mask.shape[-2:]).float()
         size = self._reduced_size(pixels)
         if size != tuple(pixels.shape[-2:]):
             pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
             labels = F.interpolate(labels, size, mode="nearest-exact")
         crop, labels = self._apply(pixels, labels, epoch, index)
-        return crop, labels[0, 0].long()
+        return crop, labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
 
 
 class MaskedSamples(PairedSamples[MaskedBatch]):
@@ -308,9 +308,9 @@ class Semantic:
         samples: MaskedSamples,
         batch_size: int,
         device: torch.device,
-    ) -> _MeanIou:
+    ) -> PixelJudge:
         """Begin to count pixels, one picture at a time since each has its own size."""
-        return _MeanIou(images, config, samples.on_broken == "skip", device)
+        return PixelJudge(images, config, samples.on_broken == "skip", device)
 
     def save(
         self,
@@ -328,23 +328,20 @@ class Semantic:
 
 SEMANTIC = Semantic()
 
-_Readable = tuple[tuple[Tensor, Tensor] | None, str]
 
+class PixelJudge:
+    """A single measurement of a segmenter on validation pictures; see :class:`~.tasks.Judge`."""
 
-def _as_it_is(items: list[_Readable]) -> list[_Readable]:
-    return items
-
-
-class _MeanIou:
-    collate = staticmethod(_as_it_is)
+    collate = staticmethod(as_it_is)
     batch_size = 1
 
     def __init__(self, images: MaskedImages, config: SegmenterConfig, skip_broken: bool, device: torch.device) -> None:
-        self.pictures = Readable(images, skip_broken)
+        self.pictures = ReadableItems(images, images.__getitem__, skip_broken)
         self.config, self.device = config.backbone, device
         self.counts = PixelMetrics(config.num_classes)
 
-    def add(self, network: nn.Module, batch: list[_Readable]) -> list[str]:
+    def add(self, network: nn.Module, batch: list[tuple[tuple[Tensor, Tensor] | None, str]]) -> list[str]:
+        """Count the pixels of a picture."""
         sample = batch[0][0] if batch else None
         # Without a picture of its own a process still takes part in what the network's processes do together.
         picture = torch.zeros(3, self.config.img_size, self.config.img_size) if sample is None else sample[0]
@@ -354,5 +351,6 @@ class _MeanIou:
         return [name for found, name in batch if found is None]
 
     def measures(self) -> dict[str, float]:
+        """Return mean IoU and pixel accuracy in per cent."""
         found = self.counts.compute()
         return {"mean_iou": round(found.mean_iou, 4), "pixel_accuracy": round(found.pixel_accuracy, 4)}

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+from rich.progress import track
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset
 
 from kornia_tinyvit.checkpoints import save_checkpoint
+from kornia_tinyvit.classification import evaluating
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.distillation.keyed import EpochOrder
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
 from kornia_tinyvit.training.evaluation import Metrics, ReadablePictures, collate_readable
 
 __all__ = ["CLASSIFICATION", "Classification", "Counts", "Judge", "Samples", "Task"]
@@ -160,6 +163,55 @@ class _Accuracy:
 
 
 CLASSIFICATION = Classification()
+
+
+class ReadableItems(Dataset[tuple[Any, str]]):
+    """Samples of any kind and their names; those that cannot be read are ``None`` or raise.
+
+    Args:
+        images: the data set, which knows its names.
+        read: what returns a sample of it by its index.
+        skip_broken: whether to go on at one that cannot be read.
+    """
+
+    def __init__(self, images: Any, read: Callable[[int], Any], skip_broken: bool) -> None:
+        self.images, self.read, self.skip_broken = images, read, skip_broken
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def __getitem__(self, index: int) -> tuple[Any, str]:
+        name = self.images.name(index)
+        try:
+            return self.read(index), name
+        except BrokenPictureError:
+            if not self.skip_broken:
+                raise
+            return None, name
+
+
+def as_it_is(items: list[Any]) -> list[Any]:
+    """Leave a batch a list, for samples of different sizes."""
+    return items
+
+
+@torch.no_grad()
+def measure_network(network: nn.Module, judge: Judge, workers: int = 0, progress: bool = False) -> list[str]:
+    """Let a judge see all its pictures, in one process.
+
+    Args:
+        network: what is measured, in evaluation mode meanwhile.
+        judge: what measures it.
+        workers: processes that read pictures.
+        progress: show a bar.
+
+    Returns:
+        Names of the pictures that could not be read.
+    """
+    loader = DataLoader(judge.pictures, judge.batch_size, num_workers=workers, collate_fn=judge.collate)
+    with evaluating(network):
+        batches = track(loader, "evaluating", disable=not progress, transient=True)
+        return [name for batch in batches for name in judge.add(network, batch)]
 
 
 def check_names(theirs: Sequence[str] | None, ours: Sequence[str] | None) -> None:
