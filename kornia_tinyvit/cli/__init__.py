@@ -9,6 +9,7 @@ import typer
 from kornia_tinyvit.cli.benchmark import benchmark
 from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.demo import demo
+from kornia_tinyvit.cli.detect import detect
 from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.export import export
@@ -21,12 +22,13 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify and segment pictures; train, distil, evaluate and export networks.",
+    help="TinyViT for kornia and PyTorch: classify and segment pictures, find objects; train, distil, evaluate and "
+    "export networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, segment, evaluate, train, export, benchmark, pretrained):
+for command in (demo, classify, segment, detect, evaluate, train, export, benchmark, pretrained):
     app.command()(command)
 app.add_typer(distill, name="distill")
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from enum import StrEnum
 from typing import Annotated, Any
 
 import torch
@@ -21,6 +22,14 @@ Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...")]
 ImgSize = Annotated[int | None, typer.Option(help="Side in pixels to run at. Default: what the weights were made for.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and a closer look (3 times the work).")]
+
+
+class TaskName(StrEnum):
+    """What a network can be trained for."""
+
+    classification = "classification"
+    semantic = "semantic"
+    detection = "detection"
 
 
 def build_classifier(

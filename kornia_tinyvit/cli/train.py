@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kornia_tinyvit.cli.options import Json
+from kornia_tinyvit.cli.options import Json, TaskName
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Checkpointing,
@@ -29,11 +28,13 @@ from kornia_tinyvit.cli.training_options import (
     TrainedVariant,
     Validation,
     Workers,
+    build_detector,
     build_samples,
     build_segmenter,
     build_student,
     parse_precision,
 )
+from kornia_tinyvit.training.boxes import BoxedImages
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.masks import MaskedImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
@@ -43,15 +44,12 @@ if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult
 
 
-class TaskName(StrEnum):
-    """What a network can be trained for."""
-
-    classification = "classification"
-    semantic = "semantic"
-
-
-_TITLES = {"top1": "top-1", "mean_iou": "mean IoU"}
-_USUAL_RECIPES = {TaskName.classification: "in1k", TaskName.semantic: "semantic"}
+_TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "map": "mAP"}
+_USUAL_RECIPES = {
+    TaskName.classification: "in1k",
+    TaskName.semantic: "semantic",
+    TaskName.detection: "detect",
+}
 
 
 def train(
@@ -59,15 +57,19 @@ def train(
         Path,
         typer.Argument(
             help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
-            "a folder with images and masks, or a YAML file that names those of train and val and the classes."
+            "a folder with images and masks, or a YAML file that names those of train and val and the classes. "
+            "Detection: the YAML file of a YOLO data set, a JSON file of COCO's, or a folder with one of them."
         ),
     ],
     variant: TrainedVariant = "5m",
     task: Annotated[
-        TaskName, typer.Option(help="classification: a class a picture; semantic: a class a pixel.")
+        TaskName,
+        typer.Option(
+            help="classification: a class a picture; semantic: a class a pixel; detection: boxes, by RT-DETR."
+        ),
     ] = TaskName.classification,
     recipe: Annotated[
-        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or semantic for that task.")
+        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task.")
     ] = None,
     out: Out = Path("runs/train"),
     validation: Validation = None,
@@ -89,6 +91,7 @@ def train(
     class_balance: Annotated[
         float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
     ] = 0.0,
+    queries: Annotated[int, typer.Option(min=1, help="Detection: how many objects a picture may show.")] = 300,
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
@@ -101,9 +104,9 @@ def train(
     first = seed if init_seed is None else init_seed
     asked = _Asked(
         data, validation, variant, pretrained, chosen, seed, first, on_broken, limit, gradient_checkpointing,
-        class_balance,
+        class_balance, queries,
     )  # fmt: skip
-    plan = _plan_segmenter(asked) if task is TaskName.semantic else _plan_classifier(asked)
+    plan = _PLANS[task](asked)
     if not as_json:
         plan.tell()
     result = run(
@@ -141,6 +144,7 @@ class _Asked:
     limit: int | None
     gradient_checkpointing: bool
     class_balance: float
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -154,12 +158,15 @@ class _Plan:
     class_names: tuple[str, ...] | None
     task: Task = CLASSIFICATION
     left_out: tuple[str, ...] = ()
+    useless: tuple[str, ...] = ()
 
     def tell(self) -> None:
         """Print the names of files that are of no use."""
         if self.left_out:
             some = ", ".join(self.left_out[:5])
             print(f"Left out, since their pictures or masks are missing: {len(self.left_out)}, such as {some}")
+        if self.useless:
+            print(f"Boxes left out: {len(self.useless)}, such as {'; '.join(self.useless[:3])}")
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
@@ -207,6 +214,38 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
     weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
     objective = PixelLabels(augmentation.preset.label_smoothing, weights)
     return _Plan(model, samples, objective, validation, images.class_names, SEMANTIC, left_out)
+
+
+def _plan_detector(asked: _Asked) -> _Plan:
+    from kornia_tinyvit.training.detection import (
+        DETECTION,
+        BoxAugmentation,
+        BoxedSamples,
+        DetectionLoss,
+        DetectorTraining,
+    )
+
+    images = BoxedImages.open(asked.data, "train")
+    left_out, useless = images.without_picture, images.left_out
+    if asked.limit is not None:
+        images = images.sample(asked.limit)
+    recipe = asked.recipe
+    augmentation = BoxAugmentation(recipe.img_size, recipe.preset, asked.seed, **recipe.changes)
+    detector = build_detector(
+        asked.variant, asked.pretrained, recipe, images.class_names, asked.queries, asked.init_seed,
+        asked.gradient_checkpointing,
+    )  # fmt: skip
+    validation = None if asked.validation is None else BoxedImages.open(asked.validation, "val")
+    model, samples = DetectorTraining(detector), BoxedSamples(images, augmentation, asked.on_broken)
+    names = images.class_names
+    return _Plan(model, samples, DetectionLoss(model), validation, names, DETECTION, left_out, useless)
+
+
+_PLANS = {
+    TaskName.classification: _plan_classifier,
+    TaskName.semantic: _plan_segmenter,
+    TaskName.detection: _plan_detector,
+}
 
 
 def report_training(result: TrainingResult, as_json: bool) -> None:

@@ -34,6 +34,7 @@ except ImportError as error:  # pragma: no cover
 
 if TYPE_CHECKING:
     from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+    from kornia_tinyvit.training.detection import DetectorTraining
 
 __all__ = ["TrainingResult", "train"]
 
@@ -77,7 +78,7 @@ class TrainingResult:
 
 
 def train(
-    model: TinyViT | SemanticSegmenter,
+    model: TinyViT | SemanticSegmenter | DetectorTraining,
     samples: Samples,
     objective: Objective,
     recipe: Recipe,
@@ -200,7 +201,7 @@ class _Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: TinyViT | SemanticSegmenter,
+        model: TinyViT | SemanticSegmenter | DetectorTraining,
         samples: Samples,
         objective: Objective,
         recipe: Recipe,
