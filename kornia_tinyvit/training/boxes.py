@@ -89,7 +89,7 @@ class BoxedImages(Dataset[tuple[Tensor, Objects]]):
             raise ValueError(f"{source} names no classes.")
         if not any(len(record.labels) for record in self._records):
             raise ValueError(
-                f"{source} has {len(self._records)} pictures with {len(self.left_out)} useless boxes only."
+                f"{source} has no object on its {len(self._records)} pictures; {len(self.left_out)} boxes have no area."
             )
         self._fingerprint: str | None = None
 
@@ -420,6 +420,11 @@ def _find_pictures(path: Path, images: Sequence[Mapping[str, Any]]) -> Path:
     )
 
 
+def _is_box(numbers: Any) -> bool:
+    whole = isinstance(numbers, list) and len(numbers) == 4
+    return whole and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+
+
 def _coco_record(
     folder: Path,
     image: Mapping[str, Any],
@@ -435,7 +440,7 @@ def _coco_record(
     for each in annotations:
         place = f"{path}: annotation {each.get('id')} of {image['file_name']}"
         numbers = each["bbox"]
-        if len(numbers) != 4 or not all(isinstance(n, (int, float)) and math.isfinite(n) for n in numbers):
+        if not _is_box(numbers):
             raise ValueError(f"{place} has the box {numbers}; expected left, top, width and height in pixels.")
         left, top, wide, high = numbers
         box = _clip((left, top, left + wide, top + high), width, height)

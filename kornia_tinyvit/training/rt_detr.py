@@ -76,6 +76,7 @@ _NORMS = {
         "norm3": "final_layer_norm",
     },
 }
+_DENOISING = "model.denoising_class_embed.weight"  # which a model without denoising queries has not
 _JOINED = re.compile(r"self_attn\.in_proj_(weight|bias)$")  # queries, keys and values in one
 
 
@@ -100,7 +101,10 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
     """
     config, first = detector.config, next(detector.parameters())
     model = RTDetrForObjectDetection(_describe(config, detector.class_names, changes))
-    model.load_state_dict(_translate(detector.state_dict()))
+    weights = _translate(detector.state_dict())
+    if not model.config.num_denoising:
+        del weights[_DENOISING]
+    model.load_state_dict(weights)
     return torch.nn.Module.to(model, first.device, first.dtype).train(detector.training)
 
 
@@ -152,7 +156,8 @@ def load_weights(detector: TinyViTDetector, state: Mapping[str, Tensor]) -> None
     """
     own = detector.state_dict()
     for name in own:
-        if names := _names(name):
+        names = _names(name)
+        if names and (names != [_DENOISING] or _DENOISING in state):
             parts = [state[each] for each in names]
             own[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
     detector.load_state_dict(own)
