@@ -248,7 +248,8 @@ class TinyViTDetector(nn.Module):
         elif isinstance(config, str):
             kwargs.setdefault("img_size", _USUAL_SIZE)
         if num_classes is None:
-            raise ValueError("Say how many classes an object may have: num_classes or class_names.")
+            beside = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} is no detector's file."
+            raise ValueError(f"Say how many classes an object may have: num_classes or class_names.{beside}")
         backbone = TinyViT.from_config(config, pretrained, num_classes=0, **kwargs)
         return cls(backbone, num_classes, class_names, **options).train()
 

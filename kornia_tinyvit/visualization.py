@@ -168,9 +168,8 @@ def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool
     Returns:
         The picture, of the photo's size.
     """
-    picture = Image.fromarray(
-        (image.detach().cpu().float().clamp(0, 1) * 255).byte().movedim(0, -1).contiguous().numpy()
-    )
+    levels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    picture = Image.fromarray(levels.movedim(0, -1).contiguous().numpy())
     draw, line = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 250))
     font = ImageFont.load_default(max(10, round(max(picture.size) / 40)))
     colors = distinct_colors(1 + max((each.index for each in detections), default=0))

@@ -16,7 +16,7 @@ from kornia_tinyvit.training import BoxedImages, evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
 from tests.cli.test_classify import error_of, run
 from tests.test_detection import NAMES, make_detector
-from tests.training import test_detection as scenes
+from tests.training import scenes
 from tests.training.test_boxes import make_coco, write_coco
 
 PHOTO = ASSETS / "photos" / "chelsea.png"  # 451x300
@@ -30,10 +30,10 @@ def weights(tmp_path_factory) -> str:
 class TestDetect:
     def test_json(self, weights, tmp_path):
         photos = [str(PHOTO), str(ASSETS / "photos" / "rocket.jpg")]
-        options = ("--checkpoint", weights, "--threshold", "0.2", "--out", str(tmp_path / "new" / "folder"), "--json")
+        options = ("--checkpoint", weights, "--threshold", "0.012", "--out", str(tmp_path / "new" / "folder"), "--json")
         rows = json.loads(run("detect", *photos, *options))
         assert rows == json.loads((tmp_path / "new" / "folder" / "detections.json").read_text())
-        expected = TinyViTDetector.from_config(pretrained=weights).predict(photos, 0.2)
+        expected = TinyViTDetector.from_config(pretrained=weights).predict(photos, 0.012)
         for row, photo, found in zip(rows, photos, expected, strict=True):
             assert row["photo"] == photo
             assert len(found) > 0
@@ -70,7 +70,7 @@ class TestDetect:
         command = ("detect", "gone.png", "--checkpoint", weights, *out)
         assert "gone.png" in error_of(capfd, monkeypatch, *command)
         command = ("detect", str(PHOTO), "--checkpoint", "gone.safetensors", *out)
-        assert "gone.safetensors" in error_of(capfd, monkeypatch, *command)
+        assert "gone.safetensors is no detector's file" in error_of(capfd, monkeypatch, *command)
 
 
 class TestDrawing:
@@ -79,7 +79,7 @@ class TestDrawing:
         plain = torch.full((3, 60, 80), 0.5)
         assert np.array_equal(np.asarray(draw_detections(plain, [])), np.full((60, 80, 3), 128))
         drawn = np.asarray(draw_detections(plain, found)).astype(int)
-        left, top, right, bottom = (int(value) for value in found[0].box)
+        left, _, right, bottom = (int(value) for value in found[0].box)
         assert (drawn[bottom - 1, (left + right) // 2] != 128).any()
         assert not np.array_equal(drawn, np.asarray(draw_detections(plain, found, scores=False)))
 

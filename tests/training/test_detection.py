@@ -9,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.distillation import replay_loader
@@ -31,36 +30,10 @@ from kornia_tinyvit.training.rt_detr import from_rt_detr, network_of
 from kornia_tinyvit.training.tasks import measure_network
 from tests.distillation.test_batches import damage
 from tests.test_detection import make_detector
+from tests.training.scenes import NAMES, make_scenes, write_scene
 
-NAMES = ("disc", "box", "none")
 RECIPE = Recipe(img_size=64, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, weight_decay=1e-4,
                 preset="detect", changes={"color_jitter": 0.1, "crop_scale": (0.8, 1.0)})  # fmt: skip
-
-
-def write_scene(root: Path, name: str, seed: int, height: int = 60, width: int = 80) -> None:
-    """Write a picture of a disc and a box on noisy ground, and where they are; every third shows nothing."""
-    random = np.random.default_rng(seed)
-    pixels = np.full((height, width, 3), 60) + random.integers(-25, 25, (height, width, 3))
-    lines = []
-    if seed % 3:
-        y, x = np.mgrid[:height, :width]
-        cx, cy, r = random.integers(15, 25), random.integers(20, 40), 12
-        pixels[(y - cy) ** 2 + (x - cx) ** 2 < r * r] = (220, 40, 40)
-        left, top = random.integers(42, 50), random.integers(5, 30)
-        pixels[top : top + 24, left : left + 28] = (40, 80, 220)
-        boxes = ((0, cx + 0.5, cy + 0.5, 2 * r, 2 * r), (1, left + 14, top + 12, 28, 24))
-        lines = [f"{c} {x / width} {y / height} {w / width} {h / height}" for c, x, y, w, h in boxes]
-    for kind in ("images", "labels"):
-        (root / kind).mkdir(parents=True, exist_ok=True)
-    Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(root / "images" / f"{name}.png")
-    (root / "labels" / f"{name}.txt").write_text("\n".join(lines))
-
-
-def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
-    for number in range(count):
-        write_scene(root, f"{number:02}", seed + number)
-    (root / "data.yaml").write_text(f"path: .\ntrain: images\nval: images\nnames: {json.dumps(NAMES)}\n")
-    return root
 
 
 @pytest.fixture
