@@ -21,7 +21,17 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.options import Augmented, Device, ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.cli.evaluate_boxes import AskedBoxes, evaluate_boxes
+from kornia_tinyvit.cli.options import (
+    Augmented,
+    Device,
+    ImgSize,
+    Json,
+    Pretrained,
+    TaskName,
+    Variant,
+    build_classifier,
+)
 from kornia_tinyvit.training.data import LabelledImages, match_classes
 from kornia_tinyvit.training.evaluation import (
     CONFUSION_CLASSES,
@@ -48,8 +58,12 @@ class OnBroken(StrEnum):
 def evaluate(
     data: Annotated[
         Path,
-        typer.Argument(help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files."),
+        typer.Argument(
+            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Detection: "
+            "what 'train' takes."
+        ),
     ],
+    task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification,
     variant: Variant = None,
     pretrained: Pretrained = None,
     img_size: ImgSize = None,
@@ -66,9 +80,20 @@ def evaluate(
     ] = None,
     linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None,
     on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop,
+    split: Annotated[str, typer.Option(help="Detection: which part of the data.")] = "val",
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy on labelled pictures."""
+    if task is TaskName.semantic:
+        raise ValueError("Segmenters are measured by kornia_tinyvit.training.evaluate_segmenter, not by this command.")
+    if task is TaskName.detection:
+        given = {"tta": tta, "confusion": confusion, "calibration": calibration, "knn": knn, "linear": linear}
+        _refuse(task, [name for name, value in given.items() if value])
+        skip_broken = on_broken is OnBroken.skip
+        evaluate_boxes(
+            AskedBoxes(data, split, pretrained, device, batch_size, limit, workers, per_class, skip_broken, as_json)
+        )
+        return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
     reader = _Reader(classifier, batch_size, workers, on_broken is OnBroken.skip, quiet=as_json)
     images = LabelledImages(data)
@@ -85,6 +110,11 @@ def evaluate(
         print(json.dumps(report))
     else:
         _show(report, found.top_k)
+
+
+def _refuse(task: TaskName, options: list[str]) -> None:
+    if options:
+        raise ValueError(f"{', '.join(f'--{name}' for name in options)} is for classifiers, not for --task {task}.")
 
 
 @dataclass

@@ -15,6 +15,7 @@ from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.training import BoxedImages, evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
 from tests.cli.test_classify import error_of, run
+from tests.distillation.test_batches import damage
 from tests.test_detection import NAMES, make_detector
 from tests.training import scenes
 from tests.training.test_boxes import make_coco, write_coco
@@ -115,3 +116,40 @@ class TestTrain:
         assert "84 cells to look for objects in, fewer than 90" in error
         (data / "labels" / "00.txt").write_text("7 0.5 0.5 0.1 0.1")
         assert "00.txt:1 has the class 7" in error_of(capfd, monkeypatch, *self.command(data, tmp_path))
+
+
+class TestEvaluate:
+    def command(self, folder, weights, *options):
+        return ("evaluate", str(folder), "--task", "detection", "--pretrained", weights, "--batch-size", "2", *options)
+
+    @pytest.fixture
+    def own(self, tmp_path) -> str:
+        detector = make_detector()
+        detector.class_names = scenes.NAMES
+        return str(detector.save(tmp_path / "own.safetensors"))
+
+    def test_json(self, own, tmp_path):
+        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
+        images = BoxedImages.open(data, "val")
+        found = evaluate_detector(TinyViTDetector.from_config(pretrained=own), images)
+        assert told.pop("per_class").keys() == {"disc", "box"}
+        assert told == pytest.approx(found.to_dict(), abs=1e-3)
+        assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
+
+    def test_text_and_broken_pictures(self, own, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        damage(data / "images" / "01.png")
+        assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, own, "--json"))
+        printed = run(*self.command(data, own, "--on-broken", "skip", "--per-class"))
+        assert "2 pictures, 2 objects: mAP " in printed
+        assert "left out: 1, such as 01.png" in printed
+        assert "disc" in printed
+
+    def test_errors(self, weights, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
+        error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
+        assert "--tta, --confusion is for classifiers" in error
+        error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "detection")
+        assert "no published detectors" in error
