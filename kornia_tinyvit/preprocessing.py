@@ -311,7 +311,8 @@ class TrainingPreset:
 
 #: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
 #: milder, for pictures of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
-#: ``"semantic"`` is for pictures whose pixels are labelled, ``"promptable"`` for those with a mask for each object.
+#: ``"semantic"`` is for pictures whose pixels are labelled, ``"promptable"`` for those with a mask for each object,
+#: ``"detection"`` for those with boxes.
 TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
     "finetune": TrainingPreset(),
@@ -321,6 +322,7 @@ TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "promptable": TrainingPreset(
         crop_scale=(0.5, 1.0), crop_ratio=(0.8, 1.25), policy=None, color_jitter=0.2, erasing=0.0, label_smoothing=0.0
     ),
+    "detection": TrainingPreset(crop_scale=(0.3, 1.0), policy=None, color_jitter=0.3, erasing=0.0, label_smoothing=0.0),
 }
 
 

@@ -17,9 +17,11 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, Prediction, evaluating
+from kornia_tinyvit.detection import Detection
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from kornia_tinyvit.segmentation.overlay import distinct_colors
 
-__all__ = ["demo_augmentations", "feature_colors", "overlay_heat", "saliency", "save_sheet"]
+__all__ = ["demo_augmentations", "draw_detections", "feature_colors", "overlay_heat", "saliency", "save_sheet"]
 
 _TILE = 232  # pixels a side
 _GAP = 12
@@ -155,6 +157,34 @@ def save_sheet(
 
 
 @torch.inference_mode()
+def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
+    """Draw boxes with their names on a photo, each class in a colour of its own.
+
+    Args:
+        image: photo :math:`(3, H, W)` in [0, 1].
+        detections: what to draw; the first ones lie on top.
+        scores: whether to tell the scores, too.
+
+    Returns:
+        The picture, of the photo's size.
+    """
+    levels = (image.detach().cpu().float().clamp(0, 1) * 255).round().byte()
+    picture = Image.fromarray(levels.movedim(0, -1).contiguous().numpy())
+    draw, line = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 250))
+    font = ImageFont.load_default(max(10, round(max(picture.size) / 40)))
+    colors = distinct_colors(1 + max((each.index for each in detections), default=0))
+    for each in reversed(detections):
+        color = tuple((colors[each.index] * 255).int().tolist())
+        left, top, right, bottom = each.box
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
+        text = f"{each.label} {each.score:.2f}" if scores else each.label
+        place = draw.textbbox((left + line, top + line), text, font=font)
+        draw.rectangle((place[0] - line, place[1] - line, place[2] + line, place[3] + line), fill=color)
+        dark = colors[each.index].mean() > 0.6
+        draw.text((left + line, top + line), text, fill="black" if dark else "white", font=font)
+    return picture
+
+
 def _stage_features(classifier: ImageClassifier, batch: Tensor) -> list[Tensor]:
     scale = 4 * classifier.model.config.img_size / min(batch.shape[-2:])
     height, width = (min(round(side * scale), 2048) for side in batch.shape[-2:])

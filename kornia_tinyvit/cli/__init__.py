@@ -11,6 +11,7 @@ from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.contract import contract
 from kornia_tinyvit.cli.convert import convert
 from kornia_tinyvit.cli.demo import demo
+from kornia_tinyvit.cli.detect import detect
 from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.export import export
@@ -23,14 +24,14 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify and segment pictures; train, distil, contract, evaluate and export "
-    "networks.",
+    help="TinyViT for kornia and PyTorch: classify and segment pictures, find objects; train, distil, contract, "
+    "evaluate and export networks.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 for command in (
-    demo, classify, segment, evaluate, train, contract, export, convert, benchmark, pretrained
+    demo, classify, segment, detect, evaluate, train, contract, export, convert, benchmark, pretrained
 ):  # fmt: skip
     app.command()(command)
 app.add_typer(distill, name="distill")

@@ -21,6 +21,7 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.cli.evaluate_boxes import AskedBoxes, evaluate_boxes
 from kornia_tinyvit.cli.evaluate_masks import Asked, evaluate_masks
 from kornia_tinyvit.cli.options import (
     Augmented,
@@ -60,8 +61,8 @@ def evaluate(
     data: Annotated[
         Path,
         typer.Argument(
-            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Semantic and "
-            "promptable: what 'train' takes."
+            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Other tasks: "
+            "what 'train' takes."
         ),
     ],
     task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification,
@@ -83,17 +84,23 @@ def evaluate(
     ] = None,
     linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None,
     on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop,
-    split: Annotated[str, typer.Option(help="Semantic, promptable: which part of the data.")] = "val",
+    split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val",
     min_area: MinArea = 1,
     as_json: Json = False,
 ) -> None:
     """Measure the accuracy on labelled pictures."""
+    skip_broken = on_broken is OnBroken.skip
     if task is not TaskName.classification:
         given = {"tta": tta, "confusion": confusion, "calibration": calibration, "knn": knn, "linear": linear}
         _refuse(task, [name for name, value in given.items() if value])
+        if task is TaskName.detection:
+            evaluate_boxes(
+                AskedBoxes(data, split, pretrained, device, batch_size, limit, workers, per_class, skip_broken, as_json)
+            )
+            return
         asked = Asked(
             data, split, variant, pretrained, img_size, device, limit, workers, per_class, min_area,
-            on_broken is OnBroken.skip, as_json,
+            skip_broken, as_json,
         )  # fmt: skip
         evaluate_masks(task, asked)
         return

@@ -34,6 +34,7 @@ class TaskName(StrEnum):
     classification = "classification"
     semantic = "semantic"
     promptable = "promptable"
+    detection = "detection"
 
 
 def build_classifier(

@@ -29,12 +29,14 @@ from kornia_tinyvit.cli.training_options import (
     TrainedVariant,
     Validation,
     Workers,
+    build_detector,
     build_promptable,
     build_samples,
     build_segmenter,
     build_student,
     parse_precision,
 )
+from kornia_tinyvit.training.boxes import BoxedImages
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.masks import MaskedImages
@@ -45,11 +47,12 @@ if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult
 
 
-_TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes"}
+_TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 _USUAL_RECIPES = {
     TaskName.classification: "in1k",
     TaskName.semantic: "semantic",
     TaskName.promptable: "promptable",
+    TaskName.detection: "detection",
 }
 
 
@@ -59,7 +62,8 @@ def train(
         typer.Argument(
             help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
             "a folder with images and masks, or a YAML file that names those of train and val and the classes. "
-            "Promptable: a folder with images and masks or labels, or a YAML file that names images and instances."
+            "Promptable: a folder with images and masks or labels, or a YAML file that names images and instances. "
+            "Detection: the YAML file of a YOLO data set, a JSON file of COCO's, or a folder with one of them."
         ),
     ],
     variant: TrainedVariant = "5m",
@@ -67,11 +71,11 @@ def train(
         TaskName,
         typer.Option(
             help="classification: a class a picture; semantic: a class a pixel; promptable: MobileSAM, on a mask for "
-            "each object."
+            "each object; detection: boxes, by RT-DETR."
         ),
     ] = TaskName.classification,
     recipe: Annotated[
-        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task's name.")
+        str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task.")
     ] = None,
     out: Out = Path("runs/train"),
     validation: Validation = None,
@@ -101,6 +105,7 @@ def train(
         float, typer.Option(min=0, max=1, help="Promptable: share of boxes among the prompts; the others are points.")
     ] = 0.5,
     min_area: MinArea = 1,
+    queries: Annotated[int, typer.Option(min=1, help="Detection: how many objects a picture may show.")] = 300,
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
@@ -113,7 +118,7 @@ def train(
     first = seed if init_seed is None else init_seed
     asked = _Asked(
         data, validation, variant, pretrained, chosen, seed, first, on_broken, limit, gradient_checkpointing,
-        class_balance, tuple(freeze or ()), prompts, box_share, min_area,
+        class_balance, tuple(freeze or ()), prompts, box_share, min_area, queries,
     )  # fmt: skip
     plan = _PLANS[task](asked)
     if not as_json:
@@ -157,6 +162,7 @@ class _Asked:
     prompts: int
     box_share: float
     min_area: int
+    queries: int
 
 
 @dataclass(frozen=True)
@@ -170,12 +176,15 @@ class _Plan:
     class_names: tuple[str, ...] | None
     task: Task = CLASSIFICATION
     left_out: tuple[str, ...] = ()
+    useless: tuple[str, ...] = ()
 
     def tell(self) -> None:
         """Print the names of files that are of no use."""
         if self.left_out:
             some = ", ".join(self.left_out[:5])
             print(f"Left out, since their pictures or masks are missing: {len(self.left_out)}, such as {some}")
+        if self.useless:
+            print(f"Boxes left out: {len(self.useless)}, such as {'; '.join(self.useless[:3])}")
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
@@ -249,10 +258,36 @@ def _plan_promptable(asked: _Asked) -> _Plan:
     return _Plan(PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None, PROMPTABLE, left_out)
 
 
+def _plan_detector(asked: _Asked) -> _Plan:
+    from kornia_tinyvit.training.detection import (
+        DETECTION,
+        BoxAugmentation,
+        BoxedSamples,
+        DetectionLoss,
+        DetectorTraining,
+    )
+
+    images = BoxedImages.open(asked.data, "train")
+    left_out, useless = images.without_picture, images.left_out
+    if asked.limit is not None:
+        images = images.sample(asked.limit)
+    recipe = asked.recipe
+    augmentation = BoxAugmentation(recipe.img_size, recipe.preset, asked.seed, **recipe.changes)
+    detector = build_detector(
+        asked.variant, asked.pretrained, recipe, images.class_names, asked.queries, asked.init_seed,
+        asked.gradient_checkpointing,
+    )  # fmt: skip
+    validation = None if asked.validation is None else BoxedImages.open(asked.validation, "val")
+    model, samples = DetectorTraining(detector), BoxedSamples(images, augmentation, asked.on_broken)
+    names = images.class_names
+    return _Plan(model, samples, DetectionLoss(model), validation, names, DETECTION, left_out, useless)
+
+
 _PLANS = {
     TaskName.classification: _plan_classifier,
     TaskName.semantic: _plan_segmenter,
     TaskName.promptable: _plan_promptable,
+    TaskName.detection: _plan_detector,
 }
 
 

@@ -12,6 +12,7 @@ import typer
 
 from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
@@ -119,6 +120,25 @@ def build_promptable(
     if options["window_sizes"] == "scale":
         options["window_sizes"] = None
     return build_sam(variant, pretrained, **options)
+
+
+def build_detector(
+    variant: str,
+    pretrained: str | None,
+    recipe: Recipe,
+    class_names: Sequence[str],
+    queries: int,
+    seed: int,
+    gradient_checkpointing: bool,
+) -> TinyViTDetector:
+    """Build the detector that is trained; loaded windows stay as they are, since its pictures are large."""
+    torch.manual_seed(seed)
+    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
+    if options["window_sizes"] == "scale":
+        options["window_sizes"] = None
+    return TinyViTDetector.from_config(
+        variant, pretrained=pretrained or False, class_names=class_names, num_queries=queries, **options
+    )
 
 
 def _like(variant: str) -> TinyViTConfig:

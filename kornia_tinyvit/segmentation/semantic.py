@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +14,15 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
-from kornia_tinyvit.checkpoints.loading import read_metadata, read_tensors, write_tensors
+from kornia_tinyvit.checkpoints import Checkpoint
+from kornia_tinyvit.checkpoints.composite import (
+    CompositeConfig,
+    name_classes,
+    part_groups,
+    read_composite,
+    write_composite,
+)
+from kornia_tinyvit.checkpoints.loading import read_metadata
 from kornia_tinyvit.classification import Picture, as_pictures, default_evaluation, evaluating
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import ConvBN
@@ -26,12 +32,12 @@ from kornia_tinyvit.preprocessing import check_images, resize_images
 __all__ = ["MlpDecoder", "SegmenterConfig", "SemanticSegmenter", "class_maps", "fitted_size"]
 
 _CONFIG_KEY = "kornia_tinyvit.segmenter"
-_BACKBONE, _DECODER = "backbone.", "decoder."
+_DECODER = "decoder."
 _CLASSES_AT_A_TIME = 8  # whose logits are enlarged together: at 132 classes, all of a 4K photo's would take 4 GB
 
 
 @dataclass(frozen=True)
-class SegmenterConfig:
+class SegmenterConfig(CompositeConfig):
     """Everything that decides the architecture of a :class:`SemanticSegmenter`.
 
     Args:
@@ -45,38 +51,13 @@ class SegmenterConfig:
         ValueError: if a number is out of its range.
     """
 
-    backbone: TinyViTConfig
-    num_classes: int
     width: int = 256
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        for name in ("num_classes", "width"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1; got {value!r}.")
+        self._check_positive("num_classes", "width")
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1); got {self.dropout!r}.")
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold.
-
-        Raises:
-            ValueError: if the backbone's activation cannot be named in a file.
-        """
-        return {**vars(self), "backbone": self.backbone.to_dict()}
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> SegmenterConfig:
-        """Rebuild a configuration from :meth:`to_dict`'s values.
-
-        Raises:
-            ValueError: if a field is unknown, missing or out of its range.
-        """
-        names = {field.name for field in dataclasses.fields(cls)}
-        if values.keys() != names:
-            raise ValueError(f"SegmenterConfig has the fields {', '.join(sorted(names))}; got {', '.join(values)}.")
-        return cls(**{**values, "backbone": TinyViTConfig.from_dict(values["backbone"])})
 
 
 class MlpDecoder(nn.Module):
@@ -147,11 +128,7 @@ class SemanticSegmenter(nn.Module):
     ) -> None:
         super().__init__()
         self._shape = SegmenterConfig(backbone.config, num_classes, width, dropout)
-        if class_names is None:
-            class_names = [f"class {index}" for index in range(num_classes)]
-        if len(class_names) != num_classes:
-            raise ValueError(f"Got {len(class_names)} class names for {num_classes} classes.")
-        self.class_names = tuple(class_names)
+        self.class_names = name_classes(class_names, num_classes)
         self.backbone = backbone
         self.decoder = MlpDecoder(backbone.feature_channels, num_classes, width, dropout)
         for unused in (backbone.norm_head, backbone.head, backbone.neck):
@@ -215,25 +192,14 @@ class SemanticSegmenter(nn.Module):
         class_names: Sequence[str] | None,
         kwargs: dict[str, Any],
     ) -> SemanticSegmenter:
-        tensors, metadata = read_tensors(path)
-        try:
-            told = json.loads(metadata[_CONFIG_KEY])
-            names = tuple(str(name) for name in told.pop("class_names"))
-            stored = SegmenterConfig.from_dict(told)
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} carries a configuration that cannot be used: {error}") from error
-        decoder = {name.removeprefix(_DECODER): x for name, x in tensors.items() if name.startswith(_DECODER)}
-        _check_decoder(decoder, stored, path)
-        found = read_checkpoint({n.removeprefix(_BACKBONE): x for n, x in tensors.items() if n.startswith(_BACKBONE)})
-        asked = config.backbone if isinstance(config, SegmenterConfig) else config
-        if isinstance(asked, str):
-            open_pretrained(found, asked)  # refuses another variant's weights
-            asked = None
-        # What the file tells of the backbone is held against its tensors before anything of that size is built.
-        backbone = TinyViT.from_config(asked or stored.backbone, found, num_classes=0, **kwargs)
+        file = read_composite(path, _CONFIG_KEY, SegmenterConfig)
+        stored, decoder = file.config, file.part(_DECODER)
+        file.check(decoder, _decoder_shapes(stored))
+        base, found = file.backbone(config)
+        backbone = TinyViT.from_config(base, found, num_classes=0, **kwargs)
         same = num_classes in (None, stored.num_classes)
         if class_names is None and same:
-            class_names = names
+            class_names = file.class_names
         count = stored.num_classes if num_classes is None else num_classes
         segmenter = cls(backbone, count, stored.width, stored.dropout, class_names)
         if not same:
@@ -299,7 +265,7 @@ class SemanticSegmenter(nn.Module):
             ValueError: if ``layer_decay`` is outside of (0, 1].
         """
         groups = self.backbone.parameter_groups(lr, weight_decay, layer_decay)
-        return groups + group_by_decay(self.decoder.parameters(), lr, weight_decay)
+        return groups + part_groups([self.decoder], lr, weight_decay)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with configuration and class names inside, whole or not at all.
@@ -315,27 +281,7 @@ class SemanticSegmenter(nn.Module):
         Raises:
             ValueError: if the backbone's activation cannot be named in a file.
         """
-        told = self.config.to_dict() | {"class_names": self.class_names}
-        return write_tensors(path, self.state_dict(), {"format": "pt", _CONFIG_KEY: json.dumps(told)})
-
-
-def group_by_decay(parameters: Iterable[nn.Parameter], lr: float, weight_decay: float) -> list[dict[str, Any]]:
-    """Group the parameters of a decoder for a torch optimizer.
-
-    Args:
-        parameters: the parameters; those that require no gradient are left out.
-        lr: learning rate of all of them.
-        weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
-
-    Returns:
-        Dictionaries with ``params``, ``lr`` and ``weight_decay``, none without parameters.
-    """
-    learning = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [each for each in learning if (each.ndim <= 1) == flat], "lr": lr, "weight_decay": decay}
-        for decay, flat in ((weight_decay, False), (0.0, True))
-    ]
-    return [group for group in groups if group["params"]]
+        return write_composite(path, _CONFIG_KEY, self, self.class_names)
 
 
 def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, int]:
@@ -381,19 +327,9 @@ def class_maps(network: Callable[[Tensor], Tensor], images: Tensor, config: Tiny
     return classes
 
 
-def _check_decoder(decoder: Mapping[str, Tensor], config: SegmenterConfig, path: Path) -> None:
-    """Refuse a decoder that is not the one its configuration tells, before one of that size is built."""
+def _decoder_shapes(config: SegmenterConfig) -> dict[str, Tensor]:
+    """Return the decoder's tensors without memory; none if not even the shapes can be made."""
+    if config.width >= 2**16 or config.num_classes >= 2**20:
+        return {}
     with torch.device("meta"):
-        channels = config.backbone.embed_dims
-        fits = config.width < 2**16 and config.num_classes < 2**20  # beyond which not even the shapes can be made
-        wanted = MlpDecoder(channels, config.num_classes, config.width).state_dict() if fits else {}
-    differences = [name for name in wanted if name not in decoder or decoder[name].shape != wanted[name].shape]
-    differences += sorted(decoder.keys() - wanted.keys())
-    if differences or not wanted:
-        raise CheckpointError(
-            f"{path} carries a configuration of another segmenter; {', '.join(differences[:4])} are others. Nothing "
-            "was loaded."
-        )
-    broken = [name for name, x in decoder.items() if x.is_floating_point() and not x.isfinite().all()]
-    if broken:
-        raise CheckpointError(f"{path} holds NaN or infinite values in {', '.join(broken[:4])}. Nothing was loaded.")
+        return MlpDecoder(config.backbone.embed_dims, config.num_classes, config.width).state_dict()

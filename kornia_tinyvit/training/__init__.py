@@ -4,12 +4,22 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.training.boxes import BoxedImages, Objects
 from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
 from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.masks import IGNORED, MaskedImages
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 
 if TYPE_CHECKING:
+    from kornia_tinyvit.training.average_precision import BoxMetrics, DetectionScores
+    from kornia_tinyvit.training.detection import (
+        DETECTION,
+        BoxAugmentation,
+        BoxedSamples,
+        DetectionLoss,
+        DetectorTraining,
+        evaluate_detector,
+    )
     from kornia_tinyvit.training.loop import TrainingResult, train
     from kornia_tinyvit.training.objectives import FeatureRegression, Labels, OnlineTeacher, StoredLabels
     from kornia_tinyvit.training.promptable import (
@@ -37,6 +47,14 @@ if TYPE_CHECKING:
 
 # Loaded on first use: these rest on kornia_tinyvit.distillation, which rests on the data above.
 _LAZY = {
+    "BoxMetrics": "average_precision",
+    "DetectionScores": "average_precision",
+    "DETECTION": "detection",
+    "BoxAugmentation": "detection",
+    "BoxedSamples": "detection",
+    "DetectionLoss": "detection",
+    "DetectorTraining": "detection",
+    "evaluate_detector": "detection",
     "train": "loop",
     "TrainingResult": "loop",
     "FeatureRegression": "objectives",
@@ -64,11 +82,19 @@ _LAZY = {
 }
 
 __all__ = [
+    "DETECTION",
     "IGNORED",
     "PROMPTABLE",
     "RECIPES",
     "SEMANTIC",
+    "BoxAugmentation",
+    "BoxMetrics",
+    "BoxedImages",
+    "BoxedSamples",
     "BrokenPictureError",
+    "DetectionLoss",
+    "DetectionScores",
+    "DetectorTraining",
     "FeatureRegression",
     "InstanceImages",
     "LabelledImages",
@@ -78,6 +104,7 @@ __all__ = [
     "MaskedImages",
     "MaskedSamples",
     "MissingExtraError",
+    "Objects",
     "OnlineTeacher",
     "PixelLabels",
     "PixelMetrics",
@@ -92,6 +119,7 @@ __all__ = [
     "balanced_weights",
     "build_sam",
     "central_points",
+    "evaluate_detector",
     "evaluate_prompts",
     "evaluate_segmenter",
     "find_recipe",

@@ -35,6 +35,7 @@ except ImportError as error:  # pragma: no cover
 
 if TYPE_CHECKING:
     from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+    from kornia_tinyvit.training.detection import DetectorTraining
 
 __all__ = ["TrainingResult", "train"]
 
@@ -78,7 +79,7 @@ class TrainingResult:
 
 
 def train(
-    model: TinyViT | SemanticSegmenter | PromptedSAM,
+    model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining,
     samples: Samples,
     objective: Objective,
     recipe: Recipe,
@@ -202,7 +203,7 @@ class _Training:
     def __init__(
         self,
         accelerator: Accelerator,
-        model: TinyViT | SemanticSegmenter | PromptedSAM,
+        model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining,
         samples: Samples,
         objective: Objective,
         recipe: Recipe,

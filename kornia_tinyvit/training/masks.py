@@ -287,7 +287,7 @@ def read_description(path: Path, folders: str) -> dict[str, Any]:
             f"There is no data set {path}; expected a folder with {folders}, or a YAML file that names them."
         )
     try:
-        told = json.loads(path.read_text()) if path.suffix.lower() == ".json" else _read_yaml(path)
+        told = json.loads(path.read_text()) if path.suffix.lower() == ".json" else read_yaml(path)
     except ValueError as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(told, dict):
@@ -295,7 +295,14 @@ def read_description(path: Path, folders: str) -> dict[str, Any]:
     return told
 
 
-def _read_yaml(path: Path) -> Any:
+def read_yaml(path: Path) -> Any:
+    """Return what a YAML file holds.
+
+    Raises:
+        FileNotFoundError: if there is no such file.
+        ValueError: if it is no YAML.
+        MissingExtraError: if PyYAML is missing.
+    """
     try:
         import yaml
     except ImportError as error:
@@ -303,4 +310,4 @@ def _read_yaml(path: Path) -> Any:
     try:
         return yaml.safe_load(path.read_text())
     except yaml.YAMLError as error:
-        raise ValueError(str(error)) from error
+        raise ValueError(f"{path} is no YAML: {error}") from error

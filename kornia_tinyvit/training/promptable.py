@@ -13,19 +13,18 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from kornia.losses import binary_focal_loss_with_logits
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
 from kornia_tinyvit.checkpoints import open_pretrained, save_checkpoint
+from kornia_tinyvit.checkpoints.composite import part_groups
 from kornia_tinyvit.config import TinyViTConfig, WindowSizes
-from kornia_tinyvit.distillation.batches import ON_BROKEN, Key
-from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_seed
+from kornia_tinyvit.distillation.batches import Key
+from kornia_tinyvit.distillation.keyed import keyed_seed
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.segmentation.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.segmentation.embedding import Geometry
 from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM, prepare_photo
-from kornia_tinyvit.segmentation.semantic import group_by_decay
-from kornia_tinyvit.training.data import BrokenPictureError
 from kornia_tinyvit.training.instances import InstanceImages
+from kornia_tinyvit.training.paired import PairedSamples
 from kornia_tinyvit.training.semantic import MaskAugmentation
 from kornia_tinyvit.training.tasks import ReadableItems, as_it_is, measure_network
 
@@ -215,41 +214,18 @@ class PromptAugmentation(MaskAugmentation):
         )
 
 
-class PromptedSamples(Dataset[PromptedBatch]):
+class PromptedSamples(PairedSamples[PromptedBatch]):
     """Pictures decoded, augmented and asked about as an epoch demands, a whole batch at a time.
 
-    Args:
-        images: the pictures and their instances.
-        augmentation: what changes them and draws prompts.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey one in its place, which is
-            marked as not valid and named.
-
-    Attributes:
-        order: order of the samples in each epoch.
-
-    Raises:
-        ValueError: if ``on_broken`` is neither.
+    See :class:`~kornia_tinyvit.training.paired.PairedSamples` for the arguments: an
+    :class:`~kornia_tinyvit.training.InstanceImages` and a :class:`PromptAugmentation`.
     """
-
-    def __init__(self, images: InstanceImages, augmentation: PromptAugmentation, on_broken: str = "stop") -> None:
-        if on_broken not in ON_BROKEN:
-            raise ValueError(f"on_broken must be 'stop' or 'skip'; got {on_broken!r}.")
-        self.images = images
-        self.augmentation = augmentation
-        self.order = EpochOrder(len(images), augmentation.seed)
-        self.on_broken = on_broken
-
-    def __len__(self) -> int:
-        return len(self.images)
 
     def inputs(self, batch: PromptedBatch, device: torch.device) -> Prompts:
         """Return the prompts of a batch with their normalised inputs, on a device."""
         tensors = [each.to(device, non_blocking=True) for each in batch.prompts[1:]]
         pixels = batch.crops.to(device, non_blocking=True).float() / 255
         return Prompts(normalize(pixels, pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)), *tensors)
-
-    def __getitem__(self, key: Key) -> PromptedBatch:
-        return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> PromptedBatch:
         """Return the samples of keys (epoch, sample)."""
@@ -262,13 +238,8 @@ class PromptedSamples(Dataset[PromptedBatch]):
         return PromptedBatch(torch.stack(crops), torch.cat(masks), torch.cat(weights), together, valid, broken)
 
     def _sample(self, epoch: int, index: int) -> tuple[Tensor, Tensor, Prompts] | None:
-        try:
-            picture, masks = self.images.read(index)
-        except BrokenPictureError:
-            if self.on_broken == "stop":
-                raise
-            return None
-        return self.augmentation.sample(picture, masks, epoch, index)
+        read = self._read(index)
+        return None if read is None else self.augmentation.sample(*read, epoch, index)
 
     def _or_nothing(self, sample: tuple[Tensor, Tensor, Prompts] | None) -> tuple[Tensor, Tensor, Prompts, Tensor]:
         """Return a sample with weights; without instances, a box around everything that does not count.
@@ -398,8 +369,7 @@ class PromptedSAM(nn.Module):
             ValueError: if ``layer_decay`` is outside of (0, 1].
         """
         groups = cast("TinyViT", self.sam.image_encoder).parameter_groups(lr, weight_decay, layer_decay)
-        others = [*self.sam.prompt_encoder.parameters(), *self.sam.mask_decoder.parameters()]
-        return groups + group_by_decay(others, lr, weight_decay)
+        return groups + part_groups([self.sam.prompt_encoder, self.sam.mask_decoder], lr, weight_decay)
 
 
 def build_sam(

@@ -2,25 +2,20 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 from kornia.metrics import confusion_matrix
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from kornia_tinyvit.distillation.batches import ON_BROKEN, Key
-from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_seed
-from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
+from kornia_tinyvit.distillation.batches import Key
 from kornia_tinyvit.segmentation.semantic import SegmenterConfig, SemanticSegmenter, class_maps
-from kornia_tinyvit.training.data import BrokenPictureError
 from kornia_tinyvit.training.masks import IGNORED, MaskedImages
+from kornia_tinyvit.training.paired import PairedAugmentation, PairedSamples
 from kornia_tinyvit.training.tasks import ReadableItems, as_it_is, check_names
 
 __all__ = [
@@ -36,10 +31,6 @@ __all__ = [
     "evaluate_segmenter",
 ]
 
-#: Number of this module's formulas, raised when a picture or a mask would come out differently.
-VERSION = 1
-
-_STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
 _EXACT = 2**24  # counts up to which float32, which kornia's confusion matrix returns, is exact
 
 
@@ -59,52 +50,16 @@ class MaskedBatch(NamedTuple):
     broken: tuple[str, ...]
 
 
-class MaskAugmentation:
+class MaskAugmentation(PairedAugmentation):
     """Crop, flip and recolour a picture and its mask by kornia; the mask is moved alike and never blended.
 
-    What comes out is a function of the seed, the epoch, the sample and its files, whatever the batch, the workers or
-    the place where a training was resumed.
-
-    Args:
-        img_size: side in pixels of the square that comes out.
-        preset: a name of :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS` or a
-            :class:`~kornia_tinyvit.preprocessing.TrainingPreset` without policy, erasing and mixing.
-        seed: seed of everything, in [0, 2**64).
-        **changes: fields of the preset to replace.
-
-    Raises:
-        ValueError: if the preset holds what cannot be done to masks, or a field is unknown.
+    See :class:`~kornia_tinyvit.training.paired.PairedAugmentation` for the arguments; the usual preset is
+    ``"semantic"``.
     """
 
-    def __init__(
-        self, img_size: int, preset: str | TrainingPreset = "semantic", seed: int = 0, **changes: object
-    ) -> None:
-        self.img_size, self.seed = img_size, seed
-        self.preset = found = find_preset(preset, **changes)
-        unfit = [name for name in ("policy", "erasing", "mixup", "cutmix") if getattr(found, name)]
-        if unfit:
-            raise ValueError(
-                f"Masks cannot follow {', '.join(unfit)}; take the preset 'semantic', or one without them."
-            )
-        jitter = found.color_jitter
-        self._change = K.AugmentationSequential(
-            K.RandomResizedCrop(
-                (img_size, img_size), found.crop_scale, found.crop_ratio, resample="BILINEAR", align_corners=False
-            ),
-            K.RandomHorizontalFlip(p=found.flip),
-            *([K.ColorJitter(jitter, jitter, jitter, 0.0)] if jitter else []),
-            data_keys=["input", "mask"],
-        )
-
-    def describe(self) -> dict[str, Any]:
-        """Return everything but the seed that decides what comes out, as JSON's types."""
-        names = ("crop_scale", "crop_ratio", "flip", "color_jitter")
-        return {
-            "kind": "masks",
-            "version": VERSION,
-            "img_size": self.img_size,
-            **{name: getattr(self.preset, name) for name in names},
-        }
+    kind = "masks"
+    usual_preset = "semantic"
+    data_key = "mask"
 
     def __call__(self, picture: Tensor, mask: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Change a sample.
@@ -118,78 +73,35 @@ class MaskAugmentation:
         Returns:
             8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
         """
-        pixels, labels = self._shrink(picture[None], mask.reshape(1, -1, *mask.shape[-2:]).float())
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(keyed_seed(self.seed, epoch, index, _STREAM))
-            pixels, labels = self._change(pixels.float() / 255, labels)
-        changed = labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
-        return (pixels[0] * 255).round().clamp(0, 255).to(torch.uint8), changed
-
-    def _shrink(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Make large pictures so small that their smallest crops still have the size that comes out.
-
-        kornia's crops are resized without antialiasing, so that a photo of a phone would come out as sparse samples.
-        """
-        area = pixels.shape[-2] * pixels.shape[-1]
-        factor = self.img_size / math.sqrt(self.preset.crop_scale[0] * area)
-        if factor >= 1:
-            return pixels, labels
-        size = tuple(max(1, round(side * factor)) for side in pixels.shape[-2:])
-        smaller = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-        return smaller, F.interpolate(labels, size, mode="nearest-exact")
+        pixels, labels = picture[None], mask.reshape(1, -1, *mask.shape[-2:]).float()
+        size = self._reduced_size(pixels)
+        if size != tuple(pixels.shape[-2:]):
+            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
+            labels = F.interpolate(labels, size, mode="nearest-exact")
+        crop, labels = self._apply(pixels, labels, epoch, index)
+        return crop, labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
 
 
-class MaskedSamples(Dataset[MaskedBatch]):
+class MaskedSamples(PairedSamples[MaskedBatch]):
     """Pictures and masks decoded and augmented as an epoch demands, a whole batch at a time.
 
-    Args:
-        images: the pictures and masks.
-        augmentation: what changes them.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey one without labels in its
-            place, which is marked as not valid and named.
-
-    Attributes:
-        order: order of the samples in each epoch.
-
-    Raises:
-        ValueError: if ``on_broken`` is neither.
+    See :class:`~kornia_tinyvit.training.paired.PairedSamples` for the arguments: a
+    :class:`~kornia_tinyvit.training.MaskedImages` and a :class:`MaskAugmentation`.
     """
-
-    def __init__(self, images: MaskedImages, augmentation: MaskAugmentation, on_broken: str = "stop") -> None:
-        if on_broken not in ON_BROKEN:
-            raise ValueError(f"on_broken must be 'stop' or 'skip'; got {on_broken!r}.")
-        self.images = images
-        self.augmentation = augmentation
-        self.order = EpochOrder(len(images), augmentation.seed)
-        self.on_broken = on_broken
-
-    def __len__(self) -> int:
-        return len(self.images)
-
-    def inputs(self, batch: MaskedBatch, device: torch.device) -> Tensor:
-        """Return the pictures :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
-        return batch.crops.to(device, non_blocking=True).float() / 255
-
-    def __getitem__(self, key: Key) -> MaskedBatch:
-        return self.__getitems__([key])
 
     def __getitems__(self, keys: Sequence[Key]) -> MaskedBatch:
         """Return the samples of keys (epoch, sample)."""
-        side = self.augmentation.img_size
-        crops = torch.full((len(keys), 3, side, side), 128, dtype=torch.uint8)
-        masks = torch.full((len(keys), side, side), IGNORED)
+        crops = self._grey(len(keys))
+        masks = torch.full((len(keys), *crops.shape[-2:]), IGNORED)
         valid = torch.ones(len(keys))
         broken = []
         for row, (epoch, index) in enumerate(keys):
-            try:
-                picture, mask = self.images.read(index)
-            except BrokenPictureError:
-                if self.on_broken == "stop":
-                    raise
+            sample = self._read(index)
+            if sample is None:
                 valid[row] = 0
                 broken.append(self.images.name(index))
             else:
-                crops[row], masks[row] = self.augmentation(picture, mask, epoch, index)
+                crops[row], masks[row] = self.augmentation(*sample, epoch, index)
         return MaskedBatch(crops, masks, valid, tuple(broken))
 
 

@@ -229,8 +229,8 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("width", 17, "another segmenter; .*project.0"),
-            ("width", 10**12, "another segmenter"),
+            ("width", 17, "another network; .*project.0"),
+            ("width", 10**12, "another network"),
             ("num_classes", 4, "classifier"),
             ("num_classes", 0, "at least 1"),
             ("depth", 3, "has the fields"),

@@ -1,0 +1,127 @@
+"""Train a detector on photos with boxes and see how well it knows them.
+
+    python examples/detect_objects.py ../shared/data/coco128/object_detection/config.yaml --pictures 16
+
+DATA is what `kornia-tinyvit train --task detection` takes: the YAML file of a YOLO data set, a JSON file of COCO's, or
+a folder with one of them. The training is that of the command: killed and started again it goes on. Then it measures
+the pictures it was trained on and all those of `val`, and draws some of both: what is there, and what was found. It
+needs `pip install 'kornia-tinyvit[detect]'`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from PIL import Image
+
+from kornia_tinyvit.detection import Detection, TinyViTDetector
+from kornia_tinyvit.training import (
+    DETECTION,
+    BoxAugmentation,
+    BoxedImages,
+    BoxedSamples,
+    DetectionLoss,
+    DetectorTraining,
+    evaluate_detector,
+    find_recipe,
+    train,
+)
+from kornia_tinyvit.visualization import draw_detections
+
+TILE, GAP = 320, 8
+
+
+def draw_sheet(detector: TinyViTDetector, images: BoxedImages, rows: list[int], path: Path) -> None:
+    """Write a picture with a row for each of some photos: the boxes that are there, and those that were found."""
+    strips = []
+    for row in rows:
+        photo, objects = images[row]
+        pairs = zip(objects.labels.tolist(), objects.boxes.tolist(), strict=True)
+        there = [Detection(images.class_names[index], index, 1.0, tuple(box)) for index, box in pairs]
+        (found,) = detector.predict(photo)
+        strip = Image.new("RGB", (2 * TILE + GAP, TILE + GAP), "white")
+        for column, (boxes, scores) in enumerate(((there, False), (found, True))):
+            tile = draw_detections(photo, boxes, scores)
+            tile.thumbnail((TILE, TILE))
+            strip.paste(tile, (column * (TILE + GAP) + (TILE - tile.width) // 2, 0))
+        strips.append(strip.crop((0, 0, strip.width, tile.height + GAP)))
+    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        sheet.paste(strip, (0, top))
+        top += strip.height
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", type=Path, help="a YAML or JSON file, or a folder with one")
+    parser.add_argument("--pictures", type=int, default=16, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--variant", default="1m")
+    parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a detector, or 'none'")
+    parser.add_argument("--img-size", type=int, default=256)
+    parser.add_argument("--hidden-dim", type=int, default=128, help="channels of encoder and decoder")
+    parser.add_argument("--queries", type=int, default=60)
+    parser.add_argument("--decoder-layers", type=int, default=2)
+    parser.add_argument("--denoising", type=int, default=40, help="denoising queries of the training")
+    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
+    parser.add_argument("--shown", type=int, default=4, help="photos to draw of each split")
+    parser.add_argument("--workers", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("runs/detect"))
+    parser.add_argument("--cpu", action="store_true")
+    args = parser.parse_args()
+    torch.manual_seed(0)
+
+    images, validation = BoxedImages.open(args.data, "train"), BoxedImages.open(args.data, "val")
+    images = images.sample(args.pictures)
+    base = args.lr * 512 / args.batch_size
+    # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.
+    recipe = dataclasses.replace(
+        find_recipe("detection", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=base),
+        min_lr=base / 100,
+        layer_decay=1.0,
+        ema_decay=0.99,
+        changes={"crop_scale": (0.7, 1.0), "flip": 0.0, "color_jitter": 0.0},
+    )
+    detector = TinyViTDetector.from_config(
+        args.variant,
+        pretrained=False if args.pretrained == "none" else args.pretrained,
+        class_names=images.class_names,
+        img_size=args.img_size,
+        hidden_dim=args.hidden_dim,
+        num_queries=args.queries,
+        decoder_layers=args.decoder_layers,
+    )
+    model = DetectorTraining(detector, num_denoising=args.denoising)
+    result = train(
+        model,
+        BoxedSamples(images, BoxAugmentation(recipe.img_size, recipe.preset, **recipe.changes)),
+        DetectionLoss(model),
+        recipe,
+        args.out,
+        task=DETECTION,
+        class_names=images.class_names,
+        origin={"pretrained": args.pretrained},
+        workers=args.workers,
+        log_every=5,
+        cpu=args.cpu,
+    )
+    print(f"{len(images)} pictures, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
+
+    kept = TinyViTDetector.from_config(pretrained=result.last)
+    for split, pictures in (("train", images), ("val", validation)):
+        print(json.dumps({"split": split, **evaluate_detector(kept, pictures).to_dict()}))
+        sheet = args.out / f"{split}.png"
+        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet)
+        print(f"wrote {sheet}")
+
+
+if __name__ == "__main__":
+    main()

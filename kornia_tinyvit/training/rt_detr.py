@@ -1,0 +1,220 @@
+"""transformers' RT-DETR with the weights of a :class:`~kornia_tinyvit.detection.TinyViTDetector`, and back.
+
+kornia's RT-DETR infers only; transformers' has the loss, the matcher and the denoising queries of the training.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
+from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.model import TinyViT
+
+try:
+    import scipy  # noqa: F401 - the matcher's
+    from transformers import RTDetrConfig, RTDetrForObjectDetection
+
+    from kornia_tinyvit.huggingface import TinyVitConfig
+except ImportError as error:
+    raise MissingExtraError(
+        "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[detect]'."
+    ) from error
+
+__all__ = ["from_rt_detr", "to_rt_detr"]
+
+#: What kornia's classes fix of transformers' configuration.
+_FIXED: dict[str, Any] = {
+    "encoder_attention_heads": 8,
+    "decoder_attention_heads": 8,
+    "encoder_layers": 1,
+    "encode_proj_layers": [2],
+    "num_feature_levels": 3,
+    "decoder_n_points": 4,
+    "positional_encoding_temperature": 10_000,
+    "encoder_activation_function": "gelu",
+    "activation_function": "silu",
+    "decoder_activation_function": "relu",
+    "normalize_before": False,
+    "learn_initial_query": False,
+    "eval_size": None,
+    "layer_norm_eps": 1e-5,
+    "batch_norm_eps": 1e-5,
+    "freeze_backbone_batch_norms": False,
+}
+
+_BACKBONE = "model.backbone.model.tinyvit.network."
+_PLACES = (
+    (r"backbone\.", _BACKBONE),
+    (r"encoder\.input_proj\.", "model.encoder_input_proj."),
+    (r"encoder\.encoder\.0\.", "model.encoder.aifi.0."),
+    (r"encoder\.ccfm\.", "model.encoder."),
+    (r"decoder\.input_proj\.(\d+)\.conv\.", r"model.decoder_input_proj.\1.0."),
+    (r"decoder\.input_proj\.(\d+)\.norm\.", r"model.decoder_input_proj.\1.1."),
+    (r"decoder\.dec_score_head\.", "model.decoder.class_embed."),
+    (r"decoder\.dec_bbox_head\.", "model.decoder.bbox_embed."),
+    (r"decoder\.query_pos_head\.", "model.decoder.query_pos_head."),
+    (r"decoder\.decoder\.", "model.decoder."),
+    (r"decoder\.", "model."),
+)
+_OF_LAYERS = {
+    "linear1": "mlp.fc1",
+    "linear2": "mlp.fc2",
+    "cross_attn": "encoder_attn",
+    "self_attn.out_proj": "self_attn.o_proj",
+}
+_NORMS = {
+    "encoder.encoder": {"norm1": "self_attn_layer_norm", "norm2": "final_layer_norm"},
+    "decoder.decoder": {
+        "norm1": "self_attn_layer_norm",
+        "norm2": "encoder_attn_layer_norm",
+        "norm3": "final_layer_norm",
+    },
+}
+_DENOISING = "model.denoising_class_embed.weight"  # which a model without denoising queries has not
+_JOINED = re.compile(r"self_attn\.in_proj_(weight|bias)$")  # queries, keys and values in one
+
+
+def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDetection:
+    """Return transformers' RT-DETR with a copy of a detector's weights.
+
+    It takes normalised squares as ``pixel_values``, their sides multiples of 32. Its backbone is a
+    :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
+
+    Args:
+        detector: the detector.
+        **changes: fields of transformers' ``RTDetrConfig``, such as ``num_denoising`` or the weights of the losses.
+
+    Returns:
+        The model, in the detector's mode, precision and device.
+
+    Example:
+        >>> detector = TinyViTDetector.from_config("1m", 5, img_size=64, num_queries=9, hidden_dim=32).eval()
+        >>> found = to_rt_detr(detector)(torch.rand(1, 3, 64, 64))
+        >>> found.logits.shape, found.pred_boxes.shape
+        (torch.Size([1, 9, 5]), torch.Size([1, 9, 4]))
+    """
+    config, first = detector.config, next(detector.parameters())
+    model = RTDetrForObjectDetection(_describe(config, detector.class_names, changes))
+    weights = _translate(detector.state_dict())
+    if not model.config.num_denoising:
+        del weights[_DENOISING]
+    model.load_state_dict(weights)
+    return torch.nn.Module.to(model, first.device, first.dtype).train(detector.training)
+
+
+def from_rt_detr(model: RTDetrForObjectDetection) -> TinyViTDetector:
+    """Return a detector with a copy of the weights of a model of :func:`to_rt_detr`, or one built alike.
+
+    Args:
+        model: transformers' RT-DETR on a :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
+
+    Returns:
+        The detector, in the model's mode, precision and device.
+
+    Raises:
+        ValueError: if the model has parts that kornia's RT-DETR has not.
+    """
+    told: Any = model.config
+    first = next(model.parameters())
+    if not isinstance(told.backbone_config, TinyVitConfig):
+        raise ValueError(f"Expected a model on a TinyVitBackbone; got one on {type(told.backbone_config).__name__}.")
+    fixed = _FIXED | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 4 * told.d_model)
+    fixed |= {"encoder_hidden_dim": told.d_model}
+    others = [
+        f"{name}={getattr(told, name)!r} instead of {value!r}"
+        for name, value in fixed.items()
+        if name != "freeze_backbone_batch_norms" and _plain(getattr(told, name)) != value
+    ]
+    if others:
+        raise ValueError(f"kornia's RT-DETR cannot be built with {', '.join(others)}.")
+    config = DetectorConfig(
+        told.backbone_config.to_network(), told.num_labels, told.d_model, told.num_queries, told.decoder_layers,
+        told.hidden_expansion,
+    )  # fmt: skip
+    names = [told.id2label[index] for index in range(told.num_labels)]
+    detector = TinyViTDetector.from_config(config, class_names=names)
+    load_weights(detector, model.state_dict())
+    return detector.to(first.device, first.dtype).train(model.training)
+
+
+def load_weights(detector: TinyViTDetector, state: Mapping[str, Tensor]) -> None:
+    """Give a detector the weights of transformers' RT-DETR.
+
+    Args:
+        detector: the detector.
+        state: the model's state dict.
+
+    Raises:
+        KeyError: if a weight is missing.
+        RuntimeError: if one has another shape.
+    """
+    own = detector.state_dict()
+    for name in own:
+        names = _names(name)
+        if names and (names != [_DENOISING] or _DENOISING in state):
+            parts = [state[each] for each in names]
+            own[name] = torch.cat(parts) if len(parts) > 1 else parts[0]
+    detector.load_state_dict(own)
+
+
+def network_of(model: RTDetrForObjectDetection) -> TinyViT:
+    """Return the network of a model's backbone."""
+    return model.model.backbone.model.tinyvit.network
+
+
+def _describe(config: DetectorConfig, class_names: tuple[str, ...], changes: dict[str, Any]) -> RTDetrConfig:
+    """Return transformers' configuration of the same architecture."""
+    hidden = config.hidden_dim
+    fields = _FIXED | {
+        "backbone_config": TinyVitConfig.from_network(config.backbone, out_indices=[2, 3, 4]),
+        "encoder_hidden_dim": hidden,
+        "encoder_in_channels": list(config.backbone.embed_dims[1:]),
+        "encoder_ffn_dim": 4 * hidden,
+        "hidden_expansion": config.expansion,
+        "d_model": hidden,
+        "decoder_in_channels": [hidden] * 3,
+        "decoder_ffn_dim": 4 * hidden,
+        "decoder_layers": config.decoder_layers,
+        "num_queries": config.num_queries,
+        "id2label": dict(enumerate(class_names)),
+        "label2id": {name: index for index, name in enumerate(class_names)},
+    }
+    return RTDetrConfig(**fields | changes)
+
+
+def _plain(value: Any) -> Any:
+    return list(value) if isinstance(value, tuple) else value
+
+
+def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return a detector's weights under transformers' names."""
+    translated: dict[str, Tensor] = {}
+    for name, tensor in state.items():
+        names = _names(name)
+        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor] * len(names)
+        translated.update(zip(names, parts, strict=True))
+    return translated
+
+
+def _names(name: str) -> list[str]:
+    """Return what transformers calls a detector's tensor: three names if it splits it, none if it has no such."""
+    if name.startswith(("backbone.norm_head.", "backbone.head.")):  # which the maps do without
+        return []
+    place = next(each for each, norms in [*_NORMS.items(), ("", {})] if name.startswith(each))
+    for pattern, replacement in _PLACES:
+        theirs, count = re.subn(f"^{pattern}", replacement, name)
+        if count:
+            break
+    if place:
+        for ours, other in {**_OF_LAYERS, **_NORMS[place]}.items():
+            theirs = theirs.replace(f".{ours}.", f".{other}.")
+    if found := _JOINED.search(theirs):
+        stem = theirs[: found.start()]
+        return [f"{stem}self_attn.{part}_proj.{found[1]}" for part in "qkv"]
+    return [theirs]

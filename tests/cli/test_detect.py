@@ -1,0 +1,155 @@
+"""Detectors on the command line: trained, and asked about photos."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.training import BoxedImages, evaluate_detector
+from kornia_tinyvit.visualization import draw_detections
+from tests.cli.test_classify import error_of, run
+from tests.distillation.test_batches import damage
+from tests.test_detection import NAMES, make_detector
+from tests.training import scenes
+from tests.training.test_boxes import make_coco, write_coco
+
+PHOTO = ASSETS / "photos" / "chelsea.png"  # 451x300
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    return str(make_detector().save(tmp_path_factory.mktemp("weights") / "detector.safetensors"))
+
+
+class TestDetect:
+    def test_json(self, weights, tmp_path):
+        photos = [str(PHOTO), str(ASSETS / "photos" / "rocket.jpg")]
+        options = ("--checkpoint", weights, "--threshold", "0.012", "--out", str(tmp_path / "new" / "folder"), "--json")
+        rows = json.loads(run("detect", *photos, *options))
+        assert rows == json.loads((tmp_path / "new" / "folder" / "detections.json").read_text())
+        expected = TinyViTDetector.from_config(pretrained=weights).predict(photos, 0.012)
+        for row, photo, found in zip(rows, photos, expected, strict=True):
+            assert row["photo"] == photo
+            assert len(found) > 0
+            assert [each["score"] for each in row["detections"]] == pytest.approx([each.score for each in found])
+            assert [each["box"] for each in row["detections"]] == [pytest.approx(each.box, abs=1e-2) for each in found]
+            assert {each["label"] for each in row["detections"]} <= set(NAMES)
+            assert Image.open(row["drawn"]).size == (row["width"], row["height"]) == Image.open(photo).size
+
+    def test_pictures_with_boxes(self, weights, tmp_path):
+        run("detect", str(PHOTO), "--checkpoint", weights, "--threshold", "0", "--out", str(tmp_path))
+        drawn, photo = (np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "chelsea.png", PHOTO))
+        assert (drawn != photo).any()
+        found = TinyViTDetector.from_config(pretrained=weights).predict(PHOTO, 0.0)[0]
+        assert np.array_equal(drawn, np.asarray(draw_detections(read_image(PHOTO), found)))
+
+    def test_text(self, weights, tmp_path):
+        options = ("--checkpoint", weights, "--out", str(tmp_path))
+        (first, *lines) = run("detect", str(PHOTO), *options, "--threshold", "0").splitlines()
+        assert first == f"{PHOTO}: 10 objects, see {tmp_path / 'chelsea.png'}"
+        assert len(lines) == 10
+        assert lines[0].strip().split(" ")[1] == "%"
+        assert ": 0 objects, see" in run("detect", str(PHOTO), *options, "--threshold", "0.99")
+
+    def test_photos_of_one_name(self, weights, tmp_path):
+        for folder in ("a", "b"):
+            (tmp_path / folder).mkdir()
+            Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "1.png")
+        photos = [str(tmp_path / folder / "1.png") for folder in ("a", "b")]
+        rows = json.loads(run("detect", *photos, "--checkpoint", weights, "--out", str(tmp_path / "out"), "--json"))
+        assert [row["drawn"].rsplit("/", 1)[1] for row in rows] == ["1.png", "1-2.png"]
+
+    def test_errors(self, weights, tmp_path, capfd, monkeypatch):
+        out = ("--out", str(tmp_path))
+        command = ("detect", "gone.png", "--checkpoint", weights, *out)
+        assert "gone.png" in error_of(capfd, monkeypatch, *command)
+        command = ("detect", str(PHOTO), "--checkpoint", "gone.safetensors", *out)
+        assert "gone.safetensors is no detector's file" in error_of(capfd, monkeypatch, *command)
+
+
+class TestDrawing:
+    def test_boxes_and_colours(self):
+        found = make_detector().predict(torch.rand(3, 60, 80), 0.0)[:1][0][:2]
+        plain = torch.full((3, 60, 80), 0.5)
+        assert np.array_equal(np.asarray(draw_detections(plain, [])), np.full((60, 80, 3), 128))
+        drawn = np.asarray(draw_detections(plain, found)).astype(int)
+        left, _, right, bottom = (int(value) for value in found[0].box)
+        assert (drawn[bottom - 1, (left + right) // 2] != 128).any()
+        assert not np.array_equal(drawn, np.asarray(draw_detections(plain, found, scores=False)))
+
+
+class TestTrain:
+    def command(self, folder, tmp_path, *options):
+        small = ("--variant", "1m", "--img-size", "64", "--queries", "10", "--batch-size", "2", "--workers", "0")
+        out = ("--epochs", "1", "--cpu", "--out", str(tmp_path / "out"))
+        return ("train", str(folder), "--task", "detection", *small, *out, *options)
+
+    def test_yolo(self, tmp_path):
+        data, validation = (scenes.make_scenes(tmp_path / name, 2, seed=1) for name in ("data", "val"))
+        told = json.loads(run(*self.command(data, tmp_path, "--validation", str(validation), "--json")))
+        assert told.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
+        detector = TinyViTDetector.from_config(pretrained=told["best"])
+        assert (detector.class_names, detector.config.num_queries) == (scenes.NAMES, 10)
+        scores = evaluate_detector(detector, BoxedImages.open(validation))
+        assert scores.map == pytest.approx(told["map"], abs=1e-3)
+        asked = json.loads((tmp_path / "out" / "run.json").read_text())
+        assert (asked["augmentation"]["kind"], asked["objective"]["kind"]) == ("boxes", "boxes")
+
+    def test_coco(self, tmp_path):
+        annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]
+        path = write_coco(tmp_path / "coco", make_coco(annotations=annotations))
+        printed = run(*self.command(path, tmp_path, "--validation", str(path), "--pretrained", "cifar10"))
+        assert "Boxes left out: 1, such as " in printed
+        assert ", mAP " in printed.strip().splitlines()[-1]
+
+    def test_errors(self, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--queries", "90"))
+        assert "84 cells to look for objects in, fewer than 90" in error
+        (data / "labels" / "00.txt").write_text("7 0.5 0.5 0.1 0.1")
+        assert "00.txt:1 has the class 7" in error_of(capfd, monkeypatch, *self.command(data, tmp_path))
+
+
+class TestEvaluate:
+    def command(self, folder, weights, *options):
+        return ("evaluate", str(folder), "--task", "detection", "--pretrained", weights, "--batch-size", "2", *options)
+
+    @pytest.fixture
+    def own(self, tmp_path) -> str:
+        detector = make_detector()
+        detector.class_names = scenes.NAMES
+        return str(detector.save(tmp_path / "own.safetensors"))
+
+    def test_json(self, own, tmp_path):
+        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
+        images = BoxedImages.open(data, "val")
+        found = evaluate_detector(TinyViTDetector.from_config(pretrained=own), images)
+        assert told.pop("per_class").keys() == {"disc", "box"}
+        assert told == pytest.approx(found.to_dict(), abs=1e-3)
+        assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
+
+    def test_text_and_broken_pictures(self, own, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        damage(data / "images" / "01.png")
+        assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, own, "--json"))
+        printed = run(*self.command(data, own, "--on-broken", "skip", "--per-class"))
+        assert "2 pictures, 2 objects: mAP " in printed
+        assert "left out: 1, such as 01.png" in printed
+        assert "disc" in printed
+
+    def test_errors(self, weights, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
+        error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
+        assert "--tta, --confusion is for classifiers" in error
+        error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "detection")
+        assert "no published detectors" in error
