@@ -9,8 +9,9 @@ demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
 	@echo "The sheets are in demo/: open them in any picture viewer."
 
+# A process a core, each with one thread: networks as small as the tests' gain nothing from more.
 test: setup lint
-	$(BIN)/python -m pytest --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov
 
 lint: setup
 	$(BIN)/ruff check .
