@@ -346,7 +346,7 @@ def prepare_photo(
     """
     geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
     if pixels.dtype == torch.uint8:
-        pixels = _resize_levels(pixels, geometry.input_size).to(device).float() / 255
+        pixels = resize_levels(pixels, geometry.input_size).to(device).float() / 255
     else:
         pixels = pixels.to(device, torch.promote_types(pixels.dtype, torch.float32))
         pixels = _resize(pixels, geometry.input_size)
@@ -536,7 +536,7 @@ def _pixels(image: Picture) -> Tensor:
     return image
 
 
-def _resize_levels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_levels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a photo :math:`(3, H, W)` of 8 bits as Pillow does."""
     if tuple(pixels.shape[1:]) == size:
         return pixels

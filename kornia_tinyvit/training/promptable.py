@@ -22,7 +22,7 @@ from kornia_tinyvit.distillation.keyed import keyed_seed
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.segmentation.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.segmentation.embedding import Geometry
-from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM, prepare_photo
+from kornia_tinyvit.segmentation.mobile_sam import PIXEL_MEAN, PIXEL_STD, MobileSAM, prepare_photo, resize_levels
 from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.paired import PairedSamples
 from kornia_tinyvit.training.semantic import MaskAugmentation
@@ -185,12 +185,11 @@ class PromptAugmentation(MaskAugmentation):
         side = round(self.img_size / self.preset.crop_scale[0] ** 0.5)
         geometry = Geometry.fit((picture.shape[1], picture.shape[2]), (side, side))
         height, width = geometry.input_size
-        resized = F.interpolate(picture[None], (height, width), mode="bilinear", antialias=True, align_corners=False)
         shares = F.interpolate(
             masks[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False
         )
         square = torch.tensor(_PADDING, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-        square[:, :height, :width] = resized[0]
+        square[:, :height, :width] = resize_levels(picture, geometry.input_size)
         return square, F.pad(shares[0] >= 0.5, (0, side - width, 0, side - height))
 
     def _draw(self, masks: Tensor, generator: torch.Generator) -> Prompts:
