@@ -50,7 +50,7 @@ def variant(name: str, img_size: int) -> TinyViTConfig:
 
 
 def norm_operations(config: TinyViTConfig) -> int:
-    """What fvcore, to which a multiply-accumulate is one, adds for norms: 2 a value in batch, 5 in layer norms."""
+    """What fvcore, to which a multiply-accumulate is one, adds for norms: 2 a value in batch norm, 5 in layer norm."""
     found = []
     costs = {nn.BatchNorm2d: 2, nn.LayerNorm: 5}
     with torch.device("meta"):
@@ -292,15 +292,13 @@ class TestInherit:
         images = torch.cat([prepare(pictures[row][0][None]) for row in range(len(pictures))])
         labels = torch.tensor(pictures.labels)
         whole = TinyViT.from_config("1m", pretrained="cifar10")
-        smaller = whole.config.replace(
-            embed_dims=(32, 64, 64, 128), num_heads=(1, 2, 2, 4), depths=(1, 2, 3, 2), mlp_ratio=3.0
-        )
+        smaller = whole.config.replace(embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), mlp_ratio=3.0)
         losses = []
         for start in ("inherit", "fresh"):
             torch.manual_seed(0)
             model = inherit(whole, smaller) if start == "inherit" else TinyViT.from_config(smaller)
             losses.append(fit(model, images, labels))
-        assert losses[0] < losses[1] - 0.5, losses
+        assert losses[0] < losses[1] - 1, losses
 
 
 def fit(model: TinyViT, images: torch.Tensor, labels: torch.Tensor) -> float:

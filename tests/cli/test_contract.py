@@ -1,0 +1,138 @@
+"""Contraction on the command line: a budget is met, and a search that was killed goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from kornia_tinyvit import TinyViT, TinyViTConfig, save_checkpoint
+from kornia_tinyvit.contraction import count
+from tests.cli.test_classify import error_of, run
+from tests.cli.test_distill import TEACHER
+from tests.conftest import TINY
+from tests.distillation.test_batches import CLASSES, make_pictures
+
+SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--hold-out", "0.25")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_pictures(tmp_path / "data")
+
+
+@pytest.fixture
+def seed(tmp_path) -> Path:
+    """The file of a network of 30 thousand weights."""
+    return save_checkpoint(TinyViT(**TINY | {"img_size": 32}), tmp_path / "seed.safetensors")
+
+
+def command(folder, seed, out, *options):
+    return ("contract", str(folder), "--variant", str(seed), *SMALL, "--steps", "2", "--out", str(out), *options)
+
+
+def journal(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+
+
+class TestContract:
+    def test_json(self, folder, seed, tmp_path):
+        limits = ("--max-parameters", "25k", "--max-macs", "2.5e6")
+        told = json.loads(run(*command(folder, seed, tmp_path / "out", *limits, "--json")))
+        assert told.keys() == {"winner", "evaluated", "path"}
+        network = TinyViT.from_config(pretrained=told["winner"])
+        assert network.config.num_classes == 3
+        costs = count(network.config)
+        assert costs["parameters"] <= 25e3
+        assert costs["macs"] <= 2.5e6
+        assert TinyViTConfig.from_dict(told["path"][-1]["config"]) == network.config
+        assert told["path"][-1]["costs"] == costs
+        assert told["evaluated"] == sum(line["event"] == "evaluated" for line in journal(tmp_path / "out"))
+        assert Image.open(tmp_path / "out" / "search.png").size == (1120, 400)
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["winner"], "--json"))
+        assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
+
+        # 'train' takes the file in the place of a variant, for a network like it with first weights of its own.
+        training = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--workers", "0", "--epochs", "1")
+        out = ("--out", str(tmp_path / "trained"), "--json")
+        trained = json.loads(run("train", str(folder), "--variant", told["winner"], *training, *out))
+        assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
+
+    def test_text(self, folder, seed, tmp_path):
+        printed = run(*command(folder, seed, tmp_path / "out", "--max-parameters", "25k", "--start", "fresh"))
+        assert "step 2 of 2" in printed
+        rows = [line.split() for line in printed.splitlines() if "->" in line]
+        assert len(rows) == sum(line["event"] == "kept" for line in journal(tmp_path / "out")) - 1
+        assert all(int(row[3]) < int(row[1]) or float(row[3]) < float(row[1]) for row in rows)
+        last = printed.strip().splitlines()[-1]
+        assert " networks trained: " in last
+        assert last.endswith("search.png")
+
+    def test_killed(self, folder, seed, tmp_path):
+        """Killed again and again, the search does nothing twice and comes to what one that was left alone comes to."""
+        options = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--cpu", "--json")
+        whole = json.loads(run(*command(folder, seed, tmp_path / "whole", *options)))
+        out = tmp_path / "out"
+        evaluated: list[dict] = []
+        for target in (2, 5):
+            process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *command(folder, seed, out, *options)])
+            while sum(line["event"] == "evaluated" for line in whole_lines(out)) < target:
+                assert process.poll() is None
+                time.sleep(0.01)
+            process.kill()
+            process.wait()
+            found = [line for line in whole_lines(out) if line["event"] == "evaluated"]
+            assert found[: len(evaluated)] == evaluated
+            evaluated = found
+        assert len(evaluated) < whole["evaluated"], "killed too late"
+        with (out / "search.jsonl").open("a") as file:
+            file.write('{"event": "evaluated", "conf')  # what a killed write leaves
+        again = json.loads(run(*command(folder, seed, out, *options)))
+        assert again["path"] == whole["path"]
+        lines = [(line["event"], json.dumps(line.get("config"))) for line in journal(out)]
+        assert len(lines) == len(set(lines))
+        assert [line for line in journal(out) if line["event"] == "evaluated"][: len(evaluated)] == evaluated
+
+    def test_stored_labels(self, folder, seed, tmp_path, capfd, monkeypatch):
+        (tmp_path / "colours.py").write_text(TEACHER)
+        store, teacher = tmp_path / "store", f"{tmp_path}/colours.py:build"
+        recipe = ("--recipe", "cifar10", "--img-size", "32")
+        save = ("distill", "save", str(folder), str(store), "--teacher", teacher, *recipe, "--workers", "0")
+        run(*save, "--epochs", "1", "--top-k", "2", "--json")
+        os.unlink(tmp_path / "colours.py")  # no teacher runs
+        options = ("--max-parameters", "28k", "--store", str(store), "--json")
+        held_out = error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", *options))
+        assert "none can be held out: give --validation" in held_out
+        validation = make_pictures(tmp_path / "val", each=2, seed=5)
+        told = json.loads(run(*command(folder, seed, tmp_path / "out", *options, "--validation", str(validation))))
+        assert told["path"][-1]["costs"]["parameters"] <= 28e3
+        assert journal(tmp_path / "out")[0]["evaluation"]["objective"]["kind"] == "stored labels"
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ((), "A budget needs a limit: max_parameters"),
+            (("--max-macs", "30MM"), "--max-macs is a number such as 1.3M, 30e6 or 2G; got '30MM'"),
+            (("--max-macs", "1..2"), "got '1..2'"),
+            (("--max-parameters", "10"), "cannot be met"),
+            (("--max-parameters", "20k", "--dtype", "float7"), "--dtype is one of float32"),
+            (("--max-latency-ms", "1", "--engine", "steam"), "engine must be auto"),
+            (("--max-parameters", "20k", "--hold-out", "1"), "Cannot hold out 24 of 24"),
+            (("--max-parameters", "20k", "--variant", "9m"), "There is no TinyViT variant '9m'"),
+        ],
+    )
+    def test_errors(self, folder, seed, tmp_path, capfd, monkeypatch, options, message):
+        assert message in error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", "--json", *options))
+
+
+def whole_lines(out: Path) -> list[dict]:
+    """Return the lines that are whole while another process writes."""
+    file = out / "search.jsonl"
+    text = file.read_text() if file.exists() else ""
+    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]
