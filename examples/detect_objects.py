@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--decoder-layers", type=int, default=2)
     parser.add_argument("--denoising", type=int, default=40, help="denoising queries of the training")
-    parser.add_argument("--epochs", type=int, default=150)
+    parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--shown", type=int, default=4, help="photos to draw of each split")
