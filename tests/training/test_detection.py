@@ -115,7 +115,7 @@ class TestAugmentation:
 
     def test_presets(self):
         assert BoxAugmentation(64).describe()["kind"] == "boxes"
-        with pytest.raises(ValueError, match="Boxes cannot follow policy, erasing; take the preset 'detect'"):
+        with pytest.raises(ValueError, match="Boxes cannot follow policy, erasing; take the preset 'detection'"):
             BoxAugmentation(64, "finetune")
 
 
