@@ -144,7 +144,7 @@ def main() -> None:
     if args.others:
         tell("after", "others", kept, InstanceImages(*args.others, args.min_area))
     sheet = args.out / "masks.png"
-    draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet)
+    draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet, args.hide_photos)
     print(f"wrote {sheet}")
 
 
