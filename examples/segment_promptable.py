@@ -48,7 +48,7 @@ def tell(when: str, split: str, sam: MobileSAM, images: InstanceImages) -> None:
     print(json.dumps({"when": when, "split": split, "pictures": len(images), **told}), flush=True)
 
 
-def draw_sheet(sam: MobileSAM, images: InstanceImages, rows: list[int], path: Path) -> None:
+def draw_sheet(sam: MobileSAM, images: InstanceImages, rows: list[int], path: Path, hide_photos: bool) -> None:
     """Write a picture with a row for each of some photos: truth, masks of boxes, masks of points."""
     strips = []
     for row in rows:
@@ -64,7 +64,8 @@ def draw_sheet(sam: MobileSAM, images: InstanceImages, rows: list[int], path: Pa
             (pointed.best().masks()[:, 0], {}),
         )
         for column, (masks, prompts) in enumerate(shown):
-            tile = draw_overlay((photo * 255).byte(), masks, **prompts)
+            below = torch.ones_like(photo) if hide_photos else photo
+            tile = draw_overlay((below * 255).byte(), masks, **prompts)
             tile.thumbnail((TILE, TILE))
             strip.paste(tile, (column * (TILE + GAP), 0))
         strips.append(strip.crop((0, 0, strip.width, tile.height + GAP)))
@@ -98,6 +99,7 @@ def main() -> None:
     parser.add_argument("--base-lr", type=float, default=0.128, help="for a batch of 512")
     parser.add_argument("--measure-every", type=int, default=10, help="epochs from one measurement to the next")
     parser.add_argument("--shown", type=int, default=6, help="photos to draw")
+    parser.add_argument("--hide-photos", action="store_true", help="draw masks on white, as photos may not be shown")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/promptable"))
     parser.add_argument("--cpu", action="store_true")
@@ -142,7 +144,7 @@ def main() -> None:
     if args.others:
         tell("after", "others", kept, InstanceImages(*args.others, args.min_area))
     sheet = args.out / "masks.png"
-    draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet)
+    draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet, args.hide_photos)
     print(f"wrote {sheet}")
 
 

@@ -82,7 +82,8 @@ class PromptedBatch(NamedTuple):
     Attributes:
         crops: 8-bit inputs :math:`(B, 3, S, S)`.
         masks: what the prompts should find, bool :math:`(P, S, S)`.
-        weights: 1 for prompts, 0 for those that stand for a picture without an instance, :math:`(P,)`.
+        weights: what each prompt counts, :math:`(P,)`: one part of as many as are asked for at most, so that all
+            objects count alike; 0 for those that stand for a picture without an instance.
         prompts: the prompts, still without their images.
         valid: 1 for samples whose files could be read, 0 for broken ones, :math:`(B,)`.
         broken: names of the pictures that could not be read.
@@ -247,7 +248,7 @@ class PromptedSamples(PairedSamples[PromptedBatch]):
         """
         side, most = self.augmentation.img_size, max(self.augmentation.prompting.points)
         if sample is not None and len(sample[1]):
-            return *sample, torch.ones(len(sample[1]))
+            return *sample, torch.full((len(sample[1]),), 1 / self.augmentation.prompting.instances)
         crop = torch.full((3, side, side), 128, dtype=torch.uint8) if sample is None else sample[0]
         box = torch.tensor([[0.0, 0.0, side, side]])
         one = torch.zeros(1, dtype=torch.int64)
@@ -431,14 +432,17 @@ class MaskLoss:
         return {"kind": "masks", "focal": self.focal, "dice": self.dice, "iou": self.iou}
 
     def __call__(self, outputs: tuple[Tensor, Tensor], images: Prompts, batch: PromptedBatch) -> Tensor:
-        """Return the losses :math:`(B,)`, means over a picture's prompts; 0 for a picture without instances."""
+        """Return the losses :math:`(B,)`, weighted sums over a picture's prompts.
+
+        A mean over them would let the one object of a picture, which needs no prompt to be found, count as much as all
+        objects of another.
+        """
         logits, scores = (each.float() for each in outputs)
         truth = batch.masks.to(logits.device, non_blocking=True)[:, None].float()
         ambiguous = images.counts == 1
         losses = self._losses(logits, scores, truth, ambiguous)
-        weights = batch.weights.to(logits)
-        total = weights.new_zeros(len(batch.valid)).index_add(0, images.photo, losses * weights)
-        return total / weights.new_zeros(len(batch.valid)).index_add(0, images.photo, weights).clamp(min=1)
+        weighted = losses * batch.weights.to(logits)
+        return weighted.new_zeros(len(batch.valid)).index_add(0, images.photo, weighted)
 
     def _losses(self, logits: Tensor, scores: Tensor, truth: Tensor, ambiguous: Tensor) -> Tensor:
         """Return the loss of each prompt, :math:`(P,)`."""

@@ -243,7 +243,7 @@ class TestSamples:
         Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "02.png")
         batch = samples_of(folder).__getitems__([(0, 2), (0, 3)])
         assert (batch.valid.tolist(), batch.weights.tolist()[0], batch.prompts.photo.tolist()[0]) == ([1, 1], 0, 0)
-        assert batch.weights[1:].all()
+        assert set(batch.weights[1:].tolist()) == {1 / 8}  # of as many as may be asked for
         assert batch.prompts.boxes[0].tolist() == [0, 0, 64, 64]
 
     def test_broken(self, folder):
@@ -358,7 +358,7 @@ class TestMaskLoss:
         good, poor = (MaskLoss()((each, perfect), asked, batch) for each in (logits, -logits))
         assert good.shape == (2,)
         assert (good < 0.5).all()
-        assert (poor > 2).all()
+        assert (poor > 1).all()
 
     def test_by_hand(self):
         asked, batch = self.batch(1, 1)
@@ -395,7 +395,7 @@ class TestMaskLoss:
         assert (scores.grad[:, [0, 2, 3]] < 0).all()  # towards 1
         assert not scores.grad[:, 1].any()  # it is 0
 
-    def test_pictures_count_alike_and_empty_ones_not(self):
+    def test_objects_count_alike_and_stand_ins_not(self):
         asked, batch = self.batch()
         logits, scores = -self.logits(batch), torch.zeros(3, 4)
         losses = MaskLoss()((logits, scores), asked, batch)
@@ -407,7 +407,7 @@ class TestMaskLoss:
             each._replace(**{key: getattr(each, key)[2:] for key in keys})
             for each, keys in ((asked, ("photo", "counts")), (batch, ("masks", "weights")))
         ))  # fmt: skip
-        assert losses[1].item() == pytest.approx((alone[1] + other[1]).item() / 2)
+        assert losses[1].item() == pytest.approx((alone[1] + other[1]).item())
         empty = MaskLoss()((logits, scores), asked, batch._replace(weights=torch.tensor([0.0, 1, 1])))
         assert empty.tolist() == [0, losses[1].item()]
 
