@@ -24,7 +24,13 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training import InstanceImages, MaskedImages, evaluate_prompts, evaluate_segmenter
+from kornia_tinyvit.training import (
+    InstanceImages,
+    LabelledImages,
+    MaskedImages,
+    evaluate_prompts,
+    evaluate_segmenter,
+)
 from tests.conftest import TINY
 from tests.training.test_promptable import make_instances
 from tests.training.test_semantic import NAMES, make_scenes
@@ -279,6 +285,28 @@ def test_train_cifar10_goes_on_where_it_was(tmp_path):
     assert {tensor.dtype for tensor in load_file(exported).values() if tensor.is_floating_point()} == {torch.float16}
     assert 0 <= second[-1]["test_top1"] <= 1
     assert second[-1]["held_out_best"] == max(line["held_out"] for line in first + second if "epoch" in line)
+
+
+def test_finetune_transformers(tmp_path):
+    for needed in ("pyarrow", "accelerate", "transformers", "peft"):
+        pytest.importorskip(needed)
+    write_parquet(tmp_path / "train.parquet", 40, seed=0)
+    write_parquet(tmp_path / "test.parquet", 30, seed=1)
+    options = ("--out", "run", "--train", 32, "--test", 20, "--epochs", 2, "--batch-size", 16, "--lora")
+    printed = run(EXAMPLES / "finetune_transformers.py", ".", *options, cwd=tmp_path)
+    (told,) = json_lines(printed)
+    assert (told["train"], told["test"], told["steps"]) == (32, 20, 4)
+    assert told["learning_weights"] < 100_000
+    # The folder is what was measured: the adapters are part of its weights.
+    classifier = ImageClassifier.from_config(pretrained=tmp_path / "run" / "model")
+    assert classifier.class_names == CIFAR10
+    images = LabelledImages(tmp_path / "test.parquet").sample(20)
+    found = classifier.predict([picture for picture, _ in images], top_k=1)
+    right = sum(best.index == label for (best,), (_, label) in zip(found, images, strict=True))
+    assert right / 20 == pytest.approx(told["accuracy"], abs=0.051)
+    (best,) = classifier.predict(ASSETS / "photos" / "horse.png", top_k=1)[0]
+    ((label, score),) = re.findall(r"^horse.png +(\w+) +([\d.]+)%", printed, re.MULTILINE)
+    assert (label, float(score)) == (best.label, pytest.approx(100 * best.score, abs=0.06))
 
 
 def test_distill_cifar10_compares_three_students(tmp_path):

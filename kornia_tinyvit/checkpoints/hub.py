@@ -38,7 +38,7 @@ TRANSFORMERS_NAMES = {
     "local_conv_size": "local_conv_size",
     "activation": "activation",
 }
-#: The arguments of timm's TinyVit, but for the size of the picture and the classes.
+#: The arguments of timm's TinyVit that decide its tensors. The size of the picture is part of its preprocessing.
 _TIMM_ARGUMENTS = (
     "in_chans",
     "embed_dims",
@@ -46,7 +46,6 @@ _TIMM_ARGUMENTS = (
     "num_heads",
     "window_sizes",
     "mlp_ratio",
-    "drop_rate",
     "mbconv_expand_ratio",
     "local_conv_size",
 )
@@ -149,8 +148,6 @@ def timm_config(
         raise ValueError("timm's TinyVit has the activation GELU and classes: no other activation, no MobileSAM.")
     name, named = _timm_architecture(config)
     arguments = {key: getattr(config, key) for key in _TIMM_ARGUMENTS if getattr(config, key) != getattr(named, key)}
-    if config.img_size != named.img_size:
-        arguments["img_size"] = config.img_size
     result: dict[str, Any] = {
         "architecture": name,
         "num_classes": config.num_classes,
@@ -159,11 +156,11 @@ def timm_config(
         "pretrained_cfg": {
             "custom_load": False,
             "input_size": [config.in_chans, config.img_size, config.img_size],
-            "fixed_input_size": True,
+            "fixed_input_size": False,
             "interpolation": "bicubic",
             **preprocessing,
             "num_classes": config.num_classes,
-            "pool_size": None,
+            "pool_size": [-(-config.img_size // 32)] * 2,
             "first_conv": "patch_embed.conv1.conv",
             "classifier": "head.fc",
         },

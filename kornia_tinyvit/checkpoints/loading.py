@@ -140,8 +140,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
     state_dict, layout, left_out = translate(tensors)
     if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
         raise CheckpointError(
-            f"{name} holds no TinyViT in the official, kornia, timm or MobileSAM layout; its first tensors are "
-            f"{_some(list(content))}."
+            f"{name} holds no TinyViT in the official, kornia, timm, transformers or MobileSAM layout; its first "
+            f"tensors are {_some(list(content))}."
         )
     stored, classes = _read_metadata(metadata, name)
     stored, classes = facts.config or stored, facts.class_names or classes

@@ -28,14 +28,23 @@ segment = pipeline("mask-generation", model="{name}")
 print(len(segment("photo.jpg")["masks"]))""",
 }
 
+_ABOUT = {
+    "image-classification": """This model names what a picture shows. It is a {tinyvit}
+of {parameters:.1f} million parameters{variant} for pictures of {size} x {size} pixels; it runs at other sizes, too.""",
+    "image-feature-extraction": """This model turns a picture into features. It is a {tinyvit}
+of {parameters:.1f} million parameters{variant} for pictures of {size} x {size} pixels; it runs at other sizes, too.""",
+    "mask-generation": """This is MobileSAM ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289)): it segments what
+prompts point at, and everything in a picture. It has {parameters:.1f} million parameters; its encoder is a
+{tinyvit}{variant} for inputs of {size} x {size} pixels.""",
+}
+
 _PAGE = """---
 {header}
 ---
 
 # {name}
 
-{about} It is a TinyViT ([arXiv:2207.10666](https://arxiv.org/abs/2207.10666)){family} of {parameters:.1f} million
-parameters for pictures of {size} x {size} pixels; it runs at other sizes, too.
+{about}
 
 {facts}
 
@@ -77,24 +86,14 @@ def model_card(name: str, model: PreTrainedModel, weights: PretrainedWeights | N
     licence = None if weights is None else weights.licence.lower()
     header = ModelCardData(license=licence, library_name="transformers", pipeline_tag=task, tags=list(TAGS))
     vision = getattr(model.config, "vision_config", model.config)
-    return _PAGE.format(
-        header=header.to_yaml(),
-        name=name,
-        about=_ABOUT[task],
-        family="" if weights is None else f", the variant {weights.variant},",
+    about = _ABOUT[task].format(
+        tinyvit="TinyViT ([arXiv:2207.10666](https://arxiv.org/abs/2207.10666))",
+        variant="" if weights is None else f" (variant {weights.variant})",
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         size=vision.image_size,
-        facts=_facts(model, weights),
-        code=_USES[task].format(name=name),
     )
-
-
-_ABOUT = {
-    "image-classification": "This model names what a picture shows.",
-    "image-feature-extraction": "This model turns a picture into features.",
-    "mask-generation": "This is MobileSAM ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289)): it segments what "
-    "prompts point at, and everything in a picture.",
-}
+    code = _USES[task].format(name=name)
+    return _PAGE.format(header=header.to_yaml(), name=name, about=about, facts=_facts(model, weights), code=code)
 
 
 def _task(model: PreTrainedModel) -> str:

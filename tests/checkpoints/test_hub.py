@@ -26,14 +26,14 @@ OF_TIMM = {
         "tag": "dist_in22k_ft_in1k",
         "custom_load": False,
         "input_size": [3, 224, 224],
-        "fixed_input_size": True,
+        "fixed_input_size": False,
         "interpolation": "bicubic",
         "crop_pct": 0.95,
         "crop_mode": "center",
         "mean": [0.485, 0.456, 0.406],
         "std": [0.229, 0.224, 0.225],
         "num_classes": 1000,
-        "pool_size": None,
+        "pool_size": [7, 7],
         "first_conv": "patch_embed.conv1.conv",
         "classifier": "head.fc",
     },
@@ -105,7 +105,6 @@ class TestTimm:
             "depths": (2, 2, 4, 2),
             "num_heads": (1, 2, 3, 5),
             "window_sizes": (8, 8, 4, 2),
-            "img_size": 64,
         }
 
     def test_same_fields_as_timm(self):

@@ -424,13 +424,13 @@ class TestRefusedFiles:
 
     def test_no_file(self, tmp_path):
         refuse(tmp_path / "missing.pth", r"There is no checkpoint file .*missing\.pth")
-        refuse(tmp_path, "There is no checkpoint file")
+        refuse(tmp_path, r"has no config\.json, so it is no folder of the Hugging Face hub")
         refuse((tmp_path / "missing.pth").as_uri(), r"There is no checkpoint file .*missing\.pth")
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ({"epoch": 3}, "holds no TinyViT in the official, kornia, timm or MobileSAM layout.*epoch"),
+            ({"epoch": 3}, "holds no TinyViT in the official, kornia, timm, transformers or MobileSAM layout.*epoch"),
             ({"conv1.weight": torch.zeros(3)}, r"holds no TinyViT.*its first tensors are conv1\.weight"),
             ({0: torch.zeros(3), 1: 2}, "holds no TinyViT.*its first tensors are 0, 1"),
             ({}, "holds no state dict but dict"),

@@ -19,24 +19,19 @@ class Logits(torch.nn.Module):
         return self.model(pixel_values).logits
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def model(request) -> torch.nn.Module:
-    found = tiny_classifier()
-    found.set_attn_implementation(request.param)
-    return found.eval()
-
-
-def test_program(model):
+def test_program():
+    model = tiny_classifier()
+    model.set_attn_implementation("eager")
     pictures = torch.rand(2, 3, 64, 64)
     program = torch.export.export(model, (pictures,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
     found = program.module()(torch.cat([pictures, pictures[:1]]))
     torch.testing.assert_close(found.logits[:2], model(pictures).logits, rtol=1e-4, atol=1e-5)
 
 
-def test_onnx(model, tmp_path):
+def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
-    path = tmp_path / "model.onnx"
+    model, path = tiny_classifier(), tmp_path / "model.onnx"
     pictures = torch.rand(2, 3, 64, 64)
     # With gradients, torch cannot take its fused attention apart (2.13).
     with torch.no_grad():
