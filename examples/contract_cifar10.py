@@ -3,10 +3,10 @@
     python examples/contract_cifar10.py DATA --out runs/contract
 
 The search contracts the `5m` at 64x64 pixels on a proxy split of the training pictures: every candidate starts from
-what is left of its parent's weights and is trained for a few epochs. Then the winner and the hand-made `1m` get the same
-training from random weights, and the test pictures decide. DATA is a folder with `train.parquet` and `test.parquet` in
-the Hugging Face layout. Everything is a process of the command line; what is done is not done again when the same
-command is given after a stop.
+what is left of its parent's weights and is trained for a few epochs. Then the winner and the hand-made `1m` get the
+same training from random weights, and the test pictures decide. DATA is a folder with `train.parquet` and
+`test.parquet` in the Hugging Face layout. Everything is a process of the command line; what is done is not done again
+when the same command is given after a stop.
 """
 
 from __future__ import annotations

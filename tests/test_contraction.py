@@ -212,7 +212,6 @@ class TestInherit:
             ("mbconv_expand_ratio", 3.0),
             ("mlp_ratio", 3.0),
             ("embed_dims", (12, 16, 24, 32)),
-            ("depths", (2, 1, 2, 2)),
         ],
     )
     def test_what_is_zero_is_cut_exactly(self, parent, images, factor, value):
@@ -223,7 +222,6 @@ class TestInherit:
             "mbconv_expand_ratio": self.silence_expansion,
             "mlp_ratio": self.silence_mlps,
             "embed_dims": self.silence_first_stage,
-            "depths": self.silence_block,
         }
         silence[factor](parent)
         torch.testing.assert_close(inherit(parent, smaller).eval()(images), parent(images), atol=1e-5, rtol=1e-4)
@@ -245,15 +243,25 @@ class TestInherit:
         for block in parent.layers[0].blocks:  # which shrinks with its width
             silence_filters(block.conv2, list(range(16, 32)))
 
-    @torch.no_grad()
-    def silence_block(self, parent):
-        block = parent.layers[1].blocks[0]
+    def silence_block(self, parent, number=0, scale=1.0):
+        """Let a block of the second stage do nothing but scale its map."""
+        block = parent.layers[1].blocks[number]
         for layer in (block.attn.proj, block.mlp.fc2):
             silence_rows(layer, list(range(16)))
         norm = block.local_conv.bn
-        block.local_conv.c.weight.zero_()[:, :, 1, 1] = 1
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
+        with torch.no_grad():
+            block.local_conv.c.weight.zero_()[:, :, 1, 1] = scale
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+            norm.bias.copy_(norm.running_mean)
+
+    @pytest.mark.parametrize(("number", "scale"), [(0, 1.0), (1, 1.0), (0, -3.0)])
+    def test_blocks_that_do_nothing_are_cut_exactly(self, parent, images, number, scale):
+        """Any block that does nothing, and the first also if it scales, which the merging before it takes over."""
+        self.silence_block(parent, number, scale)
+        child = inherit(parent, SMALL.replace(depths=(2, 1, 2, 2))).eval()
+        kept = parent.layers[1].blocks[1 - number].mlp.fc1.weight
+        assert torch.equal(child.layers[1].blocks[0].mlp.fc1.weight, kept)
+        torch.testing.assert_close(child(images), parent(images), atol=1e-5, rtol=1e-4)
 
     def test_biases_of_the_distances_that_are_left(self, parent):
         child = inherit(parent, SMALL.replace(window_sizes=(4, 3, 2, 3)))
