@@ -392,6 +392,21 @@ class TestSearch:
         assert result.weights is None
         assert result.network().config == result.config
 
+    def test_times(self, tmp_path):
+        """A latency has to fall and a throughput to rise, here those of a machine that does a MAC a nanosecond."""
+
+        class Stopwatch(Bench):
+            def measure(self, config, budget):
+                costs = count(config)
+                return costs | {"latency_ms": costs["macs"] / 1e6, "throughput": 1e9 / costs["macs"]}
+
+        macs = count(SMALL)["macs"]
+        budget = Budget(max_latency_ms=0.8 * macs / 1e6, min_throughput=1e9 / (0.6 * macs))
+        result = contract(SMALL, budget, deep, tmp_path, steps=3, bench=Stopwatch())
+        assert result.winner.costs["macs"] <= 0.6 * macs
+        rates = [each.costs["throughput"] for each in result.path]
+        assert rates == sorted(rates)
+
     def test_nothing_to_do(self, tmp_path):
         result = contract(SMALL, Budget(max_parameters=1e9), deep, tmp_path)
         assert [each.config for each in result.candidates] == [SMALL]
