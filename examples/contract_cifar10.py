@@ -55,7 +55,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=Path("runs/contract"))
-    parser.add_argument("--steps", type=int, default=10, help="steps of the search")
+    parser.add_argument("--steps", type=int, default=16, help="steps of the search")
     parser.add_argument("--proxy-pictures", type=int, default=20_000)
     parser.add_argument("--proxy-epochs", type=int, default=2)
     parser.add_argument("--hold-out", type=float, default=0.1, help="share of those that candidates are measured on")

@@ -212,7 +212,6 @@ class TestInherit:
             ("mbconv_expand_ratio", 3.0),
             ("mlp_ratio", 3.0),
             ("embed_dims", (12, 16, 24, 32)),
-            ("depths", (2, 1, 2, 2)),
         ],
     )
     def test_what_is_zero_is_cut_exactly(self, parent, images, factor, value):
@@ -223,7 +222,6 @@ class TestInherit:
             "mbconv_expand_ratio": self.silence_expansion,
             "mlp_ratio": self.silence_mlps,
             "embed_dims": self.silence_first_stage,
-            "depths": self.silence_block,
         }
         silence[factor](parent)
         torch.testing.assert_close(inherit(parent, smaller).eval()(images), parent(images), atol=1e-5, rtol=1e-4)
@@ -245,15 +243,25 @@ class TestInherit:
         for block in parent.layers[0].blocks:  # which shrinks with its width
             silence_filters(block.conv2, list(range(16, 32)))
 
-    @torch.no_grad()
-    def silence_block(self, parent):
-        block = parent.layers[1].blocks[0]
+    def silence_block(self, parent, number=0, scale=1.0):
+        """Let a block of the second stage do nothing but scale its map."""
+        block = parent.layers[1].blocks[number]
         for layer in (block.attn.proj, block.mlp.fc2):
             silence_rows(layer, list(range(16)))
         norm = block.local_conv.bn
-        block.local_conv.c.weight.zero_()[:, :, 1, 1] = 1
-        norm.weight.copy_((norm.running_var + norm.eps).sqrt())
-        norm.bias.copy_(norm.running_mean)
+        with torch.no_grad():
+            block.local_conv.c.weight.zero_()[:, :, 1, 1] = scale
+            norm.weight.copy_((norm.running_var + norm.eps).sqrt())
+            norm.bias.copy_(norm.running_mean)
+
+    @pytest.mark.parametrize(("number", "scale"), [(0, 1.0), (1, 1.0), (0, -3.0)])
+    def test_blocks_that_do_nothing_are_cut_exactly(self, parent, images, number, scale):
+        """Any block that does nothing, and the first also if it scales, which the merging before it takes over."""
+        self.silence_block(parent, number, scale)
+        child = inherit(parent, SMALL.replace(depths=(2, 1, 2, 2))).eval()
+        kept = parent.layers[1].blocks[1 - number].mlp.fc1.weight
+        assert torch.equal(child.layers[1].blocks[0].mlp.fc1.weight, kept)
+        torch.testing.assert_close(child(images), parent(images), atol=1e-5, rtol=1e-4)
 
     def test_biases_of_the_distances_that_are_left(self, parent):
         child = inherit(parent, SMALL.replace(window_sizes=(4, 3, 2, 3)))
@@ -383,6 +391,21 @@ class TestSearch:
         assert len(recorder.asked) == len(set(recorder.asked)) == len(result.evaluated)
         assert result.weights is None
         assert result.network().config == result.config
+
+    def test_times(self, tmp_path):
+        """A latency has to fall and a throughput to rise, here those of a machine that does a MAC a nanosecond."""
+
+        class Stopwatch(Bench):
+            def measure(self, config, budget):
+                costs = count(config)
+                return costs | {"latency_ms": costs["macs"] / 1e6, "throughput": 1e9 / costs["macs"]}
+
+        macs = count(SMALL)["macs"]
+        budget = Budget(max_latency_ms=0.8 * macs / 1e6, min_throughput=1e9 / (0.6 * macs))
+        result = contract(SMALL, budget, deep, tmp_path, steps=3, bench=Stopwatch())
+        assert result.winner.costs["macs"] <= 0.6 * macs
+        rates = [each.costs["throughput"] for each in result.path]
+        assert rates == sorted(rates)
 
     def test_nothing_to_do(self, tmp_path):
         result = contract(SMALL, Budget(max_parameters=1e9), deep, tmp_path)

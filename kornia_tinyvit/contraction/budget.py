@@ -76,7 +76,7 @@ class Budget:
         return {name: limit for name, limit in limits.items() if limit is not None}
 
     def excess(self, costs: Costs) -> float:
-        r"""Return how far costs are beyond the limits: :math:`\sum \max(0, \ln(cost / limit))`, 0 where all hold.
+        """Return how far costs are beyond the limits: the sum of log(cost / limit) over those that do not hold.
 
         The sum lets a step be taken on any of the limits, and a factor that lowers two of them counts for both.
         """

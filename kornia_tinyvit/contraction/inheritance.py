@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
@@ -24,8 +25,10 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     """Cut a network down to a configuration that is contracted in any of its factors.
 
     What is kept is what matters most: the importance of a channel or head is the L2 norm of the weights that write it,
-    batch norms included, times that of the weights that read it; the importance of a block is the norm of what its
-    branches add. Norms of filters as importance are those of arXiv:1608.08710 (there L1). Kept parts stay in their
+    batch norms included, times that of the weights that read it; the importance of a block is the norm of the weights
+    that write what it adds, and how far its convolution between attention and MLP is from the identity. The first
+    block of a stage may go with less harm, since the merging before it takes over what that convolution does to an
+    even map. Norms of filters as importance are those of arXiv:1608.08710 (there L1). Kept parts stay in their
     order and keep their weights; a smaller window keeps the biases of the distances that are left.
 
     Hidden channels, channels of the convolutional stage, and whole blocks that contribute nothing are cut without
@@ -61,6 +64,10 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
             cut(old, new, streams[stage])
         if target.downsample is not None:
             _cut_merging(source.downsample, target.downsample, streams[stage], streams[stage + 1])
+            following = _stages(parent)[stage + 1].blocks
+            dropped = [following[number] for number in range(blocks[stage + 1][0])]
+            side = -(-config.img_size // config.stage_strides[stage + 1])
+            _absorb(target.downsample, dropped, streams[stage + 1], side)
     _copy(parent.norm_head, child.norm_head, streams[-1])
     if config.num_classes:
         _cut_linear(cast("nn.Linear", parent.head), cast("nn.Linear", child.head), slice(None), streams[-1])
@@ -104,8 +111,16 @@ def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
 
 
 def _kept_blocks(parent: TinyViT, stage: int, depth: int) -> list[int]:
-    added = [_branch_norm(block) for block in _stages(parent)[stage].blocks]
-    return _largest(torch.tensor(added), depth).tolist()
+    """Return the blocks to keep: those go, one after another, that change the map the least."""
+    blocks = _stages(parent)[stage].blocks
+    kept = list(range(len(blocks)))
+    while len(kept) > depth:
+        # What the convolution of the first block does, the merging before it takes over.
+        changes = [
+            _branch_norm(blocks[number]) + (_mixing(blocks[number]) if at else 0) for at, number in enumerate(kept)
+        ]
+        kept.pop(changes.index(min(changes)))
+    return kept
 
 
 def _branch_norm(block: MBConv | TinyViTBlock) -> float:
@@ -114,6 +129,28 @@ def _branch_norm(block: MBConv | TinyViTBlock) -> float:
         return float(_filters(block.conv3).norm())
     written = [_rows(layer) for layer in (block.attn.proj, block.mlp.fc2)]
     return float(torch.cat(written, 1).norm())
+
+
+def _mixing(block: MBConv | TinyViTBlock) -> float:
+    """Return how far the convolution between attention and MLP, which has no shortcut, is from doing nothing."""
+    if isinstance(block, MBConv):
+        return 0.0
+    filters = _filters(block.local_conv).clone()
+    filters[:, (filters.shape[1] - 1) // 2] -= 1  # the middle of the kernel; the last column is the bias
+    return float(filters.norm())
+
+
+def _absorb(merging: PatchMerging, blocks: list[TinyViTBlock], channels: Tensor, side: int) -> None:
+    """Let a merging do what the convolutions of blocks that followed it do to an even map: a scale and a shift."""
+    for block in blocks:
+        size = block.local_conv.c.kernel_size[0]
+        filters = _filters(block.local_conv)[channels]
+        even = filters.new_ones(1, len(channels), side, side)
+        kernels = filters[:, :-1].view(-1, 1, size, size)
+        scale = F.conv2d(even, kernels, padding=size // 2, groups=len(channels)).mean((0, 2, 3))
+        norm = merging.conv3.bn
+        norm.weight.mul_(scale)
+        norm.bias.mul_(scale).add_(filters[:, -1])
 
 
 def _kept_channels(parent: TinyViT, stage: int, blocks: list[int], width: int) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,7 @@ class Journal:
     def _append(self, line: dict[str, Any]) -> dict[str, Any]:
         self._file.write(json.dumps(line).encode() + b"\n")
         self._file.flush()
+        os.fsync(self._file.fileno())
         line = json.loads(json.dumps(line))  # as it will be read after a restart
         self._remember(line)
         return line

@@ -65,7 +65,9 @@ class TestContract:
         assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
 
     def test_text(self, folder, seed, tmp_path):
-        printed = run(*command(folder, seed, tmp_path / "out", "--max-parameters", "25k", "--start", "fresh"))
+        options = ("--max-parameters", "25k", "--start", "fresh", "--pretrained", str(seed))
+        printed = run(*command(folder, seed, tmp_path / "out", *options))
+        assert (tmp_path / "out" / "weights" / "seed.safetensors").exists()
         assert "step 2 of 2" in printed
         rows = [line.split() for line in printed.splitlines() if "->" in line]
         assert len(rows) == sum(line["event"] == "kept" for line in journal(tmp_path / "out")) - 1
@@ -98,6 +100,22 @@ class TestContract:
         lines = [(line["event"], json.dumps(line.get("config"))) for line in journal(out)]
         assert len(lines) == len(set(lines))
         assert [line for line in journal(out) if line["event"] == "evaluated"][: len(evaluated)] == evaluated
+
+    def test_processes_end_with_a_killed_search(self, folder, seed, tmp_path):
+        options = ("--max-parameters", "15k", "--processes", "2", "--cpu", "--json")
+        arguments = command(folder, seed, tmp_path / "out", *options)
+        process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *arguments])
+        while not any(line["event"] == "evaluated" for line in whole_lines(tmp_path / "out")):
+            assert process.poll() is None
+            time.sleep(0.01)
+        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        assert children
+        process.kill()
+        process.wait()
+        deadline = time.monotonic() + 60
+        while any(Path(f"/proc/{child}").exists() for child in children):
+            assert time.monotonic() < deadline, "a worker outlives its search"
+            time.sleep(0.05)
 
     def test_stored_labels(self, folder, seed, tmp_path, capfd, monkeypatch):
         (tmp_path / "colours.py").write_text(TEACHER)

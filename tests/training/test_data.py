@@ -476,6 +476,17 @@ class TestSample:
         with pytest.raises(ValueError, match=f"draw {count} of 5"):
             LabelledImages(folder).sample(count)
 
+    def test_split(self, folder):
+        data = LabelledImages(folder)
+        rest, held_out = data.split(2, seed=4)
+        assert (len(rest), len(held_out)) == (3, 2)
+        assert held_out.fingerprint() == data.sample(2, seed=4).fingerprint()
+        names = [{each.name(row) for row in range(len(each))} for each in (rest, held_out, data)]
+        assert names[0] | names[1] == names[2]
+        assert rest.num_classes == held_out.num_classes == data.num_classes
+        with pytest.raises(ValueError, match="hold out 5 of 5 pictures and keep some"):
+            data.split(5)
+
 
 class TestWithClasses:
     def test_by_name(self, folder):
