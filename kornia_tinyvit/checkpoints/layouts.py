@@ -1,4 +1,4 @@
-"""Other names for the same tensors: the official layout, timm's, and MobileSAM's whole model.
+"""Other names for the same tensors: the official layout, timm's, MobileSAM's whole model, and transformers'.
 
 The official names, which are also kornia's, are the ones this package uses.
 """
@@ -11,10 +11,12 @@ from typing import Any
 
 from torch import Tensor
 
-__all__ = ["translate", "unwrap"]
+__all__ = ["to_timm", "to_transformers", "translate", "unwrap"]
+
+_Patterns = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
 
 # timm counts a stage's merging as the first step of the next stage, and names the parts of a convolution otherwise.
-_TIMM_TO_OFFICIAL: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...] = (
+_TIMM_TO_OFFICIAL: _Patterns = (
     (re.compile(r"^stages\.(\d+)\.downsample\."), lambda match: f"layers.{int(match[1]) - 1}.downsample."),
     (re.compile(r"^stages\."), "layers."),
     (re.compile(r"^patch_embed\.conv1\."), "patch_embed.seq.0."),
@@ -23,6 +25,19 @@ _TIMM_TO_OFFICIAL: tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], 
     (re.compile(r"^head\.fc\."), "head."),
     (re.compile(r"\.conv\.weight$"), ".c.weight"),
 )
+
+_OFFICIAL_TO_TIMM: _Patterns = (
+    (re.compile(r"^layers\.(\d+)\.downsample\."), lambda match: f"stages.{int(match[1]) + 1}.downsample."),
+    (re.compile(r"^layers\."), "stages."),
+    (re.compile(r"^patch_embed\.seq\.0\."), "patch_embed.conv1."),
+    (re.compile(r"^patch_embed\.seq\.2\."), "patch_embed.conv2."),
+    (re.compile(r"^head\."), "head.fc."),
+    (re.compile(r"^norm_head\."), "head.norm."),
+    (re.compile(r"\.c\.weight$"), ".conv.weight"),
+)
+# The network inside this package's models of transformers, and their classifier.
+_TRANSFORMERS_NETWORK = ("tinyvit.network.", "network.")
+_TRANSFORMERS_HEAD = "classifier."
 
 # Tables that older releases stored although they follow from the window size.
 _DERIVED = "attention_bias_idxs"
@@ -48,8 +63,9 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
         state_dict: tensors under the names of any known layout.
 
     Returns:
-        The tensors under official names; the layout they came in, ``"official"``, ``"timm"`` or ``"mobile_sam"``; and
-        the names that were left out because they are derived or belong to another part of a whole model.
+        The tensors under official names; the layout they came in, ``"official"``, ``"timm"``, ``"mobile_sam"`` or
+        ``"transformers"``; and the names that were left out because they are derived or belong to another part of a
+        whole model.
     """
     tensors = dict(state_dict)
     while prefix := _common_prefix(tensors):
@@ -65,7 +81,10 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
         }
     elif any(name.startswith("stages.") for name in tensors):
         layout = "timm"
-        tensors = {_from_timm(name): tensor for name, tensor in tensors.items()}
+        tensors = {_replace(name, _TIMM_TO_OFFICIAL): tensor for name, tensor in tensors.items()}
+    elif any(name.startswith(_TRANSFORMERS_NETWORK) for name in tensors):
+        layout = "transformers"
+        tensors = {_from_transformers(name): tensor for name, tensor in tensors.items()}
 
     derived = [name for name in tensors if name.endswith(_DERIVED)]
     return {name: tensors[name] for name in tensors if name not in derived}, layout, left_out + derived
@@ -75,7 +94,35 @@ def _common_prefix(names: Collection[str]) -> str | None:
     return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
 
 
-def _from_timm(name: str) -> str:
-    for pattern, replacement in _TIMM_TO_OFFICIAL:
+def to_timm(name: str) -> str:
+    """Return timm's name of a tensor that has its official name.
+
+    Example:
+        >>> to_timm("layers.0.downsample.conv1.c.weight")
+        'stages.1.downsample.conv1.conv.weight'
+    """
+    return _replace(name, _OFFICIAL_TO_TIMM)
+
+
+def to_transformers(name: str) -> str:
+    """Return what ``TinyVitForImageClassification`` calls a tensor that has its official name.
+
+    Example:
+        >>> to_transformers("head.bias"), to_transformers("norm_head.bias")
+        ('classifier.bias', 'tinyvit.network.norm_head.bias')
+    """
+    if name.startswith("head."):
+        return _TRANSFORMERS_HEAD + name.removeprefix("head.")
+    return _TRANSFORMERS_NETWORK[0] + name
+
+
+def _from_transformers(name: str) -> str:
+    if name.startswith(_TRANSFORMERS_HEAD):
+        return "head." + name.removeprefix(_TRANSFORMERS_HEAD)
+    return next((name.removeprefix(prefix) for prefix in _TRANSFORMERS_NETWORK if name.startswith(prefix)), name)
+
+
+def _replace(name: str, patterns: _Patterns) -> str:
+    for pattern, replacement in patterns:
         name = pattern.sub(replacement, name)
     return name

@@ -26,6 +26,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
+from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubFacts, read_hub_config
 from kornia_tinyvit.checkpoints.layouts import translate, unwrap
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 
@@ -70,7 +71,7 @@ class Checkpoint:
         state_dict: the tensors.
         config: the network they belong to, stored in the file or told from the tensors' shapes.
         source: where they came from.
-        layout: the naming they came in: ``"official"``, ``"timm"`` or ``"mobile_sam"``.
+        layout: the naming they came in: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
         class_names: the names of the classes, where the file tells them.
         left_out: names in the file that are no weights of the network.
     """
@@ -110,23 +111,28 @@ class LoadReport:
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig | None = None) -> Checkpoint:
-    """Read a ``.safetensors`` or PyTorch file, or take a state dict, in any known layout.
+    """Read a ``.safetensors`` or PyTorch file or a hub folder, or take a state dict, in any known layout.
 
     Only tensors are read: a file that would have to run code is refused.
 
     Args:
-        source: path, URL (``http``, ``https`` or ``file``) or state dict.
+        source: path, URL (``http``, ``https`` or ``file``) or state dict. A folder holds ``model.safetensors`` and
+            ``config.json``, as timm and the transformers' classes of this package write them.
         base: what to assume where neither the file nor its shapes tell: stochastic depth, activation and so on.
 
     Raises:
         CheckpointError: if it cannot be fetched or read, or holds no TinyViT.
     """
     metadata: dict[str, str] = {}
+    facts = HubFacts()
     if isinstance(source, Mapping):
         content, name = source, "a state dict"
     else:
         name = str(source)
-        content, metadata = read_tensors(_locate(name))
+        path = _locate(name)
+        if path.is_dir():
+            path, facts = path / WEIGHTS_FILE, _read_hub_config(path)
+        content, metadata = read_tensors(path)
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
         raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
@@ -139,7 +145,9 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
             f"{_some(list(content))}."
         )
     stored, classes = _read_metadata(metadata, name)
+    stored, classes = facts.config or stored, facts.class_names or classes
     config = _config_from_shapes(state_dict, stored or base, name)
+    config = config if facts.img_size is None else config.replace(img_size=facts.img_size)
     if stored is not None:
         _refuse_false_config(stored, config, name)
         config = stored
@@ -308,7 +316,7 @@ def _umask() -> int:
 def _looks_like_file(text: str) -> bool:
     if urlparse(text).scheme in ("http", "https", "file") or "/" in text or os.sep in text:
         return True
-    return bool(Path(text).suffix) or Path(text).is_file()
+    return bool(Path(text).suffix) or Path(text).exists()
 
 
 def _locate(source: str) -> Path:
@@ -405,6 +413,13 @@ def _read_metadata(metadata: Mapping[str, str], source: str) -> tuple[TinyViTCon
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{source} carries a configuration that cannot be used: {error}") from error
+
+
+def _read_hub_config(folder: Path) -> HubFacts:
+    try:
+        return read_hub_config(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        raise CheckpointError(f"{folder} cannot be used: {error}") from error
 
 
 def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | None, source: str) -> TinyViTConfig:

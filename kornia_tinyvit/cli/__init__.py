@@ -8,6 +8,7 @@ import typer
 
 from kornia_tinyvit.cli.benchmark import benchmark
 from kornia_tinyvit.cli.classify import classify
+from kornia_tinyvit.cli.convert import convert
 from kornia_tinyvit.cli.demo import demo
 from kornia_tinyvit.cli.detect import detect
 from kornia_tinyvit.cli.distill import distill
@@ -28,7 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (demo, classify, segment, detect, evaluate, train, export, benchmark, pretrained):
+for command in (demo, classify, segment, detect, evaluate, train, export, convert, benchmark, pretrained):
     app.command()(command)
 app.add_typer(distill, name="distill")
 

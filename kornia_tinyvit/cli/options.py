@@ -16,7 +16,9 @@ Variant = Annotated[
 ]
 Pretrained = Annotated[
     str | None,
-    typer.Option(help="Weights: a name that 'pretrained' lists, a path or a URL. Default: the variant's best."),
+    typer.Option(
+        help="Weights: a name that 'pretrained' lists, a file, a hub folder or a URL. Default: the variant's best."
+    ),
 ]
 Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...")]
 ImgSize = Annotated[int | None, typer.Option(help="Side in pixels to run at. Default: what the weights were made for.")]

@@ -14,6 +14,8 @@ except ImportError as error:
     ) from error
 
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
+from kornia_tinyvit.huggingface.conversion import from_checkpoint, from_tinyvit, to_tinyvit
+from kornia_tinyvit.huggingface.folders import save_hub_folder
 from kornia_tinyvit.huggingface.modeling import (
     TinyVitBackbone,
     TinyVitForImageClassification,
@@ -22,6 +24,10 @@ from kornia_tinyvit.huggingface.modeling import (
 )
 from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
 from kornia_tinyvit.huggingface.registration import register
+from kornia_tinyvit.huggingface.sam import TinyVitSamModel, TinyVitSamVisionEncoder
+from kornia_tinyvit.huggingface.sam_configuration import TinyVitSamConfig, TinyVitSamVisionConfig
+from kornia_tinyvit.huggingface.sam_conversion import from_mobile_sam, to_mobile_sam
+from kornia_tinyvit.huggingface.sam_processing import TinyVitSamImageProcessor
 
 __all__ = [
     "TinyVitBackbone",
@@ -30,6 +36,17 @@ __all__ = [
     "TinyVitImageProcessor",
     "TinyVitModel",
     "TinyVitPreTrainedModel",
+    "TinyVitSamConfig",
+    "TinyVitSamImageProcessor",
+    "TinyVitSamModel",
+    "TinyVitSamVisionConfig",
+    "TinyVitSamVisionEncoder",
+    "from_checkpoint",
+    "from_mobile_sam",
+    "from_tinyvit",
+    "save_hub_folder",
+    "to_mobile_sam",
+    "to_tinyvit",
 ]
 
 register()

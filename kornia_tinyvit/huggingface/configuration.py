@@ -8,26 +8,11 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
+from kornia_tinyvit.checkpoints.hub import TRANSFORMERS_NAMES
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
 __all__ = ["TinyVitConfig"]
 
-#: Where the two configurations have other names for the same.
-_NETWORK_NAMES = {"image_size": "img_size", "num_channels": "in_chans"}
-_FIELDS = (
-    "image_size",
-    "num_channels",
-    "embed_dims",
-    "depths",
-    "num_heads",
-    "window_sizes",
-    "mlp_ratio",
-    "drop_rate",
-    "drop_path_rate",
-    "mbconv_expand_ratio",
-    "local_conv_size",
-    "activation",
-)
 _TUPLES = ("embed_dims", "depths", "num_heads", "window_sizes")
 
 
@@ -89,7 +74,8 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         for name in _TUPLES:  # JSON turns them into lists
-            setattr(self, name, tuple(getattr(self, name)))
+            if isinstance(getattr(self, name), list):
+                setattr(self, name, tuple(getattr(self, name)))
         self.to_network()
         self.hidden_size = self.embed_dims[-1]
         self.num_hidden_layers = NUM_STAGES
@@ -98,6 +84,20 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
             out_features=kwargs.pop("out_features", None), out_indices=kwargs.pop("out_indices", None)
         )
         super().__post_init__(**kwargs)
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """Rebuild a configuration from the values of a ``config.json``.
+
+        Raises:
+            ValueError: if it is timm's, of which transformers would silently take nothing.
+        """
+        if "architecture" in config_dict and config_dict.get("model_type") != cls.model_type:
+            raise ValueError(
+                "This config.json is timm's. Load its folder with kornia_tinyvit.huggingface.from_checkpoint(FOLDER), "
+                "or turn it into one of transformers: kornia-tinyvit convert OUT --pretrained FOLDER."
+            )
+        return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_network(cls, network: TinyViTConfig, **kwargs: Any) -> TinyVitConfig:
@@ -114,7 +114,7 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
         if network.mobile_sam:
             raise ValueError("MobileSAM's encoder has no classes and another stride; use TinyVitSamConfig for it.")
         values = network.to_dict()
-        fields = {name: values[_NETWORK_NAMES.get(name, name)] for name in _FIELDS}
+        fields = {theirs: values[ours] for ours, theirs in TRANSFORMERS_NAMES.items()}
         if network.num_classes and "id2label" not in kwargs:
             kwargs = {"num_labels": network.num_classes} | kwargs
         return cls(**fields, **kwargs)
@@ -128,5 +128,5 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
         Raises:
             ValueError: if a field is out of its range.
         """
-        values = {_NETWORK_NAMES.get(name, name): getattr(self, name) for name in _FIELDS}
+        values = {ours: getattr(self, theirs) for ours, theirs in TRANSFORMERS_NAMES.items()}
         return TinyViTConfig.from_dict(values | {"num_classes": num_classes})

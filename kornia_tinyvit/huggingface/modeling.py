@@ -18,6 +18,7 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.huggingface.card import TAGS
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.layers import Attention, ConvBN
 from kornia_tinyvit.model import Blocks, TinyViT
@@ -28,6 +29,9 @@ __all__ = [
     "TinyVitModel",
     "TinyVitPreTrainedModel",
     "build_network",
+    "init_weights",
+    "match_precision",
+    "refuse_silent_attentions",
 ]
 
 
@@ -114,6 +118,13 @@ def init_weights(module: nn.Module) -> None:
         init.zeros_(cast("Tensor", module.num_batches_tracked))
 
 
+def match_precision(pixel_values: Tensor, network: TinyViT) -> Tensor:
+    """Give pictures the precision of the network; integers are left for it to refuse."""
+    stem = cast("ConvBN", network.patch_embed.seq[0]).c.weight
+    floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
+    return pixel_values.to(stem.dtype) if floating else pixel_values
+
+
 def refuse_silent_attentions(config: Any, kwargs: dict[str, Any]) -> None:
     """Refuse to return attentions where the implementation computes none.
 
@@ -136,6 +147,7 @@ class TinyVitPreTrainedModel(PreTrainedModel):
     base_model_prefix = "tinyvit"
     main_input_name = "pixel_values"
     input_modalities = "image"
+    model_tags = [*TAGS]  # noqa: RUF012
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_attention_backend = True
@@ -193,16 +205,9 @@ class TinyVitModel(TinyVitPreTrainedModel):
             ValueError: if their shape is another, or attentions are asked for and the implementation has none.
         """
         refuse_silent_attentions(self.config, kwargs)
-        features = self.network.forward_features(_cast(pixel_values, self.network))
+        features = self.network.forward_features(match_precision(pixel_values, self.network))
         pooled = self.network.forward_head(features, pre_logits=True) if self.add_pooling_layer else None
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
-
-
-def _cast(pixel_values: Tensor, network: TinyViT) -> Tensor:
-    """Give pictures the precision of the network; integers are left for it to refuse."""
-    stem = cast("ConvBN", network.patch_embed.seq[0]).c.weight
-    floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
-    return pixel_values.to(stem.dtype) if floating else pixel_values
 
 
 class TinyVitForImageClassification(TinyVitPreTrainedModel):
@@ -241,7 +246,7 @@ class TinyVitForImageClassification(TinyVitPreTrainedModel):
         Returns:
             ``logits`` :math:`(B, classes)`, ``loss`` if there are labels, and what was asked for.
         """
-        outputs = self.tinyvit(pixel_values, **kwargs)
+        outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
         logits = self.classifier(outputs.pooler_output)
         loss = None
         if labels is not None:
@@ -288,7 +293,7 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
             ``feature_maps`` :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)`, :math:`s` = 4 for the stem, and
             4, 8, 16, 32 for the stages; and what was asked for.
         """
-        outputs = self.tinyvit(pixel_values, **kwargs)
+        outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
         maps = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
         return BackboneOutput(
             feature_maps=tuple(maps[name] for name in self.out_features),

@@ -2,11 +2,24 @@
 
 from __future__ import annotations
 
-from transformers import AutoBackbone, AutoConfig, AutoImageProcessor, AutoModel, AutoModelForImageClassification
+from transformers import (
+    AutoBackbone,
+    AutoConfig,
+    AutoImageProcessor,
+    AutoModel,
+    AutoModelForImageClassification,
+    AutoModelForMaskGeneration,
+    AutoProcessor,
+    PreTrainedConfig,
+    SamProcessor,
+)
 
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.modeling import TinyVitBackbone, TinyVitForImageClassification, TinyVitModel
 from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
+from kornia_tinyvit.huggingface.sam import TinyVitSamModel
+from kornia_tinyvit.huggingface.sam_configuration import TinyVitSamConfig, TinyVitSamVisionConfig
+from kornia_tinyvit.huggingface.sam_processing import TinyVitSamImageProcessor
 
 __all__ = ["register"]
 
@@ -17,6 +30,16 @@ def register() -> None:
     AutoModel.register(TinyVitConfig, TinyVitModel, exist_ok=True)
     AutoModelForImageClassification.register(TinyVitConfig, TinyVitForImageClassification, exist_ok=True)
     AutoBackbone.register(TinyVitConfig, TinyVitBackbone, exist_ok=True)
-    # Whichever backend is asked for, torchvision's or PIL's, it is this one, which needs neither.
-    processors: dict[str, type] = {"torchvision": TinyVitImageProcessor, "pil": TinyVitImageProcessor}
-    AutoImageProcessor.register(TinyVitConfig, image_processor_classes=processors, exist_ok=True)
+    _register_processor(TinyVitConfig, TinyVitImageProcessor)
+    for config in (TinyVitSamConfig, TinyVitSamVisionConfig):
+        AutoConfig.register(config.model_type, config, exist_ok=True)
+    AutoModel.register(TinyVitSamConfig, TinyVitSamModel, exist_ok=True)
+    AutoModelForMaskGeneration.register(TinyVitSamConfig, TinyVitSamModel, exist_ok=True)
+    _register_processor(TinyVitSamConfig, TinyVitSamImageProcessor)
+    AutoProcessor.register(TinyVitSamConfig, SamProcessor, exist_ok=True)
+
+
+def _register_processor(config: type[PreTrainedConfig], processor: type) -> None:
+    """Register an image processor for every backend that can be asked for: it needs none of them."""
+    classes: dict[str, type] = {"torchvision": processor, "pil": processor}
+    AutoImageProcessor.register(config, image_processor_classes=classes, exist_ok=True)

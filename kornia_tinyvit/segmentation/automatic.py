@@ -198,7 +198,7 @@ def generate_masks(
     found = _Found.join([_segment_crop(sam, decoder, photo, crop, grids[layer], settings) for crop, layer in crops])
     if len(crops) > 1:
         sides = found.crops[:, 2:] - found.crops[:, :2]
-        found = found.select(_suppress(found.boxes, 1 / sides.prod(1), crop_nms_thresh))
+        found = found.select(suppress_boxes(found.boxes, 1 / sides.prod(1), crop_nms_thresh))
     if min_mask_region_area > 0:
         found = _without_small_regions(found, min_mask_region_area, max(box_nms_thresh, crop_nms_thresh))
     return [_record(found, index, output_mode) for index in range(len(found.rles))]
@@ -286,7 +286,7 @@ def _segment_crop(
         for proposed in prompts.propose(points, enlarge.cells, settings)
     ]
     found = _Candidates.join(batches)
-    kept = _suppress(found.boxes, found.iou, settings.box_nms_thresh)
+    kept = suppress_boxes(found.boxes, found.iou, settings.box_nms_thresh)
     masks = (enlarge(found.logits[index][None])[0] > settings.mask_threshold for index in kept.tolist())
     offset = torch.tensor([left, top])
     return _Found(
@@ -405,7 +405,7 @@ def _near_crop_edge(boxes: Tensor, crop: Box, size: tuple[int, int]) -> Tensor:
     return (near_crop & ~near_photo).any(1)
 
 
-def _suppress(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def suppress_boxes(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Return the boxes that non-maximum suppression keeps, the best first, exactly as torchvision's.
 
     kornia's does the work. It may exchange equal scores, drops boxes without area that meet, and compares with the
@@ -440,7 +440,7 @@ def _without_small_regions(found: _Found, min_area: int, threshold: float) -> _F
     if not rles:
         return found
     cleaned = dataclasses.replace(found, rles=rles, boxes=torch.stack(boxes))
-    return cleaned.select(_suppress(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
+    return cleaned.select(suppress_boxes(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
 
 
 def _record(found: _Found, index: int, output_mode: str) -> Mask:

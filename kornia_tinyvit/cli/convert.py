@@ -1,0 +1,74 @@
+"""``kornia-tinyvit convert``."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained, save_checkpoint
+from kornia_tinyvit.checkpoints.folders import write_timm_folder
+from kornia_tinyvit.classification import default_evaluation
+from kornia_tinyvit.cli.options import Pretrained, Variant
+from kornia_tinyvit.model import TinyViT
+
+__all__ = ["Layout", "convert"]
+
+
+class Layout(StrEnum):
+    """What a converted checkpoint is for."""
+
+    transformers = "transformers"
+    timm = "timm"
+    file = "file"
+
+
+Out = Annotated[Path, typer.Argument(help="The folder to write; with --layout file the .safetensors file.")]
+To = Annotated[
+    Layout,
+    typer.Option(
+        "--layout",
+        help="transformers: a hub folder with preprocessing and a model card; timm: a hub folder for timm; "
+        "file: this package's own file.",
+    ),
+]
+Name = Annotated[str | None, typer.Option(help="What the model card calls the model. Default: the folder's name.")]
+
+
+def convert(
+    out: Out,
+    variant: Variant = None,
+    pretrained: Pretrained = None,
+    layout: To = Layout.transformers,
+    name: Name = None,
+) -> None:
+    """Write weights as a folder for the Hugging Face hub, or hub folders as one of this package's files.
+
+    The weights may be a name that 'pretrained' lists, a file, a URL, or a hub folder of transformers or timm.
+    """
+    if pretrained is None and variant is None:
+        variant, pretrained = "1m", "cifar10"
+    if layout is Layout.transformers:
+        from kornia_tinyvit.huggingface import save_hub_folder
+
+        save_hub_folder(out, pretrained or True, variant, name)
+    else:
+        _convert(open_pretrained(pretrained or True, variant), layout, out)
+    print(out)
+
+
+def _convert(found: Checkpoint, layout: Layout, out: Path) -> None:
+    model = TinyViT.from_config(pretrained=found)
+    if layout is Layout.file:
+        save_checkpoint(model, out, class_names=found.class_names)
+        return
+    evaluation = default_evaluation(model.config)
+    preprocessing = {
+        "mean": evaluation.mean.tolist(),
+        "std": evaluation.std.tolist(),
+        "crop_pct": evaluation.crop_fraction or 1.0,
+        "crop_mode": "squash" if evaluation.crop_fraction is None else "center",
+    }
+    write_timm_folder(out, model, preprocessing, found.class_names)

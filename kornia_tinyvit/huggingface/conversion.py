@@ -1,0 +1,107 @@
+"""Between this package's networks and transformers' models of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
+from kornia_tinyvit.checkpoints.catalog import imagenet_classes
+from kornia_tinyvit.checkpoints.layouts import to_transformers
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.huggingface.configuration import TinyVitConfig
+from kornia_tinyvit.huggingface.modeling import TinyVitForImageClassification, TinyVitModel
+from kornia_tinyvit.model import TinyViT
+
+__all__ = ["from_checkpoint", "from_tinyvit", "to_tinyvit"]
+
+
+def from_tinyvit(
+    model: TinyViT, class_names: Sequence[str] | None = None
+) -> TinyVitForImageClassification | TinyVitModel:
+    """Return transformers' model of a network, with a copy of its weights, in its mode, precision and place.
+
+    Args:
+        model: the network; without classes it becomes a :class:`TinyVitModel`.
+        class_names: the names of the classes in the order of the logits.
+
+    Raises:
+        ValueError: if there are not as many names as classes, or the network is MobileSAM's encoder.
+
+    Example:
+        >>> network = TinyViT.from_config("1m", pretrained="cifar10")
+        >>> from_tinyvit(network).config.num_labels
+        10
+    """
+    labels = {} if class_names is None else _labels(class_names, model.config.num_classes)
+    config = TinyVitConfig.from_network(model.config, **labels)
+    weights = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
+    found: TinyVitForImageClassification | TinyVitModel
+    if model.config.num_classes:
+        found = TinyVitForImageClassification(config)
+    else:
+        found = TinyVitModel(config)
+        weights = {name.removeprefix("tinyvit."): tensor for name, tensor in weights.items()}
+    found.load_state_dict(weights)
+    first = next(model.parameters())
+    found.to(device=first.device, dtype=first.dtype)  # type: ignore[call-arg]
+    return found.train(model.training)
+
+
+def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
+    """Return the network of a transformers' model, with a copy of its weights, in its mode, precision and place.
+
+    Args:
+        model: the model.
+
+    Raises:
+        ValueError: if the model does not pool, as that of a backbone.
+    """
+    base, classes = model, 0
+    if isinstance(model, TinyVitForImageClassification):
+        base, classes = model.tinyvit, model.config.num_labels or 0
+    if not base.add_pooling_layer:
+        raise ValueError("The model of a backbone lacks the norm of the pooled features; load a TinyVitModel instead.")
+    network = TinyViT.from_config(model.config.to_network(classes))
+    load_checkpoint(network, model.state_dict())
+    first = next(model.parameters())
+    return network.to(device=first.device, dtype=first.dtype).train(model.training)
+
+
+def from_checkpoint(
+    pretrained: bool | str | Path | Checkpoint,
+    variant: str | TinyViTConfig | None = None,
+    class_names: Sequence[str] | None = None,
+) -> TinyVitForImageClassification | TinyVitModel:
+    """Return transformers' model of any weights that :meth:`kornia_tinyvit.TinyViT.from_config` reads.
+
+    Args:
+        pretrained: ``True``, a name of the catalog, a file, a URL, or a hub folder of timm.
+        variant: the variant, where that does not follow from the weights.
+        class_names: the names of the classes, instead of those of the file or of ImageNet-1k.
+
+    Returns:
+        The model in evaluation mode.
+
+    Raises:
+        CheckpointError: if there are no such weights, or they cannot be read.
+        ValueError: if there are not as many names as classes.
+
+    Example:
+        >>> from_checkpoint("cifar10", "1m").config.id2label[3]
+        'cat'
+    """
+    found = open_pretrained(pretrained, variant)
+    network = TinyViT.from_config(variant, found).eval()
+    return from_tinyvit(network, class_names or found.class_names or _usual_names(network.config.num_classes))
+
+
+def _labels(names: Sequence[str], classes: int) -> dict[str, Any]:
+    if len(names) != classes:
+        raise ValueError(f"Got {len(names)} class names for {classes} classes.")
+    return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def _usual_names(classes: int) -> Sequence[str] | None:
+    return imagenet_classes() if classes == 1000 else None

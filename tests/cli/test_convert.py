@@ -1,0 +1,52 @@
+import json
+
+import pytest
+import torch
+
+from kornia_tinyvit import ImageClassifier, TinyViT
+from tests.cli.test_classify import CIFAR, error_of, make_weights, run
+
+
+@pytest.fixture
+def weights(tiny, tmp_path) -> str:
+    return make_weights(tiny, tmp_path)
+
+
+class TestTransformers:
+    @pytest.fixture(autouse=True)
+    def installed(self):
+        pytest.importorskip("transformers")
+
+    def test_folder(self, weights, images, tmp_path):
+        folder = tmp_path / "hub"
+        output = run("convert", str(folder), "--pretrained", weights, "--name", "me/mine")
+        assert output.splitlines()[-1] == str(folder)
+        classifier = ImageClassifier.from_config(pretrained=folder)
+        assert classifier.class_names == CIFAR
+        assert torch.equal(classifier.model(images), TinyViT.from_config(pretrained=weights)(images))
+        assert "# me/mine" in (folder / "README.md").read_text()
+
+    def test_of_the_package(self, tmp_path):
+        run("convert", str(tmp_path / "hub"))
+        assert json.loads((tmp_path / "hub" / "config.json").read_text())["id2label"]["7"] == "horse"
+
+
+class TestOtherLayouts:
+    def test_around(self, weights, images, tmp_path):
+        """From a file to timm's folder and from there to a file again."""
+        run("convert", str(tmp_path / "timm"), "--pretrained", weights, "--layout", "timm")
+        values = json.loads((tmp_path / "timm" / "config.json").read_text())
+        assert values["label_names"] == list(CIFAR)
+        assert values["pretrained_cfg"]["crop_pct"] == 15 / 16
+        out = tmp_path / "again.safetensors"
+        run("convert", str(out), "--pretrained", str(tmp_path / "timm"), "--layout", "file")
+        again = ImageClassifier.from_config(pretrained=out)
+        assert again.class_names == CIFAR
+        assert again.model.config == TinyViT.from_config(pretrained=weights).config
+        assert torch.equal(again.model(images), TinyViT.from_config(pretrained=weights)(images))
+
+    def test_errors(self, tmp_path, capfd, monkeypatch):
+        asked = ("convert", str(tmp_path / "x"), "--layout", "timm", "--pretrained")
+        assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *asked, str(tmp_path / "none.pth"))
+        assert "has no config.json" in error_of(capfd, monkeypatch, *asked, str(tmp_path))
+        assert not (tmp_path / "x").exists()

@@ -1,0 +1,56 @@
+"""The models as programs and as ONNX."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from tests.huggingface.helpers import tiny_classifier
+
+
+class Logits(torch.nn.Module):
+    """The model as a function of pictures alone, as exporters want it."""
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        return self.model(pixel_values).logits
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def model(request) -> torch.nn.Module:
+    found = tiny_classifier()
+    found.set_attn_implementation(request.param)
+    return found.eval()
+
+
+def test_program(model):
+    pictures = torch.rand(2, 3, 64, 64)
+    program = torch.export.export(model, (pictures,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
+    found = program.module()(torch.cat([pictures, pictures[:1]]))
+    torch.testing.assert_close(found.logits[:2], model(pictures).logits, rtol=1e-4, atol=1e-5)
+
+
+def test_onnx(model, tmp_path):
+    pytest.importorskip("onnxscript")
+    runtime = pytest.importorskip("onnxruntime")
+    path = tmp_path / "model.onnx"
+    pictures = torch.rand(2, 3, 64, 64)
+    # With gradients, torch cannot take its fused attention apart (2.13).
+    with torch.no_grad():
+        torch.onnx.export(
+            Logits(model).eval(),
+            (pictures,),
+            path,
+            dynamo=True,
+            input_names=["pixel_values"],
+            output_names=["logits"],
+            dynamic_shapes=[{0: "batch"}],
+            verbose=False,
+        )
+    more = torch.rand(3, 3, 64, 64)
+    (logits,) = runtime.InferenceSession(path).run(None, {"pixel_values": more.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(logits), model(more).logits, rtol=1e-4, atol=1e-4)

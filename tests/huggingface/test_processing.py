@@ -1,0 +1,201 @@
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.autograd import gradcheck
+
+pytest.importorskip("transformers")
+
+from transformers import AutoImageProcessor
+
+from kornia_tinyvit.checkpoints.catalog import ASSETS, CATALOG
+from kornia_tinyvit.classification import default_evaluation
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.huggingface import TinyVitImageProcessor
+from kornia_tinyvit.preprocessing import EvaluationPipeline, to_image
+from tests.huggingface.helpers import tiny_config
+
+PHOTO = ASSETS / "photos" / "chelsea.png"
+
+
+@pytest.fixture
+def photo() -> Image.Image:
+    return Image.open(PHOTO).convert("RGB")
+
+
+@pytest.fixture
+def processor() -> TinyVitImageProcessor:
+    return TinyVitImageProcessor(size=64)
+
+
+class TestSameResults:
+    @pytest.mark.parametrize("size", [48, 224, 384])
+    @pytest.mark.parametrize("crop", ["auto", None, 0.8])
+    def test_as_the_pipeline(self, photo, size, crop):
+        evaluation = EvaluationPipeline(size, crop, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+        found = TinyVitImageProcessor.from_evaluation(evaluation)(photo, return_tensors="pt")["pixel_values"]
+        assert torch.equal(found, evaluation(to_image(photo)[None]))
+
+    @pytest.mark.parametrize("weights", CATALOG, ids=lambda weights: f"{weights.variant}-{weights.name}")
+    def test_as_the_published_networks(self, photo, weights):
+        found = TinyVitImageProcessor.from_network(weights.config)(photo)["pixel_values"]
+        assert torch.equal(found, default_evaluation(weights.config)(to_image(photo)[None]))
+
+    def test_grey_and_many_channels(self, photo):
+        for channels in (1, 5):
+            network = TinyViTConfig(in_chans=channels)
+            pictures = torch.rand(2, channels, 70, 90)
+            found = TinyVitImageProcessor.from_network(network)(pictures)["pixel_values"]
+            assert torch.equal(found, default_evaluation(network)(pictures))
+        assert TinyVitImageProcessor.from_network(TinyViTConfig(in_chans=1))(photo)["pixel_values"].shape[1] == 1
+
+
+class TestKinds:
+    def test_one_picture_of_every_kind(self, processor, photo):
+        levels = np.array(photo)
+        wanted = processor(photo)["pixel_values"]
+        assert wanted.shape == (1, 3, 64, 64)
+        kinds = [
+            str(PHOTO),
+            PHOTO,
+            levels,
+            levels.transpose(2, 0, 1),
+            levels[None],
+            levels.astype(np.float32) / 255,
+            torch.from_numpy(levels),
+            to_image(photo),
+            to_image(photo)[None],
+            [photo],
+            [[photo]],
+        ]
+        for kind in kinds:
+            assert torch.equal(processor(kind)["pixel_values"], wanted), type(kind)
+
+    def test_different_sizes(self, processor):
+        pictures = [torch.rand(3, 50, 90), torch.rand(3, 120, 70), np.zeros((80, 80, 3), np.uint8)]
+        together = processor(pictures)["pixel_values"]
+        assert together.shape == (3, 3, 64, 64)
+        for one, picture in zip(together, pictures, strict=True):
+            assert torch.equal(one, processor(picture)["pixel_values"][0])
+
+    def test_batches(self, processor):
+        pictures = torch.rand(4, 3, 50, 90)
+        assert torch.equal(processor(pictures)["pixel_values"], processor(list(pictures))["pixel_values"])
+        assert processor(torch.rand(0, 3, 50, 90))["pixel_values"].shape == (0, 3, 64, 64)
+
+    @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
+    def test_modes(self, processor, photo, mode):
+        picture = Image.fromarray(np.full((70, 90), 40000, np.uint16)) if mode == "I;16" else photo.convert(mode)
+        assert torch.equal(processor(picture)["pixel_values"], processor(to_image(picture))["pixel_values"])
+
+    def test_grey_arrays(self, processor):
+        grey = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
+        wanted = processor(np.repeat(grey[..., None], 3, -1))["pixel_values"]
+        for picture in (grey, grey[None], grey[..., None]):
+            assert torch.equal(processor(picture)["pixel_values"], wanted)
+
+    def test_ambiguous_shape(self, processor):
+        picture = np.zeros((3, 40, 3), np.uint8)
+        picture[0] = 255
+        first = processor(picture)["pixel_values"]
+        last = processor(picture, input_data_format="channels_last")["pixel_values"]
+        assert not torch.equal(first, last)
+
+    def test_arrays_come_out(self, processor, photo):
+        found = processor(photo, return_tensors="np")["pixel_values"]
+        assert isinstance(found, np.ndarray)
+        assert np.array_equal(found, processor(photo)["pixel_values"].numpy())
+
+
+class TestTensors:
+    def test_gradients_reach_the_pixels(self, processor):
+        pictures = torch.rand(2, 3, 80, 60, requires_grad=True)
+        processor(pictures, return_tensors="pt")["pixel_values"].square().sum().backward()
+        assert (pictures.grad != 0).float().mean() > 0.6  # all but what is cropped
+
+    def test_gradcheck(self):
+        processor = TinyVitImageProcessor(size=4, image_mean=[0.5], image_std=[0.5])
+        pictures = 0.2 + 0.6 * torch.rand(1, 1, 6, 7, dtype=torch.float64)
+        assert gradcheck(lambda x: processor(x)["pixel_values"], pictures.requires_grad_())
+
+    @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+    def test_precision_is_kept(self, processor, dtype):
+        assert processor(torch.rand(1, 3, 80, 60, dtype=dtype))["pixel_values"].dtype == dtype
+
+    def test_device(self, processor):
+        """Tensors stay where they are, or go where they are sent; the meta device stands for any other."""
+        assert processor(torch.rand(1, 3, 80, 60, device="meta"))["pixel_values"].device.type == "meta"
+        assert processor(torch.rand(3, 80, 60), device="meta")["pixel_values"].device.type == "meta"
+
+
+class TestSettings:
+    def test_of_a_call(self, processor, photo):
+        plain = processor(photo, do_normalize=False)["pixel_values"]
+        assert plain.min() >= -1e-6
+        assert plain.max() <= 1 + 1e-6
+        assert processor(photo, size=96)["pixel_values"].shape[-1] == 96
+        whole = processor(photo, size={"height": 40, "width": 60}, do_center_crop=False)["pixel_values"]
+        assert whole.shape == (1, 3, 40, 60)
+        as_it_is = processor(to_image(photo), do_resize=False, do_normalize=False, do_rescale=False)["pixel_values"]
+        assert torch.equal(as_it_is[0], to_image(photo))
+
+    def test_files(self, tmp_path):
+        processor = TinyVitImageProcessor(size=96, crop_pct=0.9, do_center_crop=False, image_mean=[0.5] * 3)
+        processor.save_pretrained(tmp_path)
+        values = json.loads((tmp_path / "preprocessor_config.json").read_text())
+        assert values["image_processor_type"] == "TinyVitImageProcessor"
+        assert values["size"] == {"height": 96, "width": 96}
+        again = TinyVitImageProcessor.from_pretrained(tmp_path)
+        assert again.to_dict() == processor.to_dict()
+        assert TinyVitImageProcessor.from_pretrained(tmp_path, size=32).size.height == 32
+        assert json.loads(processor.to_json_string()) == values
+
+    @pytest.mark.parametrize("backend", [None, "pil", "torchvision"])
+    def test_auto_class(self, tmp_path, backend, caplog):
+        TinyVitImageProcessor(size=96).save_pretrained(tmp_path)
+        tiny_config().save_pretrained(tmp_path)
+        found = AutoImageProcessor.from_pretrained(tmp_path, **({} if backend is None else {"backend": backend}))
+        assert type(found) is TinyVitImageProcessor
+        assert found.size.height == 96
+        assert "Falling back" not in caplog.text
+
+
+class TestRefusals:
+    @pytest.mark.parametrize(
+        ("picture", "error", "message"),
+        [
+            (np.full((40, 40, 3), 200.0), ValueError, r"are in \[0, 1\]; got 200\. Divide"),
+            (np.zeros((40, 40, 5), np.uint8), ValueError, "must have 3 channels, or 1"),
+            (
+                torch.zeros(3, 40, 40, dtype=torch.int32),
+                TypeError,
+                r"floating point in \[0, 1\]; got torch.int32",
+            ),
+            (torch.zeros(1, 1, 3, 40, 40), ValueError, r"must be \(C, H, W\)"),
+            (torch.zeros(3, 0, 40), ValueError, "must have pixels"),
+            ({"image": 1}, TypeError, "A picture is a file, a PIL image, an array or a tensor; got dict"),
+            ([], ValueError, "Got no pictures"),
+        ],
+    )
+    def test_pictures(self, processor, picture, error, message):
+        with pytest.raises(error, match=message):
+            processor(picture)
+
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"size": {"height": 40, "width": 60}}, "A crop is square; got 40x60"),
+            ({"size": {"shortest_edge": 40}}, "size must be a number"),
+            ({"crop_pct": 1.5}, "crop_fraction in"),
+            ({"do_rescale": False}, "do_rescale=False, which leaves only the latter"),
+        ],
+    )
+    def test_settings(self, processor, settings, message):
+        with pytest.raises((ValueError, TypeError), match=message):
+            processor(np.zeros((50, 50, 3), np.uint8), **settings)
+
+    def test_sizes_without_resizing(self, processor):
+        with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+            processor([torch.rand(3, 40, 40), torch.rand(3, 50, 50)], do_resize=False)

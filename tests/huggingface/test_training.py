@@ -1,0 +1,187 @@
+"""Losses, gradient checkpointing, transformers' Trainer and PEFT."""
+
+import pytest
+import torch
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+
+pytest.importorskip("transformers")
+
+from transformers import Trainer, TrainingArguments
+
+from kornia_tinyvit.huggingface import TinyVitForImageClassification
+from kornia_tinyvit.layers import MBConv, TinyViTBlock
+from tests.huggingface.helpers import tiny_backbone, tiny_classifier
+
+
+class Colors(Dataset):
+    """Pictures whose class is which third of them is bright."""
+
+    def __len__(self) -> int:
+        return 24
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        picture = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        picture[index % 3] += 1.0
+        return {"pixel_values": picture, "labels": index % 3}
+
+
+class TestProblemTypes:
+    @pytest.mark.parametrize(
+        ("problem", "classes", "labels", "loss"),
+        [
+            ("single_label_classification", 7, torch.tensor([3, 5]), F.cross_entropy),
+            ("multi_label_classification", 7, torch.eye(7)[:2], F.binary_cross_entropy_with_logits),
+            ("regression", 1, torch.tensor([0.5, -1.0]), lambda found, wanted: F.mse_loss(found.squeeze(), wanted)),
+        ],
+    )
+    def test_loss(self, problem, classes, labels, loss, images):
+        model = tiny_classifier(num_classes=classes)
+        model.config.problem_type = problem
+        outputs = model(images, labels=labels)
+        torch.testing.assert_close(outputs.loss, loss(outputs.logits, labels))
+        outputs.loss.backward()
+        assert model.classifier.weight.grad.any()
+
+    def test_it_is_told_from_the_labels(self, images):
+        model = tiny_classifier()
+        model(images, labels=torch.tensor([0, 1]))
+        assert model.config.problem_type == "single_label_classification"
+
+    def test_tuple(self, images):
+        loss, logits = tiny_classifier()(images, labels=torch.tensor([0, 1]), return_dict=False)
+        torch.testing.assert_close(loss, F.cross_entropy(logits, torch.tensor([0, 1])))
+
+
+class TestCheckpointing:
+    @staticmethod
+    def gradients(model, images, calls: list[int]) -> list[torch.Tensor]:
+        counted = [module for module in model.modules() if isinstance(module, (MBConv, TinyViTBlock))]
+        handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in counted]
+        model.zero_grad()
+        # The statistics of the norms are a side effect that a second forward pass would repeat.
+        outputs = model.eval()(images, return_dict=False)[0]
+        outputs = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
+        outputs.square().mean().backward()
+        for handle in handles:
+            handle.remove()
+        return [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+
+    @pytest.mark.parametrize("make", [tiny_classifier, tiny_backbone], ids=["classifier", "backbone"])
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_same_gradients(self, make, reentrant, images):
+        model = make()
+        plain, recomputed = [], []
+        wanted = self.gradients(model, images, plain)
+        model.activation_checkpointing_enable({"use_reentrant": reentrant})
+        assert model.is_activation_checkpointing
+        for found, expected in zip(self.gradients(model, images, recomputed), wanted, strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
+        assert len(recomputed) == 2 * len(plain) == 10
+        model.activation_checkpointing_disable()
+        assert not model.is_activation_checkpointing
+
+    def test_with_attentions(self, images):
+        """The second forward pass of a block does not record its attention again."""
+        model = tiny_classifier()
+        model.set_attn_implementation("eager")
+        model.activation_checkpointing_enable()
+        outputs = model(images, output_attentions=True, output_hidden_states=True)
+        outputs.logits.sum().backward()
+        assert len(outputs.attentions) == 4
+        assert len(outputs.hidden_states) == 5
+
+
+class TestTrainer:
+    @pytest.fixture
+    def arguments(self, tmp_path) -> TrainingArguments:
+        pytest.importorskip("accelerate")
+        return TrainingArguments(
+            str(tmp_path),
+            max_steps=12,
+            per_device_train_batch_size=8,
+            learning_rate=3e-3,
+            eval_strategy="steps",
+            eval_steps=6,
+            save_steps=6,
+            logging_steps=3,
+            report_to=[],
+            disable_tqdm=True,
+            use_cpu=True,
+            seed=0,
+        )
+
+    def test_it_learns(self, arguments):
+        model = tiny_classifier(num_classes=3)
+        trainer = Trainer(
+            model,
+            arguments,
+            train_dataset=Colors(),
+            eval_dataset=Colors(),
+            compute_metrics=lambda told: {"accuracy": float((told.predictions.argmax(1) == told.label_ids).mean())},
+        )
+        before = trainer.evaluate()
+        trainer.train()
+        after = trainer.evaluate()
+        assert after["eval_loss"] < 0.5 * before["eval_loss"]
+        assert after["eval_accuracy"] > 0.9
+
+    def test_it_resumes(self, arguments, tmp_path):
+        model = tiny_classifier(num_classes=3)
+        Trainer(model, arguments, train_dataset=Colors(), eval_dataset=Colors()).train()
+        kept = TinyVitForImageClassification.from_pretrained(tmp_path / "checkpoint-12")
+        half = TinyVitForImageClassification.from_pretrained(tmp_path / "checkpoint-6")
+        resumed = Trainer(half, arguments, train_dataset=Colors(), eval_dataset=Colors())
+        assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6")).global_step == 12
+        for found, wanted in zip(half.state_dict().values(), kept.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, wanted)
+
+
+class TestPeft:
+    @pytest.fixture
+    def peft(self):
+        return pytest.importorskip("peft")
+
+    def adapted(self, peft, **changes):
+        settings = {"target_modules": ["qkv", "proj"], "modules_to_save": ["classifier"], "r": 4, **changes}
+        return peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**settings))
+
+    def test_only_adapters_learn(self, peft, images):
+        model = self.adapted(peft)
+        wanted = tiny_classifier()(images).logits
+        torch.testing.assert_close(model.eval()(images).logits, wanted)  # an adapter starts as nothing
+        model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+        learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
+        assert all("lora_" in name or "classifier" in name for name in learning)
+        attentions = {name.split(".lora_")[0] for name in learning if "lora_" in name}
+        assert len(attentions) == 8  # two linear layers of four attentions
+
+    def test_files_and_merging(self, peft, images, tmp_path):
+        model = self.adapted(peft)
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.5)
+        for _ in range(3):
+            model.eval()(images, labels=torch.tensor([0, 1])).loss.backward()
+            optimizer.step()
+        tuned = model(images).logits
+        assert not torch.allclose(tuned, tiny_classifier()(images).logits, atol=1e-3)
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+        torch.testing.assert_close(again(images).logits, tuned)
+        merged = again.merge_and_unload()
+        assert isinstance(merged, TinyVitForImageClassification)
+        torch.testing.assert_close(merged(images).logits, tuned, rtol=1e-4, atol=1e-4)
+
+    def test_adapter_of_the_model_itself(self, peft, images):
+        model = tiny_classifier()
+        model.add_adapter(peft.LoraConfig(target_modules=["qkv"], init_lora_weights=False))
+        changed = model(images).logits
+        model.disable_adapters()
+        assert not torch.allclose(model(images).logits, changed, atol=1e-3)
+
+    @pytest.mark.parametrize("reentrant", [False, True])
+    def test_with_checkpointing(self, peft, reentrant, images):
+        model = self.adapted(peft)
+        model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        model.enable_input_require_grads()
+        model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+        assert all(each.grad is not None for name, each in model.named_parameters() if "lora_" in name)
