@@ -170,8 +170,8 @@ class DetectorTraining(nn.Module):
         self.rt_detr = to_rt_detr(detector, **changes)
         network = network_of(self.rt_detr)
         stage: Any
-        for stage in network.layers:
-            stage.use_checkpoint = detector.config.backbone.use_checkpoint
+        for stage in network.layers:  # transformers' configuration of the backbone does not tell it
+            stage.blocks.gradient_checkpointing = detector.config.backbone.use_checkpoint
         network.head.requires_grad_(False)
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(detector, name).clone(), persistent=False)

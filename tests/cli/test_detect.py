@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -108,6 +112,27 @@ class TestTrain:
         printed = run(*self.command(path, tmp_path, "--validation", str(path), "--pretrained", "cifar10"))
         assert "Boxes left out: 1, such as " in printed
         assert ", mAP " in printed.strip().splitlines()[-1]
+
+    @pytest.mark.skipif(
+        not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
+    )
+    def test_two_processes(self, tmp_path):
+        """They share the pictures, some without objects, and three validation pictures between them."""
+        data = scenes.make_scenes(tmp_path / "data", 4)
+        validation = scenes.make_scenes(tmp_path / "val", 3, seed=1)
+        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
+        options = ("--validation", str(validation), "--process-batch", "2", "--batch-size", "4", "--json")
+        root = Path(__file__).parents[2]
+        process = subprocess.run(
+            [*launch, "kornia_tinyvit", *self.command(data, tmp_path, *options)],
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
+            capture_output=True, text=True, timeout=300, check=False,
+        )  # fmt: skip
+        assert process.returncode == 0, process.stderr[-3000:]
+        told = json.loads(process.stdout.strip().splitlines()[-1])
+        kept = TinyViTDetector.from_config(pretrained=told["best"])
+        assert told["map"] == pytest.approx(evaluate_detector(kept, BoxedImages.open(validation)).map, abs=1e-3)
+        assert told["steps"] == 1
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = scenes.make_scenes(tmp_path / "data", 2, seed=1)

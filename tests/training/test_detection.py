@@ -220,10 +220,16 @@ class TestDetectorTraining:
         assert all(each.ndim > 1 for group in groups if group["weight_decay"] for each in group["params"])
         assert min(group["lr"] for group in groups) == pytest.approx(1e-3 * 0.5**4)
 
-    def test_gradient_checkpointing(self):
-        backbone = make_detector().config.backbone.replace(use_checkpoint=True)
-        training = DetectorTraining(make_detector(backbone=backbone))
-        assert all(stage.use_checkpoint for stage in network_of(training.rt_detr).layers)
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_gradient_checkpointing(self, asked):
+        backbone = make_detector().config.backbone.replace(use_checkpoint=asked)
+        training = DetectorTraining(make_detector(backbone=backbone)).train()
+        seen = []
+        network = network_of(training.rt_detr)
+        network.layers[2].blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
+        logits, _ = training(torch.rand(1, 3, 64, 64))
+        logits.sum().backward()
+        assert len(seen) == 1 + asked  # once more in the backward pass
 
 
 class Interrupted(Exception):
