@@ -1,6 +1,6 @@
 """The paper's detector: Cascade R-CNN on a TinyViT, out of torchvision's parts.
 
-    python examples/cascade_rcnn.py ../shared/data/coco128/object_detection/config.yaml --pictures 2 --steps 20
+    python examples/cascade_rcnn.py coco128/object_detection/config.yaml --pictures 2 --steps 20
 
 arXiv:2207.10666 fine-tunes TinyViT-21M in Cascade R-CNN (arXiv:1712.00726) for 12 epochs of COCO. This shows how the
 network goes into such code: `forward_intermediates` gives the maps at strides 4, 8, 16 and 32, torchvision's feature

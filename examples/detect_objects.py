@@ -1,6 +1,6 @@
 """Train a detector on photos with boxes and see how well it knows them.
 
-    python examples/detect_objects.py ../shared/data/coco128/object_detection/config.yaml --pictures 16
+    python examples/detect_objects.py coco128/object_detection/config.yaml --pictures 16
 
 DATA is what `kornia-tinyvit train --task detection` takes: the YAML file of a YOLO data set, a JSON file of COCO's, or
 a folder with one of them. The training is that of the command: killed and started again it goes on. Then it measures
@@ -35,7 +35,9 @@ from kornia_tinyvit.visualization import draw_detections
 TILE, GAP = 320, 8
 
 
-def draw_sheet(detector: TinyViTDetector, images: BoxedImages, rows: list[int], path: Path) -> None:
+def draw_sheet(
+    detector: TinyViTDetector, images: BoxedImages, rows: list[int], path: Path, hide_photos: bool = False
+) -> None:
     """Write a picture with a row for each of some photos: the boxes that are there, and those that were found."""
     strips = []
     for row in rows:
@@ -45,7 +47,7 @@ def draw_sheet(detector: TinyViTDetector, images: BoxedImages, rows: list[int], 
         (found,) = detector.predict(photo)
         strip = Image.new("RGB", (2 * TILE + GAP, TILE + GAP), "white")
         for column, (boxes, scores) in enumerate(((there, False), (found, True))):
-            tile = draw_detections(photo, boxes, scores)
+            tile = draw_detections(torch.ones_like(photo) if hide_photos else photo, boxes, scores)
             tile.thumbnail((TILE, TILE))
             strip.paste(tile, (column * (TILE + GAP) + (TILE - tile.width) // 2, 0))
         strips.append(strip.crop((0, 0, strip.width, tile.height + GAP)))
@@ -73,6 +75,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
     parser.add_argument("--shown", type=int, default=4, help="photos to draw of each split")
+    parser.add_argument("--hide-photos", action="store_true", help="draw boxes on white, as photos may not be shown")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/detect"))
     parser.add_argument("--cpu", action="store_true")
@@ -119,7 +122,7 @@ def main() -> None:
     for split, pictures in (("train", images), ("val", validation)):
         print(json.dumps({"split": split, **evaluate_detector(kept, pictures).to_dict()}))
         sheet = args.out / f"{split}.png"
-        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet)
+        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")
 
 

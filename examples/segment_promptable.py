@@ -1,7 +1,6 @@
 """Fine-tune MobileSAM on photos with a mask for each object and see how well a box finds them again.
 
-    python examples/segment_promptable.py ../shared/data/coco128/images/train2017 \
-        ../shared/data/coco128/instance_segmentation/labels/train2017 --pictures 32
+    python examples/segment_promptable.py coco128/images/train2017 coco128/instance_segmentation/labels/train2017
 
 PHOTOS is a folder, INSTANCES the folder of their masks (YOLO's text files, or pictures with an id a pixel) or a COCO
 file. The training is that of `kornia-tinyvit train DATA --task promptable`: killed and started again it goes on. Before

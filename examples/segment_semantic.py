@@ -1,6 +1,6 @@
 """Train a segmenter on photos with masks and see how well it knows them: a class for each pixel.
 
-    python examples/segment_semantic.py ../shared/data/coco128/semantic_segmentation/config.yaml --pictures 32
+    python examples/segment_semantic.py coco128/semantic_segmentation/config.yaml --pictures 32
 
 DATA is a YAML file that names the folders of pictures and masks of `train` and `val` and what the ids in the masks
 mean, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`: killed

@@ -1,6 +1,6 @@
 """Use a TinyViT as the encoder of a U-Net, in the way of segmentation_models_pytorch, and train it on a few photos.
 
-    python examples/unet_decoder.py ../shared/data/coco128/semantic_segmentation/config.yaml --pictures 6
+    python examples/unet_decoder.py coco128/semantic_segmentation/config.yaml --pictures 6
 
 `TinyViTEncoder` keeps the conventions of that library's encoders: `forward` returns maps of the strides 1, 2, 4, ...
 32, of which the first is the picture, `out_channels` tells their channels, and `output_stride` is 32. A TinyViT has no
