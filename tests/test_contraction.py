@@ -440,6 +440,19 @@ class TestSearch:
         assert contract(SMALL, BUDGET, third, tmp_path / "torn", steps=3) == whole
         assert third.asked == []
 
+    def test_weights_outlast_a_stop(self, tmp_path):
+        whole = contract(SMALL, BUDGET, Recorder(trains=True), tmp_path / "whole", steps=3)
+        first, second = Recorder(len(whole.evaluated) - 2, trains=True), Recorder(trains=True)
+        with pytest.raises(KeyboardInterrupt):
+            contract(SMALL, BUDGET, first, tmp_path / "torn", steps=3)
+        result = contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+        assert [parent.config for parent in second.parents] == 2 * [whole.path[-2].config]
+        names = [sorted(file.name for file in (tmp_path / run / "weights").iterdir()) for run in ("whole", "torn")]
+        assert names[0] == names[1] == [f"{each.number:05d}.safetensors" for each in whole.path]
+        result.weights.unlink()
+        with pytest.raises(ValueError, match="is gone"):
+            contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+
     def test_another_search_in_the_folder(self, tmp_path):
         contract(SMALL, BUDGET, deep, tmp_path, steps=1)
         with pytest.raises(ValueError, match="steps: it has 1, asked for 2"):

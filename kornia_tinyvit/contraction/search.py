@@ -313,18 +313,23 @@ class _Search:
         candidate = dataclasses.replace(self.candidates[config], kept=True)
         self.candidates[config] = candidate
         self.journal.write("kept", config, number=candidate.number, excess=limit)
-        kept = {self._file_of(each.config) for each in self.candidates.values() if each.kept}
-        for file in self.weights.glob("[0-9]*.safetensors"):
-            if file not in kept:
-                file.unlink()
+        for other in self.candidates.values():
+            # Not those of later steps, which are there when a search is replayed.
+            if other.parent == candidate.parent and other.config != config:
+                self._file_of(other.config).unlink(missing_ok=True)
         return candidate
 
     def _file_of(self, config: TinyViTConfig) -> Path:
         return self.weights / f"{self.candidates[config].number:05d}.safetensors"
 
     def _weights_of(self, candidate: Candidate) -> Path | None:
+        told = self.journal.find("evaluated", candidate.config)
+        if told is None or not told["trained"]:
+            return None
         file = self._file_of(candidate.config)
-        return file if file.exists() else None
+        if not file.exists():
+            raise ValueError(f"{file} is gone, which {self.journal.path} tells of; remove the folder to search anew.")
+        return file
 
 
 def _evaluate(evaluate: Evaluate, config: TinyViTConfig, parent: Path | None, weights: Path) -> dict[str, Any]:
@@ -342,7 +347,8 @@ def _evaluate(evaluate: Evaluate, config: TinyViTConfig, parent: Path | None, we
         if network.config != config:
             raise ValueError(f"The evaluation was asked about {config} and returned the network {network.config}.")
         save_checkpoint(network, weights)
-    return {"accuracy": float(accuracy), "seconds": round(time.perf_counter() - began, 3)}
+    seconds = round(time.perf_counter() - began, 3)
+    return {"accuracy": float(accuracy), "trained": network is not None, "seconds": seconds}
 
 
 def _load(file: Path) -> TinyViT:

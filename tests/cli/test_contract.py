@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from kornia_tinyvit import TinyViT, TinyViTConfig, save_checkpoint
@@ -97,6 +98,8 @@ class TestContract:
             file.write('{"event": "evaluated", "conf')  # what a killed write leaves
         again = json.loads(run(*command(folder, seed, out, *options)))
         assert again["path"] == whole["path"]
+        winners = [TinyViT.from_config(pretrained=each["winner"]).state_dict() for each in (again, whole)]
+        torch.testing.assert_close(winners[0], winners[1])
         lines = [(line["event"], json.dumps(line.get("config"))) for line in journal(out)]
         assert len(lines) == len(set(lines))
         assert [line for line in journal(out) if line["event"] == "evaluated"][: len(evaluated)] == evaluated
