@@ -52,24 +52,26 @@ def to_tile(image: Tensor, mode: str) -> Image.Image:
     return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
 
 
-def draw_sheet(segmenter: SemanticSegmenter, images: MaskedImages, rows: list[int], path: Path) -> None:
+def draw_sheet(
+    segmenter: SemanticSegmenter, images: MaskedImages, rows: list[int], path: Path, hide_photos: bool = False
+) -> None:
     """Write a picture with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
     colors, font = distinct_colors(len(segmenter.class_names)), ImageFont.load_default(13)
     strips = []
     for row in rows:
         photo, truth = images[row]
         found = segmenter.predict(photo)[0].cpu()
-        tiles = [to_tile(photo, "bicubic")]
+        tiles = [] if hide_photos else [to_tile(photo, "bicubic")]
         tiles += [to_tile(paint(classes, colors), "nearest-exact") for classes in (truth, found)]
         width, height = tiles[0].size
-        strip = Image.new("RGB", (3 * (TILE + GAP) + LEGEND, max(height, 8 * LINE) + GAP), "white")
+        strip = Image.new("RGB", (len(tiles) * (TILE + GAP) + LEGEND, max(height, 8 * LINE) + GAP), "white")
         for column, tile in enumerate(tiles):
             strip.paste(tile, (column * (TILE + GAP) + (TILE - width) // 2, 0))
         draw = ImageDraw.Draw(strip)
         areas = torch.cat([truth[truth >= 0], found[truth >= 0]]).bincount(minlength=len(colors))
         largest = areas.argsort(descending=True)[: strip.height // LINE]
         for line, index in enumerate(index for index in largest.tolist() if areas[index]):
-            left, top = 3 * (TILE + GAP), line * LINE
+            left, top = len(tiles) * (TILE + GAP), line * LINE
             draw.rectangle((left, top + 2, left + 12, top + 14), fill=tuple((colors[index] * 255).int().tolist()))
             draw.text((left + 18, top), segmenter.class_names[index], fill="black", font=font)
         strips.append(strip)
@@ -94,6 +96,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--base-lr", type=float, default=0.064, help="for a batch of 512")
     parser.add_argument("--shown", type=int, default=6, help="photos to draw of each split")
+    parser.add_argument("--hide-photos", action="store_true", help="draw classes alone, as photos may not be shown")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/segment"))
     parser.add_argument("--cpu", action="store_true")
@@ -143,7 +146,7 @@ def main() -> None:
         told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
         print(json.dumps({"split": split, "pictures": len(pictures), "classes_present": found.present, **told}))
         sheet = args.out / f"{split}.png"
-        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet)
+        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")
 
 
