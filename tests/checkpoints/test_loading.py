@@ -846,10 +846,14 @@ class TestSaving:
         leftovers, replaced = 0, 0
         with subprocess.Popen([sys.executable, "-c", child], **pipes) as parent:
             for attempt in range(30):
+                before = path.stat().st_ino
                 parent.stdin.write("go\n")
                 parent.stdin.flush()
                 saver = int(parent.stdout.readline())
-                time.sleep(0.03 + 0.0017 * attempt)
+                deadline = time.monotonic() + 60
+                while path.stat().st_ino == before and time.monotonic() < deadline:  # a busy machine saves late
+                    time.sleep(0.001)
+                time.sleep(0.0017 * attempt)
                 os.kill(saver, signal.SIGKILL)
                 assert parent.stdout.readline() == "dead\n"
                 found = read_checkpoint(path)
