@@ -11,7 +11,7 @@ demo: $(VENV)/.core
 
 # A process a core, each with one thread: networks as small as the tests' gain nothing from more.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist loadfile --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --cov
 
 lint: setup
 	$(BIN)/ruff check .
