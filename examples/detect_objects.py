@@ -30,7 +30,7 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
-from kornia_tinyvit.visualization import draw_detections
+from kornia_tinyvit.visualization import draw_detections, save_rows
 
 TILE, GAP = 320, 8
 
@@ -51,13 +51,7 @@ def draw_sheet(
             tile.thumbnail((TILE, TILE))
             strip.paste(tile, (column * (TILE + GAP) + (TILE - tile.width) // 2, 0))
         strips.append(strip.crop((0, 0, strip.width, tile.height + GAP)))
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_rows(path, strips)
 
 
 def main() -> None:

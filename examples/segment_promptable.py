@@ -36,6 +36,7 @@ from kornia_tinyvit.training import (
     mask_boxes,
     train,
 )
+from kornia_tinyvit.visualization import save_rows
 
 TILE, GAP = 320, 8
 
@@ -68,13 +69,7 @@ def draw_sheet(sam: MobileSAM, images: InstanceImages, rows: list[int], path: Pa
             tile.thumbnail((TILE, TILE))
             strip.paste(tile, (column * (TILE + GAP), 0))
         strips.append(strip.crop((0, 0, strip.width, tile.height + GAP)))
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_rows(path, strips)
 
 
 def main() -> None:

@@ -33,6 +33,7 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
+from kornia_tinyvit.visualization import save_rows
 
 TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
@@ -75,13 +76,7 @@ def draw_sheet(
             draw.rectangle((left, top + 2, left + 12, top + 14), fill=tuple((colors[index] * 255).int().tolist()))
             draw.text((left + 18, top), segmenter.class_names[index], fill="black", font=font)
         strips.append(strip)
-    sheet = Image.new("RGB", (strips[0].width, sum(strip.height for strip in strips)), "white")
-    top = 0
-    for strip in strips:
-        sheet.paste(strip, (0, top))
-        top += strip.height
-    path.parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_rows(path, strips)
 
 
 def main() -> None:

@@ -21,7 +21,15 @@ from kornia_tinyvit.detection import Detection
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from kornia_tinyvit.segmentation.overlay import distinct_colors
 
-__all__ = ["demo_augmentations", "draw_detections", "feature_colors", "overlay_heat", "saliency", "save_sheet"]
+__all__ = [
+    "demo_augmentations",
+    "draw_detections",
+    "feature_colors",
+    "overlay_heat",
+    "saliency",
+    "save_rows",
+    "save_sheet",
+]
 
 _TILE = 232  # pixels a side
 _GAP = 12
@@ -154,6 +162,22 @@ def save_sheet(
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     sheet.canvas.save(path)
     return predictions[0]
+
+
+def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
+    """Write pictures of one width below one another.
+
+    Args:
+        path: the file to write; its folder is made.
+        rows: the pictures from above, one at least.
+    """
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    sheet.save(path)
 
 
 @torch.inference_mode()

@@ -9,7 +9,14 @@ from torch import nn
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.preprocessing import read_image
-from kornia_tinyvit.visualization import demo_augmentations, feature_colors, overlay_heat, saliency, save_sheet
+from kornia_tinyvit.visualization import (
+    demo_augmentations,
+    feature_colors,
+    overlay_heat,
+    saliency,
+    save_rows,
+    save_sheet,
+)
 
 
 @pytest.fixture
@@ -201,3 +208,11 @@ class TestSheet:
         for name, tensor in classifier.state_dict().items():
             assert torch.equal(tensor, state[name])
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+def test_rows(tmp_path):
+    path = tmp_path / "new" / "rows.png"
+    save_rows(path, [Image.new("RGB", (5, 2), "red"), Image.new("RGB", (5, 3), "blue")])
+    written = Image.open(path)
+    assert written.size == (5, 5)
+    assert [written.getpixel((4, row)) for row in (1, 2, 4)] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]
