@@ -1,7 +1,7 @@
 """Fast pretraining distillation: a teacher's soft labels stored once and replayed exactly (arXiv:2207.10666)."""
 
 from kornia_tinyvit.distillation.augmentation import Draws, ReplayableAugmentation
-from kornia_tinyvit.distillation.batches import Batch, EpochBatches, ReplayedSamples, replay_loader
+from kornia_tinyvit.distillation.batches import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.keyed import EpochOrder
 from kornia_tinyvit.distillation.losses import distillation_loss, soft_target_cross_entropy
 from kornia_tinyvit.distillation.official import OfficialLogits
@@ -25,6 +25,7 @@ __all__ = [
     "EpochBatches",
     "EpochOrder",
     "FeatureStore",
+    "KeyedSamples",
     "LogitStore",
     "Manifest",
     "MissingRecordsError",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -13,10 +14,13 @@ from kornia_tinyvit.distillation.augmentation import Draws, ReplayableAugmentati
 from kornia_tinyvit.distillation.keyed import EpochOrder
 from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
 
-__all__ = ["Batch", "EpochBatches", "ReplayedSamples", "replay_loader"]
+__all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]
 
 Key = tuple[int, int]  # epoch and sample
 ON_BROKEN = ("stop", "skip")
+
+Batch_co = TypeVar("Batch_co", covariant=True)
+Sample = TypeVar("Sample")
 
 
 class Batch(NamedTuple):
@@ -37,29 +41,25 @@ class Batch(NamedTuple):
     broken: tuple[str, ...]
 
 
-class ReplayedSamples(Dataset[Batch]):
-    """Pictures decoded and cropped as an epoch demands, a whole batch at a time.
+class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
+    """Pictures decoded and augmented as an epoch demands, a whole batch at a time.
 
     Args:
-        images: the labelled pictures.
-        augmentation: what draws and crops.
-        on_broken: ``"stop"`` raises at a picture that cannot be read; ``"skip"`` puts a grey one in its place, which
+        images: the pictures.
+        augmentation: what changes them; its seed decides the order.
+        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey picture in its place, which
             is marked as not valid and named.
 
     Attributes:
         order: order of the samples in each epoch.
 
     Raises:
-        ValueError: if ``on_broken`` is neither, or the augmentation mixes for another number of samples.
+        ValueError: if ``on_broken`` is neither.
     """
 
-    def __init__(self, images: LabelledImages, augmentation: ReplayableAugmentation, on_broken: str = "stop") -> None:
+    def __init__(self, images: Any, augmentation: Any, on_broken: str = "stop") -> None:
         if on_broken not in ON_BROKEN:
             raise ValueError(f"on_broken must be 'stop' or 'skip'; got {on_broken!r}.")
-        if augmentation.mixes and augmentation.order.num_samples != len(images):
-            raise ValueError(
-                f"The augmentation mixes {augmentation.order.num_samples} samples, but the data has {len(images)}."
-            )
         self.images = images
         self.augmentation = augmentation
         self.order = EpochOrder(len(images), augmentation.seed)
@@ -67,6 +67,44 @@ class ReplayedSamples(Dataset[Batch]):
 
     def __len__(self) -> int:
         return len(self.images)
+
+    def __getitem__(self, key: Key) -> Batch_co:
+        return self.__getitems__([key])
+
+    @abstractmethod
+    def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
+        """Return the samples of keys (epoch, sample)."""
+
+    def _grey(self, count: int) -> Tensor:
+        side = self.augmentation.img_size
+        return torch.full((count, 3, side, side), 128, dtype=torch.uint8)
+
+    def _unless_broken(self, read: Callable[[int], Sample], index: int) -> Sample | None:
+        """Return what is read of a sample, or ``None`` if it cannot be and may be skipped."""
+        try:
+            return read(index)
+        except BrokenPictureError:
+            if self.on_broken == "stop":
+                raise
+            return None
+
+
+class ReplayedSamples(KeyedSamples[Batch]):
+    """Labelled pictures, decoded and cropped; the rest of the augmentation is done on the device.
+
+    See :class:`KeyedSamples` for the arguments: a :class:`~kornia_tinyvit.training.LabelledImages` and a
+    :class:`ReplayableAugmentation`.
+
+    Raises:
+        ValueError: if ``on_broken`` is unknown, or the augmentation mixes for another number of samples.
+    """
+
+    def __init__(self, images: LabelledImages, augmentation: ReplayableAugmentation, on_broken: str = "stop") -> None:
+        super().__init__(images, augmentation, on_broken)
+        if augmentation.mixes and augmentation.order.num_samples != len(images):
+            raise ValueError(
+                f"The augmentation mixes {augmentation.order.num_samples} samples, but the data has {len(images)}."
+            )
 
     def describe(self) -> dict[str, Any]:
         """Return what a store's :class:`~kornia_tinyvit.distillation.Manifest` says about the pictures shown."""
@@ -81,25 +119,20 @@ class ReplayedSamples(Dataset[Batch]):
         """Return the augmented pictures :math:`(B, 3, S, S)` of a batch on a device."""
         return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.draws)
 
-    def __getitem__(self, key: Key) -> Batch:
-        return self.__getitems__([key])
-
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
         """Return the samples of keys (epoch, sample), all of one epoch."""
         indices = [index for _, index in keys]
         draws = self.augmentation.draw(keys[0][0], indices)
-        size = self.augmentation.img_size
-        crops = torch.full((len(keys), 3, size, size), 128, dtype=torch.uint8)
+        crops = self._grey(len(keys))
         valid = torch.ones(len(keys))
         broken = []
         for row, index in enumerate(indices):
-            try:
-                crops[row] = self.augmentation.crop(self.images.pixels(index), draws, row)
-            except BrokenPictureError:
-                if self.on_broken == "stop":
-                    raise
+            pixels = self._unless_broken(self.images.pixels, index)
+            if pixels is None:
                 valid[row] = 0
                 broken.append(self.images.name(index))
+            else:
+                crops[row] = self.augmentation.crop(pixels, draws, row)
         labels = torch.tensor([self.images.labels[index] for index in indices])
         return Batch(crops, labels, valid, draws, tuple(broken))
 

@@ -111,7 +111,7 @@ def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
 class BoxedSamples(PairedSamples[BoxedBatch]):
     """Pictures and boxes decoded and augmented as an epoch demands, a whole batch at a time.
 
-    See :class:`~kornia_tinyvit.training.paired.PairedSamples` for the arguments: a
+    See :class:`~kornia_tinyvit.distillation.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.training.BoxedImages` and a :class:`BoxAugmentation`.
     """
 

@@ -3,26 +3,21 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, ClassVar, Generic, TypeVar
+from typing import Any, ClassVar
 
 import kornia.augmentation as K
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset
 
-from kornia_tinyvit.distillation.batches import ON_BROKEN, Key
-from kornia_tinyvit.distillation.keyed import EpochOrder, keyed_seed
+from kornia_tinyvit.distillation.batches import Batch_co, KeyedSamples
+from kornia_tinyvit.distillation.keyed import keyed_seed
 from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
-from kornia_tinyvit.training.data import BrokenPictureError
 
 __all__ = ["PairedAugmentation", "PairedSamples"]
 
 _STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
-
-Batch_co = TypeVar("Batch_co", covariant=True)
 
 
 class PairedAugmentation:
@@ -105,53 +100,12 @@ def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
         yield
 
 
-class PairedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
-    """Pictures decoded and augmented as an epoch demands, a whole batch at a time.
-
-    Args:
-        images: the pictures and what lies on them.
-        augmentation: what changes them.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey one without labels in its
-            place, which is marked as not valid and named.
-
-    Attributes:
-        order: order of the samples in each epoch.
-
-    Raises:
-        ValueError: if ``on_broken`` is neither.
-    """
-
-    def __init__(self, images: Any, augmentation: Any, on_broken: str = "stop") -> None:
-        if on_broken not in ON_BROKEN:
-            raise ValueError(f"on_broken must be 'stop' or 'skip'; got {on_broken!r}.")
-        self.images = images
-        self.augmentation = augmentation
-        self.order = EpochOrder(len(images), augmentation.seed)
-        self.on_broken = on_broken
-
-    def __len__(self) -> int:
-        return len(self.images)
+class PairedSamples(KeyedSamples[Batch_co]):
+    """Pictures with what lies on them, decoded and augmented; the network takes the crops in [0, 1]."""
 
     def inputs(self, batch: Any, device: torch.device) -> Any:
         """Return the pictures :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
         return batch.crops.to(device, non_blocking=True).float() / 255
 
-    def __getitem__(self, key: Key) -> Batch_co:
-        return self.__getitems__([key])
-
-    @abstractmethod
-    def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
-        """Return the samples of keys (epoch, sample)."""
-
-    def _grey(self, count: int) -> Tensor:
-        side = self.augmentation.img_size
-        return torch.full((count, 3, side, side), 128, dtype=torch.uint8)
-
     def _read(self, index: int) -> Any:
-        """Return a sample, or ``None`` if it cannot be read and may be skipped."""
-        try:
-            return self.images.read(index)
-        except BrokenPictureError:
-            if self.on_broken == "stop":
-                raise
-            return None
+        return self._unless_broken(self.images.read, index)

@@ -217,7 +217,7 @@ class PromptAugmentation(MaskAugmentation):
 class PromptedSamples(PairedSamples[PromptedBatch]):
     """Pictures decoded, augmented and asked about as an epoch demands, a whole batch at a time.
 
-    See :class:`~kornia_tinyvit.training.paired.PairedSamples` for the arguments: an
+    See :class:`~kornia_tinyvit.distillation.KeyedSamples` for the arguments: an
     :class:`~kornia_tinyvit.training.InstanceImages` and a :class:`PromptAugmentation`.
     """
 

@@ -85,7 +85,7 @@ class MaskAugmentation(PairedAugmentation):
 class MaskedSamples(PairedSamples[MaskedBatch]):
     """Pictures and masks decoded and augmented as an epoch demands, a whole batch at a time.
 
-    See :class:`~kornia_tinyvit.training.paired.PairedSamples` for the arguments: a
+    See :class:`~kornia_tinyvit.distillation.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.training.MaskedImages` and a :class:`MaskAugmentation`.
     """
 
