@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.preprocessing import read_pixels
-from kornia_tinyvit.training.data import BrokenPictureError, pictures_below
+from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored
 from kornia_tinyvit.training.masks import draw_rows, read_yaml
 
 __all__ = ["BoxedImages", "Objects"]
@@ -230,10 +229,7 @@ class BoxedImages(Dataset[tuple[Tensor, Objects]]):
             BrokenPictureError: if it cannot be decoded, or its size is not what the labels tell.
         """
         record = self._records[index]
-        try:
-            pixels = read_pixels(record.picture)
-        except ValueError as error:
-            raise BrokenPictureError(str(error)) from error
+        pixels = read_stored(record.picture)
         height, width = pixels.shape[1:]
         if record.size not in (None, (height, width)):
             raise BrokenPictureError(

@@ -31,6 +31,19 @@ class BrokenPictureError(ValueError):
     """A picture of a data set cannot be decoded; the message names it."""
 
 
+def read_stored(path: Path) -> Tensor:
+    """Return a picture's file as it is stored, :math:`(3, H, W)`, uint8 in [0, 255].
+
+    Raises:
+        BrokenPictureError: if it cannot be decoded.
+        FileNotFoundError: if there is no such file.
+    """
+    try:
+        return read_pixels(path)
+    except ValueError as error:
+        raise BrokenPictureError(str(error)) from error
+
+
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     r"""Pictures with their class: item :math:`i` is a picture :math:`(3, H, W)` in [0, 1] and a class index.
 

@@ -16,9 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.segmentation.rle import decode_rle
-from kornia_tinyvit.training.data import BrokenPictureError
+from kornia_tinyvit.training.data import BrokenPictureError, read_stored
 from kornia_tinyvit.training.masks import (
     draw_rows,
     files_by_stem,
@@ -127,10 +126,7 @@ class InstanceImages(Dataset[tuple[Tensor, Tensor]]):
             BrokenPictureError: if one of them cannot be decoded, or their sizes differ.
         """
         name, label = self._files[index]
-        try:
-            pixels = read_pixels(self._folder / name)
-        except ValueError as error:
-            raise BrokenPictureError(str(error)) from error
+        pixels = read_stored(self._folder / name)
         size = (pixels.shape[1], pixels.shape[2])
         try:
             masks = _masks_of(label, size)

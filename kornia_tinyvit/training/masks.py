@@ -17,8 +17,8 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.preprocessing import UNREADABLE, read_pixels
-from kornia_tinyvit.training.data import BrokenPictureError, pictures_below
+from kornia_tinyvit.preprocessing import UNREADABLE
+from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored
 
 __all__ = ["IGNORED", "MaskedImages"]
 
@@ -143,10 +143,7 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
                 no class.
         """
         picture, mask = (folder / name for folder, name in zip(self._folders, self._files[index], strict=True))
-        try:
-            pixels = read_pixels(picture)
-        except ValueError as error:
-            raise BrokenPictureError(str(error)) from error
+        pixels = read_stored(picture)
         indices = self._table[read_ids(mask)]
         if pixels.shape[1:] != indices.shape:
             sizes = [f"{shape[1]}x{shape[0]}" for shape in (pixels.shape[1:], indices.shape)]
