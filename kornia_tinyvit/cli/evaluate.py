@@ -21,8 +21,7 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.evaluate_boxes import AskedBoxes, evaluate_boxes
-from kornia_tinyvit.cli.evaluate_masks import Asked, evaluate_masks
+from kornia_tinyvit.cli.evaluate_tasks import Asked, evaluate_task
 from kornia_tinyvit.cli.options import (
     Augmented,
     Device,
@@ -93,19 +92,14 @@ def evaluate(
     if task is not TaskName.classification:
         given = {"tta": tta, "confusion": confusion, "calibration": calibration, "knn": knn, "linear": linear}
         _refuse(task, [name for name, value in given.items() if value])
-        if task is TaskName.detection:
-            evaluate_boxes(
-                AskedBoxes(data, split, pretrained, device, batch_size, limit, workers, per_class, skip_broken, as_json)
-            )
-            return
         asked = Asked(
-            data, split, variant, pretrained, img_size, device, limit, workers, per_class, min_area,
+            data, split, variant, pretrained, img_size, device, batch_size, limit, workers, per_class, min_area,
             skip_broken, as_json,
         )  # fmt: skip
-        evaluate_masks(task, asked)
+        evaluate_task(task, asked)
         return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
-    reader = _Reader(classifier, batch_size, workers, on_broken is OnBroken.skip, quiet=as_json)
+    reader = _Reader(classifier, batch_size, workers, skip_broken, quiet=as_json)
     images = LabelledImages(data)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     head = _Head(classifier, images)

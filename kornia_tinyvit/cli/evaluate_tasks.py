@@ -1,30 +1,34 @@
-"""``kornia-tinyvit evaluate`` for networks that return masks."""
+"""``kornia-tinyvit evaluate`` for networks that return masks or boxes."""
 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from rich import box
+from rich import print as print_rich
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from kornia_tinyvit.cli.options import TaskName, parse_device
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.segmentation.mobile_sam import MobileSAM
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.training.boxes import BoxedImages
 from kornia_tinyvit.training.instances import InstanceImages
 from kornia_tinyvit.training.masks import MaskedImages
 from kornia_tinyvit.training.promptable import PromptedSAM, PromptJudge
 from kornia_tinyvit.training.semantic import SEMANTIC, PixelJudge
-from kornia_tinyvit.training.tasks import Judge, measure_network
+from kornia_tinyvit.training.tasks import Judge, check_names, measure_network
 
 
 @dataclass(frozen=True)
 class Asked:
-    """The options of the command that both tasks have."""
+    """The options of the command that these tasks have."""
 
     data: Path
     split: str
@@ -32,6 +36,7 @@ class Asked:
     pretrained: str | None
     img_size: int | None
     device: str
+    batch_size: int
     limit: int | None
     workers: int
     per_class: bool
@@ -40,13 +45,14 @@ class Asked:
     as_json: bool
 
 
-def evaluate_masks(task: TaskName, asked: Asked) -> None:
-    """Measure a segmenter or a MobileSAM and print what was found."""
-    report = _measure_semantic(asked) if task is TaskName.semantic else _measure_promptable(asked)
+def evaluate_task(task: TaskName, asked: Asked) -> None:
+    """Measure a segmenter, a MobileSAM or a detector and print what was found."""
+    measure, show = _TASKS[task]
+    report = measure(asked)
     if asked.as_json:
         print(json.dumps(report))
     else:
-        _show(report)
+        show(report)
 
 
 def _measure_semantic(asked: Asked) -> dict[str, Any]:
@@ -91,6 +97,26 @@ def _measure_promptable(asked: Asked) -> dict[str, Any]:
     return {"pictures": len(images) - len(broken.get("broken", ())), **rounded} | broken
 
 
+def _measure_detection(asked: Asked) -> dict[str, Any]:
+    from kornia_tinyvit.training.detection import BoxJudge
+
+    if asked.pretrained is None:
+        raise ValueError("There are no published detectors: name a detector's file as --pretrained.")
+    device = parse_device(asked.device)
+    detector = TinyViTDetector.from_config(pretrained=asked.pretrained).to(device).eval()
+    images = BoxedImages.open(asked.data, asked.split)
+    check_names(images.class_names, detector.class_names)
+    images = _limited(images, asked.limit)
+    judge = BoxJudge(images, detector.config, asked.skip_broken, asked.batch_size, device)
+    broken = _measure(detector, judge, asked)
+    found = judge.counts.compute()
+    report: dict[str, Any] = found.to_dict()
+    if asked.per_class:
+        pairs = zip(images.class_names, found.per_class.tolist(), strict=True)
+        report["per_class"] = {name: round(value, 4) for name, value in pairs if not math.isnan(value)}
+    return report | broken
+
+
 def _limited(images: Any, limit: int | None) -> Any:
     return images if limit is None else images.sample(min(limit, len(images)))
 
@@ -100,21 +126,49 @@ def _measure(network: nn.Module, judge: Judge, asked: Asked) -> dict[str, list[s
     return {"broken": broken} if asked.skip_broken else {}
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show_semantic(report: dict[str, Any]) -> None:
     if "per_class" in report:
         table = Table("class", "pixels", "IoU", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
         for row in report["per_class"]:
             table.add_row(row["class"], str(row["pixels"]), f"{row['iou']:.2f}")
         Console(highlight=False).print(table)
-    if "mean_iou" in report:
-        print(
-            f"{report['pictures']} pictures: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
-            f"classes, pixel accuracy {report['pixel_accuracy']:.2f} %"
-        )
-    else:
-        print(
-            f"{report['pictures']} pictures, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % from a "
-            f"box each, {report['point_iou']:.2f} % from a point each"
-        )
+    print(
+        f"{report['pictures']} pictures: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
+        f"classes, pixel accuracy {report['pixel_accuracy']:.2f} %"
+    )
+    _show_broken(report)
+
+
+def _show_promptable(report: dict[str, Any]) -> None:
+    print(
+        f"{report['pictures']} pictures, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % from a "
+        f"box each, {report['point_iou']:.2f} % from a point each"
+    )
+    _show_broken(report)
+
+
+def _show_broken(report: dict[str, Any]) -> None:
     if report.get("broken"):
         print(f"{len(report['broken'])} could not be read and were left out: {', '.join(report['broken'])}")
+
+
+def _show_detection(report: dict[str, Any]) -> None:
+    print(
+        f"{report['pictures']} pictures, {report['objects']} objects: mAP {report['map']:.2f} %, "
+        f"at an overlap of 50 % {report['map50']:.2f} %, of 75 % {report['map75']:.2f} %"
+    )
+    if report.get("broken"):
+        some = ", ".join(report["broken"][:5])
+        print(f"Could not be read and were left out: {len(report['broken'])}, such as {some}")
+    if "per_class" in report:
+        table = Table("class", "mAP")
+        for name, value in report["per_class"].items():
+            table.add_row(name, f"{value:.2f} %")
+        print_rich(table)
+
+
+_TASKS = {
+    TaskName.semantic: (_measure_semantic, _show_semantic),
+    TaskName.promptable: (_measure_promptable, _show_promptable),
+    TaskName.detection: (_measure_detection, _show_detection),
+}
