@@ -61,7 +61,7 @@ class Source:
             [
                 ".. code-block:: console\n",
                 textwrap.indent(f"$ {self._command(text[:end])}", "    "),
-                f"\n.. csv-table:: recorded in ``{self.file}``\n    :widths: 55 45\n",
+                f"\n.. csv-table:: recorded in ``{self.file}``\n    :widths: 55 45\n    :width: 100%\n",
                 textwrap.indent(to_csv(cells), "    "),
             ]
         )
