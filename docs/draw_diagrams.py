@@ -34,7 +34,7 @@ ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("segmentation",), "masks and classes of pixels"),
     (("deploy",), "faster, and in other runtimes"),
     (("classification",), "pictures in, labels out"),
-    (("model", "preprocessing"), "the network; what comes before it"),
+    (("model", "preprocessing"), "the network; what precedes it"),
     (("layers", "checkpoints"), "blocks; weights in and out"),
     (("config", "files", "extras"), "what a network is; safe files"),
 )
