@@ -3,9 +3,10 @@
     python docs/record_outputs.py [--cifar10 FOLDER] [NAME ...]
 
 FOLDER holds `test.parquet` and `train.parquet` with CIFAR-10's pictures in the Hugging Face layout; without it, the
-accuracies that are shown stay as they were. The sheet of the cat becomes the picture of the model's page. The table of
-the recipes is written from the code. With names, only those outputs are written; each of `distill_check` and
-`distill_train` needs `distill_save` before it.
+accuracies that are shown stay as they were. The sheet of the cat becomes the picture of the model's page, in 256
+colours. The table of the recipes is written from the code, those of the numbers from what was recorded
+(`collect_numbers.py`). With names, only those outputs are written; each of `distill_check` and `distill_train` needs
+`distill_save` before it.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ import tempfile
 from pathlib import Path
 
 import torch
+from collect_numbers import write as write_numbers
 from PIL import Image
 
 from kornia_tinyvit.checkpoints import save_checkpoint
@@ -112,6 +114,11 @@ def write_mobile_sam(path: Path) -> None:
     save_checkpoint(MobileSAM.from_config("1m", img_size=256), path)
 
 
+def write_small(sheet: Image.Image, path: Path) -> None:
+    """Write a picture in 256 colours, a third of the bytes."""
+    sheet.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
@@ -145,8 +152,10 @@ def main() -> None:
             lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
             (OUTPUTS / f"{name}.txt").write_text("\n".join([f"$ {command}", *lines, ""]))
         if "demo" in commands:
-            shutil.copy(Path(folder) / "demo" / "chelsea.png", DOCS / "_static" / "demo.png")
+            with Image.open(Path(folder) / "demo" / "chelsea.png") as sheet:
+                write_small(sheet, DOCS / "_static" / "demo.png")
     (OUTPUTS / "recipes.csv").write_text(recipes_table())
+    write_numbers()
 
 
 if __name__ == "__main__":

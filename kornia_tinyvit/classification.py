@@ -23,6 +23,7 @@ from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Evaluation
 
 __all__ = ["ImageClassifier", "Picture", "Prediction", "as_pictures", "center_zoom"]
 
+#: What is taken for a picture: a tensor :math:`(C, H, W)` in [0, 1], a path, or a PIL image.
 Picture = Tensor | str | Path | Image.Image
 View = Callable[[Tensor], Tensor]
 Batch = TypeVar("Batch")

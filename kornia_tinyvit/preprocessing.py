@@ -36,8 +36,9 @@ __all__ = [
     "to_pixels",
 ]
 
-#: Channel statistics of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
+#: Channel means of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
+#: Channel deviations of ImageNet's pictures in [0, 1].
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224

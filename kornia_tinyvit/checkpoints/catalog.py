@@ -27,6 +27,7 @@ __all__ = [
     "list_pretrained",
 ]
 
+#: The folder of the package with weights, photos and the names of classes.
 ASSETS = Path(str(resources.files("kornia_tinyvit"))) / "assets"
 _ZOO = "https://github.com/wkcn/TinyViT-model-zoo/releases/download/checkpoints"
 
@@ -164,6 +165,7 @@ def _larger(img_size: int, accuracy: tuple[float, float]) -> PretrainedWeights:
     )
 
 
+#: What is published, in the order in which it is told.
 CATALOG: tuple[PretrainedWeights, ...] = (
     PretrainedWeights(
         variant="1m",

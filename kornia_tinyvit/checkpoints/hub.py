@@ -20,7 +20,9 @@ __all__ = [
     "timm_config",
 ]
 
+#: The names of the two files that a folder of the hub has.
 CONFIG_FILE = "config.json"
+#: The second of them.
 WEIGHTS_FILE = "model.safetensors"
 
 #: What the fields of a network's configuration are called in transformers.

@@ -18,6 +18,7 @@ __all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph"]
 
 #: What comes in: pictures that are normalised, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
+#: The methods of a network that a graph can run.
 METHODS = ("forward", "forward_features", "forward_intermediates")
 LEVELS = {"unit": 1.0, "uint8": 255.0}
 

@@ -31,6 +31,10 @@ def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str
             be 2 or more, and another number than those it has nothing to do with, or torch takes it for fixed, or the
             two for one and the same.
         open_dims: the dimensions that may be of any size, of the inputs that have some.
+
+    Returns:
+        The program, with inputs and outputs of the shapes of the graph's; :func:`trace_pictures` is for pictures
+        :math:`(B, C, H, W)`.
     """
     shapes = tuple(dict.fromkeys(open_dims.get(name, ()), Dim.DYNAMIC) for name in inputs)
     # What the graph asks of open sizes is asked when it runs; as conditions of the trace they would exclude some.

@@ -119,7 +119,7 @@ def init_weights(module: nn.Module) -> None:
 
 
 def match_precision(pixel_values: Tensor, network: TinyViT) -> Tensor:
-    """Give pictures the precision of the network; integers are left for it to refuse."""
+    """Give pictures :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse."""
     stem = cast("ConvBN", network.patch_embed.seq[0]).c.weight
     floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
     return pixel_values.to(stem.dtype) if floating else pixel_values

@@ -32,6 +32,7 @@ __all__ = ["OUTPUT_MODES", "Mask", "Photo", "generate_masks"]
 #: What is taken for a photo.
 Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
+#: How masks may be returned.
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off

@@ -261,7 +261,18 @@ class SharingMaskDecoder(MaskDecoder):
         dense_prompt_embeddings: Tensor,
         multimask_output: bool,
     ) -> tuple[Tensor, Tensor]:
-        """Predict masks, as ``MaskDecoder.forward`` does; also for no prompts."""
+        """Predict masks, as ``MaskDecoder.forward`` does; also for no prompts.
+
+        Args:
+            image_embeddings: features of one photo, :math:`(1, C, h, w)`.
+            image_pe: position codes of their cells, of the same shape.
+            sparse_prompt_embeddings: points and boxes of the prompts, :math:`(P, N, C)`.
+            dense_prompt_embeddings: masks of the prompts, :math:`(P, C, h, w)`.
+            multimask_output: three masks a prompt, otherwise one.
+
+        Returns:
+            Logits :math:`(P, M, 4h, 4w)` and predicted IoUs :math:`(P, M)`.
+        """
         prompts = (sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output)
         if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and len(sparse_prompt_embeddings):
             return super().forward(image_embeddings, image_pe, *prompts)

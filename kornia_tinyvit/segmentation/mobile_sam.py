@@ -37,8 +37,9 @@ from kornia_tinyvit.segmentation.prompts import PhotoPrompts, each_photo, prepar
 
 __all__ = ["PIXEL_MEAN", "PIXEL_STD", "MaskPrediction", "MobileSAM", "MobileSAMPrompter"]
 
-#: Channel statistics that every SAM is normalised with, for values in [0, 1].
+#: Channel means that every SAM is normalised with, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+#: Channel deviations that every SAM is normalised with, for values in [0, 1].
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 _ENCODER = "image_encoder."

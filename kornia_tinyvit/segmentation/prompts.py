@@ -21,6 +21,11 @@ LABELS = (-1, 0, 1)
 def each_photo(kind: str, prompts: PhotoPrompts, photos: int) -> list[Tensor | None]:
     """Return the prompts of one kind for each photo.
 
+    Args:
+        kind: their name, for errors.
+        prompts: a tensor :math:`(P, ...)` for a single photo, or a list with such a tensor or ``None`` a photo.
+        photos: how many photos there are.
+
     Raises:
         TypeError: if they are no tensors.
         ValueError: if there are not as many entries as photos.

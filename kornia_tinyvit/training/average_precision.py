@@ -92,7 +92,7 @@ class BoxMetrics:
         self._found[index, : len(best)] = best.detach().to("cpu", torch.float32)
 
     def state(self) -> Tensor:
-        """Return everything as one vector; the sum of those of several processes is that of all pictures."""
+        """Return everything as one vector :math:`(n,)`; that of all pictures is the sum over the processes."""
         return torch.cat([self._sizes.flatten(), self._found.flatten()])
 
     def load_state(self, state: Tensor) -> None:

@@ -294,6 +294,7 @@ class DetectionTask:
             plain.save(path)
 
 
+#: The task of detectors, for :func:`~kornia_tinyvit.training.train`.
 DETECTION = DetectionTask()
 
 

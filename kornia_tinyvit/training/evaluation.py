@@ -139,7 +139,7 @@ class Metrics:
             cells += table[: self.num_classes, : self.num_classes].flatten()
 
     def state(self) -> Tensor:
-        """Return all counts as one float64 vector; the sum of those of several processes is that of all pictures."""
+        """Return all counts as one float64 vector :math:`(n,)`; that of all pictures is the sum over the processes."""
         return self._state.clone()
 
     def load_state(self, state: Tensor) -> None:
@@ -229,7 +229,15 @@ class ReadablePictures(Dataset[tuple[Tensor | None, int, str]]):
 
 
 def collate_readable(items: list[tuple[Tensor | None, int, str]]) -> tuple[list[Tensor], Tensor, list[str]]:
-    """Return the pictures of a batch that could be read, their classes, and the names of those that could not."""
+    """Return the pictures of a batch that could be read, their classes, and the names of those that could not.
+
+    Args:
+        items: for each picture its tensor :math:`(C, H, W)`, or ``None`` if it could not be read, its class, and its
+            name.
+
+    Returns:
+        Tensors :math:`(C, H, W)` of any sizes, classes :math:`(B,)`, and names.
+    """
     readable = [(picture, label) for picture, label, _ in items if picture is not None]
     broken = [name for picture, _, name in items if picture is None]
     return [picture for picture, _ in readable], torch.tensor([label for _, label in readable]).long(), broken

@@ -500,7 +500,7 @@ class PromptMetrics:
         self._sums[self.kinds.index(kind)] += torch.tensor([float(ious.sum()), len(ious)], dtype=torch.float64)
 
     def state(self) -> Tensor:
-        """Return all sums as one float64 vector; the sum of those of several processes is that of all pictures."""
+        """Return all sums as one float64 vector :math:`(n,)`; that of all pictures is the sum over the processes."""
         return self._sums.flatten().clone()
 
     def load_state(self, state: Tensor) -> None:
@@ -566,6 +566,7 @@ class Promptable:
             save_checkpoint(sam, path)
 
 
+#: The task of MobileSAM, for :func:`~kornia_tinyvit.training.train`.
 PROMPTABLE = Promptable()
 
 

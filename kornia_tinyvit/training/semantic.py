@@ -214,7 +214,7 @@ class PixelMetrics:
         """Add pictures.
 
         Args:
-            classes: predicted class indices of any shape.
+            classes: predicted class indices of any shape, such as :math:`(B, H, W)`.
             masks: the true ones of the same shape, or :data:`~kornia_tinyvit.training.masks.IGNORED`.
 
         Raises:
@@ -233,7 +233,7 @@ class PixelMetrics:
             self._confusion += table.cpu().double()
 
     def state(self) -> Tensor:
-        """Return all counts as one float64 vector; the sum of those of several processes is that of all pictures."""
+        """Return all counts as one float64 vector :math:`(n,)`; that of all pictures is the sum over the processes."""
         return self._confusion.flatten().clone()
 
     def load_state(self, state: Tensor) -> None:
@@ -326,6 +326,7 @@ class Semantic:
             plain.save(path)
 
 
+#: The task of semantic segmenters, for :func:`~kornia_tinyvit.training.train`.
 SEMANTIC = Semantic()
 
 

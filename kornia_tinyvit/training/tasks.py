@@ -40,7 +40,7 @@ class Counts(Protocol):
     """What a measure adds up, in one tensor that may be summed over processes."""
 
     def state(self) -> Tensor:
-        """Return all counts as one vector."""
+        """Return all counts as one vector :math:`(n,)`."""
 
     def load_state(self, state: Tensor) -> None:
         """Take over counts of :meth:`state`."""
@@ -162,6 +162,7 @@ class _Accuracy:
         return {"top1": round(found.top1, 4), "top5": round(found.top5, 4)}
 
 
+#: The task of classifiers, which :func:`~kornia_tinyvit.training.train` takes if no other is named.
 CLASSIFICATION = Classification()
 
 

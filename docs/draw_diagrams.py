@@ -1,0 +1,304 @@
+"""Draw the diagrams of the pages, as SVG files in `docs/_static`.
+
+    python docs/draw_diagrams.py
+
+The sizes in them are those of the networks' configurations, and the rooms are those of the package; the tests draw them
+again and compare. They stand on white, so that they can be read on a dark page as well.
+"""
+
+from __future__ import annotations
+
+import html
+from pathlib import Path
+
+from kornia_tinyvit import TinyViTConfig
+from kornia_tinyvit.detection import DetectorConfig
+from kornia_tinyvit.model import NECK_CHANNELS
+from kornia_tinyvit.segmentation import SegmenterConfig
+from kornia_tinyvit.segmentation.embedding import STRIDE
+
+STATIC = Path(__file__).resolve().parent / "_static"
+WIDTH, MARGIN = 720, 20
+BOX, SHAPE = 420, 250  # widths of the two columns: what happens, and the shape of what comes out
+TITLE, DETAIL = 19, 15  # pixels of the letters; a phone shows about half of them
+INK, QUIET, EDGE = "#16202c", "#4a5868", "#9aa7b4"
+DATA, CONVOLUTION, ATTENTION, HEAD = "#eef1f4", "#d5ecdf", "#d6e4fb", "#fbe6cc"
+TIMES = "\N{MULTIPLICATION SIGN}"
+
+#: The rooms of the package and what they are for. Each imports only rooms below; the two in one line know each other.
+ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("cli",), "the command line"),
+    (("contraction", "visualization"), "shrink a network; look inside"),
+    (("training", "distillation"), "learn from labels or a teacher"),
+    (("huggingface", "detection"), "transformers' classes; boxes"),
+    (("segmentation",), "masks and classes of pixels"),
+    (("deploy",), "faster, and in other runtimes"),
+    (("classification",), "pictures in, labels out"),
+    (("model", "preprocessing"), "the network; what precedes it"),
+    (("layers", "checkpoints"), "blocks; weights in and out"),
+    (("config", "files", "extras"), "what a network is; safe files"),
+)
+
+
+class Diagram:
+    """Boxes below each other on a white card, with arrows between them and a shape beside each.
+
+    Args:
+        title: what a screen reader says.
+    """
+
+    def __init__(self, title: str) -> None:
+        self.title = title
+        self.parts: list[str] = []
+        self.bottom = MARGIN
+        self.joined = False
+
+    def text(self, x: float, y: float, words: str, size: int, color: str = INK, style: str = "") -> None:
+        """Write a line that begins at x and stands on y."""
+        self.parts.append(
+            f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {style}>{html.escape(words)}</text>'
+        )
+
+    def box(self, x: float, width: float, title: str, details: tuple[str, ...], color: str) -> float:
+        """Draw a box at the bottom of the diagram and return its height."""
+        height = 34 + 20 * len(details)
+        self.parts.append(
+            f'<rect x="{x:g}" y="{self.bottom:g}" width="{width:g}" height="{height}" rx="7" '
+            f'fill="{color}" stroke="{EDGE}"/>'
+        )
+        self.text(x + 12, self.bottom + 23, title, TITLE, style='font-weight="600"')
+        for number, detail in enumerate(details):
+            self.text(x + 12, self.bottom + 44 + 20 * number, detail, DETAIL, QUIET)
+        return height
+
+    def arrow(self, x: float, top: float, bottom: float) -> None:
+        """Draw an arrow downwards."""
+        self.parts.append(f'<path d="M{x:g} {top:g}V{bottom - 2:g}" stroke="{QUIET}" marker-end="url(#tip)"/>')
+
+    def heading(self, words: str) -> None:
+        """Begin a new part."""
+        self.bottom += 14 if self.parts else 0
+        self.text(MARGIN, self.bottom + 18, words, TITLE, style='font-weight="700"')
+        self.bottom += 32
+        self.joined = False
+
+    def step(self, title: str, *details: str, shape: str = "", color: str = DATA) -> None:
+        """Add a box below the last one; an arrow leads to it unless a part begins here."""
+        if self.joined:
+            self.arrow(MARGIN + BOX / 2, self.bottom, self.bottom + 20)
+            self.bottom += 20
+        height = self.box(MARGIN, BOX, title, details, color)
+        for number, line in enumerate(shape.split("\n") if shape else ()):
+            lines = shape.count("\n")
+            y = self.bottom + height / 2 + 5 + 21 * (number - lines / 2)
+            self.text(MARGIN + BOX + 16, y, line, DETAIL + 1, style='font-family="monospace"')
+        self.bottom += height
+        self.joined = True
+
+    def beside(self, left: tuple[str, tuple[str, ...], str], right: tuple[str, tuple[str, ...], str]) -> None:
+        """Add two boxes in one line, from both of which an arrow leads down."""
+        half = (WIDTH - 3 * MARGIN) / 2
+        height = max(self.box(MARGIN + side * (half + MARGIN), half, *box) for side, box in enumerate((left, right)))
+        self.bottom += height
+        for side in (0, 1):
+            self.arrow(MARGIN + side * (half + MARGIN) + half / 4 + side * half / 8, self.bottom, self.bottom + 20)
+        self.bottom += 20
+        self.joined = False
+
+    def note(self, words: str) -> None:
+        """Write a line of small letters."""
+        self.bottom += 24
+        self.text(MARGIN, self.bottom, words, DETAIL, QUIET)
+
+    def to_svg(self) -> str:
+        """Return the file's text."""
+        height = self.bottom + MARGIN
+        lines = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
+            f'height="{height:g}" role="img" font-family="system-ui, Segoe UI, DejaVu Sans, sans-serif">',
+            f"<title>{html.escape(self.title)}</title>",
+            '<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="9" markerHeight="9" orient="auto">'
+            f'<path d="M0 0L8 4L0 8z" fill="{QUIET}"/></marker></defs>',
+            f'<rect x="0.5" y="0.5" width="{WIDTH - 1}" height="{height - 1:g}" rx="10" fill="#fff" stroke="{EDGE}"/>',
+            *self.parts,
+            "</svg>",
+        ]
+        return "\n".join(lines) + "\n"
+
+
+def size(channels: int | str, side: int | str) -> str:
+    """Return how the diagrams write the shape of a square map."""
+    return f"{channels} {TIMES} {side} {TIMES} {side}"
+
+
+def draw_network(config: TinyViTConfig, name: str) -> Diagram:
+    """Draw a network from the picture to the logits, and one of its attention blocks."""
+    diagram = Diagram(f"TinyViT {name}: the network from the picture to the logits, and one of its attention blocks")
+    sides = [config.img_size // stride for stride in config.stage_strides]
+    diagram.heading(f"TinyViT {name} at {config.img_size} pixels")
+    diagram.step("Picture", shape=size(config.in_chans, config.img_size))
+    diagram.step(
+        "Patch embedding",
+        f"two 3{TIMES}3 convolutions, stride 2",
+        shape=size(config.embed_dims[0], sides[0]),
+        color=CONVOLUTION,
+    )
+    for stage, (channels, depth, side) in enumerate(zip(config.embed_dims, config.depths, sides, strict=True)):
+        if stage:
+            diagram.step(
+                "Merging",
+                f"1{TIMES}1, depthwise 3{TIMES}3 with stride 2, 1{TIMES}1",
+                shape=size(channels, side),
+                color=CONVOLUTION,
+            )
+        if stage:
+            window, heads = config.window_sizes[stage], config.num_heads[stage]
+            title, color = f"Stage {stage + 1}: {depth} attention blocks", ATTENTION
+            detail = f"windows of {window}{TIMES}{window}, {heads} heads"
+        else:
+            title, color = f"Stage 1: {depth} MBConv blocks", CONVOLUTION
+            detail = f"1{TIMES}1 to {config.mbconv_expand_ratio:g} times the channels, depthwise 3{TIMES}3, 1{TIMES}1"
+        diagram.step(title, detail, shape=f"map {stage + 1}, stride {config.stage_strides[stage]}", color=color)
+    diagram.step("Head", "mean over the map, layer norm, linear", shape=f"{config.num_classes} logits", color=HEAD)
+    diagram.heading("One attention block")
+    diagram.step("Tokens", shape="C channels")
+    diagram.step("+ attention inside windows", "layer norm; a learnt bias for each offset", color=ATTENTION)
+    diagram.step(
+        f"depthwise {config.local_conv_size}{TIMES}{config.local_conv_size} convolution",
+        "across the windows' borders",
+        color=CONVOLUTION,
+    )
+    diagram.step(
+        "+ MLP",
+        "layer norm, linear, GELU, linear",
+        shape=f"{config.mlp_ratio:g} C inside",
+        color=ATTENTION,
+    )
+    diagram.note("+ is added to what came in. Convolutions are followed by batch norm.")
+    return diagram
+
+
+def draw_mobile_sam(config: TinyViTConfig) -> Diagram:
+    """Draw what MobileSAM does once for a photo, and what for each prompt."""
+    diagram = Diagram("MobileSAM: what happens once for a photo, and what for each prompt")
+    side = config.img_size
+    cells, low = side // STRIDE, side // 4
+    diagram.heading("Once for a photo")
+    diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
+    diagram.step("Resize, normalise, pad", f"the longer side becomes {side} pixels", shape=size(config.in_chans, side))
+    diagram.step(
+        "TinyViT 5m",
+        "the last merging keeps the size of the map",
+        shape=size(config.embed_dims[-1], cells),
+        color=ATTENTION,
+    )
+    diagram.step("Neck", f"1{TIMES}1, norm, 3{TIMES}3, norm", shape=size(NECK_CHANNELS, cells), color=CONVOLUTION)
+    diagram.heading("For each of P prompts")
+    diagram.beside(
+        ("Embedding of the photo", ("from above, or from a file",), DATA),
+        ("Prompt encoder", ("points, boxes, earlier masks",), HEAD),
+    )
+    diagram.step(
+        "Mask decoder",
+        "attention between prompt and photo, both ways",
+        shape=f"P {TIMES} 3 {TIMES} {low} {TIMES} {low}\nP {TIMES} 3 scores",
+        color=ATTENTION,
+    )
+    diagram.step("Enlarge, crop, threshold", shape=f"P {TIMES} 3 {TIMES} H {TIMES} W")
+    return diagram
+
+
+def draw_detector(config: DetectorConfig) -> Diagram:
+    """Draw the way from a photo to boxes."""
+    backbone, width, queries = config.backbone, config.hidden_dim, config.num_queries
+    strides = backbone.stage_strides[1:]
+    sides = [backbone.img_size // stride for stride in strides]
+    diagram = Diagram("The detector: from a photo to boxes")
+    diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
+    diagram.step("Resize to a square, normalise", shape=size(backbone.in_chans, backbone.img_size))
+    diagram.step(
+        "TinyViT 5m",
+        f"maps of the stages 2, 3 and 4: strides {strides[0]}, {strides[1]}, {strides[2]}",
+        shape="\n".join(size(c, side) for c, side in zip(backbone.embed_dims[1:], sides, strict=True)),
+        color=ATTENTION,
+    )
+    diagram.step(
+        "Hybrid encoder",
+        "attention over the coarsest map,",
+        "convolutions between the three",
+        shape="\n".join(size(width, side) for side in sides),
+        color=CONVOLUTION,
+    )
+    diagram.step(
+        "Choose queries",
+        f"the {queries} best of {sum(side**2 for side in sides)} cells",
+        shape=f"{queries} {TIMES} {width}",
+        color=HEAD,
+    )
+    diagram.step(
+        f"Decoder, {config.decoder_layers} layers",
+        "attention among queries, and to points on the maps",
+        shape=f"{queries} {TIMES} K logits\n{queries} {TIMES} 4 boxes",
+        color=ATTENTION,
+    )
+    diagram.step("Sort by score, scale to the photo", shape="label, score, box")
+    return diagram
+
+
+def draw_segmenter(config: SegmenterConfig) -> Diagram:
+    """Draw the way from a picture to a class for each pixel."""
+    backbone, width = config.backbone, config.width
+    sides = [backbone.img_size // stride for stride in backbone.stage_strides]
+    diagram = Diagram("The semantic segmenter: from a picture to a class for each pixel")
+    diagram.step("Picture", shape=size(backbone.in_chans, backbone.img_size))
+    diagram.step(
+        "Normalise, TinyViT 5m",
+        "maps of the four stages",
+        shape="\n".join(size(c, side) for c, side in zip(backbone.embed_dims, sides, strict=True)),
+        color=ATTENTION,
+    )
+    diagram.step(
+        "A linear layer for each map",
+        "all enlarged to the finest, and stacked",
+        shape=size(len(sides) * width, sides[0]),
+        color=CONVOLUTION,
+    )
+    diagram.step("A linear layer over all", "batch norm, ReLU, dropout", shape=size(width, sides[0]), color=CONVOLUTION)
+    diagram.step("Classifier", shape=size("K", sides[0]), color=HEAD)
+    diagram.step("Enlarge", shape=size("K", backbone.img_size))
+    return diagram
+
+
+def draw_rooms() -> Diagram:
+    """Draw the rooms of the package, each above those that it imports."""
+    diagram = Diagram("The rooms of the package, each above those that it imports")
+    for names, purpose in ROOMS:
+        width = (WIDTH - 2 * MARGIN - SHAPE - 20 - 10 * (len(names) - 1)) / len(names)
+        for column, name in enumerate(names):
+            left = MARGIN + column * (width + 10)
+            diagram.box(left, width, name, (), ATTENTION if names[0] != "cli" else HEAD)
+        diagram.text(WIDTH - MARGIN - SHAPE, diagram.bottom + 22, purpose, DETAIL, QUIET)
+        diagram.bottom += 34
+        if names != ROOMS[-1][0]:
+            diagram.arrow(MARGIN + (WIDTH - 2 * MARGIN - SHAPE - 20) / 2, diagram.bottom, diagram.bottom + 16)
+            diagram.bottom += 16
+    diagram.note("A room imports only rooms below it; training and distillation know each other.")
+    return diagram
+
+
+def diagrams() -> dict[str, str]:
+    """Return the files by their names."""
+    five = TinyViTConfig.from_variant("5m")
+    drawn = {
+        "network": draw_network(five, "5m"),
+        "mobile_sam": draw_mobile_sam(five.replace(img_size=1024, mobile_sam=True)),
+        "detector": draw_detector(DetectorConfig(five.replace(img_size=640, num_classes=0), num_classes=80)),
+        "segmenter": draw_segmenter(SegmenterConfig(five.replace(img_size=512, num_classes=0), num_classes=150)),
+        "rooms": draw_rooms(),
+    }
+    return {f"{name}.svg": diagram.to_svg() for name, diagram in drawn.items()}
+
+
+if __name__ == "__main__":
+    for name, text in diagrams().items():
+        (STATIC / name).write_text(text, encoding="utf-8")
