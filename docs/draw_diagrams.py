@@ -28,6 +28,7 @@ TIMES = "\N{MULTIPLICATION SIGN}"
 #: The rooms of the package and what they are for. Each imports only rooms below; the two in one line know each other.
 ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cli",), "the command line"),
+    (("web",), "a page to play with"),
     (("contraction", "visualization"), "shrink a network; look inside"),
     (("training", "distillation"), "learn from labels or a teacher"),
     (("huggingface", "detection"), "transformers' classes; boxes"),

@@ -94,26 +94,34 @@ def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
     return _read(path, channels, to_image)
 
 
-def read_pixels(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
+def read_pixels(path: str | Path | BinaryIO, channels: int = 3, max_pixels: int | None = None) -> Tensor:
     """Read a picture file as :func:`read_image` does, into a quarter of the memory.
 
     Args:
         path: the file, or an open one.
         channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        max_pixels: refuse a picture of more pixels before it is decoded; a small file may hold a very large one.
 
     Returns:
         The picture :math:`(C, H, W)`, uint8 in [0, 255].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, or is damaged.
+        ValueError: if it is no picture, is damaged, or has too many pixels.
     """
-    return _read(path, channels, to_pixels)
+    return _read(path, channels, to_pixels, max_pixels)
 
 
-def _read(path: str | Path | BinaryIO, channels: int, convert: Callable[[Image.Image, int], Tensor]) -> Tensor:
+def _read(
+    path: str | Path | BinaryIO,
+    channels: int,
+    convert: Callable[[Image.Image, int], Tensor],
+    max_pixels: int | None = None,
+) -> Tensor:
     try:
         with Image.open(path) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in all")
             ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies pictures that are upright already
             return convert(image, channels)
     except FileNotFoundError:

@@ -22,6 +22,7 @@ from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from kornia_tinyvit.segmentation.overlay import distinct_colors
 
 __all__ = [
+    "blur_size",
     "demo_augmentations",
     "draw_detections",
     "feature_colors",
@@ -29,6 +30,7 @@ __all__ = [
     "saliency",
     "save_rows",
     "save_sheet",
+    "stage_features",
 ]
 
 _TILE = 232  # pixels a side
@@ -62,9 +64,18 @@ def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = Non
         (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), pixels)
     heat = gradient.abs().amax(1, keepdim=True)
     sigma = max(0.5, blur * max(images.shape[-2:]))
-    size = min(2 * math.ceil(2 * sigma) + 1, *(side - 1 + side % 2 for side in images.shape[-2:]))
-    heat = gaussian_blur2d(heat, size, (sigma, sigma))
+    heat = gaussian_blur2d(heat, blur_size(sigma, images), (sigma, sigma))
     return (heat / _percentile(heat, 0.99).clamp_min(1e-12)).clamp(0, 1)
+
+
+def blur_size(sigma: float, images: Tensor) -> int:
+    """Return the side of a Gaussian's kernel: two deviations to each side, odd, and no larger than the pictures.
+
+    Args:
+        sigma: standard deviation in pixels.
+        images: pictures :math:`(B, C, H, W)`.
+    """
+    return min(2 * math.ceil(2 * sigma) + 1, *(side - 1 + side % 2 for side in images.shape[-2:]))
 
 
 def feature_colors(features: Tensor) -> Tensor:
@@ -145,7 +156,7 @@ def save_sheet(
     with evaluating(classifier):
         predictions = classifier.predict([image, *changed.values()], top_k)
         heat = saliency(classifier, batch)
-        stages = _stage_features(classifier, batch)
+        stages = stage_features(classifier, batch)
 
     above = [(image, "the photo", "")]
     for (name, view), found in zip(changed.items(), predictions[1:], strict=True):
@@ -209,11 +220,22 @@ def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool
     return picture
 
 
-def _stage_features(classifier: ImageClassifier, batch: Tensor) -> list[Tensor]:
-    scale = 4 * classifier.model.config.img_size / min(batch.shape[-2:])
-    height, width = (min(round(side * scale), 2048) for side in batch.shape[-2:])
-    whole = resize(batch, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
-    mean, std = batch.new_tensor(IMAGENET_MEAN), batch.new_tensor(IMAGENET_STD)
+def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
+    r"""Return the maps of the four stages for whole pictures, their shorter side at four times the resolution.
+
+    That shows more than the few cells that the classifier itself looks at.
+
+    Args:
+        classifier: the network to look into.
+        images: pictures :math:`(B, 3, H, W)` in [0, 1].
+
+    Returns:
+        Maps :math:`(B, C_i, H_i, W_i)`, the finest first.
+    """
+    scale = 4 * classifier.model.config.img_size / min(images.shape[-2:])
+    height, width = (min(round(side * scale), 2048) for side in images.shape[-2:])
+    whole = resize(images, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
+    mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
     return classifier.model.forward_intermediates(normalize(whole, mean, std))
 
 

@@ -20,6 +20,7 @@ from kornia_tinyvit.preprocessing import (
     TrainingPreset,
     check_images,
     read_image,
+    read_pixels,
     to_image,
 )
 from tests.conftest import shared
@@ -45,14 +46,21 @@ def by_pillow(photo: Image.Image, size: int, crop_fraction: float | None) -> tor
     """The published evaluation in Pillow alone."""
     photo = photo.convert("RGB")
     if crop_fraction is None:
-        photo = photo.resize((size, size), Image.Resampling.BICUBIC)
+        photo = in_two_passes(photo, size, size)
     else:
         scale = int(size / crop_fraction) / min(photo.size)
         sides = [int(side * scale + 1e-6) for side in photo.size]
-        photo = photo.resize(sides, Image.Resampling.BICUBIC)
+        photo = in_two_passes(photo, *sides)
         left, top = (round((side - size) / 2) for side in sides)
         photo = photo.crop((left, top, left + size, top + size))
     return torch.from_numpy(np.array(photo)).movedim(-1, 0) / 255
+
+
+def in_two_passes(photo: Image.Image, width: int, height: int) -> Image.Image:
+    """Resize in the order of Pillow 13; before it, the width always went first."""
+    rows_first = photo.height - height > max(0, 2 * (photo.width - width))
+    halfway = (photo.width, height) if rows_first else (width, photo.height)
+    return photo.resize(halfway, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
 
 
 def levels(count: int, size: int = 32) -> torch.Tensor:
@@ -328,6 +336,13 @@ class TestReadImage:
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 64 // 2 - 1)
         with pytest.raises(ValueError, match=r"bomb\.png is not a picture that can be read: Image size"):
             read_image(tmp_path / "bomb.png")
+
+    def test_pixels_limit(self, photo, tmp_path):
+        photo.save(tmp_path / "photo.png")
+        count = photo.width * photo.height
+        assert read_pixels(tmp_path / "photo.png", max_pixels=count).shape == (3, photo.height, photo.width)
+        with pytest.raises(ValueError, match=rf"it has {photo.width}x{photo.height} pixels, more than {count - 1}"):
+            read_pixels(tmp_path / "photo.png", max_pixels=count - 1)
 
 
 class TestTrainingPipeline:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlparse
 
 import torch
 import typer
@@ -20,15 +21,47 @@ _SUFFIXES = {".jpg", ".png"}
 
 def demo(
     photos: Annotated[list[Path] | None, typer.Argument(help="Picture files. Default: those in the package.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("demo"),
+    out: Annotated[Path | None, typer.Option(help="Folder for the sheets. Default: demo.")] = None,
     variant: Variant = None,
     pretrained: Pretrained = None,
     device: Device = "cpu",
+    web: Annotated[bool, typer.Option("--web", help="Serve a page to play with; the photos are its examples.")] = False,
+    host: Annotated[
+        str | None,
+        typer.Option(
+            help="With --web: address to listen on; 0.0.0.0 lets the whole network in, without a password. "
+            "Default: 127.0.0.1, this machine alone."
+        ),
+    ] = None,
+    port: Annotated[
+        int | None, typer.Option(min=0, max=65535, help="With --web: port; 0 for any that is free. Default: 7860.")
+    ] = None,
+    sam: Annotated[
+        str | None,
+        typer.Option(
+            help="With --web: file or URL of a whole MobileSAM to segment with, or mobile_sam, the published one, "
+            "downloaded once at the first use. Default: mobile_sam."
+        ),
+    ] = None,
 ) -> None:
-    """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees."""
+    """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees.
+
+    With --web, serve a page where photos can be classified, augmented and segmented instead.
+    """
+    photos = photos or sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
+    if web:
+        if out is not None:
+            raise ValueError("--out is a folder for sheets, and --web draws none: leave one of them out.")
+        _serve(photos, variant, pretrained, device, host or "127.0.0.1", 7860 if port is None else port, sam)
+        return
+    for option, value in (("--host", host), ("--port", port), ("--sam", sam)):
+        if value is not None:
+            raise ValueError(f"{option} is about the page to play with: add --web.")
+    _draw(photos, out or Path("demo"), variant, pretrained, device)
+
+
+def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | None, device: str) -> None:
     torch.manual_seed(0)  # one view has noise
-    if not photos:
-        photos = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
     sheets = [out / f"{photo.stem}.png" for photo in photos]
     if len({path.resolve() for path in (*photos, *sheets)}) < 2 * len(photos):
         raise ValueError(f"A sheet in {out} would replace a photo or another sheet; rename photos or change --out.")
@@ -40,3 +73,23 @@ def demo(
         first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
         table.add_row(photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", str(sheet))
     Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup
+
+
+def _serve(
+    photos: list[Path],
+    variant: str | None,
+    pretrained: str | None,
+    device: str,
+    host: str,
+    port: int,
+    sam: str | None,
+) -> None:
+    from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
+
+    if sam and sam != "mobile_sam" and not urlparse(sam).scheme and not Path(sam).exists():
+        raise FileNotFoundError(f"There is no file {sam} for --sam.")
+    missing = [path for path in photos if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"There is no picture {missing[0]}.")
+    classifier = build_classifier(variant, pretrained, device, tta=True)
+    serve(classifier, sam or "mobile_sam", device, photos, host, port)

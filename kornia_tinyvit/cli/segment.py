@@ -155,10 +155,7 @@ def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
 def _prompted(sam: MobileSAM, picture: Image.Image, prompts: _Prompts) -> Found:
     points = None if prompts.points is None else prompts.points[None]
     labels = None if prompts.labels is None else prompts.labels[None]
-    # A single point may mean a part or the whole; more than that is unambiguous, and a single mask is better then.
-    several = prompts.boxes is None and points is not None and points.shape[1] == 1
-    (found,) = sam.predict_masks(sam.embed(picture), points, labels, prompts.boxes, multimask_output=several)
-    best = found.best()
+    best = sam.predict_best(sam.embed(picture), points, labels, prompts.boxes)
     rows = zip(best.masks()[:, 0].cpu(), best.scores[:, 0].tolist(), strict=True)
     return [_describe(mask) | {"predicted_iou": score} for mask, score in rows]
 

@@ -279,6 +279,28 @@ class MobileSAM(Sam):
             found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
         return found
 
+    def predict_best(
+        self, embedding: ImageEmbedding, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None
+    ) -> MaskPrediction:
+        """Find the one mask that each prompt of a photo most likely means.
+
+        A single point may mean a part or the whole, so three masks are asked for and the best is kept. More than that
+        is unambiguous, and a single mask is better then.
+
+        Args:
+            embedding: of one photo.
+            points, labels, boxes: as :meth:`predict_masks` takes them for a single photo.
+
+        Returns:
+            The masks, :math:`M = 1`.
+
+        Raises:
+            ValueError: as :meth:`predict_masks`, or if the embedding is of several photos.
+        """
+        several = boxes is None and points is not None and points.shape[1] == 1
+        (found,) = self.predict_masks(embedding, points, labels, boxes, multimask_output=several)
+        return found.best()
+
     @overload
     def generate_masks(self, image: Photo, **settings: Any) -> list[Mask]: ...
 

@@ -1,4 +1,6 @@
 import shutil
+import socket
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,36 @@ class TestErrors:
         (tmp_path / "notes.jpg").write_text("no picture")
         arguments = (str(tmp_path / "notes.jpg"), "--out", str(tmp_path / "demo"), "--pretrained", weights)
         assert "notes.jpg is not a picture that can be read" in error_of(capfd, monkeypatch, "demo", *arguments)
+
+    @pytest.mark.parametrize(
+        ("arguments", "message"),
+        [
+            (["--port", "80"], "--port is about the page to play with: add --web"),
+            (["--host", "0.0.0.0"], "--host is about the page to play with: add --web"),
+            (["--sam", "mobile_sam"], "--sam is about the page to play with: add --web"),
+            (["--web", "--out", "demo"], "--out is a folder for sheets, and --web draws none"),
+            (["--web", "gone.png"], "There is no picture gone.png"),
+            (["--web", "--sam", "gone.safetensors"], "There is no file gone.safetensors for --sam"),
+            (["--web", "--host", "203.0.113.7", "--port", "0"], "Port 0 of 203.0.113.7 cannot be used"),
+            (["--web", "--device", "toaster"], "'toaster' cannot be used here"),
+        ],
+    )
+    def test_page(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
+        pytest.importorskip("gradio", reason="needs the extra demo")
+        monkeypatch.chdir(tmp_path)
+        assert message in error_of(capfd, monkeypatch, "demo", "--pretrained", weights, *arguments)
+        assert not (tmp_path / "demo").exists()
+
+    def test_taken_port(self, weights, capfd, monkeypatch):
+        pytest.importorskip("gradio", reason="needs the extra demo")
+        with socket.create_server(("127.0.0.1", 0)) as taken:
+            port = str(taken.getsockname()[1])
+            told = error_of(capfd, monkeypatch, "demo", "--pretrained", weights, "--web", "--port", port)
+        assert f"Port {port} of 127.0.0.1 cannot be used" in told
+        assert "choose another by --port, 0 for any that is free" in told
+
+    def test_page_without_gradio(self, weights, capfd, monkeypatch):
+        monkeypatch.setitem(sys.modules, "gradio", None)
+        monkeypatch.delitem(sys.modules, "kornia_tinyvit.web.page", raising=False)
+        told = error_of(capfd, monkeypatch, "demo", "--pretrained", weights, "--web")
+        assert told == "Error: The page needs gradio: pip install 'kornia-tinyvit[demo]'.\n"

@@ -567,6 +567,23 @@ class TestPredictMasks:
         with pytest.raises(ValueError, match="nothing to look for"):
             sam.predict_masks(embedding)
 
+    def test_best_for_a_prompt(self, sam):
+        """Of three masks for a lone point; one for anything that says more."""
+        embedding = sam.embed(ASSETS / "photos" / "chelsea.png")
+        point, box = torch.tensor([[[200.0, 150.0]]]), torch.tensor([[100.0, 20.0, 300.0, 280.0]])
+        two, labels = torch.tensor([[[200.0, 150.0], [20.0, 280.0]]]), torch.tensor([[1, 0]])
+        for prompts, several in (
+            ((point, None, None), True),
+            ((two, labels, None), False),
+            ((None, None, box), False),
+            ((point, None, box), False),
+        ):
+            found = sam.predict_best(embedding, *prompts)
+            (expected,) = sam.predict_masks(embedding, *prompts, multimask_output=several)
+            assert torch.equal(found.low_res_logits, expected.best().low_res_logits)
+        with pytest.raises(ValueError, match="A tensor holds the points of one photo"):
+            sam.predict_best(sam.embed([ASSETS / "photos" / "chelsea.png"] * 2), point, None, None)
+
 
 class TestEmbedding:
     def test_saved_one_gives_the_same_masks(self, sam, photos, tmp_path):

@@ -1,0 +1,56 @@
+"""Photograph the page of `kornia-tinyvit demo --web` for the documentation, into `docs/_static/web.png`.
+
+    python docs/record_web.py
+
+It needs the extra `demo`, playwright, and a Chromium of the system; no network connection.
+"""
+
+from __future__ import annotations
+
+import io
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+PICTURE = Path(__file__).resolve().parent / "_static" / "web.png"
+VIEWPORT = {"width": 1360, "height": 840}
+COMMAND = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0"]
+
+
+def photograph(page: Page) -> bytes:
+    """Turn the cat and take its colour away, and wait until the page shows it."""
+    page.locator("#labels").filter(has_text="cat").wait_for()
+    page.get_by_role("tab", name="Augment").click()
+    shown = "#scores tbody"
+    page.locator(shown).wait_for()
+    for slider, value in (("saturation", "0.2"), ("rotation", "24")):
+        before = page.locator(shown).inner_text()
+        page.get_by_role("slider", name=re.compile(slider)).fill(value)
+        page.wait_for_function(f"old => document.querySelector('{shown}').innerText !== old", arg=before)
+    page.mouse.move(0, 0)
+    page.wait_for_timeout(1000)  # until the pictures are drawn
+    return page.screenshot()
+
+
+def main() -> None:
+    chromium = shutil.which("chromium") or shutil.which("google-chrome")
+    with subprocess.Popen(COMMAND, stdout=subprocess.PIPE, text=True) as process:  # noqa: S603 - the command above
+        address = re.findall(r"http://\S+", process.stdout.readline())[0]
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+            page = browser.new_page(viewport=VIEWPORT)
+            page.goto(address)
+            taken = photograph(page)
+            browser.close()
+        process.terminate()
+    # 256 colours are a quarter of the file.
+    Image.open(io.BytesIO(taken)).convert("RGB").quantize(256).save(PICTURE, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
