@@ -39,12 +39,12 @@ def find_commands(page: Path) -> list[str]:
 
 
 def split(line: str) -> list[list[str]]:
-    """Return the words of each command of a line, without comments and settings of the environment."""
-    lexer = shlex.shlex(line, posix=True, punctuation_chars="&|;<>")
+    """Return the words of each command of a line, without comments, files of output and settings of the environment."""
+    lexer = shlex.shlex(re.sub(r" 2?>+ *\S+", "", line), posix=True, punctuation_chars="&|;")
     lexer.whitespace_split = True
     commands: list[list[str]] = [[]]
     for word in lexer:
-        if set(word) <= set("&|;<>"):
+        if set(word) <= set("&|;"):
             commands.append([])
         elif commands[-1] or not re.fullmatch(r"[A-Z_]+=.*", word):
             commands[-1].append(word)
@@ -169,7 +169,7 @@ def test_commands_are_found(tmp_path):
     page = tmp_path / "page.rst"
     page.write_text(
         "Try ``kornia-tinyvit demo\n--out x``, not :file:`y`.\n\n.. code-block:: console\n\n"
-        "    $ A=1 kornia-tinyvit classify a.jpg \\\n        --json & # why\n    printed\n    $ make docs\n"
+        "    $ A=1 kornia-tinyvit classify a.jpg \\\n        --json > a.txt & # why\n    printed\n    $ make docs\n"
     )
     words = [words for line in find_commands(page) for words in split(line)]
     assert sorted(words) == [
