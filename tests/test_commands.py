@@ -21,9 +21,11 @@ from tests.test_documents import PAGES, ROOT, code_blocks
 
 OUTPUTS = ROOT / "docs" / "guides" / "outputs"
 RECORD = runpy.run_path(str(ROOT / "docs" / "record_outputs.py"))
-DOCUMENTS = [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "examples" / "README.md", *sorted(OUTPUTS.glob("*.txt"))]
+OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", ROOT / "examples" / "README.md"]
+DOCUMENTS = [*PAGES, *OTHER_PAGES, *sorted(OUTPUTS.glob("*.txt"))]
 SCRIPTS = ("examples/", "benchmarks/", "docs/")
-OTHERS = {"export", "hf", "mypy", "pytest", "ruff", "sphinx-build", "."}  # not of this project
+#: Programs that are not of this project.
+OTHERS = {".", ".ci/run", "cat", "export", "git", "hf", "mypy", "pytest", "ruff", "sed", "sphinx-build", "tar", "twine"}
 INLINE = re.compile(rf"(?<!:)`((?:kornia-tinyvit|python (?:{'|'.join(SCRIPTS)}))[^`]*\s--[^`]*)`")
 
 
@@ -111,6 +113,7 @@ def check_extras(arguments: list[str]) -> None:
 
 def check(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     program, *arguments = words
+    program = re.sub(r"^(\.venv|build/\w+)/bin/", "", program)
     if "kornia_tinyvit" in arguments and arguments[arguments.index("kornia_tinyvit") - 1] == "-m":
         program, arguments = "kornia-tinyvit", arguments[arguments.index("kornia_tinyvit") + 1 :]
     if program == "kornia-tinyvit":
