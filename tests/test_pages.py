@@ -22,12 +22,12 @@ SCREENS = {"wide": {"width": 1400, "height": 900}, "phone": {"width": 390, "heig
 SCHEMES = ("light", "dark")
 
 #: What is wrong with a page as it is shown: a page that can be pushed sideways, what is cut off at its edge, pictures
-#: without pixels. Code and tables may be wider inside of a frame that scrolls.
+#: without pixels. Code and tables may be wider inside of a frame that scrolls, but furo's whole column may not scroll.
 LOOK = """async () => {
     const width = document.documentElement.clientWidth, faults = [];
     if (document.documentElement.scrollWidth > width)
         faults.push(`is ${document.documentElement.scrollWidth} wide`);
-    const scrolls = element => element && element !== document.body &&
+    const scrolls = element => element.localName !== "article" &&
         (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
     for (const element of document.querySelectorAll("article :not(span)"))
         if (element.getBoundingClientRect().right > width + 1 && !scrolls(element.parentElement)) {
@@ -183,6 +183,7 @@ WHOLE = """<html><head><link rel="icon" href="data:,"><meta name="viewport" cont
         ("", "", 0),
         ('<img src="none.png">', "has no picture none.png", 6),  # in four views, the answer, the console
         ('<div style="width: 600px">wide</div>', "phone, light: is 6", 4),
+        ('</article><div style="overflow: auto"><article><p style="width: 600px">in its column', "juts out", 2),
         ('<div style="overflow: hidden"><p style="width: 600px">cut</p></div>', "juts out", 2),
         ("<script>console.error('a sentence')</script>", "says a sentence", 1),
         ("<script>undefined.name</script>", "raises Cannot read", 1),
