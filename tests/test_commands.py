@@ -20,7 +20,11 @@ from kornia_tinyvit.training.recipes import find_recipe
 from tests.test_documents import PAGES, ROOT, code_blocks
 
 OUTPUTS = ROOT / "docs" / "guides" / "outputs"
-RECORD = runpy.run_path(str(ROOT / "docs" / "record_outputs.py"))
+
+with pytest.MonkeyPatch.context() as patched:
+    patched.syspath_prepend(str(ROOT / "docs"))  # as for a script, which may import its neighbours
+    RECORD = runpy.run_path(str(ROOT / "docs" / "record_outputs.py"))
+
 OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", ROOT / "examples" / "README.md"]
 DOCUMENTS = [*PAGES, *OTHER_PAGES, *sorted(OUTPUTS.glob("*.txt"))]
 SCRIPTS = ("examples/", "benchmarks/", "docs/")
