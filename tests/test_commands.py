@@ -84,7 +84,10 @@ class Parsed(Exception):
 
 
 def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let a script of the project parse its arguments and stop there."""
+    """Let a script of the project parse its arguments and stop there; one that takes none has to be there."""
+    if "ArgumentParser" not in (ROOT / script).read_text(encoding="utf-8"):
+        assert not arguments, f"{script} takes no arguments."
+        return
 
     def parse(parser: argparse.ArgumentParser, args=None, namespace=None):
         parse_known(parser, args, namespace)
