@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs setup clean
+.PHONY: demo test lint docs dist setup clean
 
 demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
@@ -22,6 +22,28 @@ docs: setup
 	$(BIN)/sphinx-build -W --keep-going -q -b html docs docs/_build/html
 	@echo "Open docs/_build/html/index.html"
 
+# The source distribution and the wheel from it in dist/; the wheel then works in an environment that has nothing else,
+# away from the checkout, and the packages of every extra can be had together.
+dist:
+	rm -rf dist build
+	$(PYTHON) -m venv build/tools
+	build/tools/bin/python -m pip install --quiet --disable-pip-version-check build twine
+	build/tools/bin/python -m build --outdir dist .
+	build/tools/bin/twine check --strict dist/*
+	$(PYTHON) -m venv build/clean
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	build/clean/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt dist/*.whl
+	cd build && PYTHONPATH= clean/bin/kornia-tinyvit demo --out demo
+	cd build && PYTHONPATH= clean/bin/python -c \
+	  "import kornia_tinyvit; print(kornia_tinyvit.__version__, kornia_tinyvit.__file__)"
+	for extra in $$(build/clean/bin/python -c "import tomllib; \
+	  print(*tomllib.load(open('pyproject.toml', 'rb'))['project']['optional-dependencies'])"); do \
+	  build/clean/bin/python -m pip install --quiet --disable-pip-version-check --dry-run -c constraints.txt \
+	    "$$(echo dist/*.whl)[$$extra]" || exit 1; \
+	  echo "extra $$extra: all packages can be had"; \
+	done
+	ls -l dist
+
 setup: $(VENV)/.all
 
 # torch first and alone: with it in place, nothing that needs it pulls another build.
@@ -36,4 +58,4 @@ $(VENV)/.all: $(VENV)/.core
 	touch $@
 
 clean:
-	rm -rf $(VENV) demo docs/_build .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist demo docs/_build .coverage .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -6,7 +6,7 @@ from pathlib import Path
 from docutils import nodes
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the package
-sys.path.insert(0, str(Path(__file__).parent))  # plain_math
+sys.path.insert(0, str(Path(__file__).parent))  # plain_math, source_links
 
 import kornia_tinyvit
 
@@ -21,6 +21,7 @@ extensions = [
     "sphinx.ext.viewcode",
     "sphinx_design",
     "plain_math",
+    "source_links",
 ]
 exclude_patterns = ["_build"]
 
@@ -36,9 +37,12 @@ napoleon_use_ivar = True
 suppress_warnings = ["design.card_legacy"]  # the directives that replace the separators are newer than 0.6
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"  # the default one underlines modules, as if they were links
 html_math_renderer = "plain"
 html_title = f"kornia-tinyvit {release}"
 html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_favicon = "_static/favicon.svg"
 
 
 def setup(app):

@@ -119,38 +119,50 @@ def write_small(sheet: Image.Image, path: Path) -> None:
     sheet.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
+def prepare(folder: Path, cifar10: Path | None = None) -> None:
+    """Put what the commands name into a folder."""
+    for photo in (ASSETS / "photos").iterdir():
+        shutil.copy(photo, folder)
+    write_pieces(folder / "photos")
+    write_mobile_sam(folder / "mobile_sam.safetensors")
+    if cifar10:
+        for split in ("train", "test"):
+            os.symlink((cifar10 / f"{split}.parquet").resolve(), folder / f"{split}.parquet")
+
+
+def record(command: str, folder: Path) -> str:
+    """Run a command in a folder; return it, behind a prompt, and what it prints.
+
+    Raises:
+        subprocess.CalledProcessError: if it fails, unless its failure is what is shown.
+    """
+    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(DOCS.parent), "NO_COLOR": "1"}
+    environment["PYTHONWARNINGS"] = "ignore::UserWarning:torch.utils.data.dataloader"  # of machines with one core
+    done = subprocess.run(  # noqa: S603 - the commands above
+        [sys.executable, "-m", "kornia_tinyvit", *command.replace("\\\n", " ").split()[1:]],
+        cwd=folder,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        check=command != COMMANDS["error"],
+    )
+    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    return "\n".join([f"$ {command}", *lines, ""])
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
     parser.add_argument("names", nargs="*", help="outputs to write; all without names")
     args = parser.parse_args()
-    environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(DOCS.parent), "NO_COLOR": "1"}
-    environment["PYTHONWARNINGS"] = "ignore::UserWarning:torch.utils.data.dataloader"  # of machines with one core
+    commands = COMMANDS | (ON_CIFAR10 if args.cifar10 else {})
+    if args.names:
+        commands = {name: commands[name] for name in args.names}
     with tempfile.TemporaryDirectory() as folder:
-        for photo in (ASSETS / "photos").iterdir():
-            shutil.copy(photo, folder)
-        write_pieces(Path(folder) / "photos")
-        write_mobile_sam(Path(folder) / "mobile_sam.safetensors")
-        commands = dict(COMMANDS)
-        if args.cifar10:
-            for split in ("train", "test"):
-                os.symlink((args.cifar10 / f"{split}.parquet").resolve(), Path(folder) / f"{split}.parquet")
-            commands |= ON_CIFAR10
-        if args.names:
-            commands = {name: commands[name] for name in args.names}
+        prepare(Path(folder), args.cifar10)
         for name, command in commands.items():
-            program = [sys.executable, "-c", "from kornia_tinyvit.cli import main; main()"]
-            done = subprocess.run(  # noqa: S603 - the commands above
-                [*program, *command.replace("\\\n", " ").split()[1:]],
-                cwd=folder,
-                env=environment,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.STDOUT,
-                text=True,
-                check=name != "error",
-            )
-            lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
-            (OUTPUTS / f"{name}.txt").write_text("\n".join([f"$ {command}", *lines, ""]))
+            (OUTPUTS / f"{name}.txt").write_text(record(command, Path(folder)))
         if "demo" in commands:
             with Image.open(Path(folder) / "demo" / "chelsea.png") as sheet:
                 write_small(sheet, DOCS / "_static" / "demo.png")

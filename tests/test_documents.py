@@ -26,17 +26,17 @@ DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.rst"))]
 
 
-def python_blocks(page: Path) -> list[str]:
+def code_blocks(page: Path, language: str) -> list[str]:
     text = page.read_text(encoding="utf-8")
     if page.suffix == ".md":
-        return re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    blocks = re.findall(r"\.\. code-block:: python\n(?: +:.*\n)*\n((?:(?:[ ]+.*)?\n)+)", text + "\n")
+        return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    blocks = re.findall(rf"\.\. code-block:: {language}\n(?: +:.*\n)*\n((?:(?:[ ]+.*)?\n)+)", text + "\n")
     return [textwrap.dedent(block) for block in blocks]
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_code_runs(page, tmp_path):
-    blocks = python_blocks(page)
+    blocks = code_blocks(page, "python")
     if not blocks:
         assert "code-block:: python" not in page.read_text(encoding="utf-8")
         return
@@ -51,7 +51,7 @@ def test_code_runs(page, tmp_path):
 
 
 def test_readme_prints_what_it_says(tmp_path):
-    block = next(block for block in python_blocks(ROOT / "README.md") if "forward_intermediates" in block)
+    block = next(block for block in code_blocks(ROOT / "README.md", "python") if "forward_intermediates" in block)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import torch\n" + block], capture_output=True, text=True, check=True
     )

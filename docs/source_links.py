@@ -1,0 +1,37 @@
+"""Let the links of the source pages lead somewhere.
+
+sphinx.ext.viewcode takes everything of a module to be documented under one package; here, of one and the same module,
+``kornia_tinyvit.TinyViTConfig`` and ``kornia_tinyvit.config.resolve_window_sizes`` are. Its index lists ``builtins``,
+too, which has no page.
+"""
+
+from __future__ import annotations
+
+import re
+
+INDEX = "_modules/index"
+BACK = re.compile(r'(<div class="viewcode-block" id="([^"]*)">\n)<a class="viewcode-back" href="[^"]*">(.*?)</a>')
+
+
+def mend(app, pagename, templatename, context, doctree) -> None:
+    if pagename == INDEX:
+        context["body"] = re.sub(r'<li><a href="builtins.html">builtins</a></li>\n', "", context["body"])
+    elif pagename.startswith("_modules/"):
+        module = pagename.removeprefix("_modules/").split("/")
+        packages = [".".join(module[:length]) for length in range(len(module), 0, -1)]
+
+        def link(match: re.Match[str]) -> str:
+            before, name, text = match.groups()
+            documented = app.env.domains.python_domain.objects
+            entry = next((documented[f"{each}.{name}"] for each in packages if f"{each}.{name}" in documented), None)
+            if entry is None:
+                return before
+            target = app.builder.get_relative_uri(pagename, entry.docname)
+            return f'{before}<a class="viewcode-back" href="{target}#{entry.node_id}">{text}</a>'
+
+        context["body"] = BACK.sub(link, context["body"])
+
+
+def setup(app):
+    app.connect("html-page-context", mend)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
