@@ -29,7 +29,22 @@ OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", ROOT / "examples" 
 DOCUMENTS = [*PAGES, *OTHER_PAGES, *sorted(OUTPUTS.glob("*.txt"))]
 SCRIPTS = ("examples/", "benchmarks/", "docs/")
 #: Programs that are not of this project.
-OTHERS = {".", ".ci/run", "cat", "export", "git", "hf", "mypy", "pytest", "ruff", "sed", "sphinx-build", "tar", "twine"}
+OTHERS = {
+    ".",
+    ".ci/run",
+    "cat",
+    "export",
+    "git",
+    "hf",
+    "mypy",
+    "pytest",
+    "ruff",
+    "sed",
+    "sphinx-build",
+    "ssh",
+    "tar",
+    "twine",
+}
 INLINE = re.compile(rf"(?<!:)`((?:kornia-tinyvit|python (?:{'|'.join(SCRIPTS)}))[^`]*\s--[^`]*)`")
 
 
