@@ -206,6 +206,15 @@ def generate_masks(
     """
     if output_mode not in OUTPUT_MODES:
         raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {output_mode!r}.")
+    numbers = {
+        "pred_iou_thresh": pred_iou_thresh, "stability_score_thresh": stability_score_thresh,
+        "stability_score_offset": stability_score_offset, "box_nms_thresh": box_nms_thresh,
+        "crop_nms_thresh": crop_nms_thresh, "crop_overlap_ratio": crop_overlap_ratio,
+        "crop_n_points_downscale_factor": crop_n_points_downscale_factor, "min_mask_region_area": min_mask_region_area,
+    }  # fmt: skip
+    broken = [f"{name}={number}" for name, number in numbers.items() if not math.isfinite(number)]
+    if broken:
+        raise ValueError(f"Settings are finite numbers; got {', '.join(broken)}.")
     if min(points_per_batch, batch_size) < 1 or crop_n_layers < 0:
         raise ValueError(
             "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "

@@ -93,7 +93,9 @@ def _points(geometry: Geometry, points: Tensor, labels: Tensor | None) -> tuple[
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     if labels.shape != points.shape[:2]:
         raise ValueError(f"Labels must be {tuple(points.shape[:2])}, one a point; got {tuple(labels.shape)}.")
-    labels = labels.to(points.device)
+    if labels.is_complex():
+        raise ValueError(f"Labels are 1 on the object, 0 off it and -1 for no point; got {labels.dtype}.")
+    labels = labels.to(points.device, torch.int64 if labels.dtype == torch.bool else None)
     if not torch.isin(labels, torch.tensor(LABELS, device=labels.device, dtype=labels.dtype)).all():
         raise ValueError(f"Labels are 1 on the object, 0 off it and -1 for no point; got {labels.unique().tolist()}.")
     height, width = geometry.original_size
@@ -138,6 +140,8 @@ def _masks(geometry: Geometry, masks: Tensor) -> Tensor:
 
 
 def _coordinates(kind: str, values: Tensor) -> Tensor:
+    if values.is_complex():
+        raise ValueError(f"The {kind} must be real numbers; got {values.dtype}.")
     # Half precision has too few digits for pixels.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not values.isfinite().all():
