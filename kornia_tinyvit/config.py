@@ -204,7 +204,7 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
             taken as they are.
 
     Raises:
-        ValueError: if ``window_sizes`` is none of these.
+        ValueError: if ``window_sizes`` is none of these, or ``img_size`` no positive integer.
 
     Example:
         >>> resolve_window_sizes(VARIANTS["21m"], 384, "scale")
@@ -212,6 +212,8 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
         >>> resolve_window_sizes(VARIANTS["5m"], 64, "fit")
         (7, 7, 4, 2)
     """
+    if isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1:
+        raise ValueError(f"img_size must be a positive whole number; got {img_size!r}.")
     if window_sizes is None:
         return base.window_sizes
     if window_sizes == "scale":

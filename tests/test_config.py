@@ -129,6 +129,11 @@ class TestWindows:
     def test_said_outright(self):
         assert resolve_window_sizes(VARIANTS["5m"], 224, [8, 8, 16, 8]) == (8, 8, 16, 8)
 
+    @pytest.mark.parametrize("img_size", [float("inf"), float("nan"), 0, "64", True, None])
+    def test_no_size(self, img_size):
+        with pytest.raises(ValueError, match="img_size must be a positive whole number"):
+            resolve_window_sizes(VARIANTS["5m"], img_size, "scale")
+
     @pytest.mark.parametrize("windows", ["fill", (7, 7), (0, 1, 1, 1)])
     def test_refused(self, windows):
         with pytest.raises(ValueError, match="window_sizes must be"):
