@@ -16,6 +16,7 @@ __all__ = ["PhotoPrompts", "count_prompts", "each_photo", "prepare_prompts"]
 PhotoPrompts = Tensor | Sequence[Tensor | None] | None
 
 LABELS = (-1, 0, 1)
+_FARTHEST = 2**24  # from where on float32 has not every whole number
 
 
 def each_photo(kind: str, prompts: PhotoPrompts, photos: int) -> list[Tensor | None]:
@@ -134,7 +135,7 @@ def _masks(geometry: Geometry, masks: Tensor) -> Tensor:
             f"Masks must be logits (P, 1, {expected[0]}, {expected[1]}), as low_res_logits of a prediction; got "
             f"{tuple(masks.shape)}."
         )
-    if not masks.is_floating_point() or not masks.isfinite().all():
+    if not masks.is_floating_point() or not masks.float().isfinite().all():
         raise ValueError(f"Masks must be finite floating point logits; got {masks.dtype}, or NaN or infinity.")
     return masks
 
@@ -146,4 +147,6 @@ def _coordinates(kind: str, values: Tensor) -> Tensor:
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not values.isfinite().all():
         raise ValueError(f"The {kind} hold NaN or infinity.")
+    if values.numel() and values.abs().max() > _FARTHEST:
+        raise ValueError(f"The {kind} lie up to {float(values.abs().max()):g} pixels away; {_FARTHEST} is the limit.")
     return values

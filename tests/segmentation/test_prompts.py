@@ -80,6 +80,8 @@ MASK = torch.zeros(1, 1, 64, 64)
         ({"points": points((math.nan, 1))}, "The points hold NaN or infinity"),
         ({"points": points((math.inf, 1))}, "The points hold NaN or infinity"),
         ({"points": POINT, "labels": torch.ones(1, 1) + 0j}, "Labels are 1 on the object.*got torch.complex64"),
+        ({"boxes": torch.tensor([[0.0, 0.0, 1e30, 9.0]])}, r"The boxes lie up to 1e\+30 pixels away; 16777216"),
+        ({"masks": MASK.double() + 1e300}, "finite floating point logits"),
         ({"points": POINT + 0j}, "The points must be real numbers; got torch.complex64"),
         ({"boxes": BOX[0]}, r"Boxes must be \(P, 4\).*got \(4,\)"),
         ({"boxes": BOX[:, :3]}, r"Boxes must be \(P, 4\).*got \(1, 3\)"),
