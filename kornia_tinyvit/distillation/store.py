@@ -246,10 +246,10 @@ class Manifest:
             raise StoreError(
                 f"num_samples must be in [1, 2**32) and seed in [0, 2**64); got {self.num_samples} and {self.seed}."
             )
-        if self.shard_records < 2 or self.shard_records % 2:
+        if not 2 <= self.shard_records <= 2**32 or self.shard_records % 2:
             raise StoreError(
-                "shard_records must be even and positive, so that the partners of a mixup lie in one shard; got "
-                f"{self.shard_records}."
+                "shard_records must be even, positive and at most 2**32, so that the partners of a mixup lie in one "
+                f"shard; got {self.shard_records}."
             )
         if self.kind == "logits":
             if not 0 < self.top_k <= self.num_classes <= 2**32 or self.shape:

@@ -429,6 +429,10 @@ class TestRefusals:
         with pytest.raises(StoreError, match="has classes or probabilities that no teacher says"):
             store.read(0, range(4))
 
+    def test_shards_of_any_size(self):
+        with pytest.raises(StoreError, match="at most 2\\*\\*32"):
+            Manifest(4, num_classes=9, top_k=2, shard_records=2**70)
+
     def test_negative_zero(self, tmp_path):
         store = LogitStore.create(tmp_path, Manifest(1, num_classes=2, top_k=2))
         store.write(0, [0], torch.tensor([[1.0, -0.0]]), [0])
