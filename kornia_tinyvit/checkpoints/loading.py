@@ -585,6 +585,9 @@ def refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], 
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
     if problems:
         raise CheckpointError(f"{source} is of another architecture: {'; '.join(problems)}. Nothing was loaded.")
+    hollow = [name for name, tensor in state_dict.items() if tensor.is_meta]
+    if hollow:
+        raise CheckpointError(f"{source} has no values for {_some(hollow)}, which are on the meta device.")
     broken = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(

@@ -428,6 +428,11 @@ class TestRefusedFiles:
         with pytest.raises(CheckpointError):
             TinyViT.from_config(pretrained=name)
 
+    def test_no_values(self, tiny):
+        with torch.device("meta"):
+            empty = TinyViT(**TINY).state_dict()
+        refuse(empty, "has no values for .*, which are on the meta device")
+
     def test_no_file(self, tmp_path):
         refuse(tmp_path / "missing.pth", r"There is no checkpoint file .*missing\.pth")
         refuse(tmp_path, r"has no config\.json, so it is no folder of the Hugging Face hub")

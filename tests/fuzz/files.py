@@ -118,9 +118,8 @@ def other_tensors(rng: random.Random, folder: Path) -> None:
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     known = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.int64, torch.uint8, torch.bool)
-    return {
-        name: each.contiguous().clone() for name, each in tensors.items() if each.dtype in known and not each.is_sparse
-    }
+    dense = {name: each for name, each in tensors.items() if each.dtype in known and not each.is_sparse}
+    return {name: each.contiguous().clone() for name, each in dense.items() if not each.is_meta}
 
 
 def _changed(rng: random.Random, name: str, tensor: Tensor) -> dict[str, Tensor]:
