@@ -211,6 +211,8 @@ def generate_masks(
         "stability_score_offset": stability_score_offset, "box_nms_thresh": box_nms_thresh,
         "crop_nms_thresh": crop_nms_thresh, "crop_overlap_ratio": crop_overlap_ratio,
         "crop_n_points_downscale_factor": crop_n_points_downscale_factor, "min_mask_region_area": min_mask_region_area,
+        "points_per_side": points_per_side or 0, "points_per_batch": points_per_batch, "batch_size": batch_size,
+        "crop_n_layers": crop_n_layers,
     }  # fmt: skip
     broken = [f"{name}={number}" for name, number in numbers.items() if not math.isfinite(number)]
     if broken:
@@ -220,6 +222,8 @@ def generate_masks(
             "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
             f"got {points_per_batch}, {batch_size} and {crop_n_layers}."
         )
+    if crop_n_points_downscale_factor <= 0:
+        raise ValueError(f"crop_n_points_downscale_factor must be positive; got {crop_n_points_downscale_factor}.")
     settings = _Settings(
         points_per_batch,
         pred_iou_thresh,
