@@ -192,4 +192,4 @@ def run(line: list[str], folder: Path) -> tuple[int, str, BaseException | None]:
     return 0, error.getvalue(), None
 
 
-TARGETS = (Target("command lines", command_line, (), seconds=60, megabytes=2000, share=4),)
+TARGETS = (Target("command lines", command_line, (), seconds=60, megabytes=2000, share=8),)

@@ -64,7 +64,7 @@ class Target:
     refusals: tuple[type[BaseException], ...] = (ValueError, TypeError, FileNotFoundError)
     seconds: float = 20
     megabytes: int = 700
-    share: int = 12
+    share: int = 25
     typed: bool = False
 
 
