@@ -32,6 +32,7 @@ __all__ = ["OUTPUT_MODES", "Mask", "Photo", "generate_masks"]
 #: What is taken for a photo.
 Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
+_MOST = 2**53  # whole numbers up to which floats tell apart
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off
@@ -214,9 +215,9 @@ def generate_masks(
         "points_per_side": points_per_side or 0, "points_per_batch": points_per_batch, "batch_size": batch_size,
         "crop_n_layers": crop_n_layers,
     }  # fmt: skip
-    broken = [f"{name}={number}" for name, number in numbers.items() if not math.isfinite(number)]
+    broken = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _MOST]  # nor NaN
     if broken:
-        raise ValueError(f"Settings are finite numbers; got {', '.join(broken)}.")
+        raise ValueError(f"Settings are finite numbers below 2**53; got {', '.join(broken)}.")
     if min(points_per_batch, batch_size) < 1 or crop_n_layers < 0:
         raise ValueError(
             "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
