@@ -45,6 +45,7 @@ WORDS = (
 )
 
 
+LONG = ("repetitions", "epochs", "steps")  # 10**20 of them are asked for rightly, and take what they take
 FILES = ("pretrained", "checkpoint", "teacher", "store", "variant")  # texts that may be paths
 
 
@@ -84,6 +85,8 @@ def a_word(rng: random.Random, kind: type, name: str, folder: Path) -> str:
         return a_place(rng, folder)
     if issubclass(kind, Enum) and rng.random() < 0.8:
         return str(rng.choice(list(kind)).value)
+    if name in LONG:
+        return rng.choice(NUMBERS[:4])
     return rng.choice(NUMBERS if issubclass(kind, (int, float)) or rng.random() < 0.2 else WORDS)
 
 

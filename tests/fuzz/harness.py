@@ -124,7 +124,7 @@ def judge(target: Target, seed: int, number: int, folder: Path) -> tuple[str, st
 
 def _judge_error(error: BaseException, target: Target) -> tuple[str, str]:
     kind, text = type(error).__name__, " ".join(str(error).split())
-    last = traceback.extract_tb(error.__traceback__)[-1]
+    last = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, TooSlow) else -1]  # not the alarm's
     place = f"{Path(last.filename).name}:{last.lineno}"
     if isinstance(error, Refused):
         return "refused", ""
