@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import contextmanager
@@ -163,9 +164,7 @@ class ImageClassifier(nn.Module):
             ValueError: if a file cannot be read, a shape is wrong, or a number is not positive.
             FileNotFoundError: if there is no such file.
         """
-        for name, number in (("top_k", top_k), ("batch_size", batch_size)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; got {number}.")
+        check_counts(top_k=top_k, batch_size=batch_size)
         found: list[tuple[list[int], list[float]]] = []
         with evaluating(self), torch.inference_mode(), ThreadPoolExecutor(1) as reader:
             for inputs in _ahead(reader, self._batches(images, batch_size)):
@@ -198,6 +197,19 @@ class ImageClassifier(nn.Module):
             raise ValueError("Got an empty list of pictures; an empty batch is a tensor (0, C, H, W).")
         batches = (image.unsqueeze(0) for image in images)
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
+
+
+def check_counts(**numbers: int) -> None:
+    """Refuse arguments, told by their names, that are no whole numbers from 1 up.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number > sys.maxsize:
+            raise ValueError(f"{name} must be a whole number that fits into memory; got {number!r}.")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1; got {number}.")
 
 
 def as_pictures(images: Picture | Iterable[Picture], channels: int = 3) -> Iterator[Tensor]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
+import torch
 from torch import nn
 
 __all__ = ["VARIANTS", "TinyViTConfig", "WindowSizes", "resolve_window_sizes"]
@@ -93,12 +95,18 @@ class TinyViTConfig:
                 raise ValueError(f"{name} must be an integer of at least {low}; got {value!r}.")
         if self.local_conv_size % 2 == 0:
             raise ValueError(f"local_conv_size must be odd, so that maps keep their size; got {self.local_conv_size}.")
-        for name in ("mlp_ratio", "mbconv_expand_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
+        narrowest = {"mlp_ratio": min(self.embed_dims[1:]), "mbconv_expand_ratio": self.embed_dims[0]}
+        for name, dim in narrowest.items():
+            value = getattr(self, name)
+            if not (_is_number(value) and value * dim >= 1):
+                raise ValueError(f"{name} must be positive and make {dim} channels at least one; got {value!r}.")
         for name in ("drop_rate", "drop_path_rate"):
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} is a probability in [0, 1); got {getattr(self, name)!r}.")
+            value = getattr(self, name)
+            if not (_is_number(value) and 0 <= value < 1):
+                raise ValueError(f"{name} is a probability in [0, 1); got {value!r}.")
+        for name in ("use_checkpoint", "mobile_sam"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} is True or False; got {getattr(self, name)!r}.")
 
     @classmethod
     def from_variant(cls, variant: str, **overrides: Any) -> TinyViTConfig:
@@ -139,23 +147,40 @@ class TinyViTConfig:
         return dataclasses.asdict(self) | {"activation": name}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> TinyViTConfig:
+    def from_dict(cls, values: Mapping[str, Any]) -> TinyViTConfig:
         """Rebuild a configuration from :meth:`to_dict`'s values.
 
         Raises:
-            ValueError: if a field is unknown or out of its range.
+            ValueError: if they are no dictionary, or a field is unknown or out of its range.
         """
-        if "activation" in values:
-            activation = getattr(nn, str(values["activation"]), None)
-            if not isinstance(activation, type):
-                raise ValueError(f"torch.nn has no activation {values['activation']!r}.")
-            values = values | {"activation": activation}
-        return cls().replace(**values)
+        if not isinstance(values, Mapping) or not all(isinstance(name, str) for name in values):
+            raise ValueError(f"A configuration is a dictionary of fields by name; got {str(values)[:60]}.")
+        changes = dict(values)
+        if "activation" in changes:
+            changes["activation"] = _find_activation(changes["activation"])
+        return cls().replace(**changes)
 
     @property
     def stage_strides(self) -> tuple[int, ...]:
         """Pixels a token of each stage stands for: (4, 8, 16, 32), or (4, 8, 16, 16) for MobileSAM."""
         return (4, 8, 16, 16) if self.mobile_sam else (4, 8, 16, 32)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _find_activation(name: Any) -> type[nn.Module]:
+    """Return a class of torch.nn by its name, which a file tells, if it maps a tensor to one of its shape."""
+    activation = getattr(nn, name, None) if isinstance(name, str) else None
+    known = getattr(activation, "__module__", "") == nn.GELU.__module__ or activation is nn.Identity
+    try:
+        shape = activation()(torch.zeros(1, 4, 1, 1)).shape if known else None  # type: ignore[misc]
+    except Exception:  # the attention beside them fails in other ways
+        shape = None
+    if shape != (1, 4, 1, 1):
+        raise ValueError(f"torch.nn has no activation {name!r}.")
+    return activation  # type: ignore[return-value]
 
 
 def _int_tuple(name: str, values: Any) -> tuple[int, ...]:
@@ -179,7 +204,7 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
             taken as they are.
 
     Raises:
-        ValueError: if ``window_sizes`` is none of these.
+        ValueError: if ``window_sizes`` is none of these, or ``img_size`` no positive integer.
 
     Example:
         >>> resolve_window_sizes(VARIANTS["21m"], 384, "scale")
@@ -187,6 +212,8 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
         >>> resolve_window_sizes(VARIANTS["5m"], 64, "fit")
         (7, 7, 4, 2)
     """
+    if isinstance(img_size, bool) or not isinstance(img_size, int) or img_size < 1:
+        raise ValueError(f"img_size must be a positive whole number; got {img_size!r}.")
     if window_sizes is None:
         return base.window_sizes
     if window_sizes == "scale":

@@ -26,7 +26,7 @@ from kornia_tinyvit.checkpoints.composite import (
     write_composite,
 )
 from kornia_tinyvit.checkpoints.loading import read_metadata
-from kornia_tinyvit.classification import Picture, as_pictures, default_evaluation, evaluating
+from kornia_tinyvit.classification import Picture, as_pictures, check_counts, default_evaluation, evaluating
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_images, resize_images
@@ -331,11 +331,9 @@ class TinyViTDetector(nn.Module):
             ValueError: if a file cannot be read, a shape is wrong, or a number is out of its range.
             FileNotFoundError: if there is no such file.
         """
-        if not 0 <= confidence_threshold < 1 or batch_size < 1:
-            raise ValueError(
-                "confidence_threshold must be in [0, 1) and batch_size at least 1; got "
-                f"{confidence_threshold!r} and {batch_size!r}."
-            )
+        check_counts(batch_size=batch_size)
+        if not 0 <= confidence_threshold < 1:
+            raise ValueError(f"confidence_threshold must be in [0, 1); got {confidence_threshold!r}.")
         first, channels = next(self.parameters()), self.backbone.config.in_chans
         pictures = (picture.to(first.device, first.dtype) for picture in as_pictures(images, channels))
         select = self.post_processor(confidence_threshold)

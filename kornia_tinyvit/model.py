@@ -262,10 +262,11 @@ class TinyViT(nn.Module):
         Raises:
             ValueError: if ``num_classes`` is negative.
         """
-        self.config = self.config.replace(num_classes=num_classes)
+        config = self.config.replace(num_classes=num_classes)
         old = self.norm_head.weight
-        self.head = _build_head(self.config).to(device=old.device, dtype=old.dtype)
+        self.head = _build_head(config).to(device=old.device, dtype=old.dtype)
         self.head.apply(_init_weights)
+        self.config = config  # last: a head that cannot be built leaves the network as it was
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Group the parameters for a torch optimizer as the official recipes do.

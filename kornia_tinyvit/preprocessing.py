@@ -50,6 +50,7 @@ _ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that aw
 # (arXiv:1906.06423). On CIFAR-10 at 64 pixels this is worth 0.9 points of top-1.
 SMALL_CROP_FRACTION = 15 / 16
 SMALL_BELOW = 224
+_LONGEST = 256  # times the short side
 SQUARE_FROM = 384  # from this size on the originals squeeze the whole picture into the square
 
 
@@ -218,6 +219,8 @@ class EvaluationPipeline(nn.Module):
                 "EvaluationPipeline needs img_size >= 1 and crop_fraction in (0, 1], None or 'auto'; "
                 f"got {img_size!r} and {crop_fraction!r}."
             )
+        if not all(isinstance(each, (int, float)) for each in (*mean, *std)):
+            raise ValueError(f"mean and std are numbers, one a channel; got {mean} and {std}.")
         if len(mean) != len(std):
             raise ValueError(f"mean and std must have as many entries, one a channel; got {mean} and {std}.")
         self.img_size = img_size
@@ -241,6 +244,7 @@ class EvaluationPipeline(nn.Module):
         if self.crop_fraction is None:
             return resize_images(images, size, size)
         short = int(size / self.crop_fraction)
+        images = _without_ends(images)
         height, width = images.shape[-2:]
         if height <= width:
             images = resize_images(images, short, max(short, int(short * width / height)))
@@ -253,6 +257,14 @@ class EvaluationPipeline(nn.Module):
     def extra_repr(self) -> str:
         """Show the two numbers that decide the geometry."""
         return f"img_size={self.img_size}, crop_fraction={self.crop_fraction}"
+
+
+def _without_ends(images: Tensor) -> Tensor:
+    """Return the middle of very long pictures: the crop takes it anyway, and to resize all would take gigabytes."""
+    height, width = images.shape[-2:]
+    longest = _LONGEST * min(height, width)
+    top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
+    return images[..., top : top + longest, left : left + longest]
 
 
 def _usual_crop_fraction(img_size: int) -> float | None:

@@ -274,6 +274,11 @@ class TestExceptions:
         with pytest.raises(ValueError, match=f"top_k must be at least 1; got {top_k}"):
             classifier.predict(images, top_k)
 
+    @pytest.mark.parametrize("setting", [{"top_k": 2.0}, {"batch_size": 1.5}, {"batch_size": 2**70}, {"top_k": True}])
+    def test_no_whole_numbers(self, classifier, images, setting):
+        with pytest.raises(ValueError, match=f"{next(iter(setting))} must be a whole number"):
+            classifier.predict(images, **setting)
+
     def test_files(self, classifier, tmp_path):
         (tmp_path / "notes.jpg").write_text("no picture")
         with pytest.raises(ValueError, match=r"notes\.jpg"):

@@ -54,6 +54,12 @@ class TestChecks:
             ({"drop_rate": float("nan")}, r"probability in \[0, 1\)"),
             ({"activation": "GELU"}, "a class such as torch.nn.GELU"),
             ({"width": 3}, "no field width"),
+            ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive"),
+            ({"mlp_ratio": 1e-3}, "make 128 channels at least one; got 0.001"),
+            ({"mbconv_expand_ratio": "4"}, "mbconv_expand_ratio must be positive"),
+            ({"drop_rate": None}, r"probability in \[0, 1\); got None"),
+            ({"use_checkpoint": (1, 2)}, "use_checkpoint is True or False"),
+            ({"mobile_sam": "no"}, "mobile_sam is True or False"),
         ],
     )
     def test_refused(self, changes, message):
@@ -84,12 +90,24 @@ class TestDict:
     def test_bad_activation(self):
         with pytest.raises(ValueError, match="no activation 'system'"):
             TinyViTConfig.from_dict({"activation": "system"})
-        with pytest.raises(ValueError, match="a class such as"):
+        with pytest.raises(ValueError, match="no activation 'Parameter'"):
             TinyViTConfig.from_dict({"activation": "Parameter"})
 
     def test_unknown_field(self):
         with pytest.raises(ValueError, match="no field code"):
             TinyViTConfig.from_dict({"code": "x"})
+
+
+@pytest.mark.parametrize("values", [None, 3, ["img_size"], {1: 2}, "5m"])
+def test_no_fields(values):
+    with pytest.raises(ValueError, match="is a dictionary of fields by name"):
+        TinyViTConfig.from_dict(values)
+
+
+@pytest.mark.parametrize("name", ["Module", "Transformer", "Flatten", "GLU", "Linear", "functional", 3, ["GELU"]])
+def test_what_is_no_activation(name):
+    with pytest.raises(ValueError, match="has no activation"):
+        TinyViTConfig.from_dict({"activation": name})
 
 
 class TestWindows:
@@ -110,6 +128,11 @@ class TestWindows:
 
     def test_said_outright(self):
         assert resolve_window_sizes(VARIANTS["5m"], 224, [8, 8, 16, 8]) == (8, 8, 16, 8)
+
+    @pytest.mark.parametrize("img_size", [float("inf"), float("nan"), 0, "64", True, None])
+    def test_no_size(self, img_size):
+        with pytest.raises(ValueError, match="img_size must be a positive whole number"):
+            resolve_window_sizes(VARIANTS["5m"], img_size, "scale")
 
     @pytest.mark.parametrize("windows", ["fill", (7, 7), (0, 1, 1, 1)])
     def test_refused(self, windows):

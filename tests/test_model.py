@@ -88,6 +88,18 @@ class TestShapes:
         with pytest.raises(ValueError, match="num_classes must be an integer of at least 0"):
             tiny.reset_classifier(-1)
 
+    def test_a_head_that_cannot_be_built_changes_nothing(self, tiny, images, monkeypatch):
+        before = tiny.config, tiny(images)
+
+        def refuse(config):
+            raise MemoryError
+
+        monkeypatch.setattr("kornia_tinyvit.model._build_head", refuse)
+        with pytest.raises(MemoryError):
+            tiny.reset_classifier(3)
+        assert tiny.config is before[0]
+        assert torch.equal(tiny(images), before[1])
+
     def test_mobile_sam(self):
         model = TinyViT(**TINY, mobile_sam=True).eval()
         assert model.feature_strides == (4, 8, 16, 16)

@@ -121,6 +121,18 @@ class TestEvaluationPipeline:
         out = EvaluationPipeline(48, **UNIT)(torch.full((1, 3, 37, 91), 0.3))
         torch.testing.assert_close(out, torch.full((1, 3, 48, 48), 0.3))
 
+    @pytest.mark.parametrize("upright", [False, True])
+    def test_very_long(self, upright):
+        """A line of 200,000 pixels is not resized to 256 by 51 million, of which the crop takes the middle."""
+        x = torch.linspace(0, 1, 200_001).expand(1, 3, 1, -1)
+        found = EvaluationPipeline(224).resize_and_crop(x.mT if upright else x)
+        assert found.shape == (1, 3, 224, 224)
+        assert (found - 0.5).abs().max() < 1e-4
+
+    def test_no_numbers(self):
+        with pytest.raises(ValueError, match="mean and std are numbers, one a channel"):
+            EvaluationPipeline(16, mean=({}, {}, {}))
+
     def test_one_pixel_high(self):
         x = torch.rand(1, 3, 1, 20)
         out = EvaluationPipeline(16, 1.0, **UNIT)(x)

@@ -295,25 +295,31 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dic
 
 
 def _looks_like_file(text: str) -> bool:
-    if urlparse(text).scheme in ("http", "https", "file") or "/" in text or os.sep in text:
-        return True
-    return bool(Path(text).suffix) or Path(text).exists()
+    try:
+        if "/" in text or os.sep in text or urlparse(text).scheme in ("http", "https", "file"):
+            return True
+        return bool(Path(text).suffix) or Path(text).exists()
+    except (ValueError, OSError):  # a name that no file has
+        return False
 
 
 def locate_file(source: str) -> Path:
     """Return the file that a path or an address means, fetching it into the cache if it lies elsewhere.
 
     Raises:
-        CheckpointError: if it cannot be fetched.
+        CheckpointError: if it cannot be fetched, or no file can have such a name.
     """
-    url = urlparse(source)
-    if url.scheme == "file":
-        return Path(url2pathname(url.path))
-    if url.scheme in ("http", "https"):
-        # Files of one name lie at many places, so the name in the cache tells the place too.
-        place = hashlib.sha256(source.encode()).hexdigest()[:16]
-        return _download([source], f"{place}-{Path(url.path).name}")
-    return Path(source)
+    try:
+        url = urlparse(source)
+        path = Path(url2pathname(url.path) if url.scheme == "file" else source)
+        if url.scheme not in ("http", "https"):
+            path.exists()  # raises for what is too long for a name or holds a zero byte
+            return path
+    except (ValueError, OSError) as error:
+        raise CheckpointError(f"{source[:200]!r} is no name that a file or an address can have: {error}.") from error
+    # Files of one name lie at many places, so the name in the cache tells the place too.
+    place = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return _download([source], f"{place}-{Path(url.path).name}")
 
 
 def fetch_weights(weights: PretrainedWeights) -> Path:
@@ -358,12 +364,12 @@ def _refuse_torn(path: str) -> None:
 def read_metadata(path: str | Path) -> dict[str, str]:
     """Return the texts that a safetensors file carries; none where there is no such file, or none that can be read."""
     path = Path(path)
-    if not path.is_file() or not _is_safetensors(path):
-        return {}
     try:
+        if not path.is_file() or not _is_safetensors(path):
+            return {}
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except SafetensorError:  # reading the tensors will tell
+    except (SafetensorError, OSError):  # reading the tensors will tell
         return {}
 
 
@@ -579,6 +585,9 @@ def refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], 
     problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
     if problems:
         raise CheckpointError(f"{source} is of another architecture: {'; '.join(problems)}. Nothing was loaded.")
+    hollow = [name for name, tensor in state_dict.items() if tensor.is_meta]
+    if hollow:
+        raise CheckpointError(f"{source} has no values for {_some(hollow)}, which are on the meta device.")
     broken = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
     if broken:
         raise CheckpointError(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 
+import torch
 import typer
 
 from kornia_tinyvit.cli.benchmark import benchmark
@@ -44,3 +45,14 @@ def main() -> None:
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, ExportError) as error:
         print("Error:", " ".join(str(error).split()), file=sys.stderr)
         raise SystemExit(1) from None
+    except (MemoryError, RuntimeError) as error:
+        if not _lacks_memory(error):
+            raise
+        print("Error: The memory does not suffice; try fewer pictures at a time, or smaller ones.", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _lacks_memory(error: Exception) -> bool:
+    """Tell whether an error is that of numpy, or of torch on any device, when there is no more memory."""
+    # torch has no class of its own for the CPU's.
+    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

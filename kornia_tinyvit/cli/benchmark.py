@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.export import Method
-from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, parse_device
+from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, parse_device, refuse_idle
 from kornia_tinyvit.deploy.accuracy import compare
 from kornia_tinyvit.deploy.allocator import keep_memory
 from kornia_tinyvit.deploy.engines import ENGINES
@@ -57,6 +57,7 @@ class Row:
 
 
 def benchmark(
+    context: typer.Context,
     variant: Annotated[
         str | None, typer.Option(help="1m, 5m, 11m or 21m; with random weights, as fast as any, but for --pretrained.")
     ] = None,
@@ -83,6 +84,8 @@ def benchmark(
 
     Without --variant and --pretrained it is the network in the package. It gets normalised pictures from memory.
     """
+    if data is None:
+        refuse_idle(context, ("limit",), "without --data")
     rows = [
         Row(engine, dtype, batch)
         for batch in _numbers(batch_sizes)

@@ -16,7 +16,7 @@ from rich.table import Table
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.cli.benchmark import DTYPES
-from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.cli.options import Device, Json, parse_device, refuse_idle
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Limit,
@@ -56,6 +56,7 @@ class From(StrEnum):
 
 
 def contract(
+    context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Pictures: class folders, parquet files or tar files, as for 'train'.")],
     variant: TrainedVariant = "5m",
     pretrained: Start = None,
@@ -100,6 +101,12 @@ def contract(
     from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, save_search
     from kornia_tinyvit.contraction import contract as run
 
+    if validation is not None:
+        refuse_idle(context, ("hold_out",), "with --validation")
+    if max_latency_ms is None and min_throughput is None:
+        refuse_idle(context, ("engine", "device"), "without --max-latency-ms and --min-throughput")
+    if min_throughput is None:
+        refuse_idle(context, ("engine_batch",), "without --min-throughput")
     parse_precision(precision)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")

@@ -11,7 +11,7 @@ import typer
 from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained, save_checkpoint
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
 from kornia_tinyvit.classification import default_evaluation
-from kornia_tinyvit.cli.options import Pretrained, Variant
+from kornia_tinyvit.cli.options import Pretrained, Variant, refuse_idle
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["Layout", "convert"]
@@ -38,6 +38,7 @@ Name = Annotated[str | None, typer.Option(help="What the model card calls the mo
 
 
 def convert(
+    context: typer.Context,
     out: Out,
     variant: Variant = None,
     pretrained: Pretrained = None,
@@ -48,6 +49,8 @@ def convert(
 
     The weights may be a name that 'pretrained' lists, a file, a URL, or a hub folder of transformers or timm.
     """
+    if layout is not Layout.transformers:
+        refuse_idle(context, ("name",), f"with --layout {layout}")
     if pretrained is None and variant is None:
         variant, pretrained = "1m", "cifar10"
     if layout is Layout.transformers:

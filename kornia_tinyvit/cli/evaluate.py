@@ -32,6 +32,7 @@ from kornia_tinyvit.cli.options import (
     TaskName,
     Variant,
     build_classifier,
+    refuse_idle,
 )
 from kornia_tinyvit.training.data import LabelledImages, match_classes
 from kornia_tinyvit.training.evaluation import (
@@ -48,6 +49,15 @@ from kornia_tinyvit.training.evaluation import (
 
 IMAGENET_22K = 21841
 
+_FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
+# Masks are predicted a picture at a time.
+_IDLE = {
+    TaskName.classification: ("split", "min_area"),
+    TaskName.semantic: (*_FOR_CLASSIFIERS, "batch_size", "min_area"),
+    TaskName.promptable: (*_FOR_CLASSIFIERS, "batch_size", "per_class"),
+    TaskName.detection: (*_FOR_CLASSIFIERS, "min_area"),
+}
+
 
 class OnBroken(StrEnum):
     """What to do about pictures that cannot be decoded."""
@@ -57,6 +67,7 @@ class OnBroken(StrEnum):
 
 
 def evaluate(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(
@@ -70,7 +81,7 @@ def evaluate(
     img_size: ImgSize = None,
     device: Device = "cpu",
     tta: Augmented = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time.")] = 64,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
     per_class: Annotated[
@@ -89,9 +100,8 @@ def evaluate(
 ) -> None:
     """Measure the accuracy on labelled pictures."""
     skip_broken = on_broken is OnBroken.skip
+    refuse_idle(context, _IDLE[task], f"with --task {task}")
     if task is not TaskName.classification:
-        given = {"tta": tta, "confusion": confusion, "calibration": calibration, "knn": knn, "linear": linear}
-        _refuse(task, [name for name, value in given.items() if value])
         asked = Asked(
             data, split, variant, pretrained, img_size, device, batch_size, limit, workers, per_class, min_area,
             skip_broken, as_json,
@@ -114,11 +124,6 @@ def evaluate(
         print(json.dumps(report))
     else:
         _show(report, found.top_k)
-
-
-def _refuse(task: TaskName, options: list[str]) -> None:
-    if options:
-        raise ValueError(f"{', '.join(f'--{name}' for name in options)} is for classifiers, not for --task {task}.")
 
 
 @dataclass

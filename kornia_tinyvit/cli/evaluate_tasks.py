@@ -82,8 +82,6 @@ def _measure_semantic(asked: Asked) -> dict[str, Any]:
 
 
 def _measure_promptable(asked: Asked) -> dict[str, Any]:
-    if asked.per_class:
-        raise ValueError("--per-class is not for --task promptable: its masks have no classes.")
     sam = MobileSAM.from_config(asked.variant, asked.pretrained or True, img_size=asked.img_size)
     images = _limited(InstanceImages.open(asked.data, asked.split, asked.min_area), asked.limit)
     device = parse_device(asked.device)
@@ -103,7 +101,8 @@ def _measure_detection(asked: Asked) -> dict[str, Any]:
     if asked.pretrained is None:
         raise ValueError("There are no published detectors: name a detector's file as --pretrained.")
     device = parse_device(asked.device)
-    detector = TinyViTDetector.from_config(pretrained=asked.pretrained).to(device).eval()
+    size: dict[str, Any] = {} if asked.img_size is None else {"img_size": asked.img_size}
+    detector = TinyViTDetector.from_config(asked.variant, pretrained=asked.pretrained, **size).to(device).eval()
     images = BoxedImages.open(asked.data, asked.split)
     check_names(images.class_names, detector.class_names)
     images = _limited(images, asked.limit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any
 
@@ -35,6 +36,25 @@ class TaskName(StrEnum):
     semantic = "semantic"
     promptable = "promptable"
     detection = "detection"
+
+
+def refuse_idle(context: typer.Context, names: Iterable[str], where: str) -> None:
+    """Refuse options that were given where they would do nothing, lest someone takes them for done.
+
+    Args:
+        context: the command's.
+        names: the parameters of the command that do nothing.
+        where: what makes them idle, such as ``"with --task semantic"``.
+
+    Raises:
+        ValueError: naming the options that were given.
+    """
+    spelled = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
+    sources = {name: context.get_parameter_source(name) for name in names}
+    given = [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
+    if given:
+        them = "it" if len(given) == 1 else "them"
+        raise ValueError(f"{', '.join(given)} would do nothing {where}; leave {them} out.")
 
 
 def build_classifier(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from kornia_tinyvit.cli.options import Json, MinArea, TaskName
+from kornia_tinyvit.cli.options import Json, MinArea, TaskName, refuse_idle
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Checkpointing,
@@ -54,9 +54,15 @@ _USUAL_RECIPES = {
     TaskName.promptable: "promptable",
     TaskName.detection: "detection",
 }
+_OPTIONS_OF_TASKS = {
+    TaskName.semantic: ("class_balance",),
+    TaskName.promptable: ("freeze", "prompts", "box_share", "min_area"),
+    TaskName.detection: ("queries",),
+}
 
 
 def train(
+    context: typer.Context,
     data: Annotated[
         Path,
         typer.Argument(
@@ -111,6 +117,10 @@ def train(
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
     from kornia_tinyvit.training.loop import train as run
 
+    idle = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not task for name in names)
+    refuse_idle(context, idle, f"with --task {task}")
+    if validation is None:
+        refuse_idle(context, ("validate_every",), "without --validation")
     parse_precision(precision)
     chosen = find_recipe(
         recipe or _USUAL_RECIPES[task], epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr

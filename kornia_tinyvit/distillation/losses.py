@@ -50,6 +50,10 @@ def soft_target_cross_entropy(
     others = logits.shape[1] - classes.shape[1]
     if others < 0:
         raise ValueError(f"{classes.shape[1]} classes are stored, but the logits have {logits.shape[1]}.")
+    if classes.numel() and classes.device.type == "cpu":  # on a GPU the look would wait for it at every step
+        lowest, highest = (int(each) for each in classes.long().aminmax())
+        if lowest < 0 or highest >= logits.shape[1]:
+            raise ValueError(f"The stored classes are {lowest} to {highest}, but the logits have {logits.shape[1]}.")
     known = stored.sum(1)
     rest = (1 - known).clamp(min=0) / max(others, 1) if others else torch.zeros_like(known)
     chosen = logits.gather(1, classes.to(logits.device, torch.int64))

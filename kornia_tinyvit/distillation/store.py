@@ -74,6 +74,8 @@ _MAX_MAPS = 256  # each keeps a file descriptor, of which a process may have 1,0
 _MAX_HALF = 65504.0
 _NO_KIND = "A RecordStore only counts records; open {} as a LogitStore or FeatureStore."
 _MAX_SUM = 1.01  # what rounding to half precision may make of a sum of 1
+_ONE = 0x3C00  # the bits of 1 in half precision
+_MAX_RECORD = 2**31 - 1  # bytes, which is what numpy can describe
 
 
 class StoreError(ValueError):
@@ -220,7 +222,7 @@ class Manifest:
         try:
             content = json.loads(text)
             version = content["version"]
-        except (ValueError, KeyError, TypeError) as error:
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise StoreError(f"{source} is damaged or no manifest of a store: {error!r}.") from error
         if version != _VERSION:
             raise StoreError(
@@ -231,21 +233,23 @@ class Manifest:
             raise StoreError(f"{source} is damaged: it should have {sorted(known)} and has {sorted(content)}.")
         try:
             return cls(**content)
-        except TypeError as error:
+        except (TypeError, RecursionError) as error:
             raise StoreError(f"{source} is damaged: {error}.") from error
 
     def _refuse_bad_values(self) -> None:
         for name in ("num_samples", "num_classes", "top_k", "seed", "shard_records"):
             if not isinstance(getattr(self, name), int):
                 raise StoreError(f"{name} must be a whole number; got {getattr(self, name)!r}.")
+        if not all(isinstance(side, int) and not isinstance(side, bool) for side in self.shape):
+            raise StoreError(f"shape must hold whole numbers; got {self.shape}.")
         if not 0 < self.num_samples < 2**32 or not 0 <= self.seed < 2**64:
             raise StoreError(
                 f"num_samples must be in [1, 2**32) and seed in [0, 2**64); got {self.num_samples} and {self.seed}."
             )
-        if self.shard_records < 2 or self.shard_records % 2:
+        if not 2 <= self.shard_records <= 2**32 or self.shard_records % 2:
             raise StoreError(
-                "shard_records must be even and positive, so that the partners of a mixup lie in one shard; got "
-                f"{self.shard_records}."
+                "shard_records must be even, positive and at most 2**32, so that the partners of a mixup lie in one "
+                f"shard; got {self.shard_records}."
             )
         if self.kind == "logits":
             if not 0 < self.top_k <= self.num_classes <= 2**32 or self.shape:
@@ -261,6 +265,9 @@ class Manifest:
                 )
         else:
             raise StoreError(f"kind must be 'logits' or 'features'; got {self.kind!r}.")
+        size = 2 * math.prod(self.shape) if self.shape else 6 * self.top_k
+        if size >= _MAX_RECORD:
+            raise StoreError(f"A record would take {readable_size(size)}; there is room for {_MAX_RECORD} bytes.")
 
 
 def describe_differences(
@@ -747,9 +754,11 @@ class LogitStore(RecordStore):
             StoreError: if a shard is damaged.
         """
         records = self._read(epoch, indices)
-        return Records(
+        found = Records(
             _native(records["classes"]), _native(records["probabilities"]), _native(records["checksum"], np.int64)
         )
+        self._refuse_damaged(epoch, indices, found)
+        return found
 
     def write(self, epoch: int, indices: Integers, probabilities: Tensor, checksums: Integers) -> int:
         """Write what a teacher said about samples, of which the ``top_k`` most probable classes are kept.
@@ -773,6 +782,21 @@ class LogitStore(RecordStore):
             IndexError: if there is no such sample.
         """
         return self._write(epoch, indices, probabilities, checksums)
+
+    def _refuse_damaged(self, epoch: int, indices: Integers, found: Records) -> None:
+        """Refuse records that no teacher's answer makes, such as those of a disk that lost some bits."""
+        classes, shares = found.classes.numpy(), found.probabilities.numpy()
+        # Halves from 0 up are in the order of their bits, where negative ones, infinity and NaN are larger than all.
+        if not classes.size or (classes.max() < self.manifest.num_classes and shares.view(np.uint16).max() <= _ONE):
+            return
+        good = (classes < self.manifest.num_classes).all(1) & ((shares >= 0) & (shares <= _MAX_SUM)).all(1)
+        if not good.all():
+            sample = _integers(indices, "indices")[~good][0]
+            raise StoreError(
+                f"The record of sample {sample} in epoch {epoch} of {self.path} is damaged: it has classes or "
+                "probabilities that no teacher says. Delete that epoch's folder and run `kornia-tinyvit distill save` "
+                "again, which writes what is missing."
+            )
 
     def _encode(self, samples: NDArray[np.int64], values: Tensor, records: NDArray[np.void]) -> None:
         _refuse_shape(values, "probabilities", (len(samples), self.manifest.num_classes))
@@ -878,6 +902,8 @@ def _read_manifest(path: Path) -> Manifest:
         ) from error
     except UnicodeDecodeError as error:
         raise StoreError(f"{path / _MANIFEST} is damaged: {error}.") from error
+    except (OSError, ValueError) as error:  # a name that no system knows, or a file that may not be read
+        raise StoreError(f"{str(path)[:200]!r} cannot be read as a store: {error}.") from error
     return Manifest.from_json(text, str(path / _MANIFEST))
 
 

@@ -41,6 +41,7 @@ def save_hub_folder(
 
     Raises:
         CheckpointError: if there are no such weights, or they cannot be read.
+        ValueError: if the folder is a file.
 
     Example:
         >>> import tempfile
@@ -50,6 +51,8 @@ def save_hub_folder(
         ['README.md', 'config.json', 'model.safetensors', 'preprocessor_config.json']
     """
     folder = Path(folder)
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is a file; give the folder to write.")
     found = open_pretrained(pretrained, variant)
     model: PreTrainedModel
     if found.config.mobile_sam:

@@ -32,6 +32,8 @@ __all__ = ["OUTPUT_MODES", "Mask", "Photo", "generate_masks"]
 #: What is taken for a photo.
 Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
+_MOST = 2**53  # whole numbers up to which floats tell apart
+
 #: How masks may be returned.
 OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
 
@@ -207,11 +209,24 @@ def generate_masks(
     """
     if output_mode not in OUTPUT_MODES:
         raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {output_mode!r}.")
+    numbers = {
+        "pred_iou_thresh": pred_iou_thresh, "stability_score_thresh": stability_score_thresh,
+        "stability_score_offset": stability_score_offset, "box_nms_thresh": box_nms_thresh,
+        "crop_nms_thresh": crop_nms_thresh, "crop_overlap_ratio": crop_overlap_ratio,
+        "crop_n_points_downscale_factor": crop_n_points_downscale_factor, "min_mask_region_area": min_mask_region_area,
+        "points_per_side": points_per_side or 0, "points_per_batch": points_per_batch, "batch_size": batch_size,
+        "crop_n_layers": crop_n_layers,
+    }  # fmt: skip
+    broken = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _MOST]  # nor NaN
+    if broken:
+        raise ValueError(f"Settings are finite numbers below 2**53; got {', '.join(broken)}.")
     if min(points_per_batch, batch_size) < 1 or crop_n_layers < 0:
         raise ValueError(
             "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
             f"got {points_per_batch}, {batch_size} and {crop_n_layers}."
         )
+    if crop_n_points_downscale_factor <= 0:
+        raise ValueError(f"crop_n_points_downscale_factor must be positive; got {crop_n_points_downscale_factor}.")
     settings = _Settings(
         points_per_batch,
         pred_iou_thresh,

@@ -26,7 +26,7 @@ from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpo
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.layouts import unwrap
 from kornia_tinyvit.checkpoints.loading import fetch_weights, locate_file, read_tensors, refuse_misfits
-from kornia_tinyvit.classification import Picture, evaluating
+from kornia_tinyvit.classification import Picture, check_counts, evaluating
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
 from kornia_tinyvit.preprocessing import read_pixels, to_pixels
@@ -213,8 +213,7 @@ class MobileSAM(Sam):
             >>> sam.embed([torch.rand(3, 48, 80), torch.rand(3, 90, 60)]).features.shape
             torch.Size([2, 256, 4, 4])
         """
-        if batch_size < 1:
-            raise ValueError(f"batch_size must be at least 1; got {batch_size}.")
+        check_counts(batch_size=batch_size)
         photos = _photos(images)
         recording = _records(self.image_encoder, *photos)
         step = max(1, len(photos)) if recording else batch_size

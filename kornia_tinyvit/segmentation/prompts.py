@@ -16,6 +16,7 @@ __all__ = ["PhotoPrompts", "count_prompts", "each_photo", "prepare_prompts"]
 PhotoPrompts = Tensor | Sequence[Tensor | None] | None
 
 LABELS = (-1, 0, 1)
+_FARTHEST = 2**24  # from where on float32 has not every whole number
 
 
 def each_photo(kind: str, prompts: PhotoPrompts, photos: int) -> list[Tensor | None]:
@@ -98,7 +99,9 @@ def _points(geometry: Geometry, points: Tensor, labels: Tensor | None) -> tuple[
         labels = torch.ones(points.shape[:2], dtype=torch.int64, device=points.device)
     if labels.shape != points.shape[:2]:
         raise ValueError(f"Labels must be {tuple(points.shape[:2])}, one a point; got {tuple(labels.shape)}.")
-    labels = labels.to(points.device)
+    if labels.is_complex():
+        raise ValueError(f"Labels are 1 on the object, 0 off it and -1 for no point; got {labels.dtype}.")
+    labels = labels.to(points.device, torch.int64 if labels.dtype == torch.bool else None)
     if not torch.isin(labels, torch.tensor(LABELS, device=labels.device, dtype=labels.dtype)).all():
         raise ValueError(f"Labels are 1 on the object, 0 off it and -1 for no point; got {labels.unique().tolist()}.")
     height, width = geometry.original_size
@@ -137,14 +140,18 @@ def _masks(geometry: Geometry, masks: Tensor) -> Tensor:
             f"Masks must be logits (P, 1, {expected[0]}, {expected[1]}), as low_res_logits of a prediction; got "
             f"{tuple(masks.shape)}."
         )
-    if not masks.is_floating_point() or not masks.isfinite().all():
+    if not masks.is_floating_point() or not masks.float().isfinite().all():
         raise ValueError(f"Masks must be finite floating point logits; got {masks.dtype}, or NaN or infinity.")
     return masks
 
 
 def _coordinates(kind: str, values: Tensor) -> Tensor:
+    if values.is_complex():
+        raise ValueError(f"The {kind} must be real numbers; got {values.dtype}.")
     # Half precision has too few digits for pixels.
     values = values.to(torch.promote_types(values.dtype, torch.float32))
     if not values.isfinite().all():
         raise ValueError(f"The {kind} hold NaN or infinity.")
+    if values.numel() and values.abs().max() > _FARTHEST:
+        raise ValueError(f"The {kind} lie up to {float(values.abs().max()):g} pixels away; {_FARTHEST} is the limit.")
     return values

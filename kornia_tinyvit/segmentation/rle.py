@@ -8,7 +8,8 @@ follow, and 48 added to make a printable character (``rleToString`` of the COCO 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from numbers import Integral
 from typing import TypedDict
 
 import numpy as np
@@ -20,6 +21,7 @@ __all__ = ["RLE", "compress_rle", "decode_rle", "encode_rle", "rle_area", "uncom
 BITS = 5  # of a number in one character
 MORE = 1 << BITS
 FIRST_CHARACTER = 48
+_SIDES = 2**31
 MAX_DIGITS = 7  # what lengths below 2**32 and their differences take
 
 
@@ -64,15 +66,15 @@ def decode_rle(rle: RLE) -> NDArray[np.bool_]:
         Boolean array :math:`(H, W)`.
 
     Raises:
-        ValueError: if the runs do not fill the picture, or the text is not one of COCO's.
+        ValueError: if it is no such mask, the runs do not fill the picture, or the text is not one of COCO's.
 
     Example:
         >>> decode_rle({"size": [2, 3], "counts": "2111"}).astype(int)
         array([[0, 1, 1],
                [0, 0, 1]])
     """
-    height, width = rle["size"]
     counts = _lengths(rle)
+    height, width = _size(rle)
     if counts.sum() != height * width:
         raise ValueError(f"The runs cover {counts.sum()} pixels; the mask has {height}x{width}.")
     return np.repeat(np.arange(len(counts)) % 2 == 1, counts).reshape(width, height).T
@@ -127,7 +129,17 @@ def _find_lengths(pixels: NDArray[np.bool_]) -> NDArray[np.int64]:
     return np.diff(starts, prepend=0, append=pixels.size)
 
 
+def _size(rle: RLE) -> tuple[int, int]:
+    size = rle.get("size")
+    sides = list(size) if isinstance(size, (Sequence, np.ndarray)) and not isinstance(size, str) else []
+    if len(sides) != 2 or not all(isinstance(side, Integral) and 0 <= side < _SIDES for side in sides):
+        raise ValueError(f"The size of a mask is its height and width, two numbers below 2**31; got {str(size)[:60]}.")
+    return int(sides[0]), int(sides[1])
+
+
 def _lengths(rle: RLE) -> NDArray[np.int64]:
+    if not isinstance(rle, Mapping) or "counts" not in rle:
+        raise ValueError(f"A mask in run lengths has 'size' and 'counts'; got {str(rle)[:60]}.")
     counts = rle["counts"]
     if isinstance(counts, str):
         counts = counts.encode()
@@ -138,7 +150,13 @@ def _lengths(rle: RLE) -> NDArray[np.int64]:
 
 
 def _from_list(counts: Sequence[int]) -> NDArray[np.int64]:
-    return np.asarray(counts, dtype=np.int64)
+    try:
+        lengths = np.asarray(counts)
+    except ValueError:  # lists in lists, of several lengths
+        lengths = np.empty(0, dtype=object)
+    if lengths.ndim != 1 or not (lengths.dtype.kind in "iu" or (isinstance(counts, list) and not counts)):
+        raise ValueError(f"Runs are a list of whole numbers, or text; got {str(counts)[:60]}.")
+    return lengths.astype(np.int64)
 
 
 def _to_text(lengths: NDArray[np.int64]) -> str:

@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored
+from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored, read_text
 from kornia_tinyvit.training.masks import draw_rows, read_yaml
 
 __all__ = ["BoxedImages", "Objects"]
@@ -147,18 +147,22 @@ class BoxedImages(Dataset[tuple[Tensor, Objects]]):
             raise ValueError(f"{path} describes no YOLO data set with {split!r}; expected 'names' and '{split}'.")
         names = told["names"]
         if isinstance(names, Mapping):
-            if sorted(names) != list(range(len(names))):
-                raise ValueError(f"{path} names the classes {sorted(names)[:5]} ...; expected 0, 1, 2, ...")
+            if set(names) != set(range(len(names))):
+                raise ValueError(f"{path} names the classes {list(names)[:5]} ...; expected 0, 1, 2, ...")
             names = [names[index] for index in range(len(names))]
+        elif not isinstance(names, list):
+            raise ValueError(f"{path} has the names {str(names)[:60]}; expected a list, or names by their numbers.")
         class_names = [str(name) for name in names]
         root = path.parent / str(told.get("path") or ".")
-        entries = [told[split]] if isinstance(told[split], str) else list(told[split])
+        entries = told[split] if isinstance(told[split], list) else [told[split]]
         records: list[_Record] = []
         left_out: list[str] = []
         found = 0
         for entry in entries:
-            for picture, name, labels in _yolo_pictures(root, str(entry)):
-                lines = labels.read_text().splitlines() if labels.is_file() else []
+            if not isinstance(entry, str):
+                raise ValueError(f"{path} has {str(entry)[:60]} as {split!r}; expected folders or files of pictures.")
+            for picture, name, labels in _yolo_pictures(root, entry):
+                lines = read_text(labels).splitlines() if labels.is_file() else []
                 found += labels.is_file()
                 records.append(_yolo_record(picture, name, labels, lines, len(class_names), left_out))
         if not found:
@@ -311,7 +315,7 @@ def _yolo_pictures(root: Path, entry: str) -> Iterator[tuple[Path, str, Path]]:
             own = (told / name).with_suffix(".txt")  # beside the labels, wherever the pictures were found
             yield picture, name.as_posix(), _labels_of(own)
     elif there.is_file():
-        for line in there.read_text().splitlines():
+        for line in read_text(there).splitlines():
             if line.strip():
                 picture = there.parent / line.strip()
                 if not picture.is_file():
@@ -387,19 +391,52 @@ def _read_coco(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     try:
-        content = json.loads(path.read_text())
-    except ValueError as error:
+        content = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is no JSON: {error}") from error
     parts = ("images", "annotations", "categories")
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):
         raise ValueError(f"{path} is no COCO file; expected {', '.join(parts)}.")
-    needed = (("id", "file_name", "height", "width"), ("image_id", "category_id", "bbox"), ("id", "name"))
-    for part, keys in zip(parts, needed, strict=True):
+    for part in parts:
         for number, entry in enumerate(content[part]):
-            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            known = entry if isinstance(entry, dict) else {}
+            lacking = [key for key in _COCO[part] if key not in known]
             if lacking:
                 raise ValueError(f"{path}: number {number} of its {part} has no {', '.join(lacking)}.")
+            for key, (check, wanted) in _COCO[part].items():
+                if not check(entry[key]):
+                    told = str(entry[key])[:60]
+                    raise ValueError(f"{path}: number {number} of its {part} has {key} {told}; expected {wanted}.")
     return content
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31 and value == int(value)
+
+
+def _is_area(value: Any) -> bool:
+    return isinstance(value, (int, float)) and math.isfinite(value) and value >= 0
+
+
+#: What COCO's file has to tell: a check of each value, and what it expects.
+_COCO: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {
+        "id": (_is_id, "a number or a text"),
+        "file_name": (lambda value: isinstance(value, str) and "\0" not in value, "a text"),
+        "height": (_is_side, "pixels"),
+        "width": (_is_side, "pixels"),
+    },
+    "annotations": {
+        "image_id": (_is_id, "a number or a text"),
+        "category_id": (_is_id, "a number or a text"),
+        "bbox": (lambda value: True, "a box"),
+    },
+    "categories": {"id": (lambda value: isinstance(value, int), "a number"), "name": (lambda value: True, "a name")},
+}
 
 
 def _find_pictures(path: Path, images: Sequence[Mapping[str, Any]]) -> Path:
@@ -430,8 +467,6 @@ def _coco_record(
     left_out: list[str],
 ) -> _Record:
     height, width = int(image["height"]), int(image["width"])
-    if min(height, width) < 1:
-        raise ValueError(f"{path} tells {width}x{height} pixels of {image['file_name']}.")
     boxes, labels, areas, crowds = [], [], [], []
     for each in annotations:
         place = f"{path}: annotation {each.get('id')} of {image['file_name']}"
@@ -445,7 +480,10 @@ def _coco_record(
             continue
         boxes.append(box)
         labels.append(indices[each["category_id"]])
-        areas.append(float(each.get("area", math.nan)))
+        area = each.get("area", math.nan)
+        if "area" in each and not _is_area(area):
+            raise ValueError(f"{place} has the area {str(area)[:60]}; expected pixels.")
+        areas.append(float(area))
         crowds.append(bool(each.get("iscrowd", 0)))
     return _Record(
         folder / image["file_name"], image["file_name"], np.array(boxes, dtype=np.float64).reshape(-1, 4),

@@ -44,6 +44,18 @@ def read_stored(path: Path) -> Tensor:
         raise BrokenPictureError(str(error)) from error
 
 
+def read_text(path: Path) -> str:
+    """Return what a text file says, in UTF-8.
+
+    Raises:
+        ValueError: naming the file, if it is no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+
+
 class LabelledImages(Dataset[tuple[Tensor, int]]):
     r"""Pictures with their class: item :math:`i` is a picture :math:`(3, H, W)` in [0, 1] and a class index.
 
@@ -477,7 +489,7 @@ def _read_parquet(path: Path) -> tuple[Any, list[int]]:
         table = pq.ParquetFile(path, memory_map=True).read(columns=["image.bytes", "label"])
         pictures, labels = pc.struct_field(table["image"], "bytes"), table["label"]
         pc.binary_length(pictures)  # refuses a column of anything else
-    except (pa.ArrowException, TypeError, KeyError) as error:
+    except (pa.ArrowException, OSError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is no parquet file with a column image (structs with bytes) and a column label: {error}"
         ) from error

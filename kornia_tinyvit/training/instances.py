@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.segmentation.rle import decode_rle
-from kornia_tinyvit.training.data import BrokenPictureError, read_stored
+from kornia_tinyvit.training.data import BrokenPictureError, read_stored, read_text
 from kornia_tinyvit.training.masks import (
     draw_rows,
     files_by_stem,
@@ -221,7 +221,7 @@ def _files_of(folder: Path) -> dict[str, _Label]:
 def _read_coco(path: Path) -> dict[str, _Label]:
     """Return COCO's annotations of each picture by its path without the ending; those of a crowd are left out."""
     try:
-        told = json.loads(path.read_text())
+        told = json.loads(read_text(path))
         stems = {each["id"]: Path(each["file_name"]).with_suffix("").as_posix() for each in told["images"]}
         annotations: dict[str, list[Mapping[str, Any]]] = {stem: [] for stem in stems.values()}
         for each in told["annotations"]:
@@ -236,7 +236,7 @@ def _masks_of(label: _Label, size: tuple[int, int]) -> list[NDArray[np.bool_]]:
     if not isinstance(label, Path):
         return [_coco_mask(each["segmentation"], size) for each in label]
     if label.suffix == ".txt":
-        lines = [line for line in label.read_text().splitlines() if line.strip()]
+        lines = [line for line in read_text(label).splitlines() if line.strip()]
         return [_fill(_yolo_rings(line, size), size) for line in lines]
     ids = read_ids(label)
     return [ids == each for each in np.unique(ids) if each not in (_NO_INSTANCE, _CONVENTIONAL)]
@@ -244,7 +244,10 @@ def _masks_of(label: _Label, size: tuple[int, int]) -> list[NDArray[np.bool_]]:
 
 def _coco_mask(segmentation: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
     if isinstance(segmentation, Mapping):
-        return decode_rle({"size": list(segmentation["size"]), "counts": segmentation["counts"]})
+        told = segmentation["size"]
+        if told != list(size):  # before so many pixels are made
+            raise ValueError(f"a mask of the size {str(told)[:60]} lies on a picture of {list(size)}, height and width")
+        return decode_rle({"size": list(size), "counts": segmentation["counts"]})
     return _fill([_pairs(ring) for ring in segmentation], size)
 
 

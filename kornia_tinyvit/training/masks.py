@@ -18,7 +18,7 @@ from torch.utils.data import Dataset
 
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import UNREADABLE
-from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored
+from kornia_tinyvit.training.data import BrokenPictureError, pictures_below, read_stored, read_text
 
 __all__ = ["IGNORED", "MaskedImages"]
 
@@ -111,18 +111,21 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
                 pictures, masks = pictures.parent, masks.parent
             names = path / "classes.txt"
             if classes is None and names.exists():
-                classes = names.read_text().splitlines()
+                classes = read_text(names).splitlines()
             return cls(pictures, masks, classes, ignored)
         told = read_description(path, "'images' and 'masks'")
         try:
             pictures, masks = (path.parent / told[split][kind] for kind in ("images", "masks"))
-            classes = told.get("classes") if classes is None else classes
             ignored = {*ignored, *told.get("ignored", ())}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
                 f"{path} does not tell where the pictures and masks of {split!r} are; expected a section "
-                f"'{split}' with 'images' and 'masks'."
+                f"'{split}' with 'images' and 'masks', and ids that are left out as a list 'ignored'."
             ) from error
+        if classes is None:
+            classes = told.get("classes")
+            if not (classes is None or isinstance(classes, (Mapping, list))):
+                raise ValueError(f"{path} has the classes {str(classes)[:60]}; expected names by their ids, or a list.")
         return cls(pictures, masks, classes, ignored)
 
     def __len__(self) -> int:
@@ -193,7 +196,11 @@ class MaskedImages(Dataset[tuple[Tensor, Tensor]]):
             classes = {each: f"class {each}" for each in present - {_CONVENTIONAL}}
         elif not isinstance(classes, Mapping):
             classes = dict(enumerate(classes))
-        named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are texts
+        try:
+            named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are texts
+            ignored = {int(each) for each in ignored}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"Ids of classes, and those that are ignored, must be whole numbers: {error}.") from error
         ignored |= {each for each, name in named.items() if name.lower() in _UNLABELLED}
         if _CONVENTIONAL not in named:
             ignored.add(_CONVENTIONAL)
@@ -284,8 +291,8 @@ def read_description(path: Path, folders: str) -> dict[str, Any]:
             f"There is no data set {path}; expected a folder with {folders}, or a YAML file that names them."
         )
     try:
-        told = json.loads(path.read_text()) if path.suffix.lower() == ".json" else read_yaml(path)
-    except ValueError as error:
+        told = json.loads(read_text(path)) if path.suffix.lower() == ".json" else read_yaml(path)
+    except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is neither YAML nor JSON: {error}") from error
     if not isinstance(told, dict):
         raise ValueError(f"{path} describes no data set; expected a section for each split, and 'classes'.")
@@ -305,6 +312,6 @@ def read_yaml(path: Path) -> Any:
     except ImportError as error:
         raise MissingExtraError("YAML files need PyYAML: pip install 'kornia-tinyvit[train]'.") from error
     try:
-        return yaml.safe_load(path.read_text())
-    except yaml.YAMLError as error:
+        return yaml.safe_load(read_text(path))
+    except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"{path} is no YAML: {error}") from error

@@ -20,7 +20,7 @@ from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
 from tests.distillation.test_batches import CLASSES, make_pictures
 
-SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--hold-out", "0.25")
+SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
 
 
 @pytest.fixture
@@ -35,7 +35,9 @@ def seed(tmp_path) -> Path:
 
 
 def command(folder, seed, out, *options):
-    return ("contract", str(folder), "--variant", str(seed), *SMALL, "--steps", "2", "--out", str(out), *options)
+    held_out = () if "--validation" in options else ("--hold-out", "0.25")
+    small = ("--variant", str(seed), *SMALL, *held_out, "--steps", "2")
+    return ("contract", str(folder), *small, "--out", str(out), *options)
 
 
 def journal(out: Path) -> list[dict]:

@@ -26,6 +26,11 @@ class TestTransformers:
         assert torch.equal(classifier.model(images), TinyViT.from_config(pretrained=weights)(images))
         assert "# me/mine" in (folder / "README.md").read_text()
 
+    def test_folder_that_is_a_file(self, tmp_path, capfd, monkeypatch):
+        (tmp_path / "hub").write_text("mine")
+        assert "hub is a file; give the folder" in error_of(capfd, monkeypatch, "convert", str(tmp_path / "hub"))
+        assert (tmp_path / "hub").read_text() == "mine"
+
     def test_of_the_package(self, tmp_path):
         run("convert", str(tmp_path / "hub"))
         assert json.loads((tmp_path / "hub" / "config.json").read_text())["id2label"]["7"] == "horse"

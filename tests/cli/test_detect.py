@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.cli import evaluate_tasks
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.training import BoxedImages, evaluate_detector
@@ -162,6 +163,20 @@ class TestEvaluate:
         assert told == pytest.approx(found.to_dict(), abs=1e-3)
         assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
 
+    def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
+        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        sizes, measure = [], evaluate_tasks.measure_network
+
+        def record(network, *arguments, **settings):
+            sizes.append(network.squares.size)
+            return measure(network, *arguments, **settings)
+
+        monkeypatch.setattr(evaluate_tasks, "measure_network", record)
+        for options in ((), ("--img-size", "96")):
+            run(*self.command(data, own, *options))
+        assert sizes == [64, 96]
+        assert "another architecture" in error_of(capfd, monkeypatch, *self.command(data, own, "--variant", "5m"))
+
     def test_text_and_broken_pictures(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
         damage(data / "images" / "01.png")
@@ -175,6 +190,6 @@ class TestEvaluate:
         data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
         assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
         error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
-        assert "--tta, --confusion is for classifiers" in error
+        assert "--tta, --confusion would do nothing with --task detection" in error
         error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "detection")
         assert "no published detectors" in error

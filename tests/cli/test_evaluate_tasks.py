@@ -72,7 +72,7 @@ class TestSemantic:
         error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "semantic")
         assert "--pretrained FILE" in error
         error = error_of(capfd, monkeypatch, *self.command(data, segmenter, "--confusion", "--tta"))
-        assert "--tta, --confusion is for classifiers, not for --task semantic" in error
+        assert "--tta, --confusion would do nothing with --task semantic; leave them out" in error
         (data / "classes.txt").write_text("ground\ndisc\ncube")
         assert "other classes" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
 
@@ -105,4 +105,4 @@ class TestPromptable:
         assert [each["instances"] for each in told] == [4, 4, 2]
         error = error_of(capfd, monkeypatch, *self.command(data, sam, "--json", "--min-area", "2000"))
         assert "None of 2 pictures has an object of at least 2000 pixels" in error
-        assert "have no classes" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))
+        assert "--per-class would do nothing" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))

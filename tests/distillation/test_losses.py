@@ -64,6 +64,13 @@ class TestSoftTargetCrossEntropy:
             soft_target_cross_entropy(torch.randn(6, 3), classes, probabilities)
 
 
+@pytest.mark.parametrize("index", [-1, 5, 255])
+def test_classes_that_there_are_not(index):
+    classes = torch.tensor([[0, index]])
+    with pytest.raises(ValueError, match=r"The stored classes are .* but the logits have 5"):
+        soft_target_cross_entropy(torch.zeros(1, 5), classes, torch.full((1, 2), 0.5))
+
+
 class TestDistillationLoss:
     def test_mixture(self, sparse):
         logits, labels = torch.randn(6, 12), torch.arange(6)

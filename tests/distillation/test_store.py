@@ -405,6 +405,51 @@ class TestRefusals:
         assert fill(store, 0, store.missing(0)) == 256
         assert_right(store, 0, np.arange(1000))
 
+    @pytest.mark.parametrize("value", [b"\xff\x7f", b"\x00\xbc", b"\x00\x40"], ids=["NaN", "-1", "2"])
+    def test_damaged_record(self, store, value):
+        fill(store, 0, np.arange(1000))
+        store.close()
+        path = store.path / "epoch-00000" / "shard-00000.bin"
+        record, content = MANIFEST.record, bytearray(path.read_bytes())
+        start = 3 * record.itemsize + record.fields["probabilities"][1]
+        content[start : start + len(value)] = value
+        path.write_bytes(content)
+        sample = int(store.order.permutation(0)[3])
+        with pytest.raises(StoreError, match=rf"The record of sample {sample} in epoch 0 of .* is damaged"):
+            store.read(0, np.arange(1000))
+        assert len(store.read(0, [each for each in range(1000) if each != sample]).classes) == 999
+
+    def test_class_that_the_teacher_does_not_have(self, tmp_path):
+        manifest = Manifest(4, num_classes=9, top_k=2)
+        store = LogitStore.create(tmp_path, manifest)
+        store.write(0, range(4), torch.full((4, 9), 1 / 9), range(4))
+        store.close()
+        path = tmp_path / "epoch-00000" / "shard-00000.bin"
+        path.write_bytes(b"\x09" + path.read_bytes()[1:])
+        with pytest.raises(StoreError, match="has classes or probabilities that no teacher says"):
+            store.read(0, range(4))
+
+    def test_shards_of_any_size(self):
+        with pytest.raises(StoreError, match="at most 2\\*\\*32"):
+            Manifest(4, num_classes=9, top_k=2, shard_records=2**70)
+
+    def test_negative_zero(self, tmp_path):
+        store = LogitStore.create(tmp_path, Manifest(1, num_classes=2, top_k=2))
+        store.write(0, [0], torch.tensor([[1.0, -0.0]]), [0])
+        assert store.read(0, [0]).probabilities.tolist() == [[1, 0]]
+
+    @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
+    def test_no_name(self, tmp_path, name):
+        with pytest.raises(StoreError, match="cannot be read as a store"):
+            LogitStore(tmp_path / name)
+
+    @pytest.mark.parametrize(
+        ("shape", "message"), [((2**40,), "A record would take"), (("3",), "whole numbers"), ((True,), "whole numbers")]
+    )
+    def test_shapes_of_no_record(self, shape, message):
+        with pytest.raises(StoreError, match=message):
+            Manifest(4, kind="features", shape=shape)
+
     def test_changed_top_k(self, store):
         """A manifest that was edited no longer fits the files."""
         fill(store, 0, np.arange(1000))

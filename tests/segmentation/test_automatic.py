@@ -396,6 +396,11 @@ class TestExceptions:
             ({"points_per_side": None, "point_grids": [np.zeros((1, 2))], "crop_n_layers": 1}, "2 arrays"),
             ({"points_per_side": 4, "crop_n_layers": 2, "crop_n_points_downscale_factor": 3}, "no points"),
             ({"points_per_side": 0}, "no points"),
+            ({"points_per_side": float("nan")}, "finite numbers.*got points_per_side=nan"),
+            ({"points_per_batch": 10**30}, r"below 2\*\*53; got points_per_batch=1000000"),
+            ({"crop_n_layers": 1, "crop_n_points_downscale_factor": 0}, "downscale_factor must be positive; got 0"),
+            ({"pred_iou_thresh": float("nan")}, "finite numbers.*got pred_iou_thresh=nan"),
+            ({"crop_overlap_ratio": float("inf")}, "finite numbers.*got crop_overlap_ratio=inf"),
         ],
     )
     def test_settings(self, sam, photo, settings, message):

@@ -47,6 +47,10 @@ class TestMapping:
         prompts = prepare_prompts(GEOMETRY, None, None, torch.tensor([[-50.0, -50.0, 500.0, 10.0]]), None)
         torch.testing.assert_close(prompts.boxes, torch.tensor([[-32.0, -32.0, 320.0, 6.4]]))
 
+    def test_labels_that_are_true_or_false(self):
+        pairs, labels = points((1.0, 2.0), (3.0, 4.0)), torch.tensor([[True], [False]])
+        assert prepare_prompts(GEOMETRY, pairs, labels, None, None).points[1].tolist() == [[1], [0]]
+
     def test_places_that_hold_no_point(self):
         """Prompts of fewer points than others are filled up, with whatever."""
         pairs = torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [-9.0, 900.0]]])
@@ -75,6 +79,10 @@ MASK = torch.zeros(1, 1, 64, 64)
         ({"points": points((5, 301))}, r"point \(5, 301\) lies outside"),
         ({"points": points((math.nan, 1))}, "The points hold NaN or infinity"),
         ({"points": points((math.inf, 1))}, "The points hold NaN or infinity"),
+        ({"points": POINT, "labels": torch.ones(1, 1) + 0j}, "Labels are 1 on the object.*got torch.complex64"),
+        ({"boxes": torch.tensor([[0.0, 0.0, 1e30, 9.0]])}, r"The boxes lie up to 1e\+30 pixels away; 16777216"),
+        ({"masks": MASK.double() + 1e300}, "finite floating point logits"),
+        ({"points": POINT + 0j}, "The points must be real numbers; got torch.complex64"),
         ({"boxes": BOX[0]}, r"Boxes must be \(P, 4\).*got \(4,\)"),
         ({"boxes": BOX[:, :3]}, r"Boxes must be \(P, 4\).*got \(1, 3\)"),
         ({"boxes": torch.tensor([[30.0, 20.0, 10.0, 40.0]])}, r"box \(30, 20, 10, 40\) is empty"),

@@ -125,3 +125,21 @@ class TestExceptions:
     def test_no_text_of_coco(self, counts):
         with pytest.raises(ValueError, match="not COCO's"):
             decode_rle({"size": [2, 3], "counts": counts})
+
+    @pytest.mark.parametrize("rle", [None, 3, [1], {}, {"size": [2, 3]}])
+    def test_no_runs(self, rle):
+        with pytest.raises(ValueError, match="has 'size' and 'counts'"):
+            decode_rle(rle)
+
+    @pytest.mark.parametrize("size", [None, 6, "23", [6], [2, 3, 1], [2.0, 3], [-2, -3], [2**31, 1], [[2], [3]]])
+    def test_no_size(self, size):
+        with pytest.raises(ValueError, match="The size of a mask is its height and width"):
+            decode_rle({"size": size, "counts": [6]})
+
+    @pytest.mark.parametrize("counts", [None, 6, ["6"], [6.0], [[6]], [[1], [2, 3]], {"a": 6}, [10**30], [None]])
+    def test_no_list_of_runs(self, counts):
+        with pytest.raises(ValueError, match="Runs are a list of whole numbers, or text"):
+            decode_rle({"size": [2, 3], "counts": counts})
+
+    def test_nothing(self):
+        assert decode_rle({"size": [0, 5], "counts": []}).shape == (0, 5)

@@ -152,6 +152,26 @@ names: [cat, dog]
         with pytest.raises(ValueError, match="no object on its 1 pictures; 1 boxes have no area"):
             BoxedImages.open(write_yolo(tmp_path / "more", {"a": "0 0.5 0.5 0 0"}))
 
+    def test_no_text(self, tmp_path):
+        path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"})
+        next(path.parent.rglob("a.txt")).write_bytes(b"0 0.5\xff")
+        with pytest.raises(ValueError, match=r"a\.txt is no text in UTF-8"):
+            BoxedImages.open(path)
+
+    @pytest.mark.parametrize(
+        ("yaml", "message"),
+        [
+            ("train: images/train\nnames: cat", "has the names cat; expected a list"),
+            ("train: images/train\nnames: {0: cat, x: owl}", r"names the classes \[0, 'x'\]"),
+            ("train: 5\nnames: [cat]", "has 5 as 'train'; expected folders or files of pictures"),
+            ("train: [images/train, 5]\nnames: [cat]", "has 5 as 'train'"),
+        ],
+    )
+    def test_described_wrongly(self, tmp_path, yaml, message):
+        path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml)
+        with pytest.raises(ValueError, match=message):
+            BoxedImages.open(path)
+
 
 class TestCoco:
     def test_items(self, tmp_path):
@@ -200,12 +220,36 @@ class TestCoco:
             ({"bbox": [1, 2, 3]}, r"annotation 1 of a\.png has the box \[1, 2, 3\]"),
             ({"bbox": [1, 2, float("nan"), 4]}, "has the box"),
             ({"bbox": None}, "has the box"),
+            ({"area": float("nan")}, "has the area nan; expected pixels"),
+            ({"area": "12"}, "has the area 12"),
+            ({"area": -4}, "has the area -4"),
+            ({"image_id": [7]}, r"number 0 of its annotations has image_id \[7\]"),
+            ({"category_id": {}}, r"number 0 of its annotations has category_id \{\}"),
         ],
     )
     def test_false_annotations(self, tmp_path, change, message):
         annotation = make_coco()["annotations"][0] | change
         with pytest.raises(ValueError, match=message):
             BoxedImages.open(write_coco(tmp_path, make_coco(annotations=[annotation])))
+
+    @pytest.mark.parametrize(
+        ("part", "change", "message"),
+        [
+            ("images", {"height": "20"}, "number 1 of its images has height 20; expected pixels"),
+            ("images", {"width": 0}, "has width 0; expected pixels"),
+            ("images", {"width": 1e300}, "has width 1e"),
+            ("images", {"file_name": {}}, "has file_name {}; expected a text"),
+            ("images", {"id": [1]}, r"has id \[1\]; expected a number or a text"),
+            ("categories", {"id": "cat"}, "number 1 of its categories has id cat; expected a number"),
+        ],
+    )
+    def test_false_values(self, tmp_path, part, change, message):
+        path = write_coco(tmp_path, make_coco())
+        content = make_coco()
+        content[part][1] |= change
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            BoxedImages.open(path)
 
     @pytest.mark.parametrize(
         ("text", "message"),
@@ -217,7 +261,10 @@ class TestCoco:
                 "number 0 of its annotations has no image_id, category_id",
             ),
             (json.dumps(make_coco(categories=make_coco()["categories"] * 2)), "two categories of one id"),
-            (json.dumps(make_coco(images=[make_coco()["images"][0] | {"width": 0}])), "0x20 pixels of a.png"),
+            (
+                json.dumps(make_coco(images=[make_coco()["images"][0] | {"width": 0}])),
+                "number 0 of its images has width 0",
+            ),
         ],
     )
     def test_false_files(self, tmp_path, text, message):

@@ -207,6 +207,11 @@ class TestParquet:
 
     def test_no_parquet(self, tmp_path):
         pytest.importorskip("pyarrow")
+        whole = write_parquet(tmp_path / "whole.parquet", [picture(0)], [0]).read_bytes()
+        length = int.from_bytes(whole[-8:-4], "little")  # of the description at the end
+        (tmp_path / "thrift.parquet").write_bytes(whole[: -8 - length] + bytes(length) + whole[-8:])
+        with pytest.raises(ValueError, match=r"thrift\.parquet is no parquet file"):
+            LabelledImages(tmp_path / "thrift.parquet")
         (tmp_path / "notes.parquet").write_text("nothing of the kind")
         with pytest.raises(ValueError, match=r"notes\.parquet is no parquet file"):
             LabelledImages(tmp_path / "notes.parquet")

@@ -170,6 +170,21 @@ class TestOpen:
 
 
 class TestRefusals:
+    def test_runs_of_another_size(self, tmp_path):
+        """Refused before masks of that size take the memory."""
+        add_picture(tmp_path)
+        runs = {"size": [60_000, 60_000], "counts": [3_600_000_000]}
+        told = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "segmentation": runs}]}
+        (tmp_path / "coco.json").write_text(json.dumps(told))
+        with pytest.raises(BrokenPictureError, match=r"a mask of the size \[60000, 60000\] lies on a picture of"):
+            InstanceImages(tmp_path / "images", tmp_path / "coco.json")[0]
+
+    def test_no_text(self, tmp_path):
+        add_labels(add_picture(tmp_path), SQUARE)
+        (tmp_path / "labels" / "a.txt").write_bytes(b"\xff\xfe0 1")
+        with pytest.raises(BrokenPictureError, match=r"a\.txt is no text in UTF-8"):
+            InstanceImages.open(tmp_path)[0]
+
     @pytest.mark.parametrize(
         ("line", "message"),
         [

@@ -121,6 +121,26 @@ class TestItems:
 
 
 class TestRefusals:
+    def test_names_in_no_text(self, folder):
+        (folder / "classes.txt").write_bytes(b"sky\x80\nroad")
+        with pytest.raises(ValueError, match=r"classes\.txt is no text in UTF-8"):
+            MaskedImages.open(folder)
+
+    @pytest.mark.parametrize(
+        ("told", "message"),
+        [
+            ({"classes": 3}, "has the classes 3; expected names by their ids, or a list"),
+            ({"classes": {"sky": 3}}, "must be whole numbers"),
+            ({"ignored": ["x"]}, "must be whole numbers"),
+            ({"ignored": 3}, "ids that are left out as a list 'ignored'"),
+        ],
+    )
+    def test_described_wrongly(self, folder, told, message):
+        sections = {"train": {"images": "images", "masks": "masks"}}
+        (folder / "data.json").write_text(json.dumps(sections | {"classes": ["sky", "road"]} | told))
+        with pytest.raises(ValueError, match=message):
+            MaskedImages.open(folder / "data.json")
+
     def test_other_sizes(self, tmp_path):
         write_pair(tmp_path, "a", np.full((4, 6), 7), mask_size=(4, 6))
         with pytest.raises(BrokenPictureError, match=r"a\.jpg is 6x4 pixels upright, but its mask .*a\.png is 4x6"):

@@ -1,0 +1,44 @@
+"""An option that would do nothing is refused, not passed over."""
+
+from __future__ import annotations
+
+import pytest
+
+from tests.cli.test_classify import error_of
+
+TASKS = {
+    "classification": ("--split val", "--min-area 1"),
+    "semantic": ("--tta", "--confusion", "--calibration", "--knn x", "--linear x", "--batch-size 64", "--min-area 9"),
+    "promptable": ("--tta", "--per-class", "--batch-size 2", "--knn x"),
+    "detection": ("--tta", "--min-area 9", "--linear x"),
+}
+TRAININGS = {
+    "classification": ("--class-balance 0", "--freeze image_encoder", "--prompts 8", "--queries 9"),
+    "semantic": ("--box-share 0.5", "--min-area 2", "--queries 9"),
+    "promptable": ("--class-balance 1", "--queries 9"),
+    "detection": ("--class-balance 1", "--prompts 8"),
+}
+
+
+@pytest.mark.parametrize(("command", "tasks"), [("evaluate", TASKS), ("train", TRAININGS)])
+def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
+    for task, options in tasks.items():
+        for option in options:
+            error = error_of(capfd, monkeypatch, command, str(tmp_path), "--task", task, *option.split())
+            assert f"{option.split()[0]} would do nothing with --task {task}; leave it out" in error
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("evaluate x --task semantic --tta --confusion", "--tta, --confusion would do nothing with --task semantic"),
+        ("train x --validate-every 2", "--validate-every would do nothing without --validation"),
+        ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out would do nothing with --validation"),
+        ("contract x --max-macs 1M --engine openvino --device cpu", "--engine, --device would do nothing without"),
+        ("contract x --max-latency-ms 9 --engine-batch 4", "--engine-batch would do nothing without --min-throughput"),
+        ("convert x --layout timm --name me", "--name would do nothing with --layout timm"),
+        ("benchmark --limit 4", "--limit would do nothing without --data"),
+    ],
+)
+def test_without_what_it_is_for(capfd, monkeypatch, words, message):
+    assert message in error_of(capfd, monkeypatch, *words.split())

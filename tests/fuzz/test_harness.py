@@ -1,0 +1,104 @@
+"""A share of the attack, and whether the attack would notice."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import time
+
+import pytest
+import torch
+
+from kornia_tinyvit import TinyViTConfig
+from kornia_tinyvit.checkpoints import load_checkpoint
+from tests.fuzz import TARGETS
+from tests.fuzz.harness import RAN, Refused, Target, attack, judge, mutate
+
+
+@pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
+def test_share(target, tmp_path):
+    tally = attack(target, 0, range(target.share), tmp_path)
+    assert tally.faults == {}
+    assert tally.tried == target.share
+    assert not list(tmp_path.iterdir())
+
+
+def bare_error(rng, folder):
+    return {}["x"]
+
+
+def torch_error(rng, folder):
+    torch.zeros(2) @ torch.zeros(3)
+
+
+def python_error(rng, folder):
+    int("x")
+
+
+def no_sentence(rng, folder):
+    raise ValueError
+
+
+def wrong_result(rng, folder):
+    assert 1 + 1 == 3, "the sum is wrong"
+
+
+def too_slow(rng, folder):
+    time.sleep(5)
+
+
+def too_large(rng, folder):
+    # Not from the heap, which may have that much left over.
+    with mmap.mmap(-1, 200 * 2**20) as memory:
+        memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
+
+
+def code(rng, folder):
+    (folder / RAN).touch()
+    raise Refused
+
+
+def leftover(rng, folder):
+    (folder / ".weights.safetensors.1a2b.tmp").touch()
+
+
+@pytest.mark.parametrize(
+    ("case", "reason"),
+    [
+        (bare_error, "KeyError at test_harness.py"),
+        (torch_error, "RuntimeError at test_harness.py"),
+        (python_error, "not refused by the package itself: invalid literal"),
+        (no_sentence, "not refused by the package itself"),
+        (wrong_result, "wrong result, the sum is wrong"),
+        (too_slow, "took more than 1 s"),
+        (too_large, "took more than 100 MB"),
+        (code, "code of the file ran"),
+        (leftover, "left behind weights"),
+    ],
+)
+def test_faults(tmp_path, case, reason):
+    outcome, told = judge(Target("x", case, seconds=1, megabytes=100), 0, 0, tmp_path)
+    assert outcome == "fault"
+    assert reason in told
+    assert os.listdir(tmp_path) == []
+
+
+@pytest.mark.parametrize(
+    ("case", "outcome"),
+    [
+        (lambda rng, folder: TinyViTConfig(img_size=3), "refused"),
+        (lambda rng, folder: load_checkpoint(torch.nn.Linear(1, 1), folder / "none.pth"), "refused"),
+        (lambda rng, folder: None, "accepted"),
+    ],
+)
+def test_no_faults(tmp_path, case, outcome):
+    assert judge(Target("x", case), 0, 0, tmp_path) == (outcome, "")
+
+
+def test_cases_repeat(tmp_path):
+    drawn = []
+    target = Target("x", lambda rng, folder: drawn.append(mutate(rng, bytes(999))))
+    attack(target, 3, range(20), tmp_path)
+    attack(target, 3, range(20), tmp_path)
+    assert drawn[:20] == drawn[20:]
+    assert len(set(drawn)) > 15
