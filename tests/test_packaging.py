@@ -84,7 +84,7 @@ def test_source_distribution_can_be_tested(built):
 
 def test_no_distribution_names_a_machine(built):
     source, _ = built
-    marks = re.compile(rb"/(?:home|root|Users|work)/|file:///")
+    marks = re.compile(rb"/(?:home|root|Users|work|opt)/")
     texts = [
         path for path in source.rglob("*") if path.suffix in (".py", ".md", ".rst", ".txt", ".toml", ".cfg", ".json")
     ]
