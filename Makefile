@@ -9,9 +9,10 @@ demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
 	@echo "The sheets are in demo/: open them in any picture viewer."
 
-# A process a core, each with one thread: networks as small as the tests' gain nothing from more.
+# A process a core, each with one thread: networks as small as the tests' gain nothing from more. To count the lines that
+# run takes time: make test COVERAGE=--cov.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal --cov
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(COVERAGE)
 
 lint: setup
 	$(BIN)/ruff check .

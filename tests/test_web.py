@@ -239,6 +239,16 @@ class TestPage:
         assert re.findall(r"width: ([\d.]+)%", table) == ["25.0", "100.0"]
         assert re.findall(r">([\d.]+)%<", table) == ["25.0", "100.0"]
 
+    def test_a_photo_that_comes_while_another_is_opened_is_opened_next(self):
+        page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
+        classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
+        events = page.build_page(classifier, "mobile_sam", "cpu", [ASSETS / "photos" / "chelsea.png"]).config[
+            "dependencies"
+        ]
+        (opening,) = (event for event in events if event["api_name"] == "_open")
+        assert [event for _, event in opening["targets"]] == ["load", "change"]
+        assert opening["trigger_mode"] == "always_last"
+
     def test_a_slider_for_each_change(self):
         page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
         assert list(page.SLIDERS) == [each.name for each in dataclasses.fields(Changes)]
