@@ -247,7 +247,9 @@ class TestPage:
         ]
         (opening,) = (event for event in events if event["api_name"] == "_open")
         assert [event for _, event in opening["targets"]] == ["load", "change"]
-        assert opening["trigger_mode"] == "always_last"
+        shown = [event for event in events if event["trigger_after"] == opening["id"]]
+        assert len(shown) == 4
+        assert {event["trigger_mode"] for event in (opening, *shown)} == {"always_last"}
 
     def test_a_slider_for_each_change(self):
         page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")

@@ -100,12 +100,16 @@ class Visit:
     def upload(self, path: Path) -> None:
         if self.page.locator("#photo img").count():
             self.page.locator("#photo").get_by_label("Remove Image").click()
+            self.page.locator("#photo img").wait_for(state="detached")
         self.page.locator("#photo input[type=file]").set_input_files(path)
 
-    def drawn(self, place: str) -> bool:
-        """Whether all pictures of a place are there."""
-        script = "place => [...document.querySelectorAll(place + ' img')].every(each => each.naturalWidth > 0)"
-        return self.page.locator(f"{place} img").count() > 0 and self.page.evaluate(script, place)
+    def wait_until_drawn(self, place: str) -> None:
+        """Wait until a place has pictures, and all of them their pixels."""
+        script = """place => {
+            const pictures = [...document.querySelectorAll(place + " img")];
+            return pictures.length > 0 && pictures.every(each => each.naturalWidth > 0);
+        }"""
+        self.page.wait_for_function(script, arg=place)
 
     def overflows(self) -> bool:
         return self.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
@@ -117,7 +121,7 @@ def test_visit(chromium, address, reached):
         visit.upload(PHOTOS / "horse.png")
         visit.wait("#labels", "horse")
         visit.page.locator("#saliency img").wait_for()
-        assert visit.drawn("#saliency")
+        visit.wait_until_drawn("#saliency")
 
         visit.open_tab("Augment")
         visit.page.locator("#scores tbody tr").first.wait_for()
@@ -141,7 +145,7 @@ def test_visit(chromium, address, reached):
         visit.wait_for_change("#masks img", "src", one)
         masks.click(position={"x": 200, "y": 150})
         visit.wait("#told", "The mask covers")
-        assert visit.drawn("#masks")
+        visit.wait_until_drawn("#masks")
         visit.page.get_by_label("8", exact=True).check()
         visit.page.locator("#everything").click()
         visit.page.locator("#told").filter(has_text=re.compile(r"Found \d+ masks? at 64 points\.")).wait_for()
@@ -150,7 +154,7 @@ def test_visit(chromium, address, reached):
 
         visit.open_tab("Features")
         visit.page.get_by_text("stage 4: 160 channels").wait_for()
-        assert visit.drawn(".stage")
+        visit.wait_until_drawn(".stage")
         assert [url for url in visit.requests if not url.startswith((address, "data:", "blob:"))] == []
         assert visit.complaints == []
     assert not reached.exists(), reached.read_text()
@@ -171,7 +175,7 @@ def test_refusals(chromium, address, tmp_path):
             visit.page.get_by_text(sentence).first.wait_for()
         visit.page.locator("#examples img").last.click()
         visit.page.locator("#labels").filter(has_text="%").wait_for()
-        assert visit.drawn("#photo")
+        visit.wait_until_drawn("#photo")
 
 
 def test_files_of_the_machine_are_out_of_reach(address, tmp_path):

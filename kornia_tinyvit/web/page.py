@@ -135,12 +135,12 @@ def build_page(classifier: ImageClassifier, sam: str, device: str, examples: Seq
                 with gr.Tab("Features"):
                     look = _features_tab(classifier)
         # Not preprocessed: gradio would decode whatever comes, however large, and speak of its own failures.
-        # A photo that comes while another is being opened waits for its turn; gradio would forget it.
+        # A photo that comes while another is being opened or shown waits for its turn; gradio would forget it.
         opened = gr.on(
             [page.load, file.change], _open, file, [file, photo], preprocess=False, trigger_mode="always_last", **QUIET
         )
         for function, inputs, outputs in (classify, change, mark, look):
-            opened.then(_telling(function), [photo, *inputs], outputs, **TINYVIT)
+            opened.then(_telling(function), [photo, *inputs], outputs, trigger_mode="always_last", **TINYVIT)
     return page.queue(max_size=WAITING)
 
 
