@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,23 @@ class RunFolder:
             raise ValueError(
                 f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
             )
+
+    @contextmanager
+    def alone(self) -> Iterator[None]:
+        """Keep the trainings of other processes out; it ends with the process, however that ends.
+
+        Raises:
+            ValueError: if another process trains in the folder.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        with (self.path / ".lock").open("ab") as file:
+            try:
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked data workers do not inherit
+            except OSError:
+                raise ValueError(
+                    f"Another process trains in {self.path}; wait for it or give another folder."
+                ) from None
+            yield
 
     def begin(self, asked: dict[str, Any], step: int) -> None:
         """Write down what is asked for, and forget what was told of steps after this one: they come again."""

@@ -129,7 +129,7 @@ def train(
 
     Raises:
         ValueError: if the batches do not divide, the augmentation has another size than the recipe, ``out`` holds
-            another training, or the validation pictures have other classes.
+            another training or is written by another process, or the validation pictures have other classes.
         FloatingPointError: if the loss is no longer finite.
     """
     _check_sizes(samples, recipe)
@@ -143,12 +143,15 @@ def train(
     # their kind.
     idle = isinstance(model, PromptedSAM) or (isinstance(model, TinyViT) and model.config.mobile_sam)
     unused = DistributedDataParallelKwargs(find_unused_parameters=idle)
+    # Without a GPU accelerate joins the processes that torchrun started only when told to stay on the CPU.
+    cpu = cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
     training = _Training(accelerator, model, samples, objective, recipe, process_batch, task)
     evaluate = None if validation is None else _Validation(training, validation, workers, validate_every)
     replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
     folder, asked = RunFolder(Path(out)), training.describe(replays) | {"origin": origin}
-    return _run(training, folder, asked, evaluate, class_names, workers, save_minutes, log_every, progress)
+    with folder.alone() if accelerator.is_main_process else nullcontext():
+        return _run(training, folder, asked, evaluate, class_names, workers, save_minutes, log_every, progress)
 
 
 def _run(

@@ -27,6 +27,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import LabelledImages, Labels, Recipe, StoredLabels, train
 from kornia_tinyvit.training.averaging import MovingAverage
 from kornia_tinyvit.training.data import BrokenPictureError
+from kornia_tinyvit.training.folder import RunFolder
 from tests.conftest import TINY
 from tests.distillation.test_batches import CLASSES, damage, make_pictures
 
@@ -82,6 +83,13 @@ def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", *
         objective.__class__ = type("Labels", (Spoiled,), {})  # the name that run.json notes down
     options = {"cpu": True, "log_every": 1, "class_names": CLASSES} | options
     return train(model or make_model(), samples, objective, recipe, out, **options)
+
+
+def hold(out, told):
+    """Train in a folder for as long as this process lives."""
+    with RunFolder(out).alone():
+        told.send("held")
+        time.sleep(600)
 
 
 def stop_at(call):
@@ -162,7 +170,7 @@ class TestWhatComesOut:
         assert result.to_dict() == json.loads(json.dumps(result.to_dict())) | {"broken": ()}
         assert result.top1 == pytest.approx(max(line.get("top1", 0) for line in lines), abs=1e-4)
         names = {path.name for path in out.iterdir()} - {"tensorboard"}
-        wanted = {"metrics.jsonl", "run.json", "best.safetensors", "last.safetensors", "state-000000006"}
+        wanted = {"metrics.jsonl", "run.json", "best.safetensors", "last.safetensors", "state-000000006", ".lock"}
         assert names == wanted
 
     def test_losses_are_means_since_the_last_line(self, folder, tmp_path):
@@ -405,6 +413,22 @@ class TestRefusals:
             fit(tmp_path / "more", out)
         assert (out / "metrics.jsonl").read_text() == before
 
+    def test_another_process_trains_there(self, folder, tmp_path):
+        out = tmp_path / "out"
+        context = multiprocessing.get_context("spawn")
+        told, ours = context.Pipe()
+        other = context.Process(target=hold, args=(out, ours))
+        other.start()
+        try:
+            assert told.poll(60), "the other process did not start"
+            with pytest.raises(ValueError, match=r"Another process trains in .*out; wait"):
+                fit(folder, out)
+            assert [path.name for path in out.iterdir()] == [".lock"]
+        finally:
+            other.kill()
+            other.join()
+        assert fit(folder, out).steps == 2 * STEPS
+
     @pytest.mark.parametrize("value", [float("nan"), float("inf")])
     def test_loss_that_is_not_finite(self, folder, tmp_path, value):
         out = tmp_path / "out"
@@ -609,10 +633,11 @@ TWO = replace(FROZEN, ema_decay=0.5)
 
 
 def shared_run(folder, out, epochs_before_stop=None):
-    """What each of two processes does, and one alone."""
+    """What each of two processes does, and one alone; where there is no GPU nobody has to say so."""
     validation = LabelledImages(folder.parent / "val")
-    return fit(folder, out, TWO, validation=validation, on_broken="skip", save_minutes=0,
-               before=None if epochs_before_stop is None else stop_at(epochs_before_stop * STEPS + 2))  # fmt: skip
+    before = None if epochs_before_stop is None else stop_at(epochs_before_stop * STEPS + 2)
+    cpu = torch.accelerator.is_available()
+    return fit(folder, out, TWO, validation=validation, on_broken="skip", save_minutes=0, cpu=cpu, before=before)
 
 
 SCRIPT = """
