@@ -12,7 +12,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier
+from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, refuse_idle
 from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_sheet
 
@@ -20,29 +20,28 @@ _SUFFIXES = {".jpg", ".png"}
 
 
 def demo(
+    context: typer.Context,
     photos: Annotated[list[Path] | None, typer.Argument(help="Picture files. Default: those in the package.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder for the sheets. Default: demo.")] = None,
+    out: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("demo"),
     variant: Variant = None,
     pretrained: Pretrained = None,
     device: Device = "cpu",
     web: Annotated[bool, typer.Option("--web", help="Serve a page to play with; the photos are its examples.")] = False,
     host: Annotated[
-        str | None,
+        str,
         typer.Option(
-            help="With --web: address to listen on; 0.0.0.0 lets the whole network in, without a password. "
-            "Default: 127.0.0.1, this machine alone."
+            help="With --web: address to listen on; the default is this machine alone, 0.0.0.0 lets the whole network "
+            "in, without a password."
         ),
-    ] = None,
-    port: Annotated[
-        int | None, typer.Option(min=0, max=65535, help="With --web: port; 0 for any that is free. Default: 7860.")
-    ] = None,
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web: port; 0 for any that is free.")] = 7860,
     sam: Annotated[
-        str | None,
+        str,
         typer.Option(
             help="With --web: file or URL of a whole MobileSAM to segment with, or mobile_sam, the published one, "
-            "downloaded once at the first use. Default: mobile_sam."
+            "downloaded once at the first use."
         ),
-    ] = None,
+    ] = "mobile_sam",
 ) -> None:
     """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees.
 
@@ -50,14 +49,11 @@ def demo(
     """
     photos = photos or sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
     if web:
-        if out is not None:
-            raise ValueError("--out is a folder for sheets, and --web draws none: leave one of them out.")
-        _serve(photos, variant, pretrained, device, host or "127.0.0.1", 7860 if port is None else port, sam)
-        return
-    for option, value in (("--host", host), ("--port", port), ("--sam", sam)):
-        if value is not None:
-            raise ValueError(f"{option} is about the page to play with: add --web.")
-    _draw(photos, out or Path("demo"), variant, pretrained, device)
+        refuse_idle(context, ("out",), "with --web")
+        _serve(photos, variant, pretrained, device, host, port, sam)
+    else:
+        refuse_idle(context, ("host", "port", "sam"), "without --web")
+        _draw(photos, out, variant, pretrained, device)
 
 
 def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | None, device: str) -> None:
@@ -76,20 +72,14 @@ def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | 
 
 
 def _serve(
-    photos: list[Path],
-    variant: str | None,
-    pretrained: str | None,
-    device: str,
-    host: str,
-    port: int,
-    sam: str | None,
+    photos: list[Path], variant: str | None, pretrained: str | None, device: str, host: str, port: int, sam: str
 ) -> None:
     from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
 
-    if sam and sam != "mobile_sam" and not urlparse(sam).scheme and not Path(sam).exists():
+    if sam != "mobile_sam" and not urlparse(sam).scheme and not Path(sam).is_file():
         raise FileNotFoundError(f"There is no file {sam} for --sam.")
     missing = [path for path in photos if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"There is no picture {missing[0]}.")
     classifier = build_classifier(variant, pretrained, device, tta=True)
-    serve(classifier, sam or "mobile_sam", device, photos, host, port)
+    serve(classifier, sam, device, photos, host, port)

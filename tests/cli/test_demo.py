@@ -80,10 +80,10 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--port", "80"], "--port is about the page to play with: add --web"),
-            (["--host", "0.0.0.0"], "--host is about the page to play with: add --web"),
-            (["--sam", "mobile_sam"], "--sam is about the page to play with: add --web"),
-            (["--web", "--out", "demo"], "--out is a folder for sheets, and --web draws none"),
+            (["--port", "80"], "--port would do nothing without --web; leave it out"),
+            (["--host", "0.0.0.0"], "--host would do nothing without --web; leave it out"),
+            (["--sam", "mobile_sam"], "--sam would do nothing without --web; leave it out"),
+            (["--web", "--out", "demo"], "--out would do nothing with --web; leave it out"),
             (["--web", "gone.png"], "There is no picture gone.png"),
             (["--web", "--sam", "gone.safetensors"], "There is no file gone.safetensors for --sam"),
             (["--web", "--host", "203.0.113.7", "--port", "0"], "Port 0 of 203.0.113.7 cannot be used"),
