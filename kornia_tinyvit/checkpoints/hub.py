@@ -20,9 +20,9 @@ __all__ = [
     "timm_config",
 ]
 
-#: The names of the two files that a folder of the hub has.
+#: File of a hub folder that says what the network is.
 CONFIG_FILE = "config.json"
-#: The second of them.
+#: File of a hub folder with the network's weights.
 WEIGHTS_FILE = "model.safetensors"
 
 #: What the fields of a network's configuration are called in transformers.
