@@ -59,7 +59,7 @@ def train_seed(args: argparse.Namespace) -> str:
 def search(seed: str, args: argparse.Namespace) -> dict:
     proxy = ["--epochs", args.proxy_epochs, "--limit", args.proxy_pictures, "--hold-out", args.hold_out]
     options = ["--variant", seed, "--pretrained", seed, *BUDGET, *proxy, *recipe(args), "--base-lr", args.search_lr]
-    steps = ["--steps", args.steps, "--processes", args.processes, "--seed", 0]
+    steps = ["--steps", args.steps, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
     return run("contract", args.data / "train.parquet", *options, *steps, "--out", args.out / "search")
 
 
@@ -81,6 +81,7 @@ def main() -> None:
     # At the recipe's 8e-3, which is for networks of the size of `1m`, the seed diverged in its second epoch.
     parser.add_argument("--search-lr", type=float, default=3e-3, help="base rate for the seed and the candidates")
     parser.add_argument("--steps", type=int, default=12, help="steps of the search")
+    parser.add_argument("--min-depth", type=int, default=1, help="fewest blocks of a stage that the search may leave")
     parser.add_argument("--proxy-pictures", type=int, default=12_500)
     parser.add_argument("--proxy-epochs", type=int, default=1)
     parser.add_argument("--hold-out", type=float, default=0.2, help="share of those that candidates are measured on")

@@ -66,6 +66,9 @@ def contract(
     min_throughput: Annotated[float | None, typer.Option(help="Pictures a second in batches, in --engine.")] = None,
     max_memory: Amount = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8,
+    min_depth: Annotated[
+        int, typer.Option(min=1, help="Fewest blocks of a stage; brief trainings undervalue depth.")
+    ] = 1,
     start: Annotated[
         From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
     ] = From.inherit,
@@ -98,7 +101,7 @@ def contract(
     --out gets search.jsonl with all candidates, search.png, and winner.safetensors, a file for every command's
     --pretrained and for 'train --variant', which trains a network like it.
     """
-    from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, save_search
+    from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, Space, save_search
     from kornia_tinyvit.contraction import contract as run
 
     if validation is not None:
@@ -127,7 +130,7 @@ def contract(
     network = build_student(variant, pretrained, chosen, lesson.classes, seed, False)
     result = run(
         network if pretrained else network.config, budget, evaluate, out,
-        steps=steps, bench=bench, processes=processes, progress=not as_json,
+        steps=steps, space=Space(min_depth), bench=bench, processes=processes, progress=not as_json,
     )  # fmt: skip
     save_search(out / "search.png", result)
     save_checkpoint(result.network(), out / "winner.safetensors", class_names=lesson.class_names)

@@ -46,7 +46,7 @@ def journal(out: Path) -> list[dict]:
 
 class TestContract:
     def test_json(self, folder, seed, tmp_path):
-        limits = ("--max-parameters", "25k", "--max-macs", "2.5e6")
+        limits = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--min-depth", "2")
         told = json.loads(run(*command(folder, seed, tmp_path / "out", *limits, "--json")))
         assert told.keys() == {"winner", "evaluated", "path"}
         network = TinyViT.from_config(pretrained=told["winner"])
@@ -56,6 +56,8 @@ class TestContract:
         assert costs["macs"] <= 2.5e6
         assert TinyViTConfig.from_dict(told["path"][-1]["config"]) == network.config
         assert told["path"][-1]["costs"] == costs
+        depths = {tuple(line["config"]["depths"]) for line in journal(tmp_path / "out") if line["event"] == "measured"}
+        assert depths == {TINY["depths"]}, "no stage has more than two blocks"
         assert told["evaluated"] == sum(line["event"] == "evaluated" for line in journal(tmp_path / "out"))
         assert Image.open(tmp_path / "out" / "search.png").size == (1120, 400)
         rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["winner"], "--json"))
