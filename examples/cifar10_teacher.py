@@ -5,7 +5,8 @@
 
 Any network can teach: `kornia-tinyvit distill save` takes a Python file with a function that returns one, such as
 `build` here: `--teacher examples/cifar10_teacher.py:build`. It reads the weights that the second command wrote to
-`runs/teacher.safetensors`, or to the file that the environment variable CIFAR10_TEACHER names.
+`runs/teacher.safetensors`, or to the file that the environment variable CIFAR10_TEACHER names. `build_openvino` returns
+the same network as OpenVINO runs it, which on processors with matrix units saves labels in less than half the time.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPipeline
 
-IMG_SIZE = 96  # the pictures have 32 pixels; at 96 the teacher's last map has 3x3 cells
+IMG_SIZE = 128  # the pictures have 32 pixels; at 128 the teacher's last map has 4x4 cells
 CLASSES = 10
 FROZEN_BLOCKS = 4  # of 21, with the stem: a quarter of a step's time is theirs, and ImageNet taught them what they need
 
@@ -66,6 +67,18 @@ class Teacher(nn.Module):
 def build() -> nn.Module:
     """Return the trained teacher, in evaluation mode."""
     return Teacher(Path(os.environ.get("CIFAR10_TEACHER", "runs/teacher.safetensors"))).eval()
+
+
+def build_openvino() -> nn.Module:
+    """Return the trained teacher with OpenVINO behind it, in bfloat16 where the processor computes in that."""
+    import openvino
+
+    teacher = build()
+    example = torch.zeros(2, 3, IMG_SIZE, IMG_SIZE)
+    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+    compiled = openvino.compile_model(openvino.convert_model(teacher.network, example_input=example), "CPU", threads)
+    teacher.network.forward = lambda images: torch.from_numpy(compiled([images.contiguous().numpy()])[0])
+    return teacher
 
 
 def read_split(path: Path) -> tuple[Tensor, Tensor]:
