@@ -17,6 +17,7 @@ from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_sheet
 
 _SUFFIXES = {".jpg", ".png"}
+_HOST, _SAM = "127.0.0.1", "mobile_sam"
 
 
 def demo(
@@ -33,7 +34,7 @@ def demo(
             help="With --web: address to listen on; the default is this machine alone, 0.0.0.0 lets the whole network "
             "in, without a password."
         ),
-    ] = "127.0.0.1",
+    ] = _HOST,
     port: Annotated[int, typer.Option(min=0, max=65535, help="With --web: port; 0 for any that is free.")] = 7860,
     sam: Annotated[
         str,
@@ -41,7 +42,7 @@ def demo(
             help="With --web: file or URL of a whole MobileSAM to segment with, or mobile_sam, the published one, "
             "downloaded once at the first use."
         ),
-    ] = "mobile_sam",
+    ] = _SAM,
 ) -> None:
     """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees.
 
@@ -50,7 +51,8 @@ def demo(
     photos = photos or sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
     if web:
         refuse_idle(context, ("out",), "with --web")
-        _serve(photos, variant, pretrained, device, host, port, sam)
+        # A script's empty variable means the default: an empty address would listen to the whole network.
+        _serve(photos, variant, pretrained, device, host or _HOST, port, sam or _SAM)
     else:
         refuse_idle(context, ("host", "port", "sam"), "without --web")
         _draw(photos, out, variant, pretrained, device)
@@ -76,7 +78,7 @@ def _serve(
 ) -> None:
     from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
 
-    if sam != "mobile_sam" and not urlparse(sam).scheme and not Path(sam).is_file():
+    if sam != _SAM and not urlparse(sam).scheme and not Path(sam).is_file():
         raise FileNotFoundError(f"There is no file {sam} for --sam.")
     missing = [path for path in photos if not path.is_file()]
     if missing:

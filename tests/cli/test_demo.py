@@ -104,6 +104,13 @@ class TestErrors:
         assert f"Port {port} of 127.0.0.1 cannot be used" in told
         assert "choose another by --port, 0 for any that is free" in told
 
+    def test_empty_options_of_the_page_are_the_defaults(self, weights, monkeypatch):
+        page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
+        served = []
+        monkeypatch.setattr(page, "serve", lambda *told: served.append((told[1], told[4])))
+        run("demo", "--pretrained", weights, "--web", "--host", "", "--sam", "")
+        assert served == [("mobile_sam", "127.0.0.1")]
+
     def test_page_without_gradio(self, weights, capfd, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "kornia_tinyvit.web.page", raising=False)
