@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import re
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing"]
+__all__ = ["replacing", "writing"]
+
+
+@contextmanager
+def writing(path: str | Path) -> Iterator[None]:
+    """Turn what writers say of a full disk, or of another failure of the system, into one error that names the file.
+
+    The writers of safetensors and of torch's archives are Rust and C++ and raise errors of their own, and a file that
+    is open already has no name in its errors.
+
+    Args:
+        path: what is written, for the message.
+
+    Raises:
+        OSError: with its number, its reason and ``path``.
+    """
+    try:
+        yield
+    except Exception as error:
+        number = _system_error(error)
+        if number is None or getattr(error, "filename", None) is not None:
+            raise
+        raise OSError(number, os.strerror(number), str(path)) from error
+
+
+def _system_error(error: Exception) -> int | None:
+    """Return the number of the system's error behind a writer's, or ``None``."""
+    if isinstance(error, OSError):
+        return error.errno
+    if told := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's way
+        return int(told[1])
+    # torch counts what it could write, and keeps the reason to itself; there is hardly another.
+    return errno.ENOSPC if "inline_container.cc" in str(error) and "unexpected pos" in str(error) else None
 
 
 @contextmanager
@@ -24,14 +58,18 @@ def replacing(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
 
     Yields:
         The file to write, which is not there yet, so that whoever makes it gives it the permissions of a new file.
+
+    Raises:
+        OSError: as :func:`writing` does, if the system lets it not be written.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}{suffix}")
     try:
-        yield temporary
-        with temporary.open("rb+") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        with writing(path):
+            yield temporary
+            with temporary.open("rb+") as file:
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from kornia_tinyvit import files
-from kornia_tinyvit.files import replacing
+from kornia_tinyvit.files import replacing, writing
 
 
 def test_replaces(tmp_path):
@@ -58,6 +58,48 @@ def test_error(tmp_path, error, half):
         fail(temporary)
     assert path.read_text() == "the old file"
     assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+WRITERS = {
+    "text": "temporary.write_text('x' * 50_000)",
+    "safetensors": "safetensors.torch.save_file({'x': torch.zeros(10_000)}, temporary)",
+    "torch": "torch.save({'x': torch.zeros(10_000)}, temporary)",
+}
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits on files")
+@pytest.mark.parametrize("writer", WRITERS)
+def test_full(tmp_path, writer):
+    """Whoever writes more than there is room for, the error is the system's and names the file."""
+    path = tmp_path / "notes.txt"
+    path.write_text("the old file")
+    code = f"""
+        import resource, signal, safetensors.torch, torch
+        from kornia_tinyvit.files import replacing
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+        try:
+            with replacing({str(path)!r}) as temporary:
+                {WRITERS[writer]}
+        except OSError as error:
+            print(error.filename, error.strerror)
+    """
+    child = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
+    assert child.stdout in (f"{path} File too large\n", f"{path} No space left on device\n")
+    assert path.read_text() == "the old file"
+    assert os.listdir(tmp_path) == ["notes.txt"]
+
+
+@pytest.mark.parametrize("error", [ValueError("os error"), RuntimeError("unexpected pos"), OSError("broken")])
+def test_other_errors_stay(error):
+    with pytest.raises(type(error)) as caught, writing("notes.txt"):
+        raise error
+    assert caught.value is error
+
+
+def test_named_errors_stay(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"missing\.txt"), writing(tmp_path / "notes.txt"):
+        (tmp_path / "missing.txt").read_text()
 
 
 def test_nothing_written(tmp_path):

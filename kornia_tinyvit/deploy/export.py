@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -143,7 +144,10 @@ def export_program(
             torch._inductor.aoti_compile_and_package(program, package_path=str(temporary), inductor_configs=settings)
             run: Callable[[Tensor], Any] = torch._inductor.aoti_load_package(str(temporary))
         else:
-            torch.export.save(program, temporary, extra_files={"metadata.json": json.dumps(metadata)})
+            # By way of memory: on a full disk, torch's writer of files ends the process.
+            archive = io.BytesIO()
+            torch.export.save(program, archive, extra_files={"metadata.json": json.dumps(metadata)})
+            temporary.write_bytes(archive.getbuffer())
             run = torch.export.load(temporary).module()
         task.compare(run, tolerance)
     return path

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.distillation.store import describe_differences
-from kornia_tinyvit.files import replacing
+from kornia_tinyvit.files import replacing, writing
 
 __all__ = ["RunFolder"]
 
@@ -85,7 +85,8 @@ class RunFolder:
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the metrics, and its numbers to TensorBoard where that is installed."""
-        with (self.path / "metrics.jsonl").open("a") as file:
+        metrics = self.path / "metrics.jsonl"
+        with writing(metrics), metrics.open("a") as file:
             file.write(json.dumps(line) + "\n")
         if self._board is not None:
             for name in line.keys() - _NOT_SHOWN:
@@ -99,6 +100,20 @@ class RunFolder:
     def clear_pending(self) -> None:
         """Remove what a killed process wrote of a state."""
         shutil.rmtree(self.pending, ignore_errors=True)
+
+    @contextmanager
+    def writing_state(self) -> Iterator[None]:
+        """Leave nothing of a state that cannot be written, and tell which it was.
+
+        Raises:
+            OSError: if the disk is full, or fails.
+        """
+        try:
+            with writing(self.pending):
+                yield
+        except OSError:
+            self.clear_pending()
+            raise
 
     def keep_state(self, progress: dict[str, Any]) -> None:
         """Put the new state in the place of the one before.

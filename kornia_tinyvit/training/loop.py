@@ -337,9 +337,10 @@ class _Training:
         if self.accelerator.is_main_process:
             folder.clear_pending()
         self.accelerator.wait_for_everyone()
-        self.accelerator.save_state(str(folder.pending))
-        if self.average:  # by each process, which may have a part of its own of it
-            torch.save(self.average.state_dict(), folder.pending / _average_name(self.accelerator.process_index))
+        with folder.writing_state():
+            self.accelerator.save_state(str(folder.pending))
+            if self.average:  # by each process, which may have a part of its own of it
+                torch.save(self.average.state_dict(), folder.pending / _average_name(self.accelerator.process_index))
         broken = self._everyones_broken()
         self.accelerator.wait_for_everyone()
         if self.accelerator.is_main_process:

@@ -1,4 +1,6 @@
+import errno
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -187,13 +189,13 @@ class TestRefusals:
             export_program(network, place)
 
     def test_failing_write(self, network, place, monkeypatch):
-        def full(program, path, **_):
-            with open(path, "w") as file:
-                file.write("half")
-            raise OSError("No space left on device")
+        def full(path, archive):
+            with path.open("wb") as file:
+                file.write(archive[:99])
+            raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(torch.export, "save", full)
-        with pytest.raises(OSError, match="No space left"):
+        monkeypatch.setattr(Path, "write_bytes", full)
+        with pytest.raises(OSError, match=rf"No space left on device: '{place}'"):
             export_program(network, place)
 
     def test_shapes_and_nan(self):

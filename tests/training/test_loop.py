@@ -7,6 +7,8 @@ import json
 import multiprocessing
 import os
 import random
+import re
+import resource
 import signal
 import subprocess
 import sys
@@ -514,7 +516,38 @@ def resumable(folder, out, save_minutes, pause=0.0):
     return fit(folder, out, RESUMED, model, before, validation=validation, save_minutes=save_minutes, process_batch=4)
 
 
+def train_without_room(folder, out, queue):
+    """Train until a state is there, and let no file be longer from then on."""
+    torch.set_num_threads(1)
+
+    def before(number):
+        if number == 2:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (5000, 5000))
+        return 1
+
+    try:
+        fit(folder, out, RESUMED, before=before, save_minutes=0)
+    except OSError as error:
+        queue.put(str(error))
+    else:
+        queue.put("no error")
+
+
 class TestResuming:
+    def test_full(self, folder, tmp_path):
+        """A state that there is no room for leaves nothing, and the one before to go on from."""
+        out, queue = tmp_path / "out", PROCESSES.Queue()
+        process = PROCESSES.Process(target=train_without_room, args=(folder, out, queue))
+        process.start()
+        assert re.search(rf"(File too large|No space left on device): '{out}/state.tmp'", queue.get(timeout=300))
+        process.join()
+        assert process.exitcode == 0
+        assert [path.name for path in out.glob("state*")] == ["state-000000001"]
+        for place in (out, tmp_path / "undisturbed"):
+            fit(folder, place, RESUMED, save_minutes=0)
+        assert_same_run(out, tmp_path / "undisturbed")
+
     @pytest.mark.parametrize("save_minutes", [0, 10], ids=["each step", "each epoch"])
     def test_killed(self, folder, tmp_path, save_minutes):
         """Killed in the middle of epochs again and again, the training tells the same as one that was left alone."""
