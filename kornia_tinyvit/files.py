@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-__all__ = ["replacing", "writing"]
+__all__ = ["replacing", "write_text", "writing"]
 
 
 @contextmanager
@@ -73,3 +73,17 @@ def replacing(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
             os.replace(temporary, path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a text in UTF-8, whole or not at all.
+
+    Args:
+        path: the file to replace; its folder is made.
+        text: what it holds then.
+
+    Raises:
+        OSError: as :func:`writing` does, if the system lets it not be written.
+    """
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, Prediction, evaluating
 from kornia_tinyvit.detection import Detection
+from kornia_tinyvit.files import replacing
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from kornia_tinyvit.segmentation.overlay import distinct_colors
 
@@ -28,6 +29,7 @@ __all__ = [
     "feature_colors",
     "overlay_heat",
     "saliency",
+    "save_image",
     "save_rows",
     "save_sheet",
     "stage_features",
@@ -170,9 +172,24 @@ def save_sheet(
         for column, tile in enumerate(tiles):
             sheet.draw_tile(row, column, *tile)
     sheet.draw_bars(0, len(above), predictions[0])
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.canvas.save(path)
+    save_image(path, sheet.canvas)
     return predictions[0]
+
+
+def save_image(path: str | Path, image: Image.Image) -> None:
+    """Write a picture in the format that the name's ending tells, or as PNG where it has none.
+
+    Args:
+        path: the file to write; its folder is made.
+        image: the picture.
+
+    Raises:
+        OSError: if it cannot be written; what was there before stays.
+        ValueError: if the ending is not that of a format.
+    """
+    path = Path(path)
+    with replacing(path, path.suffix or ".png") as temporary:
+        image.save(temporary)
 
 
 def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
@@ -187,8 +204,7 @@ def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
     for row in rows:
         sheet.paste(row, (0, top))
         top += row.height
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
-    sheet.save(path)
+    save_image(path, sheet)
 
 
 @torch.inference_mode()

@@ -8,7 +8,7 @@ import textwrap
 import pytest
 
 from kornia_tinyvit import files
-from kornia_tinyvit.files import replacing, writing
+from kornia_tinyvit.files import replacing, write_text, writing
 
 
 def test_replaces(tmp_path):
@@ -26,6 +26,14 @@ def test_name_as_text(tmp_path, monkeypatch):
     with replacing("notes.txt") as temporary:
         temporary.write_text("here")
     assert (tmp_path / "notes.txt").read_text() == "here"
+
+
+def test_text(tmp_path):
+    path = tmp_path / "new" / "notes.txt"
+    for text in ("first", "zweite Fassung, schöner\n"):
+        write_text(path, text)
+        assert path.read_bytes().decode("utf-8") == text
+    assert os.listdir(path.parent) == ["notes.txt"]
 
 
 @pytest.mark.parametrize(("suffix", "end"), [((), ".tmp"), ((".pt2",), ".pt2")])

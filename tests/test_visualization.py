@@ -1,4 +1,5 @@
 import copy
+import errno
 
 import numpy as np
 import pytest
@@ -14,6 +15,7 @@ from kornia_tinyvit.visualization import (
     feature_colors,
     overlay_heat,
     saliency,
+    save_image,
     save_rows,
     save_sheet,
 )
@@ -208,6 +210,31 @@ class TestSheet:
         for name, tensor in classifier.state_dict().items():
             assert torch.equal(tensor, state[name])
         assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+
+
+class TestSaveImage:
+    @pytest.mark.parametrize(("name", "form"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a", "PNG")])
+    def test_format(self, tmp_path, name, form):
+        path = tmp_path / "new" / name
+        save_image(path, Image.new("RGB", (5, 2), "red"))
+        with Image.open(path) as written:
+            assert (written.format, written.size) == (form, (5, 2))
+
+    def test_unknown_format(self, tmp_path):
+        (tmp_path / "a.txt").write_text("the old file")
+        with pytest.raises(ValueError, match=r"unknown file extension: \.txt"):
+            save_image(tmp_path / "a.txt", Image.new("RGB", (5, 2)))
+        assert (tmp_path / "a.txt").read_text() == "the old file"
+
+    def test_failing_write(self, tmp_path, monkeypatch):
+        def fail(image, path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Image.Image, "save", fail)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.png'"):
+            save_image(tmp_path / "a.png", Image.new("RGB", (5, 2)))
+        assert list(tmp_path.iterdir()) == []
 
 
 def test_rows(tmp_path):

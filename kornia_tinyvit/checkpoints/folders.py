@@ -13,6 +13,7 @@ from kornia_tinyvit.checkpoints.hub import CONFIG_FILE, WEIGHTS_FILE, timm_confi
 from kornia_tinyvit.checkpoints.layouts import to_timm
 from kornia_tinyvit.checkpoints.loading import write_tensors
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.files import write_text
 
 __all__ = ["write_timm_folder"]
 
@@ -44,5 +45,5 @@ def write_timm_folder(
     text = json.dumps(timm_config(config, preprocessing, class_names), indent=2)
     tensors = {to_timm(name): tensor for name, tensor in model.state_dict().items()}
     write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
-    (folder / CONFIG_FILE).write_text(text + "\n", encoding="utf-8")
+    write_text(folder / CONFIG_FILE, text + "\n")
     return folder

@@ -12,8 +12,9 @@ import typer
 
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.files import write_text
 from kornia_tinyvit.preprocessing import read_image
-from kornia_tinyvit.visualization import draw_detections
+from kornia_tinyvit.visualization import draw_detections, save_image
 
 
 def detect(
@@ -34,13 +35,13 @@ def detect(
         image = read_image(photo)
         (found,) = detector.predict(image, threshold)
         drawn = out / f"{name}.png"
-        draw_detections(image, found).save(drawn)
+        save_image(drawn, draw_detections(image, found))
         height, width = image.shape[1:]
         rows.append({
             "photo": str(photo), "drawn": str(drawn), "width": width, "height": height,
             "detections": [vars(each) for each in found],
         })  # fmt: skip
-    (out / "detections.json").write_text(json.dumps(rows, indent=1), encoding="utf-8")
+    write_text(out / "detections.json", json.dumps(rows, indent=1))
     if as_json:
         print(json.dumps(rows))
         return

@@ -16,8 +16,10 @@ from torch import Tensor
 
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.files import write_text
 from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.segmentation import RLE, MobileSAM, decode_rle, draw_overlay, encode_rle
+from kornia_tinyvit.visualization import save_image
 
 Found = list[dict[str, Any]]
 
@@ -172,17 +174,16 @@ def _describe(mask: Tensor) -> dict[str, Any]:
 
 def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: _Prompts, form: Format) -> list[Path]:
     """Write the overlay and the masks; return their paths, the overlay first."""
-    out.mkdir(parents=True, exist_ok=True)
     overlay = out / f"{photo.stem}_overlay.png"
-    draw_overlay(pixels, _decoded(found), prompts.points, prompts.labels, prompts.boxes).save(overlay)
+    save_image(overlay, draw_overlay(pixels, _decoded(found), prompts.points, prompts.labels, prompts.boxes))
     written = [overlay]
     if form is Format.coco:
         written.append(out / f"{photo.stem}.json")
-        written[-1].write_text(json.dumps(_coco(photo, pixels, found)), encoding="utf-8")
+        write_text(written[-1], json.dumps(_coco(photo, pixels, found)))
         return written
     for number, (each, mask) in enumerate(zip(found, _decoded(found), strict=True)):
         written.append(out / f"{photo.stem}_mask_{number:03}.png")
-        Image.fromarray(mask.numpy()).save(written[-1])
+        save_image(written[-1], Image.fromarray(mask.numpy()))
         each["file"] = str(written[-1])
     return written
 

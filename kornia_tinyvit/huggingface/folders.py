@@ -10,6 +10,7 @@ from kornia_tinyvit.checkpoints import PretrainedWeights, open_pretrained
 from kornia_tinyvit.checkpoints.catalog import default_weights, find_weights
 from kornia_tinyvit.checkpoints.hub import read_timm_preprocessing
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.files import write_text
 from kornia_tinyvit.huggingface.card import model_card
 from kornia_tinyvit.huggingface.conversion import from_checkpoint
 from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
@@ -64,7 +65,7 @@ def save_hub_folder(
         read_processor(pretrained, found.config).save_pretrained(folder)
     model.save_pretrained(folder)
     page = model_card(repo_id or folder.name, model, _published(pretrained, variant))
-    (folder / "README.md").write_text(page, encoding="utf-8")
+    write_text(folder / "README.md", page)
     return model
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.distillation.store import describe_differences
-from kornia_tinyvit.files import replacing, writing
+from kornia_tinyvit.files import write_text, writing
 
 __all__ = ["RunFolder"]
 
@@ -76,11 +76,11 @@ class RunFolder:
 
     def begin(self, asked: dict[str, Any], step: int) -> None:
         """Write down what is asked for, and forget what was told of steps after this one: they come again."""
-        _write(self.path / "run.json", json.dumps(asked, indent=1))
+        write_text(self.path / "run.json", json.dumps(asked, indent=1))
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():
             lines = [line for line in metrics.read_text().splitlines() if _is_at_most(line, step)]
-            _write(metrics, "".join(line + "\n" for line in lines))
+            write_text(metrics, "".join(line + "\n" for line in lines))
         self._board = _tensorboard(self.path, step)
 
     def log(self, line: dict[str, Any]) -> None:
@@ -121,7 +121,7 @@ class RunFolder:
         Args:
             progress: how far it is, with ``step``.
         """
-        (self.pending / "progress.json").write_text(json.dumps(progress))
+        write_text(self.pending / "progress.json", json.dumps(progress))
         os.replace(self.pending, self.path / f"state-{progress['step']:09d}")
         for older in self._states()[:-1]:
             shutil.rmtree(older)
@@ -140,11 +140,6 @@ def _is_at_most(line: str, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except ValueError:  # the killed run's half line
         return False
-
-
-def _write(path: Path, text: str) -> None:
-    with replacing(path) as temporary:
-        temporary.write_text(text)
 
 
 def _tensorboard(path: Path, step: int) -> Any:
