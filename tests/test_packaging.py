@@ -45,7 +45,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     for name in ("source", "wheel", "unpacked"):
         (folder / name).mkdir()
     with tarfile.open(build("sdist", folder / "checkout", folder / "source")) as archive:
-        archive.extractall(folder / "unpacked", filter="data")
+        archive.extraction_filter = getattr(tarfile, "data_filter", None)  # since Python 3.11.4
+        archive.extractall(folder / "unpacked")
     (source,) = (folder / "unpacked").iterdir()
     return source, build("wheel", source, folder / "wheel")
 
