@@ -29,9 +29,8 @@ from kornia_tinyvit.training import LabelledImages
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
 
-def build_model(num_classes: int, lora: bool) -> torch.nn.Module:
-    """Return the network of the package with a new head, as a model of transformers."""
-    network = TinyViT.from_config("1m", pretrained="cifar10")
+def build_model(network: TinyViT, num_classes: int, lora: bool) -> torch.nn.Module:
+    """Return a network with a new head, as a model of transformers."""
     network.reset_classifier(num_classes)
     names = CLASSES if num_classes == len(CLASSES) else [f"class {index}" for index in range(num_classes)]
     model = from_tinyvit(network, names)
@@ -90,8 +89,9 @@ def main() -> None:
 
     train = LabelledImages(args.data / "train.parquet").sample(args.train)
     test = LabelledImages(args.data / "test.parquet").sample(args.test)
-    model = build_model(train.num_classes, args.lora)
-    processor = TinyVitImageProcessor(size=64, crop_pct=15 / 16)
+    network = TinyViT.from_config("1m", pretrained="cifar10")
+    model = build_model(network, train.num_classes, args.lora)
+    processor = TinyVitImageProcessor(size=network.config.img_size, crop_pct=15 / 16)
     augmentation = torch.nn.Sequential(
         K.RandomHorizontalFlip(), K.RandomCrop((32, 32), padding=4), K.ColorJitter(0.2, 0.2, 0.2)
     )

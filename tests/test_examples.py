@@ -428,7 +428,7 @@ def test_unet_decoder(tmp_path):
 
     # What is in the file, loaded again, gives what was printed.
     module = load_example("unet_decoder")
-    encoder = module.TinyViTEncoder(TinyViT.from_config("1m", num_classes=0))
+    encoder = module.TinyViTEncoder(TinyViT.from_config("1m", "cifar10", num_classes=0))
     network = module.Unet(encoder, module.UnetDecoder(encoder.out_channels), 16, 3)
     network.load_state_dict(torch.load(tmp_path / "new" / "unet.pt", weights_only=True))
     measured = module.evaluate(network, *module.load(MaskedImages.open(data).sample(3), 64), 3)

@@ -73,7 +73,8 @@ class PretrainedWeights:
             return base.replace(**changes, mobile_sam=True)
         if self.img_size != base.img_size:
             # The official configurations for 384 and 512 pixels scale the windows and lower the stochastic depth.
-            changes |= {"window_sizes": resolve_window_sizes(base, self.img_size, "scale"), "drop_path_rate": 0.1}
+            changes["window_sizes"] = resolve_window_sizes(base, self.img_size, "scale")
+            changes["drop_path_rate"] = min(base.drop_path_rate, 0.1)
         return base.replace(**changes)
 
     @property
@@ -172,7 +173,7 @@ CATALOG: tuple[PretrainedWeights, ...] = (
         name="cifar10",
         trained_on="CIFAR-10, by this project",
         num_classes=10,
-        img_size=64,
+        img_size=96,
         asset="tiny_vit_1m_cifar10.safetensors",
         licence="Apache-2.0",
     ),

@@ -88,7 +88,7 @@ def augment_samples(images: LabelledImages, recipe: Recipe, seed: int, on_broken
 def build_student(
     variant: str, pretrained: str | None, recipe: Recipe, num_classes: int, seed: int, gradient_checkpointing: bool
 ) -> TinyViT:
-    """Build what is trained, with first weights of a seed; loaded windows grow with the pictures."""
+    """Build what is trained, with first weights of a seed; loaded windows follow the size of the pictures."""
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
     network: str | TinyViTConfig = variant if variant in VARIANTS else _like(variant)
@@ -151,7 +151,7 @@ def _network_options(
 ) -> dict[str, Any]:
     usual = _like(variant)
     windows: Literal["scale", "fit"] | None = None
-    if pretrained and recipe.img_size > usual.img_size:
+    if pretrained and recipe.img_size >= usual.img_size:
         windows = "scale"
     elif not pretrained and recipe.img_size < usual.img_size:
         windows = "fit"  # or small maps would be padded to windows larger than they are

@@ -266,7 +266,7 @@ def fold(module: Module) -> Module:
     Example:
         >>> from kornia_tinyvit import TinyViT
         >>> model = TinyViT.from_config("1m", pretrained="cifar10")
-        >>> images = torch.rand(2, 3, 64, 64)
+        >>> images = torch.rand(2, 3, 96, 96)
         >>> torch.allclose(fold(model)(images), model(images), atol=1e-4)
         True
     """

@@ -183,7 +183,7 @@ def optimize(
     Example:
         >>> model = TinyViT.from_config("1m", pretrained="cifar10")
         >>> fast = optimize(model, engine="eager", tune_allocator=False)
-        >>> fast(torch.rand(2, 3, 64, 64)).shape
+        >>> fast(torch.rand(2, 3, 96, 96)).shape
         torch.Size([2, 10])
     """
     if isinstance(model, ImageClassifier):

@@ -97,7 +97,8 @@ class TestOthers:
         weights = find_weights("1m", "cifar10")
         assert (weights.urls, weights.fallback) == ((), None)
         assert weights.asset_path.name == "tiny_vit_1m_cifar10.safetensors"
-        assert weights.config == TinyViTConfig.from_variant("1m", num_classes=10)
+        wanted = TinyViTConfig.from_variant("1m", num_classes=10, img_size=96, window_sizes=(12, 12, 6, 3))
+        assert weights.config == wanted
         assert weights.class_names is None  # the file carries them
 
 

@@ -41,7 +41,7 @@ def graph(network, tmp_path_factory):
     """The network as an ONNX file."""
     path = tmp_path_factory.mktemp("quantization") / "float.onnx"
     batch = torch.export.Dim("batch", min=1)
-    example = torch.randn(2, 3, 64, 64)
+    example = torch.randn(2, 3, 96, 96)
     program = torch.onnx.export(
         network, (example,), dynamo=True, opset_version=23, dynamic_shapes=({0: batch},), verbose=False
     )
@@ -60,7 +60,7 @@ def crops():
         side = int(torch.randint(48, min(photo.shape[1:]), (), generator=generator))
         top, left = (int(torch.randint(size - side, (), generator=generator)) for size in photo.shape[1:])
         piece = photo[None, :, top : top + side, left : left + side]
-        pieces.append(F.interpolate(piece, size=(64, 64), mode="area"))
+        pieces.append(F.interpolate(piece, size=(96, 96), mode="area"))
     pipeline = ImageClassifier.from_config("1m", pretrained="cifar10").preprocessing
     normalised = (torch.cat(pieces) - pipeline.mean.view(1, 3, 1, 1)) / pipeline.std.view(1, 3, 1, 1)
     return normalised[:48], normalised[48:]
@@ -204,15 +204,15 @@ class TestErrors:
         with pytest.raises(ValueError, match="none"):
             quantize([])
         with pytest.raises(
-            ValueError, match=r"takes pictures \(B, 3, 64, 64\); got calibration pictures \(2, 3, 32, 64\)"
+            ValueError, match=r"takes pictures \(B, 3, 96, 96\); got calibration pictures \(2, 3, 32, 96\)"
         ):
-            quantize([torch.rand(2, 3, 32, 64)])
-        with pytest.raises(ValueError, match=r"got calibration pictures \(3, 64, 64\)"):
-            quantize(torch.rand(2, 3, 64, 64))
+            quantize([torch.rand(2, 3, 32, 96)])
+        with pytest.raises(ValueError, match=r"got calibration pictures \(3, 96, 96\)"):
+            quantize(torch.rand(2, 3, 96, 96))
         with pytest.raises(TypeError, match="of float32; got calibration pictures of uint8"):
-            quantize([torch.zeros(2, 3, 64, 64, dtype=torch.uint8)])
+            quantize([torch.zeros(2, 3, 96, 96, dtype=torch.uint8)])
         with pytest.raises(TypeError, match="as tensors; got ndarray"):
-            quantize([np.zeros((2, 3, 64, 64), np.float32)])
+            quantize([np.zeros((2, 3, 96, 96), np.float32)])
 
     def test_missing(self, monkeypatch, graph, crops):
         model = openvino_core().read_model(graph)
@@ -230,7 +230,7 @@ def test_endless_pictures(graph):
     def pictures():
         while True:
             taken.append(50)
-            yield torch.rand(50, 3, 64, 64)
+            yield torch.rand(50, 3, 96, 96)
 
     quantize_onnx(graph, pictures())
     assert sum(taken) <= CALIBRATION_PICTURES + 50
