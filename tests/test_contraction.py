@@ -296,10 +296,10 @@ class TestInherit:
 
     def test_learns_faster_than_from_scratch_on_cifar10(self):
         pictures = LabelledImages(shared("data/cifar10/test.parquet")).sample(320)
-        prepare = EvaluationPipeline(64)
+        whole = TinyViT.from_config("1m", pretrained="cifar10")
+        prepare = EvaluationPipeline(whole.config.img_size)
         images = torch.cat([prepare(pictures[row][0][None]) for row in range(len(pictures))])
         labels = torch.tensor(pictures.labels)
-        whole = TinyViT.from_config("1m", pretrained="cifar10")
         smaller = whole.config.replace(embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), mlp_ratio=3.0)
         losses = []
         for start in ("inherit", "fresh"):
