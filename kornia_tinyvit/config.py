@@ -199,9 +199,9 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
         img_size: side in pixels of the pictures to come.
         window_sizes: ``None`` keeps the base's windows, as the original implementations do at every size. ``"scale"``
             multiplies them by ``img_size / base.img_size``, so a window covers the same share of the picture; this is
-            how the published 384 and 512 networks follow from the 224 one. ``"fit"`` cuts a window that is larger than
-            its stage's map down to the map, where the originals would pad the map up to the window. Four sizes are
-            taken as they are.
+            how the published 384 and 512 networks follow from the 224 one. MobileSAM's windows, which at 1024 pixels
+            are those of 224, stay as they are. ``"fit"`` cuts a window that is larger than its stage's map down to the
+            map, where the originals would pad the map up to the window. Four sizes are taken as they are.
 
     Raises:
         ValueError: if ``window_sizes`` is none of these, or ``img_size`` no positive integer.
@@ -217,6 +217,8 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
     if window_sizes is None:
         return base.window_sizes
     if window_sizes == "scale":
+        if base.mobile_sam:
+            return base.window_sizes
         return tuple(max(1, round(size * img_size / base.img_size)) for size in base.window_sizes)
     if window_sizes == "fit":
         # Every strided convolution rounds up, and so does their composition: ceil(ceil(n / a) / b) = ceil(n / (a * b)).

@@ -115,6 +115,10 @@ class TestWindows:
     def test_scale_gives_the_published_ones(self, img_size, expected):
         assert resolve_window_sizes(VARIANTS["21m"], img_size, "scale") == expected
 
+    def test_scale_keeps_mobile_sam(self):
+        encoder = VARIANTS["5m"].replace(img_size=1024, mobile_sam=True)
+        assert resolve_window_sizes(encoder, 224, "scale") == (7, 7, 14, 7)
+
     def test_default_keeps(self):
         assert resolve_window_sizes(VARIANTS["5m"], 512, None) == (7, 7, 14, 7)
 

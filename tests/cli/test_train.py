@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kornia_tinyvit import MobileSAM, TinyViT
+from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import build_student
 from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
@@ -175,9 +175,8 @@ class TestPromptable:
         told = json.loads(run(*self.command(data, tmp_path, *options)))
         assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
         sam = MobileSAM.from_config(checkpoint=told["best"])
-        network = TinyViT.from_config("1m", "cifar10")
-        assert (sam.img_size, sam.config.window_sizes) == ((64, 64), network.config.window_sizes)
-        start = network.state_dict()
+        assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (12, 12, 6, 3))
+        start = TinyViT.from_config("1m", "cifar10").state_dict()
         kept = sam.image_encoder.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
         found = evaluate_prompts(sam, InstanceImages.open(validation, min_area=100))
@@ -230,6 +229,13 @@ class TestBuildStudent:
         assert student.config.window_sizes == (48, 48, 24, 12)
         assert (student.config.img_size, student.config.use_checkpoint) == (384, True)
         assert build_student("1m", None, recipe, 10, 0, False).config.window_sizes == (8, 8, 4, 2)
+
+    @pytest.mark.parametrize("recipe", ["in1k", "224_to_384"])
+    def test_windows_of_mobile_sam_stay(self, tmp_path, recipe):
+        encoder = TinyViT.from_config("1m", img_size=256, mobile_sam=True)
+        file = save_checkpoint(encoder, tmp_path / "encoder.safetensors")
+        student = build_student("1m", str(file), find_recipe(recipe), 10, 0, False)
+        assert student.config.window_sizes == (8, 8, 4, 2)
 
     def test_windows_fit_smaller_pictures(self):
         recipe = find_recipe("cifar10")
