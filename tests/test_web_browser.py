@@ -173,6 +173,8 @@ def test_refusals(chromium, address, tmp_path):
         ):
             visit.upload(tmp_path / name)
             visit.page.get_by_text(sentence).first.wait_for()
+            # The sentence comes before the place is emptied; what is there until then cannot be removed by a click.
+            visit.page.locator("#photo img").wait_for(state="detached")
         visit.page.locator("#examples img").last.click()
         visit.page.locator("#labels").filter(has_text="%").wait_for()
         visit.wait_until_drawn("#photo")
