@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and by one process at a time."""
 
 from __future__ import annotations
 
@@ -9,8 +9,26 @@ import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 
-__all__ = ["replacing", "write_text", "writing"]
+__all__ = ["locks", "replacing", "write_text", "writing"]
+
+
+def locks() -> ModuleType:
+    """Return the module that locks files, imported here so that what locks nothing runs where there is none.
+
+    Raises:
+        OSError: on Windows.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        raise OSError(
+            errno.ENOSYS,
+            "Trainings, searches and stores of labels lock their files as Linux and macOS do; "
+            "on Windows run them in the Windows Subsystem for Linux",
+        ) from None
+    return fcntl
 
 
 @contextmanager

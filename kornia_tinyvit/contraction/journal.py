@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any
 
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.distillation.store import describe_differences
+from kornia_tinyvit.files import locks
 
 __all__ = ["Journal"]
 
@@ -30,6 +30,7 @@ class Journal:
     """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+        fcntl = locks()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
         self.lines: list[dict[str, Any]] = []

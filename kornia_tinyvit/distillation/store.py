@@ -22,7 +22,6 @@ one page of a file later than another.
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
 import json
 import math
@@ -46,6 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kornia_tinyvit.distillation.keyed import EpochOrder
+from kornia_tinyvit.files import locks
 
 __all__ = [
     "FeatureRecords",
@@ -606,6 +606,7 @@ class ShardWriter:
     """
 
     def __init__(self, store: RecordStore, epoch: int, shard: int) -> None:
+        fcntl = locks()
         self.epoch, self.shard, self.closed = epoch, shard, True
         self._store = store
         self._thread_lock = threading.Lock()
@@ -694,6 +695,7 @@ class ShardWriter:
         """Let the shard go; what was written is on the disk already."""
         if not self.closed:
             self.closed = True
+            fcntl = locks()
             fcntl.flock(self._file, fcntl.LOCK_UN)
             os.close(self._file)
 
@@ -718,7 +720,8 @@ def _leave_writers_to_parent() -> None:
         writer._leave_to_parent()
 
 
-os.register_at_fork(after_in_child=_leave_writers_to_parent)
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_leave_writers_to_parent)
 
 
 class LogitStore(RecordStore):
@@ -929,7 +932,7 @@ def _make_shard(path: Path, size: int) -> None:
     """Make a shard of zeros, none of them valid, unless it is there."""
     if path.exists():
         return
-    temporary = path.with_suffix(".tmp")
+    temporary, fcntl = path.with_suffix(".tmp"), locks()
     with _explained(path, size):
         path.parent.mkdir(exist_ok=True)
         # One process at a time, which may thus take over what a killed one left unfinished.

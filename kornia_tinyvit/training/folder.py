@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 import re
@@ -13,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.distillation.store import describe_differences
-from kornia_tinyvit.files import write_text, writing
+from kornia_tinyvit.files import locks, write_text, writing
 
 __all__ = ["RunFolder"]
 
@@ -64,6 +63,7 @@ class RunFolder:
         Raises:
             ValueError: if another process trains in the folder.
         """
+        fcntl = locks()
         self.path.mkdir(parents=True, exist_ok=True)
         with (self.path / ".lock").open("ab") as file:
             try:
