@@ -41,7 +41,7 @@ from kornia_tinyvit.cli.training_options import (
 from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LogitStore, Manifest, StoreError, estimated_size, readable_size
-from kornia_tinyvit.distillation.teachers import Teacher, load_teacher
+from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
 from kornia_tinyvit.training.data import LabelledImages
 from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import OnlineTeacher, StoredLabels
@@ -246,9 +246,8 @@ def _begun(out: Path) -> list[int] | None:
 
 def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:
     size = samples.augmentation.img_size
-    device = next(iter(teacher.parameters())).device
     with torch.inference_mode():
-        return int(teacher(torch.zeros(1, 3, size, size, device=device)).shape[1])
+        return int(teacher(torch.zeros(1, 3, size, size, device=device_of(teacher))).shape[1])
 
 
 def _whole_epochs(store: LogitStore, wanted: int) -> list[int]:

@@ -17,7 +17,6 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from torch import Tensor
-from torch.utils.data import DataLoader
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
@@ -34,7 +33,7 @@ from kornia_tinyvit.cli.options import (
     build_classifier,
     refuse_idle,
 )
-from kornia_tinyvit.training.data import LabelledImages, match_classes
+from kornia_tinyvit.training.data import LabelledImages, PictureLoader, match_classes
 from kornia_tinyvit.training.evaluation import (
     CONFUSION_CLASSES,
     Evaluation,
@@ -140,7 +139,9 @@ class _Reader:
     def batches(self, images: LabelledImages, rows: list[int], task: str) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Return pictures on the network's device, as floats in [0, 1], and the data's class indices."""
         readable = ReadablePictures(images, rows, self.skip_broken)
-        loader = DataLoader(readable, self.batch_size, num_workers=self.workers, collate_fn=collate_readable)
+        loader = PictureLoader(
+            readable, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate_readable
+        )
         first = next(self.classifier.parameters())
         for pictures, labels, broken in track(loader, task, disable=self.quiet, transient=True):
             # The features need a second pass, which meets the same pictures again.
@@ -174,6 +175,12 @@ class _Head:
             print("The network's classes are ImageNet-22k's; taking the 1000 of ImageNet-1k.", file=sys.stderr)
         positions = match_classes(images.class_names, self.names)
         self.positions = None if positions is None else torch.tensor(positions)
+        if positions is None and images.class_names is not None and images.num_classes < len(self.names):
+            print(
+                f"The network knows none of the data's {images.num_classes} classes by name; taking them for the first "
+                f"of its {len(self.names)}.",
+                file=sys.stderr,
+            )
 
     def evaluate(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> Evaluation:
         """Measure the network on pictures and the data's class indices."""

@@ -8,11 +8,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import Dataset, Sampler
 
 from kornia_tinyvit.distillation.augmentation import Draws, ReplayableAugmentation
 from kornia_tinyvit.distillation.keyed import EpochOrder
-from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
+from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages, PictureLoader
 
 __all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]
 
@@ -199,15 +199,19 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in samples.tolist()]
 
 
-def replay_loader(samples: Any, batches: Sequence[list[Key]] | Sampler[list[Key]], workers: int = 0) -> DataLoader[Any]:
+def replay_loader(samples: Any, batches: Sequence[list[Key]] | Sampler[list[Key]], workers: int = 0) -> PictureLoader:
     """Return a loader of batches for lists of keys; each batch is made in one worker.
 
     Args:
         samples: the data: :class:`ReplayedSamples`, or another that makes a batch of a list of keys.
         batches: lists of keys (epoch, sample).
         workers: processes that read pictures; 0 reads them in this one.
+
+    Raises:
+        BrokenPictureError: while it is iterated over, if a picture cannot be decoded and may not be skipped.
+        OSError: then, if a file cannot be read.
     """
-    return DataLoader(
+    return PictureLoader(
         samples,
         batch_sampler=batches,
         num_workers=workers,

@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from kornia_tinyvit.deploy.allocator import keep_memory
 from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
 from kornia_tinyvit.distillation.batches import Batch, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.store import (
@@ -20,6 +21,7 @@ from kornia_tinyvit.distillation.store import (
     StoreError,
     StoreLockedError,
 )
+from kornia_tinyvit.distillation.teachers import device_of
 
 __all__ = ["CheckReport", "SavedRecords", "check_records", "save_records"]
 
@@ -71,7 +73,8 @@ def save_records(
     """Let a teacher look at epochs of replayed samples and write down what is missing in a store.
 
     Any number of processes and machines may do this at once on a shared disk: each takes the shards that no other one
-    holds. A killed process loses the batch it was at.
+    holds. A killed process loses the batch it was at. With a teacher on a CPU the process keeps the memory it frees
+    from then on, see :func:`~kornia_tinyvit.deploy.keep_memory`.
 
     Args:
         store: a :class:`~kornia_tinyvit.distillation.LogitStore` or
@@ -84,7 +87,10 @@ def save_records(
         autocast: data type to compute in; ``None`` for the teacher's own.
         progress: called with the number of records that are done.
     """
-    samples.augmentation.to(next(iter(teacher.parameters())).device)
+    device = device_of(teacher)
+    if device.type == "cpu":
+        keep_memory()
+    samples.augmentation.to(device)
     written = present = 0
     broken: set[str] = set()
     waiting = [(epoch, shard) for epoch in epochs for shard in range(store.num_shards)]
@@ -138,7 +144,7 @@ def check_records(
     Raises:
         StoreError: if the store holds no records.
     """
-    device = next(iter(teacher.parameters())).device
+    device = device_of(teacher)
     augmentation = samples.augmentation.to(device)
     random = np.random.default_rng(seed)
     epochs = store.epochs

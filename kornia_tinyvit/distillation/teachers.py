@@ -81,6 +81,11 @@ class Teacher(nn.Module):
         return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
 
 
+def device_of(network: nn.Module) -> torch.device:
+    """Return where a network wants its pictures; a wrapper of another runtime, which holds no tensors, on the CPU."""
+    return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
+
+
 def checksum(network: nn.Module) -> str:
     """Return 16 hexadecimal digits that tell the weights of a network from others."""
     digest = hashlib.sha256()

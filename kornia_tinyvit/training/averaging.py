@@ -15,8 +15,8 @@ __all__ = ["MovingAverage"]
 class MovingAverage:
     """Exponential moving average of parameters and floating point buffers.
 
-    The average is kept tensor by tensor beside the network, so that networks whose parameters are cut over several
-    devices are averaged part by part.
+    The average is kept tensor by tensor beside the network. Of parameters that are cut over several processes (by
+    FSDP) each process averages its own part.
 
     Args:
         model: the network.
@@ -33,7 +33,9 @@ class MovingAverage:
     def update(self, model: nn.Module) -> None:
         """Move the average towards the weights of now."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        torch._foreach_lerp_(self.tensors, [tensor.detach() for tensor in _averaged(model)], 1 - decay)
+        # One call takes no mixture of cut parameters and whole buffers, and an average needs nobody else's part.
+        mine, theirs = ([_local(tensor.detach()) for tensor in each] for each in (self.tensors, _averaged(model)))
+        torch._foreach_lerp_(mine, theirs, 1 - decay)
         self.updates += 1
 
     @contextmanager

@@ -10,6 +10,7 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import DataLoader, Dataset
 
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import read_image, read_pixels
@@ -25,6 +26,8 @@ from kornia_tinyvit.preprocessing import read_image, read_pixels
 __all__ = ["BrokenPictureError", "LabelledImages"]
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+_IMAGE_COLUMNS = ("image", "img")  # what data sets of the hub call them
 
 
 class BrokenPictureError(ValueError):
@@ -211,6 +214,55 @@ def match_classes(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) 
     if unknown:
         raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
     return [theirs.index(name) for name in ours]
+
+
+class PictureLoader(DataLoader[Any]):
+    """A data loader that raises what a worker says of a picture as it was said.
+
+    torch's own puts the worker's whole traceback into the message.
+
+    Args:
+        pictures: the data.
+        collate_fn: makes a batch of what the data returns.
+        **options: as torch's loader takes them.
+    """
+
+    def __init__(self, pictures: Any, *, collate_fn: Callable[[Any], Any], **options: Any) -> None:
+        super().__init__(_Telling(pictures), collate_fn=partial(_collate_unless_error, collate_fn), **options)
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        """Yield batches.
+
+        Raises:
+            BrokenPictureError: if a picture cannot be decoded.
+            OSError: if its file cannot be read.
+        """
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _Telling(Dataset[Any]):
+    """Hands an error about a picture over in the place of a batch."""
+
+    def __init__(self, pictures: Any) -> None:
+        self.pictures = pictures
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def __getitems__(self, keys: list[Any]) -> Any:
+        try:
+            if hasattr(self.pictures, "__getitems__"):
+                return self.pictures.__getitems__(keys)
+            return [self.pictures[key] for key in keys]
+        except (BrokenPictureError, OSError) as error:
+            return error
+
+
+def _collate_unless_error(collate_fn: Callable[[Any], Any], found: Any) -> Any:
+    return found if isinstance(found, Exception) else collate_fn(found)
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
@@ -486,12 +538,14 @@ def _read_parquet(path: Path) -> tuple[Any, list[int]]:
     except ImportError as error:
         raise MissingExtraError("Parquet files need pyarrow: pip install 'kornia-tinyvit[train]'.") from error
     try:
-        table = pq.ParquetFile(path, memory_map=True).read(columns=["image.bytes", "label"])
-        pictures, labels = pc.struct_field(table["image"], "bytes"), table["label"]
+        file = pq.ParquetFile(path, memory_map=True)
+        column = next((name for name in _IMAGE_COLUMNS if name in file.schema_arrow.names), _IMAGE_COLUMNS[0])
+        table = file.read(columns=[f"{column}.bytes", "label"])
+        pictures, labels = pc.struct_field(table[column], "bytes"), table["label"]
         pc.binary_length(pictures)  # refuses a column of anything else
     except (pa.ArrowException, OSError, TypeError, KeyError) as error:
         raise ValueError(
-            f"{path} is no parquet file with a column image (structs with bytes) and a column label: {error}"
+            f"{path} is no parquet file with a column image or img (structs with bytes) and a column label: {error}"
         ) from error
     if not pa.types.is_integer(labels.type):
         raise ValueError(f"{path} has labels of the type {labels.type}; expected integers, the class indices.")

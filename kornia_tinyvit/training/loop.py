@@ -14,12 +14,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
+from kornia_tinyvit.deploy.allocator import keep_memory
 from kornia_tinyvit.distillation.batches import EpochBatches, replay_loader
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training.averaging import MovingAverage
+from kornia_tinyvit.training.data import PictureLoader
 from kornia_tinyvit.training.folder import RunFolder
 from kornia_tinyvit.training.objectives import Objective
 from kornia_tinyvit.training.promptable import PromptedSAM
@@ -104,7 +105,8 @@ def train(
     ``out`` gets ``metrics.jsonl`` with a line every ``log_every`` steps and one for each epoch, ``best.safetensors``
     and ``last.safetensors`` for the network's ``from_config``, the newest ``state-*`` to go on from, ``run.json`` with
     what was asked for, and TensorBoard's files where it is installed. Started by ``torchrun`` or ``accelerate
-    launch`` it runs on all processes; batch norm in training mode uses the statistics of each process.
+    launch`` it runs on all processes; batch norm in training mode uses the statistics of each process. On a CPU the
+    process keeps the memory it frees from then on, see :func:`~kornia_tinyvit.deploy.keep_memory`.
 
     Args:
         model: the network.
@@ -146,6 +148,8 @@ def train(
     # Without a GPU accelerate joins the processes that torchrun started only when told to stay on the CPU.
     cpu = cpu or not torch.accelerator.is_available()
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
+    if accelerator.device.type == "cpu":
+        keep_memory()
     training = _Training(accelerator, model, samples, objective, recipe, process_batch, task)
     evaluate = None if validation is None else _Validation(training, validation, workers, validate_every)
     replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
@@ -393,12 +397,12 @@ class _Validation:
             judge.counts.load_state(accelerator.reduce(state, "sum"))
         return judge.measures()
 
-    def _batches(self, judge: Judge) -> DataLoader[Any]:
+    def _batches(self, judge: Judge) -> PictureLoader:
         accelerator, count, batch = self.training.accelerator, len(self.images), judge.batch_size
         rounds = -(-count // (batch * accelerator.num_processes))
         firsts = [(turn * accelerator.num_processes + accelerator.process_index) * batch for turn in range(rounds)]
         rows = [list(range(first, min(first + batch, count))) for first in firsts]
-        return DataLoader(
+        return PictureLoader(
             judge.pictures, batch_sampler=rows, num_workers=self.workers, collate_fn=judge.collate,
             generator=torch.Generator(),
         )  # fmt: skip

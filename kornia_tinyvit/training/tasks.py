@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 from rich.progress import track
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.classification import evaluating
@@ -18,7 +18,7 @@ from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.distillation.keyed import EpochOrder
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages
+from kornia_tinyvit.training.data import BrokenPictureError, LabelledImages, PictureLoader
 from kornia_tinyvit.training.evaluation import Metrics, ReadablePictures, collate_readable
 
 __all__ = ["CLASSIFICATION", "Classification", "Counts", "Judge", "Samples", "Task"]
@@ -209,7 +209,7 @@ def measure_network(network: nn.Module, judge: Judge, workers: int = 0, progress
     Returns:
         Names of the pictures that could not be read.
     """
-    loader = DataLoader(judge.pictures, judge.batch_size, num_workers=workers, collate_fn=judge.collate)
+    loader = PictureLoader(judge.pictures, batch_size=judge.batch_size, num_workers=workers, collate_fn=judge.collate)
     with evaluating(network):
         batches = track(loader, "evaluating", disable=not progress, transient=True)
         return [name for batch in batches for name in judge.add(network, batch)]

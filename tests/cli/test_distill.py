@@ -34,6 +34,16 @@ class Colours(nn.Module):
 def build():
     return Colours()
 """
+BARE = """
+from torch import nn
+
+class Bare(nn.Module):
+    def forward(self, images):
+        return images.mean((2, 3)).flip(1) * 9
+
+def build():
+    return Bare()
+"""
 SMALL = ("--recipe", "cifar10_distill", "--img-size", "32")
 FAST = ("--batch-size", "8", "--workers", "0", "--variant", "1m")
 
@@ -104,6 +114,14 @@ class TestSave:
         assert opened.epochs == [0, 1]
         assert opened.manifest.teacher["name"] == "colours.py:build"
         assert (opened.read(0, range(12)).probabilities.float().sum(1) > 0.5).all()
+
+    def test_a_teacher_without_weights(self, folder, tmp_path):
+        """Such as a wrapper of another runtime."""
+        (tmp_path / "bare.py").write_text(BARE)
+        bare = f"{tmp_path}/bare.py:build"
+        assert json.loads(save(folder, tmp_path / "store", bare, "--json"))["written"] == 24
+        options = ("--teacher", bare, *SMALL, "--json")
+        assert json.loads(run("distill", "check", str(folder), str(tmp_path / "store"), *options))["good"] is True
 
     def test_broken_pictures(self, folder, tmp_path, teacher, capfd, monkeypatch):
         damage(folder / "green" / "01.png")

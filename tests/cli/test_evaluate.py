@@ -1,5 +1,6 @@
 import io
 import json
+import re
 import shutil
 from collections import Counter
 
@@ -93,12 +94,20 @@ class TestFolder:
         arguments = ("evaluate", str(folder), "--pretrained", weights, "--json")
         assert json.loads(run(*arguments, "--workers", "1")) == json.loads(run(*arguments))
 
+    @pytest.mark.parametrize("workers", ["0", "1"])
+    def test_a_broken_picture_is_one_sentence(self, weights, folder, workers, capfd, monkeypatch):
+        (folder / "cat" / "a.png").write_bytes(b"nothing")
+        options = ("--pretrained", weights, "--workers", workers, "--json")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
+        assert re.fullmatch(r"Error: \S+cat/a\.png is not a picture that can be read: Pillow .*\n", error)
+
     def test_other_names_count_by_position(self, weights, folder):
         for number, name in enumerate(FOLDERS):
             (folder / name).rename(folder / f"class {number}")
         data = LabelledImages(folder)
-        report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json"))
-        assert report == {"pictures": 12, **expected_accuracy(weights, data, data.labels)}
+        result = CliRunner().invoke(app, ["evaluate", str(folder), "--pretrained", weights, "--json"])
+        assert json.loads(result.stdout) == {"pictures": 12, **expected_accuracy(weights, data, data.labels)}
+        assert "knows none of the data's 3 classes by name; taking them for the first of its 10" in result.stderr
 
 
 class TestMeasures:

@@ -157,11 +157,16 @@ class TestReplayedSamples:
         for one, other in zip(alone, helped, strict=True):
             assert_equal_batches(one, other)
 
-    def test_a_worker_names_the_broken_picture(self, folder):
-        damage(folder / "red" / "03.png")
+    @pytest.mark.parametrize(("error", "spoil"), [(BrokenPictureError, damage), (FileNotFoundError, Path.unlink)])
+    def test_a_worker_says_what_the_process_itself_says(self, folder, error, spoil):
         samples = samples_of(folder)
-        with pytest.raises(BrokenPictureError, match=r"red/03\.png"):
-            list(replay_loader(samples, EpochBatches(samples.order, 8, 1), workers=1))
+        spoil(folder / "red" / "03.png")
+        said = []
+        for workers in (0, 1):
+            with pytest.raises(error, match=r"red/03\.png") as caught:
+                list(replay_loader(samples, EpochBatches(samples.order, 8, 1), workers))
+            said.append(str(caught.value))
+        assert said[0] == said[1]
 
     def test_grey_pictures_and_transparent_ones(self, folder):
         buffer = io.BytesIO()

@@ -18,6 +18,7 @@ from kornia_tinyvit.distillation import (
     StoreError,
     check_records,
     save_records,
+    saving,
 )
 from kornia_tinyvit.training.data import BrokenPictureError
 from tests.distillation.test_batches import damage, make_pictures, samples_of
@@ -110,6 +111,13 @@ def child_share(path, folder, epochs, barrier, queue):
 
 
 class TestSaveRecords:
+    def test_a_processor_keeps_its_memory(self, folder, tmp_path, monkeypatch):
+        calls = []
+        monkeypatch.setattr(saving, "keep_memory", lambda: calls.append(1))
+        samples = small_samples(folder)
+        save_records(make_store(tmp_path / "store", samples), Network(), samples, [0])
+        assert calls == [1]
+
     def test_complete(self, folder, tmp_path):
         samples = small_samples(folder)
         store = make_store(tmp_path / "store", samples)

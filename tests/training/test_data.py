@@ -42,7 +42,7 @@ def pack(root, path, files, top=""):
     return path
 
 
-def write_parquet(path, pictures, labels):
+def write_parquet(path, pictures, labels, column="image"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -51,7 +51,7 @@ def write_parquet(path, pictures, labels):
         buffer = io.BytesIO()
         each.save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
-    pq.write_table(pa.table({"image": images, "label": labels, "other": ["x"] * len(labels)}), path)
+    pq.write_table(pa.table({column: images, "label": labels, "other": ["x"] * len(labels)}), path)
     return path
 
 
@@ -184,10 +184,11 @@ class TestPixels:
 
 
 class TestParquet:
-    def test_reads(self, tmp_path):
+    @pytest.mark.parametrize("column", ["image", "img"])
+    def test_reads(self, tmp_path, column):
         pytest.importorskip("pyarrow")
         pictures = [picture(10), picture(200, (5, 9)), picture(90)]
-        data = LabelledImages(write_parquet(tmp_path / "test.parquet", pictures, [3, 0, 3]))
+        data = LabelledImages(write_parquet(tmp_path / "test.parquet", pictures, [3, 0, 3], column))
         assert data.class_names is None
         assert data.labels == [3, 0, 3]
         assert len(data) == 3

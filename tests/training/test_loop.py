@@ -26,7 +26,7 @@ from torch.optim import optimizer as optimizers
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.distillation import LogitStore, Manifest, ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training import LabelledImages, Labels, Recipe, StoredLabels, train
+from kornia_tinyvit.training import LabelledImages, Labels, Recipe, StoredLabels, loop, train
 from kornia_tinyvit.training.averaging import MovingAverage
 from kornia_tinyvit.training.data import BrokenPictureError
 from kornia_tinyvit.training.folder import RunFolder
@@ -384,6 +384,12 @@ class TestSteps:
         assert np.mean(curve[-3:]) < 0.6 * np.mean(curve[:3])
         assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # since each is told its neighbour
 
+    def test_a_processor_keeps_its_memory(self, folder, tmp_path, monkeypatch):
+        calls = []
+        monkeypatch.setattr(loop, "keep_memory", lambda: calls.append(1))
+        fit(folder, tmp_path / "out", replace(RECIPE, epochs=1))
+        assert calls == [1]
+
     def test_workers_change_nothing(self, folder, tmp_path):
         fit(folder, tmp_path / "alone")
         fit(folder, tmp_path / "helped", workers=1)
@@ -688,9 +694,76 @@ except Interrupted:
 """
 
 
-@pytest.mark.skipif(
+# accelerate shards on accelerators alone: let it believe that two processes on the CPU are some.
+SHARDED = (
+    """
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+
+begin = AcceleratorState.__init__
+
+def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
+    begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+    if fsdp_plugin is not None:
+        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+AcceleratorState.__init__ = begin_sharded
+"""
+    + SCRIPT
+    + """
+shared_run(folder, out.with_name("stopped"))
+"""
+)
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true",
+    "FSDP_VERSION": "2",
+    "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_TRANSFORMER_CLS_TO_WRAP": "TinyViTBlock,MBConv",
+    "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    "FSDP_RESHARD_AFTER_FORWARD": "true",
+}
+
+needs_gloo = pytest.mark.skipif(
     not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
 )
+
+
+def run_twice(text, folder, tmp_path, **variables):
+    """Run a script in two processes that torchrun joins."""
+    script, root = tmp_path / "script.py", Path(__file__).parents[2]
+    script.write_text(text)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    process = subprocess.run(
+        [*launch, str(script), str(folder), str(tmp_path / "two")],
+        env=os.environ | variables | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
+        capture_output=True, text=True, timeout=300, check=False,
+    )  # fmt: skip
+    assert process.returncode == 0, process.stderr[-3000:]
+
+
+def assert_alike(one, other):
+    """The same metrics but for the clock and for rounding, and the same weights."""
+    assert len(metrics(one)) == len(metrics(other)) == 2 * STEPS + 2
+    for first, second in zip(metrics(one), metrics(other), strict=True):
+        for key in first.keys() - {"seconds", "images_per_s"}:
+            assert second[key] == pytest.approx(first[key], rel=1e-4), (other.name, key)
+    first, second = (weights(each / "last.safetensors").state_dict() for each in (one, other))
+    assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
+
+
+@needs_gloo
+def test_sharded_processes_equal_one(folder, tmp_path):
+    """FSDP2, whose average each process keeps of its own part; and two go on where two were stopped."""
+    make_pictures(tmp_path / "val", each=7, seed=9)
+    run_twice(SHARDED, folder, tmp_path, **FSDP2)
+    shared_run(folder, tmp_path / "one")
+    for name in ("two", "stopped"):
+        assert_alike(tmp_path / "one", tmp_path / name)
+
+
+@needs_gloo
 def test_two_processes_equal_one(folder, tmp_path):
     """Losses, accuracy, weights and names of broken pictures; and one process goes on where two were stopped."""
     damage(folder / "red" / "02.png")
@@ -698,16 +771,7 @@ def test_two_processes_equal_one(folder, tmp_path):
     damage(data / "blue" / "05.png")
     for name in ("04.png", "05.png", "06.png"):
         (data / "red" / name).unlink()
-    script = tmp_path / "script.py"
-    script.write_text(SCRIPT)
-    root = Path(__file__).parents[2]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(script), str(folder), str(tmp_path / "two")],
-        env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
+    run_twice(SCRIPT, folder, tmp_path)
     told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
     assert [each["is_main_process"] for each in told] == [True, False]
     alone = shared_run(folder, tmp_path / "one")
@@ -717,10 +781,4 @@ def test_two_processes_equal_one(folder, tmp_path):
     assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) < 2 * STEPS + 2
     shared_run(folder, tmp_path / "stopped")
     for name in ("two", "stopped"):
-        one, other = metrics(tmp_path / "one"), metrics(tmp_path / name)
-        assert len(one) == len(other) == 2 * STEPS + 2
-        for first, second in zip(one, other, strict=True):
-            for key in first.keys() - {"seconds", "images_per_s"}:
-                assert second[key] == pytest.approx(first[key], rel=1e-4), (name, key)
-        first, second = (weights(tmp_path / each / "last.safetensors").state_dict() for each in ("one", name))
-        assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
+        assert_alike(tmp_path / "one", tmp_path / name)
