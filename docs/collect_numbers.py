@@ -180,6 +180,11 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
         ),
         Source(
             EXAMPLES,
+            (("the same once more, at 128 pixels", "top-1 {}", f'"test_top1": {N}'),),
+            start=r"\$ python examples/cifar10_teacher.py cifar10 --start runs/teacher2",
+        ),
+        Source(
+            EXAMPLES,
             (
                 (
                     "a student that regresses stored features, on photos held out",
