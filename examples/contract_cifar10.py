@@ -42,8 +42,8 @@ def run(*command: object, processes: int = 1) -> dict:
     return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
 
 
-def recipe(args: argparse.Namespace) -> list[object]:
-    return ["--recipe", "cifar10", "--img-size", IMG_SIZE, "--batch-size", args.batch_size]
+def recipe(batch_size: int) -> list[object]:
+    return ["--recipe", "cifar10", "--img-size", IMG_SIZE, "--batch-size", batch_size]
 
 
 def train_seed(args: argparse.Namespace) -> str:
@@ -51,16 +51,17 @@ def train_seed(args: argparse.Namespace) -> str:
     file = args.out / "untrained.safetensors"
     torch.manual_seed(0)
     save_checkpoint(TinyViT.from_config("5m", img_size=IMG_SIZE, num_classes=CLASSES, window_sizes=WINDOWS), file)
-    options = ["--variant", file, *recipe(args), "--base-lr", args.search_lr, "--epochs", args.seed_epochs]
+    options = ["--variant", file, *recipe(args.batch_size), "--base-lr", args.search_lr, "--epochs", args.seed_epochs]
     place = ["--workers", args.workers, "--out", args.out / "seed"]
     return run("train", args.data / "train.parquet", *options, *place, processes=args.processes)["last"]
 
 
 def search(seed: str, args: argparse.Namespace) -> dict:
     proxy = ["--epochs", args.proxy_epochs, "--limit", args.proxy_pictures, "--hold-out", args.hold_out]
-    options = ["--variant", seed, "--pretrained", seed, *BUDGET, *proxy, *recipe(args), "--base-lr", args.search_lr]
+    options = ["--variant", seed, "--pretrained", seed, *BUDGET, *proxy, *recipe(args.proxy_batch_size)]
     steps = ["--steps", args.steps, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
-    return run("contract", args.data / "train.parquet", *options, *steps, "--out", args.out / "search")
+    rate = ["--base-lr", args.search_lr]
+    return run("contract", args.data / "train.parquet", *options, *rate, *steps, "--out", args.out / "search")
 
 
 def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float:
@@ -68,7 +69,7 @@ def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float
     out = args.out / f"{name}-{seed}"
     limit = [] if args.limit is None else ["--limit", args.limit]
     length = ["--epochs", args.epochs, *limit, "--workers", args.workers]
-    options = ["--variant", variant, *recipe(args), *length, "--init-seed", seed, "--out", out]
+    options = ["--variant", variant, *recipe(args.batch_size), *length, "--init-seed", seed, "--out", out]
     run("train", args.data / "train.parquet", *options)
     return run("evaluate", args.data / "test.parquet", "--pretrained", out / "last.safetensors")["top1"]
 
@@ -84,6 +85,8 @@ def main() -> None:
     parser.add_argument("--min-depth", type=int, default=1, help="fewest blocks of a stage that the search may leave")
     parser.add_argument("--proxy-pictures", type=int, default=12_500)
     parser.add_argument("--proxy-epochs", type=int, default=1)
+    # Half the usual batch: twice as many steps on the same pictures.
+    parser.add_argument("--proxy-batch-size", type=int, default=64)
     parser.add_argument("--hold-out", type=float, default=0.2, help="share of those that candidates are measured on")
     parser.add_argument("--processes", type=int, default=1, help="networks that are trained at a time")
     parser.add_argument("--epochs", type=int, default=30, help="of the final trainings")

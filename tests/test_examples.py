@@ -19,7 +19,7 @@ import torch
 from PIL import Image, ImageDraw
 from safetensors.torch import load_file
 
-from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT
+from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
@@ -32,6 +32,7 @@ from kornia_tinyvit.training import (
     evaluate_segmenter,
 )
 from tests.conftest import TINY
+from tests.test_commands import parse_command_line
 from tests.training.test_promptable import make_instances
 from tests.training.test_semantic import NAMES, make_scenes
 
@@ -466,3 +467,28 @@ def test_segment_promptable(tmp_path):
     assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)
     sheet = Image.open(tmp_path / "runs" / "it" / "masks.png")
     assert sheet.width == 3 * 328
+
+
+class TestContractCifar10:
+    def test_commands(self, tmp_path, monkeypatch, capsys):
+        """Hours of search and training are left out; what is asked of the command line is what it takes."""
+        example, asked = load_example("contract_cifar10"), []
+        winner = tmp_path / "found.safetensors"
+        save_checkpoint(TinyViT.from_config("1m", num_classes=10), winner)
+        step = {"factor": None, "costs": {"parameters": 1.2e6, "macs": 25e6}, "accuracy": 60.0}
+
+        def run_nothing(*command, processes=1):
+            asked.append((command[0], processes))
+            parse_command_line([*map(str, command), "--json"])
+            top1 = 70.0 + len(asked)
+            return {"last": winner, "winner": winner, "path": [step], "evaluated": 1, "top1": top1}
+
+        monkeypatch.setattr(example, "run", run_nothing)
+        options = ["--out", str(tmp_path / "out"), "--seeds", "0", "1", "--processes", "1", "--limit", "100"]
+        monkeypatch.setattr(sys, "argv", ["contract_cifar10.py", str(tmp_path), *options])
+        example.main()
+        assert [name for name, _ in asked] == ["train", "contract", *["train", "evaluate"] * 4]
+        printed = capsys.readouterr().out
+        assert "1.20M parameters, 25.0M MACs, 60.00 %" in printed
+        assert re.search(r"1m +1,269,698 +25,362,368 +75\.00 \(1\.41\)", printed)
+        assert re.search(r"contracted +1,269,698 +25,362,368 +79\.00 \(1\.41\)", printed)
