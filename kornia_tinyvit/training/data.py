@@ -71,8 +71,8 @@ class LabelledImages(Dataset[tuple[Tensor, int]]):
             - a folder that holds a folder for each class, named after it; a folder without pictures is a class too;
             - a tar file of such a folder, not compressed;
             - a folder of tar files, one a class and named after it, or the one tar file of them, as ImageNet comes;
-            - a parquet file as the Hugging Face hub writes them, with a column ``image`` of structs that hold
-              ``bytes`` and an integer column ``label``; or a folder of such files, the pieces of one split.
+            - a parquet file as the Hugging Face hub writes them, with a column ``image`` or ``img`` of structs that
+              hold ``bytes`` and an integer column ``label``; or a folder of such files, the pieces of one split.
 
     Attributes:
         labels: class index of each picture.

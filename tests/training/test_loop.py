@@ -712,6 +712,7 @@ AcceleratorState.__init__ = begin_sharded
 """
     + SCRIPT
     + """
+assert AcceleratorState().distributed_type is DistributedType.FSDP
 shared_run(folder, out.with_name("stopped"))
 """
 )
