@@ -111,6 +111,12 @@ class Visit:
         }"""
         self.page.wait_for_function(script, arg=place)
 
+    def wait_until_idle(self, place: str) -> None:
+        """Wait until a place takes clicks again: until then a veil lies over it, which a click of ours could hit."""
+        script = """place => [...document.querySelectorAll(place + " [data-testid=status-tracker]")]
+            .every(each => each.classList.contains("hide"))"""
+        self.page.wait_for_function(script, arg=place)
+
     def overflows(self) -> bool:
         return self.page.evaluate("document.documentElement.scrollWidth > window.innerWidth")
 
@@ -139,13 +145,16 @@ def test_visit(chromium, address, reached):
         masks.click()
         visit.wait("#told", "The mask covers")
         one = visit.wait_for_change("#masks img", "src", plain)
+        visit.wait_until_idle("#masks")
         visit.page.get_by_label("corner of a box").check()
         masks.click(position={"x": 20, "y": 20})
         visit.wait("#told", "Now click the opposite corner")
         visit.wait_for_change("#masks img", "src", one)
+        visit.wait_until_idle("#masks")
         masks.click(position={"x": 200, "y": 150})
         visit.wait("#told", "The mask covers")
         visit.wait_until_drawn("#masks")
+        visit.wait_until_idle("#masks")
         visit.page.get_by_label("8", exact=True).check()
         visit.page.locator("#everything").click()
         visit.page.locator("#told").filter(has_text=re.compile(r"Found \d+ masks? at 64 points\.")).wait_for()
