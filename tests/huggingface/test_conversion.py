@@ -100,7 +100,7 @@ class TestHubFolders:
         classifier = ImageClassifier.from_config("1m", "cifar10")
         pixels = processor(photo, return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, classifier.preprocessing(photo[None]))
-        # transformers maps weights from the file, wherever they lie there; some processors' kernels then round otherwise.
+        # transformers leaves weights where they lie in the file; some processors' kernels then round otherwise.
         for tensor in model.state_dict(keep_vars=True).values():
             tensor.data = tensor.data.clone()
         assert torch.equal(model(pixels).logits, classifier(photo[None]))
