@@ -27,7 +27,9 @@ from kornia_tinyvit.contraction import (
     contract,
     contractions,
     count,
+    expansions,
     inherit,
+    refine,
     save_search,
     smallest,
 )
@@ -111,6 +113,11 @@ class TestBudget:
         costs = {"parameters": 20, "macs": 50, "throughput": 25}
         assert budget.excess(costs) == pytest.approx(2 * math.log(2))
 
+    def test_slack(self):
+        budget = Budget(max_parameters=10, min_throughput=50)
+        assert budget.slack({"parameters": 5, "throughput": 100}) == pytest.approx(2 * math.log(2))
+        assert budget.slack({"parameters": 10, "throughput": 50}) == 0
+
     @pytest.mark.parametrize(
         ("limits", "message"),
         [({}, "needs a limit"), ({"max_macs": 0}, "max_macs=0"), ({"max_memory": math.inf}, "max_memory=inf")],
@@ -175,6 +182,34 @@ class TestContractions:
     def test_errors(self, wrong):
         with pytest.raises(ValueError, match=next(iter(wrong))):
             Space(**wrong)
+
+
+class TestExpansions:
+    @pytest.mark.parametrize("space", [Space(), Space(ratio_step=1.0), Space(min_depth=2, min_window=4, min_ratio=3.0)])
+    def test_the_way_back(self, space):
+        """What was contracted is given back along the same networks."""
+        seed = VARIANTS["5m"]
+        for factor, chain in contractions(seed, Space(ratio_step=space.ratio_step)).items():
+            way = [seed, *chain]
+            for position, config in enumerate(way):
+                found = {name: list(more) for name, more in expansions(config, seed, space).items()}
+                assert found.pop(factor) == way[:position][::-1]
+                assert not any(found.values())
+
+    def test_other_factors_stay(self):
+        config = smallest(VARIANTS["5m"], Space())
+        for factor, chain in expansions(config, VARIANTS["5m"], Space()).items():
+            name = factor.split("[")[0]
+            for more in chain:
+                changed = {field for field in vars(config) if getattr(config, field) != getattr(more, field)}
+                assert name in changed <= {name, "num_heads"}
+
+    def test_off_the_way(self):
+        """A ratio that no number of steps leads to is not given back; the others are."""
+        odd = VARIANTS["5m"].replace(mlp_ratio=3.3, depths=(2, 2, 5, 2))
+        found = {name: list(chain) for name, chain in expansions(odd, VARIANTS["5m"], Space()).items()}
+        assert found["mlp_ratio"] == []
+        assert [each.depths[2] for each in found["depths[2]"]] == [6]
 
 
 @pytest.fixture
@@ -492,6 +527,93 @@ class TestSearch:
     def test_errors(self, tmp_path, options, message):
         with pytest.raises(ValueError, match=message):
             contract(SMALL, out=tmp_path, **({"budget": BUDGET, "evaluate": deep} | options))
+
+
+# Within the budget, with a part of it unused.
+FITS = SMALL.replace(embed_dims=(12, 16, 16, 16), num_heads=(1, 2, 2, 2), mlp_ratio=2.0)
+
+
+def improve(start=FITS, seed=SMALL, budget=BUDGET, evaluate=None, out=None, **options):
+    return refine(start, seed, budget, evaluate or deep, out, **options)
+
+
+class TestRefine:
+    def test_trades(self, tmp_path):
+        recorder = Recorder()
+        result = improve(evaluate=recorder, out=tmp_path, rounds=3, candidates=6)
+        assert result.path[0].config == FITS
+        assert len(recorder.asked) == len(set(recorder.asked)) <= 1 + 3 * 6
+        assert all(BUDGET.holds(each.costs) for each in result.evaluated)
+        assert len(result.path) > 1
+        accuracies = [each.accuracy for each in result.path]
+        assert accuracies == sorted(accuracies)
+        assert accuracies[-1] == max(each.accuracy for each in result.evaluated)
+        for after in result.path[1:]:
+            before = result.candidates[after.parent].config
+            given, _, taken = after.factor.partition(" for ")
+            if taken:
+                before = next(contractions(before, Space())[taken])
+            assert after.config in expansions(before, SMALL, Space())[given]
+
+    def test_a_round_looks_at_those_that_leave_the_least(self, tmp_path):
+        few = improve(out=tmp_path / "few", rounds=1, candidates=3)
+        all_of_them = improve(out=tmp_path / "all", rounds=1, candidates=1000)
+        slacks = sorted(BUDGET.slack(each.costs) for each in all_of_them.evaluated[1:])
+        assert len(slacks) > 10
+        assert sorted(BUDGET.slack(each.costs) for each in few.evaluated[1:]) == slacks[:3]
+        # A trade gives back as far as the budget holds.
+        for each in all_of_them.evaluated[1:]:
+            given = each.factor.split(" for ")[0]
+            further = next(expansions(each.config, SMALL, Space())[given], None)
+            assert further is None or not BUDGET.holds(count(further))
+
+    def test_the_best_there_is(self, tmp_path):
+        """Where nothing better is found the first is kept, and each round looks at others."""
+        recorder = Recorder()
+        result = improve(evaluate=lambda *asked: 0 * recorder(*asked), out=tmp_path, rounds=2, candidates=4)
+        assert [each.config for each in result.path] == [FITS]
+        assert len(recorder.asked) == len(set(recorder.asked)) == 1 + 2 * 4
+
+    def test_weights(self, tmp_path):
+        """Every candidate starts from the seed's weights, and those of the path are kept."""
+        torch.manual_seed(0)
+        seed = TinyViT.from_config(SMALL)
+        recorder = Recorder(trains=True)
+        result = improve(seed=seed, evaluate=recorder, out=tmp_path, rounds=2, candidates=3)
+        assert all(torch.equal(parent.head.weight, seed.head.weight) for parent in recorder.parents)
+        files = sorted(file.stem for file in (tmp_path / "weights").glob("0*"))
+        assert files == sorted(f"{each.number:05d}" for each in result.path)
+        assert result.network().config == result.config
+
+    @pytest.mark.parametrize("stop_after", [0, 2, 5])
+    def test_resumed(self, tmp_path, stop_after):
+        whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=2, candidates=3)
+        first, second = Recorder(stop_after, trains=True), Recorder(trains=True)
+        with pytest.raises(KeyboardInterrupt):
+            improve(evaluate=first, out=tmp_path / "torn", rounds=2, candidates=3)
+        again = improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=3)
+        assert again.candidates == whole.candidates
+        assert len(first.asked) + len(second.asked) == len(whole.evaluated)
+        with pytest.raises(ValueError, match="rounds: it has 2, asked for 4"):
+            improve(evaluate=second, out=tmp_path / "torn", rounds=4, candidates=3)
+
+    def test_processes(self, tmp_path):
+        one = improve(out=tmp_path / "one", rounds=1)
+        assert improve(out=tmp_path / "two", rounds=1, processes=2) == one
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"start": SMALL}, "beyond the budget .* contract it first"),
+            ({"start": FITS.replace(depths=(2, 3, 1, 2), mlp_ratio=5.0)}, "depths, mlp_ratio differ"),
+            ({"start": FITS.replace(num_classes=4)}, "num_classes differ"),
+            ({"rounds": 0}, "at least 1; got 0, 8, 1"),
+            ({"candidates": 0}, "got 2, 0, 1"),
+        ],
+    )
+    def test_errors(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            improve(out=tmp_path, **options)
 
 
 def candidate(number: int, macs: float, accuracy: float | None, kept: bool = False) -> Candidate:

@@ -34,6 +34,7 @@ from kornia_tinyvit.cli.training_options import (
     Validation,
     augment_samples,
     build_student,
+    like,
     parse_precision,
 )
 from kornia_tinyvit.deploy.engines import ENGINES
@@ -66,9 +67,15 @@ def contract(
     min_throughput: Annotated[float | None, typer.Option(help="Pictures a second in batches, in --engine.")] = None,
     max_memory: Amount = None,
     steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8,
+    refine: Annotated[
+        Path | None, typer.Option(help="File of a contracted network: improve it by trades within the budget instead.")
+    ] = None,
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of trades, with --refine.")] = 2,
+    candidates: Annotated[int, typer.Option(min=1, help="Networks that a round evaluates, with --refine.")] = 8,
     min_depth: Annotated[
         int, typer.Option(min=1, help="Fewest blocks of a stage; brief trainings undervalue depth.")
     ] = 1,
+    min_ratio: Annotated[float, typer.Option(help="Smallest expansion of the MBConv blocks and of the MLPs.")] = 1.0,
     start: Annotated[
         From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
     ] = From.inherit,
@@ -98,12 +105,17 @@ def contract(
 ) -> None:
     """Contract a network until it fits a budget, one factor at a time; the same command goes on after a stop.
 
+    With --refine a network that fits it is improved: one factor is given back for what another one takes.
     --out gets search.jsonl with all candidates, search.png, and winner.safetensors, a file for every command's
     --pretrained and for 'train --variant', which trains a network like it.
     """
+    from kornia_tinyvit import contraction
     from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, Space, save_search
-    from kornia_tinyvit.contraction import contract as run
 
+    if refine is None:
+        refuse_idle(context, ("rounds", "candidates"), "without --refine")
+    else:
+        refuse_idle(context, ("steps",), "with --refine")
     if validation is not None:
         refuse_idle(context, ("hold_out",), "with --validation")
     if max_latency_ms is None and min_throughput is None:
@@ -128,10 +140,17 @@ def contract(
         seed, process_batch, precision=precision, cpu=cpu,
     )  # fmt: skip
     network = build_student(variant, pretrained, chosen, lesson.classes, seed, False)
-    result = run(
-        network if pretrained else network.config, budget, evaluate, out,
-        steps=steps, space=Space(min_depth), bench=bench, processes=processes, progress=not as_json,
-    )  # fmt: skip
+    begin = network if pretrained else network.config
+    shared: Any = {
+        "space": Space(min_depth, min_ratio=min_ratio), "bench": bench, "processes": processes, "progress": not as_json
+    }  # fmt: skip
+    if refine is None:
+        result = contraction.contract(begin, budget, evaluate, out, steps=steps, **shared)
+    else:
+        first = like(str(refine))
+        result = contraction.refine(
+            first, begin, budget, evaluate, out, rounds=rounds, candidates=candidates, **shared
+        )  # fmt: skip
     save_search(out / "search.png", result)
     save_checkpoint(result.network(), out / "winner.safetensors", class_names=lesson.class_names)
     if as_json:
@@ -205,7 +224,7 @@ def _show(result: SearchResult, out: Path) -> None:
         table.add_column(name, justify="right", no_wrap=True)
     for each in result.path:
         costs = [_short(each.costs[name]) for name in result.budget.limits]
-        table.add_row(_change(result, each), *costs, f"{each.accuracy:.2f}")
+        table.add_row(change(result, each), *costs, f"{each.accuracy:.2f}")
     Console(highlight=False).print(table)
     config = result.config
     print(f"widths {config.embed_dims}, depths {config.depths}, windows {config.window_sizes}")
@@ -213,14 +232,17 @@ def _show(result: SearchResult, out: Path) -> None:
     print(f"{len(result.evaluated)} networks trained: {out / 'winner.safetensors'}, {out / 'search.png'}")
 
 
-def _change(result: SearchResult, candidate: Candidate) -> str:
-    """Tell what was contracted, such as ``depths[2] 6 -> 5``."""
+def change(result: SearchResult, candidate: Candidate) -> str:
+    """Tell what was contracted, such as ``depths[2] 6 -> 5``, or what was given back for it."""
     if candidate.parent is None or candidate.factor is None:
-        return "seed"
-    name, _, stage = candidate.factor.rstrip("]").partition("[")
-    values = [getattr(each.config, name) for each in (result.candidates[candidate.parent], candidate)]
-    before, after = (value[int(stage)] if stage else value for value in values)
-    return f"{candidate.factor} {before:g} -> {after:g}"
+        return "the first"
+    changes = []
+    for factor in candidate.factor.split(" for "):
+        name, _, stage = factor.rstrip("]").partition("[")
+        values = [getattr(each.config, name) for each in (result.candidates[candidate.parent], candidate)]
+        before, after = (value[int(stage)] if stage else value for value in values)
+        changes.append(f"{factor} {before:g} -> {after:g}")
+    return " for ".join(changes)
 
 
 def _short(value: float) -> str:

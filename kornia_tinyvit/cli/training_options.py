@@ -91,7 +91,7 @@ def build_student(
     """Build what is trained, with first weights of a seed; loaded windows follow the size of the pictures."""
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    network: str | TinyViTConfig = variant if variant in VARIANTS else _like(variant)
+    network: str | TinyViTConfig = variant if variant in VARIANTS else like(variant)
     return TinyViT.from_config(network, pretrained or False, num_classes=num_classes, **options)
 
 
@@ -141,7 +141,7 @@ def build_detector(
     )
 
 
-def _like(variant: str) -> TinyViTConfig:
+def like(variant: str) -> TinyViTConfig:
     """Return the configuration of a variant, or of the network in a file such as a contracted one."""
     return read_checkpoint(variant).config if Path(variant).is_file() else TinyViTConfig.from_variant(variant)
 
@@ -149,7 +149,7 @@ def _like(variant: str) -> TinyViTConfig:
 def _network_options(
     variant: str, pretrained: str | None, recipe: Recipe, gradient_checkpointing: bool
 ) -> dict[str, Any]:
-    usual = _like(variant)
+    usual = like(variant)
     windows: Literal["scale", "fit"] | None = None
     if pretrained and recipe.img_size >= usual.img_size:
         windows = "scale"

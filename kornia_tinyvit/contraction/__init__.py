@@ -3,9 +3,9 @@
 from kornia_tinyvit.contraction.budget import Bench, Budget, count
 from kornia_tinyvit.contraction.evaluation import ProxyTraining
 from kornia_tinyvit.contraction.inheritance import inherit
-from kornia_tinyvit.contraction.neighbours import Space, contractions, smallest
+from kornia_tinyvit.contraction.neighbours import Space, contractions, expansions, smallest
 from kornia_tinyvit.contraction.picture import save_search
-from kornia_tinyvit.contraction.search import Candidate, SearchResult, contract
+from kornia_tinyvit.contraction.search import Candidate, SearchResult, contract, refine
 
 __all__ = [
     "Bench",
@@ -17,7 +17,9 @@ __all__ = [
     "contract",
     "contractions",
     "count",
+    "expansions",
     "inherit",
+    "refine",
     "save_search",
     "smallest",
 ]

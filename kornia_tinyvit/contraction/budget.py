@@ -80,12 +80,20 @@ class Budget:
 
         The sum lets a step be taken on any of the limits, and a factor that lowers two of them counts for both.
         """
-        ratios = {name: costs[name] / limit for name, limit in self.limits.items()}
-        return sum(max(0.0, -math.log(r) if name == "throughput" else math.log(r)) for name, r in ratios.items())
+        return sum(max(0.0, beyond) for beyond in self._beyond(costs))
 
     def holds(self, costs: Costs) -> bool:
         """Return whether all limits hold."""
         return self.excess(costs) == 0
+
+    def slack(self, costs: Costs) -> float:
+        """Return how much costs that hold leave of the limits: the sum of log(limit / cost) over all of them."""
+        return -sum(self._beyond(costs))
+
+    def _beyond(self, costs: Costs) -> list[float]:
+        """Return log(cost / limit) of each limit; of a throughput, which is a lower limit, its negative."""
+        logs = {name: math.log(costs[name] / limit) for name, limit in self.limits.items()}
+        return [-log if name == "throughput" else log for name, log in logs.items()]
 
 
 @dataclass(frozen=True)

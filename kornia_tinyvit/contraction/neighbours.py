@@ -1,4 +1,4 @@
-"""The steps a search can take: a network contracted in one factor."""
+"""The steps a search can take: a network contracted, or given back, in one factor."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from functools import partial
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
-__all__ = ["Space", "contractions", "smallest"]
+__all__ = ["Space", "contractions", "expansions", "outgrown", "smallest"]
 
 
 @dataclass(frozen=True)
@@ -69,6 +69,29 @@ def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[Tiny
     return {name: _repeat(config, step) for name, step in _steps(space).items()}
 
 
+def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
+    """Return the neighbours on the way back: for each factor, the network with one step of it more, two and so on.
+
+    Args:
+        config: the network.
+        within: the network it was contracted from, which none outgrows.
+        space: tells the step of the two expansion ratios.
+
+    Returns:
+        Configurations by the factor's name, as :func:`contractions` has them; none for a factor whose value no number
+        of contractions leads to.
+
+    Example:
+        >>> contracted = TinyViTConfig.from_variant("5m").replace(mlp_ratio=3.0, depths=(2, 2, 4, 2))
+        >>> found = expansions(contracted, TinyViTConfig.from_variant("5m"), Space())
+        >>> {name: len(list(chain)) for name, chain in found.items() if name in ("depths[2]", "mlp_ratio")}
+        {'depths[2]': 2, 'mlp_ratio': 2}
+    """
+    # What may not be contracted so far may still be given back.
+    further = dataclasses.replace(space, min_depth=1, min_window=1, min_ratio=space.ratio_step)
+    return {name: _way_back(config, _restore(name, config, within), step) for name, step in _steps(further).items()}
+
+
 def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
     """Return the network with every factor contracted as far as it goes."""
     for step in _steps(space).values():
@@ -77,11 +100,46 @@ def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
     return config
 
 
+def outgrown(config: TinyViTConfig, seed: TinyViTConfig) -> list[str]:
+    """Return the fields in which a network is more than its seed, or another one in what cannot be contracted."""
+    beyond = []
+    factors = {name.partition("[")[0] for name in _steps(Space())} | {"num_heads"}
+    for field in dataclasses.fields(config):
+        ours, theirs = (getattr(each, field.name) for each in (config, seed))
+        if field.name not in factors:
+            fits = ours == theirs
+        elif isinstance(ours, tuple):
+            fits = all(less <= more for less, more in zip(ours, theirs, strict=True))
+        else:
+            fits = ours <= theirs
+        if not fits:
+            beyond.append(field.name)
+    return beyond
+
+
 def _repeat(config: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:
     further = step(config)
     while further is not None:
         yield further
         further = step(further)
+
+
+def _way_back(config: TinyViTConfig, whole: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:
+    """Yield the networks between one and that with a whole factor, the next first."""
+    chain = [whole, *_repeat(whole, step)]
+    yield from reversed(chain[: chain.index(config)] if config in chain else [])
+
+
+def _restore(factor: str, config: TinyViTConfig, within: TinyViTConfig) -> TinyViTConfig:
+    """Give a network a factor of another one."""
+    name, _, stage = factor.rstrip("]").partition("[")
+    if not stage:
+        return config.replace(**{name: getattr(within, name)})
+    fields = ("embed_dims", "num_heads") if name == "embed_dims" else (name,)
+    position = int(stage)
+    return config.replace(
+        **{field: _with(getattr(config, field), position, getattr(within, field)[position]) for field in fields}
+    )
 
 
 def _steps(space: Space) -> dict[str, _Step]:

@@ -1,4 +1,4 @@
-"""From a large network to one that fits a budget: progressive constrained local search."""
+"""From a large network to one that fits a budget, and among those that fit it: constrained local search."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.contraction.budget import Bench, Budget, Costs
 from kornia_tinyvit.contraction.journal import Journal
-from kornia_tinyvit.contraction.neighbours import Space, contractions, smallest
+from kornia_tinyvit.contraction.neighbours import Space, contractions, expansions, outgrown, smallest
 from kornia_tinyvit.model import TinyViT
 
-__all__ = ["Candidate", "Evaluate", "SearchResult", "contract"]
+__all__ = ["Candidate", "Evaluate", "SearchResult", "contract", "refine"]
 
 #: From a configuration and the trained network it was contracted from (``None`` where there is none) to its accuracy,
 #: and, where it trained one, the network that the next contractions start from.
@@ -42,8 +42,9 @@ class Candidate:
 
     Args:
         number: position among the candidates; the seed is 0.
-        parent: number of the network it was contracted from; ``None`` for the seed.
-        factor: what was contracted, such as ``"depths[2]"``; ``None`` for the seed.
+        parent: number of the network it was made from; ``None`` for the first.
+        factor: what was contracted, such as ``"depths[2]"``, or given back, such as ``"mlp_ratio for depths[2]"``;
+            ``None`` for the first.
         config: the network.
         costs: what it costs, see :data:`~kornia_tinyvit.contraction.budget.Costs`.
         accuracy: what the evaluation said; ``None`` if it did not meet the step's constraint and was not evaluated.
@@ -79,7 +80,7 @@ class SearchResult:
 
     @property
     def path(self) -> tuple[Candidate, ...]:
-        """The kept networks, from the seed to the winner."""
+        """The kept networks, from the first to the winner."""
         return tuple(candidate for candidate in self.candidates if candidate.kept)
 
     @property
@@ -166,21 +167,73 @@ def contract(
     """
     if steps < 1 or processes < 1:
         raise ValueError(f"steps and processes are at least 1; got {steps} and {processes}.")
-    network = seed if isinstance(seed, TinyViT) else None
-    config = TinyViTConfig.from_variant(seed) if isinstance(seed, str) else seed
-    config = config.config if isinstance(config, TinyViT) else config
-    space, bench = space or Space(), bench or Bench()
-    asked = {
-        "seed": config.to_dict(), "weights": None if network is None else _digest(network),
-        "budget": budget.limits, "steps": steps, "space": space.describe(), "bench": bench.describe(),
-        "evaluation": _describe(evaluate),
-    }  # fmt: skip
-    journal = Journal(Path(out) / "search.jsonl", asked)
-    try:
-        with _workers(processes) as workers, _bar(progress) as bar:
-            return _Search(config, network, budget, evaluate, Path(out), space, bench, journal, workers, bar).run(steps)
-    finally:
-        journal.close()
+    asked = {"steps": steps}
+    with _searching(seed, budget, evaluate, Path(out), space, bench, processes, progress, asked) as search:
+        return search.contract(steps)
+
+
+def refine(
+    start: str | TinyViTConfig,
+    seed: str | TinyViTConfig | TinyViT,
+    budget: Budget,
+    evaluate: Evaluate,
+    out: str | Path,
+    *,
+    rounds: int = 2,
+    candidates: int = 8,
+    space: Space | None = None,
+    bench: Bench | None = None,
+    processes: int = 1,
+    progress: bool = False,
+) -> SearchResult:
+    """Improve a network within its budget by trades: one factor is given back for what another one takes.
+
+    Contraction alone cannot give back what an early step took, and leaves a part of the budget unused. Here each round
+    looks at all networks that are the current one with no factor, or one, contracted by a step, and another one given
+    back as far as the budget and the seed allow. Of those that are new, the ones that leave the least of the budget are
+    evaluated, and the best of them is gone on from if it is better than the current one.
+
+    These networks cost about the same, so accuracies that lie close decide: train longer than for :func:`contract`.
+    ``out`` gets the same files, and the same call goes on after a stop.
+
+    Args:
+        start: the network to improve: a variant or a configuration, such as :attr:`SearchResult.config`.
+        seed: what it was contracted from, which nothing outgrows: a variant, a configuration, or a network, and then
+            every candidate is handed this one as its parent.
+        budget: what the result may cost.
+        evaluate: tells the accuracy of a network; with several processes it is pickled.
+        out: folder of the search.
+        rounds: rounds of trades.
+        candidates: networks that a round evaluates.
+        space: how far each factor may be contracted.
+        bench: where times are measured; needed by budgets with a latency or throughput.
+        processes: evaluations at a time.
+        progress: show a bar.
+
+    Returns:
+        The best network and all candidates.
+
+    Raises:
+        ValueError: if the first network is beyond the budget or the seed, ``out`` holds another search, or a number is
+            out of its range.
+
+    Example:
+        >>> import tempfile
+        >>> budget = Budget(max_parameters=1.0e6)
+        >>> start = TinyViTConfig.from_variant("1m", mlp_ratio=2.0)
+        >>> with tempfile.TemporaryDirectory() as out:  # an evaluation that likes depth
+        ...     result = refine(
+        ...         start.replace(depths=(2, 2, 2, 2)), "1m", budget, lambda config, parent: sum(config.depths), out
+        ...     )
+        >>> result.config.depths, result.winner.costs["parameters"] < 1e6
+        ((2, 2, 4, 2), True)
+    """
+    if min(rounds, candidates, processes) < 1:
+        raise ValueError(f"rounds, candidates and processes are at least 1; got {rounds}, {candidates}, {processes}.")
+    first = TinyViTConfig.from_variant(start) if isinstance(start, str) else start
+    asked = {"start": first.to_dict(), "rounds": rounds, "candidates": candidates}
+    with _searching(seed, budget, evaluate, Path(out), space, bench, processes, progress, asked) as search:
+        return search.refine(first, rounds, candidates)
 
 
 class _Search:
@@ -204,22 +257,79 @@ class _Search:
         self.weights = out / "weights"
         self.candidates: dict[TinyViTConfig, Candidate] = {}
 
-    def run(self, steps: int) -> SearchResult:
-        """Take all steps."""
+    def contract(self, steps: int) -> SearchResult:
+        """Take all steps from the seed to the budget."""
         current = self._meet(self.seed, None, None)
         first = self.budget.excess(current.costs)
         if first:
             self._refuse_the_impossible()
         self._evaluate_all([self.seed], self._first_weights(), "seed")
-        current = self._keep(self.seed, first)
+        current = self._keep(self.seed, first, [self.seed])
         for step in range(1, steps + 1):
             limit = first * (1 - step / steps)
             while self.budget.excess(current.costs) > limit:
                 met, reached = self._neighbours(current, limit)
                 self._evaluate_all(met, self._weights_of(current), f"step {step} of {steps}")
                 best = max(met, key=self._worth)
-                current = self._keep(best, reached)
+                current = self._keep(best, reached, met)
+        return self._result(current)
+
+    def refine(self, first: TinyViTConfig, rounds: int, candidates: int) -> SearchResult:
+        """Trade factors of a network that fits the budget."""
+        current = self._meet(first, None, None)
+        self._refuse_outside(current)
+        parent = self._first_weights()
+        self._evaluate_all([first], parent, "the first")
+        current = self._keep(first, 0.0, [first])
+        for turn in range(1, rounds + 1):
+            trades = [config for config in self._trades(current) if self.candidates[config].accuracy is None]
+            trades.sort(key=lambda config: self.budget.slack(self.candidates[config].costs))
+            chosen = trades[:candidates]
+            self._evaluate_all(chosen, parent, f"round {turn} of {rounds}")
+            best = max([current.config, *chosen], key=self._worth)
+            current = self._keep(best, 0.0, chosen)
+        return self._result(current)
+
+    def _result(self, current: Candidate) -> SearchResult:
         return SearchResult(tuple(self.candidates.values()), self._weights_of(current), self.budget)
+
+    def _refuse_outside(self, first: Candidate) -> None:
+        """Refuse a network to begin with that is beyond the budget or the seed."""
+        if not self.budget.holds(first.costs):
+            costs = {name: first.costs[name] for name in self.budget.limits}
+            raise ValueError(
+                f"The first network has {costs}, beyond the budget {self.budget.limits}; contract it first."
+            )
+        beyond = outgrown(first.config, self.seed)
+        if beyond:
+            raise ValueError(
+                f"The first network is not the seed with less of some factors: {', '.join(beyond)} differ."
+            )
+
+    def _trades(self, current: Candidate) -> list[TinyViTConfig]:
+        """Return the networks with one factor given back, as they are or for a step of another one."""
+        taken = {name: next(chain, None) for name, chain in contractions(current.config, self.space).items()}
+        found = self._grown(current.config, current, "")
+        for factor, smaller in taken.items():
+            if smaller is not None:
+                found |= self._grown(smaller, current, factor)
+        return list(found)
+
+    def _grown(self, config: TinyViTConfig, current: Candidate, taken: str) -> dict[TinyViTConfig, None]:
+        """Return a network with each factor but the one that was taken given back as far as the budget holds."""
+        ways = expansions(config, self.seed, self.space)
+        names = {given: f"{given} for {taken}" if taken else given for given in ways if given != taken}
+        grown = [self._last_within(ways[given], current, name) for given, name in names.items()]
+        return dict.fromkeys(config for config in grown if config is not None)
+
+    def _last_within(self, chain: Iterator[TinyViTConfig], current: Candidate, factor: str) -> TinyViTConfig | None:
+        """Follow networks that grow as far as the budget holds."""
+        last = None
+        for config in chain:
+            if not self.budget.holds(self._meet(config, current, factor).costs):
+                break
+            last = config
+        return last
 
     def _first_weights(self) -> Path | None:
         """Write the seed's weights where the evaluations read them."""
@@ -308,15 +418,14 @@ class _Search:
             for future in running:
                 future.cancel()
 
-    def _keep(self, config: TinyViTConfig, limit: float) -> Candidate:
-        """Go on from a network, and forget the weights of those that were not chosen."""
+    def _keep(self, config: TinyViTConfig, limit: float, among: list[TinyViTConfig]) -> Candidate:
+        """Go on from a network, and forget the weights of those that were evaluated with it and not chosen."""
         candidate = dataclasses.replace(self.candidates[config], kept=True)
         self.candidates[config] = candidate
         self.journal.write("kept", config, number=candidate.number, excess=limit)
-        for other in self.candidates.values():
-            # Not those of later steps, which are there when a search is replayed.
-            if other.parent == candidate.parent and other.config != config:
-                self._file_of(other.config).unlink(missing_ok=True)
+        for other in among:
+            if other != config:
+                self._file_of(other).unlink(missing_ok=True)
         return candidate
 
     def _file_of(self, config: TinyViTConfig) -> Path:
@@ -330,6 +439,36 @@ class _Search:
         if not file.exists():
             raise ValueError(f"{file} is gone, which {self.journal.path} tells of; remove the folder to search anew.")
         return file
+
+
+@contextmanager
+def _searching(
+    seed: str | TinyViTConfig | TinyViT,
+    budget: Budget,
+    evaluate: Evaluate,
+    out: Path,
+    space: Space | None,
+    bench: Bench | None,
+    processes: int,
+    progress: bool,
+    asked: dict[str, Any],
+) -> Iterator[_Search]:
+    """Open the journal of a search and what it needs, and close them however it ends."""
+    network = seed if isinstance(seed, TinyViT) else None
+    config = TinyViTConfig.from_variant(seed) if isinstance(seed, str) else seed
+    config = config.config if isinstance(config, TinyViT) else config
+    space, bench = space or Space(), bench or Bench()
+    asked = {
+        "seed": config.to_dict(), "weights": None if network is None else _digest(network),
+        "budget": budget.limits, **asked, "space": space.describe(), "bench": bench.describe(),
+        "evaluation": _describe(evaluate),
+    }  # fmt: skip
+    journal = Journal(out / "search.jsonl", asked)
+    try:
+        with _workers(processes) as workers, _bar(progress) as bar:
+            yield _Search(config, network, budget, evaluate, out, space, bench, journal, workers, bar)
+    finally:
+        journal.close()
 
 
 def _evaluate(evaluate: Evaluate, config: TinyViTConfig, parent: Path | None, weights: Path) -> dict[str, Any]:

@@ -14,7 +14,8 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit import TinyViT, TinyViTConfig, save_checkpoint
-from kornia_tinyvit.contraction import count
+from kornia_tinyvit.cli.contract import change
+from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_classify import error_of, run
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
@@ -80,6 +81,42 @@ class TestContract:
         last = printed.strip().splitlines()[-1]
         assert " networks trained: " in last
         assert last.endswith("search.png")
+
+    def test_refine(self, folder, seed, tmp_path):
+        """A network that lost more than it had to is improved within the same budget, and never left worse."""
+        limits = ("--max-parameters", "25k", "--max-macs", "2.5e6")
+        slim = TINY | {
+            "img_size": 32,
+            "embed_dims": (8, 8, 8, 16),
+            "num_heads": (1, 1, 1, 2),
+            "mlp_ratio": 1.0,
+            "num_classes": 3,
+        }
+        start = save_checkpoint(TinyViT(**slim), tmp_path / "start.safetensors")
+        trades = ("--refine", str(start), "--rounds", "1", "--candidates", "3", *limits, "--hold-out", "0.25")
+        options = ("--variant", str(seed), *SMALL, *trades, "--out", str(tmp_path / "out"))
+        printed = run("contract", str(folder), *options)
+        assert "round 1 of 1" in printed
+        lines = journal(tmp_path / "out")
+        found = {line["accuracy"] for line in lines if line["event"] == "evaluated"}
+        assert sum(line["event"] == "evaluated" for line in lines) == 4
+        told = json.loads(run("contract", str(folder), *options, "--json"))
+        assert journal(tmp_path / "out") == lines, "all was known"
+        assert told["path"][0]["config"]["embed_dims"] == [8, 8, 8, 16]
+        assert told["path"][-1]["accuracy"] == max(found)
+        costs = count(TinyViT.from_config(pretrained=told["winner"]).config)
+        assert costs["parameters"] <= 25e3
+        assert costs["macs"] <= 2.5e6
+
+    def test_trades_are_told(self):
+        first = TinyViTConfig(**TINY)
+        grown = first.replace(mlp_ratio=first.mlp_ratio + 1, depths=(2, 2, 1, 2))
+        pair = [Candidate(0, None, None, first, {}, 50.0, True)]
+        pair.append(Candidate(1, 0, "mlp_ratio for depths[2]", grown, {}, 51.0, True))
+        result = SearchResult(tuple(pair), None, Budget(max_macs=1))
+        before, after = first.depths[2], 1
+        told = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
+        assert [change(result, each) for each in pair] == ["the first", told]
 
     def test_killed(self, folder, seed, tmp_path):
         """Killed again and again, the search does nothing twice and comes to what one that was left alone comes to."""
@@ -148,6 +185,7 @@ class TestContract:
             (("--max-parameters", "10"), "cannot be met"),
             (("--max-parameters", "20k", "--dtype", "float7"), "--dtype is one of float32"),
             (("--max-latency-ms", "1", "--engine", "steam"), "engine must be auto"),
+            (("--max-parameters", "20k", "--min-ratio", "0"), "min_ratio must be positive"),
             (("--max-parameters", "20k", "--hold-out", "1"), "Cannot hold out 24 of 24"),
             (("--max-parameters", "20k", "--variant", "9m"), "There is no TinyViT variant '9m'"),
         ],

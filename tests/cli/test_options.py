@@ -34,6 +34,8 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
         ("evaluate x --task semantic --tta --confusion", "--tta, --confusion would do nothing with --task semantic"),
         ("train x --validate-every 2", "--validate-every would do nothing without --validation"),
         ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out would do nothing with --validation"),
+        ("contract x --max-macs 1M --rounds 3", "--rounds would do nothing without --refine"),
+        ("contract x --max-macs 1M --refine y --steps 3", "--steps would do nothing with --refine"),
         ("contract x --max-macs 1M --engine openvino --device cpu", "--engine, --device would do nothing without"),
         ("contract x --max-latency-ms 9 --engine-batch 4", "--engine-batch would do nothing without --min-throughput"),
         ("convert x --layout timm --name me", "--name would do nothing with --layout timm"),
