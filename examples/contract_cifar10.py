@@ -3,10 +3,11 @@
     python examples/contract_cifar10.py DATA --out runs/contract
 
 The `5m` is trained at 64x64 pixels for a few epochs, and the search contracts it on a proxy split of the training
-pictures: every candidate starts from what is left of its parent's weights and is trained briefly. Then the winner and
-the hand-made `1m` get the same training from random weights, and the test pictures decide. DATA is a folder with
-`train.parquet` and `test.parquet` in the Hugging Face layout. Everything is a process of the command line; what is done
-is not done again when the same command is given after a stop.
+pictures: every candidate starts from what is left of its parent's weights and is trained briefly. What it comes to is
+improved by trades within the budget, with longer trainings from random weights. Then the winner and the hand-made `1m`
+get the same training from random weights, and the test pictures decide. DATA is a folder with `train.parquet` and
+`test.parquet` in the Hugging Face layout. Everything is a process of the command line; what is done is not done again
+when the same command is given after a stop.
 """
 
 from __future__ import annotations
@@ -64,6 +65,24 @@ def search(seed: str, args: argparse.Namespace) -> dict:
     return run("contract", args.data / "train.parquet", *options, *rate, *steps, "--out", args.out / "search")
 
 
+def refine(seed: str, winner: str, args: argparse.Namespace) -> dict:
+    trades = ["--refine", winner, "--rounds", args.rounds, "--candidates", args.candidates]
+    proxy = ["--epochs", args.trade_epochs, "--hold-out", args.trade_hold_out, *recipe(args.proxy_batch_size)]
+    limit = [] if args.limit is None else ["--limit", args.limit]
+    options = ["--variant", seed, *BUDGET, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
+    return run(
+        "contract", args.data / "train.parquet", *trades, *options, *proxy, *limit, "--out", args.out / "refined"
+    )
+
+
+def show(found: dict) -> None:
+    for step in found["path"]:
+        size, work = (step["costs"][name] / 1e6 for name in ("parameters", "macs"))
+        told = f"{size:.2f}M parameters, {work:.1f}M MACs, {step['accuracy']:.2f} %"
+        print(f"{step['factor'] or 'the first':>32}: {told}", flush=True)
+    print(f"{found['evaluated']} candidates trained\n")
+
+
 def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float:
     """Train a network as the recipe says, and return its top-1 on the test pictures in per cent."""
     out = args.out / f"{name}-{seed}"
@@ -88,9 +107,15 @@ def main() -> None:
     # Half the usual batch: twice as many steps on the same pictures.
     parser.add_argument("--proxy-batch-size", type=int, default=64)
     parser.add_argument("--hold-out", type=float, default=0.2, help="share of those that candidates are measured on")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds of trades")
+    parser.add_argument("--candidates", type=int, default=6, help="networks that a round of trades evaluates")
+    parser.add_argument("--trade-epochs", type=int, default=2, help="on all training pictures but those held out")
+    parser.add_argument("--trade-hold-out", type=float, default=0.1)
     parser.add_argument("--processes", type=int, default=1, help="networks that are trained at a time")
     parser.add_argument("--epochs", type=int, default=30, help="of the final trainings")
-    parser.add_argument("--limit", type=int, default=None, help="training pictures of those; all by default")
+    parser.add_argument(
+        "--limit", type=int, default=None, help="training pictures of those and of trades; default: all"
+    )
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0)
@@ -98,12 +123,11 @@ def main() -> None:
     args.out.mkdir(parents=True, exist_ok=True)
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
 
-    found = search(train_seed(args), args)
-    for step in found["path"]:
-        size, work = (step["costs"][name] / 1e6 for name in ("parameters", "macs"))
-        told = f"{size:.2f}M parameters, {work:.1f}M MACs, {step['accuracy']:.2f} %"
-        print(f"{step['factor'] or 'seed':>20}: {told}", flush=True)
-    print(f"{found['evaluated']} candidates trained")
+    seed = train_seed(args)
+    found = search(seed, args)
+    show(found)
+    found = refine(seed, found["winner"], args)
+    show(found)
 
     winner = TinyViT.from_config(pretrained=found["winner"], drop_path_rate=DROP_PATH)
     file = save_checkpoint(winner, args.out / "winner.safetensors")
@@ -111,7 +135,7 @@ def main() -> None:
         "1m": ("1m", TinyViTConfig.from_variant("1m", num_classes=CLASSES)),
         "contracted": (str(file), winner.config),
     }
-    print(f"\n{'network':>10}  parameters       MACs  top-1 mean (spread)")
+    print(f"{'network':>10}  parameters       MACs  top-1 mean (spread)")
     for name, (variant, config) in networks.items():
         costs = count(config)
         with ThreadPoolExecutor(args.processes) as pool:

@@ -594,8 +594,15 @@ class TestRefine:
         again = improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=3)
         assert again.candidates == whole.candidates
         assert len(first.asked) + len(second.asked) == len(whole.evaluated)
-        with pytest.raises(ValueError, match="rounds: it has 2, asked for 4"):
-            improve(evaluate=second, out=tmp_path / "torn", rounds=4, candidates=3)
+        with pytest.raises(ValueError, match="candidates: it has 3, asked for 4"):
+            improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=4)
+
+    def test_more_rounds(self, tmp_path):
+        whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=3, candidates=3)
+        for rounds in (1, 3):
+            again = improve(evaluate=Recorder(trains=True), out=tmp_path / "more", rounds=rounds, candidates=3)
+        assert again.candidates == whole.candidates
+        assert again.weights.exists()
 
     def test_processes(self, tmp_path):
         one = improve(out=tmp_path / "one", rounds=1)

@@ -487,8 +487,8 @@ class TestContractCifar10:
         options = ["--out", str(tmp_path / "out"), "--seeds", "0", "1", "--processes", "1", "--limit", "100"]
         monkeypatch.setattr(sys, "argv", ["contract_cifar10.py", str(tmp_path), *options])
         example.main()
-        assert [name for name, _ in asked] == ["train", "contract", *["train", "evaluate"] * 4]
+        assert [name for name, _ in asked] == ["train", "contract", "contract", *["train", "evaluate"] * 4]
         printed = capsys.readouterr().out
         assert "1.20M parameters, 25.0M MACs, 60.00 %" in printed
-        assert re.search(r"1m +1,269,698 +25,362,368 +75\.00 \(1\.41\)", printed)
-        assert re.search(r"contracted +1,269,698 +25,362,368 +79\.00 \(1\.41\)", printed)
+        assert re.search(r"1m +1,269,698 +25,362,368 +76\.00 \(1\.41\)", printed)
+        assert re.search(r"contracted +1,269,698 +25,362,368 +80\.00 \(1\.41\)", printed)

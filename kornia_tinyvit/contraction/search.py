@@ -194,7 +194,7 @@ def refine(
     evaluated, and the best of them is gone on from if it is better than the current one.
 
     These networks cost about the same, so accuracies that lie close decide: train longer than for :func:`contract`.
-    ``out`` gets the same files, and the same call goes on after a stop.
+    ``out`` gets the same files, and the same call goes on after a stop, or with more rounds.
 
     Args:
         start: the network to improve: a variant or a configuration, such as :attr:`SearchResult.config`.
@@ -231,7 +231,7 @@ def refine(
     if min(rounds, candidates, processes) < 1:
         raise ValueError(f"rounds, candidates and processes are at least 1; got {rounds}, {candidates}, {processes}.")
     first = TinyViTConfig.from_variant(start) if isinstance(start, str) else start
-    asked = {"start": first.to_dict(), "rounds": rounds, "candidates": candidates}
+    asked = {"start": first.to_dict(), "candidates": candidates}
     with _searching(seed, budget, evaluate, Path(out), space, bench, processes, progress, asked) as search:
         return search.refine(first, rounds, candidates)
 
@@ -278,16 +278,15 @@ class _Search:
         """Trade factors of a network that fits the budget."""
         current = self._meet(first, None, None)
         self._refuse_outside(current)
-        parent = self._first_weights()
-        self._evaluate_all([first], parent, "the first")
         current = self._keep(first, 0.0, [first])
         for turn in range(1, rounds + 1):
             trades = [config for config in self._trades(current) if self.candidates[config].accuracy is None]
             trades.sort(key=lambda config: self.budget.slack(self.candidates[config].costs))
             chosen = trades[:candidates]
-            self._evaluate_all(chosen, parent, f"round {turn} of {rounds}")
-            best = max([current.config, *chosen], key=self._worth)
-            current = self._keep(best, 0.0, chosen)
+            # With the first, which is new in the first round, so that no process waits for it.
+            rivals = [current.config, *chosen]
+            self._evaluate_all(rivals, self._first_weights(), f"round {turn} of {rounds}")
+            current = self._keep(max(rivals, key=self._worth), 0.0, chosen)
         return self._result(current)
 
     def _result(self, current: Candidate) -> SearchResult:
