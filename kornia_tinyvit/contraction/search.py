@@ -48,7 +48,6 @@ class Candidate:
         config: the network.
         costs: what it costs, see :data:`~kornia_tinyvit.contraction.budget.Costs`.
         accuracy: what the evaluation said; ``None`` if it did not meet the step's constraint and was not evaluated.
-        kept: whether the search went on from it.
     """
 
     number: int
@@ -57,7 +56,6 @@ class Candidate:
     config: TinyViTConfig
     costs: Costs
     accuracy: float | None
-    kept: bool
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values that JSON can hold."""
@@ -70,18 +68,20 @@ class SearchResult:
 
     Args:
         candidates: all networks it looked at, in their order.
+        kept: numbers of those it went on from, in the order in which it did.
         weights: file of the winner's weights as its evaluation left them; ``None`` if that returned no network.
         budget: what was asked for.
     """
 
     candidates: tuple[Candidate, ...]
+    kept: tuple[int, ...]
     weights: Path | None
     budget: Budget
 
     @property
     def path(self) -> tuple[Candidate, ...]:
         """The kept networks, from the first to the winner."""
-        return tuple(candidate for candidate in self.candidates if candidate.kept)
+        return tuple(self.candidates[number] for number in self.kept)
 
     @property
     def evaluated(self) -> tuple[Candidate, ...]:
@@ -256,6 +256,7 @@ class _Search:
         self.space, self.bench, self.journal, self.workers, self.bar = space, bench, journal, workers, bar
         self.weights = out / "weights"
         self.candidates: dict[TinyViTConfig, Candidate] = {}
+        self.kept: list[int] = []
 
     def contract(self, steps: int) -> SearchResult:
         """Take all steps from the seed to the budget."""
@@ -290,7 +291,7 @@ class _Search:
         return self._result(current)
 
     def _result(self, current: Candidate) -> SearchResult:
-        return SearchResult(tuple(self.candidates.values()), self._weights_of(current), self.budget)
+        return SearchResult(tuple(self.candidates.values()), tuple(self.kept), self._weights_of(current), self.budget)
 
     def _refuse_outside(self, first: Candidate) -> None:
         """Refuse a network to begin with that is beyond the budget or the seed."""
@@ -356,7 +357,7 @@ class _Search:
                 costs=self.bench.measure(config, self.budget),
             )
             self.candidates[config] = Candidate(
-                len(self.candidates), told["parent"], told["factor"], config, told["costs"], None, False
+                len(self.candidates), told["parent"], told["factor"], config, told["costs"], None
             )
         return self.candidates[config]
 
@@ -419,8 +420,9 @@ class _Search:
 
     def _keep(self, config: TinyViTConfig, limit: float, among: list[TinyViTConfig]) -> Candidate:
         """Go on from a network, and forget the weights of those that were evaluated with it and not chosen."""
-        candidate = dataclasses.replace(self.candidates[config], kept=True)
-        self.candidates[config] = candidate
+        candidate = self.candidates[config]
+        if candidate.number not in self.kept:
+            self.kept.append(candidate.number)
         self.journal.write("kept", config, number=candidate.number, excess=limit)
         for other in among:
             if other != config:

@@ -111,9 +111,9 @@ class TestContract:
     def test_trades_are_told(self):
         first = TinyViTConfig(**TINY)
         grown = first.replace(mlp_ratio=first.mlp_ratio + 1, depths=(2, 2, 1, 2))
-        pair = [Candidate(0, None, None, first, {}, 50.0, True)]
-        pair.append(Candidate(1, 0, "mlp_ratio for depths[2]", grown, {}, 51.0, True))
-        result = SearchResult(tuple(pair), None, Budget(max_macs=1))
+        pair = [Candidate(0, None, None, first, {}, 50.0)]
+        pair.append(Candidate(1, 0, "mlp_ratio for depths[2]", grown, {}, 51.0))
+        result = SearchResult(tuple(pair), (0, 1), None, Budget(max_macs=1))
         before, after = first.depths[2], 1
         told = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
         assert [change(result, each) for each in pair] == ["the first", told]
