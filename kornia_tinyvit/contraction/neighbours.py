@@ -9,7 +9,7 @@ from functools import partial
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
-__all__ = ["Space", "contractions", "expansions", "outgrown", "smallest"]
+__all__ = ["Space", "contractions", "expansions", "smallest"]
 
 
 @dataclass(frozen=True)
