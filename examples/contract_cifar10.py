@@ -47,6 +47,10 @@ def recipe(batch_size: int) -> list[object]:
     return ["--recipe", "cifar10", "--img-size", IMG_SIZE, "--batch-size", batch_size]
 
 
+def limited(args: argparse.Namespace) -> list[object]:
+    return [] if args.limit is None else ["--limit", args.limit]
+
+
 def train_seed(args: argparse.Namespace) -> str:
     """Train the network that the search begins with: parts that have learned something tell which of them matter."""
     file = args.out / "untrained.safetensors"
@@ -68,11 +72,9 @@ def search(seed: str, args: argparse.Namespace) -> dict:
 def refine(seed: str, winner: str, args: argparse.Namespace) -> dict:
     trades = ["--refine", winner, "--rounds", args.rounds, "--candidates", args.candidates]
     proxy = ["--epochs", args.trade_epochs, "--hold-out", args.trade_hold_out, *recipe(args.proxy_batch_size)]
-    limit = [] if args.limit is None else ["--limit", args.limit]
     options = ["--variant", seed, *BUDGET, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
-    return run(
-        "contract", args.data / "train.parquet", *trades, *options, *proxy, *limit, "--out", args.out / "refined"
-    )
+    place = [*limited(args), "--out", args.out / "refined"]
+    return run("contract", args.data / "train.parquet", *trades, *options, *proxy, *place)
 
 
 def show(found: dict) -> None:
@@ -86,8 +88,7 @@ def show(found: dict) -> None:
 def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float:
     """Train a network as the recipe says, and return its top-1 on the test pictures in per cent."""
     out = args.out / f"{name}-{seed}"
-    limit = [] if args.limit is None else ["--limit", args.limit]
-    length = ["--epochs", args.epochs, *limit, "--workers", args.workers]
+    length = ["--epochs", args.epochs, *limited(args), "--workers", args.workers]
     options = ["--variant", variant, *recipe(args.batch_size), *length, "--init-seed", seed, "--out", out]
     run("train", args.data / "train.parquet", *options)
     return run("evaluate", args.data / "test.parquet", "--pretrained", out / "last.safetensors")["top1"]

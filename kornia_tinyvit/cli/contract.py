@@ -236,11 +236,13 @@ def change(result: SearchResult, candidate: Candidate) -> str:
     """Tell what was contracted, such as ``depths[2] 6 -> 5``, or what was given back for it."""
     if candidate.parent is None or candidate.factor is None:
         return "the first"
+    from kornia_tinyvit.contraction.neighbours import read_factor
+
     changes = []
     for factor in candidate.factor.split(" for "):
-        name, _, stage = factor.rstrip("]").partition("[")
+        name, stage = read_factor(factor)
         values = [getattr(each.config, name) for each in (result.candidates[candidate.parent], candidate)]
-        before, after = (value[int(stage)] if stage else value for value in values)
+        before, after = (value if stage is None else value[stage] for value in values)
         changes.append(f"{factor} {before:g} -> {after:g}")
     return " for ".join(changes)
 

@@ -100,10 +100,16 @@ def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
     return config
 
 
+def read_factor(factor: str) -> tuple[str, int | None]:
+    """Return the field that a factor's name tells, and the stage, if it is of one."""
+    name, _, stage = factor.rstrip("]").partition("[")
+    return name, int(stage) if stage else None
+
+
 def outgrown(config: TinyViTConfig, seed: TinyViTConfig) -> list[str]:
     """Return the fields in which a network is more than its seed, or another one in what cannot be contracted."""
     beyond = []
-    factors = {name.partition("[")[0] for name in _steps(Space())} | {"num_heads"}
+    factors = {read_factor(name)[0] for name in _steps(Space())} | {"num_heads"}
     for field in dataclasses.fields(config):
         ours, theirs = (getattr(each, field.name) for each in (config, seed))
         if field.name not in factors:
@@ -132,13 +138,12 @@ def _way_back(config: TinyViTConfig, whole: TinyViTConfig, step: _Step) -> Itera
 
 def _restore(factor: str, config: TinyViTConfig, within: TinyViTConfig) -> TinyViTConfig:
     """Give a network a factor of another one."""
-    name, _, stage = factor.rstrip("]").partition("[")
-    if not stage:
+    name, stage = read_factor(factor)
+    if stage is None:
         return config.replace(**{name: getattr(within, name)})
     fields = ("embed_dims", "num_heads") if name == "embed_dims" else (name,)
-    position = int(stage)
     return config.replace(
-        **{field: _with(getattr(config, field), position, getattr(within, field)[position]) for field in fields}
+        **{field: _with(getattr(config, field), stage, getattr(within, field)[stage]) for field in fields}
     )
 
 

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, as_completed
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -265,7 +265,7 @@ class _Search:
         if first:
             self._refuse_the_impossible()
         self._evaluate_all([self.seed], self._first_weights(), "seed")
-        current = self._keep(self.seed, first, [self.seed])
+        current = self._keep(self.seed, first)
         for step in range(1, steps + 1):
             limit = first * (1 - step / steps)
             while self.budget.excess(current.costs) > limit:
@@ -279,7 +279,7 @@ class _Search:
         """Trade factors of a network that fits the budget."""
         current = self._meet(first, None, None)
         self._refuse_outside(current)
-        current = self._keep(first, 0.0, [first])
+        current = self._keep(first, 0.0)
         for turn in range(1, rounds + 1):
             trades = [config for config in self._trades(current) if self.candidates[config].accuracy is None]
             trades.sort(key=lambda config: self.budget.slack(self.candidates[config].costs))
@@ -418,7 +418,7 @@ class _Search:
             for future in running:
                 future.cancel()
 
-    def _keep(self, config: TinyViTConfig, limit: float, among: list[TinyViTConfig]) -> Candidate:
+    def _keep(self, config: TinyViTConfig, limit: float, among: Sequence[TinyViTConfig] = ()) -> Candidate:
         """Go on from a network, and forget the weights of those that were evaluated with it and not chosen."""
         candidate = self.candidates[config]
         if candidate.number not in self.kept:
