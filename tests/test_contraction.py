@@ -620,8 +620,9 @@ class TestRefine:
         ("options", "message"),
         [
             ({"start": SMALL}, "beyond the budget .* contract it first"),
-            ({"start": FITS.replace(depths=(2, 3, 1, 2), mlp_ratio=5.0)}, "depths, mlp_ratio differ"),
-            ({"start": FITS.replace(num_classes=4)}, "num_classes differ"),
+            ({"start": FITS.replace(depths=(2, 3, 1, 2))}, "depths can only become smaller; the parent has"),
+            ({"start": FITS.replace(num_classes=4)}, "has its parent's num_classes"),
+            ({"start": FITS.replace(num_heads=(1, 1, 2, 2))}, "heads of stage 1 are 8 wide"),
             ({"rounds": 0}, "at least 1; got 0, 8, 1"),
             ({"candidates": 0}, "got 2, 0, 1"),
         ],

@@ -10,14 +10,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
+from kornia_tinyvit.contraction.neighbours import check_contracted
 from kornia_tinyvit.layers import Attention, ConvBN, MBConv, Mlp, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["inherit"]
-
-# What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
-_CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
-_FREE = ("img_size", "drop_rate", "drop_path_rate", "use_checkpoint")
 
 
 @torch.no_grad()
@@ -50,7 +47,7 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
         >>> inherit(parent, parent.config.replace(mlp_ratio=3.0)).config.mlp_ratio
         3.0
     """
-    _check(parent.config, config)
+    check_contracted(config, parent.config)
     weight = parent.norm_head.weight
     child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
     # The blocks first: blocks that are dropped have no say about the channels.
@@ -80,34 +77,6 @@ def _stages(model: TinyViT) -> list[Any]:
 
 def _stem(model: TinyViT) -> tuple[ConvBN, ConvBN]:
     return cast("ConvBN", model.patch_embed.seq[0]), cast("ConvBN", model.patch_embed.seq[2])
-
-
-def _check(old: TinyViTConfig, new: TinyViTConfig) -> None:
-    if old.mobile_sam or new.mobile_sam:
-        raise ValueError("MobileSAM's encoder cannot be contracted; give a classifier.")
-    others = [
-        name
-        for name in old.__dataclass_fields__
-        if name not in (*_CONTRACTED, *_FREE) and getattr(old, name) != getattr(new, name)
-    ]
-    if others:
-        raise ValueError(f"A contracted network has its parent's {', '.join(others)}; the configuration has others.")
-    for name in _CONTRACTED:
-        ours, theirs = _numbers(old, name), _numbers(new, name)
-        if any(mine < wanted for mine, wanted in zip(ours, theirs, strict=True)):
-            raise ValueError(f"{name} can only become smaller; the parent has {ours}, the configuration {theirs}.")
-    for stage in range(1, NUM_STAGES):
-        widths = [config.embed_dims[stage] // config.num_heads[stage] for config in (old, new)]
-        if widths[0] != widths[1]:
-            raise ValueError(f"The heads of stage {stage} are {widths[0]} wide and stay so; got {widths[1]}.")
-
-
-def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
-    """Return a factor, of the stages where it means something."""
-    value = getattr(config, name)
-    if name in ("num_heads", "window_sizes"):  # the first stage ignores its entry
-        return tuple(value[1:])
-    return value if isinstance(value, tuple) else (value,)
 
 
 def _kept_blocks(parent: TinyViT, stage: int, depth: int) -> list[int]:

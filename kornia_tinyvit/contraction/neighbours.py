@@ -11,6 +11,10 @@ from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
 __all__ = ["Space", "contractions", "expansions", "smallest"]
 
+# What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
+_CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
+_FREE = ("img_size", "drop_rate", "drop_path_rate", "use_checkpoint")
+
 
 @dataclass(frozen=True)
 class Space:
@@ -106,21 +110,37 @@ def read_factor(factor: str) -> tuple[str, int | None]:
     return name, int(stage) if stage else None
 
 
-def outgrown(config: TinyViTConfig, seed: TinyViTConfig) -> list[str]:
-    """Return the fields in which a network is more than its seed, or another one in what cannot be contracted."""
-    beyond = []
-    factors = {read_factor(name)[0] for name in _steps(Space())} | {"num_heads"}
-    for field in dataclasses.fields(config):
-        ours, theirs = (getattr(each, field.name) for each in (config, seed))
-        if field.name not in factors:
-            fits = ours == theirs
-        elif isinstance(ours, tuple):
-            fits = all(less <= more for less, more in zip(ours, theirs, strict=True))
-        else:
-            fits = ours <= theirs
-        if not fits:
-            beyond.append(field.name)
-    return beyond
+def check_contracted(config: TinyViTConfig, parent: TinyViTConfig) -> None:
+    """Refuse a network that is not its parent with less of some factors.
+
+    Raises:
+        ValueError: if it is larger in some way, or differs in what is no factor and what weights depend on.
+    """
+    if parent.mobile_sam or config.mobile_sam:
+        raise ValueError("MobileSAM's encoder cannot be contracted; give a classifier.")
+    others = [
+        name
+        for name in parent.__dataclass_fields__
+        if name not in (*_CONTRACTED, *_FREE) and getattr(parent, name) != getattr(config, name)
+    ]
+    if others:
+        raise ValueError(f"A contracted network has its parent's {', '.join(others)}; the configuration has others.")
+    for name in _CONTRACTED:
+        most, wanted = _numbers(parent, name), _numbers(config, name)
+        if any(more < less for more, less in zip(most, wanted, strict=True)):
+            raise ValueError(f"{name} can only become smaller; the parent has {most}, the configuration {wanted}.")
+    for stage in range(1, NUM_STAGES):
+        widths = [each.embed_dims[stage] // each.num_heads[stage] for each in (parent, config)]
+        if widths[0] != widths[1]:
+            raise ValueError(f"The heads of stage {stage} are {widths[0]} wide and stay so; got {widths[1]}.")
+
+
+def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
+    """Return a factor, of the stages where it means something."""
+    value = getattr(config, name)
+    if name in ("num_heads", "window_sizes"):  # the first stage ignores its entry
+        return tuple(value[1:])
+    return value if isinstance(value, tuple) else (value,)
 
 
 def _repeat(config: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:

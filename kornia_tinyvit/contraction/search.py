@@ -23,7 +23,7 @@ from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.contraction.budget import Bench, Budget, Costs
 from kornia_tinyvit.contraction.journal import Journal
-from kornia_tinyvit.contraction.neighbours import Space, contractions, expansions, outgrown, smallest
+from kornia_tinyvit.contraction.neighbours import Space, check_contracted, contractions, expansions, smallest
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["Candidate", "Evaluate", "SearchResult", "contract", "refine"]
@@ -300,11 +300,7 @@ class _Search:
             raise ValueError(
                 f"The first network has {costs}, beyond the budget {self.budget.limits}; contract it first."
             )
-        beyond = outgrown(first.config, self.seed)
-        if beyond:
-            raise ValueError(
-                f"The first network is not the seed with less of some factors: {', '.join(beyond)} differ."
-            )
+        check_contracted(first.config, self.seed)
 
     def _trades(self, current: Candidate) -> list[TinyViTConfig]:
         """Return the networks with one factor given back, as they are or for a step of another one."""
