@@ -34,8 +34,9 @@ from kornia_tinyvit.deploy.accuracy import compare
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph
 from kornia_tinyvit.deploy.measuring import count_flops, describe_machine, interleaved, matrix_peak
+from kornia_tinyvit.deploy.openvino_core import cpu_settings, without_telemetry
 from kornia_tinyvit.deploy.optimizing import optimize
-from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino, without_telemetry
+from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
 from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.training.evaluation import read_pictures
 
@@ -101,13 +102,13 @@ def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, 
     two = torch.cat([images, images])[:2]
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.onnx.export(model, (two,), dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
-    proto, threads = program.model_proto, torch.get_num_threads()
+    proto = program.model_proto
     if engine == "onnxruntime":
         import onnxruntime
 
         proto = quantize_onnx(proto, calibration) if dtype == torch.int8 else proto
         options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
+        options.intra_op_num_threads = torch.get_num_threads()
         options.add_session_config_entry("session.force_spinning_stop", "1")
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
@@ -121,8 +122,7 @@ def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, 
         network = quantize_openvino(network, calibration)
     network.reshape(list(images.shape))
     precision = "f32" if dtype == torch.float32 else "bf16"  # int8 leaves some layers as floats, as ours does
-    settings = {"INFERENCE_PRECISION_HINT": precision, "INFERENCE_NUM_THREADS": threads, "PERFORMANCE_HINT": "LATENCY"}
-    request = core.compile_model(network, "CPU", settings).create_infer_request()
+    request = core.compile_model(network, "CPU", cpu_settings(precision)).create_infer_request()
     return lambda images: request.infer({0: images.numpy()}, share_inputs=True)
 
 

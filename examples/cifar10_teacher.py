@@ -75,8 +75,9 @@ def build_openvino() -> nn.Module:
 
     teacher = build()
     example = torch.zeros(2, 3, IMG_SIZE, IMG_SIZE)
-    threads = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-    compiled = openvino.compile_model(openvino.convert_model(teacher.network, example_input=example), "CPU", threads)
+    # Not bound to processors: several processes that save labels would share the first one.
+    settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
+    compiled = openvino.compile_model(openvino.convert_model(teacher.network, example_input=example), "CPU", settings)
     teacher.network.forward = lambda images: torch.from_numpy(compiled([images.contiguous().numpy()])[0])
     return teacher
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.deploy.graph import InferenceGraph
-from kornia_tinyvit.deploy.openvino_core import openvino_core
+from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
 from kornia_tinyvit.deploy.tracing import has_compiler, to_onnx, trace_pictures
 
 __all__ = ["ENGINES", "Engine"]
@@ -215,12 +215,7 @@ class OpenVinoEngine(Engine):
         model = self.model.clone()
         if shape is not None:
             model.reshape(list(shape))
-        settings = {
-            "INFERENCE_PRECISION_HINT": self.precision,
-            "INFERENCE_NUM_THREADS": torch.get_num_threads(),
-            "PERFORMANCE_HINT": "LATENCY",
-        }
-        return self.core.compile_model(model, "CPU", settings)
+        return self.core.compile_model(model, "CPU", cpu_settings(self.precision))
 
     @classmethod
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
