@@ -34,7 +34,7 @@ from kornia_tinyvit.deploy.accuracy import compare
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph
 from kornia_tinyvit.deploy.measuring import count_flops, describe_machine, interleaved, matrix_peak
-from kornia_tinyvit.deploy.openvino_core import cpu_settings, without_telemetry
+from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
 from kornia_tinyvit.deploy.optimizing import optimize
 from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
 from kornia_tinyvit.preprocessing import read_pixels
@@ -113,10 +113,7 @@ def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, 
         session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
         name = session.get_inputs()[0].name
         return lambda images: session.run(None, {name: images.numpy()})
-    with without_telemetry():
-        import openvino
-
-    core = openvino.Core()
+    core = openvino_core()
     network = core.read_model(proto.SerializeToString())
     if dtype == torch.int8:
         network = quantize_openvino(network, calibration)

@@ -92,21 +92,13 @@ class TestSameResults:
     def test_openvino_leaves_every_processor_to_its_threads(self, engines):
         if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
             pytest.skip("needs Linux and two processors")
-        engine, images, done = engines("openvino"), pictures(2, 3, 64, 64), threading.Event()
-        bound = set()
-
-        def watch() -> None:
-            while not done.is_set():
-                for thread in os.listdir("/proc/self/task"):
-                    with contextlib.suppress(OSError):  # it has ended
-                        bound.add(frozenset(os.sched_getaffinity(int(thread))))
-
-        watcher = threading.Thread(target=watch)
-        watcher.start()
-        for _ in range(20):
-            engine(images)
-        done.set()
-        watcher.join()
+        engine, images, bound = engines("openvino"), pictures(2, 3, 64, 64), set()
+        worker = threading.Thread(target=lambda: [engine(images) for _ in range(20)])
+        worker.start()
+        while worker.is_alive():
+            for thread in os.listdir("/proc/self/task"):
+                with contextlib.suppress(OSError):  # it has ended
+                    bound.add(frozenset(os.sched_getaffinity(int(thread))))
         assert bound == {frozenset(os.sched_getaffinity(0))}
 
     def test_bfloat16(self, model):
