@@ -13,8 +13,8 @@ import resource
 import torch
 from eager import build, forward_step
 
-from kornia_tinyvit.deploy.allocator import keep_memory
-from kornia_tinyvit.deploy.measuring import describe_machine, interleaved
+from kornia_tinyvit.allocator import keep_memory
+from kornia_tinyvit.deploy.benchmark import describe_machine, interleaved
 
 
 def page_faults() -> int:

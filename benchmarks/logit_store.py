@@ -22,7 +22,7 @@ import numpy as np
 import torch
 
 from kornia_tinyvit.distillation.official import OfficialLogits
-from kornia_tinyvit.distillation.store import LogitStore, Manifest, Records
+from kornia_tinyvit.distillation.store import LabelStore, Manifest, Records
 
 CLASSES, TOP_K, BATCH = 1000, 100, 1024
 SHARDS = 200  # an epoch of ImageNet-22k has 217
@@ -53,7 +53,7 @@ def dense(records: Records) -> torch.Tensor:
     return torch.zeros(len(records.classes), CLASSES).scatter_(1, records.classes.long(), records.probabilities.float())
 
 
-def fill(store: LogitStore, folder: Path, others: list[LogitStore]) -> None:
+def fill(store: LabelStore, folder: Path, others: list[LabelStore]) -> None:
     """Write the same made-up records in all layouts."""
     layout = np.dtype([("seed", "<i4"), ("classes", "<i2", (TOP_K,)), ("probabilities", "<f2", (TOP_K,))])
     order = store.order.permutation(0)
@@ -77,11 +77,11 @@ def measure(path: Path, num_records: int, repetitions: int) -> dict[str, float]:
     """Return records a second of each reader."""
     many = Manifest(num_records, CLASSES, TOP_K, shard_records=num_records // SHARDS // 2 * 2)
     with (
-        LogitStore.create(path / "ours", Manifest(num_records, CLASSES, TOP_K)) as store,
-        LogitStore.create(path / "shards", many) as other,
+        LabelStore.create(path / "ours", Manifest(num_records, CLASSES, TOP_K)) as store,
+        LabelStore.create(path / "shards", many) as other,
     ):
         fill(store, path / f"logits_top{TOP_K}_epoch0", [other])
-    store, sharded, official = LogitStore(path / "ours"), LogitStore(path / "shards"), OfficialLogits(path)
+    store, sharded, official = LabelStore(path / "ours"), LabelStore(path / "shards"), OfficialLogits(path)
     seeking = SeekingReader(path / f"logits_top{TOP_K}_epoch0")
     random = np.random.default_rng(0)
     seconds: dict[str, list[float]] = {}

@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kornia_tinyvit.distillation import ReplayableAugmentation
-from kornia_tinyvit.distillation.augmentation import _crop_box
+from kornia_tinyvit.data import ReplayableAugmentation
+from kornia_tinyvit.data.augmentation import _crop_box
 from kornia_tinyvit.preprocessing import read_pixels
 
 BATCH, SIZE, RUNS = 128, 224, 7

@@ -43,9 +43,10 @@ from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.deploy.measuring import describe_machine
+from kornia_tinyvit.deploy.benchmark import describe_machine
+from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.preprocessing import read_pixels
-from kornia_tinyvit.segmentation import FoldedMaskDecoder, MobileSAM, decode_rle, generate_masks
+from kornia_tinyvit.sam import FoldedMaskDecoder, MobileSAM, generate_masks
 
 SECTIONS = ("encoder", "sizes", "prompts", "everything")
 DECODERS = ("kornia", "ours", "ours bfloat16")

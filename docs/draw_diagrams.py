@@ -14,8 +14,8 @@ from pathlib import Path
 from kornia_tinyvit import TinyViTConfig
 from kornia_tinyvit.detection import DetectorConfig
 from kornia_tinyvit.model import NECK_CHANNELS
-from kornia_tinyvit.segmentation import SegmenterConfig
-from kornia_tinyvit.segmentation.embedding import STRIDE
+from kornia_tinyvit.sam.embedding import STRIDE
+from kornia_tinyvit.semantic import SegmenterConfig
 
 STATIC = Path(__file__).resolve().parent / "_static"
 WIDTH, MARGIN = 720, 20

@@ -27,7 +27,7 @@ from PIL import Image
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.segmentation import MobileSAM
+from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.training import RECIPES, Recipe
 
 DOCS = Path(__file__).resolve().parent

@@ -25,7 +25,7 @@ from torchvision.ops import FeaturePyramidNetwork, MultiScaleRoIAlign, clip_boxe
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.training import BoxedImages
+from kornia_tinyvit.data import DetectionDataset
 
 # Of arXiv:1712.00726: the overlap from which a proposal is an object, the scale of what each head's boxes regress, and
 # the weight of its loss.
@@ -158,7 +158,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = BoxedImages.open(args.data, "train").sample(args.pictures)
+    images = DetectionDataset.open(args.data, "train").sample(args.pictures)
     network = TinyViT.from_config(args.variant, False if args.pretrained == "none" else args.pretrained, num_classes=0)
     model = cascade_rcnn(
         network, images.num_classes, args.channels, args.hidden, min_size=args.size, max_size=2 * args.size

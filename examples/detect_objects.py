@@ -18,11 +18,11 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import Detection, TinyViTDetector
 from kornia_tinyvit.training import (
     DETECTION,
     BoxAugmentation,
-    BoxedImages,
     BoxedSamples,
     DetectionLoss,
     DetectorTraining,
@@ -36,7 +36,7 @@ TILE, GAP = 320, 8
 
 
 def draw_sheet(
-    detector: TinyViTDetector, images: BoxedImages, rows: list[int], path: Path, hide_photos: bool = False
+    detector: TinyViTDetector, images: DetectionDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
     """Write a picture with a row for each of some photos: the boxes that are there, and those that were found."""
     strips = []
@@ -76,7 +76,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images, validation = BoxedImages.open(args.data, "train"), BoxedImages.open(args.data, "val")
+    images, validation = DetectionDataset.open(args.data, "train"), DetectionDataset.open(args.data, "val")
     images = images.sample(args.pictures)
     base = args.lr * 512 / args.batch_size
     # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.

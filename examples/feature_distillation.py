@@ -28,16 +28,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.distillation import (
-    FeatureStore,
-    Manifest,
-    ReplayableAugmentation,
-    ReplayedSamples,
-    Teacher,
-    save_records,
-)
+from kornia_tinyvit.data import ReplayableAugmentation, ReplayedSamples
+from kornia_tinyvit.distillation import FeatureRegression, FeatureStore, Manifest, Teacher, save_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image, read_pixels
-from kornia_tinyvit.training import FeatureRegression, Recipe, train
+from kornia_tinyvit.training import Recipe, train
 from kornia_tinyvit.visualization import feature_colors
 
 CHANNELS, STRIDE = 256, 16  # of MobileSAM's embedding
@@ -46,7 +40,7 @@ SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Photos:
-    """A folder of photos without classes, with what `ReplayedSamples` and `train` ask of `LabelledImages`.
+    """A folder of photos without classes, with what `ReplayedSamples` and `train` ask of `ClassificationDataset`.
 
     Args:
         folder: where the photos lie, without further folders.

@@ -21,8 +21,8 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
+from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.preprocessing import TRAINING_PRESETS, EvaluationPipeline, TrainingPipeline
-from kornia_tinyvit.training import LabelledImages
 
 
 def split(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    images = LabelledImages(args.folder)
+    images = ClassificationDataset(args.folder)
     if images.class_names is None:
         parser.error(f"{args.folder} is no folder of class folders, which give the classes their names")
     names, labels = images.class_names, torch.tensor(images.labels)

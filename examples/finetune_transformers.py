@@ -23,8 +23,8 @@ from transformers.utils import logging
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
+from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.huggingface import TinyVitForImageClassification, TinyVitImageProcessor, from_tinyvit
-from kornia_tinyvit.training import LabelledImages
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 
@@ -87,8 +87,8 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
 
-    train = LabelledImages(args.data / "train.parquet").sample(args.train)
-    test = LabelledImages(args.data / "test.parquet").sample(args.test)
+    train = ClassificationDataset(args.data / "train.parquet").sample(args.train)
+    test = ClassificationDataset(args.data / "test.parquet").sample(args.test)
     network = TinyViT.from_config("1m", pretrained="cifar10")
     model = build_model(network, train.num_classes, args.lora)
     processor = TinyVitImageProcessor(size=network.config.img_size, crop_pct=15 / 16)

@@ -20,10 +20,9 @@ from PIL import Image
 from torch import Tensor
 
 from kornia_tinyvit import MobileSAM
-from kornia_tinyvit.segmentation import draw_overlay
+from kornia_tinyvit.data import InstanceDataset
 from kornia_tinyvit.training import (
     PROMPTABLE,
-    InstanceImages,
     MaskLoss,
     PromptAugmentation,
     PromptedSAM,
@@ -36,19 +35,19 @@ from kornia_tinyvit.training import (
     mask_boxes,
     train,
 )
-from kornia_tinyvit.visualization import save_rows
+from kornia_tinyvit.visualization import draw_overlay, save_rows
 
 TILE, GAP = 320, 8
 
 
-def tell(when: str, split: str, sam: MobileSAM, images: InstanceImages) -> None:
+def tell(when: str, split: str, sam: MobileSAM, images: InstanceDataset) -> None:
     """Print how well boxes and points find the instances of some photos."""
     found = evaluate_prompts(sam.eval(), images)
     told = {name: round(value, 2) for name, value in found.items()}
     print(json.dumps({"when": when, "split": split, "pictures": len(images), **told}), flush=True)
 
 
-def draw_sheet(sam: MobileSAM, images: InstanceImages, rows: list[int], path: Path, hide_photos: bool) -> None:
+def draw_sheet(sam: MobileSAM, images: InstanceDataset, rows: list[int], path: Path, hide_photos: bool) -> None:
     """Write a picture with a row for each of some photos: truth, masks of boxes, masks of points."""
     strips = []
     for row in rows:
@@ -100,7 +99,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = InstanceImages(args.photos, args.instances, args.min_area).with_instances().sample(args.pictures)
+    images = InstanceDataset(args.photos, args.instances, args.min_area).with_instances().sample(args.pictures)
     # To fit a few photos from weights made for something else: all layers learn alike, from what will be asked later.
     # SAM's 20 times heavier focal loss keeps a random decoder's masks empty for a long time.
     recipe = dataclasses.replace(
@@ -136,7 +135,7 @@ def main() -> None:
     kept = MobileSAM.from_config(checkpoint=result.last)
     tell("after", "train", kept, images)
     if args.others:
-        tell("after", "others", kept, InstanceImages(*args.others, args.min_area))
+        tell("after", "others", kept, InstanceDataset(*args.others, args.min_area))
     sheet = args.out / "masks.png"
     draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet, args.hide_photos)
     print(f"wrote {sheet}")

@@ -20,12 +20,11 @@ import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from kornia_tinyvit.segmentation.overlay import distinct_colors
-from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.data import SegmentationDataset
+from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,
     MaskAugmentation,
-    MaskedImages,
     MaskedSamples,
     PixelLabels,
     balanced_weights,
@@ -34,6 +33,7 @@ from kornia_tinyvit.training import (
     train,
 )
 from kornia_tinyvit.visualization import save_rows
+from kornia_tinyvit.visualization.overlays import distinct_colors
 
 TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
@@ -54,7 +54,7 @@ def to_tile(image: Tensor, mode: str) -> Image.Image:
 
 
 def draw_sheet(
-    segmenter: SemanticSegmenter, images: MaskedImages, rows: list[int], path: Path, hide_photos: bool = False
+    segmenter: SemanticSegmenter, images: SegmentationDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
     """Write a picture with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
     colors, font = distinct_colors(len(segmenter.class_names)), ImageFont.load_default(13)
@@ -98,9 +98,9 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = MaskedImages.open(args.data, "train")
+    images = SegmentationDataset.open(args.data, "train")
     classes = dict(zip(images.ids, images.class_names, strict=True))
-    validation = MaskedImages.open(args.data, "val", classes, images.ignored)
+    validation = SegmentationDataset.open(args.data, "val", classes, images.ignored)
     images = images.sample(args.pictures)
     # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.
     recipe = dataclasses.replace(

@@ -26,9 +26,10 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit import TinyViT
+from kornia_tinyvit.data import IGNORED, SegmentationDataset
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from kornia_tinyvit.training import IGNORED, MaskedImages, PixelMetrics
-from kornia_tinyvit.training.semantic import Segmentation
+from kornia_tinyvit.training import PixelMetrics
+from kornia_tinyvit.training.tasks.semantic import Segmentation
 
 
 class TinyViTEncoder(nn.Module):
@@ -99,7 +100,7 @@ def conv(before: int, after: int) -> nn.Sequential:
     )
 
 
-def load(images: MaskedImages, size: int) -> tuple[Tensor, Tensor]:
+def load(images: SegmentationDataset, size: int) -> tuple[Tensor, Tensor]:
     """Return all pictures, normalised, and their masks, squeezed into squares."""
     pictures, masks = [], []
     for picture, mask in images:
@@ -131,7 +132,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = MaskedImages.open(args.data, "train")
+    images = SegmentationDataset.open(args.data, "train")
     classes = len(images.class_names)
     pictures, masks = load(images.sample(args.pictures), args.img_size)
     encoder = TinyViTEncoder(TinyViT.from_config(args.variant, args.pretrained, num_classes=0))

@@ -1,5 +1,6 @@
 """TinyViT as one differentiable component for kornia and PyTorch."""
 
+from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from kornia_tinyvit.checkpoints import (
@@ -13,11 +14,12 @@ from kornia_tinyvit.checkpoints import (
 from kornia_tinyvit.classification import ImageClassifier, Prediction
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.version import __version__
 
 if TYPE_CHECKING:
-    from kornia_tinyvit.segmentation import MobileSAM
-
-__version__ = "0.1.0"
+    from kornia_tinyvit.detection import TinyViTDetector
+    from kornia_tinyvit.sam import MobileSAM
+    from kornia_tinyvit.semantic import SemanticSegmenter
 
 __all__ = [
     "CheckpointError",
@@ -26,18 +28,21 @@ __all__ = [
     "MobileSAM",
     "Prediction",
     "PretrainedWeights",
+    "SemanticSegmenter",
     "TinyViT",
     "TinyViTConfig",
+    "TinyViTDetector",
+    "__version__",
     "list_pretrained",
     "load_checkpoint",
     "save_checkpoint",
 ]
 
+# Imported on first use: they need parts of kornia that take longer to import than everything above.
+_LAZY = {"MobileSAM": "sam", "SemanticSegmenter": "semantic", "TinyViTDetector": "detection"}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is heavier than torch and kornia's core when it is first asked for."""
-    if name == "MobileSAM":
-        from kornia_tinyvit.segmentation import MobileSAM
-
-        return MobileSAM
+    if name in _LAZY:
+        return getattr(import_module(f"{__name__}.{_LAZY[name]}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -13,19 +11,17 @@ from typing import Any, TypeVar, cast
 
 import torch
 from kornia.geometry.transform import hflip
-from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained
 from kornia_tinyvit.checkpoints.catalog import imagenet_classes
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, EvaluationPipeline, read_image, to_image
+from kornia_tinyvit.preprocessing import ImageInput, as_images, check_counts, default_evaluation
 
-__all__ = ["ImageClassifier", "Picture", "Prediction", "as_pictures", "center_zoom"]
+__all__ = ["ImageClassifier", "Prediction", "center_zoom"]
 
-#: What is taken for a picture: a tensor :math:`(C, H, W)` in [0, 1], a path, or a PIL image.
-Picture = Tensor | str | Path | Image.Image
 View = Callable[[Tensor], Tensor]
 Batch = TypeVar("Batch")
 
@@ -145,7 +141,7 @@ class ImageClassifier(nn.Module):
         return self._average(self._prepare(images, view) for view in (None, *self.views))
 
     def predict(
-        self, images: Picture | Iterable[Picture], top_k: int = 5, batch_size: int = 16
+        self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, batch_size: int = 16
     ) -> list[list[Prediction]]:
         """Name what pictures show.
 
@@ -180,11 +176,11 @@ class ImageClassifier(nn.Module):
         """Return the logits averaged over what the views made of the pictures."""
         return torch.stack([self.model(images) for images in inputs]).mean(0)
 
-    def _batches(self, images: Picture | Iterable[Picture], batch_size: int) -> Iterator[list[Tensor]]:
+    def _batches(self, images: ImageInput | Iterable[ImageInput], batch_size: int) -> Iterator[list[Tensor]]:
         """Read pictures batch by batch and return what each view makes of them."""
         first = next(self.model.parameters())
         channels = cast("int", self.model.config.in_chans)
-        pictures = (picture.to(first.device, first.dtype) for picture in as_pictures(images, channels))
+        pictures = (picture.to(first.device, first.dtype) for picture in as_images(images, channels))
         while batch := list(islice(pictures, batch_size)):
             with torch.no_grad():
                 inputs = [self._prepare(batch, view) for view in (None, *self.views)]
@@ -199,78 +195,9 @@ class ImageClassifier(nn.Module):
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
 
 
-def check_counts(**numbers: int) -> None:
-    """Refuse arguments, told by their names, that are no whole numbers from 1 up.
-
-    Raises:
-        ValueError: naming the argument.
-    """
-    for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number > sys.maxsize:
-            raise ValueError(f"{name} must be a whole number that fits into memory; got {number!r}.")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1; got {number}.")
-
-
-def as_pictures(images: Picture | Iterable[Picture], channels: int = 3) -> Iterator[Tensor]:
-    """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1], one at a time.
-
-    Args:
-        images: one picture or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
-        channels: channels that files and PIL images are read with: 1, 3 or 4.
-
-    Raises:
-        TypeError: if something is no picture.
-        ValueError: if a file cannot be read.
-        FileNotFoundError: if there is no such file.
-    """
-    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
-        images = [images]
-    return (_as_picture(image, channels) for image in images)
-
-
-def _as_picture(image: Picture, channels: int) -> Tensor:
-    if isinstance(image, (str, Path)):
-        return read_image(image, channels)
-    if isinstance(image, Image.Image):
-        return to_image(image, channels)
-    if isinstance(image, Tensor):
-        if not image.is_floating_point():
-            raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
-        return image
-    raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
-
-
-def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
-    """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    if config.in_chans == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    channels = range(config.in_chans)
-    return EvaluationPipeline(
-        config.img_size,
-        mean=tuple(mean[channel % len(mean)] for channel in channels),
-        std=tuple(std[channel % len(std)] for channel in channels),
-    )
-
-
 def _ahead(reader: Executor, batches: Iterator[Batch]) -> Iterator[Batch]:
     """Return batches of which the next is always being read."""
     coming = reader.submit(next, batches, None)
     while (batch := coming.result()) is not None:
         coming = reader.submit(next, batches, None)
         yield batch
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and each of its parts back into its own mode afterwards."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -19,17 +19,19 @@ from kornia.models.rt_detr.architecture.rtdetr_head import MultiScaleDeformableA
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint
-from kornia_tinyvit.checkpoints.composite import (
-    CompositeConfig,
-    name_classes,
-    read_composite,
-    write_composite,
-)
+from kornia_tinyvit.checkpoints.composite import CompositeConfig, name_classes, read_composite, write_composite
 from kornia_tinyvit.checkpoints.loading import read_metadata
-from kornia_tinyvit.classification import Picture, as_pictures, check_counts, default_evaluation, evaluating
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import check_images, resize_images
+from kornia_tinyvit.preprocessing import (
+    ImageInput,
+    as_images,
+    check_counts,
+    check_images,
+    default_evaluation,
+    resize_images,
+)
 
 __all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
 
@@ -152,7 +154,7 @@ class TinyViTDetector(nn.Module):
     It takes pictures in [0, 1] of any size, shows them as squares to the network and normalises them itself, so it
     stands behind kornia's augmentations, and gradients reach the pixels. The backbone's norm, which its maps do
     without, is frozen. kornia's classes infer only: training happens in transformers' RT-DETR, which has the same
-    weights; see :mod:`kornia_tinyvit.training.rt_detr`.
+    weights; see :mod:`kornia_tinyvit.huggingface.rt_detr`.
 
     Args:
         backbone: the network; :meth:`from_config` builds it, too.
@@ -313,7 +315,7 @@ class TinyViTDetector(nn.Module):
         return self.decoder(self.encoder(maps[1:]))
 
     def predict(
-        self, images: Picture | Iterable[Picture], confidence_threshold: float = 0.3, batch_size: int = 8
+        self, images: ImageInput | Iterable[ImageInput], confidence_threshold: float = 0.3, batch_size: int = 8
     ) -> list[list[Detection]]:
         """Find the objects of pictures of any sizes.
 
@@ -335,7 +337,7 @@ class TinyViTDetector(nn.Module):
         if not 0 <= confidence_threshold < 1:
             raise ValueError(f"confidence_threshold must be in [0, 1); got {confidence_threshold!r}.")
         first, channels = next(self.parameters()), self.backbone.config.in_chans
-        pictures = (picture.to(first.device, first.dtype) for picture in as_pictures(images, channels))
+        pictures = (picture.to(first.device, first.dtype) for picture in as_images(images, channels))
         select = self.post_processor(confidence_threshold)
         found: list[list[Detection]] = []
         with evaluating(self), torch.inference_mode():

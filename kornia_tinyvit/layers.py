@@ -6,8 +6,8 @@ Maps are :math:`(B, C, H, W)` tensors kept in channels-last memory, so that turn
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -290,3 +290,16 @@ class TinyViTBlock(nn.Module):
             tokens = tokens.view(batch, rows * side, columns * side, channels)
         # Padding by negative amounts crops, and unlike a slice keeps the sizes a traced graph knows.
         return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if tracing or pad_h or pad_w else tokens
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Put a module into evaluation mode and each of its parts back into its own mode afterwards."""
+    training = [part for part in module.modules() if part.training]
+    for part in training:
+        part.training = False
+    try:
+        yield
+    finally:
+        for part in training:
+            part.training = True

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import struct
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,15 +20,24 @@ from kornia.image import image_to_tensor
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from kornia_tinyvit.config import TinyViTConfig
+
+#: What is taken as an image: a tensor :math:`(C, H, W)` in [0, 1], a path, or a PIL image.
+ImageInput = Tensor | str | Path | Image.Image
+
 __all__ = [
     "IMAGENET_MEAN",
     "IMAGENET_STD",
     "TRAINING_PRESETS",
     "UNREADABLE",
     "EvaluationPipeline",
+    "ImageInput",
     "TrainingPipeline",
     "TrainingPreset",
+    "as_images",
+    "check_counts",
     "check_images",
+    "default_evaluation",
     "find_preset",
     "read_image",
     "read_pixels",
@@ -479,3 +489,59 @@ class _BetaMixUp(K.RandomMixUpV2):
         params = super().forward_parameters(batch_shape)
         params["mixup_lambdas"] = self.share.sample((batch_shape[0],)).to(params["mixup_lambdas"])
         return params
+
+
+def check_counts(**numbers: int) -> None:
+    """Refuse arguments, told by their names, that are no whole numbers from 1 up.
+
+    Raises:
+        ValueError: naming the argument.
+    """
+    for name, number in numbers.items():
+        if isinstance(number, bool) or not isinstance(number, int) or number > sys.maxsize:
+            raise ValueError(f"{name} must be a whole number that fits into memory; got {number!r}.")
+        if number < 1:
+            raise ValueError(f"{name} must be at least 1; got {number}.")
+
+
+def as_images(images: ImageInput | Iterable[ImageInput], channels: int = 3) -> Iterator[Tensor]:
+    """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1], one at a time.
+
+    Args:
+        images: one picture or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
+        channels: channels that files and PIL images are read with: 1, 3 or 4.
+
+    Raises:
+        TypeError: if something is no picture.
+        ValueError: if a file cannot be read.
+        FileNotFoundError: if there is no such file.
+    """
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
+        images = [images]
+    return (_as_picture(image, channels) for image in images)
+
+
+def _as_picture(image: ImageInput, channels: int) -> Tensor:
+    if isinstance(image, (str, Path)):
+        return read_image(image, channels)
+    if isinstance(image, Image.Image):
+        return to_image(image, channels)
+    if isinstance(image, Tensor):
+        if not image.is_floating_point():
+            raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+        return image
+    raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
+
+
+def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
+    """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+    if config.in_chans == 1:
+        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
+    channels = range(config.in_chans)
+    return EvaluationPipeline(
+        config.img_size,
+        mean=tuple(mean[channel % len(mean)] for channel in channels),
+        std=tuple(std[channel % len(std)] for channel in channels),
+    )

@@ -15,8 +15,8 @@ from kornia_tinyvit import ImageClassifier, Prediction, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.checkpoints.catalog import ASSETS, imagenet_classes
 from kornia_tinyvit.classification import center_zoom
+from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
-from kornia_tinyvit.training.data import LabelledImages
 from tests.conftest import TINY, liven, shared
 
 PHOTOS = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in (".jpg", ".png"))
@@ -357,7 +357,7 @@ class TestEmbeddedWeights:
         assert found[0].label == "cat"
 
     def test_accuracy(self, embedded):
-        data = LabelledImages(shared("data/cifar10/test.parquet"))
+        data = ClassificationDataset(shared("data/cifar10/test.parquet"))
         rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(20)).tolist()[:500]
         pictures, labels = zip(*(data[row] for row in rows), strict=True)
         with torch.inference_mode():

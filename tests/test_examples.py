@@ -21,16 +21,17 @@ from safetensors.torch import load_file
 
 from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.distillation import FeatureStore, LogitStore, ReplayableAugmentation, ReplayedSamples, check_records
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
-from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training import (
-    InstanceImages,
-    LabelledImages,
-    MaskedImages,
-    evaluate_prompts,
-    evaluate_segmenter,
+from kornia_tinyvit.data import (
+    ClassificationDataset,
+    InstanceDataset,
+    ReplayableAugmentation,
+    ReplayedSamples,
+    SegmentationDataset,
 )
+from kornia_tinyvit.distillation import FeatureStore, LabelStore, check_records
+from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
 from tests.conftest import TINY
 from tests.test_commands import parse_command_line
 from tests.training.test_promptable import make_instances
@@ -301,7 +302,7 @@ def test_finetune_transformers(tmp_path):
     # The folder is what was measured: the adapters are part of its weights.
     classifier = ImageClassifier.from_config(pretrained=tmp_path / "run" / "model")
     assert classifier.class_names == CIFAR10
-    images = LabelledImages(tmp_path / "test.parquet").sample(20)
+    images = ClassificationDataset(tmp_path / "test.parquet").sample(20)
     found = classifier.predict([picture for picture, _ in images], top_k=1)
     right = sum(best.index == label for (best,), (_, label) in zip(found, images, strict=True))
     assert right / 20 == pytest.approx(told["accuracy"], abs=0.051)
@@ -324,7 +325,7 @@ def test_distill_cifar10_compares_three_students(tmp_path):
         tested = json.loads((tmp_path / "run" / f"{kind}-3" / "tested.json").read_text())
         assert tested["pictures"] == 20
         assert model.config.num_classes == 10
-    store = LogitStore(tmp_path / "run" / "store")
+    store = LabelStore(tmp_path / "run" / "store")
     assert (store.valid_count(0), store.manifest.top_k) == (32, 5)
     weights = [
         load_file(tmp_path / "run" / f"{kind}-3" / "last.safetensors") for kind in ("labels", "online", "stored")
@@ -401,7 +402,7 @@ def test_segment_semantic(tmp_path):
     assert (train["split"], train["pictures"], train["classes_present"], val["pictures"]) == ("train", 2, 3, 4)
     kept = SemanticSegmenter.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == NAMES
-    found = evaluate_segmenter(kept, MaskedImages.open(data))
+    found = evaluate_segmenter(kept, SegmentationDataset.open(data))
     assert val["mean_iou"] == pytest.approx(found.mean_iou, abs=0.01)
     assert val["pixel_accuracy"] == pytest.approx(found.pixel_accuracy, abs=0.01)
     sheet = levels(tmp_path / "runs" / "it" / "val.png")
@@ -432,7 +433,7 @@ def test_unet_decoder(tmp_path):
     encoder = module.TinyViTEncoder(TinyViT.from_config("1m", "cifar10", num_classes=0))
     network = module.Unet(encoder, module.UnetDecoder(encoder.out_channels), 16, 3)
     network.load_state_dict(torch.load(tmp_path / "new" / "unet.pt", weights_only=True))
-    measured = module.evaluate(network, *module.load(MaskedImages.open(data).sample(3), 64), 3)
+    measured = module.evaluate(network, *module.load(SegmentationDataset.open(data).sample(3), 64), 3)
     assert found["mean_iou"] == pytest.approx(measured.mean_iou, abs=0.01)
     assert found["pixel_accuracy"] == pytest.approx(measured.pixel_accuracy, abs=0.01)
 
@@ -462,7 +463,7 @@ def test_segment_promptable(tmp_path):
     assert (before["when"], before["pictures"], before["instances"]) == ("before", 2, 4)
     assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
     kept = MobileSAM.from_config(checkpoint=tmp_path / "runs" / "it" / "last.safetensors")
-    found = evaluate_prompts(kept, InstanceImages(*folders))
+    found = evaluate_prompts(kept, InstanceDataset(*folders))
     assert others["box_iou"] == pytest.approx(found["box_iou"], abs=0.01)
     assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)
     sheet = Image.open(tmp_path / "runs" / "it" / "masks.png")

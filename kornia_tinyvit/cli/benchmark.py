@@ -18,20 +18,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
+from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.export import Method
 from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, parse_device, refuse_idle
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.allocator import keep_memory
+from kornia_tinyvit.deploy.benchmark import count_flops, describe_machine, interleaved, matrix_peak
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.deploy.measuring import (
-    count_flops,
-    describe_machine,
-    interleaved,
-    matrix_peak,
-)
-from kornia_tinyvit.deploy.optimizing import Optimized, optimize
-from kornia_tinyvit.training.evaluation import LabelledPictures, read_pictures
+from kornia_tinyvit.deploy.optimization import Optimized, optimize
+from kornia_tinyvit.training.metrics.classification import LabelledPictures, read_pictures
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "int8": torch.int8}
 

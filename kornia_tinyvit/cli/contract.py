@@ -37,10 +37,10 @@ from kornia_tinyvit.cli.training_options import (
     like,
     parse_precision,
 )
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.distillation.batches import ReplayedSamples
-from kornia_tinyvit.distillation.store import LogitStore, StoreError
-from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.distillation.store import LabelStore, StoreError
 from kornia_tinyvit.training.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:
@@ -110,7 +110,8 @@ def contract(
     --pretrained and for 'train --variant', which trains a network like it.
     """
     from kornia_tinyvit import contraction
-    from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, Space, save_search
+    from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, Space
+    from kornia_tinyvit.visualization import save_search
 
     if refine is None:
         refuse_idle(context, ("rounds", "candidates"), "without --refine")
@@ -165,7 +166,7 @@ class _Lesson:
     """What candidates learn from."""
 
     samples: ReplayedSamples
-    validation: LabelledImages
+    validation: ClassificationDataset
     objective: Any
     replays: list[int] | None
     classes: int
@@ -182,10 +183,10 @@ def _plan(
     limit: int | None,
     hold_out: float,
 ) -> _Lesson:
-    images = LabelledImages(data)
+    images = ClassificationDataset(data)
     images = images if limit is None else images.sample(limit)
     if validation is not None:
-        judged = LabelledImages(validation).with_classes(images.class_names)
+        judged = ClassificationDataset(validation).with_classes(images.class_names)
     elif store is not None:
         raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
     else:
@@ -194,9 +195,9 @@ def _plan(
     classes, names = images.num_classes, images.class_names
     if store is None:
         return _Lesson(samples, judged, None, None, classes, names)
-    from kornia_tinyvit.training.objectives import StoredLabels
+    from kornia_tinyvit.distillation.objectives import StoredLabels
 
-    opened = LogitStore(store)
+    opened = LabelStore(store)
     opened.require(samples.describe())
     replays = [epoch for epoch in opened.epochs if opened.is_complete(epoch)][: recipe.epochs]
     if not replays:

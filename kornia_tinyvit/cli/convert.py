@@ -10,9 +10,9 @@ import typer
 
 from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained, save_checkpoint
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
-from kornia_tinyvit.classification import default_evaluation
 from kornia_tinyvit.cli.options import Pretrained, Variant, refuse_idle
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import default_evaluation
 
 __all__ = ["Layout", "convert"]
 

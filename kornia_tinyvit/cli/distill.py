@@ -38,14 +38,14 @@ from kornia_tinyvit.cli.training_options import (
     build_student,
     parse_precision,
 )
-from kornia_tinyvit.distillation.batches import ReplayedSamples
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.loader import ReplayedSamples
+from kornia_tinyvit.distillation.objectives import OnlineTeacher, StoredLabels
 from kornia_tinyvit.distillation.saving import check_records, save_records
-from kornia_tinyvit.distillation.store import LogitStore, Manifest, StoreError, estimated_size, readable_size
+from kornia_tinyvit.distillation.store import LabelStore, Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
-from kornia_tinyvit.training.data import LabelledImages
-from kornia_tinyvit.training.folder import RunFolder
-from kornia_tinyvit.training.objectives import OnlineTeacher, StoredLabels
 from kornia_tinyvit.training.recipes import find_recipe
+from kornia_tinyvit.training.run_folder import RunFolder
 
 distill = typer.Typer(
     help="Store a teacher's soft labels once, check them, and train students on them.", no_args_is_help=True
@@ -99,7 +99,7 @@ def save(
         print(f"{records}: {readable_size(size)}")
     if not estimate:
         manifest = Manifest(num_classes=classes, top_k=top_k, teacher=_told(network, precision), **samples.describe())
-        with LogitStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
+        with LabelStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
             task = bar.add_task("saving", total=told["records"])
             done = save_records(
                 opened, network, samples, range(chosen.epochs), batch_size, workers, autocast,
@@ -136,7 +136,7 @@ def check(
     # Of pictures that could not be read the store says so, too; any other record of theirs does not pass.
     samples = build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
     network = load_teacher(teacher, parse_device(device))
-    opened = LogitStore(store)
+    opened = LabelStore(store)
     opened.require({**samples.describe(), "teacher": _told(network, precision)})
     report = check_records(opened, network, samples, records, batch_size, autocast=parse_precision(precision))
     good = report.largest <= tolerance and not report.drifted
@@ -200,7 +200,7 @@ def train(
     objective: StoredLabels | OnlineTeacher
     shown = None
     if store is not None:
-        opened = LogitStore(store)
+        opened = LabelStore(store)
         opened.require(samples.describe())
         shown = list(range(replays)) if replays is not None else _begun(out) or _whole_epochs(opened, chosen.epochs)
         objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
@@ -222,7 +222,7 @@ def train(
         objective,
         chosen,
         out,
-        validation=None if validation is None else LabelledImages(validation).with_classes(names),
+        validation=None if validation is None else ClassificationDataset(validation).with_classes(names),
         replays=shown,
         class_names=names if names and len(names) == classes else None,
         origin={"pretrained": pretrained, "init_seed": first},
@@ -250,7 +250,7 @@ def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:
         return int(teacher(torch.zeros(1, 3, size, size, device=device_of(teacher))).shape[1])
 
 
-def _whole_epochs(store: LogitStore, wanted: int) -> list[int]:
+def _whole_epochs(store: LabelStore, wanted: int) -> list[int]:
     """Return the stored epochs that a training of so many replays.
 
     Raises:

@@ -33,8 +33,8 @@ from kornia_tinyvit.cli.options import (
     build_classifier,
     refuse_idle,
 )
-from kornia_tinyvit.training.data import LabelledImages, PictureLoader, match_classes
-from kornia_tinyvit.training.evaluation import (
+from kornia_tinyvit.data.classification import ClassificationDataset, ImageLoader, match_classes
+from kornia_tinyvit.training.metrics.classification import (
     CONFUSION_CLASSES,
     Evaluation,
     Metrics,
@@ -109,7 +109,7 @@ def evaluate(
         return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
     reader = _Reader(classifier, batch_size, workers, skip_broken, quiet=as_json)
-    images = LabelledImages(data)
+    images = ClassificationDataset(data)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     head = _Head(classifier, images)
     if confusion and len(head.names) > CONFUSION_CLASSES:
@@ -136,10 +136,12 @@ class _Reader:
     quiet: bool
     broken: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def batches(self, images: LabelledImages, rows: list[int], task: str) -> Iterator[tuple[list[Tensor], Tensor]]:
+    def batches(
+        self, images: ClassificationDataset, rows: list[int], task: str
+    ) -> Iterator[tuple[list[Tensor], Tensor]]:
         """Return pictures on the network's device, as floats in [0, 1], and the data's class indices."""
         readable = ReadablePictures(images, rows, self.skip_broken)
-        loader = PictureLoader(
+        loader = ImageLoader(
             readable, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate_readable
         )
         first = next(self.classifier.parameters())
@@ -149,7 +151,7 @@ class _Reader:
             if pictures:
                 yield [picture.to(first.device, first.dtype) for picture in pictures], labels
 
-    def features(self, images: LabelledImages, rows: list[int], task: str) -> tuple[Tensor, Tensor]:
+    def features(self, images: ClassificationDataset, rows: list[int], task: str) -> tuple[Tensor, Tensor]:
         """Return features :math:`(N, D)` and the data's class indices :math:`(N,)`."""
         prepare = self.classifier.preprocessing
         batches = self.batches(images, rows, task)
@@ -165,7 +167,7 @@ class _Reader:
 class _Head:
     """What the logits mean for the data: the network's classes, or ImageNet-1k's among those of ImageNet-22k."""
 
-    def __init__(self, classifier: ImageClassifier, images: LabelledImages) -> None:
+    def __init__(self, classifier: ImageClassifier, images: ClassificationDataset) -> None:
         self.classifier = classifier
         self.names = classifier.class_names
         self.kept: Tensor | None = None
@@ -225,7 +227,7 @@ def _report(
 
 
 def _probe(
-    reader: _Reader, images: LabelledImages, rows: list[int], knn: Path | None, linear: Path | None
+    reader: _Reader, images: ClassificationDataset, rows: list[int], knn: Path | None, linear: Path | None
 ) -> dict[str, float]:
     """Return the top-1 of what the features of training data say, in per cent."""
     if knn is None and linear is None:
@@ -236,7 +238,7 @@ def _probe(
     for name, path in (("knn", knn), ("linear", linear)):
         if path is None:
             continue
-        training = LabelledImages(path)
+        training = ClassificationDataset(path)
         targets = _targets_in(training, images, labels)
         if path not in known:
             known[path] = reader.features(training, list(range(len(training))), f"taking features of {path.name}")
@@ -248,7 +250,7 @@ def _probe(
     return top1
 
 
-def _targets_in(training: LabelledImages, images: LabelledImages, labels: Tensor) -> Tensor:
+def _targets_in(training: ClassificationDataset, images: ClassificationDataset, labels: Tensor) -> Tensor:
     """Return the classes of pictures as indices of the training data's classes: by name where both tell names."""
     if training.class_names is None or images.class_names is None:
         return labels

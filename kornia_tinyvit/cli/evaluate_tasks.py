@@ -15,15 +15,15 @@ from rich.table import Table
 from torch import nn
 
 from kornia_tinyvit.cli.options import TaskName, parse_device
+from kornia_tinyvit.data.detection import DetectionDataset
+from kornia_tinyvit.data.instances import InstanceDataset
+from kornia_tinyvit.data.segmentation import SegmentationDataset
 from kornia_tinyvit.detection import TinyViTDetector
-from kornia_tinyvit.segmentation.mobile_sam import MobileSAM
-from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training.boxes import BoxedImages
-from kornia_tinyvit.training.instances import InstanceImages
-from kornia_tinyvit.training.masks import MaskedImages
-from kornia_tinyvit.training.promptable import PromptedSAM, PromptJudge
-from kornia_tinyvit.training.semantic import SEMANTIC, PixelJudge
-from kornia_tinyvit.training.tasks import Judge, check_names, measure_network
+from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training.tasks.classification import Judge, check_names, measure_network
+from kornia_tinyvit.training.tasks.promptable import PromptedSAM, PromptJudge
+from kornia_tinyvit.training.tasks.semantic import SEMANTIC, PixelJudge
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def _measure_semantic(asked: Asked) -> dict[str, Any]:
         raise ValueError("Name the segmenter's file: --pretrained FILE, such as runs/train/best.safetensors.")
     size: dict[str, Any] = {} if asked.img_size is None else {"img_size": asked.img_size}
     segmenter = SemanticSegmenter.from_config(asked.variant, pretrained=asked.pretrained, **size)
-    images = MaskedImages.open(asked.data, asked.split)
+    images = SegmentationDataset.open(asked.data, asked.split)
     SEMANTIC.check(images, segmenter.config, segmenter.class_names)
     images = _limited(images, asked.limit)
     device = parse_device(asked.device)
@@ -83,7 +83,7 @@ def _measure_semantic(asked: Asked) -> dict[str, Any]:
 
 def _measure_promptable(asked: Asked) -> dict[str, Any]:
     sam = MobileSAM.from_config(asked.variant, asked.pretrained or True, img_size=asked.img_size)
-    images = _limited(InstanceImages.open(asked.data, asked.split, asked.min_area), asked.limit)
+    images = _limited(InstanceDataset.open(asked.data, asked.split, asked.min_area), asked.limit)
     device = parse_device(asked.device)
     network = PromptedSAM(sam).to(device)
     judge = PromptJudge(images, network.config, asked.skip_broken, device)
@@ -96,14 +96,14 @@ def _measure_promptable(asked: Asked) -> dict[str, Any]:
 
 
 def _measure_detection(asked: Asked) -> dict[str, Any]:
-    from kornia_tinyvit.training.detection import BoxJudge
+    from kornia_tinyvit.training.tasks.detection import BoxJudge
 
     if asked.pretrained is None:
         raise ValueError("There are no published detectors: name a detector's file as --pretrained.")
     device = parse_device(asked.device)
     size: dict[str, Any] = {} if asked.img_size is None else {"img_size": asked.img_size}
     detector = TinyViTDetector.from_config(asked.variant, pretrained=asked.pretrained, **size).to(device).eval()
-    images = BoxedImages.open(asked.data, asked.split)
+    images = DetectionDataset.open(asked.data, asked.split)
     check_names(images.class_names, detector.class_names)
     images = _limited(images, asked.limit)
     judge = BoxJudge(images, detector.config, asked.skip_broken, asked.batch_size, device)

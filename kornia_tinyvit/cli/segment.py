@@ -17,9 +17,10 @@ from torch import Tensor
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.files import write_text
+from kornia_tinyvit.ops import RLE, decode_rle, encode_rle
 from kornia_tinyvit.preprocessing import read_pixels
-from kornia_tinyvit.segmentation import RLE, MobileSAM, decode_rle, draw_overlay, encode_rle
-from kornia_tinyvit.visualization import save_image
+from kornia_tinyvit.sam import MobileSAM
+from kornia_tinyvit.visualization import draw_overlay, save_image
 
 Found = list[dict[str, Any]]
 

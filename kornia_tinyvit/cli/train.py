@@ -36,12 +36,12 @@ from kornia_tinyvit.cli.training_options import (
     build_student,
     parse_precision,
 )
-from kornia_tinyvit.training.boxes import BoxedImages
-from kornia_tinyvit.training.data import LabelledImages
-from kornia_tinyvit.training.instances import InstanceImages
-from kornia_tinyvit.training.masks import MaskedImages
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.detection import DetectionDataset
+from kornia_tinyvit.data.instances import InstanceDataset
+from kornia_tinyvit.data.segmentation import SegmentationDataset
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
-from kornia_tinyvit.training.tasks import CLASSIFICATION, Task
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, Task
 
 if TYPE_CHECKING:
     from kornia_tinyvit.training.loop import TrainingResult
@@ -198,7 +198,7 @@ class _Plan:
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training import Labels
+    from kornia_tinyvit.distillation import Labels
 
     samples = build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
     images = samples.images
@@ -212,12 +212,12 @@ def _plan_classifier(asked: _Asked) -> _Plan:
     )
     validation = None
     if asked.validation is not None:
-        validation = LabelledImages(asked.validation).with_classes(images.class_names)
+        validation = ClassificationDataset(asked.validation).with_classes(images.class_names)
     return _Plan(model, samples, Labels(samples.augmentation), validation, images.class_names)
 
 
 def _plan_segmenter(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.semantic import (
+    from kornia_tinyvit.training.tasks.semantic import (
         SEMANTIC,
         MaskAugmentation,
         MaskedSamples,
@@ -225,7 +225,7 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
         balanced_weights,
     )
 
-    images = MaskedImages.open(asked.data, "train")
+    images = SegmentationDataset.open(asked.data, "train")
     left_out = images.without_mask + images.without_picture
     if asked.limit is not None:
         images = images.sample(asked.limit)
@@ -237,7 +237,7 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
     validation = None
     if asked.validation is not None:
         classes = dict(zip(images.ids, images.class_names, strict=True))
-        validation = MaskedImages.open(asked.validation, "val", classes, images.ignored)
+        validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
     samples = MaskedSamples(images, augmentation, asked.on_broken)
     weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
     objective = PixelLabels(augmentation.preset.label_smoothing, weights)
@@ -245,7 +245,7 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
 
 
 def _plan_promptable(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.promptable import (
+    from kornia_tinyvit.training.tasks.promptable import (
         PROMPTABLE,
         MaskLoss,
         PromptAugmentation,
@@ -254,7 +254,7 @@ def _plan_promptable(asked: _Asked) -> _Plan:
         Prompting,
     )
 
-    images = InstanceImages.open(asked.data, "train", asked.min_area)
+    images = InstanceDataset.open(asked.data, "train", asked.min_area)
     left_out = images.without_mask + images.without_picture
     if asked.limit is not None:
         images = images.sample(asked.limit)
@@ -263,13 +263,13 @@ def _plan_promptable(asked: _Asked) -> _Plan:
     sam = build_promptable(asked.variant, asked.pretrained, recipe, asked.init_seed, asked.gradient_checkpointing)
     validation = None
     if asked.validation is not None:
-        validation = InstanceImages.open(asked.validation, "val", asked.min_area)
+        validation = InstanceDataset.open(asked.validation, "val", asked.min_area)
     samples = PromptedSamples(images, augmentation, asked.on_broken)
     return _Plan(PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None, PROMPTABLE, left_out)
 
 
 def _plan_detector(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.detection import (
+    from kornia_tinyvit.training.tasks.detection import (
         DETECTION,
         BoxAugmentation,
         BoxedSamples,
@@ -277,7 +277,7 @@ def _plan_detector(asked: _Asked) -> _Plan:
         DetectorTraining,
     )
 
-    images = BoxedImages.open(asked.data, "train")
+    images = DetectionDataset.open(asked.data, "train")
     left_out, useless = images.without_picture, images.left_out
     if asked.limit is not None:
         images = images.sample(asked.limit)
@@ -287,7 +287,7 @@ def _plan_detector(asked: _Asked) -> _Plan:
         asked.variant, asked.pretrained, recipe, images.class_names, asked.queries, asked.init_seed,
         asked.gradient_checkpointing,
     )  # fmt: skip
-    validation = None if asked.validation is None else BoxedImages.open(asked.validation, "val")
+    validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
     model, samples = DetectorTraining(detector), BoxedSamples(images, augmentation, asked.on_broken)
     names = images.class_names
     return _Plan(model, samples, DetectionLoss(model), validation, names, DETECTION, left_out, useless)

@@ -12,13 +12,13 @@ import typer
 
 from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
+from kornia_tinyvit.data.augmentation import ReplayableAugmentation
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.detection import TinyViTDetector
-from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
-from kornia_tinyvit.distillation.batches import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.segmentation.mobile_sam import MobileSAM
-from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-from kornia_tinyvit.training.data import LabelledImages
+from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.recipes import RECIPES, Recipe
 
 
@@ -73,11 +73,11 @@ def build_samples(
     data: Path, recipe: Recipe, seed: int, on_broken: str = "stop", limit: int | None = None
 ) -> ReplayedSamples:
     """Build the pictures and the augmentation of a recipe."""
-    images = LabelledImages(data)
+    images = ClassificationDataset(data)
     return augment_samples(images if limit is None else images.sample(limit), recipe, seed, on_broken)
 
 
-def augment_samples(images: LabelledImages, recipe: Recipe, seed: int, on_broken: str) -> ReplayedSamples:
+def augment_samples(images: ClassificationDataset, recipe: Recipe, seed: int, on_broken: str) -> ReplayedSamples:
     """Give pictures the augmentation of a recipe."""
     augmentation = ReplayableAugmentation(
         recipe.img_size, recipe.preset, seed=seed, num_samples=len(images), **recipe.changes
@@ -113,7 +113,7 @@ def build_promptable(
     variant: str, pretrained: str | None, recipe: Recipe, seed: int, gradient_checkpointing: bool
 ) -> MobileSAM:
     """Build the MobileSAM that is trained, with first weights of a seed; windows are MobileSAM's own at every size."""
-    from kornia_tinyvit.training.promptable import build_sam
+    from kornia_tinyvit.training.tasks.promptable import build_sam
 
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)

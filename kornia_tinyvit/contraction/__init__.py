@@ -4,7 +4,6 @@ from kornia_tinyvit.contraction.budget import Bench, Budget, count
 from kornia_tinyvit.contraction.evaluation import ProxyTraining
 from kornia_tinyvit.contraction.inheritance import inherit
 from kornia_tinyvit.contraction.neighbours import Space, contractions, expansions, smallest
-from kornia_tinyvit.contraction.picture import save_search
 from kornia_tinyvit.contraction.search import Candidate, SearchResult, contract, refine
 
 __all__ = [
@@ -20,6 +19,5 @@ __all__ = [
     "expansions",
     "inherit",
     "refine",
-    "save_search",
     "smallest",
 ]

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.deploy.measuring import count_flops, interleaved
-from kornia_tinyvit.deploy.optimizing import optimize
+from kornia_tinyvit.deploy.benchmark import count_flops, interleaved
+from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
 

@@ -18,9 +18,9 @@ from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training.recipes import Recipe
 
 if TYPE_CHECKING:
-    from kornia_tinyvit.distillation.batches import ReplayedSamples
-    from kornia_tinyvit.training.data import LabelledImages
-    from kornia_tinyvit.training.objectives import Objective
+    from kornia_tinyvit.data.classification import ClassificationDataset
+    from kornia_tinyvit.data.loader import ReplayedSamples
+    from kornia_tinyvit.distillation.objectives import Objective
 
 __all__ = ["ProxyTraining"]
 
@@ -38,7 +38,7 @@ class ProxyTraining:
         validation: others, to measure the accuracy on.
         recipe: the training; a few epochs are usual.
         folder: where trainings in progress keep their state; each one's is removed at its end.
-        objective: what to learn: such as :class:`~kornia_tinyvit.training.StoredLabels`, with which no teacher runs;
+        objective: what to learn, such as :class:`~kornia_tinyvit.distillation.StoredLabels`, which needs no teacher;
             ``None`` for the labels.
         start: ``"inherit"`` begins with what is left of the parent's weights, see
             :func:`~kornia_tinyvit.contraction.inherit`; ``"fresh"`` with random ones.
@@ -54,7 +54,7 @@ class ProxyTraining:
     """
 
     samples: ReplayedSamples
-    validation: LabelledImages
+    validation: ClassificationDataset
     recipe: Recipe
     folder: Path
     objective: Objective | None = None
@@ -122,6 +122,6 @@ class ProxyTraining:
         return result.score, trained
 
     def _objective(self) -> Objective:
-        from kornia_tinyvit.training.objectives import Labels
+        from kornia_tinyvit.distillation.objectives import Labels
 
         return Labels(self.samples.augmentation) if self.objective is None else self.objective

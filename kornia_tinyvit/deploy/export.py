@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 import kornia_tinyvit
-from kornia_tinyvit.classification import ImageClassifier, default_evaluation
+from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.graph import Pixels, build_graph
 from kornia_tinyvit.deploy.tracing import has_compiler, quiet, to_onnx, trace_pictures
@@ -22,7 +22,7 @@ from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.layers import open_sizes_at_one
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 
 if TYPE_CHECKING:
     import onnx

@@ -8,11 +8,11 @@ from typing import Literal, cast
 import torch
 from torch import Tensor, nn
 
-from kornia_tinyvit.classification import ImageClassifier, View, default_evaluation
-from kornia_tinyvit.deploy.folding import fold, fold_normalization
+from kornia_tinyvit.classification import ImageClassifier, View
 from kornia_tinyvit.deploy.photos import PhotoResize
+from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 
 __all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph"]
 

@@ -10,12 +10,12 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kornia_tinyvit.deploy.allocator import keep_memory
-from kornia_tinyvit.distillation.augmentation import ReplayableAugmentation
-from kornia_tinyvit.distillation.batches import Batch, ReplayedSamples, replay_loader
+from kornia_tinyvit.allocator import keep_memory
+from kornia_tinyvit.data.augmentation import ReplayableAugmentation
+from kornia_tinyvit.data.loader import Batch, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.store import (
     FeatureRecords,
-    LogitStore,
+    LabelStore,
     Records,
     RecordStore,
     StoreError,
@@ -74,10 +74,10 @@ def save_records(
 
     Any number of processes and machines may do this at once on a shared disk: each takes the shards that no other one
     holds. A killed process loses the batch it was at. With a teacher on a CPU the process keeps the memory it frees
-    from then on, see :func:`~kornia_tinyvit.deploy.keep_memory`.
+    from then on, see :func:`~kornia_tinyvit.allocator.keep_memory`.
 
     Args:
-        store: a :class:`~kornia_tinyvit.distillation.LogitStore` or
+        store: a :class:`~kornia_tinyvit.distillation.LabelStore` or
             :class:`~kornia_tinyvit.distillation.FeatureStore`.
         teacher: maps normalised pictures to logits, or to features for a feature store.
         samples: the data and its augmentation.
@@ -206,10 +206,10 @@ def _ask(
     with torch.inference_mode(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         output = teacher(augmentation(batch.crops.to(device, non_blocking=True), batch.draws))
     output = output.float()
-    return output.softmax(1) if isinstance(store, LogitStore) else output
+    return output.softmax(1) if isinstance(store, LabelStore) else output
 
 
 def _even_where_broken(store: RecordStore, targets: Tensor, valid: Tensor) -> Tensor:
-    neutral = 1 / targets.shape[1] if isinstance(store, LogitStore) else 0.0
+    neutral = 1 / targets.shape[1] if isinstance(store, LabelStore) else 0.0
     missing = (valid == 0).view(-1, *[1] * (targets.ndim - 1)).to(targets.device)
     return torch.where(missing, torch.full_like(targets, neutral), targets)

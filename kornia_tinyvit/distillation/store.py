@@ -7,9 +7,9 @@ A store is a folder::
     epoch-00000/.lock                held for a moment while a shard is made
 
 Records have a fixed size and lie **in the order in which the epoch visits the samples**: the place of a sample is its
-position in :class:`~kornia_tinyvit.distillation.keyed.EpochOrder`. Whoever writes while walking through an epoch, and
+position in :class:`~kornia_tinyvit.data.order.EpochOrder`. Whoever writes while walking through an epoch, and
 whoever reads it back in training, goes through the files from front to back, and the two partners of a mixup are
-neighbours. A record of a :class:`LogitStore` is ``top_k`` class indices (the smallest unsigned integers that hold
+neighbours. A record of a :class:`LabelStore` is ``top_k`` class indices (the smallest unsigned integers that hold
 them), ``top_k`` float16 probabilities and a uint32 checksum, little-endian and without padding.
 
 A record counts once its bit is set, and its bit is set once it is on the disk. So a process can be killed, or the power
@@ -44,13 +44,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kornia_tinyvit.distillation.keyed import EpochOrder
+from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.files import locks
 
 __all__ = [
     "FeatureRecords",
     "FeatureStore",
-    "LogitStore",
+    "LabelStore",
     "Manifest",
     "MissingRecordsError",
     "RecordStore",
@@ -72,7 +72,7 @@ _MANIFEST = "manifest.json"
 _SHARD_RECORDS = 65536
 _MAX_MAPS = 256  # each keeps a file descriptor, of which a process may have 1,024 or fewer
 _MAX_HALF = 65504.0
-_NO_KIND = "A RecordStore only counts records; open {} as a LogitStore or FeatureStore."
+_NO_KIND = "A RecordStore only counts records; open {} as a LabelStore or FeatureStore."
 _MAX_SUM = 1.01  # what rounding to half precision may make of a sum of 1
 _ONE = 0x3C00  # the bits of 1 in half precision
 _MAX_RECORD = 2**31 - 1  # bytes, which is what numpy can describe
@@ -95,7 +95,7 @@ class StoreLockedError(StoreError):
 
 
 class Records(NamedTuple):
-    """What a :class:`LogitStore` holds about a batch, in the types it is stored in, as less then goes to a device.
+    """What a :class:`LabelStore` holds about a batch, in the types it is stored in, as less then goes to a device.
 
     Indexing takes ``classes.long()``, which belongs where the tensors are used.
 
@@ -305,7 +305,7 @@ def describe_differences(
 def estimated_size(
     num_samples: int, epochs: int, num_classes: int, top_k: int, shard_records: int = _SHARD_RECORDS
 ) -> int:
-    """Return what the shards of a :class:`LogitStore` take on the disk in bytes, exactly.
+    """Return what the shards of a :class:`LabelStore` take on the disk in bytes, exactly.
 
     Args:
         num_samples: samples of the data set.
@@ -360,7 +360,7 @@ _Store = TypeVar("_Store", bound="RecordStore")
 class RecordStore:
     """A store of one record a sample and epoch, opened for reading; what the stores of logits and of features share.
 
-    It counts records of either kind; :class:`LogitStore` and :class:`FeatureStore` read and write theirs. Any number of
+    It counts records of either kind; :class:`LabelStore` and :class:`FeatureStore` read and write theirs. Any number of
     processes, and of threads, may have a store open. It can be pickled, and is opened anew by the process it comes to.
 
     Args:
@@ -463,7 +463,7 @@ class RecordStore:
         return self.valid_count(epoch) == self.manifest.num_samples
 
     def read(self, epoch: int, indices: Integers) -> Records | FeatureRecords:
-        """Return what was stored about samples; see :meth:`LogitStore.read` and :meth:`FeatureStore.read`."""
+        """Return what was stored about samples; see :meth:`LabelStore.read` and :meth:`FeatureStore.read`."""
         raise StoreError(_NO_KIND.format(self.path))
 
     def writer(self, epoch: int, shard: int) -> ShardWriter:
@@ -724,7 +724,7 @@ if hasattr(os, "register_at_fork"):  # not on Windows
     os.register_at_fork(after_in_child=_leave_writers_to_parent)
 
 
-class LogitStore(RecordStore):
+class LabelStore(RecordStore):
     """A store of a teacher's most probable classes.
 
     Example:
@@ -732,10 +732,10 @@ class LogitStore(RecordStore):
         >>> folder = tempfile.TemporaryDirectory()
         >>> manifest = Manifest(num_samples=3, num_classes=4, top_k=2, seed=7)
         >>> probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.125, 0.125]])
-        >>> with LogitStore.create(folder.name, manifest) as store:
+        >>> with LabelStore.create(folder.name, manifest) as store:
         ...     store.write(epoch=0, indices=[2, 0], probabilities=probabilities, checksums=[11, 12])
         2
-        >>> store = LogitStore(folder.name)
+        >>> store = LabelStore(folder.name)
         >>> store.read(epoch=0, indices=[0]).classes
         tensor([[0, 1]], dtype=torch.uint8)
         >>> store.missing(epoch=0)
@@ -824,12 +824,12 @@ class FeatureStore(RecordStore):
     _kind = "features"
 
     def read(self, epoch: int, indices: Integers) -> FeatureRecords:
-        """Return what was stored about samples; see :meth:`LogitStore.read` for the arguments and errors."""
+        """Return what was stored about samples; see :meth:`LabelStore.read` for the arguments and errors."""
         records = self._read(epoch, indices)
         return FeatureRecords(_native(records["features"]), _native(records["checksum"], np.int64))
 
     def write(self, epoch: int, indices: Integers, features: Tensor, checksums: Integers) -> int:
-        """Write a teacher's features of samples; see :meth:`LogitStore.write` for what else it says.
+        """Write a teacher's features of samples; see :meth:`LabelStore.write` for what else it says.
 
         Args:
             epoch: in [0, 2**32).

@@ -16,7 +16,7 @@ from kornia_tinyvit.huggingface.conversion import from_checkpoint
 from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
 from kornia_tinyvit.huggingface.sam_conversion import from_mobile_sam
 from kornia_tinyvit.huggingface.sam_processing import TinyVitSamImageProcessor
-from kornia_tinyvit.segmentation import MobileSAM
+from kornia_tinyvit.sam import MobileSAM
 
 __all__ = ["read_processor", "save_hub_folder"]
 

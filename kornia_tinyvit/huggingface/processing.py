@@ -17,7 +17,6 @@ from transformers.image_utils import ChannelDimension, load_image
 from transformers.utils import TensorType
 from transformers.utils.type_validators import device_validator, image_size_validator, tensor_type_validator
 
-from kornia_tinyvit.classification import default_evaluation
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.preprocessing import (
     CROP_FRACTION,
@@ -25,6 +24,7 @@ from kornia_tinyvit.preprocessing import (
     IMAGENET_STD,
     EvaluationPipeline,
     check_images,
+    default_evaluation,
     resize_images,
     to_image,
 )

@@ -79,7 +79,7 @@ class TinyVitSamModel(SamModel):
     """transformers' ``SamModel`` with a TinyViT as its encoder: MobileSAM (arXiv:2306.14289).
 
     Prompts, masks and scores are those of transformers' ``SamModel``; the masks equal those of
-    :class:`~kornia_tinyvit.segmentation.MobileSAM`.
+    :class:`~kornia_tinyvit.sam.MobileSAM`.
 
     Args:
         config: the configuration.

@@ -1,4 +1,4 @@
-"""Between :class:`~kornia_tinyvit.segmentation.MobileSAM` and transformers' SAM."""
+"""Between :class:`~kornia_tinyvit.sam.MobileSAM` and transformers' SAM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import cast
 
 from kornia_tinyvit.huggingface.sam import TinyVitSamModel
 from kornia_tinyvit.huggingface.sam_configuration import TinyVitSamConfig, TinyVitSamVisionConfig
-from kornia_tinyvit.segmentation import MobileSAM
+from kornia_tinyvit.sam import MobileSAM
 
 __all__ = ["from_mobile_sam", "to_mobile_sam"]
 

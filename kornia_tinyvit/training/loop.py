@@ -15,17 +15,17 @@ import torch
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
-from kornia_tinyvit.deploy.allocator import keep_memory
-from kornia_tinyvit.distillation.batches import EpochBatches, replay_loader
+from kornia_tinyvit.allocator import keep_memory
+from kornia_tinyvit.data.classification import ImageLoader
+from kornia_tinyvit.data.loader import EpochBatches, replay_loader
+from kornia_tinyvit.distillation.objectives import Objective
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.training.averaging import MovingAverage
-from kornia_tinyvit.training.data import PictureLoader
-from kornia_tinyvit.training.folder import RunFolder
-from kornia_tinyvit.training.objectives import Objective
-from kornia_tinyvit.training.promptable import PromptedSAM
+from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
-from kornia_tinyvit.training.tasks import CLASSIFICATION, Judge, Samples, Task
+from kornia_tinyvit.training.run_folder import RunFolder
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, Judge, Samples, Task
+from kornia_tinyvit.training.tasks.promptable import PromptedSAM
 
 try:
     from accelerate import Accelerator
@@ -35,8 +35,8 @@ except ImportError as error:  # pragma: no cover
     raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
 
 if TYPE_CHECKING:
-    from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
-    from kornia_tinyvit.training.detection import DetectorTraining
+    from kornia_tinyvit.semantic import SemanticSegmenter
+    from kornia_tinyvit.training.tasks.detection import DetectorTraining
 
 __all__ = ["TrainingResult", "train"]
 
@@ -55,7 +55,7 @@ class TrainingResult:
         broken: names of pictures that could not be read.
         seconds: time spent, over all restarts.
         is_main_process: whether this is the process that wrote the files.
-        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.Task.measure`.
+        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.classification.Task.measure`.
     """
 
     steps: int
@@ -106,16 +106,16 @@ def train(
     and ``last.safetensors`` for the network's ``from_config``, the newest ``state-*`` to go on from, ``run.json`` with
     what was asked for, and TensorBoard's files where it is installed. Started by ``torchrun`` or ``accelerate
     launch`` it runs on all processes; batch norm in training mode uses the statistics of each process. On a CPU the
-    process keeps the memory it frees from then on, see :func:`~kornia_tinyvit.deploy.keep_memory`.
+    process keeps the memory it frees from then on, see :func:`~kornia_tinyvit.allocator.keep_memory`.
 
     Args:
         model: the network.
         samples: the pictures and their augmentation.
-        objective: the loss; see :mod:`kornia_tinyvit.training.objectives`.
+        objective: the loss; see :mod:`kornia_tinyvit.distillation.objectives`.
         recipe: the hyperparameters.
         out: folder for what comes out.
         task: what the network is trained for, which decides how it is measured and written.
-        validation: pictures to measure the network on, such as :class:`~kornia_tinyvit.training.LabelledImages`.
+        validation: pictures to measure the network on, such as :class:`~kornia_tinyvit.data.ClassificationDataset`.
         validate_every: epochs from one measurement to the next; the last one is always measured.
         replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
         class_names: names to write into the checkpoints.
@@ -397,12 +397,12 @@ class _Validation:
             judge.counts.load_state(accelerator.reduce(state, "sum"))
         return judge.measures()
 
-    def _batches(self, judge: Judge) -> PictureLoader:
+    def _batches(self, judge: Judge) -> ImageLoader:
         accelerator, count, batch = self.training.accelerator, len(self.images), judge.batch_size
         rounds = -(-count // (batch * accelerator.num_processes))
         firsts = [(turn * accelerator.num_processes + accelerator.process_index) * batch for turn in range(rounds)]
         rows = [list(range(first, min(first + batch, count))) for first in firsts]
-        return PictureLoader(
+        return ImageLoader(
             judge.pictures, batch_sampler=rows, num_workers=self.workers, collate_fn=judge.collate,
             generator=torch.Generator(),
         )  # fmt: skip

@@ -17,7 +17,7 @@ from PIL import Image
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.segmentation import MobileSAM
+from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.web.pictures import (
     MAX_BYTES,
     MAX_PIXELS,

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.preprocessing import read_pixels, to_image, to_pixels
-from kornia_tinyvit.segmentation import ImageEmbedding, MobileSAM, decode_rle, draw_overlay
-from kornia_tinyvit.visualization import blur_size, feature_colors, overlay_heat, saliency, stage_features
+from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
+from kornia_tinyvit.visualization import blur_size, draw_overlay, feature_colors, overlay_heat, saliency, stage_features
 
 __all__ = [
     "MAX_BYTES",

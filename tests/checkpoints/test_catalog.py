@@ -1,13 +1,7 @@
 import pytest
 
 from kornia_tinyvit import TinyViTConfig
-from kornia_tinyvit.checkpoints.catalog import (
-    CATALOG,
-    default_weights,
-    find_weights,
-    imagenet_classes,
-    list_pretrained,
-)
+from kornia_tinyvit.checkpoints.catalog import CATALOG, default_weights, find_weights, imagenet_classes, list_pretrained
 
 MIRROR = "https://huggingface.co/kornia/tiny_vit/resolve/main/"
 ORIGINAL = "https://github.com/wkcn/TinyViT-model-zoo/releases/download/checkpoints/"

@@ -15,9 +15,10 @@ from PIL import Image
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli import evaluate_tasks
+from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.preprocessing import read_image
-from kornia_tinyvit.training import BoxedImages, evaluate_detector
+from kornia_tinyvit.training import evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
 from tests.cli.test_classify import error_of, run
 from tests.distillation.test_batches import damage
@@ -102,7 +103,7 @@ class TestTrain:
         assert told.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
         detector = TinyViTDetector.from_config(pretrained=told["best"])
         assert (detector.class_names, detector.config.num_queries) == (scenes.NAMES, 10)
-        scores = evaluate_detector(detector, BoxedImages.open(validation))
+        scores = evaluate_detector(detector, DetectionDataset.open(validation))
         assert scores.map == pytest.approx(told["map"], abs=1e-3)
         asked = json.loads((tmp_path / "out" / "run.json").read_text())
         assert (asked["augmentation"]["kind"], asked["objective"]["kind"]) == ("boxes", "boxes")
@@ -132,7 +133,7 @@ class TestTrain:
         assert process.returncode == 0, process.stderr[-3000:]
         told = json.loads(process.stdout.strip().splitlines()[-1])
         kept = TinyViTDetector.from_config(pretrained=told["best"])
-        assert told["map"] == pytest.approx(evaluate_detector(kept, BoxedImages.open(validation)).map, abs=1e-3)
+        assert told["map"] == pytest.approx(evaluate_detector(kept, DetectionDataset.open(validation)).map, abs=1e-3)
         assert told["steps"] == 1
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
@@ -157,7 +158,7 @@ class TestEvaluate:
     def test_json(self, own, tmp_path):
         data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
         told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
-        images = BoxedImages.open(data, "val")
+        images = DetectionDataset.open(data, "val")
         found = evaluate_detector(TinyViTDetector.from_config(pretrained=own), images)
         assert told.pop("per_class").keys() == {"disc", "box"}
         assert told == pytest.approx(found.to_dict(), abs=1e-3)

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
-from kornia_tinyvit.distillation import LogitStore, estimated_size
+from kornia_tinyvit.distillation import LabelStore, estimated_size
 from tests.cli.test_classify import error_of, run
 from tests.distillation.test_batches import CLASSES, damage, make_pictures
 
@@ -110,7 +110,7 @@ class TestSave:
         assert told == {
             "records": 24, "bytes": size, "written": 24, "present": 0, "locked": 0, "broken": [],
         }  # fmt: skip
-        opened = LogitStore(tmp_path / "store")
+        opened = LabelStore(tmp_path / "store")
         assert opened.epochs == [0, 1]
         assert opened.manifest.teacher["name"] == "colours.py:build"
         assert (opened.read(0, range(12)).probabilities.float().sum(1) > 0.5).all()
@@ -185,7 +185,7 @@ class TestCheck:
         """Of the same teacher, as the manifest says; but the file says otherwise."""
         shard = store / "epoch-00001" / "shard-00000.bin"
         content = bytearray(shard.read_bytes())
-        record = LogitStore(store).manifest.record.itemsize
+        record = LabelStore(store).manifest.record.itemsize
         for row in range(12):  # the first probability of all records is 0 now; their checksums are right
             content[row * record + 2 : row * record + 4] = bytes(2)
         shard.write_bytes(content)

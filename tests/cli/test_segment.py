@@ -8,7 +8,8 @@ from PIL import Image
 from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.checkpoints import loading
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
-from kornia_tinyvit.segmentation import MobileSAM, decode_rle
+from kornia_tinyvit.ops import decode_rle
+from kornia_tinyvit.sam import MobileSAM
 from tests.cli.test_classify import error_of, run
 from tests.segmentation.test_mobile_sam import lively
 

@@ -14,7 +14,7 @@ def logits():
     )
 
 
-def as_pictures(logits):
+def as_images(logits):
     return logits.view(-1, 4, 1, 1)
 
 
@@ -32,27 +32,27 @@ def swap_last(pictures):
 class TestCompare:
     def test_equal(self, logits):
         labels = torch.tensor([0, 1, 2, 1, 3])
-        assert compare(read, read, [(as_pictures(logits), labels)]) == Agreement(5, 80.0, 80.0, 100.0, 0.0, 0.0)
+        assert compare(read, read, [(as_images(logits), labels)]) == Agreement(5, 80.0, 80.0, 100.0, 0.0, 0.0)
 
     @pytest.mark.parametrize("sizes", [[5], [2, 2, 1], [1, 4]])
     def test_counts_over_batches(self, logits, sizes):
         labels = torch.tensor([0, 1, 2, 1, 3])
-        batches = list(zip(as_pictures(logits).split(sizes), labels.split(sizes), strict=True))
+        batches = list(zip(as_images(logits).split(sizes), labels.split(sizes), strict=True))
         result = compare(read, lambda pictures: read(pictures) * 1.5, batches)
         assert result == Agreement(5, 80.0, 80.0, 100.0, pytest.approx(0.5), pytest.approx(0.5))
 
     def test_wrong_class(self, logits):
-        result = compare(read, swap_last, [(as_pictures(logits), torch.tensor([0, 1, 2, 0, 3]))])
+        result = compare(read, swap_last, [(as_images(logits), torch.tensor([0, 1, 2, 0, 3]))])
         assert (result.top1_reference, result.top1_candidate, result.agreement) == (100.0, 80.0, 80.0)
         assert result.largest_error == pytest.approx(math.sqrt(2 / 5))
         assert result.mean_error == pytest.approx(math.sqrt(2 / 5) / 5)
 
     def test_without_labels(self, logits):
-        result = compare(read, swap_last, [as_pictures(logits)])
+        result = compare(read, swap_last, [as_images(logits)])
         assert (result.top1_reference, result.top1_candidate, result.agreement) == (None, None, 80.0)
 
     def test_low_precision(self, logits):
-        result = compare(read, lambda pictures: read(pictures + 0.3).bfloat16() - 0.3, [as_pictures(logits)])
+        result = compare(read, lambda pictures: read(pictures + 0.3).bfloat16() - 0.3, [as_images(logits)])
         assert 0 < result.mean_error < 1e-2
         assert result.agreement == 100.0
 
@@ -67,11 +67,11 @@ class TestCompare:
         assert (single.agreement, single.mean_error) == (None, pytest.approx(2.0))
 
     def test_broken_candidate(self, logits):
-        broken = compare(read, lambda pictures: read(pictures) * math.nan, [as_pictures(logits)])
+        broken = compare(read, lambda pictures: read(pictures) * math.nan, [as_images(logits)])
         assert math.isnan(broken.largest_error)
-        zero = compare(lambda x: 0 * read(x), read, [as_pictures(logits)])
+        zero = compare(lambda x: 0 * read(x), read, [as_images(logits)])
         assert zero.largest_error == math.inf
-        assert compare(lambda x: 0 * read(x), lambda x: 0 * read(x), [as_pictures(logits)]).largest_error == 0
+        assert compare(lambda x: 0 * read(x), lambda x: 0 * read(x), [as_images(logits)]).largest_error == 0
 
     def test_no_gradients(self):
         network = torch.nn.Linear(4, 4)
@@ -80,7 +80,7 @@ class TestCompare:
         assert not seen[0].requires_grad
 
     def test_errors(self, logits):
-        pictures = as_pictures(logits)
+        pictures = as_images(logits)
         with pytest.raises(ValueError, match="no pictures"):
             compare(read, read, [])
         with pytest.raises(ValueError, match=r"expected \(5, 4\); got \(5, 3\)"):

@@ -9,8 +9,8 @@ from torch import nn
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.deploy import engines as engines_module
 from kornia_tinyvit.deploy.engines import ENGINES, EagerEngine, InductorEngine, fuse_activations
-from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.graph import build_graph
+from kornia_tinyvit.folding import fold
 from tests.conftest import SHALLOW, liven
 
 CPU = torch.device("cpu")

@@ -9,17 +9,13 @@ import torch.nn.functional as F
 
 import kornia_tinyvit
 from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.folding import fold
 from kornia_tinyvit.deploy.openvino_core import openvino_core, without_telemetry
-from kornia_tinyvit.deploy.quantization import (
-    CALIBRATION_PICTURES,
-    quantize_onnx,
-    quantize_openvino,
-)
+from kornia_tinyvit.deploy.quantization import CALIBRATION_PICTURES, quantize_onnx, quantize_openvino
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.folding import fold
 from kornia_tinyvit.preprocessing import read_image
-from kornia_tinyvit.training.data import LabelledImages
 from tests.conftest import shared
 
 onnx = pytest.importorskip("onnx", reason="needs kornia-tinyvit[export]")
@@ -176,7 +172,7 @@ class TestCifar10:
         classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
 
         def batches(name, count):
-            pictures = LabelledImages(shared(f"data/cifar10/{name}.parquet")).sample(count)
+            pictures = ClassificationDataset(shared(f"data/cifar10/{name}.parquet")).sample(count)
             for start in range(0, count, 100):
                 items = [pictures[row] for row in range(start, min(start + 100, count))]
                 images = classifier.preprocessing(torch.stack([image for image, _ in items]))

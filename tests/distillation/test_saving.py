@@ -11,16 +11,16 @@ import pytest
 import torch
 from torch import nn
 
+from kornia_tinyvit.data.classification import BrokenImageError
 from kornia_tinyvit.distillation import (
     FeatureStore,
-    LogitStore,
+    LabelStore,
     Manifest,
     StoreError,
     check_records,
     save_records,
     saving,
 )
-from kornia_tinyvit.training.data import BrokenPictureError
 from tests.distillation.test_batches import damage, make_pictures, samples_of
 
 SIZE, NUM_CLASSES, TOP_K = 16, 9, 4
@@ -51,7 +51,7 @@ def small_samples(folder, preset="distill", **options):
 
 def make_store(path, samples, shard_records=8, **changes):
     settings = {"num_classes": NUM_CLASSES, "top_k": TOP_K} | changes
-    kind = FeatureStore if settings.get("kind") == "features" else LogitStore
+    kind = FeatureStore if settings.get("kind") == "features" else LabelStore
     return kind.create(
         path,
         Manifest(
@@ -98,13 +98,13 @@ def start(target, *args):
 
 def child_save(path, folder, epochs, pause, preset):
     torch.set_num_threads(1)
-    save_records(LogitStore(path), Network(pause=pause), small_samples(folder, preset), epochs, batch_size=2)
+    save_records(LabelStore(path), Network(pause=pause), small_samples(folder, preset), epochs, batch_size=2)
 
 
 def child_share(path, folder, epochs, barrier, queue):
     torch.set_num_threads(1)
     teacher = Network(pause=0.02)
-    samples, store = small_samples(folder), LogitStore(path)
+    samples, store = small_samples(folder), LabelStore(path)
     barrier.wait()
     done = save_records(store, teacher, samples, epochs, batch_size=4)
     queue.put((done.written, done.present, done.locked, teacher.seen))
@@ -126,7 +126,7 @@ class TestSaveRecords:
         assert (done.written, done.present, done.locked, done.broken) == (54, 0, 0, ())
         assert store.epochs == [0, 2]
         assert sum(steps) == 54
-        assert_complete(LogitStore(store.path), samples, [0, 2])
+        assert_complete(LabelStore(store.path), samples, [0, 2])
         teacher = Network()
         steps.clear()
         done = save_records(store, teacher, samples, [0, 2], progress=steps.append)
@@ -205,7 +205,7 @@ class TestSaveRecords:
     def test_broken_pictures(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         damage(folder / "red" / "08.png")
-        with pytest.raises(BrokenPictureError, match=r"\.png is not a picture"):
+        with pytest.raises(BrokenImageError, match=r"\.png is not a picture"):
             save_records(make_store(tmp_path / "a", small_samples(folder)), Network(), small_samples(folder), [0])
         samples = small_samples(folder, on_broken="skip")
         store = make_store(tmp_path / "b", samples)

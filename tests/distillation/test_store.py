@@ -19,7 +19,7 @@ import torch
 from kornia_tinyvit.distillation import store as module
 from kornia_tinyvit.distillation.store import (
     FeatureStore,
-    LogitStore,
+    LabelStore,
     Manifest,
     MissingRecordsError,
     RecordStore,
@@ -77,7 +77,7 @@ def written(store, epoch):
 
 @pytest.fixture
 def store(tmp_path):
-    with LogitStore.create(tmp_path / "store", MANIFEST) as store:
+    with LabelStore.create(tmp_path / "store", MANIFEST) as store:
         yield store
 
 
@@ -94,7 +94,7 @@ def start(target, *args):
 
 def child_fill(path, epoch, batch, ready):
     torch.set_num_threads(1)
-    store = LogitStore(path)
+    store = LabelStore(path)
     ready.set()
     for shard in range(store.num_shards):
         with store.writer(epoch, shard) as writer:
@@ -105,7 +105,7 @@ def child_fill(path, epoch, batch, ready):
 
 
 def child_hold(path, shard, queue, with_child):
-    writer = LogitStore(path).writer(0, shard)
+    writer = LabelStore(path).writer(0, shard)
     child = os.fork() if with_child else None
     if child == 0:
         time.sleep(60)
@@ -117,14 +117,14 @@ def child_hold(path, shard, queue, with_child):
 def child_create(path, manifest, barrier, queue):
     barrier.wait()
     try:
-        queue.put(LogitStore.create(path, manifest).manifest.seed)
+        queue.put(LabelStore.create(path, manifest).manifest.seed)
     except StoreMismatchError as error:
         queue.put(str(error))
 
 
 def child_limited(path, limit, queue):
     torch.set_num_threads(1)
-    with LogitStore(path) as store:
+    with LabelStore(path) as store:
         resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
         try:
             fill(store, 1, np.arange(100))
@@ -137,7 +137,7 @@ def child_limited(path, limit, queue):
 class TestSmoke:
     def test_round_trip(self, store, tmp_path):
         assert fill(store, 3, np.arange(1000)) == 1000
-        reader = LogitStore(tmp_path / "store")
+        reader = LabelStore(tmp_path / "store")
         indices = np.random.default_rng(0).integers(0, 1000, 500)  # with repetitions
         assert_right(reader, 3, indices)
         records = reader.read(3, indices.tolist())
@@ -201,7 +201,7 @@ class TestSmoke:
         probabilities = probabilities / probabilities.sum(1, keepdim=True)
         probabilities[:, -1] = 0.5 if num_classes > 1 else 1.0
         probabilities[:, :-1] /= 2
-        with LogitStore.create(tmp_path, manifest) as store:
+        with LabelStore.create(tmp_path, manifest) as store:
             store.write(0, range(9), probabilities, [2**32 - 1] * 9)
             records = store.read(0, range(9))
         top = probabilities.topk(top_k)
@@ -274,29 +274,29 @@ class TestManifest:
     def test_damaged(self, store, content, message):
         (store.path / "manifest.json").write_bytes(content)
         with pytest.raises(StoreError, match=message):
-            LogitStore(store.path)
+            LabelStore(store.path)
 
     def test_no_store(self, tmp_path):
         with pytest.raises(StoreError, match=r"no manifest.json"):
-            LogitStore(tmp_path)
+            LabelStore(tmp_path)
 
     def test_other_kind(self, store):
         with pytest.raises(StoreError, match="holds logits"):
             FeatureStore(store.path)
         counts = RecordStore(store.path)
         assert counts.valid_count(0) == 0
-        with pytest.raises(StoreError, match=r"open .* as a LogitStore"):
+        with pytest.raises(StoreError, match=r"open .* as a LabelStore"):
             counts.read(0, [1])
 
     def test_create_again(self, store):
-        assert LogitStore.create(store.path, MANIFEST).manifest == MANIFEST
+        assert LabelStore.create(store.path, MANIFEST).manifest == MANIFEST
         other = replace(MANIFEST, augmentation=MANIFEST.augmentation | {"crop_scale": [0.5, 1.0]}, top_k=5)
         with pytest.raises(StoreMismatchError) as error:
-            LogitStore.create(store.path, other)
+            LabelStore.create(store.path, other)
         assert "augmentation.crop_scale: the store has [0.08, 1.0], this pipeline [0.5, 1.0]" in str(error.value)
         assert "top_k: the store has 4, this pipeline 5" in str(error.value)
         assert "mixup" not in str(error.value)
-        assert LogitStore(store.path).manifest == MANIFEST
+        assert LabelStore(store.path).manifest == MANIFEST
 
     def test_created_at_once(self, tmp_path):
         queue, barrier = PROCESSES.Queue(), PROCESSES.Barrier(6)
@@ -305,7 +305,7 @@ class TestManifest:
         answers = [queue.get(timeout=30) for _ in processes]
         for process in processes:
             process.join()
-        winner = LogitStore(tmp_path / "s").manifest.seed
+        winner = LabelStore(tmp_path / "s").manifest.seed
         assert answers.count(winner) == 3
         assert sum(f"seed: the store has {winner}, this pipeline {11 - winner}" in str(each) for each in answers) == 3
         assert [path.name for path in (tmp_path / "s").iterdir()] == ["manifest.json"]
@@ -319,7 +319,7 @@ class TestSize:
     @pytest.mark.parametrize("num_samples", [1000, 1024, 1])
     def test_real(self, tmp_path, num_samples):
         manifest = replace(MANIFEST, num_samples=num_samples)
-        with LogitStore.create(tmp_path, manifest) as store:
+        with LabelStore.create(tmp_path, manifest) as store:
             for epoch in range(3):
                 fill(store, epoch, np.arange(num_samples))
         shards = [path.stat().st_size for path in tmp_path.glob("epoch-*/*")]
@@ -421,7 +421,7 @@ class TestRefusals:
 
     def test_class_that_the_teacher_does_not_have(self, tmp_path):
         manifest = Manifest(4, num_classes=9, top_k=2)
-        store = LogitStore.create(tmp_path, manifest)
+        store = LabelStore.create(tmp_path, manifest)
         store.write(0, range(4), torch.full((4, 9), 1 / 9), range(4))
         store.close()
         path = tmp_path / "epoch-00000" / "shard-00000.bin"
@@ -434,14 +434,14 @@ class TestRefusals:
             Manifest(4, num_classes=9, top_k=2, shard_records=2**70)
 
     def test_negative_zero(self, tmp_path):
-        store = LogitStore.create(tmp_path, Manifest(1, num_classes=2, top_k=2))
+        store = LabelStore.create(tmp_path, Manifest(1, num_classes=2, top_k=2))
         store.write(0, [0], torch.tensor([[1.0, -0.0]]), [0])
         assert store.read(0, [0]).probabilities.tolist() == [[1, 0]]
 
     @pytest.mark.parametrize("name", ["x" * 5000, "a\0b"])
     def test_no_name(self, tmp_path, name):
         with pytest.raises(StoreError, match="cannot be read as a store"):
-            LogitStore(tmp_path / name)
+            LabelStore(tmp_path / name)
 
     @pytest.mark.parametrize(
         ("shape", "message"), [((2**40,), "A record would take"), (("3",), "whole numbers"), ((True,), "whole numbers")]
@@ -455,7 +455,7 @@ class TestRefusals:
         fill(store, 0, np.arange(1000))
         (store.path / "manifest.json").write_text(replace(MANIFEST, top_k=5).to_json())
         with pytest.raises(StoreError, match="damaged"):
-            LogitStore(store.path).read(0, [1])
+            LabelStore(store.path).read(0, [1])
 
 
 class TestWriting:
@@ -491,7 +491,7 @@ class TestWriting:
 
     def test_few_maps(self, tmp_path, monkeypatch):
         monkeypatch.setattr(module, "_MAX_MAPS", 3)
-        with LogitStore.create(tmp_path, replace(MANIFEST, shard_records=50)) as store:
+        with LabelStore.create(tmp_path, replace(MANIFEST, shard_records=50)) as store:
             fill(store, 0, np.arange(1000))
             before = len(os.listdir("/proc/self/fd"))
             assert_right(store, 0, np.arange(1000))
@@ -528,7 +528,7 @@ class TestWriting:
 class TestProcesses:
     def test_killed(self, tmp_path):
         manifest = replace(MANIFEST, num_samples=6000, shard_records=2048)
-        store = LogitStore.create(tmp_path, manifest)
+        store = LabelStore.create(tmp_path, manifest)
         chance = random.Random(0)
         counts = [0]
         for number in range(10):
@@ -541,7 +541,7 @@ class TestProcesses:
             process.kill()
             process.join()
             assert process.exitcode == -signal.SIGKILL
-            reader = LogitStore(tmp_path)
+            reader = LabelStore(tmp_path)
             valid = written(reader, 0)
             assert_right(reader, 0, valid)
             counts.append(len(valid))
@@ -553,7 +553,7 @@ class TestProcesses:
         assert all(path.stat().st_size == size for path, size in before.items())
 
     def test_read_while_written(self, tmp_path):
-        store = LogitStore.create(tmp_path, MANIFEST)
+        store = LabelStore.create(tmp_path, MANIFEST)
         ready = PROCESSES.Event()
         process = start(child_fill, tmp_path, 0, 10, ready)
         assert ready.wait(30)
@@ -599,7 +599,7 @@ class TestProcesses:
                 os._exit(1)
             assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
             with pytest.raises(StoreLockedError):
-                LogitStore(store.path).writer(1, 0)
+                LabelStore(store.path).writer(1, 0)
             assert fill(store, 0, np.arange(10)) == 5
 
 
@@ -613,7 +613,7 @@ class TestDiskFull:
         for part in ("epoch-00001/shard-0000", "5.15 kB (5.03 KiB)", "intact", "make room"):
             assert part in message
         assert [path.name for path in (store.path / "epoch-00001").iterdir()] == [".lock"]
-        assert_right(LogitStore(store.path), 0, np.arange(1000))
+        assert_right(LabelStore(store.path), 0, np.arange(1000))
         assert fill(store, 1, store.missing(1)) == 1000
 
     def test_no_space(self, store, monkeypatch):
@@ -642,13 +642,13 @@ class TestDiskFull:
 
         monkeypatch.setattr(os, "fsync", full)
         with pytest.raises(StoreError, match=r"manifest.json could not be made.*No space"):
-            LogitStore.create(tmp_path / "s", MANIFEST)
+            LabelStore.create(tmp_path / "s", MANIFEST)
         assert list((tmp_path / "s").iterdir()) == []
 
     def test_not_allowed(self, tmp_path):
         (tmp_path / "file").write_text("")
         with pytest.raises(StoreError, match=r"could not be made.*mend that"):
-            LogitStore.create(tmp_path / "file" / "s", MANIFEST)
+            LabelStore.create(tmp_path / "file" / "s", MANIFEST)
 
 
 class TestFeatures:

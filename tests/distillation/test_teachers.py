@@ -11,9 +11,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from kornia_tinyvit import TinyViT, save_checkpoint
+from kornia_tinyvit.data.classification import MissingExtraError
 from kornia_tinyvit.distillation import Teacher, load_teacher
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from kornia_tinyvit.training.data import MissingExtraError
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
 

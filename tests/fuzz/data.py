@@ -17,9 +17,9 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
+from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.preprocessing import read_image, read_pixels
-from kornia_tinyvit.training import BoxedImages, InstanceImages, MaskedImages
-from kornia_tinyvit.training.data import LabelledImages
 from tests.fuzz.harness import Target, mutate, tamper
 from tests.fuzz.networks import detector, network, sam
 
@@ -150,7 +150,7 @@ def labelled_folder(rng: random.Random, folder: Path) -> None:
     else:
         path = folder / "a.parquet"
         path.write_bytes(mutate(rng, _parquet(), 0) if rng.random() < 0.8 else _parquet(tamper(rng, [0, 1]), rng))
-    images = LabelledImages(path)
+    images = ClassificationDataset(path)
     for index in range(min(len(images), 3)):
         pixels, label = images.pixels(index), images.labels[index]
         assert 0 <= label < images.num_classes
@@ -205,7 +205,7 @@ def _scene(folder: Path) -> None:
         (folder / "images" / f"{name}.png").write_bytes(valid("RGB", "png"))
 
 
-def _check_objects(data: BoxedImages) -> None:
+def _check_objects(data: DetectionDataset) -> None:
     for index in range(len(data)):
         pixels, objects = data.read(index)
         height, width = pixels.shape[1:]
@@ -239,9 +239,9 @@ def yolo_labels(rng: random.Random, folder: Path) -> None:
     text = json.dumps(told).encode()  # which is YAML too
     (folder / "data.yaml").write_bytes(mutate(rng, text) if rng.random() < 0.2 else text)
     if rng.random() < 0.7:
-        _check_objects(BoxedImages.open(folder / "data.yaml", "val"))
+        _check_objects(DetectionDataset.open(folder / "data.yaml", "val"))
     else:
-        _check_instances(InstanceImages.open(folder / rng.choice(("data.yaml", ".")), "val"))
+        _check_instances(InstanceDataset.open(folder / rng.choice(("data.yaml", ".")), "val"))
 
 
 def coco_labels(rng: random.Random, folder: Path) -> None:
@@ -264,12 +264,12 @@ def coco_labels(rng: random.Random, folder: Path) -> None:
     path = folder / "images" / "coco.json"
     path.write_bytes(mutate(rng, text) if rng.random() < 0.2 else text)
     if rng.random() < 0.5:
-        _check_objects(BoxedImages.open(path))
+        _check_objects(DetectionDataset.open(path))
     else:
-        _check_instances(InstanceImages(folder / "images", path))
+        _check_instances(InstanceDataset(folder / "images", path))
 
 
-def _check_instances(data: InstanceImages) -> None:
+def _check_instances(data: InstanceDataset) -> None:
     data.fingerprint()
     for index in range(len(data)):
         pixels, masks = data.read(index)
@@ -292,9 +292,9 @@ def mask_files(rng: random.Random, folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(tamper(rng, told | {"ignored": [9]}) if rng.random() < 0.6 else told))
     which = rng.randrange(3)
     if which == 2:
-        _check_instances(InstanceImages(folder / "images", folder / "masks"))
+        _check_instances(InstanceDataset(folder / "images", folder / "masks"))
         return
-    data = MaskedImages.open(folder / rng.choice((".", "data.json")), "val")
+    data = SegmentationDataset.open(folder / rng.choice((".", "data.json")), "val")
     data.fingerprint()
     for index in range(len(data)):
         pixels, mask = data.read(index)

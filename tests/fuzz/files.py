@@ -23,10 +23,10 @@ from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
 from kornia_tinyvit.contraction.journal import Journal
 from kornia_tinyvit.detection import TinyViTDetector
-from kornia_tinyvit.distillation import LogitStore
+from kornia_tinyvit.distillation import LabelStore
 from kornia_tinyvit.distillation.store import Manifest, StoreError
-from kornia_tinyvit.segmentation import ImageEmbedding
-from kornia_tinyvit.segmentation.semantic import SemanticSegmenter
+from kornia_tinyvit.sam import ImageEmbedding
+from kornia_tinyvit.semantic import SemanticSegmenter
 from tests.conftest import SHALLOW
 from tests.fuzz.harness import RAN, Target, json_thing, mutate, tamper
 from tests.fuzz.networks import detector, network, sam
@@ -264,7 +264,7 @@ def places(rng: random.Random, folder: Path) -> None:
         path = rng.choice((".", "..", "", "/"))
     entry = rng.choice((
         read_checkpoint, check_loaded, lambda each: TinyViT.from_config(pretrained=each or "x/"),
-        lambda each: MobileSAM.from_config(checkpoint=each), LogitStore,
+        lambda each: MobileSAM.from_config(checkpoint=each), LabelStore,
         lambda each: SemanticSegmenter.from_config(pretrained=each),
         lambda each: TinyViTDetector.from_config(pretrained=each),
     ))  # fmt: skip
@@ -281,7 +281,7 @@ def store_files() -> dict[str, bytes]:
 
     with tempfile.TemporaryDirectory() as folder:
         manifest = Manifest(SAMPLES, CLASSES, TOP_K, seed=3, shard_records=16)
-        with LogitStore.create(folder, manifest) as store:
+        with LabelStore.create(folder, manifest) as store:
             for epoch in range(2):
                 answers = torch.rand(SAMPLES, CLASSES, generator=torch.Generator().manual_seed(epoch)).softmax(1)
                 store.write(epoch, range(SAMPLES), answers, range(SAMPLES))
@@ -308,7 +308,7 @@ def record_store(rng: random.Random, folder: Path) -> None:
     for name, content in files.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(content)
-    with LogitStore(folder) as store:
+    with LabelStore(folder) as store:
         if store.manifest.num_samples > 10**6:
             store.read(0, [0])
             return
@@ -328,7 +328,7 @@ def records_to_write(rng: random.Random, folder: Path) -> None:
             Manifest(**manifest | {rng.choice(list(manifest)): changed})
             return
         manifest[rng.choice(list(manifest))] = changed
-    with LogitStore.create(folder, Manifest(**manifest)) as store:
+    with LabelStore.create(folder, Manifest(**manifest)) as store:
         indices: Any = rng.choice(
             (range(4), [0, 0, 1, 1], [-1, 0, 1, 2], [0, 1, 2, 10**9], [0.5] * 4, np.arange(4), [])
         )

@@ -16,8 +16,8 @@ from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT, TinyViTConfig
 from kornia_tinyvit.config import resolve_window_sizes
 from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
 from kornia_tinyvit.distillation import soft_target_cross_entropy
+from kornia_tinyvit.ops.rle import decode_rle, encode_rle, uncompress_rle
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.segmentation.rle import decode_rle, encode_rle, uncompress_rle
 from tests.conftest import SHALLOW, liven
 from tests.fuzz.harness import Target, a_number, a_thing, json_thing, tamper
 

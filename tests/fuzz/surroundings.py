@@ -23,11 +23,11 @@ from torch.utils.data import DataLoader
 from kornia_tinyvit import ImageClassifier, TinyViT, load_checkpoint, save_checkpoint
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
 from kornia_tinyvit.deploy import optimize
-from kornia_tinyvit.distillation import LogitStore
+from kornia_tinyvit.distillation import LabelStore
 from kornia_tinyvit.distillation.store import Manifest
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training import folder as folders
-from kornia_tinyvit.training.folder import RunFolder
+from kornia_tinyvit.training import run_folder as folders
+from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import SHALLOW
 from tests.fuzz.files import contents
 from tests.fuzz.harness import Refused, Target
@@ -251,7 +251,7 @@ def shared_files(rng: random.Random, folder: Path) -> None:
     def write(number: int) -> int:
         save_checkpoint(models[number], path)
         load_checkpoint(target if number == 0 else TinyViT(**SHALLOW), path)
-        with LogitStore.create(folder / "store", manifest) as store:
+        with LabelStore.create(folder / "store", manifest) as store:
             try:
                 return store.write(0, range(20), answers, range(20))
             except ValueError:  # another one writes that shard
@@ -259,7 +259,7 @@ def shared_files(rng: random.Random, folder: Path) -> None:
 
     with ThreadPoolExecutor(3) as pool:
         list(pool.map(write, range(3)))
-    with LogitStore(folder / "store") as store:
+    with LabelStore(folder / "store") as store:
         missing = store.missing(0)
         if len(missing):
             store.write(0, missing, answers[missing], missing)

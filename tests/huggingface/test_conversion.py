@@ -11,13 +11,7 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
-from kornia_tinyvit.huggingface import (
-    TinyVitModel,
-    from_checkpoint,
-    from_tinyvit,
-    save_hub_folder,
-    to_tinyvit,
-)
+from kornia_tinyvit.huggingface import TinyVitModel, from_checkpoint, from_tinyvit, save_hub_folder, to_tinyvit
 from kornia_tinyvit.huggingface.card import model_card
 from tests.conftest import shared
 from tests.huggingface.helpers import tiny_backbone, tiny_classifier, tiny_network

@@ -11,10 +11,9 @@ pytest.importorskip("transformers")
 from transformers import AutoImageProcessor
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS, CATALOG
-from kornia_tinyvit.classification import default_evaluation
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface import TinyVitImageProcessor
-from kornia_tinyvit.preprocessing import EvaluationPipeline, to_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation, to_image
 from tests.huggingface.helpers import tiny_config
 
 PHOTO = ASSETS / "photos" / "chelsea.png"

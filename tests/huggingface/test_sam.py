@@ -22,7 +22,7 @@ from kornia_tinyvit.huggingface import (
     save_hub_folder,
     to_mobile_sam,
 )
-from kornia_tinyvit.segmentation import MobileSAM
+from kornia_tinyvit.sam import MobileSAM
 from tests.conftest import TINY, liven, shared
 
 SIZE = 128

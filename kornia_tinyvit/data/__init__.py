@@ -1,0 +1,27 @@
+"""Data sets, the readers of their formats, replayable augmentation, and the order and loading of epochs."""
+
+from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
+from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
+from kornia_tinyvit.data.detection import DetectionDataset, Objects
+from kornia_tinyvit.data.instances import InstanceDataset
+from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader
+from kornia_tinyvit.data.order import EpochOrder
+from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
+
+__all__ = [
+    "IGNORED",
+    "Batch",
+    "BrokenImageError",
+    "ClassificationDataset",
+    "DetectionDataset",
+    "Draws",
+    "EpochBatches",
+    "EpochOrder",
+    "InstanceDataset",
+    "KeyedSamples",
+    "Objects",
+    "ReplayableAugmentation",
+    "ReplayedSamples",
+    "SegmentationDataset",
+    "replay_loader",
+]

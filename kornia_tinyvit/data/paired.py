@@ -1,0 +1,111 @@
+"""Pictures that are changed together with something that lies on them, such as a mask or boxes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar
+
+import kornia.augmentation as K
+import torch
+from torch import Tensor
+
+from kornia_tinyvit.data.loader import Batch_co, KeyedSamples
+from kornia_tinyvit.data.order import keyed_seed
+from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
+
+__all__ = ["PairedAugmentation", "PairedSamples"]
+
+_STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
+
+
+class PairedAugmentation:
+    """Crop, flip and recolour a picture by kornia, and let what lies on it follow.
+
+    What comes out is a function of the seed, the epoch, the sample and its files, whatever the batch, the workers or
+    the place where a training was resumed. A subclass says what follows, and how.
+
+    Args:
+        img_size: side in pixels of the square that comes out.
+        preset: a name of :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS` or a
+            :class:`~kornia_tinyvit.preprocessing.TrainingPreset` without policy, erasing and mixing; the subclass's
+            own if left out.
+        seed: seed of everything, in [0, 2**64).
+        **changes: fields of the preset to replace.
+
+    Raises:
+        ValueError: if the preset holds what cannot be done to pairs, or a field is unknown.
+    """
+
+    #: What follows the picture, as :meth:`describe` says it.
+    kind: ClassVar[str]
+    #: Number of the formulas, raised when something would come out differently.
+    version: ClassVar[int] = 1
+    usual_preset: ClassVar[str]
+    data_key: ClassVar[str]
+
+    def __init__(
+        self, img_size: int, preset: str | TrainingPreset | None = None, seed: int = 0, **changes: object
+    ) -> None:
+        self.img_size, self.seed = img_size, seed
+        self.preset = found = find_preset(preset or self.usual_preset, **changes)
+        unfit = [name for name in ("policy", "erasing", "mixup", "cutmix") if getattr(found, name)]
+        if unfit:
+            raise ValueError(
+                f"{self.kind.capitalize()} cannot follow {', '.join(unfit)}; take the preset {self.usual_preset!r}, or "
+                "one without them."
+            )
+        jitter = found.color_jitter
+        self._change = K.AugmentationSequential(
+            K.RandomResizedCrop(
+                (img_size, img_size), found.crop_scale, found.crop_ratio, resample="BILINEAR", align_corners=False
+            ),
+            K.RandomHorizontalFlip(p=found.flip),
+            *([K.ColorJitter(jitter, jitter, jitter, 0.0)] if jitter else []),
+            data_keys=["input", self.data_key],
+        )
+
+    def describe(self) -> dict[str, Any]:
+        """Return everything but the seed that decides what comes out, as JSON's types."""
+        names = ("crop_scale", "crop_ratio", "flip", "color_jitter")
+        return {
+            "kind": self.kind,
+            "version": self.version,
+            "img_size": self.img_size,
+            **{name: getattr(self.preset, name) for name in names},
+        }
+
+    def _apply(self, pixels: Tensor, partner: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Return an 8-bit picture :math:`(3, S, S)` of one, :math:`(1, 3, H, W)`, and what followed it."""
+        with _drawn_for(self.seed, epoch, index):
+            changed, partner = self._change(pixels.float() / 255, partner)
+        return (changed[0] * 255).round().clamp(0, 255).to(torch.uint8), partner
+
+    def _reduced_size(self, pixels: Tensor) -> tuple[int, int]:
+        """Return the size at which the smallest crops of a picture still have the size that comes out.
+
+        kornia's crops are resized without antialiasing, so that a photo of a phone would come out as sparse samples.
+        """
+        height, width = pixels.shape[-2:]
+        factor = min(1.0, self.img_size / math.sqrt(self.preset.crop_scale[0] * height * width))
+        return max(1, round(height * factor)), max(1, round(width * factor))
+
+
+@contextmanager
+def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
+    """Let torch draw random numbers that are a function of a sample and its epoch."""
+    with torch.random.fork_rng(devices=[]):
+        torch.default_generator.manual_seed(keyed_seed(seed, epoch, index, _STREAM))
+        yield
+
+
+class PairedSamples(KeyedSamples[Batch_co]):
+    """Pictures with what lies on them, decoded and augmented; the network takes the crops in [0, 1]."""
+
+    def inputs(self, batch: Any, device: torch.device) -> Any:
+        """Return the pictures :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
+        return batch.crops.to(device, non_blocking=True).float() / 255
+
+    def _read(self, index: int) -> Any:
+        return self._unless_broken(self.images.read, index)

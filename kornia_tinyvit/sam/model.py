@@ -1,0 +1,593 @@
+"""MobileSAM: kornia's Segment Anything with a TinyViT as its encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, overload
+
+import kornia.augmentation as K
+import numpy as np
+import torch
+import torch.nn.functional as F
+from kornia.contrib.visual_prompter import VisualPrompter
+from kornia.enhance import normalize
+from kornia.image import image_to_tensor
+from kornia.models.sam import Sam, SamConfig
+from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
+from kornia.models.sam.architecture.transformer import TwoWayTransformer
+from kornia.models.structures import Prompts
+from PIL import Image
+from torch import Tensor, nn
+
+from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
+from kornia_tinyvit.checkpoints.catalog import find_weights
+from kornia_tinyvit.checkpoints.layouts import unwrap
+from kornia_tinyvit.checkpoints.loading import fetch_weights, locate_file, read_tensors, refuse_misfits
+from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
+from kornia_tinyvit.layers import evaluating
+from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
+from kornia_tinyvit.preprocessing import ImageInput, check_counts, read_pixels, to_pixels
+from kornia_tinyvit.sam.decoder import SharingMaskDecoder
+from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
+from kornia_tinyvit.sam.generator import Mask, Photo, generate_masks
+from kornia_tinyvit.sam.prompts import PhotoPrompts, each_photo, prepare_prompts
+
+__all__ = ["PIXEL_MEAN", "PIXEL_STD", "MaskPrediction", "MobileSAM", "MobileSAMPrompter"]
+
+#: Channel means that every SAM is normalised with, for values in [0, 1].
+PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
+#: Channel deviations that every SAM is normalised with, for values in [0, 1].
+PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+
+_ENCODER = "image_encoder."
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPrediction:
+    r"""The masks of a photo's prompts.
+
+    Args:
+        low_res_logits: :math:`(P, M, h/4, w/4)` for :math:`P` prompts with :math:`M` masks each and an input of
+            :math:`h \times w` pixels; larger than the threshold on the object. With one mask a prompt, they can be
+            passed on as ``masks``.
+        scores: the network's guess of each mask's IoU with the object, :math:`(P, M)`.
+        geometry: how the photo lies in the input.
+        threshold: the logit from which on a pixel belongs to the object.
+    """
+
+    low_res_logits: Tensor
+    scores: Tensor
+    geometry: Geometry
+    threshold: float = 0.0
+
+    def logits(self) -> Tensor:
+        """Return logits of the photo's size, :math:`(P, M, H, W)`; differentiable."""
+        return self.geometry.restore(self.low_res_logits)
+
+    def masks(self) -> Tensor:
+        """Return the masks of the photo's size, :math:`(P, M, H, W)`, bool; their logits are never held all at once."""
+        masks = [self.geometry.restore(each[None]) > self.threshold for each in self.low_res_logits]
+        return torch.cat(masks) if masks else self.logits().bool()
+
+    def best(self) -> MaskPrediction:
+        """Return the mask with the highest score of each prompt, :math:`M = 1`."""
+        best = self.scores.argmax(1)[:, None]
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        return MaskPrediction(self.low_res_logits[rows, best], self.scores[rows, best], self.geometry, self.threshold)
+
+
+class MobileSAM(Sam):
+    """MobileSAM (arXiv:2306.14289): SAM's prompt encoder and mask decoder, kornia's, over the features of a TinyViT.
+
+    Its ``state_dict`` has the names and shapes of the published ``mobile_sam.pt``, which are also those of
+    ``kornia.models.sam.Sam.from_config(SamConfig("mobile_sam"))``. :meth:`forward` is kornia's: it takes inputs as
+    :meth:`preprocess` makes them, with prompts in pixels of the input. :meth:`embed` and :meth:`predict_masks` take
+    photos, and prompts in pixels of the photo.
+
+    ``save_checkpoint(sam, path)`` writes a safetensors file that :meth:`from_config` reads.
+
+    Args:
+        image_encoder: a TinyViT with ``mobile_sam=True``.
+        img_size: height and width in pixels of the input, multiples of 16; a number for a square. That of the encoder
+            if left out. Position codes are relative to the longer side, so a cell of an oblong input has the code of
+            its place in the square.
+
+    Raises:
+        ValueError: if the encoder has no neck, or the size is not a multiple of 16 from 32 up.
+
+    Example:
+        >>> sam = MobileSAM.from_config("1m", img_size=64).eval()
+        >>> embedding = sam.embed(torch.rand(3, 48, 80))
+        >>> (found,) = sam.predict_masks(embedding, boxes=torch.tensor([[10.0, 5.0, 60.0, 40.0]]))
+        >>> found.masks().shape, found.scores.shape
+        (torch.Size([1, 3, 48, 80]), torch.Size([1, 3]))
+    """
+
+    def __init__(self, image_encoder: TinyViT, img_size: int | tuple[int, int] | None = None) -> None:
+        if not image_encoder.config.mobile_sam or image_encoder.config.in_chans != 3:
+            raise ValueError("MobileSAM needs an encoder of colour pictures built with mobile_sam=True.")
+        size = _check_size(image_encoder.config.img_size if img_size is None else img_size)
+        super().__init__(image_encoder, _build_prompt_encoder(size), _build_mask_decoder())  # type: ignore[arg-type]
+        self.img_size = size
+
+    @classmethod
+    def from_config(  # type: ignore[override]
+        cls,
+        variant: str | TinyViTConfig | None = None,
+        pretrained: bool | str | Path = False,
+        checkpoint: str | Path | Mapping[str, Any] | None = None,
+        img_size: int | tuple[int, int] | None = None,
+    ) -> MobileSAM:
+        """Build MobileSAM with any variant as its encoder, with or without weights.
+
+        Args:
+            variant: ``"1m"``, ``"5m"`` (the published one), ``"11m"``, ``"21m"`` or a
+                :class:`~kornia_tinyvit.TinyViTConfig`; if left out, that of the weights, else ``"5m"``.
+            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or a path or URL, as
+                ``checkpoint``.
+            checkpoint: path, URL or state dict of a whole model, of this class, of kornia or of the original code.
+                Only tensors are read: a file that would have to run code is refused.
+            img_size: height and width in pixels of the input, multiples of 16; a number for a square. That of the
+                weights if left out, else 1024. The published weights were made at 1024; smaller inputs take less time
+                in proportion to their area and lose small objects and fine borders.
+
+        Returns:
+            The network, in evaluation mode if weights were loaded, in training mode otherwise, as in kornia.
+
+        Raises:
+            ValueError: if the variant or the size is unknown, or both sources of weights are given.
+            CheckpointError: if the weights cannot be fetched or read, or are not those of this whole network.
+        """
+        if checkpoint is not None and pretrained:
+            raise ValueError("Give pretrained or checkpoint, not both.")
+        base = TinyViTConfig.from_variant(variant or "5m") if variant is None or isinstance(variant, str) else variant
+        base = base.replace(mobile_sam=True, img_size=1024)
+        weights = None
+        if pretrained or checkpoint is not None:
+            weights = _read_whole(_find(pretrained, variant) if checkpoint is None else checkpoint, variant)
+            base = weights.encoder.config
+        size = _check_size(base.img_size if img_size is None else img_size)
+        model = cls(TinyViT.from_config(base.replace(mobile_sam=True, img_size=max(size))), size)
+        if weights is not None:
+            weights.load_into(model)
+            model.eval()
+        return model
+
+    @staticmethod
+    def from_name(name: str) -> MobileSAM:
+        """Build a variant with random weights, as :meth:`from_config` does."""
+        return MobileSAM.from_config(name)
+
+    @property
+    def config(self) -> TinyViTConfig:
+        """The configuration of the encoder, which files carry."""
+        return self.image_encoder.config  # type: ignore[return-value]
+
+    def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> tuple[Tensor, tuple[Geometry, ...]]:
+        """Resize photos as a whole, normalise them, and pad them below and on the right with zeros.
+
+        Files and PIL images are resized by Pillow in 8 bits, bilinear with antialiasing, exactly as the predictors of
+        segment-anything and MobileSAM do (``ResizeLongestSide.apply_image``). Tensors are resized by torch in floating
+        point, with gradients, as ``apply_image_torch`` does and kornia's ``VisualPrompter`` too: up to a level of 255
+        away. ``VisualPrompter`` cuts the fraction of the short side off, where the originals and this round it.
+
+        Args:
+            images: one photo or several: files, which are turned upright, PIL images, tensors :math:`(3, H, W)` in
+                [0, 1], or a batch tensor :math:`(B, 3, H, W)`.
+
+        Returns:
+            Inputs of the encoder :math:`(B, 3, h, w)`, on its device and in its precision, and how each photo lies in
+            its input.
+
+        Raises:
+            TypeError: if something is no photo, or its tensor is not floating point.
+            ValueError: if a file cannot be read, a tensor has another shape, no pixels, NaN or infinity.
+            FileNotFoundError: if there is no such file.
+        """
+        first = next(self.parameters())
+        prepared = [
+            prepare_photo(_pixels(image), self.img_size, first.device, first.dtype) for image in _photos(images)
+        ]
+        if not prepared:
+            return first.new_zeros(0, 3, *self.img_size), ()
+        return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
+
+    def embed(self, images: ImageInput | Sequence[ImageInput], batch_size: int = 4) -> ImageEmbedding:
+        """Run the encoder on photos, once for any number of prompts.
+
+        No gradient is recorded, and the encoder is in evaluation mode, unless gradients are enabled and it is being
+        trained or a photo requires a gradient.
+
+        Args:
+            images: photos as :meth:`preprocess` takes them, of any sizes.
+            batch_size: photos at a time; all of them when gradients are recorded.
+
+        Raises:
+            TypeError, ValueError, FileNotFoundError: as :meth:`preprocess`.
+
+        Example:
+            >>> sam = MobileSAM.from_config("1m", img_size=64).eval()
+            >>> sam.embed([torch.rand(3, 48, 80), torch.rand(3, 90, 60)]).features.shape
+            torch.Size([2, 256, 4, 4])
+        """
+        check_counts(batch_size=batch_size)
+        photos = _photos(images)
+        recording = _records(self.image_encoder, *photos)
+        step = max(1, len(photos)) if recording else batch_size
+        features: list[Tensor] = []
+        geometries: list[Geometry] = []
+        with _quiet(self.image_encoder, recording):
+            for start in range(0, max(1, len(photos)), step):
+                inputs, placed = self.preprocess(photos[start : start + step])
+                features.append(self.image_encoder(inputs) if placed else self._no_features(inputs))
+                geometries += placed
+        return ImageEmbedding(torch.cat(features), tuple(geometries), fingerprint(self.image_encoder))
+
+    def predict_masks(
+        self,
+        embedding: ImageEmbedding,
+        points: PhotoPrompts = None,
+        labels: PhotoPrompts = None,
+        boxes: PhotoPrompts = None,
+        masks: PhotoPrompts = None,
+        multimask_output: bool = True,
+    ) -> list[MaskPrediction]:
+        """Find what prompts point at.
+
+        A photo may have any number of prompts :math:`P`, also 0. A prompt is made of :math:`N` points, a box, a mask,
+        or several of these, the same for all of a photo's prompts. For a single photo the arguments are tensors; for
+        several, lists with a tensor or ``None`` each.
+
+        Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is being trained or the
+        embedding or a prompt requires one. Otherwise prompts share the work on their photo
+        (:class:`~kornia_tinyvit.sam.FoldedMaskDecoder`): the same results in less time. So they do under
+        :meth:`forward` and :meth:`prompter`.
+
+        Args:
+            embedding: what :meth:`embed` returned, here or before in a file.
+            points: :math:`(P, N, 2)`, x and y in pixels of the photo, from 0 to its width and height.
+            labels: :math:`(P, N)`: 1 for points on the object, 0 off it, -1 for a place that holds no point; all 1 if
+                left out.
+            boxes: :math:`(P, 4)`, left, top, right and bottom in pixels of the photo. They may jut out of it.
+            masks: logits :math:`(P, 1, h/4, w/4)` of an earlier prediction to refine.
+            multimask_output: three masks a prompt, for prompts that may mean several things, such as a single point;
+                otherwise one.
+
+        Returns:
+            For each photo its masks, on the device of the network.
+
+        Raises:
+            TypeError: if prompts are no tensors.
+            ValueError: if the embedding is of other weights or another input size, all prompts of a photo are
+                ``None``, or a prompt's shape or place is wrong: outside of the photo, empty, NaN.
+        """
+        self.check_embedding(embedding)
+        kinds = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
+        given = [each_photo(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
+        device = next(self.mask_decoder.parameters()).device
+        found = []
+        for one, *tensors in zip(embedding, *given, strict=True):
+            on_device = [None if each is None else each.to(device) for each in tensors]
+            prompts = prepare_prompts(one.geometries[0], *on_device)
+            recording = _records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)
+            with torch.set_grad_enabled(recording):
+                logits, scores = self._decode(one.features, prompts, multimask_output)
+            found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
+        return found
+
+    def predict_best(
+        self, embedding: ImageEmbedding, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None
+    ) -> MaskPrediction:
+        """Find the one mask that each prompt of a photo most likely means.
+
+        A single point may mean a part or the whole, so three masks are asked for and the best is kept. More than that
+        is unambiguous, and a single mask is better then.
+
+        Args:
+            embedding: of one photo.
+            points, labels, boxes: as :meth:`predict_masks` takes them for a single photo.
+
+        Returns:
+            The masks, :math:`M = 1`.
+
+        Raises:
+            ValueError: as :meth:`predict_masks`, or if the embedding is of several photos.
+        """
+        several = boxes is None and points is not None and points.shape[1] == 1
+        (found,) = self.predict_masks(embedding, points, labels, boxes, multimask_output=several)
+        return found.best()
+
+    @overload
+    def generate_masks(self, image: Photo, **settings: Any) -> list[Mask]: ...
+
+    @overload
+    def generate_masks(self, image: Sequence[Photo] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
+
+    def generate_masks(
+        self, image: Photo | Sequence[Photo] | ImageEmbedding, **settings: Any
+    ) -> list[Mask] | list[list[Mask]]:
+        """Segment everything in a photo, or in several; see :func:`~kornia_tinyvit.sam.generate_masks`."""
+        return generate_masks(self, image, **settings)
+
+    def check_embedding(self, embedding: ImageEmbedding) -> None:
+        """Refuse an embedding that this network cannot read.
+
+        Raises:
+            ValueError: if it is of another input size, or made by an encoder with other weights.
+        """
+        sizes = {geometry.img_size for geometry in embedding.geometries} - {self.img_size}
+        if sizes:
+            raise ValueError(f"The embedding is of inputs of {sizes.pop()} pixels; this network has {self.img_size}.")
+        mine = fingerprint(self.image_encoder)
+        if None not in (embedding.encoder, mine) and embedding.encoder != mine:
+            raise ValueError(
+                "The embedding was made by an encoder with other weights, or in another precision; embed the photos "
+                "again with this network."
+            )
+
+    def prompter(self) -> MobileSAMPrompter:
+        """Return kornia's prompter over this very network; its image conventions are told in :meth:`preprocess`.
+
+        Raises:
+            ValueError: if the input is not square, which the prompter's always is.
+        """
+        return MobileSAMPrompter(self)
+
+    def extra_repr(self) -> str:
+        """Show the input size."""
+        return f"img_size={self.img_size}"
+
+    def _no_features(self, inputs: Tensor) -> Tensor:
+        return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size))
+
+    def _decode(self, features: Tensor, prompts: Prompts, multimask: bool) -> tuple[Tensor, Tensor]:
+        """Return logits :math:`(P, M, h/4, w/4)` and scores :math:`(P, M)` for a photo's features."""
+        first = next(self.mask_decoder.parameters())
+        masks = None if prompts.masks is None else prompts.masks.to(first.dtype)
+        sparse, dense = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
+        features = features.to(first.device, first.dtype)
+        return self.mask_decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
+
+
+def prepare_photo(
+    pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
+) -> tuple[Tensor, Geometry]:
+    """Resize a photo as a whole, normalise it and pad it; see :meth:`MobileSAM.preprocess`.
+
+    Args:
+        pixels: photo :math:`(3, H, W)`, of 8 bits or floating point in [0, 1].
+        img_size: height and width of the input.
+        device: where the input shall be.
+        dtype: its precision.
+
+    Returns:
+        An input :math:`(3, h, w)` and how the photo lies in it.
+    """
+    geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
+    if pixels.dtype == torch.uint8:
+        pixels = resize_levels(pixels, geometry.input_size).to(device).float() / 255
+    else:
+        pixels = pixels.to(device, torch.promote_types(pixels.dtype, torch.float32))
+        pixels = _resize(pixels, geometry.input_size)
+    mean, std = pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)
+    below, right = (side - used for side, used in zip(img_size, geometry.input_size, strict=True))
+    return F.pad(normalize(pixels[None], mean, std)[0], (0, right, 0, below)).to(dtype), geometry
+
+
+class _SquarePositions(PositionEmbeddingRandom):
+    """SAM's position code, relative to the longer side.
+
+    kornia divides x by the width and y by the height. The published weights know squares only, so in an oblong input
+    distances across and down would have other codes than they learned.
+    """
+
+    def forward(self, size: tuple[int, int]) -> Tensor:
+        """Return the codes of a map of cells, :math:`(C, h, w)`."""
+        height, width = size
+        return super().forward((max(size), max(size)))[:, :height, :width]
+
+    def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
+        """Return the codes :math:`(P, N, C)` of points in pixels of the input."""
+        return super().forward_with_coords(coords_input, (max(image_size), max(image_size)))
+
+
+class MobileSAMPrompter(VisualPrompter):
+    """kornia's ``VisualPrompter`` over a network that is there already; made by :meth:`MobileSAM.prompter`.
+
+    What the encoder saw of its photo can be taken out, saved, and set again.
+
+    Args:
+        model: the network.
+
+    Raises:
+        ValueError: if its input is not square, which the prompter's always is.
+    """
+
+    model: MobileSAM
+
+    def __init__(self, model: MobileSAM) -> None:
+        height, width = model.img_size
+        if height != width:
+            raise ValueError(
+                f"kornia's prompter pads photos to a square, and the input of this network is {height}x{width}; use "
+                "embed and predict_masks, or a square img_size."
+            )
+        # It insists on building a network of its own: a small one, which takes neither memory nor random numbers.
+        with torch.device("meta"):
+            super().__init__(SamConfig(None, None, False, 8, 1, 1, (0,)))
+        first = next(model.parameters())
+        self.model = model
+        self.device, self.dtype = first.device, first.dtype
+        self.pixel_mean, self.pixel_std = first.new_tensor(PIXEL_MEAN), first.new_tensor(PIXEL_STD)
+        resize = K.Resize(height, side="long", align_corners=False, antialias=True)
+        self.transforms = K.AugmentationSequential(resize, same_on_batch=True)
+        self.mask_side = height // 4
+        model.image_encoder.img_size = height  # what it asks an encoder for
+
+    def embedding(self) -> ImageEmbedding:
+        """Return what the encoder saw of the photo that was set.
+
+        Raises:
+            RuntimeError: if none was.
+        """
+        sizes = (self._original_image_size, self._input_image_size)
+        if sizes[0] is None or sizes[1] is None:
+            raise RuntimeError("There is no photo: call set_image or set_embedding first.")
+        geometry = Geometry(sizes[0], sizes[1], self.model.img_size)
+        return ImageEmbedding(self.image_embeddings, (geometry,), fingerprint(self.model.image_encoder))
+
+    def set_embedding(self, embedding: ImageEmbedding) -> None:
+        """Take what an encoder saw before instead of :meth:`set_image`.
+
+        Args:
+            embedding: one photo's, from :meth:`embedding` or :meth:`MobileSAM.embed`.
+
+        Raises:
+            ValueError: if it is of more or fewer photos, of another input size, or of an encoder with other weights.
+        """
+        if len(embedding) != 1:
+            raise ValueError(f"The prompter has one photo; the embedding is of {len(embedding)}. Take one, as in e[0].")
+        self.model.check_embedding(embedding)
+        self.reset_image()
+        (geometry,) = embedding.geometries
+        first = next(self.model.mask_decoder.parameters())
+        self.image_embeddings = embedding.features.to(first.device, first.dtype)
+        self._original_image_size, self._input_image_size = geometry.original_size, geometry.input_size
+        self._input_encoder_size = geometry.img_size
+        (height, width), (rows, columns) = geometry.original_size, geometry.input_size
+        scale = [columns / width, rows / height]
+        self._prompt_scale = torch.tensor(
+            scale, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
+        )
+        self.is_image_set = True
+
+    def _valid_masks(self, masks: Tensor) -> Tensor:
+        side = self.mask_side
+        if masks.ndim != 4 or tuple(masks.shape[1:]) != (1, side, side):
+            raise ValueError(f"Masks must be (K, 1, {side}, {side}); got {tuple(masks.shape)}.")
+        return masks
+
+
+@dataclass(frozen=True)
+class _Weights:
+    """The tensors of a whole model: the encoder's, and those of the two other parts under their names."""
+
+    encoder: Checkpoint
+    others: dict[str, Tensor]
+
+    def load_into(self, model: MobileSAM) -> None:
+        """Load everything; what does not fit is refused before the network is touched."""
+        target = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_ENCODER)}
+        refuse_misfits(self.others, target, self.encoder.source)
+        load_checkpoint(model.image_encoder, self.encoder)
+        model.load_state_dict(self.others, strict=False)
+
+
+def _find(pretrained: bool | str | Path, variant: str | TinyViTConfig | None) -> str | Path:
+    """Return the file or address that ``pretrained`` means, fetching published weights."""
+    if pretrained is not True and str(pretrained) != "mobile_sam":
+        return str(pretrained)
+    weights = find_weights(variant if isinstance(variant, str) else None, "mobile_sam")
+    if weights is None:
+        raise CheckpointError(
+            f"MobileSAM is published with a 5m encoder, not with {variant}; leave the variant out, or pass a file of "
+            "your own as checkpoint=."
+        )
+    return fetch_weights(weights)
+
+
+def _read_whole(source: str | Path | Mapping[str, Any], variant: str | TinyViTConfig | None) -> _Weights:
+    origin = source if isinstance(source, Mapping) else locate_file(str(source))
+    found = open_pretrained(read_checkpoint(origin), variant)
+    if found.layout != "mobile_sam":
+        raise CheckpointError(f"{found.source} holds a TinyViT alone, without SAM's prompt encoder and mask decoder.")
+    content = unwrap(source if isinstance(source, Mapping) else read_tensors(Path(str(origin)))[0])
+    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
+    wrapper = next(name for name in tensors if _ENCODER in name).partition(_ENCODER)[0]  # such as "module."
+    others = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
+    return _Weights(found, {name: others[name] for name in others if not name.startswith(_ENCODER)})
+
+
+def _build_prompt_encoder(size: tuple[int, int]) -> PromptEncoder:
+    cells = (size[0] // STRIDE, size[1] // STRIDE)
+    encoder = PromptEncoder(NECK_CHANNELS, image_embedding_size=cells, input_image_size=size, mask_in_chans=16)
+    encoder.pe_layer = _SquarePositions(NECK_CHANNELS // 2)
+    return encoder
+
+
+def _build_mask_decoder() -> SharingMaskDecoder:
+    """Return the decoder that all SAMs share (``build_sam.py`` of segment-anything)."""
+    transformer = TwoWayTransformer(depth=2, embedding_dim=NECK_CHANNELS, mlp_dim=2048, num_heads=8)
+    return SharingMaskDecoder(transformer_dim=NECK_CHANNELS, transformer=transformer)
+
+
+def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
+    sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
+    whole = all(isinstance(side, int) and side >= MIN_IMAGE_SIZE and side % STRIDE == 0 for side in sides)
+    if len(sides) != 2 or not whole:
+        raise ValueError(
+            f"img_size must be a multiple of {STRIDE} from {MIN_IMAGE_SIZE} up, or two for height and width; got "
+            f"{img_size!r}."
+        )
+    return sides[0], sides[1]
+
+
+def _photos(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
+    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
+        return [images]
+    return list(images)
+
+
+def _pixels(image: ImageInput) -> Tensor:
+    """Return a photo :math:`(3, H, W)`: uint8 from a file or PIL image, or the floating point tensor that came."""
+    if isinstance(image, (str, Path)):
+        return read_pixels(image)
+    if isinstance(image, Image.Image):
+        return to_pixels(image)
+    if not isinstance(image, Tensor):
+        raise TypeError(f"A photo is a tensor, a path or a PIL image; got {type(image).__name__}.")
+    if not image.is_floating_point():
+        raise TypeError(f"Photos must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}. A grey one needs .expand(3, -1, -1).")
+    if not image.isfinite().all():
+        raise ValueError("The photo holds NaN or infinity.")
+    return image
+
+
+def resize_levels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    """Resize a photo :math:`(3, H, W)` of 8 bits as Pillow does."""
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+    return image_to_tensor(np.array(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)))
+
+
+def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+    if tuple(pixels.shape[1:]) == size:
+        return pixels
+    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
+
+
+def _records(*parts: Any) -> bool:
+    """Tell whether gradients are to be recorded: a module is being trained, or a tensor requires one."""
+    if not torch.is_grad_enabled():
+        return False
+    return any(
+        part.training if isinstance(part, nn.Module) else isinstance(part, Tensor) and part.requires_grad
+        for part in parts
+    )
+
+
+@contextmanager
+def _quiet(module: nn.Module, recording: bool) -> Iterator[None]:
+    """Put a module into evaluation mode without gradients, unless they are to be recorded."""
+    if recording:
+        yield
+    else:
+        # Not inference mode: a decoder that is being trained must be able to keep the features for its gradient.
+        with evaluating(module), torch.no_grad():
+            yield

@@ -1,0 +1,186 @@
+"""COCO's measure of detectors, by pycocotools."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kornia_tinyvit.data.detection import DetectionDataset
+from kornia_tinyvit.extras import MissingExtraError
+
+__all__ = ["BoxMetrics", "DetectionScores"]
+
+_COUNTED = 100  # detections of a picture, the surest, as COCO counts them
+_ROW = 6  # class, score, left, top, width, height
+
+
+@dataclass(frozen=True)
+class DetectionScores:
+    """What a detector does on pictures with boxes, in per cent, as cocodataset.org, "Detection evaluation", has it.
+
+    A mean is NaN where nothing was to be found.
+
+    Args:
+        pictures: how many were looked at.
+        objects: how many there were to find.
+        map: mean over classes and over overlaps (IoU) of 50, 55, ..., 95 % of the average precision.
+        map50: the same at an overlap of 50 %.
+        map75: the same at an overlap of 75 %.
+        map_small: ``map`` for objects below 32 x 32 pixels.
+        map_medium: ``map`` for those between.
+        map_large: ``map`` for those from 96 x 96 pixels on.
+        recall: mean share of objects that are found, with 100 detections a picture.
+        per_class: ``map`` of each class, :math:`(K,)`; NaN for classes that do not occur.
+    """
+
+    pictures: int
+    objects: int
+    map: float
+    map50: float
+    map75: float
+    map_small: float
+    map_medium: float
+    map_large: float
+    recall: float
+    per_class: Tensor
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the numbers as values that JSON can hold, rounded; ``None`` where there is none."""
+        numbers = {name: value for name, value in vars(self).items() if name != "per_class"}
+        return {name: _rounded(value) for name, value in numbers.items()}
+
+
+def _rounded(value: float) -> float | None:
+    return None if math.isnan(value) else round(value, 4)
+
+
+class BoxMetrics:
+    """Collect what was found on pictures, so that it adds up over processes, and compare it with what is there.
+
+    Each picture has a place of its own for its size and its 100 surest detections. That of a picture that another
+    process looked at is zero.
+
+    Args:
+        images: the pictures and their boxes.
+    """
+
+    def __init__(self, images: DetectionDataset) -> None:
+        self.images = images
+        self._sizes = torch.zeros(len(images), 2)
+        self._found = torch.zeros(len(images), _COUNTED, _ROW)
+
+    def update(self, index: int, found: Tensor, height: int, width: int) -> None:
+        """Add a picture.
+
+        Args:
+            index: number of the picture.
+            found: what kornia's post-processing tells of it, :math:`(D, 6)`: class, score, left, top, width and
+                height in pixels.
+            height: rows of the picture.
+            width: its columns.
+        """
+        best = found[found[:, 1].argsort(descending=True)[:_COUNTED]]
+        self._sizes[index] = torch.tensor([height, width])
+        self._found[index] = 0
+        self._found[index, : len(best)] = best.detach().to("cpu", torch.float32)
+
+    def state(self) -> Tensor:
+        """Return everything as one vector :math:`(n,)`; that of all pictures is the sum over the processes."""
+        return torch.cat([self._sizes.flatten(), self._found.flatten()])
+
+    def load_state(self, state: Tensor) -> None:
+        """Take over what :meth:`state` returned.
+
+        Raises:
+            ValueError: if it is of another number of pictures.
+        """
+        sizes, found = self._sizes.numel(), self._found.numel()
+        if state.numel() != sizes + found:
+            raise ValueError(f"Expected {sizes + found} numbers; got {state.numel()}.")
+        state = state.detach().to("cpu", torch.float32, copy=True)
+        self._sizes, self._found = state[:sizes].view_as(self._sizes), state[sizes:].view_as(self._found)
+
+    def compute(self) -> DetectionScores:
+        """Return the measures over all pictures so far.
+
+        Raises:
+            ValueError: if none was looked at.
+            MissingExtraError: if pycocotools is missing.
+        """
+        seen = [index for index in range(len(self.images)) if self._sizes[index].all()]
+        if not seen:
+            raise ValueError("No pictures were evaluated.")
+        truth = self._truth(seen)
+        precision, recall = _evaluate(truth, self._results(seen))
+        return DetectionScores(
+            pictures=len(seen),
+            objects=sum(not each["iscrowd"] for each in truth["annotations"]),
+            map=_mean(precision[:, :, :, 0, -1]),
+            map50=_mean(precision[0, :, :, 0, -1]),
+            map75=_mean(precision[5, :, :, 0, -1]),
+            map_small=_mean(precision[:, :, :, 1, -1]),
+            map_medium=_mean(precision[:, :, :, 2, -1]),
+            map_large=_mean(precision[:, :, :, 3, -1]),
+            recall=_mean(recall[:, :, 0, -1]),
+            per_class=torch.tensor([_mean(each) for each in precision[:, :, :, 0, -1].unbind(2)]),
+        )
+
+    def _truth(self, seen: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
+        """Return what is there, as COCO has it."""
+        annotations: list[dict[str, Any]] = []
+        for index in seen:
+            height, width = self._sizes[index].int().tolist()
+            rows = zip(*(field.tolist() for field in self.images.objects(index, height, width)), strict=True)
+            for (left, top, right, bottom), label, area, crowd in rows:
+                annotations.append({
+                    "id": len(annotations) + 1, "image_id": index, "category_id": label, "area": area,
+                    "iscrowd": int(crowd), "bbox": [left, top, right - left, bottom - top],
+                })  # fmt: skip
+        categories = [{"id": index, "name": name} for index, name in enumerate(self.images.class_names)]
+        return {"images": [{"id": index} for index in seen], "annotations": annotations, "categories": categories}
+
+    def _results(self, seen: Sequence[int]) -> list[dict[str, Any]]:
+        """Return what was found, as COCO has it."""
+        return [
+            {"image_id": index, "category_id": int(label), "bbox": box, "score": score}
+            for index in seen
+            for label, score, *box in self._found[index].tolist()
+            if score > 0
+        ]
+
+
+def _evaluate(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """Return precision (overlaps, recalls, classes, areas, counts) and recall (overlaps, classes, areas, counts)."""
+    try:
+        from pycocotools.coco import COCO
+        from pycocotools.cocoeval import COCOeval
+    except ImportError as error:
+        raise MissingExtraError(
+            "Measuring detectors needs pycocotools: pip install 'kornia-tinyvit[detect]'."
+        ) from error
+    with contextlib.redirect_stdout(io.StringIO()):  # which tells each step
+        there = COCO()
+        there.dataset = truth
+        there.createIndex()
+        found = COCO()
+        found.dataset = truth | {"annotations": []}
+        found.createIndex()
+        if results:
+            found = there.loadRes(results)
+        evaluation = COCOeval(there, found, "bbox")
+        evaluation.params.maxDets = [1, 10, _COUNTED]
+        evaluation.evaluate()
+        evaluation.accumulate()
+    return torch.from_numpy(evaluation.eval["precision"]), torch.from_numpy(evaluation.eval["recall"])
+
+
+def _mean(values: Tensor) -> float:
+    """Return the mean in per cent over what is not -1, which COCO writes where nothing was to be found."""
+    return 100 * float(values[values > -1].mean())

@@ -1,0 +1,32 @@
+"""Images of what a network sees and finds: features, saliency, detections, masks, and the plot of a search."""
+
+from kornia_tinyvit.visualization.features import (
+    blur_size,
+    demo_augmentations,
+    draw_detections,
+    feature_colors,
+    overlay_heat,
+    saliency,
+    save_image,
+    save_rows,
+    save_sheet,
+    stage_features,
+)
+from kornia_tinyvit.visualization.overlays import distinct_colors, draw_overlay
+from kornia_tinyvit.visualization.plots import save_search
+
+__all__ = [
+    "blur_size",
+    "demo_augmentations",
+    "distinct_colors",
+    "draw_detections",
+    "draw_overlay",
+    "feature_colors",
+    "overlay_heat",
+    "saliency",
+    "save_image",
+    "save_rows",
+    "save_search",
+    "save_sheet",
+    "stage_features",
+]

@@ -1,0 +1,523 @@
+import itertools
+import os
+import pickle
+import subprocess
+import sys
+import zlib
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageEnhance, ImageOps
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from kornia_tinyvit.data import EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
+from kornia_tinyvit.data import augmentation as module
+from kornia_tinyvit.data.augmentation import OPERATIONS, Draws
+
+SIZE, SAMPLES = 40, 66
+PRESETS = {
+    "in1k": {},  # RandAugment, jitter, erasing, mixup and cutmix
+    "distill": {},
+    "trivial": {"policy": "trivial", "color_jitter": 0.0},
+    "small": {"cutmix": 1.0, "mix_probability": 0.5},
+}
+
+
+def build(name, seed=11, **changes):
+    preset = "distill" if name == "trivial" else name
+    return ReplayableAugmentation(SIZE, preset, seed=seed, num_samples=SAMPLES, **{**PRESETS[name], **changes})
+
+
+class Pictures:
+    """Pictures of many sizes, made from their number."""
+
+    labels = tuple(index % 10 for index in range(SAMPLES))
+
+    def __len__(self):
+        return SAMPLES
+
+    def pixels(self, index):
+        height, width = 20 + 7 * (index % 9), 20 + 5 * (index % 11)
+        y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
+        waves = [torch.sin(0.11 * (c + 1) * x + 0.07 * (index + 1) * y + c) for c in range(3)]
+        return (127.5 + 127 * torch.stack(waves)).to(torch.uint8)
+
+    def name(self, index):
+        return f"picture {index}"
+
+
+def replay(augment, epoch, batches, workers=0):
+    """CRC-32 of every sample's pixels, and the checksums of its parameters, by sample."""
+    keys = [[(epoch, int(index)) for index in batch] for batch in batches]
+    pixels, parameters = {}, {}
+    for batch in replay_loader(ReplayedSamples(Pictures(), augment), keys, workers):
+        images = augment(batch.crops, batch.draws).numpy()
+        for row, index in enumerate(batch.draws.indices.tolist()):
+            pixels[index] = zlib.crc32(images[row].tobytes())
+        parameters |= dict(zip(batch.draws.indices.tolist(), batch.draws.checksums().tolist(), strict=True))
+    return pixels, parameters
+
+
+def cut(order, size):
+    return [order[start : start + size] for start in range(0, len(order), size)]
+
+
+@pytest.fixture(scope="module", params=PRESETS)
+def recorded(request):
+    augment = build(request.param)
+    order = EpochOrder(SAMPLES, 11).permutation(3)
+    return request.param, order, replay(augment, 3, cut(order, 64))
+
+
+class TestInvariance:
+    @pytest.mark.parametrize("batch", [2, 6, 14])
+    def test_batch_size(self, recorded, batch):
+        name, order, expected = recorded
+        assert replay(build(name), 3, cut(order, batch)) == expected
+
+    def test_singles_and_odd_batches_without_mixing(self):
+        augment, order = build("distill"), EpochOrder(SAMPLES, 11).permutation(3)
+        expected = replay(augment, 3, cut(order, 64))
+        assert replay(build("distill"), 3, cut(order, 1)) == expected
+        assert replay(build("distill"), 3, cut(order, 7)) == expected
+        assert replay(build("distill"), 3, cut(order[::-1], 13)) == expected
+
+    @pytest.mark.parametrize("workers", [1, 3])
+    def test_workers(self, recorded, workers):
+        name, order, expected = recorded
+        assert replay(build(name), 3, cut(order, 16), workers) == expected
+
+    @pytest.mark.parametrize("processes", [1, 2, 3])
+    def test_processes_and_resumption(self, recorded, processes):
+        """Real processes with their shares of the epoch, whose first step was done before a stop."""
+        name, _, (pixels, parameters) = recorded
+        start = 3 * (SAMPLES // (4 * processes)) + 1
+        code = (
+            "from tests.distillation.test_augmentation import *\n"
+            "from kornia_tinyvit.distillation import EpochBatches\n"
+            f"batches = EpochBatches(EpochOrder(SAMPLES, 11), 4, 4, {{}}, {processes}, start={start})\n"
+            f"print(replay(build({name!r}), 3, [[index for _, index in batch] for batch in batches]))"
+        )
+        commands = [[sys.executable, "-c", code.format(process)] for process in range(processes)]
+        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
+        shares = [eval(process.communicate()[0]) for process in running]
+        seen = {index: crc for share, _ in shares for index, crc in share.items()}
+        assert sum(len(share) for share, _ in shares) == len(seen)
+        assert seen.items() <= pixels.items()
+        assert all(checksums.items() <= parameters.items() for _, checksums in shares)
+        assert len(seen) == (SAMPLES // (4 * processes) - 1) * 4 * processes
+
+    def test_threads(self, recorded):
+        name, order, expected = recorded
+        before = torch.get_num_threads()
+        try:
+            for threads in (1, 2):
+                torch.set_num_threads(threads)
+                assert replay(build(name), 3, cut(order, 22)) == expected
+        finally:
+            torch.set_num_threads(before)
+
+    def test_python_threads_share_one_augmentation(self, recorded):
+        name, order, expected = recorded
+        augment = build(name)
+        with ThreadPoolExecutor(4) as pool:
+            parts = list(pool.map(lambda part: replay(augment, 3, [part]), cut(order, 16)))
+        assert {key: crc for pixels, _ in parts for key, crc in pixels.items()} == expected[0]
+
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_autocast(self, recorded, dtype):
+        name, order, expected = recorded
+        with torch.autocast("cpu", dtype):
+            assert replay(build(name), 3, cut(order, 64)) == expected
+
+    def test_pickled(self, recorded):
+        """As data loaders send it to processes that are spawned."""
+        name, order, expected = recorded
+        assert replay(pickle.loads(pickle.dumps(build(name))), 3, cut(order, 64)) == expected
+
+    def test_global_random_numbers(self, recorded):
+        name, order, expected = recorded
+        torch.manual_seed(99)
+        np.random.seed(99)
+        before = torch.get_rng_state()
+        assert replay(build(name), 3, cut(order, 64)) == expected
+        assert torch.equal(before, torch.get_rng_state())
+
+    def test_another_process(self, recorded):
+        name, _, expected = recorded
+        code = (
+            "from tests.distillation.test_augmentation import *\n"
+            f"order = EpochOrder(SAMPLES, 11).permutation(3)\nprint(replay(build({name!r}), 3, cut(order, 32)))"
+        )
+        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+        assert eval(output) == expected
+
+    def test_epoch_and_seed_change_every_picture(self, recorded):
+        name, order, (pixels, parameters) = recorded
+        for augment, epoch in ((build(name), 4), (build(name, seed=12), 3)):
+            order = EpochOrder(SAMPLES, augment.seed).permutation(epoch)
+            other = replay(augment, epoch, cut(order, 64))
+            assert not any(other[1][index] == parameters[index] for index in parameters)
+            assert sum(other[0][index] == pixels[index] for index in pixels) <= 1
+
+    def test_no_operator_draws(self, recorded):
+        name, order, _ = recorded
+
+        class Refuse(TorchDispatchMode):
+            def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+                assert torch.Tag.nondeterministic_seeded not in function.tags, function
+                return function(*args, **(kwargs or {}))
+
+        augment = build(name)
+        batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, index) for index in order[:32].tolist()])
+        with Refuse():
+            augment(batch.crops, augment.draw(3, batch.draws.indices))
+
+
+class TestStreams:
+    @pytest.mark.parametrize("change", [{"flip": 0.1}, {"color_jitter": 0.1}, {"erasing": 0.9}, {"policy": None}])
+    def test_one_operator_edited_leaves_the_others_draws(self, change):
+        first, other = build("in1k").draw(0, np.arange(64)), build("in1k", **change).draw(0, np.arange(64))
+        touched = {
+            "flip": {"flip"},
+            "color_jitter": {"jitter"},
+            "erasing": {"erased"},
+            "policy": {"operations", "magnitudes"},
+        }
+        for field in ("crop", "flip", "operations", "magnitudes", "jitter", "erased", "noise", "share", "pasted"):
+            same = np.array_equal(getattr(first, field), getattr(other, field))
+            assert same != (field in touched[next(iter(change))]), field
+
+
+@pytest.fixture(scope="module")
+def many():
+    augment = ReplayableAugmentation(64, "in1k", seed=1, num_samples=20_000)
+    return augment, augment.draw(0, np.arange(20_000))
+
+
+class TestDraws:
+    def test_flip_and_jitter(self, many):
+        _, draws = many
+        assert abs(draws.flip.mean() - 0.5) < 0.015
+        assert draws.jitter.min() >= 0.6
+        assert draws.jitter.max() <= 1.4
+        assert np.allclose(draws.jitter.mean(0), 1, atol=0.01)
+
+    def test_policy_is_rand_m9_mstd05_inc1(self, many):
+        _, draws = many
+        chosen = draws.operations[draws.operations >= 0]
+        assert draws.operations.shape == (20_000, 2)
+        assert abs(len(chosen) / 40_000 - 0.5) < 0.01
+        assert np.abs(np.bincount(chosen, minlength=15) / len(chosen) - 1 / 15).max() < 0.01
+        rotations = draws.magnitudes[draws.operations == OPERATIONS.index("rotate")]
+        assert abs(np.abs(rotations).mean() - 27) < 0.3  # level 9 of 10 of 30 degrees
+        assert abs(np.abs(rotations).std() - 1.5) < 0.25
+        assert abs((rotations > 0).mean() - 0.5) < 0.05
+        assert np.abs(rotations).max() <= 30
+        bits = draws.magnitudes[draws.operations == OPERATIONS.index("posterize")]
+        assert set(np.unique(bits)) <= {1, 2, 3}
+
+    def test_trivial_draws_one_of_any_strength(self):
+        draws = ReplayableAugmentation(64, "distill", policy="trivial").draw(0, np.arange(20_000))
+        assert draws.operations.shape == (20_000, 1)
+        assert abs((draws.operations == -1).mean() - 1 / 16) < 0.01
+        angles = np.abs(draws.magnitudes[draws.operations == OPERATIONS.index("rotate")])
+        assert abs(angles.mean() - 15) < 0.8
+        assert angles.min() < 1
+
+    def test_erasing(self, many):
+        _, draws = many
+        erased = draws.erased[draws.erased[:, 2] > 0]
+        assert abs(len(erased) / 20_000 - 0.25) < 0.015
+        top, left, height, width = erased.T
+        assert ((top >= 0) & (left >= 0) & (top + height <= 64) & (left + width <= 64)).all()
+        area = height * width / 64**2
+        assert area.min() > 0.01
+        assert area.max() < 0.35
+        assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.03
+
+    def test_mixing(self, many):
+        _, draws = many
+        mixed, cut_out = draws.share > 0, draws.pasted[:, 2] * draws.pasted[:, 3] > 0
+        assert not (mixed & cut_out).any()
+        assert abs(mixed.mean() - 0.5) < 0.02
+        at = {index: row for row, index in enumerate(draws.indices.tolist())}
+        partner = np.array([at[index] for index in draws.partners.tolist()])
+        assert np.array_equal(draws.indices[partner[partner]], draws.indices)
+        assert np.array_equal(draws.share[partner], draws.share)
+        assert np.array_equal(draws.pasted[partner], draws.pasted)
+        expected = np.random.default_rng(0).beta(0.8, 0.8, 100_000)
+        quantiles = np.linspace(0.05, 0.95, 10)
+        difference = np.quantile(draws.share[mixed], quantiles) - np.quantile(expected, quantiles)
+        assert np.abs(difference).max() < 0.03
+
+    def test_the_last_of_an_odd_number_stays_alone(self):
+        augment = ReplayableAugmentation(32, "in1k", num_samples=5)
+        last = augment.order.permutation(0)[4:]
+        draws = augment.draw(0, last)
+        assert draws.partners.tolist() == last.tolist()
+        assert draws.share.tolist() == [0]
+        assert draws.pasted.sum() == 0
+
+    def test_mix_probability(self):
+        augment = ReplayableAugmentation(32, "small", num_samples=10_000, cutmix=1.0, mix_probability=0.3)
+        pasted = augment.draw(0, np.arange(10_000)).pasted
+        assert 0.25 < (pasted[:, 2] > 0).mean() < 0.31  # some boxes have no height
+
+    def test_crop_boxes_are_torchvisions(self):
+        augment = ReplayableAugmentation(32, "distill")
+        draws = augment.draw(0, np.arange(4000))
+        boxes = np.array([module._crop_box(tries, 300, 500, augment.preset) for tries in draws.crop])
+        top, left, height, width = boxes.T
+        assert ((top >= 0) & (left >= 0) & (top + height <= 300) & (left + width <= 500)).all()
+        area, ratio = height * width / 150_000, width / height
+        assert area.min() > 0.07
+        random, expected = np.random.default_rng(0), []
+        while len(expected) < 20_000:  # torchvision's way, one after the other; large squares do not fit
+            target, aspect = 150_000 * random.uniform(0.08, 1), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
+            broad, tall = round(np.sqrt(target * aspect)), round(np.sqrt(target / aspect))
+            if broad <= 500 and tall <= 300:
+                expected.append(tall * broad / 150_000)
+        assert abs(area.mean() - np.mean(expected)) < 0.015
+        assert abs(area.std() - np.std(expected)) < 0.015
+        assert ratio.min() > 0.74
+        assert ratio.max() < 1.35
+
+    def test_a_strip_falls_back_to_its_centre(self):
+        augment = ReplayableAugmentation(32, "distill", crop_scale=(1.0, 1.0))
+        top, left, height, width = module._crop_box(augment.draw(0, [0]).crop[0], 10, 1000, augment.preset)
+        assert (height, width) == (10, 13)
+        assert (top, left) == (0, 493)
+
+    @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 2.0])
+    def test_beta_quantile(self, alpha):
+        expected = np.random.default_rng(0).beta(alpha, alpha, 400_000)
+        share = np.array([0.05, 0.3, 0.5, 0.7, 0.95])
+        assert np.allclose(module._beta_quantile(alpha)(share), np.quantile(expected, share), atol=5e-3)
+
+    def test_checksums_tell_every_field(self):
+        augment = build("in1k")
+        draws = augment.draw(0, np.arange(8))
+        for field in ("crop", "flip", "operations", "magnitudes", "jitter", "erased", "noise", "partners", "share"):
+            values = {name: getattr(draws, name) for name in Draws.__dataclass_fields__}
+            edited = values[field].copy()
+            edited[3] = ~edited[3] if field == "flip" else edited[3] + 1
+            changed = Draws(**{**values, field: edited}).checksums() != draws.checksums()
+            assert changed.tolist() == [row == 3 for row in range(8)], field
+
+    def test_recorded_checksums(self):
+        """Numbers written down when the formulas were made: a change of them needs another VERSION."""
+        assert module.VERSION == 1
+        augment = ReplayableAugmentation(64, "in1k", seed=2**40 + 3, num_samples=100)
+        assert augment.draw(7, [0, 41, 99]).checksums().tolist() == [946905671, 207723968, 3305397921]
+
+
+class TestOperators:
+    """Against Pillow, which the originals use."""
+
+    @pytest.fixture
+    def picture(self):
+        return Pictures().pixels(5)
+
+    @pytest.mark.parametrize(
+        ("name", "magnitude", "reference"),
+        [
+            ("invert", 0.0, ImageOps.invert),
+            ("equalize", 0.0, ImageOps.equalize),
+            ("posterize", 3.0, lambda image: ImageOps.posterize(image, 3)),
+            ("solarize", 100.0, lambda image: ImageOps.solarize(image, 100)),
+            ("color", 1.7, lambda image: ImageEnhance.Color(image).enhance(1.7)),
+            ("contrast", 0.3, lambda image: ImageEnhance.Contrast(image).enhance(0.3)),
+            (
+                "brightness",
+                1.6,
+                lambda image: ImageEnhance.Brightness(image).enhance(1.6),
+            ),
+            ("sharpness", 1.9, lambda image: ImageEnhance.Sharpness(image).enhance(1.9)),
+        ],
+    )
+    def test_intensity(self, picture, name, magnitude, reference):
+        ours = module._operator(name)(picture[None], torch.tensor([magnitude]))[0]
+        theirs = torch.from_numpy(np.array(reference(Image.fromarray(picture.permute(1, 2, 0).numpy()))))
+        difference = (ours.int() - theirs.permute(2, 0, 1).int()).abs()
+        assert difference.max() <= 1  # Pillow truncates in places where we round
+
+    def test_solarize_add(self):
+        levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+        out = module._operator("solarize_add")(levels, torch.tensor([90.0]))[0, 0].flatten().tolist()
+        assert out == [min(255, level + 90) if level < 128 else level for level in range(256)]
+
+    def test_auto_contrast(self):
+        picture = (torch.rand(1, 3, 8, 8) * 60 + 50).to(torch.uint8)
+        out = module._operator("auto_contrast")(picture, torch.zeros(1)).flatten(2)
+        assert out.amin(2).tolist() == [[0, 0, 0]]
+        assert out.amax(2).min() >= 254
+        flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
+        flat[1, 0, 0, 0] = 100
+        flat_out = module._operator("auto_contrast")(flat, torch.zeros(2))
+        assert torch.equal(flat_out[0], flat[0])  # a channel of one level stays
+        assert torch.equal(flat_out[1, 1:], flat[1, 1:])
+        assert sorted(flat_out[1, 0].unique().tolist()) == [0, 255]
+
+    def test_translation_and_shear_move_where_they_say(self):
+        picture = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)
+        picture[:, :, 10, 5] = 250
+        moved = module._operator("translate_x")(picture, torch.tensor([0.2]))[0, 0]
+        assert moved[10, 1] == 250
+        assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean colour
+        sheared = module._operator("shear_y")(picture, torch.tensor([0.0]))
+        assert torch.equal(sheared, picture)
+
+    def test_rotation_by_a_quarter(self):
+        picture = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
+        turned = module._operator("rotate")(picture, torch.tensor([90.0]))
+        assert torch.equal(turned, picture.rot90(1, (2, 3))) or torch.equal(turned, picture.rot90(-1, (2, 3)))
+
+    @pytest.mark.parametrize("name", OPERATIONS)
+    def test_rows_do_not_see_each_other(self, name):
+        pictures = torch.stack([module.F.interpolate(Pictures().pixels(i)[None], (33, 35))[0] for i in range(9)])
+        magnitudes = torch.tensor([1.0, 2.0, 3.0, 0.4, 1.5, 2.5, 0.1, 1.9, 2.2])
+        whole = module._operator(name)(pictures, magnitudes)
+        for row in range(9):
+            assert torch.equal(
+                module._operator(name)(pictures[row : row + 1], magnitudes[row : row + 1])[0], whole[row]
+            )
+
+    def test_noise(self):
+        noise = module._noise(torch.arange(64), torch.zeros(64, 3, 20, 20))
+        assert abs(float(noise.mean())) < 0.01
+        assert abs(float(noise.std()) - 1) < 0.01
+        assert torch.equal(noise[5:6], module._noise(torch.tensor([5]), torch.zeros(1, 3, 20, 20)))
+        flat = noise.flatten(1)
+        assert np.abs(np.corrcoef(flat.numpy()) - np.eye(64)).max() < 0.15
+        assert abs(float((flat[:, 1:] * flat[:, :-1]).mean())) < 0.02
+
+
+class TestPixels:
+    def test_normalised_and_erased(self):
+        augment = ReplayableAugmentation(
+            24, "distill", policy=None, color_jitter=0.0, flip=0.0, erasing=1.0, crop_scale=(1.0, 1.0),
+            crop_ratio=(1.0, 1.0),
+        )  # fmt: skip
+        draws = augment.draw(0, [0, 1])
+        picture = torch.randint(256, (3, 24, 24), dtype=torch.uint8)
+        crops = torch.stack([augment.crop(picture, draws, row) for row in range(2)])
+        assert torch.equal(crops[0], picture)
+        images = augment(crops, draws)
+        plain = (picture / 255 - augment.mean[:, None, None]) / augment.std[:, None, None]
+        for row, (top, left, height, width) in enumerate(draws.erased.tolist()):
+            inside = torch.zeros(24, 24, dtype=torch.bool)
+            inside[top : top + height, left : left + width] = True
+            assert torch.allclose(images[row][:, ~inside], plain[:, ~inside], atol=1e-6)
+            assert (images[row][:, inside] != plain[:, inside]).float().mean() > 0.9
+
+    def test_mixed_pictures_and_labels_agree(self):
+        settings = {"policy": None, "color_jitter": 0.0, "flip": 0.0, "erasing": 0.0}
+        augment = ReplayableAugmentation(
+            16, "in1k", num_samples=40, mean=(0.0,) * 3, std=(1.0,) * 3, label_smoothing=0.0, **settings
+        )
+        order = augment.order.permutation(0)
+        draws = augment.draw(0, order)
+        # The picture of an even position is black and of an odd one white, so its mean is the share of the white one.
+        crops = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
+        crops[1::2] = 255
+        images = augment(crops, draws)
+        targets = augment.soft_labels(torch.arange(40) % 2, draws, 2)
+        assert torch.allclose(images.mean((1, 2, 3)), targets[:, 1], atol=1e-5)
+        assert torch.allclose(targets.sum(1), torch.ones(40))
+        assert len(set(targets[:, 1].tolist())) > 20
+
+    def test_label_smoothing(self):
+        augment = ReplayableAugmentation(16, "finetune")
+        targets = augment.soft_labels(torch.tensor([1]), augment.draw(0, [0]), 4)
+        assert torch.allclose(targets, torch.tensor([[0.025, 0.925, 0.025, 0.025]]))
+
+    def test_empty_batch(self):
+        augment = ReplayableAugmentation(16, "distill")
+        assert augment(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), augment.draw(0, [])).shape == (0, 3, 16, 16)
+
+    def test_another_instruction_set(self, tmp_path):
+        """Without SIMD the parameters are the same, and all pixels but a few: what another device may do."""
+        code = (
+            "from tests.distillation.test_augmentation import *\n"
+            "augment = build('in1k')\norder = EpochOrder(SAMPLES, 11).permutation(3)\n"
+            "batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, int(i)) for i in order])\n"
+            "torch.save((batch.crops, augment(batch.crops, batch.draws), batch.draws.checksums().tolist()), {!r})"
+        )
+        results = []
+        for capability in ("default", "avx2"):
+            file = str(tmp_path / capability)
+            environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
+            subprocess.run([sys.executable, "-c", code.format(file)], check=True, env=environment)
+            results.append(torch.load(file))
+        (crops, images, parameters), (other_crops, other_images, other_parameters) = results
+        assert parameters == other_parameters
+        assert torch.equal(crops, other_crops)
+        assert ((images - other_images).abs() > 1e-3).float().mean() < 1e-3
+
+    @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs CUDA")
+    def test_cuda(self):  # pragma: no cover
+        for name in PRESETS:
+            order = EpochOrder(SAMPLES, 11).permutation(3)[:64]
+            augment = build(name)
+            batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, index) for index in order.tolist()])
+            here = augment(batch.crops, batch.draws)
+            there = build(name).cuda()(batch.crops.cuda(), batch.draws).cpu()
+            assert ((here - there).abs() > 1e-3).float().mean() < 1e-3
+
+
+class TestExceptions:
+    def test_settings(self):
+        with pytest.raises(ValueError, match="no preset 'strong'"):
+            ReplayableAugmentation(32, "strong")
+        with pytest.raises(ValueError, match="no field strength"):
+            ReplayableAugmentation(32, strength=1)
+        with pytest.raises(ValueError, match="img_size must be positive"):
+            ReplayableAugmentation(0)
+        with pytest.raises(ValueError, match="needs num_samples"):
+            ReplayableAugmentation(32, mixup=0.8)
+
+    def test_pictures(self):
+        augment = ReplayableAugmentation(16)
+        draws = augment.draw(0, [0, 1])
+        with pytest.raises(TypeError, match=r"8-bit picture \(C, H, W\); got torch.float32"):
+            augment.crop(torch.rand(3, 8, 8), draws, 0)
+        with pytest.raises(TypeError, match="8-bit crops"):
+            augment(torch.rand(2, 3, 16, 16), draws)
+        with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), a row for each sample"):
+            augment(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), draws)
+
+    def test_partners_apart(self):
+        augment = build("in1k")
+        order = augment.order.permutation(0)
+        for rows in (order[[0, 2]], order[1:3], order[:1]):
+            with pytest.raises(ValueError, match="neighbours in one batch"):
+                augment(torch.zeros(len(rows), 3, SIZE, SIZE, dtype=torch.uint8), augment.draw(0, rows))
+
+    def test_describe_tells_what_changes_pixels(self):
+        described = build("in1k").describe()
+        for name, change in {"img_size": 8, "mean": (0.5,) * 3}.items():
+            assert (
+                ReplayableAugmentation(
+                    **{"img_size": SIZE, "preset": "in1k", "num_samples": 2, name: change}
+                ).describe()
+                != described
+            )
+        for change in ({"flip": 0.2}, {"erasing": 0.1}, {"mixup": 0.1}, {"crop_scale": (0.2, 1.0)}):
+            assert build("in1k", **change).describe() != described
+        assert build("in1k", label_smoothing=0.0).describe() == described
+        assert "seed" not in described
+
+
+def test_all_combinations_of_switches_run():
+    for policy, jitter, erasing, mixup, cutmix in itertools.product(
+        (None, "rand"), (0.0, 0.4), (0.0, 1.0), (0, 1), (0, 1)
+    ):
+        augment = ReplayableAugmentation(
+            16, "in1k", num_samples=6, policy=policy, color_jitter=jitter, erasing=erasing, mixup=mixup, cutmix=cutmix
+        )
+        draws = augment.draw(0, augment.order.permutation(0))
+        images = augment(torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8), draws)
+        assert images.isfinite().all()

@@ -1,0 +1,334 @@
+"""Pictures with boxes: YOLO's and COCO's files, what is cut, left out and refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from kornia_tinyvit.data import BrokenImageError, DetectionDataset
+from tests.conftest import shared
+
+NAMES = ("cat", "dog", "owl")
+
+
+def write_picture(path: Path, width: int = 40, height: int = 20) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (width, height), "red").save(path)
+
+
+def write_yolo(root: Path, labels: dict[str, str | None], names=NAMES, yaml: str | None = None) -> Path:
+    """Write pictures of 40 x 20 pixels and their labels; ``None`` writes no file of labels."""
+    for stem, text in labels.items():
+        write_picture(root / "images" / "train" / f"{stem}.png")
+        if text is not None:
+            file = root / "labels" / "train" / f"{stem}.txt"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text)
+    listed = "\n".join(f"  {index}: {name}" for index, name in enumerate(names))
+    (root / "data.yaml").write_text(yaml or f"path: .\ntrain: images/train\nval: images/train\nnames:\n{listed}\n")
+    return root / "data.yaml"
+
+
+def make_coco(**changes) -> dict:
+    """A picture with a cat and a crowd of owls, and one without anything."""
+    content = {
+        "images": [
+            {"id": 7, "file_name": "a.png", "width": 40, "height": 20},
+            {"id": 9, "file_name": "b.png", "width": 40, "height": 20},
+        ],
+        "annotations": [
+            {"id": 1, "image_id": 7, "category_id": 90, "bbox": [4, 2, 20, 10], "area": 120, "iscrowd": 0},
+            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [10, 5, 5, 5], "area": 25, "iscrowd": 1},
+        ],
+        "categories": [{"id": 90, "name": "cat"}, {"id": 3, "name": "owl"}],
+    }
+    return content | changes
+
+
+def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
+    for image in content["images"]:
+        write_picture(root / folder / image["file_name"])
+    path = root / "annotations" / "instances_val2017.json"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(content))
+    return path
+
+
+class TestYolo:
+    def test_items(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.1 0.5 0.1 0.2\n\n", "b": ""}))
+        assert (len(data), data.class_names, data.num_classes, data.left_out) == (2, NAMES, 3, ())
+        picture, objects = data[0]
+        assert (picture.shape, picture.dtype) == ((3, 20, 40), torch.float32)
+        assert objects.boxes.tolist() == [[15, 5, 25, 15], pytest.approx([2, 8, 6, 12], abs=1e-5)]
+        assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, False])
+        assert objects.areas.tolist() == pytest.approx([100, 16])
+        assert data.read(0)[0].dtype == torch.uint8
+        assert [len(each) for each in data] == [2, 2]  # iterating ends
+
+    def test_pictures_without_objects(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5", "b": "", "c": None}))
+        for index in (1, 2):
+            objects = data[index][1]
+            assert objects.boxes.shape == (0, 4)
+            assert (objects.labels.dtype, len(objects.labels)) == (torch.int64, 0)
+
+    def test_boxes_that_stick_out_are_cut(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.1 0.9 0.4 0.4"}))
+        assert data[0][1].boxes[0].tolist() == pytest.approx([0, 14, 12, 20], abs=1e-5)
+
+    def test_boxes_without_an_area_are_left_out(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0 0.4\n1 0.5 0.5 0.5 0.5\n2 0.2 0.3 0.1 0"}))
+        assert data[0][1].labels.tolist() == [1]
+        assert [line.rsplit("/", 1)[1] for line in data.left_out] == [
+            "a.txt:1: a box without an area", "a.txt:3: a box without an area",
+        ]  # fmt: skip
+
+    def test_outlines(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "2 0.1 0.2 0.5 0.1 0.3 0.9"}))
+        assert data[0][1].boxes[0].tolist() == pytest.approx([4, 2, 20, 18], abs=1e-5)
+
+    @pytest.mark.parametrize(
+        ("line", "message"),
+        [
+            ("3 0.5 0.5 0.1 0.1", r"a\.txt:2 has the class 3; there are 3 classes"),
+            ("-1 0.5 0.5 0.1 0.1", "has the class -1"),
+            ("0.5 0.5 0.5 0.1 0.1", "has the class 0.5"),
+            ("0 20 10 4 4", r"a\.txt:2 has values outside of \[0, 1\].*not pixels"),
+            ("0 0.5 0.5 -0.2 0.1", "outside of"),
+            ("0 0.5 0.5 0.1", "is no label"),
+            ("0 0.5 0.5 nan 0.1", "is no label"),
+            ("cat 0.5 0.5 0.1 0.1", "is no label: .*got 'cat 0.5"),
+        ],
+    )
+    def test_false_labels(self, tmp_path, line, message):
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(write_yolo(tmp_path, {"a": f"0 0.5 0.5 0.1 0.1\n{line}"}))
+
+    def test_lists_of_pictures(self, tmp_path):
+        yaml = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1", "b": "1 0.5 0.5 0.1 0.1"}, yaml="""
+path: .
+train: [first.txt, images/train]
+names: [cat, dog]
+""")  # fmt: skip
+        (tmp_path / "first.txt").write_text("./images/train/b.png\n\n")
+        data = DetectionDataset.open(yaml)
+        assert [data.name(row) for row in range(3)] == ["./images/train/b.png", "a.png", "b.png"]
+        assert [data[row][1].labels.tolist() for row in range(3)] == [[1], [0], [1]]
+        (tmp_path / "first.txt").write_text("gone.png")
+        with pytest.raises(FileNotFoundError, match=r"first\.txt lists gone\.png"):
+            DetectionDataset.open(yaml)
+
+    def test_pictures_one_folder_up(self, tmp_path):
+        write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"})
+        (tmp_path / "boxes").mkdir()
+        (tmp_path / "labels").rename(tmp_path / "boxes" / "labels")
+        (tmp_path / "data.yaml").rename(tmp_path / "boxes" / "data.yaml")
+        assert DetectionDataset.open(tmp_path / "boxes")[0][1].labels.tolist() == [0]
+
+    @pytest.mark.parametrize(
+        ("yaml", "error", "message"),
+        [
+            ("train: images/train", ValueError, "expected 'names' and 'train'"),
+            ("names: [a]", ValueError, "expected 'names' and 'train'"),
+            ("train: images/gone\nnames: [a]", FileNotFoundError, "images/gone"),
+            ("train: images/train\nnames: {0: a, 2: b}", ValueError, "expected 0, 1, 2"),
+            ("- 1", ValueError, "describes no YOLO data set"),
+            ("a: [", ValueError, "is no YAML"),
+        ],
+    )
+    def test_false_descriptions(self, tmp_path, yaml, error, message):
+        with pytest.raises(error, match=message):
+            DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml))
+
+    def test_no_labels_at_all(self, tmp_path):
+        with pytest.raises(ValueError, match="None of the 2 pictures of 'train'"):
+            DetectionDataset.open(write_yolo(tmp_path, {"a": None, "b": None}))
+        with pytest.raises(ValueError, match="no object on its 1 pictures; 1 boxes have no area"):
+            DetectionDataset.open(write_yolo(tmp_path / "more", {"a": "0 0.5 0.5 0 0"}))
+
+    def test_no_text(self, tmp_path):
+        path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"})
+        next(path.parent.rglob("a.txt")).write_bytes(b"0 0.5\xff")
+        with pytest.raises(ValueError, match=r"a\.txt is no text in UTF-8"):
+            DetectionDataset.open(path)
+
+    @pytest.mark.parametrize(
+        ("yaml", "message"),
+        [
+            ("train: images/train\nnames: cat", "has the names cat; expected a list"),
+            ("train: images/train\nnames: {0: cat, x: owl}", r"names the classes \[0, 'x'\]"),
+            ("train: 5\nnames: [cat]", "has 5 as 'train'; expected folders or files of pictures"),
+            ("train: [images/train, 5]\nnames: [cat]", "has 5 as 'train'"),
+        ],
+    )
+    def test_described_wrongly(self, tmp_path, yaml, message):
+        path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml)
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(path)
+
+
+class TestCoco:
+    def test_items(self, tmp_path):
+        data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
+        assert data.class_names == ("owl", "cat")  # in the order of the ids
+        objects = data[0][1]
+        assert objects.boxes.tolist() == [[4, 2, 24, 12], [10, 5, 15, 10]]
+        assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, True])
+        assert objects.areas.tolist() == [120, 25]
+        assert len(data[1][1].labels) == 0
+        assert data.path(1) == tmp_path / "val2017" / "b.png"
+
+    @pytest.mark.parametrize("folder", ["images/val2017", "annotations"])
+    def test_places_of_the_pictures(self, tmp_path, folder):
+        assert len(DetectionDataset.open(write_coco(tmp_path, make_coco(), folder))) == 2
+
+    def test_folders(self, tmp_path):
+        write_coco(tmp_path / "coco", make_coco())
+        assert len(DetectionDataset.open(tmp_path / "coco", "val")) == 2
+        with pytest.raises(FileNotFoundError, match="for 'train'; expected annotations/instances_train"):
+            DetectionDataset.open(tmp_path / "coco", "train")
+        path = write_coco(tmp_path / "other", make_coco(), "train")
+        path.rename(tmp_path / "other" / "train" / "_annotations.coco.json")
+        assert len(DetectionDataset.open(tmp_path / "other", "train")) == 2
+        for name in ("instances_val.json", "instances_val2014.json"):
+            (tmp_path / "coco" / "annotations" / name).write_text("{}")
+        with pytest.raises(ValueError, match="several data sets"):
+            DetectionDataset.open(tmp_path / "coco", "val")
+
+    def test_boxes_outside(self, tmp_path):
+        boxes = [[-5, -5, 10, 10], [50, 0, 10, 10], [3, 3, 0, 4], [30, 10, 100, 5]]
+        annotations = [
+            {"id": number, "image_id": 7, "category_id": 3, "bbox": box} for number, box in enumerate(boxes, 11)
+        ]
+        data = DetectionDataset.open(write_coco(tmp_path, make_coco(annotations=annotations)))
+        assert data[0][1].boxes.tolist() == [[0, 0, 5, 5], [30, 10, 40, 15]]
+        assert data[0][1].areas.tolist() == [25, 50]
+        assert len(data.left_out) == 2
+        assert "annotation 12 of a.png: the box [50, 0, 10, 10] has no area in 40x20 pixels" in data.left_out[0]
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"category_id": 4}, r"json: annotation 1 has the category 4, which is none of the 2"),
+            ({"image_id": 8}, "annotation 1 is of picture 8, not listed"),
+            ({"bbox": [1, 2, 3]}, r"annotation 1 of a\.png has the box \[1, 2, 3\]"),
+            ({"bbox": [1, 2, float("nan"), 4]}, "has the box"),
+            ({"bbox": None}, "has the box"),
+            ({"area": float("nan")}, "has the area nan; expected pixels"),
+            ({"area": "12"}, "has the area 12"),
+            ({"area": -4}, "has the area -4"),
+            ({"image_id": [7]}, r"number 0 of its annotations has image_id \[7\]"),
+            ({"category_id": {}}, r"number 0 of its annotations has category_id \{\}"),
+        ],
+    )
+    def test_false_annotations(self, tmp_path, change, message):
+        annotation = make_coco()["annotations"][0] | change
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(write_coco(tmp_path, make_coco(annotations=[annotation])))
+
+    @pytest.mark.parametrize(
+        ("part", "change", "message"),
+        [
+            ("images", {"height": "20"}, "number 1 of its images has height 20; expected pixels"),
+            ("images", {"width": 0}, "has width 0; expected pixels"),
+            ("images", {"width": 1e300}, "has width 1e"),
+            ("images", {"file_name": {}}, "has file_name {}; expected a text"),
+            ("images", {"id": [1]}, r"has id \[1\]; expected a number or a text"),
+            ("categories", {"id": "cat"}, "number 1 of its categories has id cat; expected a number"),
+        ],
+    )
+    def test_false_values(self, tmp_path, part, change, message):
+        path = write_coco(tmp_path, make_coco())
+        content = make_coco()
+        content[part][1] |= change
+        path.write_text(json.dumps(content))
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(path)
+
+    @pytest.mark.parametrize(
+        ("text", "message"),
+        [
+            ("{", "is no JSON"),
+            ("[]", "is no COCO file"),
+            (
+                json.dumps(make_coco(annotations=[{"id": 1}])),
+                "number 0 of its annotations has no image_id, category_id",
+            ),
+            (json.dumps(make_coco(categories=make_coco()["categories"] * 2)), "two categories of one id"),
+            (
+                json.dumps(make_coco(images=[make_coco()["images"][0] | {"width": 0}])),
+                "number 0 of its images has width 0",
+            ),
+        ],
+    )
+    def test_false_files(self, tmp_path, text, message):
+        path = write_coco(tmp_path, make_coco())
+        path.write_text(text)
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(path)
+
+    def test_missing_pictures(self, tmp_path):
+        path = write_coco(tmp_path, make_coco())
+        (tmp_path / "val2017" / "b.png").unlink()
+        data = DetectionDataset.open(path)
+        assert (len(data), data.without_picture) == (1, ("b.png",))
+        (tmp_path / "val2017" / "a.png").unlink()
+        with pytest.raises(FileNotFoundError, match=r"such as a\.png"):
+            DetectionDataset.open(path)
+        with pytest.raises(FileNotFoundError, match=r"No picture of .* is in"):
+            DetectionDataset.from_coco(path, tmp_path)
+
+    def test_a_picture_of_another_size(self, tmp_path):
+        data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
+        write_picture(tmp_path / "val2017" / "a.png", 20, 40)
+        with pytest.raises(BrokenImageError, match=r"a\.png is 20x40 pixels upright, but its labels are for 40x20"):
+            data[0]
+
+
+class TestDataSet:
+    def test_broken_pictures(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}))
+        data.path(0).write_bytes(b"no picture")
+        with pytest.raises(BrokenImageError, match=r"a\.png"):
+            data[0]
+
+    def test_no_data(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"There is no data set .*gone\.yaml"):
+            DetectionDataset.open(tmp_path / "gone.yaml")
+
+    def test_sample(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {str(n): f"{n % 3} 0.5 0.5 0.1 0.1" for n in range(9)}))
+        drawn = data.sample(4, seed=1)
+        assert (len(drawn), drawn.class_names) == (4, NAMES)
+        assert [drawn.name(row) for row in range(4)] == [data.sample(4, seed=1).name(row) for row in range(4)]
+        assert drawn.fingerprint() != data.fingerprint()
+        with pytest.raises(ValueError, match="Cannot draw 10 of 9"):
+            data.sample(10)
+
+    def test_fingerprint(self, tmp_path):
+        labels = {"a": "0 0.5 0.5 0.1 0.1", "b": ""}
+        one = DetectionDataset.open(write_yolo(tmp_path / "one", labels)).fingerprint()
+        assert DetectionDataset.open(write_yolo(tmp_path / "same", labels)).fingerprint() == one
+        moved = DetectionDataset.open(write_yolo(tmp_path / "moved", labels | {"a": "0 0.5 0.5 0.1 0.2"}))
+        renamed = DetectionDataset.open(write_yolo(tmp_path / "renamed", labels, names=("x", "y", "z")))
+        assert len({one, moved.fingerprint(), renamed.fingerprint()}) == 3
+
+    def test_pickles(self, tmp_path):
+        data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}))
+        assert pickle.loads(pickle.dumps(data))[0][1].labels.tolist() == [0]
+
+    @pytest.mark.parametrize("split", ["train", "val"])
+    def test_coco128(self, split):
+        data = DetectionDataset.open(shared("data/coco128/object_detection/config.yaml"), split)
+        assert (len(data), data.num_classes, data.class_names[0], data.left_out) == (128, 80, "person", ())
+        picture, objects = data[0]
+        assert len(objects.labels)
+        limits = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
+        assert (objects.boxes >= 0).all()
+        assert (objects.boxes <= limits + 1e-3).all()

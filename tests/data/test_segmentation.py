@@ -1,0 +1,239 @@
+"""Pictures with masks: how they are paired, what ids mean, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset
+from tests.conftest import shared
+
+NAMES = {0: "unlabeled", 3: "sky", 7: "road", 40: "tree"}
+
+
+def write_pair(root: Path, stem: str, ids, suffix: str = ".jpg", mask_size=None) -> None:
+    ids = np.asarray(ids)
+    for kind in ("images", "masks"):
+        (root / kind / stem).parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", ids.shape[::-1], "red").save(root / "images" / f"{stem}{suffix}")
+    mask = Image.fromarray(ids.astype(np.uint16 if ids.max() > 255 else np.uint8))
+    mask.resize(mask_size or mask.size, Image.Resampling.NEAREST).save(root / "masks" / f"{stem}.png")
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    write_pair(tmp_path, "a", [[0, 3, 7], [255, 40, 40]])
+    write_pair(tmp_path, "street/b", np.full((5, 4), 7))
+    return tmp_path
+
+
+def opened(folder, classes=NAMES, **options) -> SegmentationDataset:
+    return SegmentationDataset(folder / "images", folder / "masks", classes, **options)
+
+
+class TestItems:
+    def test_ids_become_indices(self, folder):
+        data = opened(folder)
+        assert (len(data), data.num_classes, data.ids) == (2, 3, (3, 7, 40))
+        assert data.class_names == ("sky", "road", "tree")
+        picture, mask = data[0]
+        assert (picture.shape, picture.dtype) == ((3, 2, 3), torch.float32)
+        assert picture.max() <= 1
+        assert mask.tolist() == [[IGNORED, 0, 1], [IGNORED, 2, 2]]
+        assert (mask.dtype, data.name(1)) == (torch.int64, "street/b.jpg")
+        assert [len(each) for each in data] == [2, 2]  # iterating ends
+
+    def test_without_names(self, folder):
+        data = opened(folder, None)
+        assert (data.ids, data.class_names[1]) == ((0, 3, 7, 40), "class 3")
+
+    def test_names_in_order(self, tmp_path):
+        write_pair(tmp_path, "a", [[0, 1], [2, 255]])
+        data = opened(tmp_path, ["x", "void", "z"])
+        assert data.class_names == ("x", "z")
+        assert data[0][1].tolist() == [[0, IGNORED], [1, IGNORED]]
+
+    def test_a_class_255(self, tmp_path):
+        write_pair(tmp_path, "a", [[0, 255]])
+        assert opened(tmp_path, {0: "ground", 255: "sky"})[0][1].tolist() == [[0, 1]]
+
+    def test_ignored(self, folder):
+        data = opened(folder, ignored=(7,))
+        assert data.class_names == ("sky", "tree")
+        assert (data[1][1] == IGNORED).all()
+
+    def test_sixteen_bits(self, tmp_path):
+        write_pair(tmp_path, "a", [[0, 3000], [300, 2]])
+        assert opened(tmp_path, None).ids == (0, 2, 300, 3000)
+        assert opened(tmp_path, None)[0][1].tolist() == [[0, 3], [2, 1]]
+
+    def test_palette(self, tmp_path):
+        write_pair(tmp_path, "a", [[3, 7], [40, 7]])
+        mask = Image.fromarray(np.array([[3, 7], [40, 7]], dtype=np.uint8))
+        mask.putpalette([255, 0, 0] * 256)
+        mask.save(tmp_path / "masks" / "a.png")
+        assert Image.open(tmp_path / "masks" / "a.png").mode == "P"
+        assert opened(tmp_path)[0][1].tolist() == [[0, 1], [2, 1]]
+
+    def test_upright(self, tmp_path):
+        write_pair(tmp_path, "a", np.full((3, 2), 7))
+        exif = Image.Exif()
+        exif[274] = 6  # turned by a quarter
+        Image.new("RGB", (3, 2)).save(tmp_path / "images" / "a.jpg", exif=exif)
+        assert opened(tmp_path)[0][0].shape == (3, 3, 2)
+
+    def test_unpaired(self, folder):
+        (folder / "masks" / "a.png").unlink()
+        (folder / "images" / "street" / "b.jpg").rename(folder / "images" / "street" / "c.jpg")
+        write_pair(folder, "d", [[3]])
+        data = opened(folder)
+        assert (len(data), data.without_mask) == (1, ("a.jpg", "street/c.jpg"))
+        assert data.without_picture == ("street/b.png",)
+
+    def test_sample(self, folder):
+        for number in range(8):
+            write_pair(folder, f"more{number}", [[3]])
+        drawn = opened(folder).sample(4, seed=1)
+        assert (len(drawn), drawn.class_names) == (4, opened(folder).class_names)
+        assert [drawn.name(row) for row in range(4)] == [opened(folder).sample(4, seed=1).name(row) for row in range(4)]
+        with pytest.raises(ValueError, match="Cannot draw 11 of 10"):
+            opened(folder).sample(11)
+
+    def test_fingerprint(self, folder, tmp_path_factory):
+        elsewhere = tmp_path_factory.mktemp("other") / "data"
+        folder.rename(elsewhere)
+        data = opened(elsewhere)
+        first = data.fingerprint()
+        elsewhere.rename(folder)
+        assert opened(folder).fingerprint() == first
+        assert opened(folder, {**NAMES, 7: "path"}).fingerprint() != first
+        assert opened(folder).sample(1).fingerprint() != first
+
+    def test_pickled(self, folder):
+        again = pickle.loads(pickle.dumps(opened(folder)))
+        assert torch.equal(again[0][1], opened(folder)[0][1])
+
+
+class TestRefusals:
+    def test_names_in_no_text(self, folder):
+        (folder / "classes.txt").write_bytes(b"sky\x80\nroad")
+        with pytest.raises(ValueError, match=r"classes\.txt is no text in UTF-8"):
+            SegmentationDataset.open(folder)
+
+    @pytest.mark.parametrize(
+        ("told", "message"),
+        [
+            ({"classes": 3}, "has the classes 3; expected names by their ids, or a list"),
+            ({"classes": {"sky": 3}}, "must be whole numbers"),
+            ({"ignored": ["x"]}, "must be whole numbers"),
+            ({"ignored": 3}, "ids that are left out as a list 'ignored'"),
+        ],
+    )
+    def test_described_wrongly(self, folder, told, message):
+        sections = {"train": {"images": "images", "masks": "masks"}}
+        (folder / "data.json").write_text(json.dumps(sections | {"classes": ["sky", "road"]} | told))
+        with pytest.raises(ValueError, match=message):
+            SegmentationDataset.open(folder / "data.json")
+
+    def test_other_sizes(self, tmp_path):
+        write_pair(tmp_path, "a", np.full((4, 6), 7), mask_size=(4, 6))
+        with pytest.raises(BrokenImageError, match=r"a\.jpg is 6x4 pixels upright, but its mask .*a\.png is 4x6"):
+            opened(tmp_path)[0]
+
+    def test_unknown_ids(self, folder):
+        with pytest.raises(BrokenImageError, match=r"a\.png holds the ids 40, which are no classes"):
+            opened(folder, {3: "sky", 7: "road"}, ignored=(0,))[0]
+
+    @pytest.mark.parametrize("kind", ["images/a.jpg", "masks/a.png"])
+    @pytest.mark.parametrize("content", [b"", b"no picture", None])
+    def test_broken(self, folder, kind, content):
+        file = folder / kind
+        file.write_bytes(file.read_bytes()[:40] if content is None else content)
+        with pytest.raises(BrokenImageError, match=kind.split("/")[1]):
+            opened(folder)[0]
+
+    def test_colour_mask(self, folder):
+        Image.new("RGB", (3, 2)).save(folder / "masks" / "a.png")
+        with pytest.raises(BrokenImageError, match=r"a\.png is no mask: it has the mode RGB"):
+            opened(folder)[0]
+
+    def test_vanished(self, folder):
+        data = opened(folder)
+        (folder / "masks" / "a.png").unlink()
+        with pytest.raises(FileNotFoundError, match=r"no mask .*a\.png any more"):
+            data[0]
+
+    def test_jpeg_masks(self, folder):
+        Image.new("L", (3, 2)).save(folder / "masks" / "a.jpg")
+        (folder / "masks" / "a.png").unlink()
+        with pytest.raises(ValueError, match=r"JPEG masks such as a\.jpg"):
+            opened(folder)
+
+    def test_two_files_of_a_name(self, folder):
+        Image.new("RGB", (3, 2)).save(folder / "images" / "a.png")
+        with pytest.raises(ValueError, match=r"both a\.jpg and a\.png"):
+            opened(folder)
+
+    def test_nothing_in_common(self, folder):
+        with pytest.raises(ValueError, match=r"No picture of .*: 2 pictures, 1 masks"):
+            SegmentationDataset(folder / "images", folder / "masks" / "street", NAMES)
+
+    def test_no_folder(self, folder):
+        with pytest.raises(FileNotFoundError, match="There is no folder"):
+            SegmentationDataset(folder / "images", folder / "gone", NAMES)
+
+    @pytest.mark.parametrize("classes", [{-1: "a"}, {70000: "a"}, {0: "void"}])
+    def test_ids_out_of_range(self, folder, classes):
+        with pytest.raises(ValueError, match="Ids of classes must be in"):
+            opened(folder, classes)
+
+
+class TestOpen:
+    def test_folder(self, folder):
+        (folder / "classes.txt").write_text("\n".join(f"name {index}" for index in range(41)))
+        data = SegmentationDataset.open(folder)
+        assert (data.num_classes, data.class_names[7]) == (41, "name 7")
+        assert SegmentationDataset.open(folder, classes=NAMES).num_classes == 3
+
+    def test_folder_of_splits(self, tmp_path):
+        for split, ids in (("train", [[1]]), ("val", [[2]])):
+            for kind in ("images", "masks"):
+                write_pair(tmp_path / "data", "a", ids)
+                (tmp_path / kind).mkdir(exist_ok=True)
+                (tmp_path / "data" / kind).rename(tmp_path / kind / split)
+        assert SegmentationDataset.open(tmp_path, "val").ids == (2,)
+        assert SegmentationDataset.open(tmp_path).ids == (1,)
+
+    @pytest.mark.parametrize("suffix", [".yaml", ".json"])
+    def test_description(self, folder, suffix):
+        told = {"train": {"images": "images", "masks": "masks"}, "classes": NAMES, "ignored": [7]}
+        file = folder / f"data{suffix}"
+        file.write_text(json.dumps(told))  # which is YAML, too
+        data = SegmentationDataset.open(file)
+        assert data.class_names == ("sky", "tree")
+        with pytest.raises(ValueError, match="masks of 'val' are"):
+            SegmentationDataset.open(file, "val")
+
+    @pytest.mark.parametrize("content", ["[1", "- 1", "\t"])
+    def test_no_description(self, tmp_path, content):
+        (tmp_path / "data.yaml").write_text(content)
+        with pytest.raises(ValueError, match=r"data\.yaml"):
+            SegmentationDataset.open(tmp_path / "data.yaml")
+
+    def test_gone(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no data set"):
+            SegmentationDataset.open(tmp_path / "gone.yaml")
+
+
+def test_coco128():
+    data = SegmentationDataset.open(shared("data/coco128/semantic_segmentation/config.yaml"))
+    assert (len(data), data.num_classes, len(data.without_mask), data.without_picture) == (100, 129, 28, ())
+    picture, mask = data[0]
+    assert picture.shape[1:] == mask.shape
+    assert 0 <= mask[mask != IGNORED].min() <= mask.max() < 129

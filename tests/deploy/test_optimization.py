@@ -1,0 +1,222 @@
+import ctypes
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import kornia_tinyvit
+from kornia_tinyvit import ImageClassifier, TinyViT, allocator
+from kornia_tinyvit.deploy import optimization as optimizing
+from kornia_tinyvit.deploy.engines import EagerEngine
+from kornia_tinyvit.deploy.optimization import Optimized, optimize
+from tests.conftest import SHALLOW, liven
+
+
+@pytest.fixture(scope="module")
+def model() -> TinyViT:
+    torch.manual_seed(0)
+    return liven(TinyViT(**SHALLOW))
+
+
+@pytest.fixture(scope="module")
+def classifier() -> ImageClassifier:
+    return ImageClassifier.from_config("1m", pretrained="cifar10").eval()
+
+
+@pytest.fixture
+def images() -> torch.Tensor:
+    return torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+
+def eager(model: nn.Module, **kwargs: object) -> Optimized:
+    return optimize(model, "eager", tune_allocator=False, **kwargs)
+
+
+class TestSignatureAndResults:
+    def test_logits(self, model, images):
+        fast = eager(model)
+        torch.testing.assert_close(fast(images), model(images).detach(), atol=1e-4, rtol=1e-4)
+        assert fast.engine == "eager"
+        assert fast.dtype == torch.float32
+        assert fast.warmup_s > 0
+
+    def test_intermediates_are_a_list(self, model, images):
+        found = eager(model, method="forward_intermediates")(images)
+        assert isinstance(found, list)
+        expected = [each.detach() for each in model.forward_intermediates(images)]
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize("size", [(64, 64), (96, 70)])
+    def test_mobile_sam(self, size):
+        encoder = liven(TinyViT(**SHALLOW | {"mobile_sam": True}))
+        images = torch.randn(1, 3, *size)
+        torch.testing.assert_close(eager(encoder)(images), encoder(images).detach(), atol=1e-4, rtol=1e-4)
+
+    def test_uint8(self, model):
+        levels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        unit = eager(model, pixels="unit")(levels / 255)
+        torch.testing.assert_close(eager(model, pixels="uint8")(levels), unit, atol=1e-4, rtol=1e-4)
+
+    def test_no_pictures(self, model, images):
+        assert eager(model)(images[:0]).shape == (0, 7)
+        maps = eager(model, method="forward_intermediates")(images[:0])
+        assert [tuple(each.shape) for each in maps] == [tuple(e.shape) for e in model.forward_intermediates(images[:0])]
+
+    def test_keeps_its_own_weights(self, images):
+        model = liven(TinyViT(**SHALLOW))
+        fast = eager(model)
+        before = fast(images)
+        with torch.no_grad():
+            model.head.weight.zero_()
+        assert torch.equal(fast(images), before)
+
+
+class TestInt8:
+    def test_labelled_pictures_and_other_sizes(self, model, images):
+        labelled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
+        fast = optimize(model, "onnxruntime", torch.int8, calibration=labelled)
+        for size in (64, 96):  # the second makes the engine calibrate again
+            pictures = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
+            error = (fast(pictures) - model(pictures)).norm() / model(pictures).norm()
+            assert 1e-4 < error < 0.3
+
+
+class TestClassifier:
+    def test_is_a_classifier(self, classifier):
+        fast = optimize(classifier, "eager", tune_allocator=False)
+        photos = sorted((Path(kornia_tinyvit.__file__).parent / "assets" / "photos").glob("*.[jp][pn]g"))
+        assert isinstance(fast, ImageClassifier)
+        assert fast.model.engine == "eager"
+        for ours, theirs in zip(fast.predict(photos, 3), classifier.predict(photos, 3), strict=True):
+            assert [each.label for each in ours] == [each.label for each in theirs]
+            assert [each.score for each in ours] == pytest.approx([each.score for each in theirs], abs=1e-4)
+
+    def test_takes_photos_of_any_size(self, classifier):
+        fast = optimize(classifier, "eager", tune_allocator=False)
+        for size in ((48, 80), (200, 150)):
+            photos = torch.rand(2, 3, *size)
+            torch.testing.assert_close(fast(photos), classifier(photos).detach(), atol=1e-4, rtol=1e-4)
+
+    def test_pixels_are_its_own_business(self, classifier):
+        with pytest.raises(ValueError, match="pixels belongs to a TinyViT"):
+            optimize(classifier, "eager", pixels="uint8")
+
+
+class TestAuto:
+    def test_takes_the_fastest_within_the_tolerance(self, classifier, monkeypatch):
+        photos = torch.rand(8, 3, 64, 64)
+        delays = {torch.float32: 2.0, torch.bfloat16: 1.0}
+        monkeypatch.setattr(
+            optimizing, "interleaved", lambda steps, _repetitions: {key: delays[key[1]] for key in steps}
+        )
+        if torch.bfloat16 not in EagerEngine.dtypes(torch.device("cpu")):
+            pytest.skip("bfloat16 is not supported here")
+        settings = {"dtype": None, "calibration": [photos], "tune_allocator": False}
+        fast = optimize(classifier, ["eager"], tolerance=1.0, **settings).model
+        assert fast.dtype == torch.bfloat16
+        told = {choice.dtype: choice for choice in fast.choices}
+        assert told[torch.bfloat16].ms == 1000
+        assert told[torch.bfloat16].agreement.pictures == 8
+        assert "not torch.int8" in told[torch.int8].refused
+        # The same, where bfloat16 is judged to be too far off.
+        monkeypatch.setattr(
+            optimizing, "_disagreement", lambda found, _: "too far" if found.mean_error > 1e-4 else None
+        )
+        fast = optimize(classifier, ["eager"], **settings).model
+        assert fast.dtype == torch.float32
+
+    def test_measures(self, model, images):
+        fast = optimize(model, ["eager", "onnxruntime"], example=images, tune_allocator=False)
+        measured = [choice for choice in fast.choices if choice.refused is None]
+        assert {choice.engine for choice in measured} == {"eager", "onnxruntime"}
+        assert fast.engine == measured[0].engine
+        assert 0 < measured[0].ms <= measured[1].ms
+        torch.testing.assert_close(fast(images), model(images).detach(), atol=1e-4, rtol=1e-4)
+
+    def test_without_pictures_nothing_is_judged(self, model):
+        fast = optimize(model, "eager", None, tune_allocator=False)
+        assert fast.dtype == torch.float32
+        assert all("pictures" in choice.refused for choice in fast.choices if choice.dtype == torch.bfloat16)
+
+    def test_tolerance_of_maps(self, model, images, monkeypatch):
+        monkeypatch.setattr(optimizing, "DTYPES", (torch.bfloat16,))
+        settings = {"method": "forward_features", "calibration": [images], "tune_allocator": False}
+        with pytest.raises(ValueError, match="mean relative error"):
+            optimize(model, ["eager"], None, tolerance=1e-9, **settings)
+
+
+class TestRefusals:
+    def test_settings(self, model):
+        with pytest.raises(ValueError, match="engine must be auto"):
+            optimize(model, "tensorrt")
+        with pytest.raises(ValueError, match="dtype must be one of"):
+            optimize(model, "eager", torch.float64)
+        with pytest.raises(ValueError, match=r"not torch\.int8"):
+            optimize(model, "eager", torch.int8)
+        with pytest.raises(ValueError, match="needs pictures"):
+            optimize(model, "onnxruntime", torch.int8)
+        with pytest.raises(ValueError, match="give it an example"):
+            optimize(nn.Conv2d(3, 3, 1), "eager")
+
+    def test_missing_package(self, model, monkeypatch):
+        monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+        with pytest.raises(ImportError, match="pip install"):
+            optimize(model, "openvino")
+
+    def test_pictures(self, model, images):
+        fast = eager(model)
+        with pytest.raises(TypeError, match=r"floating point pictures .*got torch.uint8"):
+            fast(images.byte())
+        with pytest.raises(TypeError, match="got list"):
+            fast([images])
+        with pytest.raises(ValueError, match=r"got \(3, 64, 64\)"):
+            fast(images[0])
+        with pytest.raises(ValueError, match="on meta"):
+            fast(images.to("meta"))
+        with pytest.raises(RuntimeError, match="no gradients"):
+            fast(images.requires_grad_())
+        with torch.no_grad():
+            assert fast(images).shape == (2, 7)
+
+    def test_moving(self, model):
+        fast = eager(model)
+        fast.eval().float().cpu()
+        with pytest.raises(RuntimeError, match="stays as it is"):
+            fast.half()
+
+
+class TestAllocator:
+    def test_asked_for_by_default(self, model, monkeypatch):
+        calls = []
+        monkeypatch.setattr(optimizing, "keep_memory", lambda: calls.append(1))
+        eager(model)
+        assert calls == []
+        optimize(model, "eager")
+        assert calls == [1]
+
+    @pytest.mark.parametrize(("refuses_threshold", "done"), [(False, True), (True, True)])
+    def test_mallopt(self, monkeypatch, refuses_threshold, done):
+        asked = []
+
+        class Libc:
+            gnu_get_libc_version = None
+
+            @staticmethod
+            def mallopt(parameter: int, value: int) -> int:
+                asked.append(parameter)
+                return 0 if refuses_threshold and parameter == allocator.M_MMAP_THRESHOLD else 1
+
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: Libc())
+        monkeypatch.setattr(sys, "platform", "linux")
+        assert allocator.keep_memory() is done
+        assert (allocator.M_MMAP_MAX in asked) is refuses_threshold
+        assert allocator.M_TRIM_THRESHOLD in asked
+
+    def test_elsewhere(self, monkeypatch):
+        monkeypatch.setattr(sys, "platform", "darwin")
+        assert allocator.keep_memory() is False
+        monkeypatch.setattr(sys, "platform", "linux")
+        monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
+        assert allocator.keep_memory() is False

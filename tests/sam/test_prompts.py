@@ -1,0 +1,124 @@
+import math
+
+import pytest
+import torch
+
+from kornia_tinyvit.sam import Geometry
+from kornia_tinyvit.sam.prompts import count_prompts, each_photo, prepare_prompts
+
+GEOMETRY = Geometry.fit((300, 400), (256, 256))  # resized to 192 x 256
+
+
+def points(*pairs: tuple[float, float]) -> torch.Tensor:
+    return torch.tensor(pairs)[:, None]
+
+
+class TestMapping:
+    def test_points(self):
+        prompts = prepare_prompts(GEOMETRY, points((0, 0), (400, 300), (100, 150)), None, None, None)
+        coordinates, labels = prompts.points
+        torch.testing.assert_close(coordinates[:, 0], torch.tensor([[0.0, 0.0], [256.0, 192.0], [64.0, 96.0]]))
+        assert torch.equal(labels, torch.ones(3, 1, dtype=torch.int64))
+        assert count_prompts(prompts) == 3
+
+    def test_boxes(self):
+        prompts = prepare_prompts(GEOMETRY, None, None, torch.tensor([[0, 0, 400, 300], [100, 150, 200, 300]]), None)
+        expected = torch.tensor([[0.0, 0.0, 256.0, 192.0], [64.0, 96.0, 128.0, 192.0]])
+        torch.testing.assert_close(prompts.boxes, expected)
+        assert count_prompts(prompts) == 2
+
+    def test_masks(self):
+        masks = torch.rand(5, 1, 64, 64)
+        prompts = prepare_prompts(GEOMETRY, None, None, None, masks)
+        assert prompts.masks is masks
+        assert count_prompts(prompts) == 5
+
+    def test_half_precision_is_widened(self):
+        wide = Geometry.fit((3000, 4000), (256, 256))
+        prompts = prepare_prompts(wide, points((3999, 1)).half(), None, None, None)
+        assert prompts.points[0].dtype == torch.float32
+
+    def test_gradients_reach_the_boxes(self):
+        boxes = torch.tensor([[10.0, 20.0, 30.0, 40.0]], requires_grad=True)
+        prepare_prompts(GEOMETRY, None, None, boxes, None).boxes.sum().backward()
+        assert torch.equal(boxes.grad, torch.full((1, 4), 0.64))
+
+    def test_boxes_may_jut_out(self):
+        prompts = prepare_prompts(GEOMETRY, None, None, torch.tensor([[-50.0, -50.0, 500.0, 10.0]]), None)
+        torch.testing.assert_close(prompts.boxes, torch.tensor([[-32.0, -32.0, 320.0, 6.4]]))
+
+    def test_labels_that_are_true_or_false(self):
+        pairs, labels = points((1.0, 2.0), (3.0, 4.0)), torch.tensor([[True], [False]])
+        assert prepare_prompts(GEOMETRY, pairs, labels, None, None).points[1].tolist() == [[1], [0]]
+
+    def test_places_that_hold_no_point(self):
+        """Prompts of fewer points than others are filled up, with whatever."""
+        pairs = torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [-9.0, 900.0]]])
+        labels = torch.tensor([[1, 0], [1, -1]])
+        assert prepare_prompts(GEOMETRY, pairs, labels, None, None).points[1] is labels
+
+
+BOX = torch.tensor([[10.0, 20.0, 30.0, 40.0]])
+POINT = torch.tensor([[[1.0, 2.0]]])
+MASK = torch.zeros(1, 1, 64, 64)
+
+
+@pytest.mark.parametrize(
+    ("prompts", "message"),
+    [
+        ({}, "nothing to look for: give points, boxes or masks"),
+        ({"labels": torch.ones(1, 1)}, "Labels belong to points"),
+        ({"points": POINT[0]}, r"Points must be \(P, N, 2\).*got \(1, 2\)"),
+        ({"points": torch.zeros(1, 1, 3)}, r"Points must be \(P, N, 2\).*got \(1, 1, 3\)"),
+        ({"points": torch.zeros(2, 0, 2)}, r"at least one, each x and y; got \(2, 0, 2\)"),
+        ({"points": POINT, "labels": torch.ones(1)}, r"Labels must be \(1, 1\), one a point; got \(1,\)"),
+        ({"points": POINT, "labels": torch.tensor([[2]])}, r"-1 for no point; got \[2\]"),
+        ({"points": POINT, "labels": torch.tensor([[math.nan]])}, "Labels are 1 on the object"),
+        ({"points": points((400.5, 10))}, r"point \(400.5, 10\) lies outside.*400 wide and 300 high"),
+        ({"points": points((5, 5), (10, -1))}, r"point \(10, -1\) lies outside"),
+        ({"points": points((5, 301))}, r"point \(5, 301\) lies outside"),
+        ({"points": points((math.nan, 1))}, "The points hold NaN or infinity"),
+        ({"points": points((math.inf, 1))}, "The points hold NaN or infinity"),
+        ({"points": POINT, "labels": torch.ones(1, 1) + 0j}, "Labels are 1 on the object.*got torch.complex64"),
+        ({"boxes": torch.tensor([[0.0, 0.0, 1e30, 9.0]])}, r"The boxes lie up to 1e\+30 pixels away; 16777216"),
+        ({"masks": MASK.double() + 1e300}, "finite floating point logits"),
+        ({"points": POINT + 0j}, "The points must be real numbers; got torch.complex64"),
+        ({"boxes": BOX[0]}, r"Boxes must be \(P, 4\).*got \(4,\)"),
+        ({"boxes": BOX[:, :3]}, r"Boxes must be \(P, 4\).*got \(1, 3\)"),
+        ({"boxes": torch.tensor([[30.0, 20.0, 10.0, 40.0]])}, r"box \(30, 20, 10, 40\) is empty"),
+        ({"boxes": torch.tensor([[10.0, 20.0, 30.0, 20.0]])}, r"box \(10, 20, 30, 20\) is empty"),
+        ({"boxes": torch.tensor([[400.0, 20.0, 500.0, 40.0]])}, r"box \(400, 20, 500, 40\) lies outside.*400 wide"),
+        ({"boxes": torch.tensor([[10.0, -20.0, 30.0, 0.0]])}, "lies outside"),
+        ({"boxes": BOX * math.nan}, "The boxes hold NaN or infinity"),
+        ({"masks": MASK[0]}, r"logits \(P, 1, 64, 64\).*got \(1, 64, 64\)"),
+        ({"masks": torch.zeros(1, 1, 256, 256)}, r"logits \(P, 1, 64, 64\).*got \(1, 1, 256, 256\)"),
+        ({"masks": torch.zeros(1, 3, 64, 64)}, r"got \(1, 3, 64, 64\)"),
+        ({"masks": MASK > 0}, "finite floating point logits; got torch.bool"),
+        ({"masks": MASK * math.nan}, "finite floating point logits"),
+        ({"points": POINT, "boxes": BOX.repeat(2, 1)}, "equally many; got 1 of points, 2 of boxes"),
+        ({"boxes": BOX, "masks": MASK.repeat(3, 1, 1, 1)}, "equally many; got 1 of boxes, 3 of masks"),
+    ],
+)
+def test_refused(prompts, message):
+    given = {"points": None, "labels": None, "boxes": None, "masks": None} | prompts
+    with pytest.raises(ValueError, match=message):
+        prepare_prompts(GEOMETRY, **given)
+
+
+class TestEachPhoto:
+    def test_lists(self):
+        assert each_photo("boxes", None, 2) == [None, None]
+        assert each_photo("boxes", BOX, 1)[0] is BOX
+        assert each_photo("boxes", [None, BOX], 2)[1] is BOX
+
+    @pytest.mark.parametrize(
+        ("given", "photos", "error", "message"),
+        [
+            (BOX, 2, ValueError, "boxes of one photo; for 2 photos pass a list"),
+            ([BOX], 2, ValueError, "Got boxes for 1 photos; the embedding has 2"),
+            ([[1, 2, 3, 4]], 1, TypeError, "boxes must be a tensor, or a list with a tensor or None a photo"),
+        ],
+    )
+    def test_refused(self, given, photos, error, message):
+        with pytest.raises(error, match=message):
+            each_photo("boxes", given, photos)

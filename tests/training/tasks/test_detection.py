@@ -1,0 +1,323 @@
+"""Training detectors: boxes follow their pictures, nothing to find is no error, and it learns and goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kornia_tinyvit.data import BrokenImageError, DetectionDataset, Objects, replay_loader
+from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.huggingface.rt_detr import from_rt_detr, network_of
+from kornia_tinyvit.training import (
+    DETECTION,
+    BoxAugmentation,
+    BoxedSamples,
+    DetectionLoss,
+    DetectorTraining,
+    Recipe,
+    evaluate_detector,
+    train,
+)
+from kornia_tinyvit.training.tasks.classification import measure_network
+from kornia_tinyvit.training.tasks.detection import BoxJudge
+from tests.distillation.test_batches import damage
+from tests.test_detection import make_detector
+from tests.training.scenes import NAMES, make_scenes, write_scene
+
+RECIPE = Recipe(img_size=64, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, weight_decay=1e-4,
+                preset="detection", changes={"color_jitter": 0.1, "crop_scale": (0.8, 1.0)})  # fmt: skip
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_scenes(tmp_path / "data")
+
+
+def objects_of(boxes, labels=None, crowds=None) -> Objects:
+    count = len(boxes)
+    return Objects(
+        torch.tensor(boxes, dtype=torch.float32).reshape(-1, 4),
+        torch.arange(count) if labels is None else torch.tensor(labels),
+        torch.ones(count),
+        torch.tensor(crowds or [False] * count, dtype=torch.bool),
+    )
+
+
+class TestAugmentation:
+    @pytest.mark.parametrize("size", [(60, 90), (300, 200)])
+    def test_boxes_follow_what_is_painted(self, size):
+        height, width = size
+        left, top, right, bottom = (round(width * 0.4), round(height * 0.35), round(width * 0.7), round(height * 0.6))
+        picture = torch.zeros(3, height, width, dtype=torch.uint8)
+        picture[:, top:bottom, left:right] = 255
+        augmentation = BoxAugmentation(64, crop_scale=(0.5, 1.0), color_jitter=0.0)
+        seen = []
+        for epoch in range(12):
+            crop, boxes, labels = augmentation(picture, objects_of([[left, top, right, bottom]], [2]), epoch, 0)
+            rows, columns = ((crop[0] > 127).any(dim).nonzero().flatten() for dim in (1, 0))
+            if len(labels):
+                assert labels.tolist() == [2]
+                x, y, w, h = (64 * boxes[0]).tolist()
+                edges = [columns[0], rows[0], columns[-1] + 1, rows[-1] + 1]
+                assert [x - w / 2, y - h / 2, x + w / 2, y + h / 2] == pytest.approx([int(e) for e in edges], abs=1.6)
+                seen.append(x)
+        assert len(seen) > 8
+        assert max(seen) - min(seen) > 5  # crops and flips differ
+
+    def test_flips_are_exact(self):
+        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        picture[:, 10:20, 4:30] = 255
+        augmentation = BoxAugmentation(64, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0, flip=1.0)
+        crop, boxes, _ = augmentation(picture, objects_of([[4, 10, 30, 20]]), 0, 0)
+        assert (crop[0] > 127).any(0).nonzero().flatten()[[0, -1]].tolist() == [34, 59]
+        assert (64 * boxes[0]).tolist() == pytest.approx([47, 15, 26, 10], abs=0.02)
+
+    def test_it_is_a_function_of_the_key(self):
+        picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+        objects = objects_of([[10, 10, 40, 30], [0, 0, 69, 49]])
+        augmentation = BoxAugmentation(32, seed=3)
+        first = augmentation(picture, objects, 2, 5)
+        torch.rand(7)
+        again = BoxAugmentation(32, seed=3)(picture, objects, 2, 5)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        for epoch, index, seed in ((3, 5, 3), (2, 6, 3), (2, 5, 4)):
+            other = BoxAugmentation(32, seed=seed)(picture, objects, epoch, index)
+            assert not torch.equal(first[0], other[0])
+
+    def test_what_is_cut_away_is_left_out(self):
+        augmentation = BoxAugmentation(64, crop_scale=(0.05, 0.06), flip=0.0, color_jitter=0.0)
+        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        corners = [[0, 0, 16, 16], [48, 0, 64, 16], [0, 48, 16, 64], [48, 48, 64, 64], [0, 0, 64, 64]]
+        for epoch in range(10):
+            _, boxes, labels = augmentation(picture, objects_of(corners), epoch, 0)
+            assert len(labels) < 3
+            assert 4 not in labels  # of the whole a crop holds 6 %
+            low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
+            assert (low > -1e-6).all()
+            assert (high < 1 + 1e-6).all()
+
+    def test_crowds_and_nothing(self):
+        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        augmentation = BoxAugmentation(64, crop_scale=(0.9, 1.0))
+        objects = objects_of([[5, 5, 50, 50], [9, 9, 40, 40]], crowds=[True, False])
+        _, boxes, labels = augmentation(picture, objects, 0, 0)
+        assert (boxes.shape, labels.tolist()) == ((1, 4), [1])
+        crop, boxes, labels = augmentation(picture, objects_of([]), 0, 0)
+        assert (crop.shape, boxes.shape, labels.shape) == ((3, 64, 64), (0, 4), (0,))
+
+    def test_presets(self):
+        assert BoxAugmentation(64).describe()["kind"] == "boxes"
+        with pytest.raises(ValueError, match="Boxes cannot follow policy, erasing; take the preset 'detection'"):
+            BoxAugmentation(64, "finetune")
+
+
+class TestSamples:
+    def samples(self, folder, **options):
+        return BoxedSamples(DetectionDataset.open(folder), BoxAugmentation(64), **options)
+
+    def test_batches(self, folder):
+        batch = self.samples(folder)[(0, 1)]
+        assert (batch.crops.shape, batch.crops.dtype) == ((1, 3, 64, 64), torch.uint8)
+        samples = self.samples(folder)
+        batch = samples.__getitems__([(0, 0), (0, 1), (0, 2)])
+        assert [len(each) for each in batch.labels] == [len(each) for each in batch.boxes]
+        assert len(batch.labels[0]) == 0
+        images, objects = samples.inputs(batch, torch.device("cpu"))
+        assert (images.shape, images.dtype) == ((3, 3, 64, 64), torch.float32)
+        assert objects[1]["boxes"] is batch.boxes[1]
+
+    def test_broken_pictures(self, folder):
+        damage(folder / "images" / "01.png")
+        with pytest.raises(BrokenImageError, match=r"01\.png"):
+            self.samples(folder)[(0, 1)]
+        samples = self.samples(folder, on_broken="skip")
+        batch = samples.__getitems__([(0, 1), (0, 2)])
+        assert (batch.valid.tolist(), batch.broken) == ([0, 1], ("01.png",))
+        images, objects = samples.inputs(batch, torch.device("cpu"))
+        assert len(images) == len(objects) == 1
+        torch.testing.assert_close(images[0], batch.crops[1] / 255)
+        images, _ = samples.inputs(samples[(0, 1)], torch.device("cpu"))
+        assert len(images) == 1  # all are broken, and the network is called all the same
+
+    def test_workers(self, folder):
+        keys = [[(0, 0), (0, 1)], [(1, 2), (1, 3)]]
+        here, there = (list(replay_loader(self.samples(folder), keys, workers)) for workers in (0, 1))
+        for one, other in zip(here, there, strict=True):
+            assert torch.equal(one.crops, other.crops)
+            assert all(torch.equal(a, b) for a, b in zip(one.boxes, other.boxes, strict=True))
+
+
+class TestLoss:
+    def step(self, objects, **changes):
+        torch.manual_seed(0)
+        training = DetectorTraining(make_detector().train(), **{"num_denoising": 6} | changes).train()
+        images = torch.rand(len(objects), 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        inputs = (images, objects)
+        loss = DetectionLoss(training)
+        batch = type("Batch", (), {"valid": torch.ones(len(objects))})
+        losses = loss(training(inputs), inputs, batch)
+        return training, losses
+
+    def targets(self, *counts):
+        return [{"boxes": torch.full((count, 4), 0.4), "class_labels": torch.arange(count) % 3} for count in counts]
+
+    def test_it_is_transformers(self):
+        objects = self.targets(2, 1)
+        _, losses = self.step(objects)
+        torch.manual_seed(0)
+        fresh = DetectorTraining(make_detector().train(), num_denoising=6).train()
+        images = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+        pixels = (images - fresh.mean.view(3, 1, 1)) / fresh.std.view(3, 1, 1)
+        assert losses.shape == (2,)
+        expected = fresh.rt_detr(pixels, labels=objects).loss
+        assert losses.tolist() == pytest.approx([expected.item()] * 2, rel=1e-4)
+
+    @pytest.mark.parametrize("counts", [(2, 0), (0, 0), (30, 1)])
+    def test_any_number_of_objects(self, counts):
+        """None at all, or more than there are queries; every weight that is trained has a gradient each time."""
+        training, losses = self.step(self.targets(*counts))
+        assert losses.isfinite().all()
+        losses.mean().backward()
+        idle = [name for name, each in training.named_parameters() if each.requires_grad and each.grad is None]
+        assert idle == []
+        assert all(each.grad.isfinite().all() for each in training.parameters() if each.grad is not None)
+
+    def test_without_denoising(self):
+        training, losses = self.step(self.targets(1, 0), num_denoising=0)
+        losses.mean().backward()
+        again = from_rt_detr(training.rt_detr)
+        assert again.decoder.denoising_class_embed.weight.shape == (4, 16)
+
+    def test_describe(self):
+        training, _ = self.step(self.targets(1))
+        assert DetectionLoss(training).describe() == {
+            "kind": "boxes", "weight_loss_vfl": 1.0, "weight_loss_bbox": 5.0, "weight_loss_giou": 2.0,
+            "num_denoising": 6,
+        }  # fmt: skip
+
+
+class TestDetectorTraining:
+    def test_evaluation_is_the_detectors(self):
+        detector = make_detector()
+        training = DetectorTraining(detector).eval()
+        images = torch.rand(2, 3, 64, 64)
+        with torch.inference_mode():
+            torch.testing.assert_close(training(images), detector(images), atol=1e-5, rtol=1e-4)
+
+    def test_parameter_groups(self):
+        training = DetectorTraining(make_detector())
+        groups = training.parameter_groups(1e-3, 0.1, layer_decay=0.5)
+        trained = [each for each in training.parameters() if each.requires_grad]
+        assert sorted(id(each) for group in groups for each in group["params"]) == sorted(map(id, trained))
+        assert all(each.ndim > 1 for group in groups if group["weight_decay"] for each in group["params"])
+        assert min(group["lr"] for group in groups) == pytest.approx(1e-3 * 0.5**4)
+
+    @pytest.mark.parametrize("asked", [False, True])
+    def test_gradient_checkpointing(self, asked):
+        backbone = make_detector().config.backbone.replace(use_checkpoint=asked)
+        training = DetectorTraining(make_detector(backbone=backbone)).train()
+        seen = []
+        network = network_of(training.rt_detr)
+        network.layers[2].blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
+        logits, _ = training(torch.rand(1, 3, 64, 64))
+        logits.sum().backward()
+        assert len(seen) == 1 + asked  # once more in the backward pass
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping(DetectionLoss):
+    """A loss that stops at a batch."""
+
+    def __init__(self, training, call: int) -> None:
+        super().__init__(training)
+        self.call = call
+
+    def __call__(self, outputs, images, batch):
+        self.call -= 1
+        if not self.call:
+            raise Interrupted
+        return super().__call__(outputs, images, batch)
+
+
+def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
+    torch.manual_seed(0)
+    model = DetectorTraining(TinyViTDetector.from_config(make_detector().config, class_names=NAMES), num_denoising=6)
+    augmentation = BoxAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes)
+    samples = BoxedSamples(DetectionDataset.open(folder), augmentation, on_broken)
+    options = {"cpu": True, "log_every": 1, "class_names": NAMES, "task": DETECTION} | options
+    return train(model, samples, Stopping(model, stop_at), recipe, out, **options)
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class TestTraining:
+    def test_it_learns_and_is_measured(self, folder, tmp_path):
+        recipe = replace(RECIPE, epochs=12, ema_decay=0.5)
+        result = fit(folder, tmp_path / "out", recipe, validation=DetectionDataset.open(folder), validate_every=12)
+        losses = [line["loss"] for line in metrics(tmp_path / "out") if "loss" in line]
+        assert np.mean(losses[-9:]) < 0.9 * np.mean(losses[:9])
+        assert result.measure == "map"
+        kept = TinyViTDetector.from_config(pretrained=result.best)
+        assert (kept.class_names, kept.training) == (NAMES, False)
+        scores = evaluate_detector(kept, DetectionDataset.open(folder), batch_size=4)
+        assert scores.map == pytest.approx(result.score, abs=1e-3)
+        assert metrics(tmp_path / "out")[-1]["map50"] == pytest.approx(scores.map50, abs=1e-3)
+
+    def test_a_killed_training_goes_on(self, folder, tmp_path):
+        fit(folder, tmp_path / "whole")
+        with pytest.raises(Interrupted):
+            fit(folder, tmp_path / "parts", stop_at=5)
+        fit(folder, tmp_path / "parts")
+        first, second = (
+            TinyViTDetector.from_config(pretrained=tmp_path / each / "last.safetensors").state_dict()
+            for each in ("whole", "parts")
+        )
+        assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6) for name in first)
+
+    def test_broken_pictures(self, folder, tmp_path):
+        damage(folder / "images" / "04.png")
+        with pytest.raises(BrokenImageError, match=r"04\.png"):
+            fit(folder, tmp_path / "out")
+        result = fit(folder, tmp_path / "out", on_broken="skip", validation=DetectionDataset.open(folder))
+        assert result.broken == ("04.png", "validation: 04.png")
+        assert result.score is not None
+
+    def test_other_classes(self, folder, tmp_path):
+        other = make_scenes(tmp_path / "other")
+        (other / "data.yaml").write_text("train: images\nnames: [disc, box, star]\n")
+        with pytest.raises(ValueError, match="other classes than the network: none, star"):
+            fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
+        with pytest.raises(ValueError, match="3 classes, but the network 2"):
+            DETECTION.check(DetectionDataset.open(other), replace(make_detector().config, num_classes=2), None)
+
+
+class TestJudge:
+    def test_processes_without_pictures(self, folder):
+        detector, images = make_detector(), DetectionDataset.open(folder)
+        judge = BoxJudge(images, detector.config, False, 2, torch.device("cpu"))
+        assert judge.add(detector, []) == []
+        assert not judge.counts.state().any()
+
+    def test_batches_of_mixed_sizes(self, folder):
+        write_scene(folder, "06", 1, 90, 100)
+        detector, images = make_detector(), DetectionDataset.open(folder)
+        found = []
+        for size in (1, 5):
+            judge = BoxJudge(images, detector.config, False, size, torch.device("cpu"))
+            measure_network(detector, judge)
+            found.append(judge.counts.state())
+        assert found[0].reshape(-1)[:14].view(7, 2)[-1].tolist() == [90, 100]
+        torch.testing.assert_close(*found, atol=1e-2, rtol=1e-4)
+        (objects,) = detector.predict(images[6][0], 0.0)
+        rows = found[0][14:].view(7, 100, 6)[6]
+        assert rows[:10, 1].tolist() == pytest.approx([each.score for each in objects], abs=1e-5)

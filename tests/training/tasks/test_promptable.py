@@ -1,0 +1,568 @@
+"""Training on prompts: they lie on their masks and come again, the loss chooses as SAM's does, boxes are learned."""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch.autograd import gradcheck
+
+from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
+from kornia_tinyvit.checkpoints import CheckpointError
+from kornia_tinyvit.data import BrokenImageError, InstanceDataset, replay_loader
+from kornia_tinyvit.training import (
+    PROMPTABLE,
+    MaskLoss,
+    PromptAugmentation,
+    PromptedSAM,
+    PromptedSamples,
+    Prompting,
+    PromptMetrics,
+    Recipe,
+    build_sam,
+    central_points,
+    evaluate_prompts,
+    find_recipe,
+    mask_boxes,
+    train,
+)
+from kornia_tinyvit.training.tasks.promptable import PromptedBatch, Prompts
+from tests.conftest import TINY, liven
+from tests.distillation.test_batches import damage
+
+WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0}
+RECIPE = Recipe(img_size=64, epochs=2, warmup_epochs=0, batch_size=2, base_lr=0.25, min_lr=0.02, preset="promptable")
+
+
+def write_scene(root: Path, name: str, seed: int, size=(44, 60)) -> None:
+    """Write a picture of a disc, id 1, and a box, id 2, on noisy ground, and its ids."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[: size[0], : size[1]]
+    ids = np.zeros(size, dtype=np.uint8)
+    ids[(y - random.integers(14, 20)) ** 2 + (x - random.integers(14, 18)) ** 2 < 144] = 1
+    ids[16 : random.integers(34, 42), 34 : random.integers(50, 58)] = 2
+    pixels = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])[ids] + random.integers(-25, 25, (*size, 3))
+    for kind, content in (("images", pixels.clip(0, 255).astype(np.uint8)), ("masks", ids)):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(root / kind / f"{name}.png")
+
+
+def make_instances(root: Path, count: int = 4, seed: int = 0) -> Path:
+    for number in range(count):
+        write_scene(root, f"{number:02}", seed + number)
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_instances(tmp_path / "data")
+
+
+def make_sam(**changes) -> MobileSAM:
+    torch.manual_seed(0)
+    config = TINY | {"num_classes": 0, "mobile_sam": True, "window_sizes": (4, 4, 4, 4)} | changes
+    return MobileSAM(TinyViT(**config)).train()
+
+
+def lively_sam() -> MobileSAM:
+    """Return a network whose masks depend on the photo."""
+    sam = make_sam()
+    liven(sam.image_encoder)
+    return sam.eval()
+
+
+def samples_of(folder, on_broken="stop", prompting=None, seed=1, **changes) -> PromptedSamples:
+    augmentation = PromptAugmentation(64, seed=seed, prompting=prompting, **changes)
+    return PromptedSamples(InstanceDataset.open(folder), augmentation, on_broken)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping(MaskLoss):
+    """A loss that stops at a batch."""
+
+    def __init__(self, call: int, focal: float = 20.0) -> None:
+        super().__init__(focal)
+        self.call = call
+
+    def __call__(self, outputs, images, batch):
+        self.call -= 1
+        if not self.call:
+            raise Interrupted
+        return super().__call__(outputs, images, batch)
+
+
+def fit(
+    folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, freeze=(), samples=None, focal=20.0, **options
+):
+    samples = samples or samples_of(folder, on_broken, **recipe.changes)
+    options = {"cpu": True, "log_every": 1, "task": PROMPTABLE} | options
+    return train(PromptedSAM(model or make_sam(), freeze), samples, Stopping(stop_at, focal), recipe, out, **options)
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+class TestPrompting:
+    def masks(self):
+        masks = torch.zeros(3, 60, 80, dtype=torch.bool)
+        masks[0, 10:40, 5:25], masks[1, 20:22, 30:70], masks[2, 50:59, 60:79] = True, True, True
+        return masks
+
+    def draw(self, index=0, seed=1, epoch=0, prompting=None, **changes):
+        augment = PromptAugmentation(64, seed=seed, prompting=prompting, **(WHOLE | changes))
+        return augment.sample(torch.zeros(3, 60, 80, dtype=torch.uint8), self.masks(), epoch, index)
+
+    def test_boxes_and_points_are_those_of_the_masks(self):
+        for index in range(5):
+            _, masks, asked = self.draw(index, prompting=Prompting(jitter=0.0, points=(1, 4)))
+            assert torch.equal(asked.boxes, mask_boxes(masks))
+            for mask, points in zip(masks, asked.points, strict=True):
+                columns, rows = points.long().unbind(1)
+                assert mask[rows, columns].all()
+        assert (asked.points.shape, masks.shape[1:]) == ((3, 4, 2), (64, 64))
+
+    def test_masks_follow_the_picture(self):
+        picture = self.masks().any(0).expand(3, -1, -1).to(torch.uint8) * 255
+        for changes in (WHOLE, {"color_jitter": 0.0}):
+            crop, masks, _ = PromptAugmentation(64, seed=2, **changes).sample(picture, self.masks(), 0, 3)
+            assert ((crop[0] > 127) == masks.any(0)).float().mean() > 0.97
+
+    def test_whole_photos_are_what_inference_sees(self):
+        photo = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
+        crop, masks, asked = PromptAugmentation(64, **WHOLE).sample(photo, self.masks(), 0, 0)
+        batch = PromptedBatch(crop[None], masks, torch.ones(3), asked, torch.ones(1), ())
+        found = PromptedSamples.inputs(None, batch, torch.device("cpu")).images[0]
+        sam = make_sam()
+        wanted, (geometry,) = sam.preprocess(Image.fromarray(photo.movedim(0, -1).numpy()))
+        assert torch.allclose(found, wanted[0], atol=0.01)  # the padding is an 8-bit level, at most half a level off
+        assert geometry.input_size == (48, 64)
+
+    def test_noise_on_boxes(self):
+        wanted = {tuple(box) for box in self.draw(prompting=Prompting(jitter=0.0))[2].boxes.tolist()}
+        tight = torch.tensor(sorted(wanted))
+        moved = torch.stack([
+            each[each[:, 0].argsort()] for index in range(30) for each in [self.draw(index)[2].boxes]
+        ])  # fmt: skip
+        difference = (moved - tight[tight[:, 0].argsort()]).abs()
+        assert 0.2 < difference.mean() < 1.25
+        assert difference.max() <= 20 * 64 / 1024
+        assert (moved >= 0).all()
+        assert (moved <= 64).all()
+        assert (moved[..., 2:] > moved[..., :2]).all()
+
+    def test_shares_of_kinds(self):
+        counts = torch.cat([self.draw(index, prompting=Prompting(box_share=0.6))[2].counts for index in range(80)])
+        assert sorted(set(counts.tolist())) == [0, 1, 3]
+        assert (counts == 0).float().mean() == pytest.approx(0.6, abs=0.1)
+        for share, wanted in ((0.0, {2}), (1.0, {0})):
+            asked = Prompting(box_share=share, points=(2,))
+            assert set(self.draw(prompting=asked)[2].counts.tolist()) == wanted
+
+    def test_some_of_many_instances(self):
+        drawn = [self.draw(index, prompting=Prompting(instances=1, jitter=0.0)) for index in range(20)]
+        assert {len(each[1]) for each in drawn} == {1}
+        assert len({tuple(each[2].boxes[0].tolist()) for each in drawn}) == 3
+
+    def test_replayed(self):
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        first, again = self.draw(7, epoch=3), self.draw(7, epoch=3)
+        assert torch.equal(torch.get_rng_state(), state)
+        assert all(torch.equal(*pair) for pair in zip(first[2], again[2], strict=True))
+        assert torch.equal(first[0], again[0])
+        for other in (self.draw(8, epoch=3), self.draw(7, epoch=4), self.draw(7, seed=2, epoch=3)):
+            assert not torch.equal(first[2].boxes, other[2].boxes)
+
+    @pytest.mark.parametrize(
+        "wrong", [{"instances": 0}, {"box_share": 1.5}, {"points": ()}, {"points": (0,)}, {"jitter": -1.0}]
+    )
+    def test_exceptions(self, wrong):
+        with pytest.raises(ValueError, match="Prompting needs"):
+            Prompting(**wrong)
+
+    def test_described(self):
+        described = PromptAugmentation(64, prompting=Prompting(box_share=0.25)).describe()
+        assert json.loads(json.dumps(described))["prompting"] == described["prompting"]
+        assert (described["kind"], described["prompting"]["box_share"]) == ("prompts", 0.25)
+
+
+class TestPlaces:
+    def test_boxes(self):
+        masks = torch.zeros(2, 9, 12, dtype=torch.bool)
+        masks[0, 2:5, 3:4], masks[1, 0, 0], masks[1, 8, 11] = True, True, True
+        assert mask_boxes(masks).tolist() == [[3, 2, 4, 5], [0, 0, 12, 9]]
+        assert mask_boxes(masks[:0]).shape == (0, 4)
+
+    def test_central_points(self):
+        mask = torch.zeros(3, 30, 40, dtype=torch.bool)
+        mask[0, 5:14, 10:19] = True  # a square
+        mask[1, 2:28, 30:33], mask[1, 15:28, 20:33] = True, True  # a stroke with a head
+        mask[2, 7, 9] = True
+        points = central_points(mask)
+        assert points.tolist() == [[14.5, 9.5], [26.5, 21.5], [9.5, 7.5]]
+        assert central_points(mask[:0]).shape == (0, 2)
+
+    def test_central_point_of_a_ring_is_on_it(self):
+        y, x = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
+        radius = (y - 20) ** 2 + (x - 20) ** 2
+        ring = (radius < 300) & (radius > 100)
+        ((column, row),) = central_points(ring[None]).long().tolist()
+        assert ring[row, column]
+
+
+class TestSamples:
+    def test_workers_change_nothing(self, folder):
+        samples = samples_of(folder)
+        keys = [[(0, 1), (0, 2)], [(1, 0), (1, 3)]]
+        alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
+        for one, other in zip(alone, helped, strict=True):
+            assert torch.equal(one.crops, other.crops)
+            assert torch.equal(one.masks, other.masks)
+            assert all(torch.equal(*pair) for pair in zip(one.prompts, other.prompts, strict=True))
+        assert torch.equal(samples[0, 2].crops[0], alone[0].crops[1])
+        assert set(alone[0].prompts.photo.tolist()) == {0, 1}
+        inputs = samples.inputs(alone[0], torch.device("cpu"))
+        assert (inputs.images.dtype, inputs.images.shape) == (torch.float32, (2, 3, 64, 64))
+        assert torch.equal(inputs.boxes, alone[0].prompts.boxes)
+
+    def test_nothing_to_find(self, folder):
+        Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "02.png")
+        batch = samples_of(folder).__getitems__([(0, 2), (0, 3)])
+        assert (batch.valid.tolist(), batch.weights.tolist()[0], batch.prompts.photo.tolist()[0]) == ([1, 1], 0, 0)
+        assert set(batch.weights[1:].tolist()) == {1 / 8}  # of as many as may be asked for
+        assert batch.prompts.boxes[0].tolist() == [0, 0, 64, 64]
+
+    def test_broken(self, folder):
+        damage(folder / "masks" / "02.png")
+        with pytest.raises(BrokenImageError, match=r"02\.png"):
+            samples_of(folder)[0, 2]
+        batch = samples_of(folder, "skip").__getitems__([(0, 2), (0, 3)])
+        assert (batch.valid.tolist(), batch.broken, batch.weights.tolist()[0]) == ([0, 1], ("02.png",), 0)
+
+    def test_on_broken(self, folder):
+        with pytest.raises(ValueError, match="'stop' or 'skip'"):
+            samples_of(folder, "ignore")
+
+
+class TestNetwork:
+    def asked(self, photos=2) -> Prompts:
+        generator = torch.Generator().manual_seed(0)
+        images = torch.randn(photos, 3, 64, 64, generator=generator)
+        photo = torch.tensor([0, 0, 0, 1, 1, 1]) if photos == 2 else torch.zeros(6, dtype=torch.int64)
+        boxes = torch.rand(6, 4, generator=generator) * 30
+        boxes[:, 2:] += 32
+        points = torch.rand(6, 3, 2, generator=generator) * 64
+        return Prompts(images, photo, boxes, points, torch.tensor([1, 0, 3, 0, 1, 0]))
+
+    def reference(self, sam, asked, row):
+        """What kornia's parts say to one prompt alone."""
+        count = int(asked.counts[row])
+        points = (asked.points[row : row + 1, :count], torch.ones(1, count)) if count else None
+        boxes = None if count else asked.boxes[row : row + 1]
+        sparse, dense = sam.prompt_encoder(points, boxes, None)
+        features = sam.image_encoder(asked.images)[asked.photo[row]][None]
+        return sam.mask_decoder.predict_masks(features, sam.prompt_encoder.get_dense_pe(), sparse, dense)
+
+    @pytest.mark.parametrize("recording", [True, False])
+    def test_each_prompt_as_if_alone(self, recording):
+        sam, asked = lively_sam(), self.asked()
+        with torch.set_grad_enabled(recording):
+            logits, scores = PromptedSAM(sam)(asked)
+        assert (logits.shape, scores.shape) == ((6, 4, 16, 16), (6, 4))
+        with torch.no_grad():
+            for row in range(6):
+                wanted = self.reference(sam, asked, row)
+                assert torch.allclose(logits[row], wanted[0][0], atol=1e-4)
+                assert torch.allclose(scores[row], wanted[1][0], atol=1e-4)
+
+    def test_the_encoder_runs_once(self):
+        sam = make_sam().eval()
+        calls = []
+        sam.image_encoder.register_forward_hook(lambda *_: calls.append(1))
+        PromptedSAM(sam)(self.asked())
+        assert len(calls) == 1
+
+    def test_frozen_parts_have_no_gradients_and_do_not_move(self):
+        sam = make_sam(drop_path_rate=0.5)
+        network = PromptedSAM(sam, ["image_encoder"]).train()
+        before = copy.deepcopy(sam.image_encoder.state_dict())
+        features = []
+        sam.image_encoder.register_forward_hook(lambda _, __, found: features.append(found))
+        for _ in range(2):
+            network(self.asked())[0].sum().backward()
+        assert not features[0].requires_grad  # nothing was recorded
+        assert torch.equal(*features)  # neither stochastic depth nor batch norm's statistics at work
+        assert all(torch.equal(before[name], tensor) for name, tensor in sam.image_encoder.state_dict().items())
+        assert not any(parameter.grad is not None for parameter in sam.image_encoder.parameters())
+        assert sam.mask_decoder.iou_token.weight.grad.any()
+        assert (sam.mask_decoder.training, sam.image_encoder.training) == (True, False)
+
+    @pytest.mark.parametrize("freeze", [(), ("image_encoder",), ("image_encoder", "prompt_encoder")])
+    def test_parameter_groups(self, freeze):
+        network = PromptedSAM(make_sam(), freeze)
+        groups = network.parameter_groups(1.0, 0.1, 0.5)
+        grouped = [id(parameter) for group in groups for parameter in group["params"]]
+        learning = [id(parameter) for parameter in network.parameters() if parameter.requires_grad]
+        assert sorted(grouped) == sorted(learning)
+        frozen = {id(each) for name in freeze for each in network.sam.get_submodule(name).parameters()}
+        assert frozen.isdisjoint(grouped)
+        token = network.sam.mask_decoder.iou_token.weight
+        (own,) = (group for group in groups if any(each is token for each in group["params"]))
+        assert (own["lr"], own["weight_decay"]) == (1.0, 0.1)
+        assert (min(group["lr"] for group in groups) < 1) == (not freeze)
+
+    def test_described(self):
+        told = PromptedSAM(make_sam(), ["prompt_encoder", "image_encoder"]).config.to_dict()
+        assert (told["frozen"], told["img_size"]) == (["image_encoder", "prompt_encoder"], 64)
+        assert json.loads(json.dumps(told))
+
+    def test_exceptions(self):
+        with pytest.raises(ValueError, match="image_encoder, prompt_encoder; got mask_decoder"):
+            PromptedSAM(make_sam(), ["mask_decoder"])
+        with pytest.raises(ValueError, match="square"):
+            PromptedSAM(MobileSAM(make_sam().image_encoder, (64, 96)))
+
+
+class TestMaskLoss:
+    def batch(self, prompts=3, photos=2) -> tuple[Prompts, PromptedBatch]:
+        masks = torch.zeros(prompts, 32, 32, dtype=torch.bool)
+        for row in range(prompts):
+            masks[row, 4 * row : 4 * row + 12, 8:24] = True
+        photo = torch.tensor([0, 1, 1])[:prompts]
+        asked = Prompts(torch.empty(photos, 0), photo, torch.zeros(prompts, 4), torch.zeros(prompts, 1, 2),
+                        torch.zeros(prompts, dtype=torch.int64))  # fmt: skip
+        return asked, PromptedBatch(torch.empty(0), masks, torch.ones(prompts), asked, torch.ones(photos), ())
+
+    def logits(self, batch, scale=8.0):
+        small = F.interpolate(batch.masks[:, None].float(), (8, 8), mode="area")
+        return scale * (2 * small - 1).repeat(1, 4, 1, 1)
+
+    def test_smaller_for_better_masks(self):
+        asked, batch = self.batch()
+        logits = self.logits(batch)
+        perfect = torch.ones(3, 4)
+        good, poor = (MaskLoss()((each, perfect), asked, batch) for each in (logits, -logits))
+        assert good.shape == (2,)
+        assert (good < 0.5).all()
+        assert (poor > 1).all()
+
+    def test_by_hand(self):
+        asked, batch = self.batch(1, 1)
+        logits = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))  # of the size of the masks
+        truth = batch.masks[:, None].float()
+        p = logits.sigmoid()
+        right = torch.where(truth > 0, p, 1 - p)
+        focal = (torch.where(truth > 0, 0.25, 0.75) * (1 - right) ** 2 * -right.log()).mean((2, 3))
+        dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum() + 1)
+        masks = 20 * focal + dice
+        ious = ((logits > 0) & batch.masks[:, None]).sum((2, 3)) / ((logits > 0) | batch.masks[:, None]).sum((2, 3))
+        scores = torch.rand(1, 4)
+        wanted = (masks[0, 0] + masks[0, 1:].min()) / 2 + (scores - ious).square().mean()
+        assert MaskLoss()((logits, scores), asked, batch).item() == pytest.approx(wanted.item(), rel=1e-4)
+        single = MaskLoss(iou=0.0)((logits, scores), asked._replace(counts=torch.ones(1, dtype=torch.int64)), batch)
+        assert single.item() == pytest.approx(masks[0, 1:].min().item(), rel=1e-4)
+
+    @pytest.mark.parametrize(("count", "single"), [(0, True), (3, True), (1, False)])
+    def test_the_best_mask_learns(self, count, single):
+        asked, batch = self.batch()
+        asked = asked._replace(counts=torch.full((3,), count))
+        logits = -self.logits(batch)
+        logits[:, 2] *= -1  # the second of the ambiguous ones is right
+        logits.requires_grad_()
+        MaskLoss(iou=0.0)((logits, torch.zeros(3, 4)), asked, batch).sum().backward()
+        assert logits.grad.flatten(2).any(2).tolist() == [[single, False, True, False]] * 3
+
+    def test_scores_learn_the_iou(self):
+        asked, batch = self.batch()
+        logits = self.logits(batch)
+        logits[:, 1] = -1.0  # nothing
+        scores = torch.zeros(3, 4, requires_grad=True)
+        MaskLoss(focal=0.0, dice=0.0)((logits, scores), asked, batch).sum().backward()
+        assert (scores.grad[:, [0, 2, 3]] < 0).all()  # towards 1
+        assert not scores.grad[:, 1].any()  # it is 0
+
+    def test_objects_count_alike_and_stand_ins_not(self):
+        asked, batch = self.batch()
+        logits, scores = -self.logits(batch), torch.zeros(3, 4)
+        losses = MaskLoss()((logits, scores), asked, batch)
+        alone = MaskLoss()((logits[1:2], scores[1:2]), *(
+            each._replace(**{key: getattr(each, key)[1:2] for key in keys})
+            for each, keys in ((asked, ("photo", "counts")), (batch, ("masks", "weights")))
+        ))  # fmt: skip
+        other = MaskLoss()((logits[2:], scores[2:]), *(
+            each._replace(**{key: getattr(each, key)[2:] for key in keys})
+            for each, keys in ((asked, ("photo", "counts")), (batch, ("masks", "weights")))
+        ))  # fmt: skip
+        assert losses[1].item() == pytest.approx((alone[1] + other[1]).item())
+        empty = MaskLoss()((logits, scores), asked, batch._replace(weights=torch.tensor([0.0, 1, 1])))
+        assert empty.tolist() == [0, losses[1].item()]
+
+    def test_gradcheck(self):
+        _, batch = self.batch(2)
+        logits = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
+        scores = torch.rand(2, 4).double().requires_grad_()
+
+        class Double(MaskLoss):  # the loss itself works in single precision
+            def __call__(self, logits, scores):
+                truth = batch.masks[:, None].double()
+                return self._losses(logits, scores, truth, torch.tensor([True, False]))
+
+        assert gradcheck(Double(), (logits, scores))
+
+
+class TestMetrics:
+    def test_by_hand(self):
+        metrics = PromptMetrics()
+        wanted = torch.tensor([[[True, True, False, False]], [[False, True, True, True]]])
+        found = torch.tensor([[[True, False, False, False]], [[True, True, True, True]]])
+        metrics.update("box", found, wanted)
+        metrics.update("point", found[:1], wanted[:1])
+        metrics.update("point", torch.zeros_like(found), wanted)
+        told = metrics.compute()
+        assert told == pytest.approx({"instances": 3, "box_iou": 62.5, "point_iou": 50 / 3})
+
+    def test_states_add_up(self):
+        found, wanted = torch.rand(2, 4, 8, 8) > 0.5
+        parts = [PromptMetrics() for _ in range(3)]
+        for part, rows in zip(parts, (slice(None), slice(3), slice(3, None)), strict=True):
+            part.update("box", found[rows], wanted[rows])
+        parts[1].load_state(parts[1].state() + parts[2].state())
+        assert parts[0].compute() == pytest.approx(parts[1].compute(), nan_ok=True)
+
+    def test_shapes(self):
+        with pytest.raises(ValueError, match="Expected masks of the shape"):
+            PromptMetrics().update("box", torch.zeros(1, 2, 2) > 0, torch.zeros(1, 2, 3) > 0)
+
+    def test_as_a_user_would(self, folder):
+        """The measure is that of the public calls on the photos' own size."""
+        sam, data = lively_sam(), InstanceDataset.open(folder)
+        metrics = PromptMetrics()
+        for row in range(len(data)):
+            photo, masks = data.read(row)
+            embedding = sam.embed(Image.fromarray(photo.movedim(0, -1).numpy()))
+            (boxed,) = sam.predict_masks(embedding, boxes=mask_boxes(masks), multimask_output=False)
+            (pointed,) = sam.predict_masks(embedding, central_points(masks)[:, None])
+            metrics.update("box", boxed.masks()[:, 0], masks)
+            metrics.update("point", pointed.best().masks()[:, 0], masks)
+        wanted = metrics.compute()
+        assert 0 < wanted["box_iou"] < 100
+        assert evaluate_prompts(sam, data) == pytest.approx(wanted, rel=1e-3)
+
+
+class TestBuildSam:
+    def test_random(self):
+        sam = build_sam("1m", img_size=64, window_sizes="fit", drop_path_rate=0.3, use_checkpoint=True)
+        assert (sam.img_size, sam.training, sam.config.window_sizes) == ((64, 64), True, (8, 8, 4, 2))
+        assert (sam.config.drop_path_rate, sam.config.use_checkpoint) == (0.3, True)
+
+    def test_encoder_alone(self):
+        sam = build_sam("1m", "cifar10", 64)
+        start = TinyViT.from_config("1m", "cifar10").state_dict()
+        found = sam.image_encoder.state_dict()
+        assert all(torch.equal(found[name], start[name]) for name in start if not name.startswith("head."))
+        assert found.keys() - start.keys() == {name for name in found if name.startswith("neck.")}
+
+    def test_whole(self, tmp_path):
+        sam = lively_sam()
+        path = save_checkpoint(sam, tmp_path / "sam.safetensors")
+        again = build_sam(None, path, drop_path_rate=0.2)
+        assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in sam.state_dict().items())
+        assert (again.config.drop_path_rate, again.img_size, again.training) == (0.2, (64, 64), True)
+        assert build_sam(None, path, 96).img_size == (96, 96)
+
+    def test_exceptions(self, tmp_path):
+        with pytest.raises(CheckpointError, match="no weights and no file"):
+            build_sam("1m", "nothing")
+        with pytest.raises(ValueError, match="multiple of 16"):
+            build_sam("1m", img_size=40)
+
+
+class TestTraining:
+    def test_it_learns_boxes(self, tmp_path):
+        data = make_instances(tmp_path / "data", 2)
+        for copied in range(2, 40):  # more steps an epoch, and fewer files to write
+            for kind in ("images", "masks"):
+                shutil.copy(data / kind / f"{copied % 2:02}.png", data / kind / f"{copied:02}.png")
+        images = InstanceDataset.open(data)
+        few, model = images.sample(4), make_sam()
+        before = evaluate_prompts(copy.deepcopy(model).eval(), few)
+        recipe = replace(RECIPE, epochs=2, warmup_epochs=0.2, base_lr=0.25, clip_norm=0.5, changes=WHOLE)
+        samples = samples_of(data, prompting=Prompting(box_share=1.0, jitter=0.0), **WHOLE)
+        result = fit(data, tmp_path / "out", recipe, model=model, samples=samples, focal=2.0, log_every=10)
+        found = evaluate_prompts(MobileSAM.from_config(checkpoint=result.last), few)
+        assert before["box_iou"] < 45
+        assert found["box_iou"] > 85
+        assert found["instances"] == 8
+
+    def test_validation(self, folder, tmp_path):
+        validation = InstanceDataset.open(make_instances(tmp_path / "val", 3, seed=20))
+        result = fit(folder, tmp_path / "out", validation=validation)
+        lines = [line for line in metrics(tmp_path / "out") if "broken" in line]
+        best = max(line["box_iou"] for line in lines)
+        assert result.to_dict()["box_iou"] == result.score == best
+        kept = MobileSAM.from_config(checkpoint=result.best)
+        assert (kept.training, kept.img_size) == (False, (64, 64))
+        found = evaluate_prompts(kept, validation)
+        assert found["box_iou"] == pytest.approx(best, abs=1e-3)
+        line = [line for line in lines if line["box_iou"] == best][-1]
+        assert line["point_iou"] == pytest.approx(found["point_iou"], abs=1e-3)
+
+    @pytest.mark.parametrize("call", [2, 3])
+    def test_resuming(self, folder, tmp_path, call):
+        recipe, changes = replace(RECIPE, ema_decay=0.9), {"drop_path_rate": 0.3}
+        fit(folder, tmp_path / "undisturbed", recipe, model=make_sam(**changes))
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, recipe, call, model=make_sam(**changes), save_minutes=0)
+        fit(folder, out, recipe, model=make_sam(**changes))
+        one, two = (
+            [line["loss"] for line in metrics(each) if "loss" in line] for each in (out, tmp_path / "undisturbed")
+        )
+        assert one == pytest.approx(two, rel=1e-6)
+        first, second = (
+            MobileSAM.from_config(checkpoint=each / "last.safetensors").state_dict()
+            for each in (out, tmp_path / "undisturbed")
+        )
+        assert all(torch.allclose(first[key], second[key], rtol=1e-5, atol=1e-7) for key in first)
+
+    def test_frozen_encoder(self, folder, tmp_path):
+        start = make_sam()
+        result = fit(folder, tmp_path / "out", model=make_sam(), freeze=("image_encoder",))
+        kept = MobileSAM.from_config(checkpoint=result.last).state_dict()
+        changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, kept[name])}
+        assert changed
+        assert not any(name.startswith("image_encoder.") for name in changed)
+        with pytest.raises(ValueError, match=r"model\.frozen"):
+            fit(folder, tmp_path / "out")
+
+    def test_accumulation_equals_the_large_batch(self, folder, tmp_path):
+        recipe = replace(RECIPE, batch_size=4, frozen_batch_norm=True)
+        for size in (4, 2):
+            fit(folder, tmp_path / str(size), recipe, process_batch=size)
+        one, two = ([line["loss"] for line in metrics(tmp_path / size) if "loss" in line] for size in ("4", "2"))
+        assert one == pytest.approx(two, rel=1e-4)
+
+    def test_broken_pictures(self, folder, tmp_path):
+        damage(folder / "masks" / "02.png")
+        val = make_instances(tmp_path / "val", 2, seed=20)
+        damage(val / "images" / "01.png")
+        Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "01.png")  # nothing to find
+        result = fit(folder, tmp_path / "out", on_broken="skip", validation=InstanceDataset.open(val))
+        assert result.broken == ("02.png", "validation: 01.png")
+
+    def test_the_recipe_fits(self):
+        recipe = find_recipe("promptable")
+        described = PromptAugmentation(recipe.img_size, recipe.preset, **recipe.changes).describe()
+        assert json.loads(json.dumps(described))["crop_scale"] == [0.5, 1.0]

@@ -1,0 +1,383 @@
+"""Training segmenters: pictures and masks change together, unlabelled pixels have no say, and it learns and goes on."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kornia.metrics import mean_iou
+from PIL import Image
+
+from kornia_tinyvit import TinyViT
+from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset, replay_loader
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training import (
+    SEMANTIC,
+    MaskAugmentation,
+    MaskedSamples,
+    PixelLabels,
+    PixelMetrics,
+    Recipe,
+    balanced_weights,
+    evaluate_segmenter,
+    find_recipe,
+    train,
+)
+from kornia_tinyvit.training.tasks.semantic import MaskedBatch
+from tests.conftest import TINY
+from tests.distillation.test_batches import damage
+
+NAMES = ("ground", "disc", "box")
+COLORS = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])
+RECIPE = Recipe(img_size=32, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, preset="semantic",
+                changes={"color_jitter": 0.1})  # fmt: skip
+
+
+def write_scene(root: Path, name: str, seed: int, height: int = 44, width: int = 60) -> None:
+    """Write a picture of a disc and a box on noisy ground, and its mask; the frame has no label."""
+    random = np.random.default_rng(seed)
+    y, x = np.mgrid[:height, :width]
+    ids = np.zeros((height, width), dtype=np.uint8)
+    ids[(y - random.integers(14, 20)) ** 2 + (x - random.integers(14, 18)) ** 2 < 144] = 1
+    ids[16 : random.integers(34, 42), 34 : random.integers(50, 58)] = 2
+    pixels = COLORS[ids] + random.integers(-25, 25, (height, width, 3))
+    ids[[0, -1]] = 255
+    for kind, content in (("images", pixels.clip(0, 255).astype(np.uint8)), ("masks", ids)):
+        (root / kind).mkdir(parents=True, exist_ok=True)
+        Image.fromarray(content).save(root / kind / f"{name}.png")
+
+
+def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
+    for number in range(count):
+        write_scene(root, f"{number:02}", seed + number)
+    (root / "classes.txt").write_text("\n".join(NAMES))
+    return root
+
+
+@pytest.fixture
+def folder(tmp_path) -> Path:
+    return make_scenes(tmp_path / "data")
+
+
+def make_segmenter(**changes) -> SemanticSegmenter:
+    torch.manual_seed(0)
+    config = TINY | {"num_classes": 0, "img_size": 32, "window_sizes": (4, 4, 2, 1)} | changes
+    return SemanticSegmenter(TinyViT(**config), 3, width=16, dropout=0.0, class_names=NAMES)
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping(PixelLabels):
+    """Labels that stop at a batch."""
+
+    def __init__(self, call: int) -> None:
+        super().__init__()
+        self.call = call
+
+    def __call__(self, outputs, images, batch):
+        self.call -= 1
+        if not self.call:
+            raise Interrupted
+        return super().__call__(outputs, images, batch)
+
+
+def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, **options):
+    samples = MaskedSamples(
+        SegmentationDataset.open(folder),
+        MaskAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes),
+        on_broken,
+    )
+    options = {"cpu": True, "log_every": 1, "class_names": NAMES, "task": SEMANTIC} | options
+    return train(model or make_segmenter(), samples, Stopping(stop_at), recipe, out, **options)
+
+
+def metrics(out) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def assert_same_run(out, other):
+    one, two = ([{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in metrics(each)]
+                for each in (out, other))  # fmt: skip
+    for first, second in zip(one, two, strict=True):
+        assert first == pytest.approx(second, rel=1e-6)
+    first, second = (
+        SemanticSegmenter.from_config(pretrained=each / "last.safetensors").state_dict() for each in (out, other)
+    )
+    assert all(torch.allclose(first[key], second[key], rtol=1e-5, atol=1e-7) for key in first)
+
+
+class TestAugmentation:
+    def scene(self):
+        """A picture whose colour tells the class of each pixel, so that the mask can be read from it."""
+        y, x = torch.meshgrid(torch.arange(50), torch.arange(70), indexing="ij")
+        mask = (x > 30).long() + (y > 28).long() * 2
+        return (mask * 60 + 30).to(torch.uint8).expand(3, 50, 70), mask
+
+    @pytest.mark.parametrize("size", [24, 32, 64])
+    def test_masks_follow_pictures(self, size):
+        picture, mask = self.scene()
+        augment = MaskAugmentation(size, seed=3, color_jitter=0.0)
+        seen = set()
+        for index in range(40):
+            crop, moved = augment(picture, mask, 0, index)
+            assert (crop.shape, moved.shape) == ((3, size, size), (size, size))
+            told = ((crop[0].float() - 30) / 60).round().long()
+            assert (told == moved).float().mean() > 1 - 2.5 / size  # but at edges, where the picture is blended
+            seen.add(bool(moved[:, 0].float().mean() > moved[:, -1].float().mean()))
+        assert len(seen) == 2  # some are mirrored
+
+    @pytest.mark.parametrize("flip", [0.0, 1.0])
+    def test_flip(self, flip):
+        picture, mask = self.scene()
+        augment = MaskAugmentation(50, crop_scale=(0.7, 1.0), color_jitter=0.0, flip=flip)
+        for index in range(10):
+            crop, moved = augment(picture, mask, 0, index)
+            left, right = (moved[0, column] < moved[0, -1 - column] for column in (0, -1))
+            assert (bool(left), bool(right)) == ((False, True) if flip else (True, False))
+            assert bool(crop[0, 0, 0] < crop[0, 0, -1]) == (not flip)
+
+    def test_labels_are_never_blended(self):
+        mask = torch.randint(0, 2, (300, 400)) * 254 - 100  # -100 and 154
+        augment = MaskAugmentation(40)
+        for index in range(5):
+            moved = augment(torch.zeros(3, 300, 400, dtype=torch.uint8), mask, 0, index)[1]
+            assert set(moved.unique().tolist()) == {-100, 154}
+
+    def test_colours_change_and_masks_do_not(self):
+        picture, mask = self.scene()
+        plain, coloured = (MaskAugmentation(40, seed=2, color_jitter=each) for each in (0.0, 0.5))
+        (one, first), (other, second) = (each(picture, mask, 1, 4) for each in (plain, coloured))
+        assert torch.equal(first, second)
+        assert (one.float() - other.float()).abs().mean() > 5
+
+    def test_replayed(self):
+        picture, mask = self.scene()
+        torch.manual_seed(5)
+        state = torch.get_rng_state()
+        first = MaskAugmentation(32, seed=1)(picture, mask, 3, 7)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(3)
+        augment = MaskAugmentation(32, seed=1)
+        augment(picture, mask, 0, 0)
+        assert all(torch.equal(*pair) for pair in zip(first, augment(picture, mask, 3, 7), strict=True))
+        for other in (augment(picture, mask, 4, 7), augment(picture, mask, 3, 8),
+                      MaskAugmentation(32, seed=2)(picture, mask, 3, 7)):  # fmt: skip
+            assert not torch.equal(first[0], other[0])
+
+    @pytest.mark.parametrize("preset", ["in1k", "small"])
+    def test_what_masks_cannot_follow(self, preset):
+        with pytest.raises(ValueError, match=r"Masks cannot follow .*erasing"):
+            MaskAugmentation(32, preset)
+
+    def test_the_recipe_fits(self):
+        recipe = find_recipe("semantic")
+        described = MaskAugmentation(recipe.img_size, recipe.preset, **recipe.changes).describe()
+        assert json.loads(json.dumps(described))["crop_scale"] == [0.25, 1.0]
+
+
+class TestSamples:
+    def test_workers_change_nothing(self, folder):
+        samples = MaskedSamples(SegmentationDataset.open(folder), MaskAugmentation(32))
+        keys = [[(0, 1), (0, 2)], [(1, 0), (1, 5)]]
+        alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
+        for one, other in zip(alone, helped, strict=True):
+            assert torch.equal(one.crops, other.crops)
+            assert torch.equal(one.masks, other.masks)
+        assert torch.equal(samples[0, 2].crops[0], alone[0].crops[1])
+        inputs = samples.inputs(alone[0], torch.device("cpu"))
+        assert (inputs.dtype, inputs.shape, bool(inputs.max() <= 1)) == (torch.float32, (2, 3, 32, 32), True)
+
+    def test_broken(self, folder):
+        damage(folder / "masks" / "02.png")
+        images = SegmentationDataset.open(folder)
+        with pytest.raises(BrokenImageError, match=r"02\.png"):
+            MaskedSamples(images, MaskAugmentation(32))[0, 2]
+        batch = MaskedSamples(images, MaskAugmentation(32), "skip").__getitems__([(0, 2), (0, 3)])
+        assert (batch.valid.tolist(), batch.broken) == ([0, 1], ("02.png",))
+        assert (batch.masks[0] == IGNORED).all()
+
+    def test_on_broken(self, folder):
+        with pytest.raises(ValueError, match="'stop' or 'skip'"):
+            MaskedSamples(SegmentationDataset.open(folder), MaskAugmentation(32), "ignore")
+
+
+class TestPixelLabels:
+    def batch(self, masks):
+        return MaskedBatch(torch.zeros(0), masks, torch.ones(len(masks)), ())
+
+    def test_ignored_pixels_do_not_count(self):
+        masks = torch.randint(0, 3, (2, 4, 5))
+        masks[0, :2] = IGNORED
+        logits = torch.randn(2, 3, 4, 5, requires_grad=True)
+        found = PixelLabels()(logits, logits, self.batch(masks))
+        wanted = [F.cross_entropy(logits[:1, :, 2:], masks[:1, 2:]), F.cross_entropy(logits[1:], masks[1:])]
+        assert torch.allclose(found, torch.stack(wanted))
+        found.sum().backward()
+        assert not logits.grad[0, :, :2].any()
+        assert logits.grad[0, :, 2:].all()
+
+    def test_nothing_labelled(self):
+        logits = torch.randn(1, 3, 4, 5, requires_grad=True)
+        loss = PixelLabels()(logits, logits, self.batch(torch.full((1, 4, 5), IGNORED)))
+        loss.sum().backward()
+        assert (loss.tolist(), bool(logits.grad.any())) == ([0], False)
+
+    def test_smoothing(self):
+        logits, masks = torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)
+        found = PixelLabels(0.3)(logits, logits, self.batch(masks))
+        assert found.item() == pytest.approx(F.cross_entropy(logits, masks, label_smoothing=0.3).item(), rel=1e-5)
+
+    def test_weights(self):
+        logits, masks = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
+        masks[0, 0] = IGNORED
+        weights = torch.tensor([1.0, 4.0, 0.5])
+        found = PixelLabels(class_weights=weights)(logits, logits, self.batch(masks))
+        assert found.item() == pytest.approx(F.cross_entropy(logits, masks, weights).item(), rel=1e-5)
+
+    def test_balanced_weights(self, folder):
+        images = SegmentationDataset.open(folder)
+        counts = torch.stack([mask[mask >= 0].bincount(minlength=3) for _, mask in images]).double()
+        frequency = counts.sum(0) / counts.sum()  # all pictures show all classes
+        found = balanced_weights(images, 1.0)
+        assert (found.double() * frequency).tolist() == pytest.approx([frequency.median().item()] * 3)
+        assert torch.allclose(balanced_weights(images), found.sqrt())
+        assert balanced_weights(SegmentationDataset.open(folder, classes=(*NAMES, "none")))[3] == 1
+
+
+class TestMetrics:
+    def test_one_picture_equals_kornia(self):
+        classes, masks = torch.randint(0, 4, (2, 1, 30, 20), generator=torch.Generator().manual_seed(0))
+        metrics = PixelMetrics(4)
+        metrics.update(classes, masks)
+        found = metrics.compute()
+        assert found.per_class.tolist() == pytest.approx((100 * mean_iou(classes, masks, 4, eps=0))[0].tolist())
+        assert found.mean_iou == pytest.approx(float(found.per_class.mean()))
+        assert found.pixel_accuracy == pytest.approx(100 * float((classes == masks).double().mean()))
+        assert (found.pixels, found.present) == (600, 4)
+
+    def test_by_hand(self):
+        metrics = PixelMetrics(5)
+        metrics.update(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]))
+        metrics.update(torch.tensor([[3], [1]]), torch.tensor([[3], [IGNORED]]))
+        found = metrics.compute()
+        assert found.per_class.tolist() == pytest.approx([100 / 3, 50, np.nan, 100, np.nan], nan_ok=True)
+        assert found.mean_iou == pytest.approx((100 / 3 + 50 + 100) / 3)  # of the classes that are there
+        assert (found.pixels, found.present, found.class_pixels.tolist()) == (5, 3, [2, 2, 0, 1, 0])
+        assert found.confusion[0].tolist() == [1, 0, 1, 0, 0]
+
+    def test_ignored_pixels_do_not_count(self):
+        classes, masks = torch.randint(0, 3, (2, 40))
+        some = PixelMetrics(3)
+        some.update(classes[:20], masks[:20])
+        masks[20:] = IGNORED
+        all_of_them = PixelMetrics(3)
+        all_of_them.update(classes, masks)
+        assert torch.equal(some.state(), all_of_them.state())
+
+    def test_states_add_up(self):
+        classes, masks = torch.randint(0, 3, (2, 40))
+        parts = [PixelMetrics(3) for _ in range(3)]
+        for part, rows in zip(parts, (slice(None), slice(20), slice(20, None)), strict=True):
+            part.update(classes[rows], masks[rows])
+        parts[1].load_state(parts[1].state() + parts[2].state())
+        assert torch.equal(parts[0].compute().confusion, parts[1].compute().confusion)
+
+    def test_one_class(self):
+        metrics = PixelMetrics(1)
+        metrics.update(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long))
+        assert metrics.compute().mean_iou == 100
+
+    def test_exceptions(self):
+        metrics = PixelMetrics(3)
+        with pytest.raises(ValueError, match="No labelled pixels"):
+            metrics.compute()
+        with pytest.raises(ValueError, match="at least 1"):
+            PixelMetrics(0)
+        with pytest.raises(ValueError, match="shape"):
+            metrics.update(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
+        with pytest.raises(ValueError, match=r"classes in \[0, 3\)"):
+            metrics.update(torch.zeros(1, dtype=torch.long), torch.full((1,), 3))
+        with pytest.raises(ValueError, match="counts"):
+            metrics.load_state(torch.zeros(3))
+
+
+class TestTraining:
+    def test_it_learns_two_pictures(self, tmp_path):
+        data = make_scenes(tmp_path / "data", 2)
+        recipe = replace(
+            RECIPE, epochs=80, base_lr=1.5, img_size=64, changes={"crop_scale": (0.8, 1.0), "color_jitter": 0.0}
+        )
+        model = make_segmenter(img_size=64, window_sizes=(4, 8, 4, 2))
+        images = SegmentationDataset.open(data)
+        before = evaluate_segmenter(model, images)
+        result = fit(data, tmp_path / "out", recipe, model=model, log_every=50)
+        found = evaluate_segmenter(SemanticSegmenter.from_config(pretrained=result.best), images)
+        assert before.mean_iou < 50
+        assert found.mean_iou > 95
+        assert found.pixel_accuracy > 98
+        assert result.score is result.top1 is None
+
+    def test_validation(self, folder, tmp_path):
+        validation = SegmentationDataset.open(make_scenes(tmp_path / "val", 3, seed=20))
+        result = fit(folder, tmp_path / "out", validation=validation, validate_every=2)
+        lines = [line for line in metrics(tmp_path / "out") if "broken" in line]
+        assert ["mean_iou" in line for line in lines] == [False, True, True]
+        best = max(line.get("mean_iou", 0) for line in lines)
+        assert result.to_dict()["mean_iou"] == result.score == best
+        assert "top1" not in result.to_dict()
+        kept = SemanticSegmenter.from_config(pretrained=result.best)
+        assert (kept.class_names, kept.training) == (NAMES, False)
+        found = evaluate_segmenter(kept, validation)
+        assert found.mean_iou == pytest.approx(best, abs=1e-3)
+        line = next(line for line in lines if line.get("mean_iou") == best)
+        assert line["pixel_accuracy"] == pytest.approx(found.pixel_accuracy, abs=1e-3)
+
+    @pytest.mark.parametrize("call", [2, 4, 6])
+    def test_resuming(self, folder, tmp_path, call):
+        recipe = replace(RECIPE, ema_decay=0.9, epochs=2)
+        changes = {"drop_path_rate": 0.3}
+        fit(folder, tmp_path / "undisturbed", recipe, model=make_segmenter(**changes))
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, recipe, call, model=make_segmenter(**changes), save_minutes=0)
+        fit(folder, out, recipe, model=make_segmenter(**changes))
+        assert_same_run(out, tmp_path / "undisturbed")
+
+    def test_accumulation_equals_the_large_batch(self, folder, tmp_path):
+        recipe = replace(RECIPE, batch_size=4, frozen_batch_norm=True)
+        for size in (4, 2):
+            fit(folder, tmp_path / str(size), recipe, process_batch=size)
+        one, two = ([line["loss"] for line in metrics(tmp_path / size) if "loss" in line] for size in ("4", "2"))
+        assert one == pytest.approx(two, rel=1e-4)
+
+    def test_broken_pictures(self, folder, tmp_path):
+        damage(folder / "masks" / "02.png")
+        with pytest.raises(BrokenImageError, match=r"02\.png"):
+            fit(folder, tmp_path / "stopped")
+        val = make_scenes(tmp_path / "val", 2, seed=20)
+        damage(val / "images" / "01.png")
+        result = fit(folder, tmp_path / "out", on_broken="skip", validation=SegmentationDataset.open(val))
+        assert result.broken == ("02.png", "validation: 01.png")
+
+    def test_refusals(self, folder, tmp_path):
+        other = make_scenes(tmp_path / "val", 1)
+        (other / "classes.txt").write_text("ground\ndisc\ncube")
+        with pytest.raises(ValueError, match="other classes than the network: box, cube"):
+            fit(folder, tmp_path / "out", validation=SegmentationDataset.open(other))
+        four = SegmentationDataset.open(other, classes=(*NAMES, "more"))
+        with pytest.raises(ValueError, match="4 classes, but the network 3"):
+            fit(folder, tmp_path / "out", validation=four, class_names=None)
+        with pytest.raises(ValueError, match="other classes"):
+            evaluate_segmenter(make_segmenter(), SegmentationDataset.open(other))
+        with pytest.raises(ValueError, match="validate_every"):
+            fit(folder, tmp_path / "out", validate_every=0)
+        fit(folder, tmp_path / "out")
+        with pytest.raises(ValueError, match=r"augmentation\.flip"):
+            fit(folder, tmp_path / "out", replace(RECIPE, changes={"color_jitter": 0.1, "flip": 0.1}))

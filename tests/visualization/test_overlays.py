@@ -1,0 +1,99 @@
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from kornia.image import image_to_tensor
+
+from kornia_tinyvit.visualization import distinct_colors, draw_overlay
+from kornia_tinyvit.visualization.overlays import OPACITY
+
+GREY = torch.full((3, 60, 80), 128, dtype=torch.uint8)
+
+
+def pixels_of(*arguments, **keywords) -> torch.Tensor:
+    return image_to_tensor(np.array(draw_overlay(*arguments, **keywords)))
+
+
+def square(top: int, left: int, side: int) -> torch.Tensor:
+    mask = torch.zeros(60, 80, dtype=torch.bool)
+    mask[top : top + side, left : left + side] = True
+    return mask
+
+
+class TestColors:
+    def test_distinct(self):
+        colors = distinct_colors(20)
+        assert colors.shape == (20, 3)
+        assert ((colors >= 0) & (colors <= 1)).all()
+        assert (torch.cdist(colors, colors) + torch.eye(20)).min() > 0.1
+        assert torch.equal(distinct_colors(3), colors[:3])
+        assert distinct_colors(0).shape == (0, 3)
+
+
+class TestMasks:
+    def test_tint_and_contour(self):
+        drawn = pixels_of(GREY, [square(10, 20, 15)])
+        color = (distinct_colors(1)[0] * 255).round()
+        tint = torch.lerp(torch.full((3,), 128.0), distinct_colors(1)[0] * 255, OPACITY).round()
+        for row, column in ((10, 20), (10, 34), (24, 27), (17, 20)):
+            assert torch.equal(drawn[:, row, column].float(), color)
+        assert torch.equal(drawn[:, 17, 27].float(), tint)
+        outside = ~square(10, 20, 15)
+        assert (drawn[:, outside] == 128).all()
+
+    def test_contour_of_a_large_picture(self):
+        """Its width grows with the picture; it is what lies so near to the outside, across, down or diagonally."""
+        mask = torch.zeros(40, 2000, dtype=torch.bool)
+        mask[5:35, 100:1900] = mask[0:20, 300:320] = True
+        mask[18, 900] = False
+        drawn = pixels_of(torch.full((3, 40, 2000), 128, dtype=torch.uint8), [mask])
+        near = F.pad(~mask, (4, 4, 4, 4), value=True).unfold(0, 9, 1).unfold(1, 9, 1).flatten(2).any(2)
+        color = (distinct_colors(1)[0] * 255).round()
+        assert torch.equal((drawn.float() == color[:, None, None]).all(0), mask & near)
+
+    def test_later_ones_lie_on_top(self):
+        drawn = pixels_of(GREY, [square(0, 0, 40), square(10, 10, 9)])
+        assert torch.equal(drawn[:, 10, 10].float(), (distinct_colors(2)[1] * 255).round())
+
+    def test_nothing(self):
+        assert torch.equal(pixels_of(GREY, [torch.zeros(60, 80, dtype=torch.bool)]), GREY)
+        assert torch.equal(pixels_of(GREY, []), GREY)
+
+    def test_whole_picture(self):
+        drawn = pixels_of(GREY, [torch.ones(60, 80, dtype=torch.bool)])
+        assert (drawn != 128).any(0).all()
+
+    def test_the_photo_stays(self):
+        photo = torch.rand(3, 60, 80)
+        before = photo.clone()
+        drawn = pixels_of(photo, [])
+        draw_overlay(photo, [square(5, 5, 5)])
+        assert torch.equal(photo, before)
+        assert torch.equal(drawn, (photo * 255).round().byte())
+
+    def test_shapes(self):
+        with pytest.raises(ValueError, match=r"A mask must be \(60, 80\); got \(60, 81\)"):
+            draw_overlay(GREY, [torch.zeros(60, 81, dtype=torch.bool)])
+        with pytest.raises(ValueError, match=r"A photo must be \(3, H, W\); got \(60, 80\)"):
+            draw_overlay(GREY[0], [])
+
+
+class TestPrompts:
+    def test_points(self):
+        places = torch.tensor([[20.0, 30.0], [60.0, 10.0]])
+        drawn = pixels_of(GREY, [], points=places, labels=torch.tensor([1, 0]))
+        green, red = drawn[:, 30, 20].tolist(), drawn[:, 10, 60].tolist()
+        assert green[1] > max(green[0], green[2])
+        assert red[0] > max(red[1], red[2])
+        assert (drawn != 128).any(0).sum() < 200
+        unlabelled = pixels_of(GREY, [], points=places)
+        assert torch.equal(unlabelled[:, 10, 60], drawn[:, 30, 20])
+
+    @pytest.mark.parametrize("box", [[10.0, 20.0, 50.0, 40.0], [10.0, 20.0, 10.5, 20.5], [-20.0, -20.0, 200.0, 40.0]])
+    def test_boxes(self, box):
+        drawn = pixels_of(GREY, [], boxes=torch.tensor([box]))
+        changed = (drawn != 128).any(0)
+        assert changed.any()
+        if box[2] == 50.0:
+            assert drawn[:, 20, 30].tolist() == [255, 255, 255]
+            assert not changed[30, 30]
