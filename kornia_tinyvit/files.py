@@ -1,17 +1,21 @@
-"""Files that are written whole or not at all, and by one process at a time."""
+"""Files that are written whole or not at all, locks between processes, and settings compared with those of a file."""
 
 from __future__ import annotations
 
 import errno
+import json
 import os
 import re
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
-__all__ = ["locks", "replacing", "write_text", "writing"]
+from filelock import FileLock, Timeout
+
+__all__ = ["describe_differences", "locked", "locks", "replacing", "write_text", "writing"]
 
 
 def locks() -> ModuleType:
@@ -105,3 +109,58 @@ def write_text(path: str | Path, text: str) -> None:
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(path: str | Path, message: str) -> Iterator[None]:
+    """Hold a lock file to the exclusion of other processes; it is released when the process ends, however it ends.
+
+    Args:
+        path: the lock file; its folder is created.
+        message: text of the error.
+
+    Raises:
+        BlockingIOError: if another process holds it.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(path)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise BlockingIOError(errno.EWOULDBLOCK, message) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def describe_differences(
+    stored: Mapping[str, Any],
+    current: Mapping[str, Any],
+    prefix: str = "",
+    words: tuple[str, str] = ("the store has", "this pipeline"),
+) -> list[str]:
+    """Return a line for each difference between two nested settings, names joined by dots.
+
+    Args:
+        stored: settings as a file has them.
+        current: settings now.
+        prefix: put before every name.
+        words: how the lines call the two.
+
+    Returns:
+        The lines; none if both are the same in JSON.
+
+    Example:
+        >>> describe_differences({"crop": {"scale": [0.08, 1.0]}}, {"crop": {"scale": (0.5, 1.0)}})
+        ['crop.scale: the store has [0.08, 1.0], this pipeline [0.5, 1.0]']
+    """
+    lines = []
+    for name in [*stored, *(name for name in current if name not in stored)]:
+        ours, theirs = (json.loads(json.dumps(each[name])) if name in each else "nothing" for each in (stored, current))
+        if isinstance(ours, dict) and isinstance(theirs, dict):
+            lines += describe_differences(ours, theirs, f"{prefix}{name}.", words)
+        elif (name in stored) != (name in current) or ours != theirs:
+            lines.append(f"{prefix}{name}: {words[0]} {ours}, {words[1]} {theirs}")
+    return lines

@@ -9,7 +9,6 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.cli.train import report_training
@@ -44,6 +43,7 @@ from kornia_tinyvit.distillation.objectives import OnlineTeacher, StoredLabels
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore, Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
+from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.training.recipes import find_recipe
 from kornia_tinyvit.training.run_folder import RunFolder
 
@@ -99,7 +99,7 @@ def save(
         print(f"{records}: {readable_size(size)}")
     if not estimate:
         manifest = Manifest(num_classes=classes, top_k=top_k, teacher=_told(network, precision), **samples.describe())
-        with LabelStore.create(store, manifest) as opened, _bar(told["records"], as_json) as bar:
+        with LabelStore.create(store, manifest) as opened, progress_bar(not as_json) as bar:
             task = bar.add_task("saving", total=told["records"])
             done = save_records(
                 opened, network, samples, range(chosen.epochs), batch_size, workers, autocast,
@@ -262,9 +262,3 @@ def _whole_epochs(store: LabelStore, wanted: int) -> list[int]:
     if len(whole) < wanted:
         print(f"Stored whole: {len(whole)} of {wanted} epochs, which are replayed in turn.", file=sys.stderr)
     return whole
-
-
-def _bar(total: int, quiet: bool) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), disable=quiet
-    )

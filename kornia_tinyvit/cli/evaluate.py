@@ -14,7 +14,6 @@ import torch
 import typer
 from rich import box
 from rich.console import Console
-from rich.progress import track
 from rich.table import Table
 from torch import Tensor
 
@@ -34,6 +33,7 @@ from kornia_tinyvit.cli.options import (
     refuse_idle,
 )
 from kornia_tinyvit.data.classification import ClassificationDataset, ImageLoader, match_classes
+from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.classification import (
     CONFUSION_CLASSES,
     Evaluation,
@@ -145,7 +145,7 @@ class _Reader:
             readable, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate_readable
         )
         first = next(self.classifier.parameters())
-        for pictures, labels, broken in track(loader, task, disable=self.quiet, transient=True):
+        for pictures, labels, broken in track_progress(loader, task, not self.quiet):
             # The features need a second pass, which meets the same pictures again.
             self.broken |= {(images.fingerprint(), name): name for name in broken}
             if pictures:

@@ -8,8 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.distillation.store import describe_differences
-from kornia_tinyvit.files import locks
+from kornia_tinyvit.files import describe_differences, locks
 
 __all__ = ["Journal"]
 

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.progress import Progress
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
@@ -25,6 +25,7 @@ from kornia_tinyvit.contraction.budget import Bench, Budget, Costs
 from kornia_tinyvit.contraction.journal import Journal
 from kornia_tinyvit.contraction.neighbours import Space, check_contracted, contractions, expansions, smallest
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.progress import progress_bar
 
 __all__ = ["Candidate", "Evaluate", "SearchResult", "contract", "refine"]
 
@@ -462,7 +463,7 @@ def _searching(
     }  # fmt: skip
     journal = Journal(out / "search.jsonl", asked)
     try:
-        with _workers(processes) as workers, _bar(progress) as bar:
+        with _workers(processes) as workers, progress_bar(progress) as bar:
             yield _Search(config, network, budget, evaluate, out, space, bench, journal, workers, bar)
     finally:
         journal.close()
@@ -533,8 +534,3 @@ def _end_with_parent() -> None:
     if parent is not None:
         parent.join()
         os._exit(1)
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)

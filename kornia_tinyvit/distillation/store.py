@@ -45,7 +45,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kornia_tinyvit.data.order import EpochOrder
-from kornia_tinyvit.files import locks
+from kornia_tinyvit.files import describe_differences, locks
 
 __all__ = [
     "FeatureRecords",
@@ -59,7 +59,6 @@ __all__ = [
     "StoreError",
     "StoreLockedError",
     "StoreMismatchError",
-    "describe_differences",
     "estimated_size",
     "readable_size",
 ]
@@ -268,38 +267,6 @@ class Manifest:
         size = 2 * math.prod(self.shape) if self.shape else 6 * self.top_k
         if size >= _MAX_RECORD:
             raise StoreError(f"A record would take {readable_size(size)}; there is room for {_MAX_RECORD} bytes.")
-
-
-def describe_differences(
-    store: Mapping[str, Any],
-    pipeline: Mapping[str, Any],
-    prefix: str = "",
-    words: tuple[str, str] = ("the store has", "this pipeline"),
-) -> list[str]:
-    """Tell where two nested settings differ, a line for each, names joined by dots.
-
-    Args:
-        store: what a store was made from.
-        pipeline: what there is now.
-        prefix: put before every name.
-        words: what the two are called.
-
-    Returns:
-        The lines; none if both say the same in JSON.
-
-    Example:
-        >>> describe_differences({"crop": {"scale": [0.08, 1.0]}}, {"crop": {"scale": (0.5, 1.0)}})
-        ['crop.scale: the store has [0.08, 1.0], this pipeline [0.5, 1.0]']
-    """
-    lines = []
-    for name in [*store, *(name for name in pipeline if name not in store)]:
-        ours = _as_json(store[name], name) if name in store else "nothing"
-        theirs = _as_json(pipeline[name], name) if name in pipeline else "nothing"
-        if isinstance(ours, dict) and isinstance(theirs, dict):
-            lines += describe_differences(ours, theirs, f"{prefix}{name}.", words)
-        elif (name in store) != (name in pipeline) or ours != theirs:
-            lines.append(f"{prefix}{name}: {words[0]} {ours}, {words[1]} {theirs}")
-    return lines
 
 
 def estimated_size(

@@ -1,13 +1,16 @@
-"""Operators on tensors that depend on no network: run-length codes and regions of masks."""
+"""Operators on tensors that depend on no network: run-length codes, regions and boxes of masks."""
 
+from kornia_tinyvit.ops.boxes import central_points, mask_boxes
 from kornia_tinyvit.ops.regions import remove_small_regions
 from kornia_tinyvit.ops.rle import RLE, compress_rle, decode_rle, encode_rle, rle_area, uncompress_rle
 
 __all__ = [
     "RLE",
+    "central_points",
     "compress_rle",
     "decode_rle",
     "encode_rle",
+    "mask_boxes",
     "remove_small_regions",
     "rle_area",
     "uncompress_rle",

@@ -20,9 +20,7 @@ from kornia_tinyvit.training.tasks.promptable import (
     Prompting,
     PromptMetrics,
     build_sam,
-    central_points,
     evaluate_prompts,
-    mask_boxes,
 )
 from kornia_tinyvit.training.tasks.semantic import (
     SEMANTIC,
@@ -59,11 +57,9 @@ __all__ = [
     "TrainingResult",
     "balanced_weights",
     "build_sam",
-    "central_points",
     "evaluate_detector",
     "evaluate_prompts",
     "evaluate_segmenter",
     "find_recipe",
-    "mask_boxes",
     "train",
 ]

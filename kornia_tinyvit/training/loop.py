@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
@@ -21,6 +20,7 @@ from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.distillation.objectives import Objective
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
@@ -179,7 +179,7 @@ def _run(
     batches = training.batches(asked["replays"])
     saved = time.perf_counter()
     began = saved - training.seconds
-    with _bar(progress and accelerator.is_main_process) as bar:
+    with progress_bar(progress and accelerator.is_main_process, counts=False, fields=("rate", "loss")) as bar:
         task = bar.add_task("training", total=batches.end, completed=training.done, rate="", loss="")
         for batch in replay_loader(training.samples, batches, workers):
             training.train_batch(batch, batches.batches_per_epoch)
@@ -415,12 +415,6 @@ def _log(accelerator: Accelerator, folder: RunFolder, line: dict[str, Any]) -> N
 
 def _average_name(process: int) -> str:
     return f"average-{process}.pt"
-
-
-def _bar(shown: bool) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.percentage:.0f} %"))
-    rest = (TextColumn("{task.fields[rate]}"), TextColumn("{task.fields[loss]}"), TimeRemainingColumn())
-    return Progress(*columns, *rest, disable=not shown)
 
 
 def _split_batch(whole: int, processes: int, process_batch: int | None) -> tuple[int, int]:

@@ -11,8 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.distillation.store import describe_differences
-from kornia_tinyvit.files import locks, write_text, writing
+from kornia_tinyvit.files import describe_differences, locks, write_text, writing
 
 __all__ = ["RunFolder"]
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from rich.progress import track
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
@@ -19,6 +18,7 @@ from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.classification import Metrics, ReadablePictures, collate_readable
 
 __all__ = ["CLASSIFICATION", "Classification", "Counts", "Judge", "Samples", "Task"]
@@ -211,7 +211,7 @@ def measure_network(network: nn.Module, judge: Judge, workers: int = 0, progress
     """
     loader = ImageLoader(judge.pictures, batch_size=judge.batch_size, num_workers=workers, collate_fn=judge.collate)
     with evaluating(network):
-        batches = track(loader, "evaluating", disable=not progress, transient=True)
+        batches = track_progress(loader, "evaluating", progress)
         return [name for batch in batches for name in judge.add(network, batch)]
 
 

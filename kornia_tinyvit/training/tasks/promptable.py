@@ -22,6 +22,7 @@ from kornia_tinyvit.data.loader import Key
 from kornia_tinyvit.data.order import keyed_seed
 from kornia_tinyvit.data.paired import PairedSamples
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.model import PIXEL_MEAN, PIXEL_STD, MobileSAM, prepare_photo, resize_levels
@@ -42,9 +43,7 @@ __all__ = [
     "Prompting",
     "Prompts",
     "build_sam",
-    "central_points",
     "evaluate_prompts",
-    "mask_boxes",
 ]
 
 #: Number of this module's formulas, raised when a prompt would come out differently.
@@ -608,49 +607,6 @@ class PromptJudge:
         # One at a time: the logits of all instances of a large photo would not fit into memory.
         for each, mask in zip(logits, masks, strict=True):
             self.counts.update(kind, geometry.restore(each[None])[0] > 0, mask[None])
-
-
-def mask_boxes(masks: Tensor) -> Tensor:
-    """Return the boxes around masks :math:`(N, H, W)` that are not empty: left, top, right, bottom, :math:`(N, 4)`.
-
-    Example:
-        >>> mask_boxes(torch.tensor([[[False, True], [False, True]]]))
-        tensor([[1., 0., 2., 2.]])
-    """
-    sides = []
-    for axis in (1, 2):  # columns, then rows
-        line = masks.any(axis).to(torch.uint8)
-        last = line.shape[1] - line.flip(1).argmax(1)
-        sides.append((line.argmax(1), last))
-    (left, right), (top, bottom) = sides
-    return torch.stack([left, top, right, bottom], 1).float()
-
-
-def central_points(masks: Tensor) -> Tensor:
-    """Return a point in each mask as far as can be from its border, x and y, :math:`(N, 2)`.
-
-    The distance is that of a king on a chess board; the first of equal ones, row by row, is taken.
-
-    Args:
-        masks: bool :math:`(N, H, W)`, none of them empty.
-
-    Example:
-        >>> central_points(torch.ones(1, 3, 5, dtype=torch.bool))
-        tensor([[1.5000, 1.5000]])
-    """
-    points = [_central_point(mask, *corners) for mask, corners in zip(masks, mask_boxes(masks).tolist(), strict=True)]
-    return torch.tensor(points).view(-1, 2)
-
-
-def _central_point(mask: Tensor, left: float, top: float, right: float, bottom: float) -> tuple[float, float]:
-    inside = mask[int(top) : int(bottom), int(left) : int(right)][None].float()
-    rest = 1 - F.pad(inside, (1, 1, 1, 1))
-    depth = torch.zeros_like(inside)
-    while not rest.all():
-        depth += 1 - rest[:, 1:-1, 1:-1]
-        rest = F.max_pool2d(rest, 3, stride=1, padding=1)
-    row, column = divmod(int(depth.argmax()), inside.shape[2])
-    return left + column + 0.5, top + row + 0.5
 
 
 def _boxes_and_points(inputs: Tensor, geometry: Geometry, masks: Tensor) -> Prompts:

@@ -1,0 +1,27 @@
+"""Tables on the terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+__all__ = ["print_table"]
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> None:
+    """Print a table; names and numbers stand as they are, without markup or colour.
+
+    Args:
+        columns: headings.
+        rows: cells of each row.
+        left: how many of the first columns are aligned to the left; the others are numbers, aligned to the right.
+    """
+    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    for number, name in enumerate(columns):
+        table.add_column(name, justify="left" if number < left else "right", no_wrap=number >= left)
+    for row in rows:
+        table.add_row(*map(str, row))
+    Console(highlight=False, markup=False).print(table)

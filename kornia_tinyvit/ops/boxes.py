@@ -1,0 +1,52 @@
+"""Boxes and points of masks."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["central_points", "mask_boxes"]
+
+
+def mask_boxes(masks: Tensor) -> Tensor:
+    """Return the boxes :math:`(N, 4)` around masks :math:`(N, H, W)`, none empty: left, top, right, bottom in pixels.
+
+    Example:
+        >>> mask_boxes(torch.tensor([[[False, True], [False, True]]]))
+        tensor([[1., 0., 2., 2.]])
+    """
+    sides = []
+    for axis in (1, 2):  # columns, then rows
+        line = masks.any(axis).to(torch.uint8)
+        last = line.shape[1] - line.flip(1).argmax(1)
+        sides.append((line.argmax(1), last))
+    (left, right), (top, bottom) = sides
+    return torch.stack([left, top, right, bottom], 1).float()
+
+
+def central_points(masks: Tensor) -> Tensor:
+    """Return a point in each mask as far as can be from its border, x and y, :math:`(N, 2)`.
+
+    The distance is Chebyshev's; of equal ones the first, row by row, is taken.
+
+    Args:
+        masks: bool :math:`(N, H, W)`, none of them empty.
+
+    Example:
+        >>> central_points(torch.ones(1, 3, 5, dtype=torch.bool))
+        tensor([[1.5000, 1.5000]])
+    """
+    points = [_central_point(mask, *corners) for mask, corners in zip(masks, mask_boxes(masks).tolist(), strict=True)]
+    return torch.tensor(points).view(-1, 2)
+
+
+def _central_point(mask: Tensor, left: float, top: float, right: float, bottom: float) -> tuple[float, float]:
+    inside = mask[int(top) : int(bottom), int(left) : int(right)][None].float()
+    rest = 1 - F.pad(inside, (1, 1, 1, 1))
+    depth = torch.zeros_like(inside)
+    while not rest.all():
+        depth += 1 - rest[:, 1:-1, 1:-1]
+        rest = F.max_pool2d(rest, 3, stride=1, padding=1)
+    row, column = divmod(int(depth.argmax()), inside.shape[2])
+    return left + column + 0.5, top + row + 0.5
