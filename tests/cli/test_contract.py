@@ -19,7 +19,7 @@ from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_classify import error_of, run
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.distillation.test_batches import CLASSES, make_pictures
+from tests.data.test_loader import CLASSES, make_pictures
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
 

@@ -21,7 +21,7 @@ from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.training import evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
 from tests.cli.test_classify import error_of, run
-from tests.distillation.test_batches import damage
+from tests.data.test_loader import damage
 from tests.test_detection import NAMES, make_detector
 from tests.training import scenes
 from tests.training.test_boxes import make_coco, write_coco

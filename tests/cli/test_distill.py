@@ -14,7 +14,7 @@ from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.distillation import LabelStore, estimated_size
 from tests.cli.test_classify import error_of, run
-from tests.distillation.test_batches import CLASSES, damage, make_pictures
+from tests.data.test_loader import CLASSES, damage, make_pictures
 
 TEACHER = """
 import torch

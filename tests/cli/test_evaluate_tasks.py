@@ -10,7 +10,7 @@ from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
 from tests.cli.test_classify import error_of, run
-from tests.distillation.test_batches import damage
+from tests.data.test_loader import damage
 from tests.training.test_promptable import lively_sam, make_instances
 from tests.training.test_semantic import NAMES, make_scenes, make_segmenter
 

@@ -16,7 +16,7 @@ from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate_prompts, evaluate_segmenter, find_recipe
 from tests.cli.test_classify import error_of, run
-from tests.distillation.test_batches import CLASSES, damage, make_pictures
+from tests.data.test_loader import CLASSES, damage, make_pictures
 from tests.training.test_promptable import make_instances
 from tests.training.test_semantic import NAMES, make_scenes
 

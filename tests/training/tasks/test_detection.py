@@ -25,7 +25,7 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.classification import measure_network
 from kornia_tinyvit.training.tasks.detection import BoxJudge
-from tests.distillation.test_batches import damage
+from tests.data.test_loader import damage
 from tests.test_detection import make_detector
 from tests.training.scenes import NAMES, make_scenes, write_scene
 

@@ -36,7 +36,7 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.promptable import PromptedBatch, Prompts
 from tests.conftest import TINY, liven
-from tests.distillation.test_batches import damage
+from tests.data.test_loader import damage
 
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0}
 RECIPE = Recipe(img_size=64, epochs=2, warmup_epochs=0, batch_size=2, base_lr=0.25, min_lr=0.02, preset="promptable")

@@ -30,7 +30,7 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.semantic import MaskedBatch
 from tests.conftest import TINY
-from tests.distillation.test_batches import damage
+from tests.data.test_loader import damage
 
 NAMES = ("ground", "disc", "box")
 COLORS = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])
