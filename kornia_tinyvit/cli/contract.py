@@ -195,7 +195,7 @@ def _plan(
     classes, names = images.num_classes, images.class_names
     if store is None:
         return _Lesson(samples, judged, None, None, classes, names)
-    from kornia_tinyvit.distillation.objectives import StoredLabels
+    from kornia_tinyvit.distillation.losses import StoredLabels
 
     opened = LabelStore(store)
     opened.require(samples.describe())

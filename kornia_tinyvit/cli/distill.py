@@ -39,7 +39,7 @@ from kornia_tinyvit.cli.training_options import (
 )
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
-from kornia_tinyvit.distillation.objectives import OnlineTeacher, StoredLabels
+from kornia_tinyvit.distillation.losses import OnlineTeacher, StoredLabels
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore, Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher

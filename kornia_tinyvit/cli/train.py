@@ -198,7 +198,7 @@ class _Plan:
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.distillation import Labels
+    from kornia_tinyvit.training.tasks.classification import Labels
 
     samples = build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
     images = samples.images

@@ -20,7 +20,7 @@ from kornia_tinyvit.training.recipes import Recipe
 if TYPE_CHECKING:
     from kornia_tinyvit.data.classification import ClassificationDataset
     from kornia_tinyvit.data.loader import ReplayedSamples
-    from kornia_tinyvit.distillation.objectives import Objective
+    from kornia_tinyvit.distillation.losses import Objective
 
 __all__ = ["ProxyTraining"]
 
@@ -122,6 +122,6 @@ class ProxyTraining:
         return result.score, trained
 
     def _objective(self) -> Objective:
-        from kornia_tinyvit.distillation.objectives import Labels
+        from kornia_tinyvit.training.tasks.classification import Labels
 
         return Labels(self.samples.augmentation) if self.objective is None else self.objective

@@ -1,7 +1,12 @@
 """Fast pretraining distillation: a teacher's soft labels stored once and replayed exactly (arXiv:2207.10666)."""
 
-from kornia_tinyvit.distillation.losses import distillation_loss, soft_target_cross_entropy
-from kornia_tinyvit.distillation.objectives import FeatureRegression, Labels, OnlineTeacher, StoredLabels
+from kornia_tinyvit.distillation.losses import (
+    FeatureRegression,
+    OnlineTeacher,
+    StoredLabels,
+    distillation_loss,
+    soft_target_cross_entropy,
+)
 from kornia_tinyvit.distillation.official import OfficialLogits
 from kornia_tinyvit.distillation.saving import CheckReport, SavedRecords, check_records, save_records
 from kornia_tinyvit.distillation.store import (
@@ -21,7 +26,6 @@ __all__ = [
     "FeatureRegression",
     "FeatureStore",
     "LabelStore",
-    "Labels",
     "Manifest",
     "MissingRecordsError",
     "OfficialLogits",

@@ -1,12 +1,35 @@
-"""Losses of a student against a teacher's soft labels."""
+"""Losses of a student against a teacher: beside it, or by what was stored of it."""
 
 from __future__ import annotations
 
+import time
+from typing import Any, Protocol
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["distillation_loss", "soft_target_cross_entropy"]
+from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
+from kornia_tinyvit.data.loader import Batch
+from kornia_tinyvit.distillation.store import (
+    FeatureStore,
+    LabelStore,
+    MissingRecordsError,
+    Records,
+    RecordStore,
+    StoreError,
+    StoreMismatchError,
+)
+from kornia_tinyvit.distillation.teachers import Teacher
+
+__all__ = [
+    "FeatureRegression",
+    "Objective",
+    "OnlineTeacher",
+    "StoredLabels",
+    "distillation_loss",
+    "soft_target_cross_entropy",
+]
 
 
 def soft_target_cross_entropy(
@@ -91,3 +114,143 @@ def distillation_loss(
     if labels is None:
         raise ValueError("hard_share needs the labels.")
     return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_share)
+
+
+class Objective(Protocol):
+    """A loss of each sample of a batch."""
+
+    def describe(self) -> dict[str, Any]:
+        """Return what tells it from other objectives, as JSON's types."""
+
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Any) -> Tensor:
+        """Return the losses :math:`(B,)`.
+
+        Args:
+            outputs: what the network made of the images.
+            images: augmented pictures :math:`(B, 3, S, S)`.
+            batch: what they were made from, such as :class:`~kornia_tinyvit.data.loader.Batch`.
+        """
+
+
+class OnlineTeacher:
+    """Cross-entropy against all of what a teacher says at every step.
+
+    Args:
+        teacher: maps the augmented pictures to logits; it is put into evaluation mode and follows them to their device.
+        autocast: data type it computes in; ``None`` for its own.
+    """
+
+    def __init__(self, teacher: nn.Module, autocast: torch.dtype | None = None) -> None:
+        self.teacher = teacher.eval()
+        self.autocast = autocast
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and the teacher."""
+        told = self.teacher.describe() if isinstance(self.teacher, Teacher) else type(self.teacher).__name__
+        return {"kind": "online teacher", "teacher": told, "autocast": str(self.autocast)}
+
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
+        """Return the losses :math:`(B,)`."""
+        kind = self.autocast or torch.bfloat16
+        with torch.no_grad(), torch.autocast(images.device.type, kind, enabled=self.autocast is not None):
+            targets = self.teacher.to(images.device)(images).float().softmax(1)
+        return F.cross_entropy(outputs.float(), targets, reduction="none")
+
+
+class StoredLabels:
+    """Cross-entropy against the soft labels of a store.
+
+    Args:
+        store: the labels, of the epochs that are replayed.
+        augmentation: what the batches are augmented with, for mixed labels.
+        hard_share: weight of the true labels beside them; the paper has 0.
+        patience: seconds to wait for records that a teacher is still writing before they are reported missing.
+    """
+
+    def __init__(
+        self, store: LabelStore, augmentation: ReplayableAugmentation, hard_share: float = 0.0, patience: float = 0.0
+    ) -> None:
+        self.store = store
+        self.augmentation = augmentation
+        self.hard_share = hard_share
+        self.patience = patience
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind, whose labels they are, and the share of the true ones."""
+        return {"kind": "stored labels", "teacher": self.store.manifest.teacher, "hard_share": self.hard_share}
+
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
+        """Return the losses :math:`(B,)`.
+
+        Raises:
+            MissingRecordsError: if there are no labels for a sample.
+            StoreMismatchError: if the augmentation draws other parameters than when the labels were stored.
+        """
+        classes, probabilities, checksums = self._read(batch.draws)
+        _check_replay(self.store, batch.draws, checksums)
+        hard = None
+        if self.hard_share:
+            hard = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1]).to(outputs.device)
+        device = outputs.device
+        return distillation_loss(
+            outputs,
+            classes.to(device, non_blocking=True),
+            probabilities.to(device, non_blocking=True),
+            hard,
+            self.hard_share,
+            reduction="none",
+        )
+
+    def _read(self, draws: Draws) -> Records:
+        deadline = time.monotonic() + self.patience
+        while True:
+            try:
+                return self.store.read(draws.epoch, draws.indices)
+            except MissingRecordsError:
+                if time.monotonic() >= deadline:
+                    raise
+                time.sleep(1.0)
+
+
+class FeatureRegression:
+    """Mean squared error against the features of a store, as MobileSAM's decoupled distillation has it.
+
+    A student whose neck ends in a layer norm, as MobileSAM's does, begins with features of mean square 1, and so with
+    an error near 2 for a teacher normalised alike; it needs some hundred steps to fall below that of a constant.
+
+    Args:
+        store: the features, of the epochs that are replayed.
+    """
+
+    def __init__(self, store: FeatureStore) -> None:
+        self.store = store
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and whose features they are."""
+        return {"kind": "stored features", "teacher": self.store.manifest.teacher}
+
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
+        """Return the losses :math:`(B,)`.
+
+        Raises:
+            StoreMismatchError: if the augmentation draws other parameters than when the features were stored.
+            StoreError: if the student's features have another shape.
+        """
+        features, checksums = self.store.read(batch.draws.epoch, batch.draws.indices)
+        _check_replay(self.store, batch.draws, checksums)
+        if outputs.shape != features.shape:
+            raise StoreError(
+                f"The student returns {tuple(outputs.shape[1:])} for a picture, but {self.store.path} holds "
+                f"{tuple(features.shape[1:])}."
+            )
+        return (outputs.float() - features.to(outputs.device, torch.float32)).square().flatten(1).mean(1)
+
+
+def _check_replay(store: RecordStore, draws: Draws, checksums: Tensor) -> None:
+    drifted = draws.checksums() != checksums.numpy()
+    if drifted.any():
+        raise StoreMismatchError(
+            f"{int(drifted.sum())} of {len(draws)} samples of epoch {draws.epoch} are augmented otherwise than when "
+            f"{store.path} was written, such as sample {int(draws.indices[drifted][0])}. The store cannot be replayed "
+            "by this version; write it anew with kornia-tinyvit distill save."
+        )

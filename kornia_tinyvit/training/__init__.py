@@ -3,6 +3,7 @@
 from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import BoxMetrics, DetectionScores
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
+from kornia_tinyvit.training.tasks.classification import Labels
 from kornia_tinyvit.training.tasks.detection import (
     DETECTION,
     BoxAugmentation,
@@ -43,6 +44,7 @@ __all__ = [
     "DetectionLoss",
     "DetectionScores",
     "DetectorTraining",
+    "Labels",
     "MaskAugmentation",
     "MaskLoss",
     "MaskedSamples",

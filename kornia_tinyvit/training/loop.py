@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.classification import ImageLoader
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
-from kornia_tinyvit.distillation.objectives import Objective
+from kornia_tinyvit.distillation.losses import Objective
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
@@ -111,7 +111,7 @@ def train(
     Args:
         model: the network.
         samples: the pictures and their augmentation.
-        objective: the loss; see :mod:`kornia_tinyvit.distillation.objectives`.
+        objective: the loss; see :mod:`kornia_tinyvit.distillation.losses`.
         recipe: the hyperparameters.
         out: folder for what comes out.
         task: what the network is trained for, which decides how it is measured and written.

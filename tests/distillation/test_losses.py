@@ -1,8 +1,72 @@
+"""Losses of students: of tensors, of stored records and beside a teacher."""
+
+from __future__ import annotations
+
+import threading
+import time
+
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
-from kornia_tinyvit.distillation import distillation_loss, soft_target_cross_entropy
+from kornia_tinyvit.data import Batch, ReplayableAugmentation
+from kornia_tinyvit.distillation import (
+    FeatureRegression,
+    FeatureStore,
+    LabelStore,
+    Manifest,
+    MissingRecordsError,
+    OnlineTeacher,
+    StoredLabels,
+    StoreError,
+    StoreMismatchError,
+    distillation_loss,
+    soft_target_cross_entropy,
+)
+from kornia_tinyvit.training import Labels
+
+NUM_SAMPLES, NUM_CLASSES, SIZE = 12, 6, 16
+
+
+def augment(preset="distill", **changes):
+    return ReplayableAugmentation(SIZE, preset, seed=4, num_samples=NUM_SAMPLES, **changes)
+
+
+def batch_of(augmentation, epoch=1, start=0, count=6):
+    indices = augmentation.order.permutation(epoch)[start : start + count]
+    crops = torch.randint(256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    draws = augmentation.draw(epoch, indices)
+    return Batch(crops, torch.from_numpy(indices % NUM_CLASSES), torch.ones(count), draws, ())
+
+
+@pytest.fixture
+def outputs():
+    return torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(1), requires_grad=True)
+
+
+@pytest.fixture
+def targets():
+    return (2 * torch.randn(6, NUM_CLASSES, generator=torch.Generator().manual_seed(2))).softmax(1)
+
+
+@pytest.fixture
+def store(tmp_path):
+    manifest = Manifest(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, top_k=3, seed=4)
+    with LabelStore.create(tmp_path / "store", manifest) as store:
+        yield store
+
+
+def write(store, batch, values):
+    store.write(batch.draws.epoch, batch.draws.indices, values, batch.draws.checksums())
+
+
+def restored(targets, top_k=3):
+    """What a store of the largest probabilities stands for."""
+    top = targets.topk(top_k)
+    rest = (1 - top.values.half().float().sum(1, keepdim=True)) / (NUM_CLASSES - top_k)
+    return rest.expand(-1, NUM_CLASSES).scatter(1, top.indices, top.values.half().float())
 
 
 def dense(classes, probabilities, count):
@@ -84,3 +148,128 @@ class TestDistillationLoss:
             distillation_loss(torch.randn(6, 12), *sparse, hard_share=0.5)
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             distillation_loss(torch.randn(6, 12), *sparse, hard_share=1.5)
+
+
+class TestStoredLabels:
+    def test_equals_the_dense_loss(self, store, outputs, targets):
+        batch = batch_of(augment())
+        write(store, batch, targets)
+        loss = StoredLabels(store, augment())(outputs, None, batch)
+        assert torch.allclose(loss, F.cross_entropy(outputs, restored(targets), reduction="none"), atol=1e-5)
+
+    @pytest.mark.parametrize("preset", ["finetune", "in1k"])
+    @pytest.mark.parametrize("share", [0.3, 1.0])
+    def test_hard_labels(self, store, outputs, targets, preset, share):
+        augmentation = augment(preset)
+        batch = batch_of(augmentation)
+        write(store, batch, targets)
+        loss = StoredLabels(store, augmentation, hard_share=share)(outputs, None, batch)
+        soft = F.cross_entropy(outputs, restored(targets), reduction="none")
+        expected = (1 - share) * soft + share * Labels(augmentation)(outputs, None, batch)
+        assert torch.allclose(loss, expected, atol=1e-5)
+
+    @pytest.mark.parametrize(
+        "other", [augment("small"), augment("distill", flip=0.0), ReplayableAugmentation(SIZE, "distill", seed=5)]
+    )
+    def test_another_augmentation(self, store, outputs, targets, other):
+        write(store, batch_of(augment(), count=NUM_SAMPLES), targets.repeat(2, 1))
+        batch = Batch(*batch_of(augment())[:3], other.draw(1, batch_of(augment()).draws.indices), ())
+        with pytest.raises(StoreMismatchError, match=r"of 6 samples of epoch 1 are augmented otherwise.*distill save"):
+            StoredLabels(store, other)(outputs, None, batch)
+
+    def test_missing(self, store, outputs, targets):
+        write(store, batch_of(augment(), count=4), targets[:4])
+        with pytest.raises(MissingRecordsError, match="2 of 6 records"):
+            StoredLabels(store, augment())(outputs, None, batch_of(augment()))
+
+    def test_patience(self, store, outputs, targets):
+        """A record that comes later is waited for, and one that does not is missing in the end."""
+        batch, reading = batch_of(augment()), threading.Event()
+        reader = LabelStore(store.path)
+        original = reader.read
+        reader.read = lambda *args: (reading.set(), original(*args))[1]
+
+        def later():
+            reading.wait(30)
+            time.sleep(0.05)
+            write(store, batch, targets)
+
+        thread = threading.Thread(target=later)
+        thread.start()
+        loss = StoredLabels(reader, augment(), patience=60)(outputs, None, batch)
+        thread.join()
+        assert torch.allclose(loss, F.cross_entropy(outputs, restored(targets), reduction="none"), atol=1e-5)
+        with pytest.raises(MissingRecordsError):
+            StoredLabels(reader, augment(), patience=0.01)(outputs, None, batch_of(augment(), start=6))
+
+
+class TestFeatureRegression:
+    @pytest.fixture
+    def features(self, tmp_path):
+        manifest = Manifest(num_samples=NUM_SAMPLES, seed=4, kind="features", shape=(4, 2, 2))
+        with FeatureStore.create(tmp_path / "features", manifest) as store:
+            batch = batch_of(augment())
+            values = torch.arange(6 * 16).view(6, 4, 2, 2) / 8.0
+            store.write(1, batch.draws.indices, values, batch.draws.checksums())
+            yield store
+
+    def test_mean_squared_error(self, features):
+        outputs = (
+            torch.arange(6 * 16).view(6, 4, 2, 2) / 8.0 + torch.tensor([0.0, 1, -2, 3, 0.5, 1])[:, None, None, None]
+        )
+        loss = FeatureRegression(features)(outputs, None, batch_of(augment()))
+        assert torch.allclose(loss, torch.tensor([0.0, 1, 4, 9, 0.25, 1]))
+
+    def test_another_shape(self, features):
+        with pytest.raises(StoreError, match=r"returns \(4, 4\) for a picture, but .*features holds \(4, 2, 2\)"):
+            FeatureRegression(features)(torch.zeros(6, 4, 4), None, batch_of(augment()))
+
+    def test_another_augmentation(self, features):
+        batch = batch_of(augment())
+        drifted = batch._replace(draws=augment("small").draw(1, batch.draws.indices))
+        with pytest.raises(StoreMismatchError, match="augmented otherwise"):
+            FeatureRegression(features)(torch.zeros(6, 4, 2, 2), None, drifted)
+
+
+class TestOnlineTeacher:
+    @pytest.fixture
+    def teacher(self):
+        torch.manual_seed(0)
+        network = nn.Sequential(nn.Conv2d(3, 8, 4, 4), nn.BatchNorm2d(8), nn.Flatten(), nn.Linear(128, NUM_CLASSES))
+        network[1].running_mean.normal_()
+        return network.eval()
+
+    def test_equals_the_dense_loss(self, teacher, outputs):
+        images = torch.randn(6, 3, SIZE, SIZE)
+        loss = OnlineTeacher(teacher)(outputs, images, None)
+        with torch.no_grad():
+            expected = F.cross_entropy(outputs, teacher(images).softmax(1), reduction="none")
+        assert torch.allclose(loss, expected, atol=1e-6)
+        loss.sum().backward()
+        assert outputs.grad.abs().sum() > 0
+        assert all(parameter.grad is None for parameter in teacher.parameters())
+
+    def test_a_teacher_in_training_mode_neither_learns_nor_drifts(self, teacher, outputs):
+        images = torch.randn(6, 3, SIZE, SIZE)
+        expected = OnlineTeacher(teacher)(outputs, images, None)
+        before = teacher[1].running_mean.clone()
+        assert torch.equal(OnlineTeacher(teacher.train())(outputs, images, None), expected)
+        assert torch.equal(teacher[1].running_mean, before)
+
+    def test_lower_precision(self, teacher, outputs):
+        kinds = []
+        teacher[3].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
+        images = torch.randn(6, 3, SIZE, SIZE)
+        whole = OnlineTeacher(teacher)(outputs, images, None)
+        half = OnlineTeacher(teacher, torch.bfloat16)(outputs, images, None)
+        assert kinds == [torch.float32, torch.bfloat16]
+        assert half.dtype == torch.float32
+        assert torch.allclose(whole, half, atol=0.05)
+        assert not np.allclose(whole.detach(), half.detach(), atol=1e-7)
+
+    def test_the_teacher_comes_to_the_pictures(self, teacher):
+        """It is built on the CPU and follows the training to its device."""
+        asked = []
+        teacher.to = lambda device: asked.append(device) or nn.Module.to(teacher, device)
+        OnlineTeacher(teacher)(torch.zeros(6, NUM_CLASSES), torch.zeros(6, 3, SIZE, SIZE), None)
+        assert asked == [torch.device("cpu")]

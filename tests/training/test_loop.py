@@ -26,9 +26,9 @@ from torch.optim import optimizer as optimizers
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.data import ClassificationDataset, ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.data.classification import BrokenImageError
-from kornia_tinyvit.distillation import Labels, LabelStore, Manifest, StoredLabels
+from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabels
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training import Recipe, loop, train
+from kornia_tinyvit.training import Labels, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY

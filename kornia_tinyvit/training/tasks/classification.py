@@ -7,13 +7,15 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset, ImageLoader
-from kornia_tinyvit.data.loader import ReplayedSamples
+from kornia_tinyvit.data.loader import Batch, ReplayedSamples
 from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
@@ -21,7 +23,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.classification import Metrics, ReadablePictures, collate_readable
 
-__all__ = ["CLASSIFICATION", "Classification", "Counts", "Judge", "Samples", "Task"]
+__all__ = ["CLASSIFICATION", "Classification", "Counts", "Judge", "Labels", "Samples", "Task"]
 
 
 class Samples(Protocol):
@@ -92,6 +94,26 @@ class Task(Protocol):
         self, config: Any, state: dict[str, Tensor], paths: Sequence[Path], class_names: Sequence[str] | None
     ) -> None:
         """Write weights to files that the network's ``from_config`` reads."""
+
+
+class Labels:
+    """Cross-entropy of the labels, mixed and smoothed as the augmentation's preset says.
+
+    Args:
+        augmentation: what the batches are augmented with.
+    """
+
+    def __init__(self, augmentation: ReplayableAugmentation) -> None:
+        self.augmentation = augmentation
+
+    def describe(self) -> dict[str, Any]:
+        """Return its kind and the smoothing."""
+        return {"kind": "labels", "label_smoothing": self.augmentation.preset.label_smoothing}
+
+    def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
+        """Return the losses :math:`(B,)`."""
+        targets = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1])
+        return F.cross_entropy(outputs.float(), targets.to(outputs.device), reduction="none")
 
 
 class Classification:
