@@ -21,10 +21,10 @@ from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.training import evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
 from tests.cli.test_classify import error_of, run
+from tests.data.test_detection import make_coco, write_coco
 from tests.data.test_loader import damage
 from tests.test_detection import NAMES, make_detector
 from tests.training import scenes
-from tests.training.test_boxes import make_coco, write_coco
 
 PHOTO = ASSETS / "photos" / "chelsea.png"  # 451x300
 

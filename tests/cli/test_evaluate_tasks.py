@@ -11,8 +11,8 @@ from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
 from tests.cli.test_classify import error_of, run
 from tests.data.test_loader import damage
-from tests.training.test_promptable import lively_sam, make_instances
-from tests.training.test_semantic import NAMES, make_scenes, make_segmenter
+from tests.training.tasks.test_promptable import lively_sam, make_instances
+from tests.training.tasks.test_semantic import NAMES, make_scenes, make_segmenter
 
 
 @pytest.fixture

@@ -17,8 +17,8 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate_prompts, evaluate_segmenter, find_recipe
 from tests.cli.test_classify import error_of, run
 from tests.data.test_loader import CLASSES, damage, make_pictures
-from tests.training.test_promptable import make_instances
-from tests.training.test_semantic import NAMES, make_scenes
+from tests.training.tasks.test_promptable import make_instances
+from tests.training.tasks.test_semantic import NAMES, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
 

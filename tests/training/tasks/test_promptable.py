@@ -18,6 +18,7 @@ from torch.autograd import gradcheck
 from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.data import BrokenImageError, InstanceDataset, replay_loader
+from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.training import (
     PROMPTABLE,
     MaskLoss,
@@ -28,10 +29,8 @@ from kornia_tinyvit.training import (
     PromptMetrics,
     Recipe,
     build_sam,
-    central_points,
     evaluate_prompts,
     find_recipe,
-    mask_boxes,
     train,
 )
 from kornia_tinyvit.training.tasks.promptable import PromptedBatch, Prompts
@@ -196,30 +195,6 @@ class TestPrompting:
         described = PromptAugmentation(64, prompting=Prompting(box_share=0.25)).describe()
         assert json.loads(json.dumps(described))["prompting"] == described["prompting"]
         assert (described["kind"], described["prompting"]["box_share"]) == ("prompts", 0.25)
-
-
-class TestPlaces:
-    def test_boxes(self):
-        masks = torch.zeros(2, 9, 12, dtype=torch.bool)
-        masks[0, 2:5, 3:4], masks[1, 0, 0], masks[1, 8, 11] = True, True, True
-        assert mask_boxes(masks).tolist() == [[3, 2, 4, 5], [0, 0, 12, 9]]
-        assert mask_boxes(masks[:0]).shape == (0, 4)
-
-    def test_central_points(self):
-        mask = torch.zeros(3, 30, 40, dtype=torch.bool)
-        mask[0, 5:14, 10:19] = True  # a square
-        mask[1, 2:28, 30:33], mask[1, 15:28, 20:33] = True, True  # a stroke with a head
-        mask[2, 7, 9] = True
-        points = central_points(mask)
-        assert points.tolist() == [[14.5, 9.5], [26.5, 21.5], [9.5, 7.5]]
-        assert central_points(mask[:0]).shape == (0, 2)
-
-    def test_central_point_of_a_ring_is_on_it(self):
-        y, x = torch.meshgrid(torch.arange(40), torch.arange(40), indexing="ij")
-        radius = (y - 20) ** 2 + (x - 20) ** 2
-        ring = (radius < 300) & (radius > 100)
-        ((column, row),) = central_points(ring[None]).long().tolist()
-        assert ring[row, column]
 
 
 class TestSamples:
