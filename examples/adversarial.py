@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    classifier = ImageClassifier.from_config(args.variant, args.pretrained).to(args.device).eval()
+    classifier = ImageClassifier.from_config(args.variant, pretrained=args.pretrained).to(args.device).eval()
     classifier.requires_grad_(False)  # the gradient at the pixels is all that is needed
     names = classifier.class_names
     if args.target is not None and args.target not in names:

@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    classifier = ImageClassifier.from_config(args.variant, args.pretrained)
+    classifier = ImageClassifier.from_config(args.variant, pretrained=args.pretrained)
     pipeline = nn.Sequential(build_augmentations(args.size), classifier).to(args.device).eval()
 
     # A batch needs one size, so the middle square of each photo is what is changed.

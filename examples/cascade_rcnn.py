@@ -159,7 +159,9 @@ def main() -> None:
     torch.manual_seed(0)
 
     images = DetectionDataset.open(args.data, "train").sample(args.pictures)
-    network = TinyViT.from_config(args.variant, False if args.pretrained == "none" else args.pretrained, num_classes=0)
+    network = TinyViT.from_config(
+        args.variant, pretrained=False if args.pretrained == "none" else args.pretrained, num_classes=0
+    )
     model = cascade_rcnn(
         network, images.num_classes, args.channels, args.hidden, min_size=args.size, max_size=2 * args.size
     ).train()

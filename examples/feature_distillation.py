@@ -89,7 +89,7 @@ class DenseTeacher(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.network = TinyViT.from_config("1m", "cifar10")
+        self.network = TinyViT.from_config("1m", pretrained="cifar10")
         width = self.network.feature_channels[STAGE]
         self.register_buffer("mean", torch.zeros(width, 1, 1))
         self.register_buffer("deviation", torch.ones(width, 1, 1))

@@ -80,7 +80,7 @@ def main() -> None:
         parser.error(f"{args.folder} is no folder of class folders, which give the classes their names")
     names, labels = images.class_names, torch.tensor(images.labels)
     size = {} if args.img_size is None else {"img_size": args.img_size, "window_sizes": "scale"}
-    model = TinyViT.from_config(args.variant, args.pretrained, **size)
+    model = TinyViT.from_config(args.variant, pretrained=args.pretrained, **size)
     # Always a new head: one for as many other classes would fit, and would begin with the wrong answers.
     model.reset_classifier(len(names))
     classifier = ImageClassifier(model, class_names=names).to(args.device)

@@ -72,7 +72,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    backbone = TinyViT.from_config(args.variant, args.pretrained, num_classes=0).to(args.device).eval()
+    backbone = TinyViT.from_config(args.variant, pretrained=args.pretrained, num_classes=0).to(args.device).eval()
     pyramid = FeaturePyramid(backbone.feature_channels, args.channels).to(args.device)
     print(f"feature_channels {backbone.feature_channels}, feature_strides {backbone.feature_strides}")
     photo = read_image(args.photo).unsqueeze(0).to(args.device)

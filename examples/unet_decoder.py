@@ -135,7 +135,7 @@ def main() -> None:
     images = SegmentationDataset.open(args.data, "train")
     classes = len(images.class_names)
     pictures, masks = load(images.sample(args.pictures), args.img_size)
-    encoder = TinyViTEncoder(TinyViT.from_config(args.variant, args.pretrained, num_classes=0))
+    encoder = TinyViTEncoder(TinyViT.from_config(args.variant, pretrained=args.pretrained, num_classes=0))
     decoder = UnetDecoder(encoder.out_channels)
     network = Unet(encoder, decoder, 16, classes)
     print(f"out_channels {encoder.out_channels}, output_stride {encoder.output_stride}")

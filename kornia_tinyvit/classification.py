@@ -56,9 +56,9 @@ class ImageClassifier(nn.Module):
 
     Args:
         model: the network.
+        class_names: names of the classes in the order of the logits; numbers if left out.
         preprocessing: what turns pictures in [0, 1] into what the network takes; the evaluation of the network's
             resolution if left out.
-        class_names: names of the classes in the order of the logits; numbers if left out.
         views: test-time augmentation: functions of a picture batch :math:`(B, C, H, W)` whose logits are averaged with
             those of the picture itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
 
@@ -77,8 +77,9 @@ class ImageClassifier(nn.Module):
     def __init__(
         self,
         model: TinyViT,
-        preprocessing: nn.Module | None = None,
+        *,
         class_names: Sequence[str] | None = None,
+        preprocessing: nn.Module | None = None,
         views: Sequence[View] = (),
     ) -> None:
         super().__init__()
@@ -100,8 +101,8 @@ class ImageClassifier(nn.Module):
     def from_config(
         cls,
         config: str | TinyViTConfig | None = None,
-        pretrained: bool | str | Path | Checkpoint = False,
         *,
+        pretrained: bool | str | Path | Checkpoint = False,
         class_names: Sequence[str] | None = None,
         views: Sequence[View] = (),
         **kwargs: Any,
@@ -121,7 +122,7 @@ class ImageClassifier(nn.Module):
         """
         if pretrained:
             pretrained = open_pretrained(pretrained, config, img_size=kwargs.get("img_size"))
-        model = TinyViT.from_config(config, pretrained, **kwargs)
+        model = TinyViT.from_config(config, pretrained=pretrained, **kwargs)
         if class_names is None and isinstance(pretrained, Checkpoint) and not model.training:
             class_names = pretrained.class_names or (imagenet_classes() if model.config.num_classes == 1000 else None)
         classifier = cls(model, class_names=class_names, views=views)

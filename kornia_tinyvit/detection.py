@@ -181,7 +181,7 @@ class TinyViTDetector(nn.Module):
     std: Tensor
 
     def __init__(
-        self, backbone: TinyViT, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
+        self, backbone: TinyViT, *, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__()
         self._shape = config = DetectorConfig(backbone.config, num_classes, **options)
@@ -201,9 +201,9 @@ class TinyViTDetector(nn.Module):
     def from_config(
         cls,
         config: str | TinyViTConfig | DetectorConfig | None = None,
-        num_classes: int | None = None,
-        pretrained: bool | str | Path | Checkpoint = False,
         *,
+        pretrained: bool | str | Path | Checkpoint = False,
+        num_classes: int | None = None,
         class_names: Sequence[str] | None = None,
         hidden_dim: int = 256,
         num_queries: int = 300,
@@ -216,10 +216,10 @@ class TinyViTDetector(nn.Module):
         Args:
             config: variant or configuration of the backbone, or that of a whole detector; may be left out where
                 ``pretrained`` is a file that carries one.
-            num_classes: classes an object may have; may be left out for a whole detector or where names are given. A
-                detector's file for other classes gives all but what tells classes apart.
             pretrained: a file that :meth:`save` wrote, or what :meth:`TinyViT.from_config` takes, whose head is left
                 out: encoder and decoder then begin with random weights.
+            num_classes: classes an object may have; may be left out for a whole detector or where names are given. A
+                detector's file for other classes gives all but what tells classes apart.
             class_names: names of the classes; those of a detector's file come along.
             hidden_dim: channels of encoder and decoder; a detector's file and a :class:`DetectorConfig` have their own,
                 as for the next three.
@@ -252,8 +252,8 @@ class TinyViTDetector(nn.Module):
         if num_classes is None:
             beside = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} is no detector's file."
             raise ValueError(f"Say how many classes an object may have: num_classes or class_names.{beside}")
-        backbone = TinyViT.from_config(config, pretrained, num_classes=0, **kwargs)
-        return cls(backbone, num_classes, class_names, **options).train()
+        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **kwargs)
+        return cls(backbone, num_classes=num_classes, class_names=class_names, **options).train()
 
     @classmethod
     def _from_file(
@@ -270,11 +270,13 @@ class TinyViTDetector(nn.Module):
         for part, tensors in parts.items():
             file.check(tensors, wanted.get(part, {}))
         base, found = file.backbone(config)
-        backbone = TinyViT.from_config(base, found, num_classes=0, **kwargs)
+        backbone = TinyViT.from_config(base, pretrained=found, num_classes=0, **kwargs)
         same = num_classes in (None, stored.num_classes)
         if class_names is None and same:
             class_names = file.class_names
-        detector = cls(backbone, num_classes or stored.num_classes, class_names, **_options(stored))
+        detector = cls(
+            backbone, num_classes=num_classes or stored.num_classes, class_names=class_names, **_options(stored)
+        )
         if not same:
             parts["decoder"] |= {
                 name: x

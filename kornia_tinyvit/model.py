@@ -143,8 +143,8 @@ class TinyViT(nn.Module):
     def from_config(
         cls,
         config: str | TinyViTConfig | None = None,
-        pretrained: bool | str | Path | Checkpoint = False,
         *,
+        pretrained: bool | str | Path | Checkpoint = False,
         window_sizes: WindowSizes | None = None,
         **overrides: Any,
     ) -> TinyViT:

@@ -98,9 +98,9 @@ class SemanticSegmenter(nn.Module):
     Args:
         backbone: the network; :meth:`from_config` builds it, too.
         num_classes: classes a pixel may have.
+        class_names: names of the classes in the order of the logits; numbers if left out.
         width: channels of the decoder.
         dropout: share of the decoder's channels that training drops.
-        class_names: names of the classes in the order of the logits; numbers if left out.
 
     Attributes:
         config: the :class:`SegmenterConfig` that tells all of it but the names.
@@ -120,10 +120,11 @@ class SemanticSegmenter(nn.Module):
     def __init__(
         self,
         backbone: TinyViT,
+        *,
         num_classes: int,
+        class_names: Sequence[str] | None = None,
         width: int = 256,
         dropout: float = 0.1,
-        class_names: Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         self._shape = SegmenterConfig(backbone.config, num_classes, width, dropout)
@@ -141,12 +142,12 @@ class SemanticSegmenter(nn.Module):
     def from_config(
         cls,
         config: str | TinyViTConfig | SegmenterConfig | None = None,
-        num_classes: int | None = None,
-        pretrained: bool | str | Path | Checkpoint = False,
         *,
+        pretrained: bool | str | Path | Checkpoint = False,
+        num_classes: int | None = None,
+        class_names: Sequence[str] | None = None,
         width: int = 256,
         dropout: float = 0.1,
-        class_names: Sequence[str] | None = None,
         **kwargs: Any,
     ) -> SemanticSegmenter:
         """Build a segmenter from a variant, a configuration, a backbone's weights or what :meth:`save` wrote.
@@ -154,13 +155,13 @@ class SemanticSegmenter(nn.Module):
         Args:
             config: variant or configuration of the backbone, or that of a whole segmenter; may be left out where
                 ``pretrained`` is a file that carries one.
-            num_classes: classes a pixel may have; may be left out for a whole segmenter or where names are given. A
-                segmenter's file for other classes gives all but its classifier.
             pretrained: a file that :meth:`save` wrote, or what :meth:`TinyViT.from_config` takes, whose head is left
                 out: the decoder then begins with random weights.
+            num_classes: classes a pixel may have; may be left out for a whole segmenter or where names are given. A
+                segmenter's file for other classes gives all but its classifier.
+            class_names: names of the classes; those of a segmenter's file come along.
             width: channels of the decoder; a segmenter's file and a :class:`SegmenterConfig` have their own.
             dropout: share of the decoder's channels that training drops; as ``width``.
-            class_names: names of the classes; those of a segmenter's file come along.
             **kwargs: for :meth:`TinyViT.from_config`, such as ``img_size`` and ``window_sizes``.
 
         Returns:
@@ -179,8 +180,8 @@ class SemanticSegmenter(nn.Module):
             config = config.backbone
         if num_classes is None:
             raise ValueError("Say how many classes a pixel may have: num_classes or class_names.")
-        backbone = TinyViT.from_config(config, pretrained, num_classes=0, **kwargs)
-        return cls(backbone, num_classes, width, dropout, class_names).train()
+        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **kwargs)
+        return cls(backbone, num_classes=num_classes, class_names=class_names, width=width, dropout=dropout).train()
 
     @classmethod
     def _from_file(
@@ -195,12 +196,14 @@ class SemanticSegmenter(nn.Module):
         stored, decoder = file.config, file.part(_DECODER)
         file.check(decoder, _decoder_shapes(stored))
         base, found = file.backbone(config)
-        backbone = TinyViT.from_config(base, found, num_classes=0, **kwargs)
+        backbone = TinyViT.from_config(base, pretrained=found, num_classes=0, **kwargs)
         same = num_classes in (None, stored.num_classes)
         if class_names is None and same:
             class_names = file.class_names
         count = stored.num_classes if num_classes is None else num_classes
-        segmenter = cls(backbone, count, stored.width, stored.dropout, class_names)
+        segmenter = cls(
+            backbone, num_classes=count, class_names=class_names, width=stored.width, dropout=stored.dropout
+        )
         if not same:
             decoder |= {f"classifier.{name}": x for name, x in segmenter.decoder.classifier.state_dict().items()}
         segmenter.decoder.load_state_dict(decoder)

@@ -58,7 +58,7 @@ class TestForward:
         assert (preprocessing.img_size, preprocessing.crop_fraction) == (size, fraction)
 
     def test_own_preprocessing(self, tiny, images):
-        torch.testing.assert_close(ImageClassifier(tiny, nn.Identity())(images), tiny(images))
+        torch.testing.assert_close(ImageClassifier(tiny, preprocessing=nn.Identity())(images), tiny(images))
 
     @pytest.mark.parametrize("channels", [1, 4, 6])
     def test_channels(self, channels):
@@ -307,7 +307,7 @@ class TestClassNames:
             ImageClassifier.from_config(pretrained=path),
             ImageClassifier.from_config(pretrained=str(path)),
             ImageClassifier.from_config(pretrained=open_pretrained(path)),
-            ImageClassifier.from_config(tiny.config, path),
+            ImageClassifier.from_config(tiny.config, pretrained=path),
         ):
             assert classifier.class_names == NAMES
             assert not any(module.training for module in classifier.modules())

@@ -142,8 +142,10 @@ class TestConfig:
         assert not detector.backbone.norm_head.weight.requires_grad
 
     def test_weights_of_the_backbone(self):
-        detector = TinyViTDetector.from_config("1m", 2, "cifar10", hidden_dim=16, img_size=64, num_queries=5)
-        whole = TinyViT.from_config("1m", "cifar10")
+        detector = TinyViTDetector.from_config(
+            "1m", num_classes=2, pretrained="cifar10", hidden_dim=16, img_size=64, num_queries=5
+        )
+        whole = TinyViT.from_config("1m", pretrained="cifar10")
         assert torch.equal(detector.backbone.patch_embed.seq[0].c.weight, whole.patch_embed.seq[0].c.weight)
         assert detector.training
         assert detector.class_names == ("class 0", "class 1")
@@ -152,7 +154,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="num_classes or class_names"):
             TinyViTDetector.from_config("1m")
         with pytest.raises(ValueError, match="2 class names for 3 classes"):
-            TinyViTDetector.from_config(CONFIG, 3, class_names=["a", "b"])
+            TinyViTDetector.from_config(CONFIG, num_classes=3, class_names=["a", "b"])
 
 
 class TestPredict:

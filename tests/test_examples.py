@@ -75,7 +75,7 @@ def test_augment_and_classify(tmp_path):
 
     rows = re.findall(r"^(\S+\.\w{3}) +(\w+) +([\d.]+)% +(\d+) of 3 +([\d.]+)%", output, re.MULTILINE)
     assert [row[0] for row in rows] == [photo.name for photo in photos]
-    classifier = ImageClassifier.from_config("1m", "cifar10")
+    classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
     square = EvaluationPipeline(size, crop_fraction=1.0)
     for photo, (_, label, score, _, in_copies) in zip(photos, rows, strict=True):
         (expected,) = classifier.predict(square.resize_and_crop(read_image(photo)[None]), top_k=1)[0]
@@ -113,7 +113,7 @@ def test_adversarial(tmp_path, epsilon, target):
     assert not change[:, :60].any()  # what the preprocessing crops away is left alone
 
     # What is in the file, read again, gives what was printed.
-    classifier = ImageClassifier.from_config("1m", "cifar10")
+    classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
     found = classifier.predict([CHELSEA, tmp_path / "attack" / "attacked.png"], top_k=10)
     assert [each[0].label for each in found] == [told["before"], told["after"]]
     scores = [{each.label: 100 * each.score for each in predictions}[name] for predictions in found]
@@ -213,7 +213,7 @@ def test_finetune_folder(shapes, tmp_path, freeze):
     assert sum(right) / len(right) == pytest.approx((24 * end["train"] + 6 * end["held_out_best"]) / 30, abs=0.05)
 
     # Frozen statistics stay those of the pretrained network; its weights move in either case.
-    before = TinyViT.from_config("1m", "cifar10").state_dict()
+    before = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
     after = load_file(tmp_path / "run" / "last.safetensors")
     statistics = [name for name in before if name.endswith(("running_mean", "running_var"))]
     assert all(torch.equal(before[name], after[name]) == freeze for name in statistics)
@@ -430,7 +430,7 @@ def test_unet_decoder(tmp_path):
 
     # What is in the file, loaded again, gives what was printed.
     module = load_example("unet_decoder")
-    encoder = module.TinyViTEncoder(TinyViT.from_config("1m", "cifar10", num_classes=0))
+    encoder = module.TinyViTEncoder(TinyViT.from_config("1m", pretrained="cifar10", num_classes=0))
     network = module.Unet(encoder, module.UnetDecoder(encoder.out_channels), 16, 3)
     network.load_state_dict(torch.load(tmp_path / "new" / "unet.pt", weights_only=True))
     measured = module.evaluate(network, *module.load(SegmentationDataset.open(data).sample(3), 64), 3)

@@ -23,7 +23,9 @@ NAMES = ("sky", "road", "tree")
 
 def make_segmenter(**changes) -> SemanticSegmenter:
     torch.manual_seed(0)
-    return SemanticSegmenter(TinyViT(**(TINY | {"num_classes": 0} | changes)), 3, width=16, class_names=NAMES)
+    return SemanticSegmenter(
+        TinyViT(**(TINY | {"num_classes": 0} | changes)), num_classes=3, width=16, class_names=NAMES
+    )
 
 
 @pytest.fixture
@@ -188,9 +190,9 @@ class TestFiles:
 
     @pytest.mark.parametrize("layout", ["file", "catalog"])
     def test_a_backbone(self, tmp_path, layout):
-        start = TinyViT.from_config("1m", "cifar10")
+        start = TinyViT.from_config("1m", pretrained="cifar10")
         pretrained = save_checkpoint(start, tmp_path / "start.safetensors") if layout == "file" else "cifar10"
-        segmenter = SemanticSegmenter.from_config("1m", 5, pretrained, width=8)
+        segmenter = SemanticSegmenter.from_config("1m", num_classes=5, pretrained=pretrained, width=8)
         assert segmenter.training
         assert torch.equal(
             segmenter.backbone.layers[2].blocks[1].mlp.fc1.weight, start.layers[2].blocks[1].mlp.fc1.weight
@@ -248,7 +250,7 @@ class TestFiles:
             SemanticSegmenter.from_config(pretrained=path)
 
     def test_another_variant(self, tmp_path):
-        path = SemanticSegmenter.from_config("1m", 2, width=8).save(tmp_path / "one.safetensors")
+        path = SemanticSegmenter.from_config("1m", num_classes=2, width=8).save(tmp_path / "one.safetensors")
         assert SemanticSegmenter.from_config("1m", pretrained=path).config.backbone == TinyViTConfig.from_variant(
             "1m", num_classes=0
         )
@@ -268,7 +270,7 @@ class TestRefusals:
 
     def test_names(self):
         with pytest.raises(ValueError, match="2 class names for 3 classes"):
-            SemanticSegmenter.from_config("1m", 3, class_names=("a", "b"))
+            SemanticSegmenter.from_config("1m", num_classes=3, class_names=("a", "b"))
 
     @pytest.mark.parametrize("change", [{"num_classes": 0}, {"width": 0}, {"width": 2.0}, {"dropout": 1.0}])
     def test_numbers(self, change):

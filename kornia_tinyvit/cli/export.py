@@ -90,7 +90,7 @@ def _build(
         checkpoint = open_pretrained(pretrained or True, variant, img_size=img_size)
         if checkpoint.config.mobile_sam and not photos:
             size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-            return TinyViT.from_config(variant, checkpoint, **size).eval(), None
+            return TinyViT.from_config(variant, pretrained=checkpoint, **size).eval(), None
     classifier: ImageClassifier = build_classifier(variant, pretrained, "cpu", img_size)
     return classifier if photos else classifier.model, classifier.class_names
 

@@ -65,7 +65,7 @@ def build_classifier(
         variant, pretrained = "1m", "cifar10"
     size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     views = ImageClassifier.DEFAULT_VIEWS if tta else ()
-    classifier = ImageClassifier.from_config(variant, pretrained or True, views=views, **size)
+    classifier = ImageClassifier.from_config(variant, pretrained=pretrained or True, views=views, **size)
     return classifier.to(parse_device(device)).eval()
 
 

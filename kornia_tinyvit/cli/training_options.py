@@ -92,7 +92,7 @@ def build_student(
     torch.manual_seed(seed)
     options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
     network: str | TinyViTConfig = variant if variant in VARIANTS else like(variant)
-    return TinyViT.from_config(network, pretrained or False, num_classes=num_classes, **options)
+    return TinyViT.from_config(network, pretrained=pretrained or False, num_classes=num_classes, **options)
 
 
 def build_segmenter(

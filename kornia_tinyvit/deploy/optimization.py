@@ -200,7 +200,10 @@ def optimize(
             tune_allocator=tune_allocator,
         )
         return ImageClassifier(
-            cast("TinyViT", network), copy.deepcopy(model.preprocessing), model.class_names, model.views
+            cast("TinyViT", network),
+            preprocessing=copy.deepcopy(model.preprocessing),
+            class_names=model.class_names,
+            views=model.views,
         ).eval()
     if example is None:
         example = _example(model, pixels)

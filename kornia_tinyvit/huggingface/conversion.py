@@ -93,7 +93,7 @@ def from_checkpoint(
         'cat'
     """
     found = open_pretrained(pretrained, variant)
-    network = TinyViT.from_config(variant, found).eval()
+    network = TinyViT.from_config(variant, pretrained=found).eval()
     return from_tinyvit(network, class_names or found.class_names or _usual_names(network.config.num_classes))
 
 

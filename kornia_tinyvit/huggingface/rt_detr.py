@@ -94,8 +94,8 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
         The model, in the detector's mode, precision and device.
 
     Example:
-        >>> detector = TinyViTDetector.from_config("1m", 5, img_size=64, num_queries=9, hidden_dim=32).eval()
-        >>> found = to_rt_detr(detector)(torch.rand(1, 3, 64, 64))
+        >>> detector = TinyViTDetector.from_config("1m", num_classes=5, img_size=64, num_queries=9, hidden_dim=32)
+        >>> found = to_rt_detr(detector.eval())(torch.rand(1, 3, 64, 64))
         >>> found.logits.shape, found.pred_boxes.shape
         (torch.Size([1, 9, 5]), torch.Size([1, 9, 4]))
     """

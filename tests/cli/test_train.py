@@ -75,7 +75,7 @@ class TestTrain:
             pretrained = json.loads(run(*command(folder, tmp_path / "first", "--json")))["best"]
         told = json.loads(run(*command(folder, tmp_path, "--pretrained", pretrained, "--base-lr", "1e-3", "--json")))
         trained = TinyViT.from_config(pretrained=told["last"])
-        start = TinyViT.from_config("1m", pretrained)
+        start = TinyViT.from_config("1m", pretrained=pretrained)
         near = (trained.layers[2].blocks[1].mlp.fc1.weight - start.layers[2].blocks[1].mlp.fc1.weight).abs().max()
         assert near < 0.01
         assert trained.config.num_classes == 3
@@ -170,7 +170,7 @@ class TestPromptable:
         assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
         sam = MobileSAM.from_config(checkpoint=told["best"])
         assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (12, 12, 6, 3))
-        start = TinyViT.from_config("1m", "cifar10").state_dict()
+        start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         kept = sam.image_encoder.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
         found = evaluate_prompts(sam, InstanceDataset.open(validation, min_area=100))

@@ -173,7 +173,9 @@ class TestLoadTeacher:
         teacher = load_teacher("1m/cifar10")
         assert (teacher.name, teacher.img_size) == ("1m/cifar10", 96)
         images = F.interpolate(images, (96, 96), mode="bilinear")
-        assert torch.allclose(teacher(images), TinyViT.from_config("1m", "cifar10").eval()(images), atol=1e-5)
+        assert torch.allclose(
+            teacher(images), TinyViT.from_config("1m", pretrained="cifar10").eval()(images), atol=1e-5
+        )
 
     @pytest.mark.parametrize(
         ("source", "message"),

@@ -45,7 +45,7 @@ def contents() -> dict[str, bytes]:
         save_checkpoint(network(), root / "own.safetensors", [f"class {index}" for index in range(7)])
         detector().save(root / "detector.safetensors")
         torch.manual_seed(0)
-        SemanticSegmenter(TinyViT(**SHALLOW | {"num_classes": 0}), 3).save(root / "segmenter.safetensors")
+        SemanticSegmenter(TinyViT(**SHALLOW | {"num_classes": 0}), num_classes=3).save(root / "segmenter.safetensors")
         buffers = {path.stem: path.read_bytes() for path in root.iterdir()}
     for name, settings in (("zip", {}), ("legacy", {"_use_new_zipfile_serialization": False})):
         file = io.BytesIO()

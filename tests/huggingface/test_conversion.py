@@ -63,7 +63,7 @@ class TestCheckpoints:
     def test_catalog(self):
         model = from_checkpoint("cifar10", "1m")
         pictures = torch.rand(2, 3, 64, 64)
-        assert torch.equal(model(pictures).logits, TinyViT.from_config("1m", "cifar10")(pictures))
+        assert torch.equal(model(pictures).logits, TinyViT.from_config("1m", pretrained="cifar10")(pictures))
         assert model.config.label2id["horse"] == 7
 
     @pytest.mark.parametrize("layout", ["official_tiny.pth", "official_tiny.safetensors", "timm_tiny.safetensors"])
@@ -91,7 +91,7 @@ class TestHubFolders:
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "mine")
         processor = AutoImageProcessor.from_pretrained(tmp_path / "mine")
         photo = torch.rand(3, 90, 70)
-        classifier = ImageClassifier.from_config("1m", "cifar10")
+        classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
         pixels = processor(photo, return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, classifier.preprocessing(photo[None]))
         # transformers leaves weights where they lie in the file; some processors' kernels then round otherwise.

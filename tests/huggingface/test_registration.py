@@ -56,7 +56,7 @@ def test_classification_pipeline(tmp_path):
 
     save_hub_folder(tmp_path, "cifar10", "1m")
     photo = ASSETS / "photos" / "horse.png"
-    (wanted,) = ImageClassifier.from_config("1m", "cifar10").predict(photo, top_k=3)
+    (wanted,) = ImageClassifier.from_config("1m", pretrained="cifar10").predict(photo, top_k=3)
     classify = transformers.pipeline("image-classification", model=str(tmp_path))
     for given in (str(photo), Image.open(photo)):
         found = classify(given, top_k=3)

@@ -403,7 +403,7 @@ def build_sam(
         return whole.train()
     size = img_size or 1024
     bare = TinyViT.from_config(
-        variant, pretrained or False, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
+        variant, pretrained=pretrained or False, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
     )
     encoder = TinyViT.from_config(bare.config.replace(mobile_sam=True))
     encoder.load_state_dict(encoder.state_dict() | bare.state_dict())

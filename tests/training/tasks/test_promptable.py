@@ -444,7 +444,7 @@ class TestBuildSam:
 
     def test_encoder_alone(self):
         sam = build_sam("1m", "cifar10", 64)
-        start = TinyViT.from_config("1m", "cifar10").state_dict()
+        start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         found = sam.image_encoder.state_dict()
         assert all(torch.equal(found[name], start[name]) for name in start if not name.startswith("head."))
         assert found.keys() - start.keys() == {name for name in found if name.startswith("neck.")}

@@ -67,7 +67,7 @@ def folder(tmp_path) -> Path:
 def make_segmenter(**changes) -> SemanticSegmenter:
     torch.manual_seed(0)
     config = TINY | {"num_classes": 0, "img_size": 32, "window_sizes": (4, 4, 2, 1)} | changes
-    return SemanticSegmenter(TinyViT(**config), 3, width=16, dropout=0.0, class_names=NAMES)
+    return SemanticSegmenter(TinyViT(**config), num_classes=3, width=16, dropout=0.0, class_names=NAMES)
 
 
 class Interrupted(Exception):
