@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from kornia_tinyvit import TinyViT
-from tests.training import scenes
+from tests import scenes
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "cascade_rcnn.py"
 
@@ -69,7 +69,7 @@ class TestCascade:
         ]
 
     def test_it_learns(self, cascade, tmp_path):
-        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         options = ("--size", 96, "--channels", 32, "--hidden", 64, "--steps", 16, "--lr", 2e-3)
         environment = os.environ | {"PYTHONPATH": str(EXAMPLE.parents[1]), "CUDA_VISIBLE_DEVICES": ""}
         command = [sys.executable, str(EXAMPLE), str(data), *map(str, options)]

@@ -7,12 +7,12 @@ import pytest
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.training import evaluate_detector
+from tests import scenes
 from tests.test_examples import EXAMPLES, json_lines, levels, run
-from tests.training import scenes
 
 
 def test_detect_objects(tmp_path):
-    data = scenes.make_scenes(tmp_path / "data", 4, seed=1)
+    data = scenes.make_boxes(tmp_path / "data", 4, seed=1)
     options = ("--pictures", 2, "--img-size", 64, "--hidden-dim", 16, "--queries", 8, "--decoder-layers", 1)
     options += ("--denoising", 4, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu", "--out", "runs/it")
     output = run(EXAMPLES / "detect_objects.py", data, *options, cwd=tmp_path)
@@ -20,7 +20,7 @@ def test_detect_objects(tmp_path):
     train, val = json_lines(output)
     assert (train["split"], train["pictures"], val["split"], val["pictures"]) == ("train", 2, "val", 4)
     kept = TinyViTDetector.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
-    assert kept.class_names == scenes.NAMES
+    assert kept.class_names == scenes.BOX_NAMES
     found = evaluate_detector(kept, DetectionDataset.open(data, "val"))
     assert val["map50"] == pytest.approx(found.map50, abs=0.01)
     sheet = levels(tmp_path / "runs" / "it" / "train.png")

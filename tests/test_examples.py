@@ -33,9 +33,8 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
 from tests.conftest import TINY
+from tests.scenes import NAMES, make_instances, make_scenes
 from tests.test_commands import parse_command_line
-from tests.training.tasks.test_promptable import make_instances
-from tests.training.tasks.test_semantic import NAMES, make_scenes
 
 EXAMPLES = Path(__file__).parents[1] / "examples"
 CHELSEA = ASSETS / "photos" / "chelsea.png"

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.deploy.engines import ENGINES
-from tests.cli.test_classify import error_of, make_weights, run
+from tests.helpers import error_of, make_weights, run
 
 MODULE = sys.modules["kornia_tinyvit.cli.benchmark"]  # the package has the command under this name
 FAST = ("--repetitions", "1", "--no-tune-allocator")

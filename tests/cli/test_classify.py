@@ -3,51 +3,17 @@ import os
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
-import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
+from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli import app, main
+from kornia_tinyvit.cli import app
+from tests.helpers import CIFAR, cells, error_of, make_weights, run
 
-CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PHOTOS = [str(ASSETS / "photos" / name) for name in ("chelsea.png", "horse.png", "rocket.jpg")]
-
-
-def make_weights(model: TinyViT, folder: Path) -> str:
-    """Write a network of ten named classes to a file."""
-    model.reset_classifier(10)
-    torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
-    return str(save_checkpoint(model, folder / "weights.safetensors", CIFAR))
-
-
-def run(*arguments: str) -> str:
-    result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
-    assert result.exit_code == 0, result.output
-    return result.stdout
-
-
-def cells(output: str) -> list[list[str]]:
-    """The rows of a printed table."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
-
-
-def error_of(capfd, monkeypatch, *arguments: str) -> str:
-    """Run the command line in this process and return the one line that it says before it gives up."""
-    monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", *arguments])
-    with pytest.raises(SystemExit) as stop:
-        main()
-    assert stop.value.code == 1
-    captured = capfd.readouterr()
-    assert captured.out == ""
-    assert captured.err.startswith("Error: ")
-    assert captured.err.endswith("\n")
-    assert captured.err.count("\n") == 1
-    return captured.err
 
 
 @pytest.fixture

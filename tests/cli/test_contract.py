@@ -16,10 +16,10 @@ from PIL import Image
 from kornia_tinyvit import TinyViT, TinyViTConfig, save_checkpoint
 from kornia_tinyvit.cli.contract import change
 from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
-from tests.cli.test_classify import error_of, run
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.data.test_loader import CLASSES, make_pictures
+from tests.helpers import error_of, run
+from tests.scenes import CLASSES, make_pictures
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
 

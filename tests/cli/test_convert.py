@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kornia_tinyvit import ImageClassifier, TinyViT
-from tests.cli.test_classify import CIFAR, error_of, make_weights, run
+from tests.helpers import CIFAR, error_of, make_weights, run
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from PIL import Image
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from tests.cli.test_classify import cells, error_of, make_weights, run
+from tests.helpers import cells, error_of, make_weights, run
 
 PHOTOS = ASSETS / "photos"
 

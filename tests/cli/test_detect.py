@@ -20,11 +20,10 @@ from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.preprocessing import read_image
 from kornia_tinyvit.training import evaluate_detector
 from kornia_tinyvit.visualization import draw_detections
-from tests.cli.test_classify import error_of, run
-from tests.data.test_detection import make_coco, write_coco
-from tests.data.test_loader import damage
+from tests import scenes
+from tests.helpers import error_of, run
+from tests.scenes import damage, make_coco, write_coco
 from tests.test_detection import NAMES, make_detector
-from tests.training import scenes
 
 PHOTO = ASSETS / "photos" / "chelsea.png"  # 451x300
 
@@ -98,11 +97,11 @@ class TestTrain:
         return ("train", str(folder), "--task", "detection", *small, *out, *options)
 
     def test_yolo(self, tmp_path):
-        data, validation = (scenes.make_scenes(tmp_path / name, 2, seed=1) for name in ("data", "val"))
+        data, validation = (scenes.make_boxes(tmp_path / name, 2, seed=1) for name in ("data", "val"))
         told = json.loads(run(*self.command(data, tmp_path, "--validation", str(validation), "--json")))
         assert told.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
         detector = TinyViTDetector.from_config(pretrained=told["best"])
-        assert (detector.class_names, detector.config.num_queries) == (scenes.NAMES, 10)
+        assert (detector.class_names, detector.config.num_queries) == (scenes.BOX_NAMES, 10)
         scores = evaluate_detector(detector, DetectionDataset.open(validation))
         assert scores.map == pytest.approx(told["map"], abs=1e-3)
         asked = json.loads((tmp_path / "out" / "run.json").read_text())
@@ -120,8 +119,8 @@ class TestTrain:
     )
     def test_two_processes(self, tmp_path):
         """They share the pictures, some without objects, and three validation pictures between them."""
-        data = scenes.make_scenes(tmp_path / "data", 4)
-        validation = scenes.make_scenes(tmp_path / "val", 3, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 4)
+        validation = scenes.make_boxes(tmp_path / "val", 3, seed=1)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         options = ("--validation", str(validation), "--process-batch", "2", "--batch-size", "4", "--json")
         root = Path(__file__).parents[2]
@@ -137,7 +136,7 @@ class TestTrain:
         assert told["steps"] == 1
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
-        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--queries", "90"))
         assert "84 cells to look for objects in, fewer than 90" in error
@@ -152,11 +151,11 @@ class TestEvaluate:
     @pytest.fixture
     def own(self, tmp_path) -> str:
         detector = make_detector()
-        detector.class_names = scenes.NAMES
+        detector.class_names = scenes.BOX_NAMES
         return str(detector.save(tmp_path / "own.safetensors"))
 
     def test_json(self, own, tmp_path):
-        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
         told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
         images = DetectionDataset.open(data, "val")
         found = evaluate_detector(TinyViTDetector.from_config(pretrained=own), images)
@@ -165,7 +164,7 @@ class TestEvaluate:
         assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
-        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         sizes, measure = [], evaluate_tasks.measure_network
 
         def record(network, *arguments, **settings):
@@ -179,7 +178,7 @@ class TestEvaluate:
         assert "another architecture" in error_of(capfd, monkeypatch, *self.command(data, own, "--variant", "5m"))
 
     def test_text_and_broken_pictures(self, own, tmp_path, capfd, monkeypatch):
-        data = scenes.make_scenes(tmp_path / "data", 3, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
         damage(data / "images" / "01.png")
         assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, own, "--json"))
         printed = run(*self.command(data, own, "--on-broken", "skip", "--per-class"))
@@ -188,7 +187,7 @@ class TestEvaluate:
         assert "disc" in printed
 
     def test_errors(self, weights, tmp_path, capfd, monkeypatch):
-        data = scenes.make_scenes(tmp_path / "data", 2, seed=1)
+        data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
         error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
         assert "--tta, --confusion would do nothing with --task detection" in error

@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.distillation import LabelStore, estimated_size
-from tests.cli.test_classify import error_of, run
-from tests.data.test_loader import CLASSES, damage, make_pictures
+from tests.helpers import error_of, run
+from tests.scenes import CLASSES, damage, make_pictures
 
 TEACHER = """
 import torch

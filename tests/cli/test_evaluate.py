@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.data.classification import ClassificationDataset
-from tests.cli.test_classify import CIFAR, cells, error_of, make_weights, run
+from tests.helpers import CIFAR, cells, error_of, make_weights, run
 
 FOLDERS = ("truck", "cat", "frog")
 

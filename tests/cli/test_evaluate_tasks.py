@@ -9,10 +9,10 @@ import pytest
 from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
-from tests.cli.test_classify import error_of, run
-from tests.data.test_loader import damage
-from tests.training.tasks.test_promptable import lively_sam, make_instances
-from tests.training.tasks.test_semantic import NAMES, make_scenes, make_segmenter
+from tests.helpers import error_of, run
+from tests.scenes import NAMES, damage, make_instances, make_scenes
+from tests.training.tasks.test_promptable import lively_sam
+from tests.training.tasks.test_semantic import make_segmenter
 
 
 @pytest.fixture

@@ -8,8 +8,8 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.deploy.export import ExportError
-from tests.cli.test_classify import CIFAR, error_of, make_weights, run
 from tests.conftest import TINY, liven
+from tests.helpers import CIFAR, error_of, make_weights, run
 
 MODULE = sys.modules["kornia_tinyvit.cli.export"]  # the package has the command under this name
 

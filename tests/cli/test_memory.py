@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit import cli
-from tests.cli.test_classify import error_of
+from tests.helpers import error_of
 
 # The limit is set when everything is imported, since libraries reserve more than they use.
 LIMITED = """

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tests.cli.test_classify import error_of
+from tests.helpers import error_of
 
 TASKS = {
     "classification": ("--split val", "--min-area 1"),

@@ -3,7 +3,7 @@ import json
 import pytest
 
 from kornia_tinyvit import list_pretrained
-from tests.cli.test_classify import error_of, run
+from tests.helpers import error_of, run
 
 
 @pytest.fixture(autouse=True)

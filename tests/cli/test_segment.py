@@ -10,8 +10,8 @@ from kornia_tinyvit.checkpoints import loading
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.sam import MobileSAM
-from tests.cli.test_classify import error_of, run
-from tests.segmentation.test_mobile_sam import lively
+from tests.helpers import error_of, run
+from tests.sam.test_model import lively
 
 PHOTO = str(ASSETS / "photos" / "chelsea.png")  # 451x300
 BOX = ("--box", "100,20,300,280")

@@ -15,10 +15,8 @@ from kornia_tinyvit.cli.training_options import build_student
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate_prompts, evaluate_segmenter, find_recipe
-from tests.cli.test_classify import error_of, run
-from tests.data.test_loader import CLASSES, damage, make_pictures
-from tests.training.tasks.test_promptable import make_instances
-from tests.training.tasks.test_semantic import NAMES, make_scenes
+from tests.helpers import error_of, run
+from tests.scenes import CLASSES, NAMES, damage, make_instances, make_pictures, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
 

@@ -39,7 +39,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import find_recipe
 from kornia_tinyvit.visualization import save_search
 from tests.conftest import TINY, liven, shared
-from tests.data.test_loader import make_pictures, samples_of
+from tests.scenes import make_pictures, samples_of
 
 SMALL = TinyViTConfig(**{**TINY, "depths": (2, 2, 2, 2), "num_classes": 3, "img_size": 32})
 # arXiv:2207.10666, tables 2 and 3: variant, pixels, millions of parameters, 10^9 multiply-accumulates.

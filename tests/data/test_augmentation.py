@@ -95,7 +95,7 @@ class TestInvariance:
         name, _, (pixels, parameters) = recorded
         start = 3 * (SAMPLES // (4 * processes)) + 1
         code = (
-            "from tests.distillation.test_augmentation import *\n"
+            "from tests.data.test_augmentation import *\n"
             "from kornia_tinyvit.distillation import EpochBatches\n"
             f"batches = EpochBatches(EpochOrder(SAMPLES, 11), 4, 4, {{}}, {processes}, start={start})\n"
             f"print(replay(build({name!r}), 3, [[index for _, index in batch] for batch in batches]))"
@@ -148,7 +148,7 @@ class TestInvariance:
     def test_another_process(self, recorded):
         name, _, expected = recorded
         code = (
-            "from tests.distillation.test_augmentation import *\n"
+            "from tests.data.test_augmentation import *\n"
             f"order = EpochOrder(SAMPLES, 11).permutation(3)\nprint(replay(build({name!r}), 3, cut(order, 32)))"
         )
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
@@ -441,7 +441,7 @@ class TestPixels:
     def test_another_instruction_set(self, tmp_path):
         """Without SIMD the parameters are the same, and all pixels but a few: what another device may do."""
         code = (
-            "from tests.distillation.test_augmentation import *\n"
+            "from tests.data.test_augmentation import *\n"
             "augment = build('in1k')\norder = EpochOrder(SAMPLES, 11).permutation(3)\n"
             "batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, int(i)) for i in order])\n"
             "torch.save((batch.crops, augment(batch.crops, batch.draws), batch.draws.checksums().tolist()), {!r})"

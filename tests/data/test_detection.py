@@ -4,65 +4,19 @@ from __future__ import annotations
 
 import json
 import pickle
-from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
 from kornia_tinyvit.data import BrokenImageError, DetectionDataset
 from tests.conftest import shared
-
-NAMES = ("cat", "dog", "owl")
-
-
-def write_picture(path: Path, width: int = 40, height: int = 20) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    Image.new("RGB", (width, height), "red").save(path)
-
-
-def write_yolo(root: Path, labels: dict[str, str | None], names=NAMES, yaml: str | None = None) -> Path:
-    """Write pictures of 40 x 20 pixels and their labels; ``None`` writes no file of labels."""
-    for stem, text in labels.items():
-        write_picture(root / "images" / "train" / f"{stem}.png")
-        if text is not None:
-            file = root / "labels" / "train" / f"{stem}.txt"
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text)
-    listed = "\n".join(f"  {index}: {name}" for index, name in enumerate(names))
-    (root / "data.yaml").write_text(yaml or f"path: .\ntrain: images/train\nval: images/train\nnames:\n{listed}\n")
-    return root / "data.yaml"
-
-
-def make_coco(**changes) -> dict:
-    """A picture with a cat and a crowd of owls, and one without anything."""
-    content = {
-        "images": [
-            {"id": 7, "file_name": "a.png", "width": 40, "height": 20},
-            {"id": 9, "file_name": "b.png", "width": 40, "height": 20},
-        ],
-        "annotations": [
-            {"id": 1, "image_id": 7, "category_id": 90, "bbox": [4, 2, 20, 10], "area": 120, "iscrowd": 0},
-            {"id": 2, "image_id": 7, "category_id": 3, "bbox": [10, 5, 5, 5], "area": 25, "iscrowd": 1},
-        ],
-        "categories": [{"id": 90, "name": "cat"}, {"id": 3, "name": "owl"}],
-    }
-    return content | changes
-
-
-def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
-    for image in content["images"]:
-        write_picture(root / folder / image["file_name"])
-    path = root / "annotations" / "instances_val2017.json"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(content))
-    return path
+from tests.scenes import ANIMALS, make_coco, write_coco, write_picture, write_yolo
 
 
 class TestYolo:
     def test_items(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.1 0.5 0.1 0.2\n\n", "b": ""}))
-        assert (len(data), data.class_names, data.num_classes, data.left_out) == (2, NAMES, 3, ())
+        assert (len(data), data.class_names, data.num_classes, data.left_out) == (2, ANIMALS, 3, ())
         picture, objects = data[0]
         assert (picture.shape, picture.dtype) == ((3, 20, 40), torch.float32)
         assert objects.boxes.tolist() == [[15, 5, 25, 15], pytest.approx([2, 8, 6, 12], abs=1e-5)]
@@ -305,7 +259,7 @@ class TestDataSet:
     def test_sample(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {str(n): f"{n % 3} 0.5 0.5 0.1 0.1" for n in range(9)}))
         drawn = data.sample(4, seed=1)
-        assert (len(drawn), drawn.class_names) == (4, NAMES)
+        assert (len(drawn), drawn.class_names) == (4, ANIMALS)
         assert [drawn.name(row) for row in range(4)] == [data.sample(4, seed=1).name(row) for row in range(4)]
         assert drawn.fingerprint() != data.fingerprint()
         with pytest.raises(ValueError, match="Cannot draw 10 of 9"):

@@ -13,7 +13,7 @@ from PIL import Image
 from kornia_tinyvit.data import BrokenImageError, InstanceDataset
 from kornia_tinyvit.ops import compress_rle, encode_rle
 from tests.conftest import shared
-from tests.data.test_loader import damage
+from tests.scenes import damage
 
 SIZE = (20, 30)  # height and width
 SQUARE = "3 0.2 0.2 0.5 0.2 0.5 0.6 0.2 0.6 0.2 0.2"

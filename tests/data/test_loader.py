@@ -12,37 +12,12 @@ from PIL import Image
 
 from kornia_tinyvit.data import EpochBatches, EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
 from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
-
-CLASSES = ("blue", "green", "red")
-
-
-def make_pictures(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> Path:
-    """Write pictures of noise in which the channel of their class is brighter."""
-    random = np.random.default_rng(seed)
-    for channel, name in zip((2, 1, 0), CLASSES, strict=True):
-        (root / name).mkdir(parents=True)
-        for number in range(each):
-            pixels = random.integers(0, 120, (size, size + 8, 3))
-            pixels[..., channel] += 110
-            Image.fromarray(pixels.astype(np.uint8)).save(root / name / f"{number:02}.png")
-    return root
-
-
-def damage(path: Path) -> bytes:
-    """Spoil a picture without changing its size; return what it was."""
-    whole = path.read_bytes()
-    path.write_bytes(whole[:40] + bytes(len(whole) - 40))
-    return whole
+from tests.scenes import damage, make_pictures, samples_of
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
     return make_pictures(tmp_path / "data")
-
-
-def samples_of(folder: Path, preset: str = "distill", size: int = 32, on_broken: str = "stop", seed: int = 3):
-    images = ClassificationDataset(folder)
-    return ReplayedSamples(images, ReplayableAugmentation(size, preset, seed, num_samples=len(images)), on_broken)
 
 
 def assert_equal_batches(one, other):

@@ -13,7 +13,7 @@ from kornia_tinyvit.deploy.sam import export_mobile_sam
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.sam import Geometry, MobileSAM
 from tests.conftest import SHALLOW, liven
-from tests.segmentation.reference_network import IMG_SIZE, build_network
+from tests.sam.reference_network import IMG_SIZE, build_network
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")

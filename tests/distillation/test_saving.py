@@ -21,7 +21,7 @@ from kornia_tinyvit.distillation import (
     save_records,
     saving,
 )
-from tests.data.test_loader import damage, make_pictures, samples_of
+from tests.scenes import damage, make_pictures, samples_of
 
 SIZE, NUM_CLASSES, TOP_K = 16, 9, 4
 

@@ -14,7 +14,7 @@ from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 from kornia_tinyvit.sam import generator as automatic
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.generator import Mask, generate_masks
-from tests.segmentation.reference_network import SETTINGS, build_network, draw_photo
+from tests.sam.reference_network import SETTINGS, build_network, draw_photo
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "segment_anything.json").read_text())
 WHOLE = (0, 0, 640, 480)

@@ -32,7 +32,7 @@ from kornia_tinyvit.training import Labels, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
-from tests.data.test_loader import CLASSES, damage, make_pictures
+from tests.scenes import CLASSES, damage, make_pictures
 
 RECIPE = Recipe(
     img_size=32, epochs=2, warmup_epochs=0, batch_size=8, base_lr=0.128, min_lr=0.0128, preset="small",

@@ -13,7 +13,7 @@ from PIL import Image
 
 from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from tests.segmentation.test_mobile_sam import lively
+from tests.sam.test_model import lively
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 

@@ -23,7 +23,7 @@ from kornia_tinyvit.web import (
     segment_marks,
     show_features,
 )
-from tests.segmentation.test_mobile_sam import lively
+from tests.sam.test_model import lively
 
 CAT = ASSETS / "photos" / "chelsea.png"  # 451x300
 

@@ -2,13 +2,13 @@
 
 Run from the project's root where ``segment-anything``, ``pycocotools`` and ``opencv-python-headless`` are installed::
 
-    python -m tests.segmentation.data.record_masks
+    python -m tests.sam.data.record_masks
 """
 
 import json
 from pathlib import Path
 
-from tests.segmentation.reference_network import SETTINGS, build_network, draw_photo
+from tests.sam.reference_network import SETTINGS, build_network, draw_photo
 
 
 def as_original(network):

@@ -9,7 +9,7 @@ import torch
 
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.training import BoxMetrics
-from tests.data.test_detection import make_coco, write_coco, write_yolo
+from tests.scenes import make_coco, write_coco, write_yolo
 
 
 @pytest.fixture

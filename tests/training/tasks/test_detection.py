@@ -25,9 +25,8 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.classification import measure_network
 from kornia_tinyvit.training.tasks.detection import BoxJudge
-from tests.data.test_loader import damage
+from tests.scenes import BOX_NAMES, damage, make_boxes, write_boxes
 from tests.test_detection import make_detector
-from tests.training.scenes import NAMES, make_scenes, write_scene
 
 RECIPE = Recipe(img_size=64, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, weight_decay=1e-4,
                 preset="detection", changes={"color_jitter": 0.1, "crop_scale": (0.8, 1.0)})  # fmt: skip
@@ -35,7 +34,7 @@ RECIPE = Recipe(img_size=64, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_scenes(tmp_path / "data")
+    return make_boxes(tmp_path / "data")
 
 
 def objects_of(boxes, labels=None, crowds=None) -> Objects:
@@ -249,10 +248,12 @@ class Stopping(DetectionLoss):
 
 def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
     torch.manual_seed(0)
-    model = DetectorTraining(TinyViTDetector.from_config(make_detector().config, class_names=NAMES), num_denoising=6)
+    model = DetectorTraining(
+        TinyViTDetector.from_config(make_detector().config, class_names=BOX_NAMES), num_denoising=6
+    )
     augmentation = BoxAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes)
     samples = BoxedSamples(DetectionDataset.open(folder), augmentation, on_broken)
-    options = {"cpu": True, "log_every": 1, "class_names": NAMES, "task": DETECTION} | options
+    options = {"cpu": True, "log_every": 1, "class_names": BOX_NAMES, "task": DETECTION} | options
     return train(model, samples, Stopping(model, stop_at), recipe, out, **options)
 
 
@@ -268,7 +269,7 @@ class TestTraining:
         assert np.mean(losses[-9:]) < 0.9 * np.mean(losses[:9])
         assert result.measure == "map"
         kept = TinyViTDetector.from_config(pretrained=result.best)
-        assert (kept.class_names, kept.training) == (NAMES, False)
+        assert (kept.class_names, kept.training) == (BOX_NAMES, False)
         scores = evaluate_detector(kept, DetectionDataset.open(folder), batch_size=4)
         assert scores.map == pytest.approx(result.score, abs=1e-3)
         assert metrics(tmp_path / "out")[-1]["map50"] == pytest.approx(scores.map50, abs=1e-3)
@@ -293,7 +294,7 @@ class TestTraining:
         assert result.score is not None
 
     def test_other_classes(self, folder, tmp_path):
-        other = make_scenes(tmp_path / "other")
+        other = make_boxes(tmp_path / "other")
         (other / "data.yaml").write_text("train: images\nnames: [disc, box, star]\n")
         with pytest.raises(ValueError, match="other classes than the network: none, star"):
             fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
@@ -309,7 +310,7 @@ class TestJudge:
         assert not judge.counts.state().any()
 
     def test_batches_of_mixed_sizes(self, folder):
-        write_scene(folder, "06", 1, 90, 100)
+        write_boxes(folder, "06", 1, 90, 100)
         detector, images = make_detector(), DetectionDataset.open(folder)
         found = []
         for size in (1, 5):

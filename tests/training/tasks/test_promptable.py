@@ -35,29 +35,10 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.promptable import PromptedBatch, Prompts
 from tests.conftest import TINY, liven
-from tests.data.test_loader import damage
+from tests.scenes import damage, make_instances
 
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0}
 RECIPE = Recipe(img_size=64, epochs=2, warmup_epochs=0, batch_size=2, base_lr=0.25, min_lr=0.02, preset="promptable")
-
-
-def write_scene(root: Path, name: str, seed: int, size=(44, 60)) -> None:
-    """Write a picture of a disc, id 1, and a box, id 2, on noisy ground, and its ids."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[: size[0], : size[1]]
-    ids = np.zeros(size, dtype=np.uint8)
-    ids[(y - random.integers(14, 20)) ** 2 + (x - random.integers(14, 18)) ** 2 < 144] = 1
-    ids[16 : random.integers(34, 42), 34 : random.integers(50, 58)] = 2
-    pixels = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])[ids] + random.integers(-25, 25, (*size, 3))
-    for kind, content in (("images", pixels.clip(0, 255).astype(np.uint8)), ("masks", ids)):
-        (root / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(content).save(root / kind / f"{name}.png")
-
-
-def make_instances(root: Path, count: int = 4, seed: int = 0) -> Path:
-    for number in range(count):
-        write_scene(root, f"{number:02}", seed + number)
-    return root
 
 
 @pytest.fixture

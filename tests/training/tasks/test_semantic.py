@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from kornia.metrics import mean_iou
-from PIL import Image
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset, replay_loader
@@ -30,33 +29,10 @@ from kornia_tinyvit.training import (
 )
 from kornia_tinyvit.training.tasks.semantic import MaskedBatch
 from tests.conftest import TINY
-from tests.data.test_loader import damage
+from tests.scenes import NAMES, damage, make_scenes
 
-NAMES = ("ground", "disc", "box")
-COLORS = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])
 RECIPE = Recipe(img_size=32, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, preset="semantic",
                 changes={"color_jitter": 0.1})  # fmt: skip
-
-
-def write_scene(root: Path, name: str, seed: int, height: int = 44, width: int = 60) -> None:
-    """Write a picture of a disc and a box on noisy ground, and its mask; the frame has no label."""
-    random = np.random.default_rng(seed)
-    y, x = np.mgrid[:height, :width]
-    ids = np.zeros((height, width), dtype=np.uint8)
-    ids[(y - random.integers(14, 20)) ** 2 + (x - random.integers(14, 18)) ** 2 < 144] = 1
-    ids[16 : random.integers(34, 42), 34 : random.integers(50, 58)] = 2
-    pixels = COLORS[ids] + random.integers(-25, 25, (height, width, 3))
-    ids[[0, -1]] = 255
-    for kind, content in (("images", pixels.clip(0, 255).astype(np.uint8)), ("masks", ids)):
-        (root / kind).mkdir(parents=True, exist_ok=True)
-        Image.fromarray(content).save(root / kind / f"{name}.png")
-
-
-def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
-    for number in range(count):
-        write_scene(root, f"{number:02}", seed + number)
-    (root / "classes.txt").write_text("\n".join(NAMES))
-    return root
 
 
 @pytest.fixture
