@@ -25,19 +25,20 @@ INK, QUIET, EDGE = "#16202c", "#4a5868", "#9aa7b4"
 DATA, CONVOLUTION, ATTENTION, HEAD = "#eef1f4", "#d5ecdf", "#d6e4fb", "#fbe6cc"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-#: The rooms of the package and what they are for. Each imports only rooms below; the two in one line know each other.
+#: The floors of the package from the top, each with its rooms and what they are for. A room imports rooms of the lines
+#: below, and of its own line those to its left.
 ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("cli",), "the command line"),
-    (("web",), "a page to play with"),
-    (("contraction", "visualization"), "shrink a network; look inside"),
-    (("training", "distillation"), "learn from labels or a teacher"),
-    (("huggingface", "detection"), "transformers' classes; boxes"),
-    (("segmentation",), "masks and classes of pixels"),
-    (("deploy",), "faster, and in other runtimes"),
-    (("classification",), "pictures in, labels out"),
-    (("model", "preprocessing"), "the network; what precedes it"),
-    (("layers", "checkpoints"), "blocks; weights in and out"),
-    (("config", "files", "extras"), "what a network is; safe files"),
+    (("cli",), "one file per command"),
+    (("web",), "the web demo"),
+    (("contraction",), "smaller networks under a budget"),
+    (("training",), "the loop, and a file per task"),
+    (("distillation",), "stored soft labels, teachers"),
+    (("deploy", "visualization", "huggingface"), "engines and files; plots; transformers"),
+    (("classification", "semantic", "detection", "sam"), "a network for a task"),
+    (("model", "folding"), "TinyViT; its folded form"),
+    (("checkpoints", "data"), "weights; datasets and loading"),
+    (("config", "layers", "preprocessing", "ops"), "blocks; images to tensors; masks"),
+    (("version", "extras", "files", "allocator", "progress"), "atomic files, optional packages"),
 )
 
 
@@ -283,7 +284,7 @@ def draw_rooms() -> Diagram:
         if names != ROOMS[-1][0]:
             diagram.arrow(MARGIN + (WIDTH - 2 * MARGIN - SHAPE - 20) / 2, diagram.bottom, diagram.bottom + 16)
             diagram.bottom += 16
-    diagram.note("A room imports only rooms below it; training and distillation know each other.")
+    diagram.note("A room imports rooms below it, and on its own floor those to its left.")
     return diagram
 
 

@@ -5,7 +5,7 @@
 DATA is what `kornia-tinyvit train --task detection` takes: the YAML file of a YOLO data set, a JSON file of COCO's, or
 a folder with one of them. The training is that of the command: killed and started again it goes on. Then it measures
 the pictures it was trained on and all those of `val`, and draws some of both: what is there, and what was found. It
-needs `pip install 'kornia-tinyvit[detect]'`.
+needs `pip install 'kornia-tinyvit[train,hf]'`.
 """
 
 from __future__ import annotations

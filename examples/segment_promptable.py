@@ -21,6 +21,7 @@ from torch import Tensor
 
 from kornia_tinyvit import MobileSAM
 from kornia_tinyvit.data import InstanceDataset
+from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.training import (
     PROMPTABLE,
     MaskLoss,
@@ -29,10 +30,8 @@ from kornia_tinyvit.training import (
     PromptedSamples,
     Prompting,
     build_sam,
-    central_points,
     evaluate_prompts,
     find_recipe,
-    mask_boxes,
     train,
 )
 from kornia_tinyvit.visualization import draw_overlay, save_rows

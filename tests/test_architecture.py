@@ -2,6 +2,7 @@
 
 import ast
 import graphlib
+import runpy
 from pathlib import Path
 
 import pytest
@@ -66,6 +67,13 @@ def wrong_arrows(found: dict[str, set[str]]) -> list[str]:
 def test_every_room_has_its_floor():
     rooms = {room_of(module) for module in arrows(PACKAGE)} - {DOOR, "__main__"}
     assert rooms == set(HEIGHT)
+
+
+def test_the_diagram_shows_the_floors(monkeypatch):
+    docs = PACKAGE.parent / "docs"
+    monkeypatch.syspath_prepend(str(docs))
+    drawn = runpy.run_path(str(docs / "draw_diagrams.py"))["ROOMS"]
+    assert tuple(rooms for rooms, _ in drawn) == FLOORS[::-1]
 
 
 def test_imports_go_down():

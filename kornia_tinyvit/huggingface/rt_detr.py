@@ -23,7 +23,7 @@ try:
     from kornia_tinyvit.huggingface import TinyVitConfig
 except ImportError as error:
     raise MissingExtraError(
-        "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[detect]'."
+        "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[train,hf]'."
     ) from error
 
 __all__ = ["from_rt_detr", "to_rt_detr"]

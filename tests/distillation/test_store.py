@@ -26,9 +26,9 @@ from kornia_tinyvit.distillation.store import (
     StoreError,
     StoreLockedError,
     StoreMismatchError,
-    describe_differences,
     estimated_size,
 )
+from kornia_tinyvit.files import describe_differences
 
 MANIFEST = Manifest(
     num_samples=1000,

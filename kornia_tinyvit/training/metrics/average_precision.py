@@ -163,7 +163,7 @@ def _evaluate(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[Ten
         from pycocotools.cocoeval import COCOeval
     except ImportError as error:
         raise MissingExtraError(
-            "Measuring detectors needs pycocotools: pip install 'kornia-tinyvit[detect]'."
+            "Measuring detectors needs pycocotools: pip install 'kornia-tinyvit[train,hf]'."
         ) from error
     with contextlib.redirect_stdout(io.StringIO()):  # which tells each step
         there = COCO()
