@@ -75,7 +75,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    images = ClassificationDataset(args.folder)
+    images = ClassificationDataset.open(args.folder)
     if images.class_names is None:
         parser.error(f"{args.folder} is no folder of class folders, which give the classes their names")
     names, labels = images.class_names, torch.tensor(images.labels)

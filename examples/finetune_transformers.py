@@ -87,8 +87,8 @@ def main() -> None:
     logging.disable_progress_bar()
     torch.manual_seed(0)
 
-    train = ClassificationDataset(args.data / "train.parquet").sample(args.train)
-    test = ClassificationDataset(args.data / "test.parquet").sample(args.test)
+    train = ClassificationDataset.open(args.data / "train.parquet").sample(args.train)
+    test = ClassificationDataset.open(args.data / "test.parquet").sample(args.test)
     network = TinyViT.from_config("1m", pretrained="cifar10")
     model = build_model(network, train.num_classes, args.lora)
     processor = TinyVitImageProcessor(size=network.config.img_size, crop_pct=15 / 16)

@@ -36,7 +36,7 @@ def make_pictures(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> P
 
 def samples_of(folder: Path, preset: str = "distill", size: int = 32, on_broken: str = "stop", seed: int = 3):
     """Give the pictures of class folders an augmentation."""
-    images = ClassificationDataset(folder)
+    images = ClassificationDataset.open(folder)
     return ReplayedSamples(images, ReplayableAugmentation(size, preset, seed, num_samples=len(images)), on_broken)
 
 

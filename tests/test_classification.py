@@ -357,7 +357,7 @@ class TestEmbeddedWeights:
         assert found[0].label == "cat"
 
     def test_accuracy(self, embedded):
-        data = ClassificationDataset(shared("data/cifar10/test.parquet"))
+        data = ClassificationDataset.open(shared("data/cifar10/test.parquet"))
         rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(20)).tolist()[:500]
         pictures, labels = zip(*(data[row] for row in rows), strict=True)
         with torch.inference_mode():

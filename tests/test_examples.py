@@ -301,7 +301,7 @@ def test_finetune_transformers(tmp_path):
     # The folder is what was measured: the adapters are part of its weights.
     classifier = ImageClassifier.from_config(pretrained=tmp_path / "run" / "model")
     assert classifier.class_names == CIFAR10
-    images = ClassificationDataset(tmp_path / "test.parquet").sample(20)
+    images = ClassificationDataset.open(tmp_path / "test.parquet").sample(20)
     found = classifier.predict([picture for picture, _ in images], top_k=1)
     right = sum(best.index == label for (best,), (_, label) in zip(found, images, strict=True))
     assert right / 20 == pytest.approx(told["accuracy"], abs=0.051)

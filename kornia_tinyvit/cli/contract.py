@@ -183,10 +183,10 @@ def _plan(
     limit: int | None,
     hold_out: float,
 ) -> _Lesson:
-    images = ClassificationDataset(data)
+    images = ClassificationDataset.open(data)
     images = images if limit is None else images.sample(limit)
     if validation is not None:
-        judged = ClassificationDataset(validation).with_classes(images.class_names)
+        judged = ClassificationDataset.open(validation).with_classes(images.class_names)
     elif store is not None:
         raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
     else:

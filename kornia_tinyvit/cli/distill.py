@@ -222,7 +222,7 @@ def train(
         objective,
         chosen,
         out,
-        validation=None if validation is None else ClassificationDataset(validation).with_classes(names),
+        validation=None if validation is None else ClassificationDataset.open(validation).with_classes(names),
         replays=shown,
         class_names=names if names and len(names) == classes else None,
         origin={"pretrained": pretrained, "init_seed": first},

@@ -109,7 +109,7 @@ def evaluate(
         return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
     reader = _Reader(classifier, batch_size, workers, skip_broken, quiet=as_json)
-    images = ClassificationDataset(data)
+    images = ClassificationDataset.open(data)
     rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
     head = _Head(classifier, images)
     if confusion and len(head.names) > CONFUSION_CLASSES:
@@ -238,7 +238,7 @@ def _probe(
     for name, path in (("knn", knn), ("linear", linear)):
         if path is None:
             continue
-        training = ClassificationDataset(path)
+        training = ClassificationDataset.open(path)
         targets = _targets_in(training, images, labels)
         if path not in known:
             known[path] = reader.features(training, list(range(len(training))), f"taking features of {path.name}")

@@ -212,7 +212,7 @@ def _plan_classifier(asked: _Asked) -> _Plan:
     )
     validation = None
     if asked.validation is not None:
-        validation = ClassificationDataset(asked.validation).with_classes(images.class_names)
+        validation = ClassificationDataset.open(asked.validation).with_classes(images.class_names)
     return _Plan(model, samples, Labels(samples.augmentation), validation, images.class_names)
 
 

@@ -73,7 +73,7 @@ def build_samples(
     data: Path, recipe: Recipe, seed: int, on_broken: str = "stop", limit: int | None = None
 ) -> ReplayedSamples:
     """Build the pictures and the augmentation of a recipe."""
-    images = ClassificationDataset(data)
+    images = ClassificationDataset.open(data)
     return augment_samples(images if limit is None else images.sample(limit), recipe, seed, on_broken)
 
 

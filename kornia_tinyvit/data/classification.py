@@ -64,40 +64,48 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
 
     Nothing is unpacked: pictures in tar files are read where they lie, and those of parquet files stay in Arrow's
     memory, which the forked workers of a data loader share. Hidden files and folders are ignored.
-
-    Args:
-        path: one of
-
-            - a folder that holds a folder for each class, named after it; a folder without pictures is a class too;
-            - a tar file of such a folder, not compressed;
-            - a folder of tar files, one a class and named after it, or the one tar file of them, as ImageNet comes;
-            - a parquet file as the Hugging Face hub writes them, with a column ``image`` or ``img`` of structs that
-              hold ``bytes`` and an integer column ``label``; or a folder of such files, the pieces of one split.
+    :meth:`open` makes one.
 
     Attributes:
         labels: class index of each picture.
         class_names: names of the classes, sorted, where folders or tar files tell them; ``None`` for parquet files.
         num_classes: how many classes there are; for parquet files one more than the largest label.
-
-    Raises:
-        FileNotFoundError: if there is no such path.
-        ValueError: if there are no labelled pictures in it, or a label is not a class index.
-        MissingExtraError: if a parquet file is asked for without pyarrow.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, source: _Source) -> None:
+        self._source = source
+        self.labels = source.labels
+        self.class_names = source.class_names
+        self.num_classes = max(self.labels) + 1 if self.class_names is None else len(self.class_names)
+        self._fingerprint: str | None = None
+
+    @classmethod
+    def open(cls, path: str | Path) -> ClassificationDataset:
+        """Open a data set from one path.
+
+        Args:
+            path: one of
+
+                - a folder that holds a folder for each class, named after it; a folder without pictures is a class too;
+                - a tar file of such a folder, not compressed;
+                - a folder of tar files, one a class and named after it, or the one tar file of them, as ImageNet comes;
+                - a parquet file as the Hugging Face hub writes them, with a column ``image`` or ``img`` of structs that
+                  hold ``bytes`` and an integer column ``label``; or a folder of such files, the pieces of one split.
+
+        Raises:
+            FileNotFoundError: if there is no such path.
+            ValueError: if there are no labelled pictures in it, or a label is not a class index.
+            MissingExtraError: if a parquet file is asked for without pyarrow.
+        """
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(
                 f"There is no data set {path}; expected a folder of class folders, a tar file or a parquet file."
             )
-        self._source = _open(path)
-        self.labels = self._source.labels
-        self.class_names = self._source.class_names
-        if not self.labels:
+        source = _open(path)
+        if not source.labels:
             raise ValueError(f"{path} holds no pictures in class folders such as {path}/cat/1.jpg.")
-        self.num_classes = max(self.labels) + 1 if self.class_names is None else len(self.class_names)
-        self._fingerprint: str | None = None
+        return cls(source)
 
     def __len__(self) -> int:
         return len(self.labels)

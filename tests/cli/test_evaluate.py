@@ -58,7 +58,7 @@ def truth(weights, folder) -> list[int]:
             label = classifier.predict(path)[0][0].label
             (folder / label).mkdir(exist_ok=True)
             path.rename(folder / label / path.name)
-    data = ClassificationDataset(folder)
+    data = ClassificationDataset.open(folder)
     return [CIFAR.index(data.class_names[label]) for label in data.labels]
 
 
@@ -66,12 +66,12 @@ class TestFolder:
     @pytest.mark.parametrize("batch_size", ["1", "5", "64"])
     def test_classes_are_matched_by_name(self, weights, folder, truth, batch_size):
         report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--batch-size", batch_size, "--json"))
-        expected = expected_accuracy(weights, ClassificationDataset(folder), truth)
+        expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
         assert report == {"pictures": 12, **expected}
         assert 40 < expected["top1"] < 100
 
     def test_text(self, weights, folder, truth):
-        expected = expected_accuracy(weights, ClassificationDataset(folder), truth)
+        expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
         output = run("evaluate", str(folder), "--pretrained", weights)
         assert output.strip() == f"12 pictures: top-1 {expected['top1']:.2f} %, top-5 {expected['top5']:.2f} %"
 
@@ -81,7 +81,10 @@ class TestFolder:
     )
     def test_options(self, weights, folder, truth, options, changes):
         report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json", *options))
-        assert report == {"pictures": 12, **expected_accuracy(weights, ClassificationDataset(folder), truth, **changes)}
+        assert report == {
+            "pictures": 12,
+            **expected_accuracy(weights, ClassificationDataset.open(folder), truth, **changes),
+        }
 
     @pytest.mark.parametrize(("limit", "pictures"), [("1", 1), ("7", 7), ("1000", 12)])
     def test_limit(self, weights, folder, limit, pictures):
@@ -104,7 +107,7 @@ class TestFolder:
     def test_other_names_count_by_position(self, weights, folder):
         for number, name in enumerate(FOLDERS):
             (folder / name).rename(folder / f"class {number}")
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         result = CliRunner().invoke(app, ["evaluate", str(folder), "--pretrained", weights, "--json"])
         assert json.loads(result.stdout) == {"pictures": 12, **expected_accuracy(weights, data, data.labels)}
         assert "knows none of the data's 3 classes by name; taking them for the first of its 10" in result.stderr
@@ -116,7 +119,7 @@ class TestMeasures:
     def answers(self, weights, folder):
         """The classes of the pictures and what the network takes them for, by name."""
         classifier = ImageClassifier.from_config(pretrained=weights)
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         found = classifier.predict([data[number][0] for number in range(len(data))], top_k=1)
         return [data.class_names[label] for label in data.labels], [row[0].label for row in found], found
 
@@ -254,7 +257,7 @@ class TestParquet:
         path = tmp_path / "test.parquet"
         pq.write_table(pa.table({"image": images, "label": labels}), path)
         report = json.loads(run("evaluate", str(path), "--pretrained", weights, "--json"))
-        expected = expected_accuracy(weights, ClassificationDataset(path), labels)
+        expected = expected_accuracy(weights, ClassificationDataset.open(path), labels)
         assert report == {"pictures": 12, **expected}
         assert 60 < expected["top1"] <= 100
 

@@ -331,7 +331,7 @@ class TestInherit:
             inherit(parent, SMALL.replace(**change))
 
     def test_learns_faster_than_from_scratch_on_cifar10(self):
-        pictures = ClassificationDataset(shared("data/cifar10/test.parquet")).sample(320)
+        pictures = ClassificationDataset.open(shared("data/cifar10/test.parquet")).sample(320)
         whole = TinyViT.from_config("1m", pretrained="cifar10")
         prepare = EvaluationPipeline(whole.config.img_size)
         images = torch.cat([prepare(pictures[row][0][None]) for row in range(len(pictures))])
@@ -673,7 +673,7 @@ class TestProxyTraining:
     @pytest.fixture
     def proxy(self, tmp_path) -> ProxyTraining:
         samples = samples_of(make_pictures(tmp_path / "data"), preset="small")
-        validation = ClassificationDataset(make_pictures(tmp_path / "val", each=4, seed=5))
+        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=4, seed=5))
         return ProxyTraining(samples, validation, RECIPE, tmp_path / "training", cpu=True)
 
     def test_trains(self, proxy, parent):

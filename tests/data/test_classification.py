@@ -57,7 +57,7 @@ def write_parquet(path, pictures, labels, column="image"):
 
 class TestFolder:
     def test_classes_and_order(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         assert data.class_names == ("ant", "cat", "dog")
         assert data.labels == [0, 1, 1, 2, 2]
         assert len(data) == 5
@@ -78,67 +78,67 @@ class TestFolder:
             picture(0).save(folder / "cat" / name)
         (folder / ".cache").mkdir()
         picture(0).save(folder / ".cache" / "1.png")
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         assert [data.name(index) for index in range(len(data))] == FILES
         assert data.class_names == ("ant", "cat", "dog")
 
     def test_class_without_pictures(self, folder):
         (folder / "bee").mkdir()
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         assert data.class_names == ("ant", "bee", "cat", "dog")
         assert data.labels == [0, 2, 2, 3, 3]
         assert data.num_classes == 4
 
     def test_folder_named_like_a_picture(self, folder):
         (folder / "cat" / "album.png").mkdir()
-        assert len(ClassificationDataset(folder)) == 5
+        assert len(ClassificationDataset.open(folder)) == 5
 
     def test_class_folders_come_before_other_files(self, folder):
         (folder / "index.parquet").write_bytes(b"")
         pack(folder, folder.parent / "dog.tar", ["dog/2.png"])
         shutil.move(folder.parent / "dog.tar", folder)
-        assert ClassificationDataset(folder).labels == [0, 1, 1, 2, 2]
+        assert ClassificationDataset.open(folder).labels == [0, 1, 1, 2, 2]
 
     def test_deep_picture(self, folder):
         levels = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
         Image.fromarray(levels).save(folder / "ant" / "1.png")
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         assert torch.equal(data[0][0], read_image(folder / "ant" / "1.png"))
         assert (data.pixels(0) / 255 - data[0][0]).abs().max() <= 0.5 / 255 + 1e-6
 
     def test_text_path(self, folder):
-        assert ClassificationDataset(str(folder)).labels == ClassificationDataset(folder).labels
+        assert ClassificationDataset.open(str(folder)).labels == ClassificationDataset.open(folder).labels
 
     def test_damaged_picture(self, folder):
         (folder / "ant" / "1.png").write_bytes(b"no picture")
-        for read in (ClassificationDataset(folder).__getitem__, ClassificationDataset(folder).pixels):
+        for read in (ClassificationDataset.open(folder).__getitem__, ClassificationDataset.open(folder).pixels):
             with pytest.raises(BrokenImageError, match=r"ant.1\.png is not a picture that can be read: Pillow does"):
                 read(0)
         (folder / "ant" / "1.png").write_bytes((folder / "dog" / "2.png").read_bytes()[:45])
         with pytest.raises(BrokenImageError, match=r"ant.1\.png is not a picture that can be read"):
-            ClassificationDataset(folder)[0]
+            ClassificationDataset.open(folder)[0]
 
     def test_damaged_picture_in_a_worker(self, folder):
         (folder / "ant" / "1.png").write_bytes(b"no picture")
         with pytest.raises(BrokenImageError, match=r"ant.1\.png"):
-            next(iter(DataLoader(ClassificationDataset(folder), 5, num_workers=1, collate_fn=collate)))
+            next(iter(DataLoader(ClassificationDataset.open(folder), 5, num_workers=1, collate_fn=collate)))
 
     def test_vanished_picture(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         (folder / "ant" / "1.png").unlink()
         with pytest.raises(FileNotFoundError, match=r"There is no picture .*ant.1\.png any more"):
             data[0]
 
     def test_empty(self, tmp_path):
         with pytest.raises(ValueError, match="holds no pictures in class folders"):
-            ClassificationDataset(tmp_path)
+            ClassificationDataset.open(tmp_path)
         (tmp_path / "cat").mkdir()
         with pytest.raises(ValueError, match="holds no pictures in class folders"):
-            ClassificationDataset(tmp_path)
+            ClassificationDataset.open(tmp_path)
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"There is no data set .*nowhere; expected a folder"):
-            ClassificationDataset(tmp_path / "nowhere")
+            ClassificationDataset.open(tmp_path / "nowhere")
 
 
 class TestPixels:
@@ -188,7 +188,7 @@ class TestParquet:
     def test_reads(self, tmp_path, column):
         pytest.importorskip("pyarrow")
         pictures = [picture(10), picture(200, (5, 9)), picture(90)]
-        data = ClassificationDataset(write_parquet(tmp_path / "test.parquet", pictures, [3, 0, 3], column))
+        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", pictures, [3, 0, 3], column))
         assert data.class_names is None
         assert data.labels == [3, 0, 3]
         assert len(data) == 3
@@ -204,7 +204,7 @@ class TestParquet:
 
         pq.write_table(pa.table(columns), tmp_path / "other.parquet")
         with pytest.raises(ValueError, match=r"other\.parquet is no parquet file with a column image"):
-            ClassificationDataset(tmp_path / "other.parquet")
+            ClassificationDataset.open(tmp_path / "other.parquet")
 
     def test_no_parquet(self, tmp_path):
         pytest.importorskip("pyarrow")
@@ -212,21 +212,21 @@ class TestParquet:
         length = int.from_bytes(whole[-8:-4], "little")  # of the description at the end
         (tmp_path / "thrift.parquet").write_bytes(whole[: -8 - length] + bytes(length) + whole[-8:])
         with pytest.raises(ValueError, match=r"thrift\.parquet is no parquet file"):
-            ClassificationDataset(tmp_path / "thrift.parquet")
+            ClassificationDataset.open(tmp_path / "thrift.parquet")
         (tmp_path / "notes.parquet").write_text("nothing of the kind")
         with pytest.raises(ValueError, match=r"notes\.parquet is no parquet file"):
-            ClassificationDataset(tmp_path / "notes.parquet")
+            ClassificationDataset.open(tmp_path / "notes.parquet")
 
     def test_without_pyarrow(self, tmp_path, monkeypatch):
         (tmp_path / "test.parquet").write_bytes(b"PAR1")
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[train\]'"):
-            ClassificationDataset(tmp_path / "test.parquet")
+            ClassificationDataset.open(tmp_path / "test.parquet")
         assert issubclass(MissingExtraError, ImportError)
 
     def test_folders_need_no_pyarrow(self, folder, monkeypatch):
         monkeypatch.setitem(sys.modules, "pyarrow", None)
-        assert len(ClassificationDataset(folder)) == 5
+        assert len(ClassificationDataset.open(folder)) == 5
 
     def test_pieces(self, tmp_path):
         pytest.importorskip("pyarrow")
@@ -235,7 +235,7 @@ class TestParquet:
         write_parquet(tmp_path / "train-00000-of-00002.parquet", pictures[:4], [3, 0, 3, 2])
         (tmp_path / "README.md").write_text("about it")
         (tmp_path / ".train.parquet").write_text("half a download")
-        data = ClassificationDataset(tmp_path)
+        data = ClassificationDataset.open(tmp_path)
         assert data.labels == [3, 0, 3, 2, 0, 1, 4]
         assert data.num_classes == 5
         assert [data[index][0].shape[2] for index in range(7)] == [5, 6, 7, 8, 9, 10, 11]
@@ -250,7 +250,7 @@ class TestParquet:
         for name in ("train-00000-of-00001", "test-00000-of-00001"):
             write_parquet(tmp_path / f"{name}.parquet", [picture(0)], [0])
         with pytest.raises(ValueError, match=r"holds parquet files of several splits \(test, train\)"):
-            ClassificationDataset(tmp_path)
+            ClassificationDataset.open(tmp_path)
 
     def test_rows_in_many_groups(self, tmp_path):
         pytest.importorskip("pyarrow")
@@ -258,7 +258,7 @@ class TestParquet:
 
         path = write_parquet(tmp_path / "test.parquet", [picture(number) for number in range(9)], list(range(9)))
         pq.write_table(pq.read_table(path), path, row_group_size=2)
-        data = ClassificationDataset(path)
+        data = ClassificationDataset.open(path)
         assert [data.pixels(index)[0, 0, 0].item() for index in range(9)] == list(range(9))
 
     @pytest.mark.parametrize("content", [b"no picture", b"", None])
@@ -269,8 +269,8 @@ class TestParquet:
         images = [{"bytes": each, "path": "1.png"} for each in (b"any", b"any", content)]
         pq.write_table(pa.table({"image": images, "label": [0, 0, 0]}), tmp_path / "test.parquet")
         for read in (
-            ClassificationDataset(tmp_path / "test.parquet").__getitem__,
-            ClassificationDataset(tmp_path).pixels,
+            ClassificationDataset.open(tmp_path / "test.parquet").__getitem__,
+            ClassificationDataset.open(tmp_path).pixels,
         ):
             with pytest.raises(BrokenImageError, match=r"test\.parquet row 2 is not a picture that can be read"):
                 read(2)
@@ -287,12 +287,12 @@ class TestParquet:
     def test_no_class_indices(self, tmp_path, labels, message):
         pytest.importorskip("pyarrow")
         with pytest.raises(ValueError, match=rf"test\.parquet {message}"):
-            ClassificationDataset(write_parquet(tmp_path / "test.parquet", [picture(0)] * 2, labels))
+            ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", [picture(0)] * 2, labels))
 
     def test_pickled(self, tmp_path):
         pytest.importorskip("pyarrow")
         pictures = [Image.effect_noise((64, 64), 50) for _ in range(20)]
-        data = ClassificationDataset(write_parquet(tmp_path / "test.parquet", pictures, [1] * 20))
+        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", pictures, [1] * 20))
         letter = pickle.dumps(data)
         assert len(letter) < 2000  # the pictures do not travel
         assert torch.equal(pickle.loads(letter).pixels(7), data.pixels(7))
@@ -302,8 +302,8 @@ class TestTar:
     @pytest.mark.parametrize("top", ["", "./", "pets/", "./pets/", "/pets/"])
     def test_like_the_folder(self, folder, tmp_path, top):
         files = ["outside.png", "readme.txt", "dog/labels.csv", *reversed(FILES)]
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", files, top))
-        expected = ClassificationDataset(folder)
+        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", files, top))
+        expected = ClassificationDataset.open(folder)
         assert data.class_names == expected.class_names
         assert data.labels == expected.labels
         assert data.num_classes == 3
@@ -317,12 +317,12 @@ class TestTar:
         (folder / "cat" / "._0.bmp").write_text("what other systems leave")
         with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
             tar.add(folder, "pets")
-        data = ClassificationDataset(tmp_path / "pictures.tar")
+        data = ClassificationDataset.open(tmp_path / "pictures.tar")
         assert data.class_names == ("ant", "bee", "cat", "dog")
         assert data.labels == [0, 2, 2, 3, 3]
 
     def test_one_class(self, folder, tmp_path):
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", ["dog/2.png", "dog/10.JPG"]))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", ["dog/2.png", "dog/10.JPG"]))
         assert (data.class_names, data.labels) == (("dog",), [0, 0])
 
     def archives(self, folder, root):
@@ -333,8 +333,8 @@ class TestTar:
         return root
 
     def test_an_archive_for_each_class(self, folder, tmp_path):
-        data = ClassificationDataset(self.archives(folder, tmp_path / "imagenet"))
-        expected = ClassificationDataset(folder)
+        data = ClassificationDataset.open(self.archives(folder, tmp_path / "imagenet"))
+        expected = ClassificationDataset.open(folder)
         assert data.class_names == ("ant", "cat", "dog")
         assert data.labels == expected.labels
         assert data.name(2) == "cat.tar: young/1.png"
@@ -343,8 +343,8 @@ class TestTar:
 
     def test_archives_in_an_archive(self, folder, tmp_path):
         archives = self.archives(folder, tmp_path / "imagenet")
-        data = ClassificationDataset(pack(archives, tmp_path / "train.tar", ["dog.tar", "cat.tar", "ant.tar"]))
-        expected = ClassificationDataset(folder)
+        data = ClassificationDataset.open(pack(archives, tmp_path / "train.tar", ["dog.tar", "cat.tar", "ant.tar"]))
+        expected = ClassificationDataset.open(folder)
         assert (data.class_names, data.labels) == (expected.class_names, expected.labels)
         for index, file in enumerate(FILES):
             assert torch.equal(data.pixels(index), expected.pixels(index))
@@ -352,27 +352,29 @@ class TestTar:
 
     def test_hard_links(self, folder, tmp_path):
         (folder / "dog" / "3.png").hardlink_to(folder / "dog" / "2.png")
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", ["ant/1.png", "dog/2.png", "dog/3.png"]))
+        data = ClassificationDataset.open(
+            pack(folder, tmp_path / "pictures.tar", ["ant/1.png", "dog/2.png", "dog/3.png"])
+        )
         assert data.labels == [0, 1, 1]
         assert torch.equal(data.pixels(1), data.pixels(2))
 
     def test_long_names(self, folder, tmp_path):
         long = f"dog/{'very ' * 40}long.png"
         shutil.copy(folder / "dog" / "2.png", folder / long)
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", [long, "dog/2.png", "ant/1.png"]))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", [long, "dog/2.png", "ant/1.png"]))
         assert data.name(2) == f"pictures.tar: {long}"
         assert torch.equal(data.pixels(2), data.pixels(1))
 
     def test_damaged_picture_is_named(self, folder, tmp_path):
         (folder / "cat" / "0.bmp").write_bytes(b"no picture")
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", FILES))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
         with pytest.raises(BrokenImageError, match=r"pictures\.tar: cat/0\.bmp is not a picture"):
             data.pixels(1)
         data.pixels(2)
 
     def test_shortened_archive(self, folder, tmp_path):
         path = pack(folder, tmp_path / "pictures.tar", FILES)
-        data = ClassificationDataset(path)
+        data = ClassificationDataset.open(path)
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(BrokenImageError, match=r"2\.png is not .*: the tar file ends after 0 of its \d+ bytes"):
             data[4]
@@ -382,16 +384,16 @@ class TestTar:
         with tarfile.open(path, "w:gz") as tar:
             tar.add(folder, "")
         with pytest.raises(ValueError, match=r"pictures\.tar\.gz is compressed"):
-            ClassificationDataset(path)
+            ClassificationDataset.open(path)
         with pytest.raises(ValueError, match=r"pictures\.tar is no tar file, or a compressed"):
-            ClassificationDataset(path.rename(tmp_path / "pictures.tar"))
+            ClassificationDataset.open(path.rename(tmp_path / "pictures.tar"))
 
     def test_no_pictures(self, folder, tmp_path):
         with pytest.raises(ValueError, match="holds no pictures in class folders"):
-            ClassificationDataset(pack(folder, tmp_path / "pictures.tar", ["readme.txt", "outside.png"]))
+            ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", ["readme.txt", "outside.png"]))
 
     def test_processes_and_threads(self, folder, tmp_path):
-        data = ClassificationDataset(pack(folder, tmp_path / "pictures.tar", FILES))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
         expected = [data.pixels(index) for index in range(5)] * 20
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(data.pixels, [0, 1, 2, 3, 4] * 20))
@@ -405,13 +407,13 @@ class TestTar:
 class TestFingerprint:
     def test_place_does_not_matter(self, folder, tmp_path):
         shutil.copytree(folder, tmp_path / "elsewhere" / "animals")
-        fingerprint = ClassificationDataset(folder).fingerprint()
-        assert ClassificationDataset(tmp_path / "elsewhere" / "animals").fingerprint() == fingerprint
+        fingerprint = ClassificationDataset.open(folder).fingerprint()
+        assert ClassificationDataset.open(tmp_path / "elsewhere" / "animals").fingerprint() == fingerprint
         assert len(fingerprint) == 16
         assert int(fingerprint, 16) >= 0
 
     def test_content_matters(self, folder):
-        fingerprints = [ClassificationDataset(folder).fingerprint()]
+        fingerprints = [ClassificationDataset.open(folder).fingerprint()]
         for change in (
             lambda: (folder / "ant" / "1.png").rename(folder / "ant" / "2.png"),
             lambda: (folder / "ant" / "2.png").rename(folder / "cat" / "2.png"),
@@ -420,12 +422,12 @@ class TestFingerprint:
             (folder / "bee").mkdir,
         ):
             change()
-            fingerprints.append(ClassificationDataset(folder).fingerprint())
+            fingerprints.append(ClassificationDataset.open(folder).fingerprint())
         assert len(set(fingerprints)) == 6
 
     def test_nothing_is_decoded(self, folder):
         (folder / "ant" / "1.png").write_bytes(b"no picture")
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         fingerprint = data.fingerprint()
         shutil.rmtree(folder)
         assert data.fingerprint() == fingerprint
@@ -434,18 +436,18 @@ class TestFingerprint:
         pytest.importorskip("pyarrow")
         tar = pack(folder, tmp_path / "pictures.tar", FILES)
         rows = write_parquet(tmp_path / "test.parquet", [picture(1)] * 2, [0, 1])
-        found = {ClassificationDataset(tar).fingerprint(), ClassificationDataset(rows).fingerprint()}
+        found = {ClassificationDataset.open(tar).fingerprint(), ClassificationDataset.open(rows).fingerprint()}
         (tmp_path / "moved").mkdir()
         for path in (tar, rows):
-            assert ClassificationDataset(path.rename(tmp_path / "moved" / path.name)).fingerprint() in found
+            assert ClassificationDataset.open(path.rename(tmp_path / "moved" / path.name)).fingerprint() in found
         other = write_parquet(tmp_path / "test.parquet", [picture(1)] * 2, [1, 0])
-        assert ClassificationDataset(other).fingerprint() not in found
+        assert ClassificationDataset.open(other).fingerprint() not in found
         assert len(found) == 2
 
 
 class TestCollate:
     def test_sizes_stay(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         pictures, labels = collate([data[4], data[0]])
         assert [each.shape for each in pictures] == [(3, 6, 8), (3, 6, 10)]
         assert labels.tolist() == [2, 0]
@@ -453,7 +455,7 @@ class TestCollate:
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_loader(self, folder, workers):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         batches = list(DataLoader(data, 2, num_workers=workers, collate_fn=collate))
         assert [len(pictures) for pictures, _ in batches] == [2, 2, 1]
         assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
@@ -461,7 +463,7 @@ class TestCollate:
 
 class TestSample:
     def test_same_pictures_and_classes(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         drawn = data.sample(3, seed=1)
         assert len(drawn) == len(drawn.labels) == 3
         assert drawn.class_names == data.class_names
@@ -473,7 +475,7 @@ class TestSample:
             assert drawn[row][1] == label
 
     def test_seed_and_fingerprint(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         names = [{data.sample(3, seed).name(row) for row in range(3)} for seed in range(8)]
         assert names[0] == {data.sample(3).name(row) for row in range(3)}
         assert any(chosen != names[0] for chosen in names)
@@ -483,10 +485,10 @@ class TestSample:
     @pytest.mark.parametrize("count", [0, 6])
     def test_refused(self, folder, count):
         with pytest.raises(ValueError, match=f"draw {count} of 5"):
-            ClassificationDataset(folder).sample(count)
+            ClassificationDataset.open(folder).sample(count)
 
     def test_split(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         rest, held_out = data.split(2, seed=4)
         assert (len(rest), len(held_out)) == (3, 2)
         assert held_out.fingerprint() == data.sample(2, seed=4).fingerprint()
@@ -499,7 +501,7 @@ class TestSample:
 
 class TestWithClasses:
     def test_by_name(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         names = ("zebra", *reversed(data.class_names))
         mapped = data.with_classes(names)
         assert mapped.num_classes == len(names)
@@ -508,11 +510,11 @@ class TestWithClasses:
         assert data.labels != mapped.labels
 
     def test_by_position_where_nothing_is_known(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         assert data.with_classes(None).labels == data.labels
         assert data.with_classes(("class 0", "class 1", "class 2")).labels == data.labels
 
     def test_refused(self, folder):
-        data = ClassificationDataset(folder)
+        data = ClassificationDataset.open(folder)
         with pytest.raises(ValueError, match="does not know the classes"):
             data.with_classes(data.class_names[:1])

@@ -153,7 +153,7 @@ class TestReplayedSamples:
         assert (batch.crops[1] == 9).all()
 
     def test_refused(self, folder):
-        images = ClassificationDataset(folder)
+        images = ClassificationDataset.open(folder)
         with pytest.raises(ValueError, match="'stop' or 'skip'; got 'ignore'"):
             ReplayedSamples(images, ReplayableAugmentation(32), on_broken="ignore")
         with pytest.raises(ValueError, match="mixes 20 samples, but the data has 24"):

@@ -172,7 +172,7 @@ class TestCifar10:
         classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
 
         def batches(name, count):
-            pictures = ClassificationDataset(shared(f"data/cifar10/{name}.parquet")).sample(count)
+            pictures = ClassificationDataset.open(shared(f"data/cifar10/{name}.parquet")).sample(count)
             for start in range(0, count, 100):
                 items = [pictures[row] for row in range(start, min(start + 100, count))]
                 images = classifier.preprocessing(torch.stack([image for image, _ in items]))

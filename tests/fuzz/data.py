@@ -150,7 +150,7 @@ def labelled_folder(rng: random.Random, folder: Path) -> None:
     else:
         path = folder / "a.parquet"
         path.write_bytes(mutate(rng, _parquet(), 0) if rng.random() < 0.8 else _parquet(tamper(rng, [0, 1]), rng))
-    images = ClassificationDataset(path)
+    images = ClassificationDataset.open(path)
     for index in range(min(len(images), 3)):
         pixels, label = images.pixels(index), images.labels[index]
         assert 0 <= label < images.num_classes

@@ -54,7 +54,7 @@ def make_model(**changes) -> TinyViT:
 
 
 def make_samples(folder, recipe=RECIPE, on_broken="stop") -> ReplayedSamples:
-    images = ClassificationDataset(folder)
+    images = ClassificationDataset.open(folder)
     augmentation = ReplayableAugmentation(
         recipe.img_size, recipe.preset, seed=1, num_samples=len(images), **recipe.changes
     )
@@ -145,7 +145,7 @@ def spy():
 
 class TestWhatComesOut:
     def test_it_learns(self, folder, tmp_path):
-        validation = ClassificationDataset(make_pictures(tmp_path / "val", each=5, seed=9))
+        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=5, seed=9))
         recipe = replace(EASY, epochs=8, warmup_epochs=1)
         result = fit(folder, tmp_path / "out", recipe, validation=validation)
         curve = losses(tmp_path / "out")
@@ -157,7 +157,7 @@ class TestWhatComesOut:
 
     def test_metrics(self, folder, tmp_path):
         out = tmp_path / "out"
-        validation = ClassificationDataset(make_pictures(tmp_path / "val", each=3, seed=9))
+        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=3, seed=9))
         result = fit(folder, out, validation=validation, log_every=2)
         lines = metrics(out)
         told = [(line["step"], line["epoch"], "loss" in line) for line in lines]
@@ -198,7 +198,7 @@ class TestWhatComesOut:
 
     def test_the_best_is_kept(self, folder, tmp_path):
         """The network unlearns in the last epochs, and the weights of one before stay the best."""
-        validation = ClassificationDataset(folder)
+        validation = ClassificationDataset.open(folder)
         recipe = replace(EASY, epochs=10, min_lr=0.5)
 
         def before(number):
@@ -213,7 +213,7 @@ class TestWhatComesOut:
         assert accuracy(result.last, validation) == pytest.approx(top1[-1], abs=1e-3)
 
     def test_validation_equals_a_direct_one(self, folder, tmp_path):
-        validation = ClassificationDataset(make_pictures(tmp_path / "val", each=7, seed=9, size=36))
+        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=7, seed=9, size=36))
         result = fit(folder, tmp_path / "out", validation=validation, process_batch=4)  # 21 pictures, 6 batches
         assert result.top1 == pytest.approx(accuracy(result.best, validation), abs=1e-4)
         assert metrics(tmp_path / "out")[-1]["top5"] == 100  # of three classes
@@ -222,10 +222,10 @@ class TestWhatComesOut:
         data = make_pictures(tmp_path / "val", each=1)
         (data / "green").rename(data / "yellow")
         with pytest.raises(ValueError, match="other classes than the network: green, yellow"):
-            fit(folder, tmp_path / "out", validation=ClassificationDataset(data))
+            fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data))
         (data / "violet").mkdir()
         with pytest.raises(ValueError, match="have 4 classes, but the network 3"):
-            fit(folder, tmp_path / "out", validation=ClassificationDataset(data), class_names=None)
+            fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data), class_names=None)
         assert not (tmp_path / "out").exists()
 
 
@@ -491,14 +491,14 @@ class TestBrokenPictures:
         data = make_pictures(tmp_path / "val", each=3, seed=9)
         damage(data / "green" / "00.png")
         with pytest.raises(BrokenImageError, match=r"green/00\.png"):
-            fit(folder, tmp_path / "stopped", validation=ClassificationDataset(data), process_batch=2)
+            fit(folder, tmp_path / "stopped", validation=ClassificationDataset.open(data), process_batch=2)
         result = fit(
-            folder, tmp_path / "out", validation=ClassificationDataset(data), on_broken="skip", process_batch=2
+            folder, tmp_path / "out", validation=ClassificationDataset.open(data), on_broken="skip", process_batch=2
         )
         assert result.broken == ("validation: green/00.png",)
         assert metrics(tmp_path / "out")[-1]["broken"] == 1
         (data / "green" / "00.png").unlink()
-        assert result.top1 == pytest.approx(accuracy(result.best, ClassificationDataset(data)), abs=1e-4)
+        assert result.top1 == pytest.approx(accuracy(result.best, ClassificationDataset.open(data)), abs=1e-4)
 
 
 def broken_row(folder):
@@ -520,7 +520,7 @@ def resumable(folder, out, save_minutes, pause=0.0):
         time.sleep(pause)
         return 1
 
-    validation = ClassificationDataset(folder.parent / "val")
+    validation = ClassificationDataset.open(folder.parent / "val")
     model = make_model(drop_path_rate=0.4, drop_rate=0.1)
     return fit(folder, out, RESUMED, model, before, validation=validation, save_minutes=save_minutes, process_batch=4)
 
@@ -624,10 +624,12 @@ class TestResuming:
         assert [line["step"] for line in metrics(out)] == [1, 2, 3, 3, 4, 5, 6, 6]
 
     def test_finished(self, folder, tmp_path):
-        first = fit(folder, tmp_path / "out", validation=ClassificationDataset(folder))
+        first = fit(folder, tmp_path / "out", validation=ClassificationDataset.open(folder))
         before = (tmp_path / "out" / "metrics.jsonl").read_text()
         model = make_model()
-        second = fit(folder, tmp_path / "out", model=model, validation=ClassificationDataset(folder), before=stop_at(1))
+        second = fit(
+            folder, tmp_path / "out", model=model, validation=ClassificationDataset.open(folder), before=stop_at(1)
+        )
         assert (second.steps, second.top1, second.best) == (first.steps, first.top1, first.best)
         assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
 
@@ -639,8 +641,8 @@ class TestTensorBoard:
 
         out = tmp_path / "out"
         with pytest.raises(Interrupted):
-            fit(folder, out, before=stop_at(6), validation=ClassificationDataset(folder))
-        fit(folder, out, validation=ClassificationDataset(folder))
+            fit(folder, out, before=stop_at(6), validation=ClassificationDataset.open(folder))
+        fit(folder, out, validation=ClassificationDataset.open(folder))
         events = EventAccumulator(str(out / "tensorboard")).Reload()
         assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4, 5, 6]
         assert [event.value for event in events.Scalars("loss")] == pytest.approx(losses(out), rel=1e-5)
@@ -676,7 +678,7 @@ TWO = replace(FROZEN, ema_decay=0.5)
 
 def shared_run(folder, out, epochs_before_stop=None):
     """What each of two processes does, and one alone; where there is no GPU nobody has to say so."""
-    validation = ClassificationDataset(folder.parent / "val")
+    validation = ClassificationDataset.open(folder.parent / "val")
     before = None if epochs_before_stop is None else stop_at(epochs_before_stop * STEPS + 2)
     cpu = torch.accelerator.is_available()
     return fit(folder, out, TWO, validation=validation, on_broken="skip", save_minutes=0, cpu=cpu, before=before)

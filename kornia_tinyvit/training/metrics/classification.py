@@ -413,7 +413,7 @@ def read_pictures(
     Raises:
         ValueError: if there are fewer than two pictures, or they have classes that the network does not know.
     """
-    dataset = ClassificationDataset(data).with_classes(classifier.class_names)
+    dataset = ClassificationDataset.open(data).with_classes(classifier.class_names)
     if len(dataset) < 2:
         raise ValueError(f"{data} has one picture; calibrating and judging take at least one each.")
     if dataset.num_classes > len(classifier.class_names):

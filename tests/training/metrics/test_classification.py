@@ -277,7 +277,7 @@ class TestReadablePictures:
         for number in range(4):
             Image.new("RGB", (4 + number, 5)).save(tmp_path / "cat" / f"{number}.png")
         (tmp_path / "cat" / "2.png").write_bytes(b"nothing")
-        return ClassificationDataset(tmp_path)
+        return ClassificationDataset.open(tmp_path)
 
     @pytest.mark.parametrize("workers", [0, 1])
     def test_skip(self, images, workers):
