@@ -1,0 +1,293 @@
+"""Searches that walk a known path, are killed and resumed."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import math
+
+import pytest
+import torch
+
+from kornia_tinyvit import TinyViT, TinyViTConfig
+from kornia_tinyvit.config import VARIANTS
+from kornia_tinyvit.contraction import Bench, Budget, Space, contract, contractions, count, expansions, refine
+from tests.conftest import TINY
+from tests.contraction.conftest import SMALL
+
+
+def toward(goal: TinyViTConfig):
+    """An evaluation that is the better, the nearer a network comes to a goal without contracting anything else."""
+
+    def evaluate(config: TinyViTConfig, parent: TinyViT | None) -> float:
+        pairs = list(zip(config.embed_dims, goal.embed_dims, strict=True))
+        same = {"embed_dims": goal.embed_dims, "num_heads": goal.num_heads, "drop_path_rate": goal.drop_path_rate}
+        if any(ours < theirs for ours, theirs in pairs) or config.replace(**same) != goal:
+            return 0.0
+        return 100 - sum(math.log(ours / theirs) for ours, theirs in pairs)
+
+    return evaluate
+
+
+class Recorder:
+    """An evaluation that likes depth, remembers what it was asked and stops when it is told."""
+
+    def __init__(self, stop_after: int | None = None, trains: bool = False) -> None:
+        self.asked: list[TinyViTConfig] = []
+        self.parents: list[TinyViT | None] = []
+        self.stop_after, self.trains = stop_after, trains
+
+    def __call__(self, config: TinyViTConfig, parent: TinyViT | None):
+        if len(self.asked) == self.stop_after:
+            raise KeyboardInterrupt
+        self.asked.append(config)
+        self.parents.append(parent)
+        accuracy = deep(config, parent)
+        return (accuracy, TinyViT.from_config(config)) if self.trains else accuracy
+
+
+def deep(config: TinyViTConfig, parent: TinyViT | None) -> float:
+    return sum(config.depths) + sum(config.embed_dims) / 1000 + config.mlp_ratio / 100
+
+
+BUDGET = Budget(max_parameters=0.6 * count(SMALL)["parameters"], max_macs=0.7 * count(SMALL)["macs"])
+
+
+class TestSearch:
+    def test_published_family(self, tmp_path):
+        """From 21m under the published constraints the search comes to 11m, and from there to 5m."""
+        seed: TinyViTConfig | str = "21m"
+        for name, budget in (("11m", Budget(11e6, 2.05e9)), ("5m", Budget(5.4e6, 1.3e9))):
+            result = contract(seed, budget, toward(VARIANTS[name]), tmp_path / name, steps=12)
+            assert result.config.replace(drop_path_rate=VARIANTS[name].drop_path_rate) == VARIANTS[name]
+            assert budget.holds(result.winner.costs)
+            for before, after in itertools.pairwise(result.path):
+                assert after.parent == before.number
+                assert after.config in contractions(before.config, Space())[after.factor]
+                assert budget.excess(after.costs) < budget.excess(before.costs)
+            seed = result.config
+
+    def test_constraints(self, tmp_path):
+        recorder = Recorder()
+        result = contract(SMALL, BUDGET, recorder, tmp_path, steps=3)
+        assert BUDGET.holds(result.winner.costs)
+        assert sum(result.config.depths) == sum(SMALL.depths)
+        lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+        kept = [line for line in lines if line["event"] == "kept"]
+        first = BUDGET.excess(count(SMALL))
+        assert kept[0]["excess"] == pytest.approx(first)
+        for candidate, line in zip(result.path, kept, strict=True):
+            assert BUDGET.excess(candidate.costs) <= line["excess"]
+        siblings = [each for each in result.evaluated if each.parent == result.winner.parent]
+        assert max(each.accuracy for each in siblings) == result.winner.accuracy
+        for each in siblings:
+            assert BUDGET.excess(each.costs) <= kept[-1]["excess"]
+        # What was measured only is just what a step of its factor does not meet.
+        assert all(BUDGET.excess(each.costs) > 0 for each in result.candidates if each.accuracy is None)
+        assert len(recorder.asked) == len(set(recorder.asked)) == len(result.evaluated)
+        assert result.weights is None
+        assert result.network().config == result.config
+
+    def test_times(self, tmp_path):
+        """A latency has to fall and a throughput to rise, here those of a machine that does a MAC a nanosecond."""
+
+        class Stopwatch(Bench):
+            def measure(self, config, budget):
+                costs = count(config)
+                return costs | {"latency_ms": costs["macs"] / 1e6, "throughput": 1e9 / costs["macs"]}
+
+        macs = count(SMALL)["macs"]
+        budget = Budget(max_latency_ms=0.8 * macs / 1e6, min_throughput=1e9 / (0.6 * macs))
+        result = contract(SMALL, budget, deep, tmp_path, steps=3, bench=Stopwatch())
+        assert result.winner.costs["macs"] <= 0.6 * macs
+        rates = [each.costs["throughput"] for each in result.path]
+        assert rates == sorted(rates)
+
+    def test_nothing_to_do(self, tmp_path):
+        result = contract(SMALL, Budget(max_parameters=1e9), deep, tmp_path)
+        assert [each.config for each in result.candidates] == [SMALL]
+
+    def test_weights_are_handed_on(self, tmp_path):
+        torch.manual_seed(0)
+        seed = TinyViT.from_config(SMALL)
+        recorder = Recorder(trains=True)
+        result = contract(seed, BUDGET, recorder, tmp_path, steps=2)
+        assert torch.equal(recorder.parents[0].head.weight, seed.head.weight)
+        by_config = {each.config: each for each in result.candidates}
+        for config, parent in zip(recorder.asked[1:], recorder.parents[1:], strict=True):
+            assert parent.config == result.candidates[by_config[config].parent].config
+        files = sorted(file.stem for file in (tmp_path / "weights").glob("0*"))
+        assert files == [f"{each.number:05d}" for each in result.path]
+        assert result.network().config == result.config
+        with pytest.raises(ValueError, match="weights"):
+            contract(TinyViT.from_config(SMALL), BUDGET, recorder, tmp_path, steps=2)
+
+    @pytest.mark.parametrize("stop_after", [0, 1, 7])
+    def test_resumed(self, tmp_path, stop_after):
+        whole = contract(SMALL, BUDGET, Recorder(), tmp_path / "whole", steps=3)
+        first, second = Recorder(stop_after), Recorder()
+        with pytest.raises(KeyboardInterrupt):
+            contract(SMALL, BUDGET, first, tmp_path / "torn", steps=3)
+        with (tmp_path / "torn" / "search.jsonl").open("a") as file:
+            file.write('{"event": "evaluated", "conf')  # what a killed write leaves
+        assert contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3) == whole
+        assert first.asked + second.asked == [each.config for each in whole.evaluated]
+        third = Recorder()
+        assert contract(SMALL, BUDGET, third, tmp_path / "torn", steps=3) == whole
+        assert third.asked == []
+
+    def test_weights_outlast_a_stop(self, tmp_path):
+        whole = contract(SMALL, BUDGET, Recorder(trains=True), tmp_path / "whole", steps=3)
+        first, second = Recorder(len(whole.evaluated) - 2, trains=True), Recorder(trains=True)
+        with pytest.raises(KeyboardInterrupt):
+            contract(SMALL, BUDGET, first, tmp_path / "torn", steps=3)
+        result = contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+        assert [parent.config for parent in second.parents] == 2 * [whole.path[-2].config]
+        names = [sorted(file.name for file in (tmp_path / run / "weights").iterdir()) for run in ("whole", "torn")]
+        assert names[0] == names[1] == [f"{each.number:05d}.safetensors" for each in whole.path]
+        result.weights.unlink()
+        with pytest.raises(ValueError, match="is gone"):
+            contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+
+    def test_another_search_in_the_folder(self, tmp_path):
+        contract(SMALL, BUDGET, deep, tmp_path, steps=1)
+        with pytest.raises(ValueError, match="steps: it has 1, asked for 2"):
+            contract(SMALL, BUDGET, deep, tmp_path, steps=2)
+
+    def test_damaged_line(self, tmp_path):
+        contract(SMALL, BUDGET, deep, tmp_path, steps=1)
+        file = tmp_path / "search.jsonl"
+        lines = file.read_text().splitlines()
+        lines[3] = lines[3][:30]
+        file.write_text("\n".join(lines) + "\n")
+        with pytest.raises(ValueError, match=r"Line 4 of .*search.jsonl is damaged"):
+            contract(SMALL, BUDGET, deep, tmp_path, steps=1)
+
+    def test_one_search_at_a_time(self, tmp_path):
+        def again(config, parent):
+            with pytest.raises(ValueError, match="Another process searches in"):
+                contract(SMALL, BUDGET, again, tmp_path)
+            return 1.0
+
+        contract(SMALL, Budget(max_parameters=1e9), again, tmp_path)
+
+    def test_processes(self, tmp_path):
+        one = contract(SMALL, BUDGET, deep, tmp_path / "one", steps=1)
+        assert contract(SMALL, BUDGET, deep, tmp_path / "two", steps=1, processes=2) == one
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"budget": Budget(max_parameters=100)}, "cannot be met: the smallest network of the space has"),
+            ({"steps": 0}, "steps and processes are at least 1; got 0 and 1"),
+            ({"processes": 0}, "got 8 and 0"),
+            ({"evaluate": lambda config, parent: math.nan}, "said nan; expected a finite number"),
+            ({"evaluate": lambda config, parent: (1.0, TinyViT(**TINY))}, "returned the network"),
+        ],
+    )
+    def test_errors(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            contract(SMALL, out=tmp_path, **({"budget": BUDGET, "evaluate": deep} | options))
+
+
+# Within the budget, with a part of it unused.
+FITS = SMALL.replace(embed_dims=(12, 16, 16, 16), num_heads=(1, 2, 2, 2), mlp_ratio=2.0)
+
+
+def improve(start=FITS, seed=SMALL, budget=BUDGET, evaluate=None, out=None, **options):
+    return refine(start, seed, budget, evaluate or deep, out, **options)
+
+
+class TestRefine:
+    def test_trades(self, tmp_path):
+        recorder = Recorder()
+        result = improve(evaluate=recorder, out=tmp_path, rounds=3, candidates=6)
+        assert result.path[0].config == FITS
+        assert len(recorder.asked) == len(set(recorder.asked)) <= 1 + 3 * 6
+        assert all(BUDGET.holds(each.costs) for each in result.evaluated)
+        assert len(result.path) > 1
+        accuracies = [each.accuracy for each in result.path]
+        assert accuracies == sorted(accuracies)
+        assert accuracies[-1] == max(each.accuracy for each in result.evaluated)
+        for after in result.path[1:]:
+            before = result.candidates[after.parent].config
+            given, _, taken = after.factor.partition(" for ")
+            if taken:
+                before = next(contractions(before, Space())[taken])
+            assert after.config in expansions(before, SMALL, Space())[given]
+
+    def test_the_last_kept_wins(self, tmp_path):
+        """A network that the first round met and left may be what a later one goes on to: numbers are no order."""
+        asked = itertools.count(1)
+        result = improve(evaluate=lambda *_: float(next(asked)), out=tmp_path, rounds=10, candidates=2)
+        assert [each.accuracy for each in result.path] == [1, *range(3, 23, 2)]
+        assert result.winner.accuracy == max(each.accuracy for each in result.evaluated)
+        assert list(result.kept) != sorted(result.kept), "one that was met early is kept late"
+
+    def test_a_round_looks_at_those_that_leave_the_least(self, tmp_path):
+        few = improve(out=tmp_path / "few", rounds=1, candidates=3)
+        all_of_them = improve(out=tmp_path / "all", rounds=1, candidates=1000)
+        slacks = sorted(BUDGET.slack(each.costs) for each in all_of_them.evaluated[1:])
+        assert len(slacks) > 10
+        assert sorted(BUDGET.slack(each.costs) for each in few.evaluated[1:]) == slacks[:3]
+        # A trade gives back as far as the budget holds.
+        for each in all_of_them.evaluated[1:]:
+            given = each.factor.split(" for ")[0]
+            further = next(expansions(each.config, SMALL, Space())[given], None)
+            assert further is None or not BUDGET.holds(count(further))
+
+    def test_the_best_there_is(self, tmp_path):
+        """Where nothing better is found the first is kept, and each round looks at others."""
+        recorder = Recorder()
+        result = improve(evaluate=lambda *asked: 0 * recorder(*asked), out=tmp_path, rounds=2, candidates=4)
+        assert [each.config for each in result.path] == [FITS]
+        assert len(recorder.asked) == len(set(recorder.asked)) == 1 + 2 * 4
+
+    def test_weights(self, tmp_path):
+        """Every candidate starts from the seed's weights, and those of the path are kept."""
+        torch.manual_seed(0)
+        seed = TinyViT.from_config(SMALL)
+        recorder = Recorder(trains=True)
+        result = improve(seed=seed, evaluate=recorder, out=tmp_path, rounds=2, candidates=3)
+        assert all(torch.equal(parent.head.weight, seed.head.weight) for parent in recorder.parents)
+        files = sorted(file.stem for file in (tmp_path / "weights").glob("0*"))
+        assert files == sorted(f"{each.number:05d}" for each in result.path)
+        assert result.network().config == result.config
+
+    @pytest.mark.parametrize("stop_after", [0, 2, 5])
+    def test_resumed(self, tmp_path, stop_after):
+        whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=2, candidates=3)
+        first, second = Recorder(stop_after, trains=True), Recorder(trains=True)
+        with pytest.raises(KeyboardInterrupt):
+            improve(evaluate=first, out=tmp_path / "torn", rounds=2, candidates=3)
+        again = improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=3)
+        assert again.candidates == whole.candidates
+        assert len(first.asked) + len(second.asked) == len(whole.evaluated)
+        with pytest.raises(ValueError, match="candidates: it has 3, asked for 4"):
+            improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=4)
+
+    def test_more_rounds(self, tmp_path):
+        whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=3, candidates=3)
+        for rounds in (1, 3):
+            again = improve(evaluate=Recorder(trains=True), out=tmp_path / "more", rounds=rounds, candidates=3)
+        assert again.candidates == whole.candidates
+        assert again.weights.exists()
+
+    def test_processes(self, tmp_path):
+        one = improve(out=tmp_path / "one", rounds=1)
+        assert improve(out=tmp_path / "two", rounds=1, processes=2) == one
+
+    @pytest.mark.parametrize(
+        ("options", "message"),
+        [
+            ({"start": SMALL}, "beyond the budget .* contract it first"),
+            ({"start": FITS.replace(depths=(2, 3, 1, 2))}, "depths can only become smaller; the parent has"),
+            ({"start": FITS.replace(num_classes=4)}, "has its parent's num_classes"),
+            ({"start": FITS.replace(num_heads=(1, 1, 2, 2))}, "heads of stage 1 are 8 wide"),
+            ({"rounds": 0}, "at least 1; got 0, 8, 1"),
+            ({"candidates": 0}, "got 2, 0, 1"),
+        ],
+    )
+    def test_errors(self, tmp_path, options, message):
+        with pytest.raises(ValueError, match=message):
+            improve(out=tmp_path, **options)
