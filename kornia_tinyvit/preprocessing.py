@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from kornia.augmentation.auto import RandAugment, TrivialAugment
 from kornia.enhance import normalize
-from kornia.image import image_to_tensor
+from kornia.image import image_to_tensor, tensor_to_image
 from PIL import Image, ImageOps
 from torch import Tensor, nn
 
@@ -43,7 +43,9 @@ __all__ = [
     "read_pixels",
     "resize_images",
     "to_image",
+    "to_pil",
     "to_pixels",
+    "to_uint8",
 ]
 
 #: Channel means of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
@@ -165,9 +167,19 @@ def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
         ValueError: if there is no mode of that many channels.
     """
     if _is_deep(image):
-        return (_deep_levels(image, channels) * 255).round().to(torch.uint8)
+        return to_uint8(_deep_levels(image, channels))
     mode = _mode(channels)
     return image_to_tensor(np.array(image if image.mode == mode else image.convert(mode)))
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Round floating point images in [0, 1] to uint8 in [0, 255]; values beyond are clamped."""
+    return (images.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Turn an image :math:`(C, H, W)`, uint8 or floating point in [0, 1], into a PIL image: 1, 3 or 4 channels."""
+    return Image.fromarray(tensor_to_image(image if image.dtype == torch.uint8 else to_uint8(image)))
 
 
 def _mode(channels: int) -> str:

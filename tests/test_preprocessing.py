@@ -22,6 +22,9 @@ from kornia_tinyvit.preprocessing import (
     read_image,
     read_pixels,
     to_image,
+    to_pil,
+    to_pixels,
+    to_uint8,
 )
 from tests.conftest import shared
 
@@ -520,3 +523,14 @@ class TestGradientsOfWhite:
         torch.testing.assert_close(out, torch.ones_like(out))
         out.sum().backward()
         torch.testing.assert_close(white.grad.sum(), out.new_tensor(out.numel()))
+
+
+class TestToPil:
+    @pytest.mark.parametrize("channels", [1, 3, 4])
+    def test_there_and_back(self, channels):
+        pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
+        assert torch.equal(to_pixels(to_pil(pixels), channels), pixels)
+        assert torch.equal(to_pixels(to_pil(pixels.float() / 255), channels), pixels)
+
+    def test_values_beyond(self):
+        assert to_uint8(torch.tensor([-0.5, 0.002, 1.5], requires_grad=True)).tolist() == [0, 1, 255]

@@ -18,7 +18,7 @@ from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.ops import RLE, decode_rle, encode_rle
-from kornia_tinyvit.preprocessing import read_pixels
+from kornia_tinyvit.preprocessing import read_pixels, to_pil
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.visualization import draw_overlay, save_image
 
@@ -75,7 +75,7 @@ def segment(
     prompts = _parse(point or [], box or [], everything)
     pixels = read_pixels(photo)
     sam = _build(variant, checkpoint, _parse_size(img_size)).to(parse_device(device)).eval()
-    picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
+    picture = to_pil(pixels)
     found = _everything(sam, picture) if everything else _prompted(sam, picture, prompts)
     written = _write(out, photo, pixels, found, prompts, mask_format)
     if as_json:

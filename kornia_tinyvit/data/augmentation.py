@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kornia_tinyvit.data.order import EpochOrder, keyed_words
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset, to_uint8
 
 __all__ = ["OPERATIONS", "Draws", "ReplayableAugmentation"]
 
@@ -492,10 +492,6 @@ def _apply(
         images[rows] = operator(images[rows], torch.from_numpy(strengths[chosen]).to(images.device))
 
 
-def _to_8_bits(images: Tensor) -> Tensor:
-    return (images * 255).round_().clamp_(0, 255).to(torch.uint8)
-
-
 def _to_floats(images: Tensor) -> Tensor:
     return images.float().div_(255)
 
@@ -508,7 +504,7 @@ def _operator(name: str) -> Callable[[Tensor, Tensor], Tensor]:
 
 
 def _on_floats(operator: Callable[[Tensor, Tensor], Tensor]) -> Callable[[Tensor, Tensor], Tensor]:
-    return lambda images, magnitudes: _to_8_bits(operator(_to_floats(images), magnitudes))
+    return lambda images, magnitudes: to_uint8(operator(_to_floats(images), magnitudes))
 
 
 def _equalize(images: Tensor, _: Tensor) -> Tensor:
@@ -528,7 +524,7 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
     grey = rgb_to_grayscale(images).sum((1, 2, 3), dtype=torch.int64)
     mean = (grey.float() / images[0, 0].numel()).round()[:, None, None, None] / 255
     factor = factor[:, None, None, None]
-    return _to_8_bits(_to_floats(images) * factor + mean * (1 - factor))
+    return to_uint8(_to_floats(images) * factor + mean * (1 - factor))
 
 
 def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
@@ -546,7 +542,7 @@ def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
     """Stretch each channel to all levels, but leave one of a single level as it is, as Pillow does."""
     lowest, highest = images.flatten(2).aminmax(dim=2)
     flat = (lowest == highest)[..., None, None]
-    return torch.where(flat, images, _to_8_bits(KE.normalize_min_max(_to_floats(images))))
+    return torch.where(flat, images, to_uint8(KE.normalize_min_max(_to_floats(images))))
 
 
 _INTENSITY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
@@ -594,7 +590,7 @@ def _warp(images: Tensor, matrix: Tensor, shift: Tensor) -> Tensor:
     )
     fill = torch.tensor(IMAGENET_MEAN, device=images.device)[:, None, None]
     warped = remap(_to_floats(images) - fill, map_x, map_y, normalized_coordinates=True, align_corners=False)
-    return _to_8_bits(warped + fill)
+    return to_uint8(warped + fill)
 
 
 def _box_mask(boxes: NDArray[np.int64], images: Tensor) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from kornia_tinyvit.data.loader import Batch_co, KeyedSamples
 from kornia_tinyvit.data.order import keyed_seed
-from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
+from kornia_tinyvit.preprocessing import TrainingPreset, find_preset, to_uint8
 
 __all__ = ["PairedAugmentation", "PairedSamples"]
 
@@ -80,7 +80,7 @@ class PairedAugmentation:
         """Return an 8-bit picture :math:`(3, S, S)` of one, :math:`(1, 3, H, W)`, and what followed it."""
         with _drawn_for(self.seed, epoch, index):
             changed, partner = self._change(pixels.float() / 255, partner)
-        return (changed[0] * 255).round().clamp(0, 255).to(torch.uint8), partner
+        return to_uint8(changed[0]), partner
 
     def _reduced_size(self, pixels: Tensor) -> tuple[int, int]:
         """Return the size at which the smallest crops of a picture still have the size that comes out.

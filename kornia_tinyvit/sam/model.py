@@ -9,12 +9,10 @@ from pathlib import Path
 from typing import Any, overload
 
 import kornia.augmentation as K
-import numpy as np
 import torch
 import torch.nn.functional as F
 from kornia.contrib.visual_prompter import VisualPrompter
 from kornia.enhance import normalize
-from kornia.image import image_to_tensor
 from kornia.models.sam import Sam, SamConfig
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
@@ -29,7 +27,7 @@ from kornia_tinyvit.checkpoints.loading import fetch_weights, locate_file, read_
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
-from kornia_tinyvit.preprocessing import ImageInput, check_counts, read_pixels, to_pixels
+from kornia_tinyvit.preprocessing import ImageInput, check_counts, read_pixels, to_pil, to_pixels
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.sam.generator import Mask, Photo, generate_masks
@@ -562,8 +560,7 @@ def resize_levels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a photo :math:`(3, H, W)` of 8 bits as Pillow does."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
-    picture = Image.fromarray(pixels.movedim(0, -1).contiguous().numpy())
-    return image_to_tensor(np.array(picture.resize((size[1], size[0]), Image.Resampling.BILINEAR)))
+    return to_pixels(to_pil(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
 
 
 def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
