@@ -32,7 +32,8 @@ from kornia_tinyvit.cli.options import (
     build_classifier,
     refuse_idle,
 )
-from kornia_tinyvit.data.classification import ClassificationDataset, ImageLoader, match_classes
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import ImageLoader, match_classes
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.classification import (
     CONFUSION_CLASSES,

@@ -1,7 +1,8 @@
 """Data sets, the readers of their formats, replayable augmentation, and the order and loading of epochs."""
 
 from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader

@@ -10,7 +10,6 @@ import re
 import tarfile
 from bisect import bisect_right
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from itertools import accumulate
 from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, Protocol
@@ -18,20 +17,17 @@ from typing import Any, BinaryIO, Protocol
 import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 
+from kornia_tinyvit.data.datasets import BrokenImageError, match_classes
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import read_image, read_pixels
 
-__all__ = ["BrokenImageError", "ClassificationDataset"]
+__all__ = ["ClassificationDataset"]
 
 _COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 _IMAGE_COLUMNS = ("image", "img")  # what data sets of the hub call them
-
-
-class BrokenImageError(ValueError):
-    """A picture of a data set cannot be decoded; the message names it."""
 
 
 def read_stored(path: Path) -> Tensor:
@@ -204,73 +200,6 @@ class ClassificationDataset(Dataset[tuple[Tensor, int]]):
             raise BrokenImageError(
                 f"{self._source.place(index)} is not a picture that can be read: {reason}"
             ) from error
-
-
-def match_classes(ours: tuple[str, ...] | None, theirs: tuple[str, ...] | None) -> list[int] | None:
-    """Return where the classes of data stand among a network's, or ``None`` to match them by their position.
-
-    Args:
-        ours: names of the data's classes, where they are known.
-        theirs: names of the network's.
-
-    Raises:
-        ValueError: if some but not all of the data's classes are among the network's.
-    """
-    if ours is None or theirs is None or not set(ours) & set(theirs):
-        return None
-    unknown = sorted(set(ours) - set(theirs))
-    if unknown:
-        raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
-    return [theirs.index(name) for name in ours]
-
-
-class ImageLoader(DataLoader[Any]):
-    """A data loader that raises what a worker says of a picture as it was said.
-
-    torch's own puts the worker's whole traceback into the message.
-
-    Args:
-        pictures: the data.
-        collate_fn: makes a batch of what the data returns.
-        **options: as torch's loader takes them.
-    """
-
-    def __init__(self, pictures: Any, *, collate_fn: Callable[[Any], Any], **options: Any) -> None:
-        super().__init__(_Telling(pictures), collate_fn=partial(_collate_unless_error, collate_fn), **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches.
-
-        Raises:
-            BrokenImageError: if a picture cannot be decoded.
-            OSError: if its file cannot be read.
-        """
-        for batch in super().__iter__():
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-
-
-class _Telling(Dataset[Any]):
-    """Hands an error about a picture over in the place of a batch."""
-
-    def __init__(self, pictures: Any) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitems__(self, keys: list[Any]) -> Any:
-        try:
-            if hasattr(self.pictures, "__getitems__"):
-                return self.pictures.__getitems__(keys)
-            return [self.pictures[key] for key in keys]
-        except (BrokenImageError, OSError) as error:
-            return error
-
-
-def _collate_unless_error(collate_fn: Callable[[Any], Any], found: Any) -> Any:
-    return found if isinstance(found, Exception) else collate_fn(found)
 
 
 def collate(items: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:

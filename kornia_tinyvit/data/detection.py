@@ -18,7 +18,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.data.classification import BrokenImageError, pictures_below, read_stored, read_text
+from kornia_tinyvit.data.classification import pictures_below, read_stored, read_text
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.data.segmentation import draw_rows, read_yaml
 
 __all__ = ["DetectionDataset", "Objects"]

@@ -16,7 +16,8 @@ from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.data.classification import BrokenImageError, read_stored, read_text
+from kornia_tinyvit.data.classification import read_stored, read_text
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.data.segmentation import (
     draw_rows,
     files_by_stem,

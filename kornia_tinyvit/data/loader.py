@@ -11,7 +11,8 @@ from torch import Tensor
 from torch.utils.data import Dataset, Sampler
 
 from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset, ImageLoader
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError, ImageLoader
 from kornia_tinyvit.data.order import EpochOrder
 
 __all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]

@@ -16,7 +16,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.data.classification import BrokenImageError, pictures_below, read_stored, read_text
+from kornia_tinyvit.data.classification import pictures_below, read_stored, read_text
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import UNREADABLE
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
-from kornia_tinyvit.data.classification import ImageLoader
+from kornia_tinyvit.data.datasets import ImageLoader
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.distillation.losses import Objective
 from kornia_tinyvit.extras import MissingExtraError

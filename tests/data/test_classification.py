@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset, MissingExtraError, collate
+from kornia_tinyvit.data.classification import ClassificationDataset, MissingExtraError, collate
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.preprocessing import read_image, read_pixels, to_image, to_pixels
 
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]

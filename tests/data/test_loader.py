@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit.data import EpochBatches, EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError
 from tests.scenes import damage, make_pictures, samples_of
 
 

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from kornia_tinyvit.data.classification import BrokenImageError
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.distillation import (
     FeatureStore,
     LabelStore,

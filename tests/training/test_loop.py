@@ -25,7 +25,7 @@ from torch.optim import optimizer as optimizers
 
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.data import ClassificationDataset, ReplayableAugmentation, ReplayedSamples
-from kornia_tinyvit.data.classification import BrokenImageError
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabels
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import Labels, Recipe, loop, train

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 

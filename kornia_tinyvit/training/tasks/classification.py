@@ -14,7 +14,8 @@ from torch.utils.data import Dataset
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset, ImageLoader
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError, ImageLoader
 from kornia_tinyvit.data.loader import Batch, ReplayedSamples
 from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.layers import evaluating

@@ -8,7 +8,8 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
-from kornia_tinyvit.data.classification import BrokenImageError, ClassificationDataset
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.training.metrics.classification import (
     Metrics,
     ReadablePictures,
