@@ -98,7 +98,7 @@ def main() -> None:
         sys.path[:0] = os.environ["PYTHONPATH"].split(os.pathsep)
         serve()
         return
-    from kornia_tinyvit.deploy.benchmark import describe_machine
+    from kornia_tinyvit.deploy.measurement import describe_machine
 
     ours, other = Side(HERE), Side(args.other.resolve())
     steps = [*ours.steps, *(f"import {module}" for module in IMPORTS)]

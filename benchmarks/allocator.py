@@ -14,7 +14,7 @@ import torch
 from eager import build, forward_step
 
 from kornia_tinyvit.allocator import keep_memory
-from kornia_tinyvit.deploy.benchmark import describe_machine, interleaved
+from kornia_tinyvit.deploy.measurement import describe_machine, interleaved
 
 
 def page_faults() -> int:

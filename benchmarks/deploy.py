@@ -31,9 +31,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.benchmark import count_flops, describe_machine, interleaved, matrix_peak
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph
+from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
 from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
 from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino

@@ -20,7 +20,7 @@ from collections.abc import Callable
 
 import torch
 
-from kornia_tinyvit.deploy.benchmark import describe_machine, interleaved
+from kornia_tinyvit.deploy.measurement import describe_machine, interleaved
 
 TUNED = {
     "MALLOC_MMAP_THRESHOLD_": str(1 << 30),

@@ -19,7 +19,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from kornia_tinyvit.deploy.benchmark import describe_machine
+from kornia_tinyvit.deploy.measurement import describe_machine
 from tests.fuzz import TARGETS
 from tests.fuzz.harness import Tally, Target, attack
 

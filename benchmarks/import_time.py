@@ -20,7 +20,7 @@ import sys
 import time
 from collections import Counter
 
-from kornia_tinyvit.deploy.benchmark import describe_machine
+from kornia_tinyvit.deploy.measurement import describe_machine
 
 IMPORTS = ("sys", "torch", "kornia", "kornia_tinyvit", "kornia_tinyvit.cli")
 FIRST = 6  # packages that are listed

@@ -23,8 +23,8 @@ from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.export import Method
 from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, parse_device, refuse_idle
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.benchmark import count_flops, describe_machine, interleaved, matrix_peak
 from kornia_tinyvit.deploy.engines import ENGINES
+from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
 from kornia_tinyvit.deploy.optimization import Optimized, optimize
 from kornia_tinyvit.training.metrics.classification import LabelledPictures, read_pictures
 

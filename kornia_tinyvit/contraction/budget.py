@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.deploy.benchmark import count_flops, interleaved
+from kornia_tinyvit.deploy.measurement import count_flops, interleaved
 from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT

@@ -7,7 +7,7 @@
 
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program
+from kornia_tinyvit.deploy.export import ExportError, ExportTask, export_onnx, export_program
 from kornia_tinyvit.deploy.graph import build_graph
 from kornia_tinyvit.deploy.optimization import Choice, Optimized, optimize
 from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
@@ -18,6 +18,7 @@ __all__ = [
     "Agreement",
     "Choice",
     "ExportError",
+    "ExportTask",
     "Optimized",
     "build_graph",
     "compare",

@@ -8,24 +8,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from typing import Any, ClassVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from kornia_tinyvit.deploy.formats.program import has_compiler
 from kornia_tinyvit.deploy.graph import InferenceGraph
 from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
-from kornia_tinyvit.deploy.tracing import has_compiler, to_onnx, trace_pictures
+from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
 
 __all__ = ["ENGINES", "Engine"]
 
 Outputs = Tensor | tuple[Tensor, ...]
-OPSET = 23
 
 
 class Engine(ABC):
     """A graph made ready for pictures of one shape; those of other shapes it takes too, if not as fast.
 
     Args:
-        graph: what to run. The engine may change it.
+        graph: what to run; it is left as it is.
         example: pictures of the shape to be fast at, on the device to run on.
         dtype: type to compute in, one of :meth:`dtypes`.
         calibration: pictures as the graph takes them, batch by batch, to find the ranges of int8 on.
@@ -68,7 +69,7 @@ class EagerEngine(Engine):
     ) -> None:
         self.graph = graph.with_dtype(dtype)
         if example.device.type == "cpu" and torch.backends.mkldnn.is_available():
-            fuse_activations(graph)
+            fuse_activations(self.graph)
 
     def __call__(self, images: Tensor) -> Outputs:
         with torch.inference_mode():
@@ -77,10 +78,15 @@ class EagerEngine(Engine):
 
     @classmethod
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
-        return _torch_dtypes(device)
+        # Only types that are worth it: on a CPU bfloat16 needs instructions of its own.
+        if device.type == "cuda":
+            return torch.float32, torch.bfloat16, torch.float16
+        if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
+            return (torch.float32,)
+        return torch.float32, torch.bfloat16
 
 
-class InductorEngine(Engine):
+class InductorEngine(EagerEngine):
     """``torch.compile`` with the weights frozen into the code.
 
     Compiling takes a minute or so, and seconds in a later process, which finds the compiled code in torch's cache
@@ -92,11 +98,9 @@ class InductorEngine(Engine):
     def __init__(
         self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
     ) -> None:
-        options: dict[str, Any] = {"freezing": True}
-        if example.device.type == "cuda":
-            options["triton.cudagraphs"] = True
-        self.compiled = torch.compile(graph.with_dtype(dtype), options=options)
         self.cudagraphs = example.device.type == "cuda"
+        options: dict[str, Any] = {"freezing": True, **({"triton.cudagraphs": True} if self.cudagraphs else {})}
+        self.compiled = torch.compile(graph.with_dtype(dtype), options=options)
 
     def __call__(self, images: Tensor) -> Outputs:
         # Freezing asks for no_grad; in inference mode torch would compile a second time.
@@ -111,10 +115,6 @@ class InductorEngine(Engine):
         if has_compiler():
             return None
         return "engine 'inductor' needs a C++ compiler such as g++, or CXX set to one"
-
-    @classmethod
-    def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
-        return _torch_dtypes(device)
 
 
 class OnnxRuntimeEngine(Engine):
@@ -137,7 +137,7 @@ class OnnxRuntimeEngine(Engine):
 
     def __call__(self, images: Tensor) -> Outputs:
         outputs = self._session_for(images).run(None, {"images": images.detach().cpu().contiguous().numpy()})
-        return _results([torch.from_numpy(output) for output in outputs])
+        return _results(outputs)
 
     def _session_for(self, images: Tensor) -> Any:
         if tuple(images.shape[2:]) == self.size:
@@ -145,16 +145,15 @@ class OnnxRuntimeEngine(Engine):
         with self.lock:
             if self.open_session is None:
                 self.open_session = self._session(images, dynamic_size=True)
+                del self.graph, self.calibration  # there is nothing more to make of them
         return self.open_session
 
     def _session(self, example: Tensor, dynamic_size: bool) -> Any:
         import onnxruntime
 
         # Closed sizes are worth a tenth of the time; an open batch costs nothing.
-        model = _to_onnx(self.graph, example, dynamic_size)
+        model = self.graph.to_onnx(example, dynamic_size)
         if self.dtype == torch.int8:
-            from kornia_tinyvit.deploy.quantization import quantize_onnx
-
             model = quantize_onnx(model, self.calibration)
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
@@ -180,11 +179,9 @@ class OpenVinoEngine(Engine):
     ) -> None:
         self.core = openvino_core()
         # It cuts an open graph to a shape without loss, so the graph is traced once.
-        traced = _to_onnx(graph, example, dynamic_size=True)
+        traced = graph.to_onnx(example, dynamic_size=True)
         self.model = self.core.read_model(traced.SerializeToString())
         if dtype == torch.int8:
-            from kornia_tinyvit.deploy.quantization import quantize_openvino
-
             self.model = quantize_openvino(self.model, calibration)
         # What int8 leaves as floats is computed in the narrowest type there is.
         narrow = dtype != torch.float32 and torch.bfloat16 in self.dtypes(example.device)
@@ -198,7 +195,7 @@ class OpenVinoEngine(Engine):
     def __call__(self, images: Tensor) -> Outputs:
         pixels = images.detach().cpu().contiguous().numpy()
         found = self._request_for(images).infer({0: pixels}, share_inputs=True)
-        return _results([torch.from_numpy(output) for output in found.values()])
+        return _results(found.values())
 
     def _request_for(self, images: Tensor) -> Any:
         key = "closed" if tuple(images.shape) == self.shape else "open"
@@ -274,19 +271,6 @@ def fuse_activations(module: nn.Module) -> None:
                 setattr(parent, act, nn.Identity())
 
 
-def _torch_dtypes(device: torch.device) -> tuple[torch.dtype, ...]:
-    """Return the types that are worth it: on a CPU bfloat16 needs instructions of its own."""
-    if device.type == "cuda":
-        return torch.float32, torch.bfloat16, torch.float16
-    if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
-        return (torch.float32,)
-    return torch.float32, torch.bfloat16
-
-
-def _results(outputs: list[Tensor]) -> Outputs:
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def _to_onnx(graph: InferenceGraph, example: Tensor, dynamic_size: bool) -> Any:
-    """Translate a graph with an open batch; of operators as new as the two runtimes know (23 has Attention)."""
-    return to_onnx(trace_pictures(graph, example.cpu(), dynamic_size=dynamic_size), OPSET)
+def _results(outputs: Iterable[np.ndarray]) -> Outputs:
+    tensors = tuple(torch.from_numpy(output) for output in outputs)
+    return tensors[0] if len(tensors) == 1 else tensors

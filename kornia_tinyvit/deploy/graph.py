@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
-from typing import Literal, cast
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, View
+from kornia_tinyvit.deploy.formats.onnx import to_onnx
+from kornia_tinyvit.deploy.formats.program import trace_pictures
 from kornia_tinyvit.deploy.photos import PhotoResize
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 
-__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph"]
+if TYPE_CHECKING:
+    import onnx
+
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "find_network"]
 
 #: What comes in: pictures that are normalised, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
 #: The methods of a network that a graph can run.
 METHODS = ("forward", "forward_features", "forward_intermediates")
 LEVELS = {"unit": 1.0, "uint8": 255.0}
+OPSET = 23  # as new as ONNX Runtime and OpenVINO know; it has Attention
 
 
 class InferenceGraph(nn.Module):
@@ -36,6 +43,8 @@ class InferenceGraph(nn.Module):
     """
 
     mean: Tensor | None
+    #: The graph in ONNX by height and width, ``None`` for any: engines translate it once for all their types.
+    translated: dict[tuple[int, ...] | None, onnx.ModelProto]
 
     def __init__(
         self,
@@ -54,12 +63,25 @@ class InferenceGraph(nn.Module):
         self.views = tuple(views)
         self.register_buffer("mean", mean)
         self.dtype = torch.float32
+        self.translated = {}
 
     def with_dtype(self, dtype: torch.dtype) -> InferenceGraph:
-        """Convert the network; the pixels are subtracted from in float32 whatever its type."""
-        self.dtype = dtype
-        self.network.to(dtype)
-        return self
+        """Return a copy whose network computes in a type; the mean is subtracted in float32 whatever it is."""
+        copied = copy.deepcopy(self, {id(self.translated): {}})
+        copied.dtype = dtype
+        copied.network.to(dtype)
+        return copied
+
+    def to_onnx(self, images: Tensor, dynamic_size: bool) -> onnx.ModelProto:
+        """Translate the graph for any number of pictures like these, or of any height and width.
+
+        The result is kept in ``translated``, and is not for changing.
+        """
+        key = None if dynamic_size else tuple(images.shape[2:])
+        if key not in self.translated:
+            program = trace_pictures(self, images.cpu(), dynamic_size=dynamic_size)
+            self.translated[key] = to_onnx(program, OPSET)
+        return self.translated[key]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
         """Map pictures :math:`(B, C, H, W)` to what the model returns, in float32; a list becomes a tuple."""
@@ -77,6 +99,22 @@ class InferenceGraph(nn.Module):
             images = images.float() - self.mean
         method: Callable[[Tensor], Tensor | list[Tensor]] = getattr(self.network, self.method)
         return method(images.to(self.dtype))
+
+
+def find_network(model: nn.Module, advice: str = "") -> TinyViT:
+    """Return the TinyViT in a model.
+
+    Args:
+        model: the model.
+        advice: how the error's sentence ends.
+
+    Raises:
+        ValueError: if there is none.
+    """
+    for module in model.modules():
+        if isinstance(module, TinyViT):
+            return module
+    raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
 
 
 def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
+import itertools
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -14,10 +16,11 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
-from kornia_tinyvit.deploy.benchmark import interleaved
 from kornia_tinyvit.deploy.engines import ENGINES, Engine
-from kornia_tinyvit.deploy.graph import Pixels, build_graph
+from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, find_network
+from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["Choice", "Optimized", "optimize"]
@@ -60,20 +63,27 @@ class Optimized(nn.Module):
         choices: what ``engine="auto"`` chose from, the fastest first; empty otherwise.
     """
 
-    def __init__(self, model: nn.Module, engine: str, dtype: torch.dtype, example: Tensor, task: _Task) -> None:
+    def __init__(
+        self,
+        graph: InferenceGraph,
+        engine: str,
+        dtype: torch.dtype,
+        example: Tensor,
+        calibration: Iterable[Tensor] = (),
+        config: TinyViTConfig | None = None,
+    ) -> None:
         super().__init__()
         began = time.perf_counter()
-        graph = build_graph(model, task.method, task.pixels)
         self.engine = engine
         self.dtype = dtype
-        self.config = getattr(model, "config", None)
+        self.config = config
         # Tells where pictures are taken, and in which type, to those who ask a network's parameters for it.
         self.place = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
         self.pixels = graph.pixels
         self.choices: tuple[Choice, ...] = ()
-        self._run: Engine = ENGINES[engine](graph, example, dtype, task.pictures)
+        self._run: Engine = ENGINES[engine](graph, example, dtype, calibration)
         self._channels = example.shape[1]
-        self._returns_list = task.method == "forward_intermediates"
+        self._returns_list = graph.method == "forward_intermediates"
         self(example)
         self.warmup_s = time.perf_counter() - began
 
@@ -122,15 +132,52 @@ class Optimized(nn.Module):
             raise RuntimeError("An optimized network has no gradients; call the model itself, or detach the pictures.")
 
 
-@dataclass(frozen=True)
-class _Task:
-    method: str
-    pixels: Pixels | None
-    calibration: Sequence[Tensor | tuple[Tensor, Tensor]]
+class Candidates:
+    """Makes optimized networks of one model, which is folded once for all engines and types.
 
-    @property
-    def pictures(self) -> list[Tensor]:
-        return [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
+    Args:
+        model: what :func:`optimize` takes, but no classifier.
+        method: see :func:`optimize`.
+        pixels: see :func:`optimize`.
+        calibration: see :func:`optimize`.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        method: str = "forward",
+        pixels: Pixels | None = None,
+        calibration: Iterable[Tensor | tuple[Tensor, Tensor]] = (),
+    ) -> None:
+        self.graph = build_graph(model, method, pixels)
+        self.config = getattr(model, "config", None)
+        self.calibration = list(calibration)
+
+    def refusal(self, engine: str, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Tell in a line why an engine cannot run a type here; ``None`` if it can."""
+        missing = ENGINES[engine].missing()
+        if missing:
+            return missing
+        dtypes = ENGINES[engine].dtypes(device)
+        if dtype not in dtypes:
+            able = ", ".join(map(str, dtypes)) or "nothing"
+            return f"engine {engine!r} runs {able} on this {device.type}, not {dtype}"
+        if dtype == torch.int8 and not self.calibration:
+            return "int8 needs pictures to find its ranges on: calibration=..."
+        return None
+
+    def make(self, engine: str, dtype: torch.dtype, example: Tensor) -> Optimized:
+        """Make the model fast by an engine in a type for pictures like the example.
+
+        Raises:
+            ValueError: if the engine does not run the type here.
+            ImportError: if the engine's packages are not installed.
+        """
+        refused = self.refusal(engine, dtype, example.device)
+        if refused:
+            raise (ImportError if ENGINES[engine].missing() else ValueError)(refused)
+        pictures = [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
+        return Optimized(self.graph, engine, dtype, example, pictures, self.config)
 
 
 @overload
@@ -207,7 +254,6 @@ def optimize(
         ).eval()
     if example is None:
         example = _example(model, pixels)
-    task = _Task(method, pixels, list(calibration))
     names = _names(engine)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None; got {dtype!r}.")
@@ -215,12 +261,13 @@ def optimize(
         raise ValueError(f"tolerance must be at least 0; got {tolerance!r}.")
     if tune_allocator and example.device.type == "cpu":
         keep_memory()
-    if len(names) > 1 or dtype is None:
-        return _fastest(model, names, dtype, example, task, tolerance)
-    refused = _refusal(names[0], dtype, example.device, task)
-    if refused:
-        raise (ImportError if ENGINES[names[0]].missing() else ValueError)(refused)
-    return Optimized(model, names[0], dtype, example, task)
+    candidates = Candidates(model, method, pixels, calibration)
+    if len(names) == 1 and dtype is not None:
+        fast = candidates.make(names[0], dtype, example)
+    else:
+        fast = _fastest(candidates, names, DTYPES if dtype is None else (dtype,), example, tolerance)
+    candidates.graph.translated.clear()  # an engine may keep the graph, and has no more use for these
+    return fast
 
 
 def _names(engine: str | Sequence[str]) -> list[str]:
@@ -231,47 +278,33 @@ def _names(engine: str | Sequence[str]) -> list[str]:
     return names
 
 
-def _refusal(engine: str, dtype: torch.dtype, device: torch.device, task: _Task) -> str | None:
-    """Tell in a line why an engine cannot run a type here; ``None`` if it can."""
-    missing = ENGINES[engine].missing()
-    if missing:
-        return missing
-    dtypes = ENGINES[engine].dtypes(device)
-    if dtype not in dtypes:
-        able = ", ".join(map(str, dtypes)) or "nothing"
-        return f"engine {engine!r} runs {able} on this {device.type}, not {dtype}"
-    if dtype == torch.int8 and not task.calibration:
-        return "int8 needs pictures to find its ranges on: calibration=..."
-    return None
-
-
 def _fastest(
-    model: nn.Module, names: list[str], dtype: torch.dtype | None, example: Tensor, task: _Task, tolerance: float
+    candidates: Candidates, names: Sequence[str], dtypes: Sequence[torch.dtype], example: Tensor, tolerance: float
 ) -> Optimized:
     """Make all candidates, judge them by the pictures, measure them in turn and return the fastest that will do."""
-    reference = Optimized(model, "eager", torch.float32, example, task)
+    pictures = candidates.calibration
+    make = functools.cache(lambda engine, dtype: candidates.make(engine, dtype, example))
     made: dict[tuple[str, torch.dtype], Optimized] = {}
     choices: dict[tuple[str, torch.dtype], Choice] = {}
-    for name in names:
-        for kind in DTYPES if dtype is None else (dtype,):
-            refused = _refusal(name, kind, example.device, task)
-            if refused is None and kind != torch.float32 and not task.calibration:
-                refused = "there are no pictures to judge it by: calibration=..."
-            agreement = None
+    for key in itertools.product(names, dtypes):
+        refused, agreement = candidates.refusal(*key, example.device), None
+        if refused is None and key[1] != torch.float32 and not pictures:
+            refused = "there are no pictures to judge it by: calibration=..."
+        if refused is None:
+            candidate = make(*key)
+            agreement = compare(make("eager", torch.float32), candidate, pictures) if pictures else None
+            refused = None if agreement is None else _disagreement(agreement, tolerance)
             if refused is None:
-                candidate = Optimized(model, name, kind, example, task)
-                agreement = compare(reference, candidate, task.calibration) if task.calibration else None
-                refused = None if agreement is None else _disagreement(agreement, tolerance)
-                if refused is None:
-                    made[name, kind] = candidate
-            choices[name, kind] = Choice(name, kind, agreement=agreement, refused=refused)
+                made[key] = candidate
+        choices[key] = Choice(*key, agreement=agreement, refused=refused)
     if not made:
         told = "; ".join(f"{each.engine} {each.dtype}: {each.refused}" for each in choices.values())
         raise ValueError(f"No engine can do this within the tolerance: {told}")
-    times = interleaved({key: _runner(candidate, example) for key, candidate in made.items()}, REPETITIONS)
+    times = interleaved({key: as_step(candidate, example) for key, candidate in made.items()}, REPETITIONS)
+    for key, seconds in times.items():
+        choices[key] = dataclasses.replace(choices[key], ms=1000 * seconds)
     best = made[min(times, key=lambda key: times[key])]
-    ranked = [_timed(choice, times.get(key)) for key, choice in choices.items()]
-    best.choices = tuple(sorted(ranked, key=lambda choice: float("inf") if choice.ms is None else choice.ms))
+    best.choices = tuple(sorted(choices.values(), key=lambda choice: choice.ms or float("inf")))
     return best
 
 
@@ -282,25 +315,9 @@ def _disagreement(found: Agreement, tolerance: float) -> str | None:
     return f"the mean relative error is {found.mean_error:.2g}" if found.mean_error > tolerance else None
 
 
-def _runner(candidate: Optimized, example: Tensor) -> Callable[[], object]:
-    def run() -> object:
-        out = candidate(example)
-        if example.device.type == "cuda":
-            torch.cuda.synchronize()
-        return out
-
-    return run
-
-
-def _timed(choice: Choice, seconds: float | None) -> Choice:
-    return choice if seconds is None else dataclasses.replace(choice, ms=1000 * seconds)
-
-
 def _example(model: nn.Module, pixels: Pixels | None) -> Tensor:
     """Return one picture of the model's resolution, grey, on its device."""
-    network = next((module for module in model.modules() if isinstance(module, TinyViT)), None)
-    if network is None:
-        raise ValueError(f"There is no TinyViT in this {type(model).__name__}; give it an example of its pictures.")
+    network = find_network(model, "; give it an example of its pictures")
     config, device = network.config, next(network.parameters()).device
     shape = (1, config.in_chans, config.img_size, config.img_size)
     return torch.zeros(shape, dtype=torch.uint8 if pixels == "uint8" else torch.float32, device=device)

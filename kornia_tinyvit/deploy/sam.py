@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.deploy.export import Run, check_opset, describe, refuse_difference, write_onnx
+from kornia_tinyvit.deploy.export import describe, refuse_difference
+from kornia_tinyvit.deploy.formats.onnx import Run, check_opset, to_onnx, write_onnx
+from kornia_tinyvit.deploy.formats.program import trace
 from kornia_tinyvit.deploy.graph import build_graph
-from kornia_tinyvit.deploy.tracing import to_onnx, trace
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.folding import fold
 from kornia_tinyvit.sam.embedding import Geometry

@@ -10,7 +10,7 @@ from torch import nn
 
 from kornia_tinyvit import TinyViT, TinyViTConfig
 from kornia_tinyvit.contraction import Bench, Budget, count
-from kornia_tinyvit.deploy.benchmark import count_flops
+from kornia_tinyvit.deploy.measurement import count_flops
 from tests.contraction.conftest import SMALL
 
 # arXiv:2207.10666, tables 2 and 3: variant, pixels, millions of parameters, 10^9 multiply-accumulates.

@@ -7,9 +7,8 @@ import torch
 from torch import nn
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.deploy import engines as engines_module
 from kornia_tinyvit.deploy.engines import ENGINES, EagerEngine, InductorEngine, fuse_activations
-from kornia_tinyvit.deploy.graph import build_graph
+from kornia_tinyvit.deploy.graph import InferenceGraph, build_graph
 from kornia_tinyvit.folding import fold
 from tests.conftest import SHALLOW, liven
 
@@ -31,7 +30,7 @@ def pictures(*shape: int) -> torch.Tensor:
 def exported_once():
     """Export the network once with closed sizes and once with open ones, whichever engine asks: it takes seconds."""
     with pytest.MonkeyPatch.context() as patch:
-        export, made = engines_module._to_onnx, {}
+        export, made = InferenceGraph.to_onnx, {}
 
         def keep(graph, example, dynamic_size):
             key = None if dynamic_size else example.shape[2:]
@@ -39,7 +38,7 @@ def exported_once():
                 made[key] = export(graph, example, dynamic_size)
             return made[key]
 
-        patch.setattr(engines_module, "_to_onnx", keep)
+        patch.setattr(InferenceGraph, "to_onnx", keep)
         yield
 
 

@@ -18,8 +18,6 @@ from kornia_tinyvit.deploy.graph import build_graph
 from tests.conftest import SHALLOW
 
 graph, pictures = build_graph(TinyViT(**SHALLOW).eval()), torch.rand(1, 3, 64, 64)
-traced = engines._to_onnx(graph, pictures, dynamic_size=True)
-engines._to_onnx = lambda *_, **__: traced
 first, second = (engines.OpenVinoEngine(graph, pictures, torch.float32) for _ in range(2))
 for name in ("first", "second"):
     del globals()[name]

@@ -1,5 +1,6 @@
 import ctypes
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from torch import nn
 
 import kornia_tinyvit
 from kornia_tinyvit import ImageClassifier, TinyViT, allocator
+from kornia_tinyvit.deploy import graph
 from kornia_tinyvit.deploy import optimization as optimizing
 from kornia_tinyvit.deploy.engines import EagerEngine
 from kornia_tinyvit.deploy.optimization import Optimized, optimize
@@ -134,6 +136,19 @@ class TestAuto:
         assert fast.engine == measured[0].engine
         assert 0 < measured[0].ms <= measured[1].ms
         torch.testing.assert_close(fast(images), model(images).detach(), atol=1e-4, rtol=1e-4)
+
+    def test_folds_and_translates_once(self, model, images, monkeypatch):
+        counts = Counter()
+
+        def counting(function):
+            return lambda *args, **kwargs: counts.update([function.__name__]) or function(*args, **kwargs)
+
+        monkeypatch.setattr(graph, "fold", counting(graph.fold))
+        monkeypatch.setattr(graph, "to_onnx", counting(graph.to_onnx))
+        settings = {"dtype": None, "calibration": [images], "tolerance": 1.0, "tune_allocator": False}
+        fast = optimize(model, ["eager", "onnxruntime"], **settings)
+        assert sum(choice.refused is None for choice in fast.choices) >= 3
+        assert counts == {"fold": 1, "to_onnx": 1}
 
     def test_without_pictures_nothing_is_judged(self, model):
         fast = optimize(model, "eager", None, tune_allocator=False)

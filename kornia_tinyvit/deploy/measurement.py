@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 __all__ = [
     "Machine",
+    "as_step",
     "count_flops",
     "describe_machine",
     "interleaved",
@@ -150,6 +151,18 @@ def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(images)
     return int(counter.get_total_flops())
+
+
+def as_step(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
+    """Return what runs a network on pictures and waits until their device has done so, for :func:`interleaved`."""
+
+    def step() -> object:
+        out = run(images)
+        if images.is_cuda:
+            torch.cuda.synchronize()
+        return out
+
+    return step
 
 
 def interleaved(

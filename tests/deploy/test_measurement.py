@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.deploy import benchmark as measuring
-from kornia_tinyvit.deploy.benchmark import count_flops, describe_machine, interleaved, matrix_peak
+from kornia_tinyvit.deploy import measurement as measuring
+from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
 
 
 class TestMachine:

@@ -1,25 +1,24 @@
-"""A graph as a program of torch.export, and the program as an ONNX graph."""
+"""Programs of torch.export, and AOTInductor's packages of machine code."""
 
 from __future__ import annotations
 
 import contextlib
 import io
+import json
 import logging
 import warnings
-from collections.abc import Collection, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Collection, Iterator, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 
-if TYPE_CHECKING:
-    import onnx
-
-__all__ = ["has_compiler", "quiet", "to_onnx", "trace", "trace_pictures"]
+__all__ = ["check_program", "has_compiler", "quiet", "trace", "trace_pictures", "write_program"]
 
 
 def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str, Collection[int]]) -> ExportedProgram:
@@ -66,30 +65,41 @@ def trace_pictures(
     return trace(graph, {"images": example}, {"images": open_dims})
 
 
-def to_onnx(
-    program: ExportedProgram, opset: int, inputs: Sequence[str] = ("images",), outputs: Sequence[str] | None = None
-) -> onnx.ModelProto:
-    """Translate a program into an ONNX graph.
+def check_program(path: Path, compiled: bool) -> None:
+    """Check what a file of this format needs, before anything is traced, which takes long.
+
+    Raises:
+        ValueError: if the path does not end in ``.pt2``.
+        ExportError: if it is to be compiled and there is no C++ compiler.
+    """
+    if path.suffix != ".pt2":
+        raise ValueError(f"torch reads programs from files that end in .pt2; got {path.name}.")
+    if compiled and not has_compiler():
+        raise ExportError("A compiled program needs a C++ compiler such as g++, or CXX set to one.")
+
+
+def write_program(
+    program: ExportedProgram, path: Path, metadata: Mapping[str, str], compiled: bool
+) -> Callable[[Tensor], Any]:
+    """Write a program, load it again and return it as a function of pictures.
 
     Args:
         program: what :func:`trace` returned.
-        opset: version of the operators.
-        inputs: names of the inputs.
-        outputs: names of the outputs.
-
-    Raises:
-        MissingExtraError: if onnx or onnxscript is not installed.
+        path: the file to write, which ends in ``.pt2``.
+        metadata: texts by key; a program has them in its extra file ``metadata.json``, a compiled one in its
+            ``get_metadata()``.
+        compiled: compile to machine code with AOTInductor.
     """
-    try:
-        import onnx  # noqa: F401
-        import onnxscript  # noqa: F401 - torch's exporter needs it
-    except ImportError as error:
-        raise MissingExtraError("ONNX needs onnx and onnxscript: pip install 'kornia-tinyvit[export]'.") from error
-    with quiet(), open_sizes_at_one():
-        translated: Any = torch.onnx.export(
-            program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
-        )
-    return translated.model_proto
+    with quiet(), open_sizes_at_one(), torch.no_grad():
+        if compiled:
+            settings = {"aot_inductor.metadata": metadata, "freezing": True}
+            torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
+            return torch._inductor.aoti_load_package(str(path))
+        # By way of memory: on a full disk, torch's writer of files ends the process.
+        archive = io.BytesIO()
+        torch.export.save(program, archive, extra_files={"metadata.json": json.dumps(metadata)})
+        path.write_bytes(archive.getbuffer())
+        return torch.export.load(path).module()
 
 
 def has_compiler() -> bool:
@@ -105,10 +115,14 @@ def has_compiler() -> bool:
 
 
 @contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep torch's exporters from telling about torchvision, deprecations and their progress."""
+def quiet(below: int = logging.ERROR) -> Iterator[None]:
+    """Keep exporters and quantisers from reporting deprecations, what torch lacks of torchvision, and their progress.
+
+    Args:
+        below: level of logging below which no logger writes.
+    """
     disabled = logging.root.manager.disable
-    logging.disable(logging.WARNING)
+    logging.disable(below - 1)
     try:
         with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
