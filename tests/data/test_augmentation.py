@@ -96,7 +96,7 @@ class TestInvariance:
         start = 3 * (SAMPLES // (4 * processes)) + 1
         code = (
             "from tests.data.test_augmentation import *\n"
-            "from kornia_tinyvit.distillation import EpochBatches\n"
+            "from kornia_tinyvit.data import EpochBatches\n"
             f"batches = EpochBatches(EpochOrder(SAMPLES, 11), 4, 4, {{}}, {processes}, start={start})\n"
             f"print(replay(build({name!r}), 3, [[index for _, index in batch] for batch in batches]))"
         )

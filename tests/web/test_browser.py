@@ -47,7 +47,7 @@ def address(tmp_path_factory, reached):
     (folder / "sitecustomize.py").write_text(WATCH)
     weights = save_checkpoint(lively(), folder / "sam.safetensors")
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
-    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[1])])
+    paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
     command = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0", "--sam", str(weights)]
     with subprocess.Popen(
         command,
