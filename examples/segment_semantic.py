@@ -21,6 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kornia_tinyvit.data import SegmentationDataset
+from kornia_tinyvit.preprocessing import to_pil
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,
@@ -32,8 +33,7 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
-from kornia_tinyvit.visualization import save_rows
-from kornia_tinyvit.visualization.overlays import distinct_colors
+from kornia_tinyvit.visualization import distinct_colors, save_rows
 
 TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
@@ -50,7 +50,7 @@ def to_tile(image: Tensor, mode: str) -> Image.Image:
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
     pixels = F.interpolate(image[None], size, mode=mode, **smooth)[0].clamp(0, 1)
-    return Image.fromarray((pixels * 255).round().byte().movedim(0, -1).contiguous().numpy())
+    return to_pil(pixels)
 
 
 def draw_sheet(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,30 +21,25 @@ _UNITS = {
 }
 
 
-class _Network(Protocol):
-    @property
-    def costs(self) -> Mapping[str, float]: ...
-
-    @property
-    def accuracy(self) -> float | None: ...
-
-
 class Search(Protocol):
-    """The attributes of a :class:`~kornia_tinyvit.contraction.SearchResult` that are plotted."""
+    """What is plotted of a :class:`~kornia_tinyvit.contraction.SearchResult`.
+
+    Its networks have ``costs`` by name and an ``accuracy``.
+    """
 
     @property
     def budget(self) -> Any:
         """Has ``limits``: the limit of each cost."""
 
     @property
-    def evaluated(self) -> Sequence[_Network]:
+    def evaluated(self) -> Sequence[Any]:
         """The networks that have an accuracy."""
 
     @property
-    def path(self) -> Sequence[_Network]:
+    def path(self) -> Sequence[Any]:
         """Those that were kept, from the first to the winner."""
 
-    def pareto_front(self, cost: str) -> Sequence[_Network]:
+    def pareto_front(self, cost: str) -> Sequence[Any]:
         """Return the best networks by ascending accuracy."""
 
 
@@ -76,7 +71,7 @@ def save_search(path: str | Path, result: Search) -> None:
 
 
 def _plot(axes: Any, result: Search, cost: str, limit: float) -> None:
-    def places(networks: Sequence[_Network]) -> tuple[list[float], list[float | None]]:
+    def places(networks: Sequence[Any]) -> tuple[list[float], list[float]]:
         return [each.costs[cost] for each in networks], [each.accuracy for each in networks]
 
     axes.axvline(limit, color="black", linestyle="--", linewidth=1, label="limit")

@@ -18,7 +18,7 @@ from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.sam import MobileSAM
-from kornia_tinyvit.web.pictures import (
+from kornia_tinyvit.web.views import (
     MAX_BYTES,
     MAX_PIXELS,
     Changes,
@@ -228,17 +228,15 @@ def _open(file: dict[str, Any] | None) -> tuple[Any, Photo | None]:
         return None, None
 
 
+def _drawn(label: str | None, about: str, **places: Any) -> gr.Image:
+    """Return a place for an image that the page draws."""
+    return gr.Image(label=label, alt_text=about, interactive=False, buttons=BUTTONS, **places)
+
+
 def _classify_tab(classifier: ImageClassifier) -> Tab:
     with gr.Row():
         labels = gr.Label(label="labels", min_width=260, elem_id="labels")
-        heat = gr.Image(
-            label="saliency",
-            alt_text="where the network looks",
-            interactive=False,
-            buttons=BUTTONS,
-            min_width=260,
-            elem_id="saliency",
-        )
+        heat = _drawn("saliency", "where the network looks", min_width=260, elem_id="saliency")
     gr.Markdown(ON_SALIENCY)
 
     def show(photo: Photo | None) -> tuple[dict[str, float] | None, Image.Image | None]:
@@ -250,9 +248,7 @@ def _classify_tab(classifier: ImageClassifier) -> Tab:
 def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
     with gr.Row():
         with gr.Column(min_width=260):
-            picture = gr.Image(
-                label="changed", alt_text="the changed photo", interactive=False, buttons=BUTTONS, elem_id="changed"
-            )
+            picture = _drawn("changed", "the changed photo", elem_id="changed")
             table = gr.HTML(elem_id="scores")
         with gr.Column(min_width=260):
             sliders = [
@@ -291,9 +287,7 @@ def score_table(rows: Sequence[Row]) -> str:
 def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
     marks = gr.State(Marks())
     kind = gr.Radio([ON, OFF, BOX], value=ON, label="a click marks", elem_id="kind")
-    picture = gr.Image(
-        label="masks", alt_text="the photo with what was found", interactive=False, buttons=BUTTONS, elem_id="masks"
-    )
+    picture = _drawn("masks", "the photo with what was found", elem_id="masks")
     status = gr.Markdown(ON_MARKS, elem_id="told")
     clear = gr.Button("Clear", size="sm")
     with gr.Row(equal_height=True):
@@ -331,10 +325,7 @@ def _features_tab(classifier: ImageClassifier) -> Tab:
     tiles = []
     for _ in range(2):
         with gr.Row():
-            tiles += [
-                gr.Image(interactive=False, min_width=260, alt_text="features", buttons=BUTTONS, elem_classes="stage")
-                for _ in "lr"
-            ]
+            tiles += [_drawn(None, "features", min_width=260, elem_classes="stage") for _ in "lr"]
 
     def show(photo: Photo | None) -> list[Any]:
         drawn = [(None, "stage")] * 4 if photo is None else show_features(classifier, photo)

@@ -1,11 +1,14 @@
+import errno
+
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from kornia.image import image_to_tensor
+from PIL import Image
 
-from kornia_tinyvit.visualization import distinct_colors, draw_overlay
-from kornia_tinyvit.visualization.overlays import OPACITY
+from kornia_tinyvit.visualization import distinct_colors, draw_overlay, save_image, save_rows
+from kornia_tinyvit.visualization.drawing import OPACITY
 
 GREY = torch.full((3, 60, 80), 128, dtype=torch.uint8)
 
@@ -97,3 +100,36 @@ class TestPrompts:
         if box[2] == 50.0:
             assert drawn[:, 20, 30].tolist() == [255, 255, 255]
             assert not changed[30, 30]
+
+
+class TestSaveImage:
+    @pytest.mark.parametrize(("name", "form"), [("a.png", "PNG"), ("a.jpg", "JPEG"), ("a.webp", "WEBP"), ("a", "PNG")])
+    def test_format(self, tmp_path, name, form):
+        path = tmp_path / "new" / name
+        save_image(path, Image.new("RGB", (5, 2), "red"))
+        with Image.open(path) as written:
+            assert (written.format, written.size) == (form, (5, 2))
+
+    def test_unknown_format(self, tmp_path):
+        (tmp_path / "a.txt").write_text("the old file")
+        with pytest.raises(ValueError, match=r"unknown file extension: \.txt"):
+            save_image(tmp_path / "a.txt", Image.new("RGB", (5, 2)))
+        assert (tmp_path / "a.txt").read_text() == "the old file"
+
+    def test_failing_write(self, tmp_path, monkeypatch):
+        def fail(image, path):
+            path.write_bytes(b"half")
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        monkeypatch.setattr(Image.Image, "save", fail)
+        with pytest.raises(OSError, match=rf"No space left on device: '{tmp_path}/a.png'"):
+            save_image(tmp_path / "a.png", Image.new("RGB", (5, 2)))
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_rows(tmp_path):
+    path = tmp_path / "new" / "rows.png"
+    save_rows(path, [Image.new("RGB", (5, 2), "red"), Image.new("RGB", (5, 3), "blue")])
+    written = Image.open(path)
+    assert written.size == (5, 5)
+    assert [written.getpixel((4, row)) for row in (1, 2, 4)] == [(255, 0, 0), (0, 0, 255), (0, 0, 255)]

@@ -10,13 +10,12 @@ from pathlib import Path
 
 import kornia.augmentation as K
 import torch
-from kornia.image import tensor_to_image
 from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.ops import decode_rle
-from kornia_tinyvit.preprocessing import read_pixels, to_image, to_pixels
+from kornia_tinyvit.preprocessing import read_pixels, to_image, to_pil, to_pixels
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 from kornia_tinyvit.visualization import blur_size, draw_overlay, feature_colors, overlay_heat, saliency, stage_features
 
@@ -85,7 +84,7 @@ def open_photo(path: str | Path, max_pixels: int = MAX_PIXELS) -> Photo:
         pixels = read_pixels(path, max_pixels=max_pixels)
     except (ValueError, OSError) as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
-    picture = _picture(pixels)
+    picture = to_pil(pixels)
     picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
     return Photo(picture)
 
@@ -105,7 +104,7 @@ def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[
     (found,) = classifier.predict(image, top_k)
     names = _names(classifier)
     heat = saliency(classifier, image)
-    return {names[each.index]: each.score for each in found}, _shown(overlay_heat(image, heat))
+    return {names[each.index]: each.score for each in found}, to_pil(overlay_heat(image, heat)[0])
 
 
 @dataclass(frozen=True)
@@ -206,7 +205,7 @@ def compare(
     highest = torch.maximum(before, after)
     chosen = highest.topk(min(top_k, len(highest))).indices.tolist()
     rows = [(names[index], before[index].item(), after[index].item()) for index in chosen]
-    return _shown(changed), rows
+    return to_pil(changed[0]), rows
 
 
 @torch.inference_mode()
@@ -222,7 +221,7 @@ def show_features(classifier: ImageClassifier, photo: Photo) -> list[tuple[Image
     """
     drawn = []
     for number, features in enumerate(stage_features(classifier, photo.image(classifier)), 1):
-        picture = _shown(feature_colors(features))
+        picture = to_pil(feature_colors(features)[0])
         scale = max(1, round(TILE / max(picture.size)))
         size = (picture.width * scale, picture.height * scale)
         channels, height, width = features.shape[1:]
@@ -334,11 +333,3 @@ def _names(classifier: ImageClassifier) -> list[str]:
     """Return names of the classes of which no two are alike; ImageNet has two cranes."""
     counts = Counter(classifier.class_names)
     return [f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(classifier.class_names)]
-
-
-def _shown(images: Tensor) -> Image.Image:
-    return _picture((images[0].detach().cpu() * 255).round().byte())
-
-
-def _picture(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(tensor_to_image(pixels))

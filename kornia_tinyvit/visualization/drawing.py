@@ -1,0 +1,153 @@
+"""Masks, prompts and detections drawn over photos, and the files of such images."""
+
+from __future__ import annotations
+
+import colorsys
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from kornia_tinyvit.detection import Detection
+from kornia_tinyvit.files import replacing
+from kornia_tinyvit.ops import mask_boxes
+from kornia_tinyvit.preprocessing import to_pil, to_uint8
+
+__all__ = ["distinct_colors", "draw_detections", "draw_overlay", "save_image", "save_rows"]
+
+OPACITY = 0.45
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
+_ON, _OFF, _BOX = "#19c37d", "#e5383b", "#ffffff"
+
+
+def distinct_colors(count: int) -> Tensor:
+    """Return colours that can be told apart, :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
+
+    Hues are a golden ratio of the circle apart, which leaves no two neighbours alike however many there are.
+    """
+    return torch.tensor([_color(index) for index in range(count)]).reshape(count, 3)
+
+
+def draw_overlay(
+    image: Tensor,
+    masks: Iterable[Tensor],
+    points: Tensor | None = None,
+    labels: Tensor | None = None,
+    boxes: Tensor | None = None,
+) -> Image.Image:
+    """Lay masks over a photo, each tinted and with its contour, and draw the prompts on top.
+
+    Args:
+        image: photo :math:`(3, H, W)`, uint8, or floating point in [0, 1].
+        masks: bool, :math:`(H, W)` each; later ones lie on earlier ones. They are taken one at a time.
+        points: :math:`(N, 2)`, x and y in pixels.
+        labels: :math:`(N,)`, 1 drawn green, 0 red; all 1 if left out.
+        boxes: :math:`(K, 4)`, left, top, right and bottom in pixels.
+
+    Returns:
+        The picture, of the photo's size.
+
+    Raises:
+        ValueError: if the photo or a mask has another shape.
+    """
+    if image.ndim != 3 or image.shape[0] != 3:
+        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}.")
+    canvas = (image.clone() if image.dtype == torch.uint8 else to_uint8(image)).cpu()
+    line = max(1, round(max(image.shape[1:]) / 500))
+    for index, mask in enumerate(masks):
+        if mask.shape != image.shape[1:]:
+            raise ValueError(f"A mask must be {tuple(image.shape[1:])}; got {tuple(mask.shape)}.")
+        _tint(canvas, mask.cpu(), 255 * torch.tensor(_color(index)), line)
+    picture = to_pil(canvas)
+    draw = ImageDraw.Draw(picture)
+    for box in [] if boxes is None else boxes.tolist():
+        draw.rectangle(box, outline="black", width=line + 2)
+        draw.rectangle(box, outline=_BOX, width=line)
+    if points is not None:
+        radius = 3 * line + 2
+        for (x, y), label in zip(points.tolist(), [1] * len(points) if labels is None else labels, strict=True):
+            place = (x - radius, y - radius, x + radius, y + radius)
+            draw.ellipse(place, fill=_ON if label else _OFF, outline="white", width=line)
+    return picture
+
+
+@torch.inference_mode()
+def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
+    """Draw boxes with their names on a photo, each class in a colour of its own.
+
+    Args:
+        image: photo :math:`(3, H, W)` in [0, 1].
+        detections: what to draw; the first ones lie on top.
+        scores: whether to tell the scores, too.
+
+    Returns:
+        The picture, of the photo's size.
+    """
+    picture = to_pil(image)
+    draw, line = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 250))
+    font = ImageFont.load_default(max(10, round(max(picture.size) / 40)))
+    colors = distinct_colors(1 + max((each.index for each in detections), default=0))
+    for each in reversed(detections):
+        color = tuple((colors[each.index] * 255).int().tolist())
+        left, top, right, bottom = each.box
+        draw.rectangle((left, top, max(left, right - 1), max(top, bottom - 1)), outline=color, width=line)
+        text = f"{each.label} {each.score:.2f}" if scores else each.label
+        place = draw.textbbox((left + line, top + line), text, font=font)
+        draw.rectangle((place[0] - line, place[1] - line, place[2] + line, place[3] + line), fill=color)
+        dark = colors[each.index].mean() > 0.6
+        draw.text((left + line, top + line), text, fill="black" if dark else "white", font=font)
+    return picture
+
+
+def save_image(path: str | Path, image: Image.Image) -> None:
+    """Write a picture in the format that the name's ending tells, or as PNG where it has none.
+
+    Args:
+        path: the file to write; its folder is made.
+        image: the picture.
+
+    Raises:
+        OSError: if it cannot be written; what was there before stays.
+        ValueError: if the ending is not that of a format.
+    """
+    path = Path(path)
+    with replacing(path, path.suffix or ".png") as temporary:
+        image.save(temporary)
+
+
+def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
+    """Write pictures of one width below one another.
+
+    Args:
+        path: the file to write; its folder is made.
+        rows: the pictures from above, one at least.
+    """
+    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
+    top = 0
+    for row in rows:
+        sheet.paste(row, (0, top))
+        top += row.height
+    save_image(path, sheet)
+
+
+def _color(index: int) -> tuple[float, float, float]:
+    hue = (0.58 + index * _GOLDEN_RATIO) % 1
+    return colorsys.hsv_to_rgb(hue, (0.85, 0.6)[index % 2], (1.0, 0.8)[index // 2 % 2])
+
+
+def _tint(canvas: Tensor, mask: Tensor, color: Tensor, line: int) -> None:
+    if not mask.any():
+        return
+    # Only the part where the mask is: a photo may have hundreds.
+    left, top, right, bottom = mask_boxes(mask[None])[0].int().tolist()
+    inside = mask[top:bottom, left:right]
+    around = F.pad((~inside).float(), (line, line, line, line), value=1.0)[None]
+    for window in ((2 * line + 1, 1), (1, 2 * line + 1)):  # a square at once would take its area
+        around = F.max_pool2d(around, window, stride=1)
+    contour = inside & (around[0] > 0)
+    strength = OPACITY * inside.float() + (1 - OPACITY) * contour.float()
+    view = canvas[:, top:bottom, left:right]
+    view.copy_(torch.lerp(view.float(), color[:, None, None].expand_as(view), strength).round())
