@@ -173,7 +173,7 @@ def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
 
 
 def to_uint8(images: Tensor) -> Tensor:
-    """Round floating point images in [0, 1] to uint8 in [0, 255]; values beyond are clamped."""
+    """Round floating point images :math:`(*)` in [0, 1] to uint8 in [0, 255]; values beyond are clamped."""
     return (images.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
 
 
