@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import compare
+from kornia_tinyvit.deploy.benchmark import read_pictures
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph
 from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
@@ -38,7 +39,6 @@ from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
 from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
 from kornia_tinyvit.preprocessing import read_pixels
-from kornia_tinyvit.training.metrics.classification import read_pictures
 
 SECTIONS = ("networks", "mobile_sam", "photos", "accuracy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

@@ -15,7 +15,6 @@ from rich.console import Console
 from rich.table import Table
 
 from kornia_tinyvit.checkpoints import save_checkpoint
-from kornia_tinyvit.cli.benchmark import DTYPES
 from kornia_tinyvit.cli.options import Device, Json, parse_device, refuse_idle
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
@@ -39,6 +38,7 @@ from kornia_tinyvit.cli.training_options import (
 )
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
+from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.distillation.store import LabelStore, StoreError
 from kornia_tinyvit.training.recipes import Recipe, find_recipe

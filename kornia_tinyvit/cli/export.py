@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.options import ImgSize, Json, Pretrained, Variant, build_classifier
-from kornia_tinyvit.deploy.export import export_onnx, export_program
-from kornia_tinyvit.deploy.graph import build_graph
+from kornia_tinyvit.deploy.export import ExportTask, export_onnx, export_program
 from kornia_tinyvit.model import TinyViT
 
 
@@ -64,13 +63,15 @@ def export(
     if out.suffix == ".pt2" and opset is not None:
         raise ValueError("--opset is for .onnx files.")
     model, class_names = _build(variant, pretrained, img_size, photos)
-    settings: dict[str, Any] = {"method": method.value, "pixels": pixels and pixels.value}
-    report = {"path": str(out), **_describe(model, **settings, open_size=dynamic_size or photos)}
-    settings |= {"dynamic_size": dynamic_size, "class_names": class_names}
-    if opset is not None:
-        settings["opset"] = opset
+    settings: dict[str, Any] = {
+        "method": method.value,
+        "pixels": pixels and pixels.value,
+        "dynamic_size": dynamic_size,
+        "class_names": class_names,
+    }
+    report = {"path": str(out), **_describe(model, **settings)}
     if out.suffix == ".onnx":
-        export_onnx(model, out, **settings)
+        export_onnx(model, out, opset=opset or 20, **settings)
     else:
         export_program(model, out, compiled=compiled, **settings)
     report["bytes"] = out.stat().st_size
@@ -96,20 +97,18 @@ def _build(
 
 
 @torch.inference_mode()
-def _describe(model: nn.Module, method: str, pixels: str | None, open_size: bool) -> dict[str, Any]:
+def _describe(model: nn.Module, **settings: Any) -> dict[str, Any]:
     """Return shapes of input and outputs; sizes that are left open are letters, and outputs those of the usual size."""
-    graph = build_graph(model, method, pixels)  # type: ignore[arg-type]
-    network = next(module for module in model.modules() if isinstance(module, TinyViT))
-    config, dtype = network.config, torch.uint8 if pixels == "uint8" else torch.float32
-    found = graph(torch.zeros(1, config.in_chans, config.img_size, config.img_size, dtype=dtype))
-    outputs = [found] if isinstance(found, Tensor) else found
-    side = ["H", "W"] if open_size else [config.img_size] * 2
+    task = ExportTask(model, **settings)
+    images = task.pictures(1, *task.size)
+    found = task.graph(images)
+    sides = ("H", "W") if task.dynamic_size else task.size
     return {
-        "method": method,
-        "pixels": graph.pixels,
-        "dtype": str(dtype).removeprefix("torch."),
-        "input": ["B", config.in_chans, *side],
-        "outputs": [["B", *output.shape[1:]] for output in outputs],
+        "method": task.graph.method,
+        "pixels": task.graph.pixels,
+        "dtype": str(images.dtype).removeprefix("torch."),
+        "input": ["B", images.shape[1], *sides],
+        "outputs": [["B", *output.shape[1:]] for output in ([found] if isinstance(found, Tensor) else found)],
     }
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.deploy.measurement import count_flops, interleaved
+from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved
 from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
@@ -157,14 +157,7 @@ class Bench:
         images = torch.randn(batch, config.in_chans, config.img_size, config.img_size, device=self.device)
         # int8 takes the ranges of its numbers from pictures; which ones they are does not change the time.
         calibration = [images] if self.dtype == torch.int8 else []
-        fast = optimize(network, self.engine, self.dtype, example=images, calibration=calibration)
-
-        def step() -> None:
-            fast(images)
-            if images.is_cuda:
-                torch.cuda.synchronize()
-
-        return step
+        return as_step(optimize(network, self.engine, self.dtype, example=images, calibration=calibration), images)
 
 
 def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:

@@ -7,6 +7,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 from kornia_tinyvit.cli import app
+from kornia_tinyvit.deploy import benchmark as measuring
 from kornia_tinyvit.deploy.engines import ENGINES
 from tests.helpers import error_of, make_weights, run
 
@@ -17,7 +18,7 @@ FAST = ("--repetitions", "1", "--no-tune-allocator")
 @pytest.fixture(autouse=True)
 def quick(monkeypatch):
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(MODULE, "matrix_peak", lambda dtype, device: 100.0)
+    monkeypatch.setattr(measuring, "matrix_peak", lambda dtype, device: 100.0)
 
 
 @pytest.fixture

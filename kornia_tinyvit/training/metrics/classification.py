@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -12,7 +11,6 @@ from kornia.metrics import confusion_matrix
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.layers import evaluating
@@ -20,14 +18,12 @@ from kornia_tinyvit.model import TinyViT
 
 __all__ = [
     "Evaluation",
-    "LabelledPictures",
     "Metrics",
     "ReadablePictures",
     "collate_readable",
     "extract_features",
     "k_nearest_neighbours",
     "linear_probe",
-    "read_pictures",
     "select_classes",
 ]
 
@@ -383,46 +379,3 @@ def linear_probe(
         layer.weight.copy_(weight.detach() / scale)
         layer.bias.copy_(bias.detach() - layer.weight @ mean)
     return layer
-
-
-@dataclass(frozen=True)
-class LabelledPictures:
-    """Pictures as a network takes them, some to calibrate int8 on and others to judge it by.
-
-    Args:
-        calibration: pictures :math:`(K, C, S, S)`.
-        images: other pictures :math:`(N, C, S, S)`.
-        labels: their classes :math:`(N,)`.
-    """
-
-    calibration: Tensor
-    images: Tensor
-    labels: Tensor
-
-
-def read_pictures(
-    classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256
-) -> LabelledPictures:
-    """Read labelled pictures and prepare them for a classifier's network, drawn with a fixed seed.
-
-    Args:
-        classifier: whose preprocessing is applied, and whose classes the labels become.
-        data: what :class:`~kornia_tinyvit.data.classification.ClassificationDataset` takes.
-        limit: how many pictures to judge by, at most.
-        calibration: how many others to calibrate on, at most; of a small data set half of it.
-
-    Raises:
-        ValueError: if there are fewer than two pictures, or they have classes that the network does not know.
-    """
-    dataset = ClassificationDataset.open(data).with_classes(classifier.class_names)
-    if len(dataset) < 2:
-        raise ValueError(f"{data} has one picture; calibrating and judging take at least one each.")
-    if dataset.num_classes > len(classifier.class_names):
-        raise ValueError(f"The data has {dataset.num_classes} classes, the network {len(classifier.class_names)}.")
-    kept = min(calibration, len(dataset) // 2)
-    rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: kept + limit].tolist()
-    prepare = classifier.preprocessing
-    device = next(classifier.parameters()).device
-    pictures = torch.cat([prepare(dataset[row][0][None].to(device)) for row in rows])
-    labels = torch.tensor([dataset.labels[row] for row in rows[kept:]])
-    return LabelledPictures(pictures[:kept], pictures[kept:], labels)

@@ -6,7 +6,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
@@ -17,7 +16,6 @@ from kornia_tinyvit.training.metrics.classification import (
     extract_features,
     k_nearest_neighbours,
     linear_probe,
-    read_pictures,
     select_classes,
 )
 
@@ -296,33 +294,3 @@ class TestReadablePictures:
     def test_stop(self, images, workers):
         with pytest.raises(BrokenImageError, match=r"2\.png"):
             list(DataLoader(ReadablePictures(images, [2]), num_workers=workers, collate_fn=collate_readable))
-
-
-class TestReadPictures:
-    @pytest.fixture
-    def folder(self, tmp_path):
-        for number in range(8):
-            path = tmp_path / "data" / f"class {6 - number % 2}" / f"{number}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.new("RGB", (70, 80), (30 * number, 0, 0)).save(path)
-        return tmp_path / "data"
-
-    def test_calibration_is_not_judged_by(self, tiny, folder):
-        classifier = ImageClassifier(tiny)
-        found = read_pictures(classifier, folder, 3)
-        assert (len(found.calibration), len(found.images), len(found.labels)) == (4, 3, 3)
-        shades = torch.cat([found.calibration, found.images])[:, 0, 32, 32]
-        assert len(shades.unique()) == 7
-        for image, label in zip(found.images, found.labels.tolist(), strict=True):
-            number = round(float(image[0, 32, 32] * 0.229 + 0.485) * 255 / 30)
-            assert label == 6 - number % 2
-        again = read_pictures(classifier, folder, 3)
-        assert torch.equal(again.images, found.images)
-
-    def test_errors(self, tiny, folder):
-        classifier = ImageClassifier(tiny)
-        (folder / "unicorn").mkdir()
-        with pytest.raises(ValueError, match="does not know the classes"):
-            read_pictures(classifier, folder, 3)
-        with pytest.raises(FileNotFoundError):
-            read_pictures(classifier, folder / "gone", 3)
