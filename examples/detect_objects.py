@@ -26,7 +26,7 @@ from kornia_tinyvit.training import (
     BoxedSamples,
     DetectionLoss,
     DetectorTraining,
-    evaluate_detector,
+    evaluate,
     find_recipe,
     train,
 )
@@ -114,7 +114,7 @@ def main() -> None:
 
     kept = TinyViTDetector.from_config(pretrained=result.last)
     for split, pictures in (("train", images), ("val", validation)):
-        print(json.dumps({"split": split, **evaluate_detector(kept, pictures).to_dict()}))
+        print(json.dumps({"split": split, **evaluate(kept, pictures).to_dict()}))
         sheet = args.out / f"{split}.png"
         draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")

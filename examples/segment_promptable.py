@@ -30,7 +30,7 @@ from kornia_tinyvit.training import (
     PromptedSamples,
     Prompting,
     build_sam,
-    evaluate_prompts,
+    evaluate,
     find_recipe,
     train,
 )
@@ -41,7 +41,7 @@ TILE, GAP = 320, 8
 
 def tell(when: str, split: str, sam: MobileSAM, images: InstanceDataset) -> None:
     """Print how well boxes and points find the instances of some photos."""
-    found = evaluate_prompts(sam.eval(), images)
+    found = evaluate(sam.eval(), images)
     told = {name: round(value, 2) for name, value in found.items()}
     print(json.dumps({"when": when, "split": split, "pictures": len(images), **told}), flush=True)
 

@@ -29,7 +29,7 @@ from kornia_tinyvit.training import (
     MaskedSamples,
     PixelLabels,
     balanced_weights,
-    evaluate_segmenter,
+    evaluate,
     find_recipe,
     train,
 )
@@ -137,7 +137,7 @@ def main() -> None:
 
     kept = SemanticSegmenter.from_config(pretrained=result.last)
     for split, pictures in (("train", images), ("val", validation)):
-        found = evaluate_segmenter(kept, pictures)
+        found = evaluate(kept, pictures)
         told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
         print(json.dumps({"split": split, "pictures": len(pictures), "classes_present": found.present, **told}))
         sheet = args.out / f"{split}.png"

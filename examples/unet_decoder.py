@@ -29,7 +29,7 @@ from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, SegmentationDataset
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from kornia_tinyvit.training import PixelMetrics
-from kornia_tinyvit.training.tasks.semantic import Segmentation
+from kornia_tinyvit.training.metrics.semantic import Segmentation
 
 
 class TinyViTEncoder(nn.Module):

@@ -6,7 +6,7 @@ import pytest
 
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
-from kornia_tinyvit.training import evaluate_detector
+from kornia_tinyvit.training import evaluate
 from tests import scenes
 from tests.test_examples import EXAMPLES, json_lines, levels, run
 
@@ -21,7 +21,7 @@ def test_detect_objects(tmp_path):
     assert (train["split"], train["pictures"], val["split"], val["pictures"]) == ("train", 2, "val", 4)
     kept = TinyViTDetector.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == scenes.BOX_NAMES
-    found = evaluate_detector(kept, DetectionDataset.open(data, "val"))
+    found = evaluate(kept, DetectionDataset.open(data, "val"))
     assert val["map50"] == pytest.approx(found.map50, abs=0.01)
     sheet = levels(tmp_path / "runs" / "it" / "train.png")
     assert sheet.shape[1] == 2 * 320 + 8

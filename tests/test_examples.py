@@ -31,7 +31,7 @@ from kornia_tinyvit.data import (
 from kornia_tinyvit.distillation import FeatureStore, LabelStore, check_records
 from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
 from kornia_tinyvit.semantic import SemanticSegmenter
-from kornia_tinyvit.training import evaluate_prompts, evaluate_segmenter
+from kornia_tinyvit.training import evaluate
 from tests.conftest import TINY
 from tests.scenes import NAMES, make_instances, make_scenes
 from tests.test_commands import parse_command_line
@@ -401,7 +401,7 @@ def test_segment_semantic(tmp_path):
     assert (train["split"], train["pictures"], train["classes_present"], val["pictures"]) == ("train", 2, 3, 4)
     kept = SemanticSegmenter.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == NAMES
-    found = evaluate_segmenter(kept, SegmentationDataset.open(data))
+    found = evaluate(kept, SegmentationDataset.open(data))
     assert val["mean_iou"] == pytest.approx(found.mean_iou, abs=0.01)
     assert val["pixel_accuracy"] == pytest.approx(found.pixel_accuracy, abs=0.01)
     sheet = levels(tmp_path / "runs" / "it" / "val.png")
@@ -462,7 +462,7 @@ def test_segment_promptable(tmp_path):
     assert (before["when"], before["pictures"], before["instances"]) == ("before", 2, 4)
     assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
     kept = MobileSAM.from_config(checkpoint=tmp_path / "runs" / "it" / "last.safetensors")
-    found = evaluate_prompts(kept, InstanceDataset(*folders))
+    found = evaluate(kept, InstanceDataset(*folders))
     assert others["box_iou"] == pytest.approx(found["box_iou"], abs=0.01)
     assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)
     sheet = Image.open(tmp_path / "runs" / "it" / "masks.png")

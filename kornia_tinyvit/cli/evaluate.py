@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -12,14 +11,11 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
-from torch import Tensor
+from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.evaluate_tasks import Asked, evaluate_task
+from kornia_tinyvit.cli.evaluate_tasks import Asked, evaluate_task, limited, print_report
 from kornia_tinyvit.cli.options import (
     Augmented,
     Device,
@@ -32,20 +28,14 @@ from kornia_tinyvit.cli.options import (
     build_classifier,
     refuse_idle,
 )
+from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.datasets import ImageLoader, match_classes
+from kornia_tinyvit.data.datasets import match_classes
 from kornia_tinyvit.progress import track_progress
-from kornia_tinyvit.training.metrics.classification import (
-    CONFUSION_CLASSES,
-    Evaluation,
-    Metrics,
-    ReadablePictures,
-    collate_readable,
-    extract_features,
-    k_nearest_neighbours,
-    linear_probe,
-    select_classes,
-)
+from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, Evaluation, select_classes
+from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbours, linear_probe
+from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
+from kornia_tinyvit.training.tasks.classification import AccuracyEvaluator
 
 IMAGENET_22K = 21841
 
@@ -109,93 +99,52 @@ def evaluate(
         evaluate_task(task, asked)
         return
     classifier = build_classifier(variant, pretrained, device, img_size, tta)
-    reader = _Reader(classifier, batch_size, workers, skip_broken, quiet=as_json)
-    images = ClassificationDataset.open(data)
-    rows = torch.randperm(len(images), generator=torch.Generator().manual_seed(0))[:limit].tolist()
-    head = _Head(classifier, images)
-    if confusion and len(head.names) > CONFUSION_CLASSES:
-        raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(head.names)}.")
-    found = head.evaluate(reader.batches(images, rows, "evaluating"))
-    report = _report(found, head.names, per_class, confusion, calibration)
-    report |= _probe(reader, images, rows, knn, linear)
-    if on_broken is OnBroken.skip:
-        report["broken"] = list(reader.broken.values())
-    if as_json:
-        print(json.dumps(report))
-    else:
-        _show(report, found.top_k)
+    images = limited(ClassificationDataset.open(data), limit)
+    network, names = _match_head(classifier, images)
+    if confusion and len(names) > CONFUSION_CLASSES:
+        raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
+    reading = _Reading(batch_size, workers, skip_broken, not as_json)
+    evaluator = AccuracyEvaluator(
+        images.with_classes(names), len(names), list, device=next(classifier.parameters()).device,
+        batch_size=batch_size, skip_broken=skip_broken,
+    )  # fmt: skip
+    reading.add_broken(images, evaluate_network(network, evaluator, workers, progress=not as_json))
+    found = evaluator.counts.compute()
+    report = _report(found, names, per_class, confusion, calibration)
+    report |= _probe(classifier, images, {"knn": knn, "linear": linear}, reading)
+    print_report(report, list(reading.broken.values()) if skip_broken else None, _show, as_json)
 
 
-@dataclass
-class _Reader:
-    """Reads pictures in batches and keeps the names of those that it could not read."""
+class _KeptClasses(nn.Module):
+    """A classifier of which some classes count."""
 
-    classifier: ImageClassifier
-    batch_size: int
-    workers: int
-    skip_broken: bool
-    quiet: bool
-    broken: dict[tuple[str, str], str] = field(default_factory=dict)
+    def __init__(self, classifier: ImageClassifier, indices: Tensor) -> None:
+        super().__init__()
+        self.classifier, self.indices = classifier, indices
 
-    def batches(
-        self, images: ClassificationDataset, rows: list[int], task: str
-    ) -> Iterator[tuple[list[Tensor], Tensor]]:
-        """Return pictures on the network's device, as floats in [0, 1], and the data's class indices."""
-        readable = ReadablePictures(images, rows, self.skip_broken)
-        loader = ImageLoader(
-            readable, batch_size=self.batch_size, num_workers=self.workers, collate_fn=collate_readable
+    def forward(self, images: list[Tensor]) -> Tensor:
+        return select_classes(self.classifier(images), self.indices)
+
+
+def _match_head(classifier: ImageClassifier, images: ClassificationDataset) -> tuple[nn.Module, tuple[str, ...]]:
+    """Return what the logits mean for the data: the network's classes, or ImageNet-1k's among those of ImageNet-22k."""
+    network: nn.Module = classifier
+    names = classifier.class_names
+    known = bool(set(images.class_names or ()) & set(names))
+    if len(names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
+        network, names = _KeptClasses(classifier, imagenet_1k_in_22k()), imagenet_classes()
+        print("The network's classes are ImageNet-22k's; taking the 1000 of ImageNet-1k.", file=sys.stderr)
+    if (
+        match_classes(images.class_names, names) is None
+        and images.class_names is not None
+        and images.num_classes < len(names)
+    ):
+        print(
+            f"The network knows none of the data's {images.num_classes} classes by name; taking them for the first "
+            f"of its {len(names)}.",
+            file=sys.stderr,
         )
-        first = next(self.classifier.parameters())
-        for pictures, labels, broken in track_progress(loader, task, not self.quiet):
-            # The features need a second pass, which meets the same pictures again.
-            self.broken |= {(images.fingerprint(), name): name for name in broken}
-            if pictures:
-                yield [picture.to(first.device, first.dtype) for picture in pictures], labels
-
-    def features(self, images: ClassificationDataset, rows: list[int], task: str) -> tuple[Tensor, Tensor]:
-        """Return features :math:`(N, D)` and the data's class indices :math:`(N,)`."""
-        prepare = self.classifier.preprocessing
-        batches = self.batches(images, rows, task)
-        return extract_features(
-            self.classifier.model,
-            (
-                (torch.cat([prepare(picture.unsqueeze(0)) for picture in pictures]), labels)
-                for pictures, labels in batches
-            ),
-        )
-
-
-class _Head:
-    """What the logits mean for the data: the network's classes, or ImageNet-1k's among those of ImageNet-22k."""
-
-    def __init__(self, classifier: ImageClassifier, images: ClassificationDataset) -> None:
-        self.classifier = classifier
-        self.names = classifier.class_names
-        self.kept: Tensor | None = None
-        known = bool(set(images.class_names or ()) & set(self.names))
-        if len(self.names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
-            self.names, self.kept = imagenet_classes(), imagenet_1k_in_22k()
-            print("The network's classes are ImageNet-22k's; taking the 1000 of ImageNet-1k.", file=sys.stderr)
-        positions = match_classes(images.class_names, self.names)
-        self.positions = None if positions is None else torch.tensor(positions)
-        if positions is None and images.class_names is not None and images.num_classes < len(self.names):
-            print(
-                f"The network knows none of the data's {images.num_classes} classes by name; taking them for the first "
-                f"of its {len(self.names)}.",
-                file=sys.stderr,
-            )
-
-    def evaluate(self, batches: Iterable[tuple[list[Tensor], Tensor]]) -> Evaluation:
-        """Measure the network on pictures and the data's class indices."""
-        metrics = Metrics(len(self.names))
-        for pictures, labels in batches:
-            metrics.update(self._logits(pictures), labels if self.positions is None else self.positions[labels])
-        return metrics.compute()
-
-    @torch.inference_mode()
-    def _logits(self, pictures: list[Tensor]) -> Tensor:
-        logits: Tensor = self.classifier(pictures)
-        return logits if self.kept is None else select_classes(logits, self.kept)
+    return network, names
 
 
 def _report(
@@ -227,22 +176,51 @@ def _report(
     return report
 
 
+@dataclass
+class _Reading:
+    """How images are read, and which could not be: the features need a second pass, which meets the same again."""
+
+    batch_size: int
+    workers: int
+    skip_broken: bool
+    progress: bool
+    broken: dict[tuple[str, str], str] = field(default_factory=dict)
+
+    def add_broken(self, images: ClassificationDataset, names: list[str]) -> None:
+        self.broken |= {(images.fingerprint(), name): name for name in names}
+
+    def features(self, classifier: ImageClassifier, images: ClassificationDataset, text: str) -> tuple[Tensor, Tensor]:
+        """Return features :math:`(N, D)` and the data's class indices :math:`(N,)`."""
+        return extract_features(classifier.model, self._inputs(classifier, images, text))
+
+    def _inputs(
+        self, classifier: ImageClassifier, images: ClassificationDataset, text: str
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        device = next(classifier.parameters()).device
+        items = ReadableItems(images, skip_broken=self.skip_broken)
+        for batch in track_progress(read_batches(items, self.batch_size, self.workers), text, self.progress):
+            read = [sample for _, sample in batch if sample is not None]
+            self.add_broken(images, [images.name(index) for index, sample in batch if sample is None])
+            if read:
+                inputs = [classifier.preprocessing(image[None].to(device)) for image, _ in read]
+                yield torch.cat(inputs), torch.tensor([label for _, label in read])
+
+
 def _probe(
-    reader: _Reader, images: ClassificationDataset, rows: list[int], knn: Path | None, linear: Path | None
+    classifier: ImageClassifier, images: ClassificationDataset, probes: dict[str, Path | None], reading: _Reading
 ) -> dict[str, float]:
     """Return the top-1 of what the features of training data say, in per cent."""
-    if knn is None and linear is None:
+    paths = {name: path for name, path in probes.items() if path is not None}
+    if not paths:
         return {}
-    features, labels = reader.features(images, rows, "taking features")
+    features, labels = reading.features(classifier, images, "taking features")
     known: dict[Path, tuple[Tensor, Tensor]] = {}
     top1 = {}
-    for name, path in (("knn", knn), ("linear", linear)):
-        if path is None:
-            continue
+    for name, path in paths.items():
         training = ClassificationDataset.open(path)
         targets = _targets_in(training, images, labels)
         if path not in known:
-            known[path] = reader.features(training, list(range(len(training))), f"taking features of {path.name}")
+            known[path] = reading.features(classifier, training, f"taking features of {path.name}")
         if name == "knn":
             answers = k_nearest_neighbours(*known[path], features, num_classes=training.num_classes)
         else:
@@ -261,14 +239,12 @@ def _targets_in(training: ClassificationDataset, images: ClassificationDataset, 
     return torch.tensor([training.class_names.index(name) for name in images.class_names])[labels]
 
 
-def _show(report: dict[str, Any], top_k: int) -> None:
-    console = Console(highlight=False)
+def _show(report: dict[str, Any]) -> None:
     if "per_class" in report:
-        table = Table("class", "pictures", "top-1", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-        for row in report["per_class"]:
-            table.add_row(row["class"], str(row["pictures"]), f"{row['top1']:.2f}")
-        console.print(table)
-    print(f"{report['pictures']} pictures: top-1 {report['top1']:.2f} %, top-{top_k} {report[f'top{top_k}']:.2f} %")
+        rows = [(row["class"], row["pictures"], f"{row['top1']:.2f}") for row in report["per_class"]]
+        print_table(("class", "pictures", "top-1"), rows)
+    shares = [f"{name.replace('top', 'top-')} {report[name]:.2f} %" for name in report if name.startswith("top")]
+    print(f"{report['pictures']} pictures: {', '.join(shares)}")
     for row in report.get("confusion", []):
         print(f"{row['class']} taken for {row['taken_for']}: {row['pictures']}")
     if "calibration" in report:
@@ -276,5 +252,3 @@ def _show(report: dict[str, Any], top_k: int) -> None:
     for name, title in (("knn", "nearest neighbours"), ("linear", "linear classifier")):
         if name in report:
             print(f"{title} on the features: top-1 {report[name]:.2f} %")
-    if report.get("broken"):
-        print(f"{len(report['broken'])} could not be read and were left out: {', '.join(report['broken'])}")

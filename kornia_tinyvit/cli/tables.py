@@ -8,7 +8,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_table"]
+__all__ = ["print_names", "print_table"]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1) -> None:
@@ -25,3 +25,9 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: 
     for row in rows:
         table.add_row(*map(str, row))
     Console(highlight=False, markup=False).print(table)
+
+
+def print_names(text: str, names: Sequence[str], most: int = 5) -> None:
+    """Print how many names there are and some of them after a text; nothing if there are none."""
+    if names:
+        print(f"{text}: {len(names)}, such as {'; '.join(names[:most])}")

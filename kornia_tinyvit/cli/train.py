@@ -245,14 +245,8 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
 
 
 def _plan_promptable(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.tasks.promptable import (
-        PROMPTABLE,
-        MaskLoss,
-        PromptAugmentation,
-        PromptedSAM,
-        PromptedSamples,
-        Prompting,
-    )
+    from kornia_tinyvit.training.tasks.promptable import PROMPTABLE, MaskLoss, PromptedSAM
+    from kornia_tinyvit.training.tasks.prompts import PromptAugmentation, PromptedSamples, Prompting
 
     images = InstanceDataset.open(asked.data, "train", asked.min_area)
     left_out = images.without_mask + images.without_picture

@@ -20,7 +20,7 @@ from kornia_tinyvit.training.recipes import Recipe
 if TYPE_CHECKING:
     from kornia_tinyvit.data.classification import ClassificationDataset
     from kornia_tinyvit.data.loader import ReplayedSamples
-    from kornia_tinyvit.distillation.losses import Objective
+    from kornia_tinyvit.training.tasks.base import Objective
 
 __all__ = ["ProxyTraining"]
 

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from functools import partial
-from typing import Any
+from collections.abc import Sequence
 
-from torch.utils.data import DataLoader, Dataset
-
-__all__ = ["BrokenImageError", "ImageLoader", "check_names", "match_classes"]
+__all__ = ["BrokenImageError", "check_names", "match_classes"]
 
 
 class BrokenImageError(ValueError):
@@ -46,52 +42,3 @@ def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> Non
     if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
         others = sorted(set(ours) ^ set(theirs))[:5]
         raise ValueError(f"The validation pictures have other classes than the network: {', '.join(others)}.")
-
-
-class ImageLoader(DataLoader[Any]):
-    """A data loader that raises what a worker says of a picture as it was said.
-
-    torch's own puts the worker's whole traceback into the message.
-
-    Args:
-        pictures: the data.
-        collate_fn: makes a batch of what the data returns.
-        **options: as torch's loader takes them.
-    """
-
-    def __init__(self, pictures: Any, *, collate_fn: Callable[[Any], Any], **options: Any) -> None:
-        super().__init__(_Telling(pictures), collate_fn=partial(_collate_unless_error, collate_fn), **options)
-
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """Yield batches.
-
-        Raises:
-            BrokenImageError: if a picture cannot be decoded.
-            OSError: if its file cannot be read.
-        """
-        for batch in super().__iter__():
-            if isinstance(batch, Exception):
-                raise batch
-            yield batch
-
-
-class _Telling(Dataset[Any]):
-    """Hands an error about a picture over in the place of a batch."""
-
-    def __init__(self, pictures: Any) -> None:
-        self.pictures = pictures
-
-    def __len__(self) -> int:
-        return len(self.pictures)
-
-    def __getitems__(self, keys: list[Any]) -> Any:
-        try:
-            if hasattr(self.pictures, "__getitems__"):
-                return self.pictures.__getitems__(keys)
-            return [self.pictures[key] for key in keys]
-        except (BrokenImageError, OSError) as error:
-            return error
-
-
-def _collate_unless_error(collate_fn: Callable[[Any], Any], found: Any) -> Any:
-    return found if isinstance(found, Exception) else collate_fn(found)

@@ -8,11 +8,11 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset, Sampler
 
 from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.datasets import BrokenImageError, ImageLoader
+from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.data.order import EpochOrder
 
 __all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]
@@ -76,18 +76,47 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
         """Return the samples of keys (epoch, sample)."""
 
-    def _grey(self, count: int) -> Tensor:
+    def _grey(self) -> Tensor:
+        """Return what stands for an image that cannot be read."""
         side = self.augmentation.img_size
-        return torch.full((count, 3, side, side), 128, dtype=torch.uint8)
+        return torch.full((3, side, side), 128, dtype=torch.uint8)
 
-    def _unless_broken(self, read: Callable[[int], Sample], index: int) -> Sample | None:
-        """Return what is read of a sample, or ``None`` if it cannot be and may be skipped."""
-        try:
-            return read(index)
-        except BrokenImageError:
-            if self.on_broken == "stop":
-                raise
-            return None
+    def _gather(
+        self, keys: Sequence[Key], read: Callable[[int], Any], augment: Callable[[Any, int], Sample], blank: Sample
+    ) -> tuple[list[Sample], Tensor, tuple[str, ...]]:
+        """Read and augment the samples of a batch one after the other.
+
+        Args:
+            keys: epoch and sample of each.
+            read: returns a sample by its index.
+            augment: changes what was read for a row of the batch.
+            blank: what stands for a sample that cannot be read.
+
+        Returns:
+            The samples, 1 for each that was read and 0 for broken ones :math:`(B,)`, and the names of the broken ones.
+        """
+        samples, valid, broken = [], torch.ones(len(keys)), []
+        for row, (_, index) in enumerate(keys):
+            found = read_unless_broken(read, index, self.on_broken == "skip")
+            if found is None:
+                valid[row] = 0
+                broken.append(self.images.name(index))
+            samples.append(blank if found is None else augment(found, row))
+        return samples, valid, tuple(broken)
+
+
+def read_unless_broken(read: Callable[[int], Sample], index: int, skip_broken: bool) -> Sample | None:
+    """Return a sample of a data set, or ``None`` if it cannot be read and may be skipped.
+
+    Raises:
+        BrokenImageError: if it cannot be read and may not be skipped.
+    """
+    try:
+        return read(index)
+    except BrokenImageError:
+        if not skip_broken:
+            raise
+        return None
 
 
 class ReplayedSamples(KeyedSamples[Batch]):
@@ -126,18 +155,11 @@ class ReplayedSamples(KeyedSamples[Batch]):
         """Return the samples of keys (epoch, sample), all of one epoch."""
         indices = [index for _, index in keys]
         draws = self.augmentation.draw(keys[0][0], indices)
-        crops = self._grey(len(keys))
-        valid = torch.ones(len(keys))
-        broken = []
-        for row, index in enumerate(indices):
-            pixels = self._unless_broken(self.images.pixels, index)
-            if pixels is None:
-                valid[row] = 0
-                broken.append(self.images.name(index))
-            else:
-                crops[row] = self.augmentation.crop(pixels, draws, row)
+        crops, valid, broken = self._gather(
+            keys, self.images.pixels, lambda pixels, row: self.augmentation.crop(pixels, draws, row), self._grey()
+        )
         labels = torch.tensor([self.images.labels[index] for index in indices])
-        return Batch(crops, labels, valid, draws, tuple(broken))
+        return Batch(torch.stack(crops), labels, valid, draws, broken)
 
 
 class EpochBatches(Sampler[list[Key]]):
@@ -202,20 +224,21 @@ class EpochBatches(Sampler[list[Key]]):
             yield [(epoch, index) for index in samples.tolist()]
 
 
-def replay_loader(samples: Any, batches: Sequence[list[Key]] | Sampler[list[Key]], workers: int = 0) -> ImageLoader:
+def replay_loader(samples: Any, batches: Any, workers: int = 0) -> DataLoader[Any]:
     """Return a loader of batches for lists of keys; each batch is made in one worker.
 
     Args:
-        samples: the data: :class:`ReplayedSamples`, or another that makes a batch of a list of keys.
-        batches: lists of keys (epoch, sample).
+        samples: the data: :class:`ReplayedSamples`, another that makes a batch of a list of keys, or a data set of
+            which a batch is a list of samples.
+        batches: lists of keys: of (epoch, sample), or of what the data takes.
         workers: processes that read pictures; 0 reads them in this one.
 
     Raises:
         BrokenImageError: while it is iterated over, if a picture cannot be decoded and may not be skipped.
         OSError: then, if a file cannot be read.
     """
-    return ImageLoader(
-        samples,
+    return _Loader(
+        _Telling(samples),
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_as_it_is,
@@ -223,6 +246,34 @@ def replay_loader(samples: Any, batches: Sequence[list[Key]] | Sampler[list[Key]
         generator=torch.Generator(),  # for the workers' seeds, which else are drawn from everyone's random numbers
         pin_memory=torch.cuda.is_available(),
     )
+
+
+class _Loader(DataLoader[Any]):
+    """Raises the errors that :class:`_Telling` returns; torch puts the worker's whole traceback into the message."""
+
+    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
+        for batch in super().__iter__():
+            if isinstance(batch, Exception):
+                raise batch
+            yield batch
+
+
+class _Telling(Dataset[Any]):
+    """Returns the error of a batch in its place."""
+
+    def __init__(self, samples: Any) -> None:
+        self.samples = samples
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitems__(self, keys: list[Any]) -> Any:
+        try:
+            if hasattr(self.samples, "__getitems__"):
+                return self.samples.__getitems__(keys)
+            return [self.samples[key] for key in keys]
+        except (BrokenImageError, OSError) as error:
+            return error
 
 
 def _as_it_is(batch: Any) -> Any:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from abc import abstractmethod
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, ClassVar
 
@@ -11,7 +12,7 @@ import kornia.augmentation as K
 import torch
 from torch import Tensor
 
-from kornia_tinyvit.data.loader import Batch_co, KeyedSamples
+from kornia_tinyvit.data.loader import Batch_co, Key, KeyedSamples
 from kornia_tinyvit.data.order import keyed_seed
 from kornia_tinyvit.preprocessing import TrainingPreset, find_preset, to_uint8
 
@@ -107,5 +108,20 @@ class PairedSamples(KeyedSamples[Batch_co]):
         """Return the pictures :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
         return batch.crops.to(device, non_blocking=True).float() / 255
 
-    def _read(self, index: int) -> Any:
-        return self._unless_broken(self.images.read, index)
+    def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
+        """Return the samples of keys (epoch, sample)."""
+        found = self._gather(keys, self.images.read, lambda read, row: self._augment(read, *keys[row]), self._blank())
+        return self._collate(*found)
+
+    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Any, ...]:
+        """Return a sample, augmented for an epoch."""
+        augmented: tuple[Any, ...] = self.augmentation(*read, epoch, index)
+        return augmented
+
+    @abstractmethod
+    def _blank(self) -> tuple[Any, ...]:
+        """Return what stands for a sample that cannot be read."""
+
+    @abstractmethod
+    def _collate(self, samples: list[tuple[Any, ...]], valid: Tensor, broken: tuple[str, ...]) -> Batch_co:
+        """Return a batch of augmented samples."""

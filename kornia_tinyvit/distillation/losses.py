@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,6 @@ from kornia_tinyvit.distillation.teachers import Teacher
 
 __all__ = [
     "FeatureRegression",
-    "Objective",
     "OnlineTeacher",
     "StoredLabels",
     "distillation_loss",
@@ -114,22 +113,6 @@ def distillation_loss(
     if labels is None:
         raise ValueError("hard_share needs the labels.")
     return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_share)
-
-
-class Objective(Protocol):
-    """A loss of each sample of a batch."""
-
-    def describe(self) -> dict[str, Any]:
-        """Return what tells it from other objectives, as JSON's types."""
-
-    def __call__(self, outputs: Tensor, images: Tensor, batch: Any) -> Tensor:
-        """Return the losses :math:`(B,)`.
-
-        Args:
-            outputs: what the network made of the images.
-            images: augmented pictures :math:`(B, 3, S, S)`.
-            batch: what they were made from, such as :class:`~kornia_tinyvit.data.loader.Batch`.
-        """
 
 
 class OnlineTeacher:

@@ -1,8 +1,12 @@
-"""Training: recipes, the loop, and what each task adds to it."""
+"""Training: recipes, the loop, what each task adds to it, and evaluation."""
 
+from kornia_tinyvit.training.evaluation import evaluate
 from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import BoxMetrics, DetectionScores
+from kornia_tinyvit.training.metrics.promptable import PromptMetrics
+from kornia_tinyvit.training.metrics.semantic import PixelMetrics
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
+from kornia_tinyvit.training.tasks.base import Objective
 from kornia_tinyvit.training.tasks.classification import Labels
 from kornia_tinyvit.training.tasks.detection import (
     DETECTION,
@@ -10,27 +14,15 @@ from kornia_tinyvit.training.tasks.detection import (
     BoxedSamples,
     DetectionLoss,
     DetectorTraining,
-    evaluate_detector,
 )
-from kornia_tinyvit.training.tasks.promptable import (
-    PROMPTABLE,
-    MaskLoss,
-    PromptAugmentation,
-    PromptedSAM,
-    PromptedSamples,
-    Prompting,
-    PromptMetrics,
-    build_sam,
-    evaluate_prompts,
-)
+from kornia_tinyvit.training.tasks.promptable import PROMPTABLE, MaskLoss, PromptedSAM, build_sam
+from kornia_tinyvit.training.tasks.prompts import PromptAugmentation, PromptedSamples, Prompting
 from kornia_tinyvit.training.tasks.semantic import (
     SEMANTIC,
     MaskAugmentation,
     MaskedSamples,
     PixelLabels,
-    PixelMetrics,
     balanced_weights,
-    evaluate_segmenter,
 )
 
 __all__ = [
@@ -48,6 +40,7 @@ __all__ = [
     "MaskAugmentation",
     "MaskLoss",
     "MaskedSamples",
+    "Objective",
     "PixelLabels",
     "PixelMetrics",
     "PromptAugmentation",
@@ -59,9 +52,7 @@ __all__ = [
     "TrainingResult",
     "balanced_weights",
     "build_sam",
-    "evaluate_detector",
-    "evaluate_prompts",
-    "evaluate_segmenter",
+    "evaluate",
     "find_recipe",
     "train",
 ]

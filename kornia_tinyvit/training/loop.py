@@ -15,28 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
-from kornia_tinyvit.data.datasets import ImageLoader
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
-from kornia_tinyvit.distillation.losses import Objective
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
+from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
-from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, Judge, Samples, Task
+from kornia_tinyvit.training.tasks.base import Objective, Samples, Task, evaluate_network
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
+from kornia_tinyvit.training.tasks.detection import DetectorTraining
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM
 
-try:
-    from accelerate import Accelerator
-    from accelerate.state import AcceleratorState
-    from accelerate.utils import DistributedDataParallelKwargs, broadcast_object_list, gather_object
-except ImportError as error:  # pragma: no cover
-    raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
-
 if TYPE_CHECKING:
-    from kornia_tinyvit.semantic import SemanticSegmenter
-    from kornia_tinyvit.training.tasks.detection import DetectorTraining
+    from accelerate import Accelerator
 
 __all__ = ["TrainingResult", "train"]
 
@@ -55,7 +48,7 @@ class TrainingResult:
         broken: names of pictures that could not be read.
         seconds: time spent, over all restarts.
         is_main_process: whether this is the process that wrote the files.
-        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.classification.Task.measure`.
+        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.base.Task.measure`.
     """
 
     steps: int
@@ -111,7 +104,7 @@ def train(
     Args:
         model: the network.
         samples: the pictures and their augmentation.
-        objective: the loss; see :mod:`kornia_tinyvit.distillation.losses`.
+        objective: the loss, such as :class:`~kornia_tinyvit.training.Labels` or a loss of distillation.
         recipe: the hyperparameters.
         out: folder for what comes out.
         task: what the network is trained for, which decides how it is measured and written.
@@ -133,12 +126,61 @@ def train(
         ValueError: if the batches do not divide, the augmentation has another size than the recipe, ``out`` holds
             another training or is written by another process, or the validation pictures have other classes.
         FloatingPointError: if the loss is no longer finite.
+        MissingExtraError: if accelerate is missing.
     """
-    _check_sizes(samples, recipe)
+    if samples.augmentation.img_size != recipe.img_size:
+        raise ValueError(
+            f"The augmentation makes pictures of {samples.augmentation.img_size} pixels, but the recipe has "
+            f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
+        )
     if validation is not None:
         task.check(validation, model.config, class_names)
     if validate_every < 1:
         raise ValueError(f"validate_every must be at least 1; got {validate_every}.")
+    accelerator = _accelerate(model, precision, cpu)
+    folder = RunFolder(Path(out))
+    training = _Training(accelerator, model, samples, objective, recipe, process_batch, task, folder)
+    asked = training.describe(replays) | {"origin": origin}
+    with folder.alone() if accelerator.is_main_process else nullcontext():
+        training.begin(asked)
+        batches = training.batches(asked["replays"])
+        per_epoch = batches.batches_per_epoch
+        saved = time.perf_counter()
+        began = saved - training.seconds
+        with progress_bar(progress and accelerator.is_main_process, counts=False, fields=("rate", "loss")) as bar:
+            shown = bar.add_task("training", total=batches.end, completed=training.done, rate="", loss="")
+            for batch in replay_loader(samples, batches, workers):
+                training.train_batch(batch, per_epoch)
+                training.seconds = time.perf_counter() - began
+                bar.update(shown, completed=training.done)
+                epoch, inside = divmod(training.done, per_epoch)
+                if training.done % (log_every * training.accumulate) and inside:
+                    continue
+                line = training.log_metrics(per_epoch)
+                bar.update(shown, rate=f"{line['images_per_s']:.0f} pictures/s", loss=f"loss {line['loss']:.4f}")
+                if not inside:
+                    due = validation is not None and (epoch % validate_every == 0 or epoch == recipe.epochs)
+                    training.end_epoch(epoch, validation, due, class_names, workers)
+                if not inside or training.agree(time.perf_counter() - saved > 60 * save_minutes):
+                    training.save()
+                    saved = training.taken = time.perf_counter()
+        folder.close()
+    accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)  # gives the network its own forward back
+    return TrainingResult(
+        training.step, None if training.best < 0 else training.best, folder.weights("best"), folder.weights("last"),
+        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process, task.measure,
+    )  # fmt: skip
+
+
+def _accelerate(model: nn.Module, precision: str, cpu: bool) -> Accelerator:
+    """Return what runs the same code on one process or several."""
+    try:
+        from accelerate import Accelerator
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedDataParallelKwargs
+    except ImportError as error:  # pragma: no cover
+        raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
+
     # Which would refuse another precision, or keep another device, than an earlier training of this process had.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     # MobileSAM's file holds a norm and a head that its forward pass does not use; which weights prompts use depends on
@@ -150,62 +192,11 @@ def train(
     accelerator = Accelerator(mixed_precision=precision, cpu=cpu, kwargs_handlers=[unused])
     if accelerator.device.type == "cpu":
         keep_memory()
-    training = _Training(accelerator, model, samples, objective, recipe, process_batch, task)
-    evaluate = None if validation is None else _Validation(training, validation, workers, validate_every)
-    replays = broadcast_object_list([replays])[0]  # a store that grows may look different to each process
-    folder, asked = RunFolder(Path(out)), training.describe(replays) | {"origin": origin}
-    with folder.alone() if accelerator.is_main_process else nullcontext():
-        return _run(training, folder, asked, evaluate, class_names, workers, save_minutes, log_every, progress)
-
-
-def _run(
-    training: _Training,
-    folder: RunFolder,
-    asked: dict[str, Any],
-    evaluate: _Validation | None,
-    class_names: tuple[str, ...] | None,
-    workers: int,
-    save_minutes: float,
-    log_every: int,
-    progress: bool,
-) -> TrainingResult:
-    """Go through the epochs: batch by batch, logging, measuring and saving on the way."""
-    accelerator = training.accelerator
-    folder.claim(asked)
-    accelerator.wait_for_everyone()
-    training.resume(folder)
-    if accelerator.is_main_process:
-        folder.begin(asked, training.step)
-    batches = training.batches(asked["replays"])
-    saved = time.perf_counter()
-    began = saved - training.seconds
-    with progress_bar(progress and accelerator.is_main_process, counts=False, fields=("rate", "loss")) as bar:
-        task = bar.add_task("training", total=batches.end, completed=training.done, rate="", loss="")
-        for batch in replay_loader(training.samples, batches, workers):
-            training.train_batch(batch, batches.batches_per_epoch)
-            training.seconds = time.perf_counter() - began
-            bar.update(task, completed=training.done)
-            epoch, inside = divmod(training.done, batches.batches_per_epoch)
-            if training.done % (log_every * training.accumulate) and inside:
-                continue
-            line = training.take_metrics(batches.batches_per_epoch)
-            _log(accelerator, folder, line)
-            bar.update(task, rate=f"{line['images_per_s']:.0f} pictures/s", loss=f"loss {line['loss']:.4f}")
-            if not inside:
-                _log(accelerator, folder, training.end_epoch(epoch, folder, evaluate, class_names))
-            if not inside or training.agree(time.perf_counter() - saved > 60 * save_minutes):
-                training.save(folder)
-                saved = training.taken = time.perf_counter()
-    folder.close()
-    accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)  # gives the network its own forward back
-    return TrainingResult(
-        training.step, None if training.best < 0 else training.best, folder.weights("best"), folder.weights("last"),
-        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process, training.task.measure,
-    )  # fmt: skip
+    return accelerator
 
 
 class _Training:
-    """A network, its optimizer and its average, and how far they are."""
+    """A network, its optimizer and its average, how far they are, and the folder that they are written to."""
 
     def __init__(
         self,
@@ -216,16 +207,16 @@ class _Training:
         recipe: Recipe,
         process_batch: int | None,
         task: Task,
+        folder: RunFolder,
     ) -> None:
         self.accelerator, self.samples, self.objective, self.recipe = accelerator, samples, objective, recipe
-        self.config, self.task = model.config, task
+        self.config, self.task, self.folder = model.config, task, folder
         self.process_batch, self.accumulate = _split_batch(recipe.batch_size, accelerator.num_processes, process_batch)
         groups = model.parameter_groups(recipe.peak_lr, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=1e-8)
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         self.model, self.optimizer = accelerator.prepare(model, optimizer)
-        self.augmentation = samples.augmentation
         self.average = MovingAverage(self.model, recipe.ema_decay) if recipe.ema_decay else None
 
         self.done = 0  # batches of this process, over all epochs
@@ -242,17 +233,36 @@ class _Training:
 
     def describe(self, replays: list[int] | None) -> dict[str, Any]:
         """Return what decides the outcome, as JSON's types."""
+        from accelerate.utils import broadcast_object_list
+
+        augmentation = self.samples.augmentation
         asked = {
             "recipe": dataclasses.asdict(self.recipe),
             "model": self.config.to_dict(),
             "precision": self.accelerator.mixed_precision,
-            "augmentation": {**self.augmentation.describe(), "seed": self.augmentation.seed},
+            "augmentation": {**augmentation.describe(), "seed": augmentation.seed},
             "objective": self.objective.describe(),
-            "replays": replays,
+            "replays": broadcast_object_list([replays])[0],  # a store that grows may look different to each process
             "data": self.samples.images.fingerprint(),
         }
         described: dict[str, Any] = json.loads(json.dumps(asked))
         return described
+
+    def begin(self, asked: dict[str, Any]) -> None:
+        """Go on from the newest state of the folder, if there is one, unless it holds another training."""
+        self.folder.claim(asked)
+        self.accelerator.wait_for_everyone()
+        found = self.folder.newest_state()
+        if found is not None:
+            state, progress = found
+            self.accelerator.load_state(str(state))
+            if self.average:
+                own, first = (state / _average_name(process) for process in (self.accelerator.process_index, 0))
+                self.average.load_state_dict(torch.load(own if own.exists() else first, map_location="cpu"))
+            self.done = progress["step"] * self.accumulate
+            self.best, self.seconds, self.broken = progress["best"], progress["seconds"], set(progress["broken"])
+        if self.accelerator.is_main_process:
+            self.folder.begin(asked, self.step)
 
     def batches(self, replays: list[int] | None) -> EpochBatches:
         """Return what is left for this process to do."""
@@ -265,7 +275,8 @@ class _Training:
     def train_batch(self, batch: Any, per_epoch: int) -> None:
         """Add a batch's gradients and, with the last one of a step, move the weights."""
         # Stochastic depth is drawn anew from the batch's own seed, so that a resumed run draws the same.
-        torch.manual_seed(hash((self.augmentation.seed, self.done, self.accelerator.process_index)) & 0x7FFFFFFF)
+        key = (self.samples.augmentation.seed, self.done, self.accelerator.process_index)
+        torch.manual_seed(hash(key) & 0x7FFFFFFF)
         factor = self.recipe.lr_factor(self.step * self.accumulate / per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
@@ -297,8 +308,8 @@ class _Training:
                 if isinstance(module, nn.modules.batchnorm._BatchNorm):
                     module.eval()
 
-    def take_metrics(self, per_epoch: int) -> dict[str, Any]:
-        """Return the mean loss since the last call, and the rate.
+    def log_metrics(self, per_epoch: int) -> dict[str, Any]:
+        """Write down and return the mean loss since the last call, and the rate.
 
         Raises:
             FloatingPointError: if the loss is not finite.
@@ -310,107 +321,79 @@ class _Training:
             )
         now = time.perf_counter()
         pictures = len(self.losses) * self.process_batch * self.accelerator.num_processes
-        rate = pictures / max(now - self.taken, 1e-9)
+        rate = round(pictures / max(now - self.taken, 1e-9), 1)
         self.losses, self.taken = [], now
         lr = self.optimizer.param_groups[-1]["lr"]
-        epoch = round(self.done / per_epoch, 4)
-        return {"step": self.step, "epoch": epoch, "loss": loss, "lr": lr, "images_per_s": round(rate, 1)}
+        return self._log({"epoch": round(self.done / per_epoch, 4), "loss": loss, "lr": lr, "images_per_s": rate})
 
     def end_epoch(
-        self, epoch: int, folder: RunFolder, evaluate: _Validation | None, class_names: tuple[str, ...] | None
-    ) -> dict[str, Any]:
-        """Measure and keep the weights, averaged where the recipe averages."""
-        line: dict[str, Any] = {"step": self.step, "epoch": epoch}
+        self, epoch: int, validation: Any, due: bool, class_names: tuple[str, ...] | None, workers: int
+    ) -> None:
+        """Measure, if it is due, and keep the weights, averaged where the recipe averages."""
+        measures: dict[str, float] = {}
         with self.average.applied(self.model) if self.average else nullcontext():
             names = ["last"]
-            if evaluate is None:
+            if validation is None:
                 names.append("best")
-            elif evaluate.is_due(epoch):
-                line |= evaluate()
-                if line[self.task.measure] >= self.best:
-                    self.best = line[self.task.measure]
+            elif due:
+                measures = self._evaluate(validation, workers)
+                if measures[self.task.measure] >= self.best:
+                    self.best = measures[self.task.measure]
                     names.append("best")
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
-                self.task.save(self.config, state, [folder.weights(name) for name in names], class_names)
+                write = self.task.writer(self.config, state, class_names)
+                for name in names:
+                    write(self.folder.weights(name))
         self.broken.update(self._everyones_broken())
-        return line | {"seconds": round(self.seconds, 1), "broken": len(self.broken)}
+        self._log({"epoch": epoch, **measures, "seconds": round(self.seconds, 1), "broken": len(self.broken)})
 
-    def save(self, folder: RunFolder) -> None:
+    def _evaluate(self, images: Any, workers: int) -> dict[str, float]:
+        """Measure the network on validation images; each process takes its share, all the same number of batches."""
+        accelerator = self.accelerator
+        evaluator = self.task.evaluator(
+            images, self.config, self.samples, device=accelerator.device, batch_size=self.process_batch,
+            skip_broken=self.samples.on_broken == "skip",
+        )  # fmt: skip
+        place = {"process": accelerator.process_index, "processes": accelerator.num_processes}
+        broken = evaluate_network(self.model, evaluator, workers, **place)
+        self.broken.update(f"validation: {name}" for name in broken)
+        if accelerator.num_processes > 1:
+            state = evaluator.counts.state().to(accelerator.device)
+            evaluator.counts.load_state(accelerator.reduce(state, "sum"))
+        return evaluator.measures()
+
+    def _log(self, line: dict[str, Any]) -> dict[str, Any]:
+        line = {"step": self.step, **line}
+        if self.accelerator.is_main_process:
+            self.folder.log(line)
+        return line
+
+    def save(self) -> None:
         """Save everything to go on from; a kill at any time leaves the state before intact."""
-        if self.accelerator.is_main_process:
+        accelerator, folder = self.accelerator, self.folder
+        if accelerator.is_main_process:
             folder.clear_pending()
-        self.accelerator.wait_for_everyone()
+        accelerator.wait_for_everyone()
         with folder.writing_state():
-            self.accelerator.save_state(str(folder.pending))
+            accelerator.save_state(str(folder.pending))
             if self.average:  # by each process, which may have a part of its own of it
-                torch.save(self.average.state_dict(), folder.pending / _average_name(self.accelerator.process_index))
+                torch.save(self.average.state_dict(), folder.pending / _average_name(accelerator.process_index))
         broken = self._everyones_broken()
-        self.accelerator.wait_for_everyone()
-        if self.accelerator.is_main_process:
+        accelerator.wait_for_everyone()
+        if accelerator.is_main_process:
             folder.keep_state({"step": self.step, "best": self.best, "seconds": self.seconds, "broken": broken})
-        self.accelerator.wait_for_everyone()
-
-    def resume(self, folder: RunFolder) -> None:
-        """Go on from the newest state, if there is one."""
-        found = folder.newest_state()
-        if found is None:
-            return
-        state, progress = found
-        self.accelerator.load_state(str(state))
-        if self.average:
-            own, first = (state / _average_name(process) for process in (self.accelerator.process_index, 0))
-            self.average.load_state_dict(torch.load(own if own.exists() else first, map_location="cpu"))
-        self.done = progress["step"] * self.accumulate
-        self.best, self.seconds, self.broken = progress["best"], progress["seconds"], set(progress["broken"])
+        accelerator.wait_for_everyone()
 
     def _everyones_broken(self) -> list[str]:
+        from accelerate.utils import gather_object
+
         return sorted(set(gather_object(sorted(self.broken))))
 
     def agree(self, flag: bool) -> bool:
         """Return whether it is so in the main process, so that all do the same."""
         flags = torch.tensor(float(flag and self.accelerator.is_main_process), device=self.accelerator.device)
         return bool(self.accelerator.reduce(flags, "sum") > 0)
-
-
-class _Validation:
-    """Measures the network on validation pictures; each process takes its share, all the same number of batches."""
-
-    def __init__(self, training: _Training, images: Any, workers: int, every: int) -> None:
-        self.training, self.images, self.workers, self.every = training, images, workers, every
-
-    def is_due(self, epoch: int) -> bool:
-        """Return whether so many epochs are followed by a measurement."""
-        return epoch % self.every == 0 or epoch == self.training.recipe.epochs
-
-    @torch.no_grad()
-    def __call__(self) -> dict[str, float]:
-        training, accelerator = self.training, self.training.accelerator
-        training.model.eval()
-        judge = training.task.judge(
-            self.images, training.config, training.samples, training.process_batch, accelerator.device
-        )
-        for batch in self._batches(judge):
-            training.broken.update(f"validation: {name}" for name in judge.add(training.model, batch))
-        if accelerator.num_processes > 1:
-            state = judge.counts.state().to(accelerator.device)
-            judge.counts.load_state(accelerator.reduce(state, "sum"))
-        return judge.measures()
-
-    def _batches(self, judge: Judge) -> ImageLoader:
-        accelerator, count, batch = self.training.accelerator, len(self.images), judge.batch_size
-        rounds = -(-count // (batch * accelerator.num_processes))
-        firsts = [(turn * accelerator.num_processes + accelerator.process_index) * batch for turn in range(rounds)]
-        rows = [list(range(first, min(first + batch, count))) for first in firsts]
-        return ImageLoader(
-            judge.pictures, batch_sampler=rows, num_workers=self.workers, collate_fn=judge.collate,
-            generator=torch.Generator(),
-        )  # fmt: skip
-
-
-def _log(accelerator: Accelerator, folder: RunFolder, line: dict[str, Any]) -> None:
-    if accelerator.is_main_process:
-        folder.log(line)
 
 
 def _average_name(process: int) -> str:
@@ -426,11 +409,3 @@ def _split_batch(whole: int, processes: int, process_batch: int | None) -> tuple
             "processes; choose another batch_size or process_batch."
         )
     return process_batch, whole // (process_batch * processes)
-
-
-def _check_sizes(samples: Samples, recipe: Recipe) -> None:
-    if samples.augmentation.img_size != recipe.img_size:
-        raise ValueError(
-            f"The augmentation makes pictures of {samples.augmentation.img_size} pixels, but the recipe has "
-            f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
-        )

@@ -7,11 +7,11 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.files import describe_differences, locks, write_text, writing
+from kornia_tinyvit.files import describe_differences, locked, write_text, writing
 
 __all__ = ["RunFolder"]
 
@@ -62,12 +62,10 @@ class RunFolder:
         Raises:
             ValueError: if another process trains in the folder.
         """
-        fcntl = locks()
-        self.path.mkdir(parents=True, exist_ok=True)
-        with (self.path / ".lock").open("ab") as file:
+        with ExitStack() as stack:
             try:
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # which forked data workers do not inherit
-            except OSError:
+                stack.enter_context(locked(self.path / ".lock", "held"))
+            except BlockingIOError:
                 raise ValueError(
                     f"Another process trains in {self.path}; wait for it or give another folder."
                 ) from None

@@ -18,7 +18,7 @@ from kornia_tinyvit.cli import evaluate_tasks
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.preprocessing import read_image
-from kornia_tinyvit.training import evaluate_detector
+from kornia_tinyvit.training import evaluate
 from kornia_tinyvit.visualization import draw_detections
 from tests import scenes
 from tests.helpers import error_of, run
@@ -102,7 +102,7 @@ class TestTrain:
         assert told.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
         detector = TinyViTDetector.from_config(pretrained=told["best"])
         assert (detector.class_names, detector.config.num_queries) == (scenes.BOX_NAMES, 10)
-        scores = evaluate_detector(detector, DetectionDataset.open(validation))
+        scores = evaluate(detector, DetectionDataset.open(validation))
         assert scores.map == pytest.approx(told["map"], abs=1e-3)
         asked = json.loads((tmp_path / "out" / "run.json").read_text())
         assert (asked["augmentation"]["kind"], asked["objective"]["kind"]) == ("boxes", "boxes")
@@ -132,7 +132,7 @@ class TestTrain:
         assert process.returncode == 0, process.stderr[-3000:]
         told = json.loads(process.stdout.strip().splitlines()[-1])
         kept = TinyViTDetector.from_config(pretrained=told["best"])
-        assert told["map"] == pytest.approx(evaluate_detector(kept, DetectionDataset.open(validation)).map, abs=1e-3)
+        assert told["map"] == pytest.approx(evaluate(kept, DetectionDataset.open(validation)).map, abs=1e-3)
         assert told["steps"] == 1
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
@@ -158,20 +158,20 @@ class TestEvaluate:
         data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
         told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
         images = DetectionDataset.open(data, "val")
-        found = evaluate_detector(TinyViTDetector.from_config(pretrained=own), images)
+        found = evaluate(TinyViTDetector.from_config(pretrained=own), images)
         assert told.pop("per_class").keys() == {"disc", "box"}
         assert told == pytest.approx(found.to_dict(), abs=1e-3)
         assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
-        sizes, measure = [], evaluate_tasks.measure_network
+        sizes, measure = [], evaluate_tasks.evaluate_network
 
         def record(network, *arguments, **settings):
             sizes.append(network.squares.size)
             return measure(network, *arguments, **settings)
 
-        monkeypatch.setattr(evaluate_tasks, "measure_network", record)
+        monkeypatch.setattr(evaluate_tasks, "evaluate_network", record)
         for options in ((), ("--img-size", "96")):
             run(*self.command(data, own, *options))
         assert sizes == [64, 96]

@@ -199,7 +199,7 @@ class TestMeasures:
         assert sorted(report.pop("broken")) == ["cat/a.png", "truck/b.png"]
         report.pop("knn")
         output = run("evaluate", str(folder), "--pretrained", weights, *options, "--batch-size", "1")
-        assert "\n2 could not be read and were left out: " in output
+        assert "\nCould not be read and were left out: 2, such as " in output
         broken.unlink()
         (folder / "truck" / "b.png").unlink()
         assert report == self.report(weights, folder)

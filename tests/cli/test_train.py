@@ -14,7 +14,7 @@ from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import build_student
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
-from kornia_tinyvit.training import RECIPES, evaluate_prompts, evaluate_segmenter, find_recipe
+from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
 from tests.helpers import error_of, run
 from tests.scenes import CLASSES, NAMES, damage, make_instances, make_pictures, make_scenes
 
@@ -132,7 +132,7 @@ class TestSemantic:
         segmenter = SemanticSegmenter.from_config(pretrained=told["best"])
         assert segmenter.class_names == NAMES
         assert segmenter.config.backbone.window_sizes == (8, 4, 2, 1)
-        found = evaluate_segmenter(segmenter, SegmentationDataset.open(validation))
+        found = evaluate(segmenter, SegmentationDataset.open(validation))
         assert found.mean_iou == pytest.approx(told["mean_iou"], abs=1e-3)
         asked = recorded(tmp_path)
         assert asked["augmentation"]["kind"] == "masks"
@@ -171,7 +171,7 @@ class TestPromptable:
         start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         kept = sam.image_encoder.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
-        found = evaluate_prompts(sam, InstanceDataset.open(validation, min_area=100))
+        found = evaluate(sam, InstanceDataset.open(validation, min_area=100))
         assert found["box_iou"] == pytest.approx(told["box_iou"], abs=1e-3)
         asked = recorded(tmp_path)
         assert asked["model"]["frozen"] == ["image_encoder", "prompt_encoder"]

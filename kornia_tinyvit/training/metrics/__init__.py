@@ -1,1 +1,1 @@
-"""Metrics of classifiers and detectors."""
+"""Metrics of classifiers, segmenters, detectors and prompted masks."""

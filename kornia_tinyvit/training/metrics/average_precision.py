@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kornia_tinyvit.data.detection import DetectionDataset
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.training.metrics.counts import Counts
 
 __all__ = ["BoxMetrics", "DetectionScores"]
 
@@ -61,7 +62,7 @@ def _rounded(value: float) -> float | None:
     return None if math.isnan(value) else round(value, 4)
 
 
-class BoxMetrics:
+class BoxMetrics(Counts):
     """Collect what was found on pictures, so that it adds up over processes, and compare it with what is there.
 
     Each picture has a place of its own for its size and its 100 surest detections. That of a picture that another
@@ -72,9 +73,9 @@ class BoxMetrics:
     """
 
     def __init__(self, images: DetectionDataset) -> None:
+        super().__init__((len(images), 2), (len(images), _COUNTED, _ROW), dtype=torch.float32)
         self.images = images
-        self._sizes = torch.zeros(len(images), 2)
-        self._found = torch.zeros(len(images), _COUNTED, _ROW)
+        self._sizes, self._found = self.parts
 
     def update(self, index: int, found: Tensor, height: int, width: int) -> None:
         """Add a picture.
@@ -90,22 +91,6 @@ class BoxMetrics:
         self._sizes[index] = torch.tensor([height, width])
         self._found[index] = 0
         self._found[index, : len(best)] = best.detach().to("cpu", torch.float32)
-
-    def state(self) -> Tensor:
-        """Return everything as one vector :math:`(n,)`; that of all pictures is the sum over the processes."""
-        return torch.cat([self._sizes.flatten(), self._found.flatten()])
-
-    def load_state(self, state: Tensor) -> None:
-        """Take over what :meth:`state` returned.
-
-        Raises:
-            ValueError: if it is of another number of pictures.
-        """
-        sizes, found = self._sizes.numel(), self._found.numel()
-        if state.numel() != sizes + found:
-            raise ValueError(f"Expected {sizes + found} numbers; got {state.numel()}.")
-        state = state.detach().to("cpu", torch.float32, copy=True)
-        self._sizes, self._found = state[:sizes].view_as(self._sizes), state[sizes:].view_as(self._found)
 
     def compute(self) -> DetectionScores:
         """Return the measures over all pictures so far.

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,26 +14,20 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.composite import part_groups
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
-from kornia_tinyvit.data.loader import Key
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
 from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
-from kornia_tinyvit.training.metrics.average_precision import BoxMetrics, DetectionScores
-from kornia_tinyvit.training.tasks.classification import (
-    ReadableItems,
-    as_it_is,
-    check_names,
-    measure_network,
-)
+from kornia_tinyvit.training.metrics.average_precision import BoxMetrics
+from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
 __all__ = [
     "DETECTION",
     "BoxAugmentation",
+    "BoxEvaluator",
     "BoxedBatch",
     "BoxedSamples",
     "DetectionLoss",
     "DetectionTask",
     "DetectorTraining",
-    "evaluate_detector",
 ]
 
 _VISIBLE = 0.3  # share of an object's box that a crop must hold for the object to count
@@ -120,24 +113,6 @@ class BoxedSamples(PairedSamples[BoxedBatch]):
     :class:`~kornia_tinyvit.data.DetectionDataset` and a :class:`BoxAugmentation`.
     """
 
-    def __getitems__(self, keys: Sequence[Key]) -> BoxedBatch:
-        """Return the samples of keys (epoch, sample)."""
-        crops = self._grey(len(keys))
-        boxes, labels = [], []
-        valid = torch.ones(len(keys))
-        broken = []
-        for row, (epoch, index) in enumerate(keys):
-            sample = self._read(index)
-            own = (torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64))
-            if sample is None:
-                valid[row] = 0
-                broken.append(self.images.name(index))
-            else:
-                crops[row], *own = self.augmentation(*sample, epoch, index)
-            boxes.append(own[0])
-            labels.append(own[1])
-        return BoxedBatch(crops, tuple(boxes), tuple(labels), valid, tuple(broken))
-
     def inputs(self, batch: BoxedBatch, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Return the pictures of a batch that could be read, :math:`(B, 3, S, S)` in [0, 1], and their objects.
 
@@ -147,6 +122,15 @@ class BoxedSamples(PairedSamples[BoxedBatch]):
         images = super().inputs(batch, device)[rows]
         objects = [{"boxes": batch.boxes[row].to(device), "class_labels": batch.labels[row].to(device)} for row in rows]
         return images, objects
+
+    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
+        return self._grey(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+
+    def _collate(
+        self, samples: list[tuple[Tensor, Tensor, Tensor]], valid: Tensor, broken: tuple[str, ...]
+    ) -> BoxedBatch:
+        crops, boxes, labels = zip(*samples, strict=True)
+        return BoxedBatch(torch.stack(crops), boxes, labels, valid, broken)
 
 
 class DetectorTraining(nn.Module):
@@ -263,71 +247,28 @@ class DetectionLoss:
         return loss.expand(len(batch.valid))
 
 
-class DetectionTask:
-    """Boxes and classes: COCO's mAP in per cent of :class:`DetectionDataset`."""
+class BoxEvaluator(Evaluator):
+    """A single measurement of a detector on images with boxes.
 
-    measure = "map"
+    Args:
+        images: the data set.
+        config: the detector's configuration.
+        **options: as for :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
+    """
 
-    def check(self, images: DetectionDataset, config: DetectorConfig, class_names: Sequence[str] | None) -> None:
-        """Refuse boxes of other classes than the network's."""
-        check_names(images.class_names, class_names)
-        if images.num_classes != config.num_classes:
-            raise ValueError(
-                f"The validation boxes have {images.num_classes} classes, but the network {config.num_classes}."
-            )
-
-    def judge(
-        self,
-        images: DetectionDataset,
-        config: DetectorConfig,
-        samples: BoxedSamples,
-        batch_size: int,
-        device: torch.device,
-    ) -> BoxJudge:
-        """Begin to collect what is found."""
-        return BoxJudge(images, config, samples.on_broken == "skip", batch_size, device)
-
-    def save(
-        self, config: DetectorConfig, state: dict[str, Tensor], paths: Sequence[Path], class_names: Sequence[str] | None
-    ) -> None:
-        """Write files for :meth:`TinyViTDetector.from_config`."""
-        from kornia_tinyvit.huggingface.rt_detr import load_weights
-
-        plain = TinyViTDetector.from_config(config, class_names=class_names)
-        load_weights(plain, {name.removeprefix("rt_detr."): tensor for name, tensor in state.items()})
-        for path in paths:
-            plain.save(path)
-
-
-#: The task of detectors, for :func:`~kornia_tinyvit.training.train`.
-DETECTION = DetectionTask()
-
-
-class BoxJudge:
-    """A single measurement of a detector on validation pictures; see :class:`~.tasks.Judge`."""
-
-    collate = staticmethod(as_it_is)
-
-    def __init__(
-        self, images: DetectionDataset, config: DetectorConfig, skip_broken: bool, batch_size: int, device: torch.device
-    ) -> None:
-        self.pictures = ReadableItems(images, partial(_numbered, images), skip_broken)
-        self.config, self.batch_size, self.device = config, batch_size, device
-        self.counts = BoxMetrics(images)
+    def __init__(self, images: DetectionDataset, config: DetectorConfig, **options: Any) -> None:
+        super().__init__(images, BoxMetrics(images), **options)
         self._squares = Squares(config.backbone.img_size)
         self._every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
-    def add(self, network: nn.Module, batch: list[tuple[tuple[int, Tensor] | None, str]]) -> list[str]:
-        """Add what is found on pictures."""
-        read = [sample for sample, _ in batch if sample is not None]
-        # Without pictures of its own a process still takes part in what the network's processes do together.
-        blank = torch.zeros(self.config.backbone.in_chans, 32, 32)
-        squares, sizes = self._squares([picture.to(self.device) for _, picture in read] or [blank.to(self.device)])
+    def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Objects]]]) -> None:
+        """Add what is found on images."""
+        images = [image for _, (image, _) in samples] or [torch.zeros(3, 32, 32)]
+        squares, sizes = self._squares([image.to(self.device) for image in images])
         logits, boxes = network(squares)
         found = self._every(logits.float(), boxes.float(), sizes)
-        for (index, picture), rows in zip(read, found, strict=False):
-            self.counts.update(index, rows, *picture.shape[1:])
-        return [name for sample, name in batch if sample is None]
+        for (index, (image, _)), rows in zip(samples, found, strict=False):
+            self.counts.update(index, rows, *image.shape[1:])
 
     def measures(self) -> dict[str, float]:
         """Return mAP over all overlaps, and at those of 50 and 75 per cent."""
@@ -335,28 +276,27 @@ class BoxJudge:
         return {name: found[name] or 0.0 for name in ("map", "map50", "map75")}
 
 
-def _numbered(images: DetectionDataset, index: int) -> tuple[int, Tensor]:
-    return index, images[index][0]
+class DetectionTask(Task):
+    """Boxes and classes: COCO's mAP in per cent of :class:`DetectionDataset`."""
+
+    measure = "map"
+
+    def evaluator(
+        self, images: DetectionDataset, config: DetectorConfig, samples: BoxedSamples, **options: Any
+    ) -> BoxEvaluator:
+        """Begin to collect what is found."""
+        return BoxEvaluator(images, config, **options)
+
+    def writer(
+        self, config: DetectorConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
+    ) -> Callable[[Path], object]:
+        """Write files for :meth:`TinyViTDetector.from_config`."""
+        from kornia_tinyvit.huggingface.rt_detr import load_weights
+
+        plain = TinyViTDetector.from_config(config, class_names=class_names)
+        load_weights(plain, {name.removeprefix("rt_detr."): tensor for name, tensor in state.items()})
+        return plain.save
 
 
-def evaluate_detector(
-    detector: TinyViTDetector, images: DetectionDataset, batch_size: int = 8, workers: int = 0, progress: bool = False
-) -> DetectionScores:
-    """Measure a detector on whole pictures, in their own pixels.
-
-    Args:
-        detector: the detector, seen as :meth:`TinyViTDetector.predict` sees pictures.
-        images: pictures and boxes.
-        batch_size: how many pictures the network takes at a time.
-        workers: processes that read pictures.
-        progress: show a bar.
-
-    Raises:
-        ValueError: if the boxes have other classes than the detector.
-        BrokenImageError: if a picture cannot be read.
-        MissingExtraError: if pycocotools is missing.
-    """
-    check_names(images.class_names, detector.class_names)
-    judge = BoxJudge(images, detector.config, False, batch_size, next(detector.parameters()).device)
-    measure_network(detector, judge, workers, progress)
-    return judge.counts.compute()
+#: The task of detectors, for :func:`~kornia_tinyvit.training.train`.
+DETECTION = DetectionTask()

@@ -90,7 +90,7 @@ class TestCounts:
         assert whole.compute().to_dict() == measure(images, RIGHT).compute().to_dict()
 
     def test_another_number_of_pictures(self, images):
-        with pytest.raises(ValueError, match="Expected 1806 numbers; got 5"):
+        with pytest.raises(ValueError, match="Expected 1806 counts; got 5"):
             BoxMetrics(images).load_state(torch.zeros(5))
 
     def test_looking_again_replaces(self, images):

@@ -20,11 +20,11 @@ from kornia_tinyvit.training import (
     DetectionLoss,
     DetectorTraining,
     Recipe,
-    evaluate_detector,
+    evaluate,
     train,
 )
-from kornia_tinyvit.training.tasks.classification import measure_network
-from kornia_tinyvit.training.tasks.detection import BoxJudge
+from kornia_tinyvit.training.tasks.base import evaluate_network
+from kornia_tinyvit.training.tasks.detection import BoxEvaluator
 from tests.scenes import BOX_NAMES, damage, make_boxes, write_boxes
 from tests.test_detection import make_detector
 
@@ -270,7 +270,7 @@ class TestTraining:
         assert result.measure == "map"
         kept = TinyViTDetector.from_config(pretrained=result.best)
         assert (kept.class_names, kept.training) == (BOX_NAMES, False)
-        scores = evaluate_detector(kept, DetectionDataset.open(folder), batch_size=4)
+        scores = evaluate(kept, DetectionDataset.open(folder), batch_size=4)
         assert scores.map == pytest.approx(result.score, abs=1e-3)
         assert metrics(tmp_path / "out")[-1]["map50"] == pytest.approx(scores.map50, abs=1e-3)
 
@@ -302,21 +302,21 @@ class TestTraining:
             DETECTION.check(DetectionDataset.open(other), replace(make_detector().config, num_classes=2), None)
 
 
-class TestJudge:
+class TestEvaluator:
     def test_processes_without_pictures(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
-        judge = BoxJudge(images, detector.config, False, 2, torch.device("cpu"))
-        assert judge.add(detector, []) == []
-        assert not judge.counts.state().any()
+        evaluator = BoxEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
+        assert evaluator.add(detector, []) == []
+        assert not evaluator.counts.state().any()
 
     def test_batches_of_mixed_sizes(self, folder):
         write_boxes(folder, "06", 1, 90, 100)
         detector, images = make_detector(), DetectionDataset.open(folder)
         found = []
         for size in (1, 5):
-            judge = BoxJudge(images, detector.config, False, size, torch.device("cpu"))
-            measure_network(detector, judge)
-            found.append(judge.counts.state())
+            evaluator = BoxEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=size)
+            evaluate_network(detector, evaluator)
+            found.append(evaluator.counts.state())
         assert found[0].reshape(-1)[:14].view(7, 2)[-1].tolist() == [90, 100]
         torch.testing.assert_close(*found, atol=1e-2, rtol=1e-4)
         (objects,) = detector.predict(images[6][0], 0.0)

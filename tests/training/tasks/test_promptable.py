@@ -29,11 +29,11 @@ from kornia_tinyvit.training import (
     PromptMetrics,
     Recipe,
     build_sam,
-    evaluate_prompts,
+    evaluate,
     find_recipe,
     train,
 )
-from kornia_tinyvit.training.tasks.promptable import PromptedBatch, Prompts
+from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
 from tests.conftest import TINY, liven
 from tests.scenes import damage, make_instances
 
@@ -378,29 +378,7 @@ class TestMaskLoss:
         assert gradcheck(Double(), (logits, scores))
 
 
-class TestMetrics:
-    def test_by_hand(self):
-        metrics = PromptMetrics()
-        wanted = torch.tensor([[[True, True, False, False]], [[False, True, True, True]]])
-        found = torch.tensor([[[True, False, False, False]], [[True, True, True, True]]])
-        metrics.update("box", found, wanted)
-        metrics.update("point", found[:1], wanted[:1])
-        metrics.update("point", torch.zeros_like(found), wanted)
-        told = metrics.compute()
-        assert told == pytest.approx({"instances": 3, "box_iou": 62.5, "point_iou": 50 / 3})
-
-    def test_states_add_up(self):
-        found, wanted = torch.rand(2, 4, 8, 8) > 0.5
-        parts = [PromptMetrics() for _ in range(3)]
-        for part, rows in zip(parts, (slice(None), slice(3), slice(3, None)), strict=True):
-            part.update("box", found[rows], wanted[rows])
-        parts[1].load_state(parts[1].state() + parts[2].state())
-        assert parts[0].compute() == pytest.approx(parts[1].compute(), nan_ok=True)
-
-    def test_shapes(self):
-        with pytest.raises(ValueError, match="Expected masks of the shape"):
-            PromptMetrics().update("box", torch.zeros(1, 2, 2) > 0, torch.zeros(1, 2, 3) > 0)
-
+class TestEvaluation:
     def test_as_a_user_would(self, folder):
         """The measure is that of the public calls on the photos' own size."""
         sam, data = lively_sam(), InstanceDataset.open(folder)
@@ -414,7 +392,7 @@ class TestMetrics:
             metrics.update("point", pointed.best().masks()[:, 0], masks)
         wanted = metrics.compute()
         assert 0 < wanted["box_iou"] < 100
-        assert evaluate_prompts(sam, data) == pytest.approx(wanted, rel=1e-3)
+        assert evaluate(sam, data) == pytest.approx(wanted, rel=1e-3)
 
 
 class TestBuildSam:
@@ -453,11 +431,11 @@ class TestTraining:
                 shutil.copy(data / kind / f"{copied % 2:02}.png", data / kind / f"{copied:02}.png")
         images = InstanceDataset.open(data)
         few, model = images.sample(4), make_sam()
-        before = evaluate_prompts(copy.deepcopy(model).eval(), few)
+        before = evaluate(copy.deepcopy(model).eval(), few)
         recipe = replace(RECIPE, epochs=2, warmup_epochs=0.2, base_lr=0.25, clip_norm=0.5, changes=WHOLE)
         samples = samples_of(data, prompting=Prompting(box_share=1.0, jitter=0.0), **WHOLE)
         result = fit(data, tmp_path / "out", recipe, model=model, samples=samples, focal=2.0, log_every=10)
-        found = evaluate_prompts(MobileSAM.from_config(checkpoint=result.last), few)
+        found = evaluate(MobileSAM.from_config(checkpoint=result.last), few)
         assert before["box_iou"] < 45
         assert found["box_iou"] > 85
         assert found["instances"] == 8
@@ -470,7 +448,7 @@ class TestTraining:
         assert result.to_dict()["box_iou"] == result.score == best
         kept = MobileSAM.from_config(checkpoint=result.best)
         assert (kept.training, kept.img_size) == (False, (64, 64))
-        found = evaluate_prompts(kept, validation)
+        found = evaluate(kept, validation)
         assert found["box_iou"] == pytest.approx(best, abs=1e-3)
         line = [line for line in lines if line["box_iou"] == best][-1]
         assert line["point_iou"] == pytest.approx(found["point_iou"], abs=1e-3)

@@ -6,11 +6,9 @@ import json
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from kornia.metrics import mean_iou
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset, replay_loader
@@ -20,10 +18,9 @@ from kornia_tinyvit.training import (
     MaskAugmentation,
     MaskedSamples,
     PixelLabels,
-    PixelMetrics,
     Recipe,
     balanced_weights,
-    evaluate_segmenter,
+    evaluate,
     find_recipe,
     train,
 )
@@ -227,63 +224,6 @@ class TestPixelLabels:
         assert balanced_weights(SegmentationDataset.open(folder, classes=(*NAMES, "none")))[3] == 1
 
 
-class TestMetrics:
-    def test_one_picture_equals_kornia(self):
-        classes, masks = torch.randint(0, 4, (2, 1, 30, 20), generator=torch.Generator().manual_seed(0))
-        metrics = PixelMetrics(4)
-        metrics.update(classes, masks)
-        found = metrics.compute()
-        assert found.per_class.tolist() == pytest.approx((100 * mean_iou(classes, masks, 4, eps=0))[0].tolist())
-        assert found.mean_iou == pytest.approx(float(found.per_class.mean()))
-        assert found.pixel_accuracy == pytest.approx(100 * float((classes == masks).double().mean()))
-        assert (found.pixels, found.present) == (600, 4)
-
-    def test_by_hand(self):
-        metrics = PixelMetrics(5)
-        metrics.update(torch.tensor([0, 0, 1, 2]), torch.tensor([0, 1, 1, 0]))
-        metrics.update(torch.tensor([[3], [1]]), torch.tensor([[3], [IGNORED]]))
-        found = metrics.compute()
-        assert found.per_class.tolist() == pytest.approx([100 / 3, 50, np.nan, 100, np.nan], nan_ok=True)
-        assert found.mean_iou == pytest.approx((100 / 3 + 50 + 100) / 3)  # of the classes that are there
-        assert (found.pixels, found.present, found.class_pixels.tolist()) == (5, 3, [2, 2, 0, 1, 0])
-        assert found.confusion[0].tolist() == [1, 0, 1, 0, 0]
-
-    def test_ignored_pixels_do_not_count(self):
-        classes, masks = torch.randint(0, 3, (2, 40))
-        some = PixelMetrics(3)
-        some.update(classes[:20], masks[:20])
-        masks[20:] = IGNORED
-        all_of_them = PixelMetrics(3)
-        all_of_them.update(classes, masks)
-        assert torch.equal(some.state(), all_of_them.state())
-
-    def test_states_add_up(self):
-        classes, masks = torch.randint(0, 3, (2, 40))
-        parts = [PixelMetrics(3) for _ in range(3)]
-        for part, rows in zip(parts, (slice(None), slice(20), slice(20, None)), strict=True):
-            part.update(classes[rows], masks[rows])
-        parts[1].load_state(parts[1].state() + parts[2].state())
-        assert torch.equal(parts[0].compute().confusion, parts[1].compute().confusion)
-
-    def test_one_class(self):
-        metrics = PixelMetrics(1)
-        metrics.update(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long))
-        assert metrics.compute().mean_iou == 100
-
-    def test_exceptions(self):
-        metrics = PixelMetrics(3)
-        with pytest.raises(ValueError, match="No labelled pixels"):
-            metrics.compute()
-        with pytest.raises(ValueError, match="at least 1"):
-            PixelMetrics(0)
-        with pytest.raises(ValueError, match="shape"):
-            metrics.update(torch.zeros(2, dtype=torch.long), torch.zeros(3, dtype=torch.long))
-        with pytest.raises(ValueError, match=r"classes in \[0, 3\)"):
-            metrics.update(torch.zeros(1, dtype=torch.long), torch.full((1,), 3))
-        with pytest.raises(ValueError, match="counts"):
-            metrics.load_state(torch.zeros(3))
-
-
 class TestTraining:
     def test_it_learns_two_pictures(self, tmp_path):
         data = make_scenes(tmp_path / "data", 2)
@@ -292,9 +232,9 @@ class TestTraining:
         )
         model = make_segmenter(img_size=64, window_sizes=(4, 8, 4, 2))
         images = SegmentationDataset.open(data)
-        before = evaluate_segmenter(model, images)
+        before = evaluate(model, images)
         result = fit(data, tmp_path / "out", recipe, model=model, log_every=50)
-        found = evaluate_segmenter(SemanticSegmenter.from_config(pretrained=result.best), images)
+        found = evaluate(SemanticSegmenter.from_config(pretrained=result.best), images)
         assert before.mean_iou < 50
         assert found.mean_iou > 95
         assert found.pixel_accuracy > 98
@@ -310,7 +250,7 @@ class TestTraining:
         assert "top1" not in result.to_dict()
         kept = SemanticSegmenter.from_config(pretrained=result.best)
         assert (kept.class_names, kept.training) == (NAMES, False)
-        found = evaluate_segmenter(kept, validation)
+        found = evaluate(kept, validation)
         assert found.mean_iou == pytest.approx(best, abs=1e-3)
         line = next(line for line in lines if line.get("mean_iou") == best)
         assert line["pixel_accuracy"] == pytest.approx(found.pixel_accuracy, abs=1e-3)
@@ -351,7 +291,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="4 classes, but the network 3"):
             fit(folder, tmp_path / "out", validation=four, class_names=None)
         with pytest.raises(ValueError, match="other classes"):
-            evaluate_segmenter(make_segmenter(), SegmentationDataset.open(other))
+            evaluate(make_segmenter(), SegmentationDataset.open(other))
         with pytest.raises(ValueError, match="validate_every"):
             fit(folder, tmp_path / "out", validate_every=0)
         fit(folder, tmp_path / "out")

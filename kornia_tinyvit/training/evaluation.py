@@ -1,0 +1,115 @@
+"""Measuring networks for a task on data sets of their own."""
+
+from __future__ import annotations
+
+from typing import Any, overload
+
+from torch import nn
+
+from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
+from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training.metrics.average_precision import DetectionScores
+from kornia_tinyvit.training.metrics.classification import Evaluation
+from kornia_tinyvit.training.metrics.semantic import Segmentation
+from kornia_tinyvit.training.tasks.base import Evaluator, evaluate_network
+from kornia_tinyvit.training.tasks.classification import AccuracyEvaluator
+from kornia_tinyvit.training.tasks.detection import DETECTION, BoxEvaluator
+from kornia_tinyvit.training.tasks.promptable import PromptedSAM, PromptEvaluator
+from kornia_tinyvit.training.tasks.semantic import SEMANTIC, PixelEvaluator
+
+__all__ = ["begin_evaluation", "evaluate"]
+
+
+@overload
+def evaluate(
+    network: ImageClassifier,
+    images: ClassificationDataset,
+    batch_size: int = 8,
+    workers: int = 0,
+    progress: bool = False,
+) -> Evaluation: ...
+
+
+@overload
+def evaluate(
+    network: SemanticSegmenter,
+    images: SegmentationDataset,
+    batch_size: int = 8,
+    workers: int = 0,
+    progress: bool = False,
+) -> Segmentation: ...
+
+
+@overload
+def evaluate(
+    network: TinyViTDetector, images: DetectionDataset, batch_size: int = 8, workers: int = 0, progress: bool = False
+) -> DetectionScores: ...
+
+
+@overload
+def evaluate(
+    network: MobileSAM, images: InstanceDataset, batch_size: int = 8, workers: int = 0, progress: bool = False
+) -> dict[str, float]: ...
+
+
+def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, progress: bool = False) -> Any:
+    """Measure a network on whole images, at their own size.
+
+    Args:
+        network: the network, which sees images as its ``predict`` does; a MobileSAM must have a square input.
+        images: the data set. The classes of a classifier are matched by name, or by position where none agrees; those
+            of other networks must be the same in the same order.
+        batch_size: how many images a classifier or a detector takes at a time.
+        workers: processes that read images.
+        progress: show a bar.
+
+    Returns:
+        :class:`~kornia_tinyvit.training.metrics.classification.Evaluation` of a classifier,
+        :class:`~kornia_tinyvit.training.metrics.semantic.Segmentation` of a segmenter,
+        :class:`~kornia_tinyvit.training.DetectionScores` of a detector. Of a MobileSAM a dictionary: how many
+        ``instances`` there were, and the mean IoU in per cent of one tight box each, ``box_iou``, and of one point each
+        at :func:`~kornia_tinyvit.ops.central_points`, ``point_iou``, for which the mask with the highest score counts.
+
+    Raises:
+        TypeError: if the network is none of these.
+        ValueError: if the data set has other classes than the network, or no labels.
+        BrokenImageError: if an image cannot be read.
+        MissingExtraError: for detectors if pycocotools is missing.
+    """
+    module, evaluator = begin_evaluation(network, images, batch_size=batch_size)
+    evaluate_network(module, evaluator, workers, progress)
+    return evaluator.counts.compute()
+
+
+def begin_evaluation(network: nn.Module, images: Any, **options: Any) -> tuple[nn.Module, Evaluator]:
+    """Return what :func:`evaluate_network` takes to measure a network on a data set.
+
+    Args:
+        network: as for :func:`evaluate`.
+        images: as for :func:`evaluate`.
+        **options: ``batch_size`` and ``skip_broken``, as for :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
+
+    Raises:
+        TypeError: if the network is none that :func:`evaluate` knows.
+        ValueError: if the data set has other classes than the network.
+    """
+    options["device"] = next(network.parameters()).device
+    match network:
+        case ImageClassifier():
+            known = images.with_classes(network.class_names)
+            return network, AccuracyEvaluator(known, len(network.class_names), list, **options)
+        case SemanticSegmenter():
+            SEMANTIC.check(images, network.config, network.class_names)
+            return network, PixelEvaluator(images, network.config, **options)
+        case TinyViTDetector():
+            DETECTION.check(images, network.config, network.class_names)
+            return network, BoxEvaluator(images, network.config, **options)
+        case MobileSAM():
+            prompted = PromptedSAM(network)
+            return prompted, PromptEvaluator(images, prompted.config, **options)
+    raise TypeError(
+        f"Expected an ImageClassifier, SemanticSegmenter, TinyViTDetector or MobileSAM; got {type(network)}."
+    )
