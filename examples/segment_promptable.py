@@ -110,8 +110,8 @@ def main() -> None:
         clip_norm=0.5,
         changes={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0},
     )
-    pretrained = None if args.pretrained == "none" else args.pretrained
-    sam = build_sam(args.variant, pretrained, img_size=args.img_size, window_sizes=tuple(args.windows))
+    pretrained = False if args.pretrained == "none" else args.pretrained
+    sam = build_sam(args.variant, pretrained=pretrained, img_size=args.img_size, window_sizes=tuple(args.windows))
     tell("before", "train", sam, images)
     prompting = Prompting(args.asked, args.box_share, jitter=args.jitter)
     augmentation = PromptAugmentation(recipe.img_size, recipe.preset, prompting=prompting, **recipe.changes)

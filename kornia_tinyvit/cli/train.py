@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
 from kornia_tinyvit.cli.options import Json, MinArea, TaskName, refuse_idle
+from kornia_tinyvit.cli.tables import print_names
 from kornia_tinyvit.cli.training_options import (
     BatchSize,
     Checkpointing,
@@ -29,23 +31,41 @@ from kornia_tinyvit.cli.training_options import (
     TrainedVariant,
     Validation,
     Workers,
-    build_detector,
-    build_promptable,
+    build_network,
     build_samples,
-    build_segmenter,
-    build_student,
     parse_precision,
 )
-from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.detection import DetectionDataset
-from kornia_tinyvit.data.instances import InstanceDataset
-from kornia_tinyvit.data.segmentation import SegmentationDataset
-from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
-from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, Task
-
-if TYPE_CHECKING:
-    from kornia_tinyvit.training.loop import TrainingResult
-
+from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
+from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training import (
+    DETECTION,
+    PROMPTABLE,
+    RECIPES,
+    SEMANTIC,
+    BoxAugmentation,
+    BoxedSamples,
+    DetectionLoss,
+    DetectorTraining,
+    Labels,
+    MaskAugmentation,
+    MaskedSamples,
+    MaskLoss,
+    PixelLabels,
+    PromptAugmentation,
+    PromptedSAM,
+    PromptedSamples,
+    Prompting,
+    Recipe,
+    TrainingResult,
+    balanced_weights,
+    build_sam,
+    find_recipe,
+)
+from kornia_tinyvit.training import train as run
+from kornia_tinyvit.training.tasks.base import Task
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 _USUAL_RECIPES = {
@@ -115,8 +135,6 @@ def train(
     as_json: Json = False,
 ) -> None:
     """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
-    from kornia_tinyvit.training.loop import train as run
-
     idle = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not task for name in names)
     refuse_idle(context, idle, f"with --task {task}")
     if validation is None:
@@ -132,7 +150,7 @@ def train(
     )  # fmt: skip
     plan = _PLANS[task](asked)
     if not as_json:
-        plan.tell()
+        tell_useless(plan.samples.images)
     result = run(
         plan.model,
         plan.samples,
@@ -174,117 +192,74 @@ class _Asked:
     min_area: int
     queries: int
 
+    def drawn(self, images: Any) -> Any:
+        """Return the images that are used."""
+        return images if self.limit is None else images.sample(self.limit)
+
+    def augmentation(self, kind: Callable[..., Any], **options: Any) -> Any:
+        """Return the recipe's augmentation."""
+        return kind(self.recipe.img_size, self.recipe.preset, self.seed, **options, **self.recipe.changes)
+
+    def network(self, build: Callable[..., Any], **options: Any) -> Any:
+        """Return what is trained, as :func:`build_network` builds it."""
+        return build_network(
+            build, self.variant, self.pretrained, self.recipe, self.init_seed, self.gradient_checkpointing, **options
+        )
+
 
 @dataclass(frozen=True)
 class _Plan:
     """What the loop takes."""
 
+    task: Task
     model: Any
     samples: Any
     objective: Any
     validation: Any
     class_names: tuple[str, ...] | None
-    task: Task = CLASSIFICATION
-    left_out: tuple[str, ...] = ()
-    useless: tuple[str, ...] = ()
-
-    def tell(self) -> None:
-        """Print the names of files that are of no use."""
-        if self.left_out:
-            some = ", ".join(self.left_out[:5])
-            print(f"Left out, since their pictures or masks are missing: {len(self.left_out)}, such as {some}")
-        if self.useless:
-            print(f"Boxes left out: {len(self.useless)}, such as {'; '.join(self.useless[:3])}")
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.tasks.classification import Labels
-
     samples = build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
-    images = samples.images
-    model = build_student(
-        asked.variant,
-        asked.pretrained,
-        asked.recipe,
-        images.num_classes,
-        asked.init_seed,
-        asked.gradient_checkpointing,
-    )
-    validation = None
+    images, validation = samples.images, None
+    model = asked.network(TinyViT.from_config, num_classes=images.num_classes)
     if asked.validation is not None:
         validation = ClassificationDataset.open(asked.validation).with_classes(images.class_names)
-    return _Plan(model, samples, Labels(samples.augmentation), validation, images.class_names)
+    return _Plan(CLASSIFICATION, model, samples, Labels(samples.augmentation), validation, images.class_names)
 
 
 def _plan_segmenter(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.tasks.semantic import (
-        SEMANTIC,
-        MaskAugmentation,
-        MaskedSamples,
-        PixelLabels,
-        balanced_weights,
-    )
-
-    images = SegmentationDataset.open(asked.data, "train")
-    left_out = images.without_mask + images.without_picture
-    if asked.limit is not None:
-        images = images.sample(asked.limit)
-    recipe = asked.recipe
-    augmentation = MaskAugmentation(recipe.img_size, recipe.preset, asked.seed, **recipe.changes)
-    model = build_segmenter(
-        asked.variant, asked.pretrained, recipe, images.class_names, asked.init_seed, asked.gradient_checkpointing
-    )
+    images = asked.drawn(SegmentationDataset.open(asked.data, "train"))
+    samples = MaskedSamples(images, asked.augmentation(MaskAugmentation), asked.on_broken)
+    model = asked.network(SemanticSegmenter.from_config, class_names=images.class_names)
     validation = None
     if asked.validation is not None:
         classes = dict(zip(images.ids, images.class_names, strict=True))
         validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
-    samples = MaskedSamples(images, augmentation, asked.on_broken)
     weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
-    objective = PixelLabels(augmentation.preset.label_smoothing, weights)
-    return _Plan(model, samples, objective, validation, images.class_names, SEMANTIC, left_out)
+    objective = PixelLabels(samples.augmentation.preset.label_smoothing, weights)
+    return _Plan(SEMANTIC, model, samples, objective, validation, images.class_names)
 
 
 def _plan_promptable(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.tasks.promptable import PROMPTABLE, MaskLoss, PromptedSAM
-    from kornia_tinyvit.training.tasks.prompts import PromptAugmentation, PromptedSamples, Prompting
-
-    images = InstanceDataset.open(asked.data, "train", asked.min_area)
-    left_out = images.without_mask + images.without_picture
-    if asked.limit is not None:
-        images = images.sample(asked.limit)
-    recipe, prompting = asked.recipe, Prompting(asked.prompts, asked.box_share)
-    augmentation = PromptAugmentation(recipe.img_size, recipe.preset, asked.seed, prompting, **recipe.changes)
-    sam = build_promptable(asked.variant, asked.pretrained, recipe, asked.init_seed, asked.gradient_checkpointing)
+    images = asked.drawn(InstanceDataset.open(asked.data, "train", asked.min_area))
+    augmentation = asked.augmentation(PromptAugmentation, prompting=Prompting(asked.prompts, asked.box_share))
+    sam = asked.network(build_sam, scaled=False)  # windows are MobileSAM's own at every size
     validation = None
     if asked.validation is not None:
         validation = InstanceDataset.open(asked.validation, "val", asked.min_area)
     samples = PromptedSamples(images, augmentation, asked.on_broken)
-    return _Plan(PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None, PROMPTABLE, left_out)
+    return _Plan(PROMPTABLE, PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None)
 
 
 def _plan_detector(asked: _Asked) -> _Plan:
-    from kornia_tinyvit.training.tasks.detection import (
-        DETECTION,
-        BoxAugmentation,
-        BoxedSamples,
-        DetectionLoss,
-        DetectorTraining,
-    )
-
-    images = DetectionDataset.open(asked.data, "train")
-    left_out, useless = images.without_picture, images.left_out
-    if asked.limit is not None:
-        images = images.sample(asked.limit)
-    recipe = asked.recipe
-    augmentation = BoxAugmentation(recipe.img_size, recipe.preset, asked.seed, **recipe.changes)
-    detector = build_detector(
-        asked.variant, asked.pretrained, recipe, images.class_names, asked.queries, asked.init_seed,
-        asked.gradient_checkpointing,
-    )  # fmt: skip
+    images = asked.drawn(DetectionDataset.open(asked.data, "train"))
+    samples = BoxedSamples(images, asked.augmentation(BoxAugmentation), asked.on_broken)
+    options: dict[str, Any] = {"class_names": images.class_names, "num_queries": asked.queries}
+    detector = asked.network(TinyViTDetector.from_config, scaled=False, **options)  # its images are large
+    model = DetectorTraining(detector)
     validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
-    model, samples = DetectorTraining(detector), BoxedSamples(images, augmentation, asked.on_broken)
-    names = images.class_names
-    return _Plan(model, samples, DetectionLoss(model), validation, names, DETECTION, left_out, useless)
+    return _Plan(DETECTION, model, samples, DetectionLoss(model), validation, images.class_names)
 
 
 _PLANS = {
@@ -293,6 +268,13 @@ _PLANS = {
     TaskName.promptable: _plan_promptable,
     TaskName.detection: _plan_detector,
 }
+
+
+def tell_useless(images: Any) -> None:
+    """Print the names of files of a data set that are of no use."""
+    missing = (*getattr(images, "without_mask", ()), *getattr(images, "without_picture", ()))
+    print_names("Left out, since their pictures or masks are missing", missing)
+    print_names("Boxes left out", getattr(images, "left_out", ()))
 
 
 def report_training(result: TrainingResult, as_json: bool) -> None:
@@ -304,5 +286,4 @@ def report_training(result: TrainingResult, as_json: bool) -> None:
         return
     score = "" if result.score is None else f", {_TITLES[result.measure]} {result.score:.2f} %"
     print(f"{result.steps} steps in {result.seconds:.0f} s{score}: {result.best}")
-    if result.broken:
-        print(f"Could not be read and were left out: {len(result.broken)}, such as {', '.join(result.broken[:5])}")
+    print_names("Could not be read and were left out", result.broken)

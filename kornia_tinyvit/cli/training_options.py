@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 import torch
 import typer
@@ -15,11 +15,10 @@ from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
-from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.sam.model import MobileSAM
-from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.recipes import RECIPES, Recipe
+
+Network = TypeVar("Network")
 
 
 class Frozen(StrEnum):
@@ -88,76 +87,51 @@ def augment_samples(images: ClassificationDataset, recipe: Recipe, seed: int, on
 def build_student(
     variant: str, pretrained: str | None, recipe: Recipe, num_classes: int, seed: int, gradient_checkpointing: bool
 ) -> TinyViT:
-    """Build what is trained, with first weights of a seed; loaded windows follow the size of the pictures."""
-    torch.manual_seed(seed)
-    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    network: str | TinyViTConfig = variant if variant in VARIANTS else like(variant)
-    return TinyViT.from_config(network, pretrained=pretrained or False, num_classes=num_classes, **options)
+    """Build the classifier that is trained; see :func:`build_network`."""
+    build = TinyViT.from_config
+    return build_network(build, variant, pretrained, recipe, seed, gradient_checkpointing, num_classes=num_classes)
 
 
-def build_segmenter(
+def build_network(
+    build: Callable[..., Network],
     variant: str,
     pretrained: str | None,
     recipe: Recipe,
-    class_names: Sequence[str],
     seed: int,
     gradient_checkpointing: bool,
-) -> SemanticSegmenter:
-    """Build the segmenter that is trained, as :func:`build_student` builds its backbone."""
+    scaled: bool = True,
+    **options: Any,
+) -> Network:
+    """Build what is trained, with first weights of a seed.
+
+    Args:
+        build: builds it, such as ``TinyViT.from_config``.
+        variant: variant of the TinyViT, or a file with one like it.
+        pretrained: weights to start from.
+        recipe: how it is trained.
+        seed: seed of the first weights.
+        gradient_checkpointing: whether to trade time for memory.
+        scaled: whether loaded windows follow the size of the images.
+        **options: for ``build``.
+    """
     torch.manual_seed(seed)
-    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    return SemanticSegmenter.from_config(variant, pretrained=pretrained or False, class_names=class_names, **options)
-
-
-def build_promptable(
-    variant: str, pretrained: str | None, recipe: Recipe, seed: int, gradient_checkpointing: bool
-) -> MobileSAM:
-    """Build the MobileSAM that is trained, with first weights of a seed; windows are MobileSAM's own at every size."""
-    from kornia_tinyvit.training.tasks.promptable import build_sam
-
-    torch.manual_seed(seed)
-    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    if options["window_sizes"] == "scale":
-        options["window_sizes"] = None
-    return build_sam(variant, pretrained, **options)
-
-
-def build_detector(
-    variant: str,
-    pretrained: str | None,
-    recipe: Recipe,
-    class_names: Sequence[str],
-    queries: int,
-    seed: int,
-    gradient_checkpointing: bool,
-) -> TinyViTDetector:
-    """Build the detector that is trained; loaded windows stay as they are, since its pictures are large."""
-    torch.manual_seed(seed)
-    options = _network_options(variant, pretrained, recipe, gradient_checkpointing)
-    if options["window_sizes"] == "scale":
-        options["window_sizes"] = None
-    return TinyViTDetector.from_config(
-        variant, pretrained=pretrained or False, class_names=class_names, num_queries=queries, **options
+    usual = like(variant)
+    windows: Literal["scale", "fit"] | None = None
+    if pretrained and scaled and recipe.img_size >= usual.img_size:
+        windows = "scale"
+    elif not pretrained and recipe.img_size < usual.img_size:
+        windows = "fit"  # or small maps would be padded to windows larger than they are
+    return build(
+        variant if variant in VARIANTS else usual,
+        pretrained=pretrained or False,
+        img_size=recipe.img_size,
+        use_checkpoint=gradient_checkpointing,
+        drop_path_rate=recipe.drop_path.get(variant, usual.drop_path_rate),
+        window_sizes=windows,
+        **options,
     )
 
 
 def like(variant: str) -> TinyViTConfig:
     """Return the configuration of a variant, or of the network in a file such as a contracted one."""
     return read_checkpoint(variant).config if Path(variant).is_file() else TinyViTConfig.from_variant(variant)
-
-
-def _network_options(
-    variant: str, pretrained: str | None, recipe: Recipe, gradient_checkpointing: bool
-) -> dict[str, Any]:
-    usual = like(variant)
-    windows: Literal["scale", "fit"] | None = None
-    if pretrained and recipe.img_size >= usual.img_size:
-        windows = "scale"
-    elif not pretrained and recipe.img_size < usual.img_size:
-        windows = "fit"  # or small maps would be padded to windows larger than they are
-    return {
-        "img_size": recipe.img_size,
-        "use_checkpoint": gradient_checkpointing,
-        "drop_path_rate": recipe.drop_path.get(variant, usual.drop_path_rate),
-        "window_sizes": windows,
-    }

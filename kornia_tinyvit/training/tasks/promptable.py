@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -161,7 +161,8 @@ class PromptedSAM(nn.Module):
 
 def build_sam(
     variant: str | TinyViTConfig | None = None,
-    pretrained: str | Path | None = None,
+    *,
+    pretrained: str | Path | Literal[False] = False,
     img_size: int | None = None,
     window_sizes: WindowSizes | None = None,
     **changes: Any,
@@ -171,7 +172,7 @@ def build_sam(
     Args:
         variant: variant or configuration of the encoder; may be left out where a file tells it.
         pretrained: ``"mobile_sam"``, or a path or URL of a whole MobileSAM; or weights of a TinyViT alone, as
-            :meth:`TinyViT.from_config` takes them, for all of the encoder but its neck; ``None`` for random weights.
+            :meth:`TinyViT.from_config` takes them, for all of the encoder but its neck; ``False`` for random weights.
         img_size: side in pixels of the input, a multiple of 16; that of a whole MobileSAM, or 1024, if left out.
         window_sizes: for a new or a bare encoder; as for :meth:`TinyViT.from_config`.
         **changes: fields of the encoder's configuration to replace that change no weights, such as ``use_checkpoint``.
@@ -183,7 +184,7 @@ def build_sam(
         ValueError: if it cannot be built.
         CheckpointError: if the weights cannot be read or belong to another architecture.
     """
-    if pretrained is not None and open_pretrained(pretrained, variant).layout == "mobile_sam":
+    if pretrained and open_pretrained(pretrained, variant).layout == "mobile_sam":
         whole = MobileSAM.from_config(variant, pretrained=pretrained, img_size=img_size)
         encoder = TinyViT.from_config(whole.config.replace(**changes))
         encoder.load_state_dict(whole.image_encoder.state_dict())
@@ -191,7 +192,7 @@ def build_sam(
         return whole.train()
     size = img_size or 1024
     bare = TinyViT.from_config(
-        variant, pretrained=pretrained or False, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
+        variant, pretrained=pretrained, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
     )
     encoder = TinyViT.from_config(bare.config.replace(mobile_sam=True))
     encoder.load_state_dict(encoder.state_dict() | bare.state_dict())

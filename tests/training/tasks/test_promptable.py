@@ -402,7 +402,7 @@ class TestBuildSam:
         assert (sam.config.drop_path_rate, sam.config.use_checkpoint) == (0.3, True)
 
     def test_encoder_alone(self):
-        sam = build_sam("1m", "cifar10", 64)
+        sam = build_sam("1m", pretrained="cifar10", img_size=64)
         start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         found = sam.image_encoder.state_dict()
         assert all(torch.equal(found[name], start[name]) for name in start if not name.startswith("head."))
@@ -411,14 +411,14 @@ class TestBuildSam:
     def test_whole(self, tmp_path):
         sam = lively_sam()
         path = save_checkpoint(sam, tmp_path / "sam.safetensors")
-        again = build_sam(None, path, drop_path_rate=0.2)
+        again = build_sam(pretrained=path, drop_path_rate=0.2)
         assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in sam.state_dict().items())
         assert (again.config.drop_path_rate, again.img_size, again.training) == (0.2, (64, 64), True)
-        assert build_sam(None, path, 96).img_size == (96, 96)
+        assert build_sam(pretrained=path, img_size=96).img_size == (96, 96)
 
     def test_exceptions(self, tmp_path):
         with pytest.raises(CheckpointError, match="no weights and no file"):
-            build_sam("1m", "nothing")
+            build_sam("1m", pretrained="nothing")
         with pytest.raises(ValueError, match="multiple of 16"):
             build_sam("1m", img_size=40)
 
