@@ -131,7 +131,7 @@ def main() -> None:
     )
     print(f"{len(images)} pictures, {result.steps} steps in {result.seconds:.0f} s")
 
-    kept = MobileSAM.from_config(checkpoint=result.last)
+    kept = MobileSAM.from_config(pretrained=result.last)
     tell("after", "train", kept, images)
     if args.others:
         tell("after", "others", kept, InstanceDataset(*args.others, args.min_area))

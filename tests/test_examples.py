@@ -461,7 +461,7 @@ def test_segment_promptable(tmp_path):
     before, after, others = json_lines(output)
     assert (before["when"], before["pictures"], before["instances"]) == ("before", 2, 4)
     assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
-    kept = MobileSAM.from_config(checkpoint=tmp_path / "runs" / "it" / "last.safetensors")
+    kept = MobileSAM.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     found = evaluate(kept, InstanceDataset(*folders))
     assert others["box_iou"] == pytest.approx(found["box_iou"], abs=0.01)
     assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)

@@ -67,10 +67,7 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
         ``"transformers"``; and the names that were left out because they are derived or belong to another part of a
         whole model.
     """
-    tensors = dict(state_dict)
-    while prefix := _common_prefix(tensors):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
-
+    tensors = strip_prefixes(state_dict)
     layout = "official"
     left_out: list[str] = []
     if any(name.startswith(_SAM_ENCODER) for name in tensors):
@@ -88,6 +85,14 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
 
     derived = [name for name in tensors if name.endswith(_DERIVED)]
     return {name: tensors[name] for name in tensors if name not in derived}, layout, left_out + derived
+
+
+def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Remove what wrappers such as ``DataParallel`` put before the names of all tensors."""
+    tensors = dict(state_dict)
+    while prefix := _common_prefix(tensors):
+        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    return tensors
 
 
 def _common_prefix(names: Collection[str]) -> str | None:

@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubFacts, read_hub_config
-from kornia_tinyvit.checkpoints.layouts import translate, unwrap
+from kornia_tinyvit.checkpoints.layouts import strip_prefixes, translate, unwrap
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.files import replacing
 
@@ -73,6 +73,7 @@ class Checkpoint:
         layout: the naming they came in: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
         class_names: the names of the classes, where the file tells them.
         left_out: names in the file that are no weights of the network.
+        others: the tensors of the other parts of a whole MobileSAM, its prompt encoder and mask decoder.
     """
 
     state_dict: dict[str, Tensor]
@@ -81,6 +82,7 @@ class Checkpoint:
     layout: str = "official"
     class_names: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
+    others: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -137,6 +139,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
     content = {str(key): value for key, value in content.items()}
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
+    no_tensors = sorted(content.keys() - tensors.keys())
+    tensors = strip_prefixes(tensors)
     state_dict, layout, left_out = translate(tensors)
     if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
         raise CheckpointError(
@@ -150,8 +154,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
     if stored is not None:
         _refuse_false_config(stored, config, name)
         config = stored
-    left_out += sorted(content.keys() - tensors.keys())
-    return Checkpoint(state_dict, config, name, layout, classes, tuple(left_out))
+    others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
+    return Checkpoint(state_dict, config, name, layout, classes, (*left_out, *no_tensors), others)
 
 
 def open_pretrained(

@@ -132,7 +132,7 @@ def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list
 
 def _build(variant: str | None, checkpoint: str | None, img_size: int | tuple[int, int] | None) -> MobileSAM:
     try:
-        return MobileSAM.from_config(variant, checkpoint is None, checkpoint, img_size)
+        return MobileSAM.from_config(variant, pretrained=checkpoint or True, img_size=img_size)
     except CheckpointError as error:
         if checkpoint is not None:
             raise

@@ -57,7 +57,7 @@ def save_hub_folder(
     found = open_pretrained(pretrained, variant)
     model: PreTrainedModel
     if found.config.mobile_sam:
-        sam = MobileSAM.from_config(variant, pretrained)
+        sam = MobileSAM.from_config(variant, pretrained=pretrained)
         model = from_mobile_sam(sam)
         SamProcessor(TinyVitSamImageProcessor.from_size(max(sam.img_size))).save_pretrained(folder)
     else:

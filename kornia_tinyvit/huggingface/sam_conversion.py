@@ -39,7 +39,7 @@ def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
     """Return transformers' model of a MobileSAM, with a copy of its weights, in its mode, precision and place.
 
     Args:
-        sam: the model, whose input is square; ``MobileSAM.from_config(checkpoint="mobile_sam.pt")`` reads the
+        sam: the model, whose input is square; ``MobileSAM.from_config(pretrained="mobile_sam.pt")`` reads the
             published file.
 
     Raises:

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.layouts import unwrap
-from kornia_tinyvit.checkpoints.loading import fetch_weights, locate_file, read_tensors, refuse_misfits
+from kornia_tinyvit.checkpoints.loading import refuse_misfits
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
@@ -114,20 +113,19 @@ class MobileSAM(Sam):
     @classmethod
     def from_config(  # type: ignore[override]
         cls,
-        variant: str | TinyViTConfig | None = None,
-        pretrained: bool | str | Path = False,
-        checkpoint: str | Path | Mapping[str, Any] | None = None,
+        config: str | TinyViTConfig | None = None,
+        *,
+        pretrained: bool | str | Path | Mapping[str, Any] = False,
         img_size: int | tuple[int, int] | None = None,
     ) -> MobileSAM:
         """Build MobileSAM with any variant as its encoder, with or without weights.
 
         Args:
-            variant: ``"1m"``, ``"5m"`` (the published one), ``"11m"``, ``"21m"`` or a
+            config: ``"1m"``, ``"5m"`` (the published one), ``"11m"``, ``"21m"`` or a
                 :class:`~kornia_tinyvit.TinyViTConfig`; if left out, that of the weights, else ``"5m"``.
-            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or a path or URL, as
-                ``checkpoint``.
-            checkpoint: path, URL or state dict of a whole model, of this class, of kornia or of the original code.
-                Only tensors are read: a file that would have to run code is refused.
+            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or path, URL or state
+                dict of a whole model, of this class, of kornia or of the original code. Only tensors are read: a file
+                that would have to run code is refused.
             img_size: height and width in pixels of the input, multiples of 16; a number for a square. That of the
                 weights if left out, else 1024. The published weights were made at 1024; smaller inputs take less time
                 in proportion to their area and lose small objects and fine borders.
@@ -136,21 +134,23 @@ class MobileSAM(Sam):
             The network, in evaluation mode if weights were loaded, in training mode otherwise, as in kornia.
 
         Raises:
-            ValueError: if the variant or the size is unknown, or both sources of weights are given.
+            ValueError: if the variant or the size is unknown.
             CheckpointError: if the weights cannot be fetched or read, or are not those of this whole network.
         """
-        if checkpoint is not None and pretrained:
-            raise ValueError("Give pretrained or checkpoint, not both.")
-        base = TinyViTConfig.from_variant(variant or "5m") if variant is None or isinstance(variant, str) else variant
-        base = base.replace(mobile_sam=True, img_size=1024)
-        weights = None
-        if pretrained or checkpoint is not None:
-            weights = _read_whole(_find(pretrained, variant) if checkpoint is None else checkpoint, variant)
-            base = weights.encoder.config
+        found = None
+        if pretrained is not False:
+            found = _open_whole(pretrained, config)
+            base = found.config
+        else:
+            base = config if isinstance(config, TinyViTConfig) else TinyViTConfig.from_variant(config or "5m")
+            base = base.replace(img_size=1024)
         size = _check_size(base.img_size if img_size is None else img_size)
         model = cls(TinyViT.from_config(base.replace(mobile_sam=True, img_size=max(size))), size)
-        if weights is not None:
-            weights.load_into(model)
+        if found is not None:
+            parts = {name: x for name, x in model.state_dict().items() if not name.startswith(_ENCODER)}
+            refuse_misfits(found.others, parts, found.source)  # before the network is touched
+            load_checkpoint(model.image_encoder, found)
+            model.load_state_dict(found.others, strict=False)
             model.eval()
         return model
 
@@ -469,44 +469,22 @@ class MobileSAMPrompter(VisualPrompter):
         return masks
 
 
-@dataclass(frozen=True)
-class _Weights:
-    """The tensors of a whole model: the encoder's, and those of the two other parts under their names."""
-
-    encoder: Checkpoint
-    others: dict[str, Tensor]
-
-    def load_into(self, model: MobileSAM) -> None:
-        """Load everything; what does not fit is refused before the network is touched."""
-        target = {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(_ENCODER)}
-        refuse_misfits(self.others, target, self.encoder.source)
-        load_checkpoint(model.image_encoder, self.encoder)
-        model.load_state_dict(self.others, strict=False)
-
-
-def _find(pretrained: bool | str | Path, variant: str | TinyViTConfig | None) -> str | Path:
-    """Return the file or address that ``pretrained`` means, fetching published weights."""
-    if pretrained is not True and str(pretrained) != "mobile_sam":
-        return str(pretrained)
-    weights = find_weights(variant if isinstance(variant, str) else None, "mobile_sam")
-    if weights is None:
+def _open_whole(pretrained: bool | str | Path | Mapping[str, Any], config: str | TinyViTConfig | None) -> Checkpoint:
+    """Read the weights of a whole model, of the architecture that was asked for."""
+    source: str | Path | Checkpoint
+    if isinstance(pretrained, Mapping):
+        source = read_checkpoint(pretrained)
+    else:
+        source = "mobile_sam" if pretrained is True else str(pretrained)
+    if source == "mobile_sam" and isinstance(config, str) and find_weights(config, source) is None:
         raise CheckpointError(
-            f"MobileSAM is published with a 5m encoder, not with {variant}; leave the variant out, or pass a file of "
-            "your own as checkpoint=."
+            f"MobileSAM is published with a 5m encoder, not with {config}; leave the variant out, or pass a file of "
+            "your own as pretrained=."
         )
-    return fetch_weights(weights)
-
-
-def _read_whole(source: str | Path | Mapping[str, Any], variant: str | TinyViTConfig | None) -> _Weights:
-    origin = source if isinstance(source, Mapping) else locate_file(str(source))
-    found = open_pretrained(read_checkpoint(origin), variant)
+    found = open_pretrained(source, config)
     if found.layout != "mobile_sam":
         raise CheckpointError(f"{found.source} holds a TinyViT alone, without SAM's prompt encoder and mask decoder.")
-    content = unwrap(source if isinstance(source, Mapping) else read_tensors(Path(str(origin)))[0])
-    tensors = {str(name): tensor for name, tensor in content.items() if isinstance(tensor, Tensor)}
-    wrapper = next(name for name in tensors if _ENCODER in name).partition(_ENCODER)[0]  # such as "module."
-    others = {name.removeprefix(wrapper): tensor for name, tensor in tensors.items()}
-    return _Weights(found, {name: others[name] for name in others if not name.startswith(_ENCODER)})
+    return found
 
 
 def _build_prompt_encoder(size: tuple[int, int]) -> PromptEncoder:

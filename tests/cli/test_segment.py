@@ -52,7 +52,7 @@ class TestSegment:
     def test_masks(self, weights, tmp_path, arguments, prompts, multimask):
         out = str(tmp_path / "new" / "folder")
         report = json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", out, "--json", *arguments))
-        sam = MobileSAM.from_config(checkpoint=weights)
+        sam = MobileSAM.from_config(pretrained=weights)
         given = {name: torch.tensor(values, dtype=torch.float32) for name, values in prompts.items()}
         if len(arguments) == 4 and "--box" not in arguments:
             given["labels"] = torch.tensor([[1, 0]])
@@ -101,7 +101,7 @@ class TestSegment:
     def test_size(self, weights, tmp_path, text, size):
         told = (PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX)
         plain, other = (json.loads(run("segment", *told, *more)) for more in ([], ["--img-size", text]))
-        sam = MobileSAM.from_config(checkpoint=weights, img_size=size)
+        sam = MobileSAM.from_config(pretrained=weights, img_size=size)
         box = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
         (found,) = sam.predict_masks(sam.embed(PHOTO), boxes=box, multimask_output=False)
         assert other["masks"][0]["predicted_iou"] == pytest.approx(found.scores.item(), rel=1e-4)

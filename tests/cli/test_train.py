@@ -166,7 +166,7 @@ class TestPromptable:
                    "--json")  # fmt: skip
         told = json.loads(run(*self.command(data, tmp_path, *options)))
         assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
-        sam = MobileSAM.from_config(checkpoint=told["best"])
+        sam = MobileSAM.from_config(pretrained=told["best"])
         assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (12, 12, 6, 3))
         start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         kept = sam.image_encoder.state_dict()

@@ -202,7 +202,7 @@ def other_networks(rng: random.Random, folder: Path) -> None:
     name, build = rng.choice((
         ("detector", lambda path: TinyViTDetector.from_config(pretrained=path)),
         ("segmenter", lambda path: SemanticSegmenter.from_config(pretrained=path)),
-        ("whole sam", lambda path: MobileSAM.from_config(checkpoint=path, img_size=64)),
+        ("whole sam", lambda path: MobileSAM.from_config(pretrained=path, img_size=64)),
         ("own", lambda path: TinyViT.from_config(pretrained=path)),
     ))  # fmt: skip
     content = contents()[name]
@@ -264,7 +264,7 @@ def places(rng: random.Random, folder: Path) -> None:
         path = rng.choice((".", "..", "", "/"))
     entry = rng.choice((
         read_checkpoint, check_loaded, lambda each: TinyViT.from_config(pretrained=each or "x/"),
-        lambda each: MobileSAM.from_config(checkpoint=each), LabelStore,
+        lambda each: MobileSAM.from_config(pretrained=each), LabelStore,
         lambda each: SemanticSegmenter.from_config(pretrained=each),
         lambda each: TinyViTDetector.from_config(pretrained=each),
     ))  # fmt: skip

@@ -185,7 +185,7 @@ class TestFiles:
         told = json.loads(shared("reference/checkpoint_keys.json").read_text())["mobile_sam.pt"]
         wanted = {name: tuple(shape) for name, shape in told.items() if not name.endswith("attention_bias_idxs")}
         weights = {name: torch.zeros(shape) for name, shape in wanted.items()}
-        back = to_mobile_sam(from_mobile_sam(MobileSAM.from_config(checkpoint=weights)))
+        back = to_mobile_sam(from_mobile_sam(MobileSAM.from_config(pretrained=weights)))
         assert {name: tuple(tensor.shape) for name, tensor in back.state_dict().items()} == wanted
         assert sam.state_dict().keys() == wanted.keys()
 

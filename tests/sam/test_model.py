@@ -24,7 +24,7 @@ from torch import Tensor
 
 import kornia_tinyvit
 from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, save_checkpoint
-from kornia_tinyvit.checkpoints import catalog
+from kornia_tinyvit.checkpoints import catalog, loading
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.deploy import optimize
 from kornia_tinyvit.sam import ImageEmbedding, MaskPrediction, MobileSAM, decoder
@@ -194,7 +194,7 @@ class TestPublishedFile:
 
     def test_loads_whole(self, tensors, tmp_path):
         torch.save(tensors, tmp_path / "mobile_sam.pt")
-        model = MobileSAM.from_config(checkpoint=tmp_path / "mobile_sam.pt")
+        model = MobileSAM.from_config(pretrained=tmp_path / "mobile_sam.pt")
         assert not model.training
         assert (model.img_size, model.config.embed_dims) == ((1024, 1024), (64, 128, 160, 320))
         found = model.state_dict()
@@ -203,11 +203,11 @@ class TestPublishedFile:
 
     def test_to_kornia_and_back(self, tensors):
         theirs = Sam.from_config(SamConfig("mobile_sam"))
-        ours = MobileSAM.from_config("5m", checkpoint=tensors)
+        ours = MobileSAM.from_config("5m", pretrained=tensors)
         theirs.load_state_dict(ours.state_dict())
         assert theirs.state_dict().keys() == ours.state_dict().keys()
         theirs = Sam.from_config(SamConfig("mobile_sam"))
-        ours = MobileSAM.from_config(checkpoint=theirs.state_dict())
+        ours = MobileSAM.from_config(pretrained=theirs.state_dict())
         mine = ours.state_dict()
         assert all(torch.equal(mine[name], tensor) for name, tensor in theirs.state_dict().items())
 
@@ -223,11 +223,23 @@ class TestCheckpoints:
             torch.save({f"module.{name}": tensor for name, tensor in weights.items()}, path)
         else:
             torch.save({"model": weights, "epoch": 3} if wrap == "model" else weights, path)
-        for model in (MobileSAM.from_config(checkpoint=path), MobileSAM.from_config(pretrained=path.as_uri())):
+        for model in (MobileSAM.from_config(pretrained=path), MobileSAM.from_config(pretrained=path.as_uri())):
             assert not model.training
             assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
         # Only our own files tell the resolution.
         assert model.img_size == ((SIDE, SIDE) if wrap == "safetensors" else (1024, 1024))
+
+    @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
+    def test_a_file_is_read_once(self, sam, tmp_path, monkeypatch, suffix):
+        path, reads = tmp_path / f"sam.{suffix}", []
+        if suffix == "pt":
+            torch.save(sam.state_dict(), path)
+        else:
+            save_checkpoint(sam, path)
+        read = loading.read_tensors
+        monkeypatch.setattr(loading, "read_tensors", lambda path: reads.append(path) or read(path))
+        MobileSAM.from_config(pretrained=path)
+        assert reads == [path]
 
     def test_encoder_alone(self, sam, tmp_path):
         encoder = TinyViT.from_config(pretrained=save_checkpoint(sam, tmp_path / "sam.safetensors"))
@@ -238,7 +250,7 @@ class TestCheckpoints:
     def test_derived_tables_are_ignored(self, sam):
         weights = sam.state_dict()
         weights["image_encoder.layers.1.blocks.0.attn.attention_bias_idxs"] = torch.zeros(49, 49)
-        MobileSAM.from_config(checkpoint=weights)
+        MobileSAM.from_config(pretrained=weights)
 
     @pytest.mark.parametrize(
         ("change", "message"),
@@ -257,15 +269,15 @@ class TestCheckpoints:
         weights = dict(sam.state_dict())
         change(weights)
         with pytest.raises(CheckpointError, match=message):
-            MobileSAM.from_config(checkpoint=weights)
+            MobileSAM.from_config(pretrained=weights)
 
     def test_other_networks(self, sam, tmp_path):
         with pytest.raises(CheckpointError, match="a TinyViT alone, without SAM's prompt encoder"):
-            MobileSAM.from_config(checkpoint=sam.image_encoder.state_dict())
+            MobileSAM.from_config(pretrained=sam.image_encoder.state_dict())
         with pytest.raises(CheckpointError, match="holds no TinyViT"):
-            MobileSAM.from_config(checkpoint={"image_encoder.blocks.0.norm1.weight": torch.zeros(768)})
+            MobileSAM.from_config(pretrained={"image_encoder.blocks.0.norm1.weight": torch.zeros(768)})
         with pytest.raises(CheckpointError, match="another architecture: embed_dims"):
-            MobileSAM.from_config("5m", checkpoint=sam.state_dict())
+            MobileSAM.from_config("5m", pretrained=sam.state_dict())
 
     @pytest.mark.parametrize("share", [0.0, 0.3, 0.999])
     def test_truncated(self, sam, tmp_path, share):
@@ -273,19 +285,19 @@ class TestCheckpoints:
         torch.save(sam.state_dict(), path)
         os.truncate(path, int(path.stat().st_size * share))
         with pytest.raises(CheckpointError, match=r"sam\.pt is (truncated|damaged)"):
-            MobileSAM.from_config(checkpoint=path)
+            MobileSAM.from_config(pretrained=path)
 
     def test_code_does_not_run(self, sam, tmp_path):
         torch.save(sam.state_dict() | {"mask_decoder.extra": Runs(tmp_path / "marker")}, tmp_path / "sam.pt")
         with pytest.raises(CheckpointError, match="reading it could run code, so it is refused"):
-            MobileSAM.from_config(checkpoint=tmp_path / "sam.pt")
+            MobileSAM.from_config(pretrained=tmp_path / "sam.pt")
         assert not (tmp_path / "marker").exists()
 
     def test_arguments(self, tmp_path):
-        with pytest.raises(ValueError, match="pretrained or checkpoint, not both"):
-            MobileSAM.from_config(pretrained=True, checkpoint="sam.pt")
+        with pytest.raises(TypeError, match="positional"):
+            MobileSAM.from_config("5m", pretrained=True)
         with pytest.raises(CheckpointError, match="There is no checkpoint file"):
-            MobileSAM.from_config(checkpoint=tmp_path / "gone.pt")
+            MobileSAM.from_config(pretrained=tmp_path / "gone.pt")
         with pytest.raises(CheckpointError, match="published with a 5m encoder, not with 21m"):
             MobileSAM.from_config("21m", pretrained=True)
 
@@ -293,21 +305,21 @@ class TestCheckpoints:
 @pytest.mark.filterwarnings("ignore:Failed to download", "ignore:Transient failure")
 class TestDownload:
     @pytest.fixture
-    def published(self, server, sam, tmp_path, monkeypatch):  # noqa: F811
+    def published(self, server, tensors, tmp_path, monkeypatch):  # noqa: F811
         """The catalog's entry, its addresses moved to this machine."""
         entry = catalog.find_weights("5m", "mobile_sam")
         local = tuple(f"{server.url}/{number}/mobile_sam.pt" for number in range(len(entry.urls)))
         entries = [replace(each, urls=local) if each == entry else each for each in catalog.CATALOG]
         monkeypatch.setattr(catalog, "CATALOG", tuple(entries))
-        torch.save(sam.state_dict(), tmp_path / "served.pt")
+        torch.save(tensors, tmp_path / "served.pt")
         return (tmp_path / "served.pt").read_bytes()
 
     @pytest.mark.parametrize("pretrained", [True, "mobile_sam"])
-    def test_once(self, server, published, sam, pretrained):  # noqa: F811
+    def test_once(self, server, published, tensors, pretrained):  # noqa: F811
         server.files = {"/1/mobile_sam.pt": published}  # the second place, the first having failed
         for _ in range(2):
             model = MobileSAM.from_config(pretrained=pretrained)
-            assert torch.equal(model.mask_decoder.iou_token.weight, sam.mask_decoder.iou_token.weight)
+            assert torch.equal(model.mask_decoder.iou_token.weight, tensors["mask_decoder.iou_token.weight"])
         assert server.requests == ["/0/mobile_sam.pt", "/1/mobile_sam.pt"]
 
     def test_dead(self, server, published):  # noqa: F811

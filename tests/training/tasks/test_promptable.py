@@ -435,7 +435,7 @@ class TestTraining:
         recipe = replace(RECIPE, epochs=2, warmup_epochs=0.2, base_lr=0.25, clip_norm=0.5, changes=WHOLE)
         samples = samples_of(data, prompting=Prompting(box_share=1.0, jitter=0.0), **WHOLE)
         result = fit(data, tmp_path / "out", recipe, model=model, samples=samples, focal=2.0, log_every=10)
-        found = evaluate(MobileSAM.from_config(checkpoint=result.last), few)
+        found = evaluate(MobileSAM.from_config(pretrained=result.last), few)
         assert before["box_iou"] < 45
         assert found["box_iou"] > 85
         assert found["instances"] == 8
@@ -446,7 +446,7 @@ class TestTraining:
         lines = [line for line in metrics(tmp_path / "out") if "broken" in line]
         best = max(line["box_iou"] for line in lines)
         assert result.to_dict()["box_iou"] == result.score == best
-        kept = MobileSAM.from_config(checkpoint=result.best)
+        kept = MobileSAM.from_config(pretrained=result.best)
         assert (kept.training, kept.img_size) == (False, (64, 64))
         found = evaluate(kept, validation)
         assert found["box_iou"] == pytest.approx(best, abs=1e-3)
@@ -466,7 +466,7 @@ class TestTraining:
         )
         assert one == pytest.approx(two, rel=1e-6)
         first, second = (
-            MobileSAM.from_config(checkpoint=each / "last.safetensors").state_dict()
+            MobileSAM.from_config(pretrained=each / "last.safetensors").state_dict()
             for each in (out, tmp_path / "undisturbed")
         )
         assert all(torch.allclose(first[key], second[key], rtol=1e-5, atol=1e-7) for key in first)
@@ -474,7 +474,7 @@ class TestTraining:
     def test_frozen_encoder(self, folder, tmp_path):
         start = make_sam()
         result = fit(folder, tmp_path / "out", model=make_sam(), freeze=("image_encoder",))
-        kept = MobileSAM.from_config(checkpoint=result.last).state_dict()
+        kept = MobileSAM.from_config(pretrained=result.last).state_dict()
         changed = {name for name, tensor in start.state_dict().items() if not torch.equal(tensor, kept[name])}
         assert changed
         assert not any(name.startswith("image_encoder.") for name in changed)
