@@ -128,7 +128,7 @@ def locked(path: str | Path, message: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(errno.EWOULDBLOCK, message) from None
+        raise BlockingIOError(message) from None
     try:
         yield
     finally:

@@ -4,7 +4,8 @@ from kornia_tinyvit.contraction.budget import Bench, Budget, count
 from kornia_tinyvit.contraction.evaluation import ProxyTraining
 from kornia_tinyvit.contraction.inheritance import inherit
 from kornia_tinyvit.contraction.neighbours import Space, contractions, expansions, smallest
-from kornia_tinyvit.contraction.search import Candidate, SearchResult, contract, refine
+from kornia_tinyvit.contraction.result import Candidate, SearchResult
+from kornia_tinyvit.contraction.search import contract, refine
 
 __all__ = [
     "Bench",

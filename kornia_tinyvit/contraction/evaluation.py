@@ -8,19 +8,19 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.contraction.inheritance import inherit
+from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.training.loop import train
 from kornia_tinyvit.training.recipes import Recipe
-
-if TYPE_CHECKING:
-    from kornia_tinyvit.data.classification import ClassificationDataset
-    from kornia_tinyvit.data.loader import ReplayedSamples
-    from kornia_tinyvit.training.tasks.base import Objective
+from kornia_tinyvit.training.tasks.base import Objective
+from kornia_tinyvit.training.tasks.classification import Labels
 
 __all__ = ["ProxyTraining"]
 
@@ -95,8 +95,6 @@ class ProxyTraining:
         Returns:
             Its top-1 on the validation pictures in per cent, and the trained network.
         """
-        from kornia_tinyvit.training.loop import train
-
         torch.manual_seed(self.seed)
         source = parent if self.start == "inherit" else None
         model = TinyViT.from_config(config) if source is None else inherit(source, config)
@@ -122,6 +120,4 @@ class ProxyTraining:
         return result.score, trained
 
     def _objective(self) -> Objective:
-        from kornia_tinyvit.training.tasks.classification import Labels
-
         return Labels(self.samples.augmentation) if self.objective is None else self.objective

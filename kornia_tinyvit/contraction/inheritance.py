@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 from kornia_tinyvit.contraction.neighbours import check_contracted
+from kornia_tinyvit.folding import fold_batch_norm
 from kornia_tinyvit.layers import Attention, ConvBN, MBConv, Mlp, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
 
@@ -57,10 +58,12 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     for stage in range(NUM_STAGES):
         source, target = _stages(parent)[stage], _stages(child)[stage]
         for old, new in zip((source.blocks[number] for number in blocks[stage]), target.blocks, strict=True):
-            cut = _cut_mbconv if stage == 0 else _cut_block
-            cut(old, new, streams[stage])
+            if stage == 0:
+                _cut_convs(old, new, streams[0], streams[0])
+            else:
+                _cut_block(old, new, streams[stage])
         if target.downsample is not None:
-            _cut_merging(source.downsample, target.downsample, streams[stage], streams[stage + 1])
+            _cut_convs(source.downsample, target.downsample, streams[stage], streams[stage + 1])
             following = _stages(parent)[stage + 1].blocks
             dropped = [following[number] for number in range(blocks[stage + 1][0])]
             side = -(-config.img_size // config.stage_strides[stage + 1])
@@ -163,14 +166,11 @@ def _largest(scores: Tensor, count: int) -> Tensor:
 
 def _filters(layer: ConvBN) -> Tensor:
     """Return the folded filters of a convolution and their biases, a row for each channel it writes."""
-    norm = cast("Any", layer.bn)  # whose statistics torch declares as perhaps missing
-    scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
-    bias = norm.bias - norm.running_mean * scale
-    return torch.cat([layer.c.weight.flatten(1) * scale[:, None], bias[:, None]], 1)
+    return _rows(fold_batch_norm(layer))
 
 
-def _rows(layer: nn.Linear) -> Tensor:
-    return torch.cat([layer.weight, layer.bias[:, None]], 1)
+def _rows(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    return torch.cat([layer.weight.flatten(1), cast("Tensor", layer.bias)[:, None]], 1)
 
 
 def _cut_stem(old: TinyViT, new: TinyViT, channels: Tensor) -> None:
@@ -180,14 +180,7 @@ def _cut_stem(old: TinyViT, new: TinyViT, channels: Tensor) -> None:
     _cut_conv(second, new_second, channels, hidden)
 
 
-def _cut_mbconv(old: MBConv, new: MBConv, channels: Tensor) -> None:
-    hidden = _kept_hidden(_filters(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
-    _cut_conv(old.conv1, new.conv1, hidden, channels)
-    _cut_conv(old.conv2, new.conv2, hidden)
-    _cut_conv(old.conv3, new.conv3, channels, hidden)
-
-
-def _cut_merging(old: PatchMerging, new: PatchMerging, before: Tensor, after: Tensor) -> None:
+def _cut_convs(old: MBConv | PatchMerging, new: MBConv | PatchMerging, before: Tensor, after: Tensor) -> None:
     hidden = _kept_hidden(_filters(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
     _cut_conv(old.conv1, new.conv1, hidden, before)
     _cut_conv(old.conv2, new.conv2, hidden)

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.files import describe_differences, locks
+from kornia_tinyvit.files import describe_differences, writing
 
 __all__ = ["Journal"]
 
@@ -18,83 +18,69 @@ class Journal:
 
     The first line says what was asked for, each other one what happened: ``"measured"`` with the configuration, its
     parent and its costs, ``"evaluated"`` with the accuracy, ``"kept"`` with the limit of the step. A line that a killed
-    process left half written is forgotten.
+    process left half written is forgotten. Only one process at a time may write: the search locks its folder.
 
     Args:
         path: the file; its folder is made.
         asked: what decides the search, as JSON's types.
 
     Raises:
-        ValueError: if the file holds another search, another process writes it, or a line is damaged.
+        ValueError: if the file holds another search, or a line is damaged.
     """
 
     def __init__(self, path: Path, asked: dict[str, Any]) -> None:
-        fcntl = locks()
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self.lines: list[dict[str, Any]] = []
         self._found: dict[tuple[str, str], dict[str, Any]] = {}
-        self._file = path.open("ab")
-        try:
-            fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            self._load(asked)
-        except BlockingIOError:
-            self._file.close()
+        asked = {"event": "began", **asked}
+        began = self._load() or self._append(asked)
+        differences = describe_differences(began, asked, words=("it has", "asked for"))
+        if differences:
             raise ValueError(
-                f"Another process searches in {path.parent}; wait for it or give another folder."
-            ) from None
-        except ValueError:
-            self._file.close()
-            raise
+                f"{path.parent} holds another search: {'; '.join(differences)}. Give another folder, or remove it."
+            )
 
     def find(self, event: str, config: TinyViTConfig) -> dict[str, Any] | None:
         """Return the line about a network, or ``None``."""
-        return self._found.get((event, _key(config)))
+        return self._found.get((event, _key(config.to_dict())))
 
     def write(self, event: str, config: TinyViTConfig, **told: Any) -> dict[str, Any]:
         """Add a line about a network, which lasts once this returns; one that is there already is returned."""
         known = self.find(event, config)
-        return known or self._append({"event": event, "config": config.to_dict(), **told})
+        return known or self._remember(self._append({"event": event, "config": config.to_dict(), **told}))
 
-    def close(self) -> None:
-        """Let others write."""
-        self._file.close()
-
-    def _load(self, asked: dict[str, Any]) -> None:
-        content = self.path.read_bytes()
+    def _load(self) -> dict[str, Any] | None:
+        """Read what is there, and return its first line, if there is one."""
+        content = self.path.read_bytes() if self.path.exists() else b""
         whole = content[: content.rfind(b"\n") + 1]
-        self._file.truncate(len(whole))
-        for number, line in enumerate(whole.splitlines(), 1):
+        if len(whole) < len(content):
+            os.truncate(self.path, len(whole))
+        first = None
+        for number, text in enumerate(whole.splitlines(), 1):
             try:
-                self._remember(json.loads(line))
+                line = dict(json.loads(text))
+                first = first or line
+                if number > 1:
+                    self._remember(line)
             except (ValueError, TypeError, KeyError):
                 raise ValueError(
                     f"Line {number} of {self.path} is damaged. Remove that line to search what it told again, or the "
                     "folder to begin anew."
                 ) from None
-        if not self.lines:
-            self._append({"event": "began", **asked})
-        differences = describe_differences(self.lines[0], {"event": "began", **asked}, words=("it has", "asked for"))
-        if differences:
-            raise ValueError(
-                f"{self.path.parent} holds another search: {'; '.join(differences)}. Give another folder, or remove it."
-            )
+        return first
 
     def _append(self, line: dict[str, Any]) -> dict[str, Any]:
-        self._file.write(json.dumps(line).encode() + b"\n")
-        self._file.flush()
-        os.fsync(self._file.fileno())
-        line = json.loads(json.dumps(line))  # as it will be read after a restart
-        self._remember(line)
+        text = json.dumps(line)
+        with writing(self.path), self.path.open("ab") as file:
+            file.write(text.encode() + b"\n")
+            file.flush()
+            os.fsync(file.fileno())
+        return json.loads(text)  # as it will be read after a restart
+
+    def _remember(self, line: dict[str, Any]) -> dict[str, Any]:
+        self._found[line["event"], _key(line["config"])] = line
         return line
 
-    def _remember(self, line: dict[str, Any]) -> None:
-        if "config" in line:
-            self._found[line["event"], json.dumps(line["config"], sort_keys=True)] = line
-        elif self.lines:
-            raise ValueError(line)
-        self.lines.append(line)
 
-
-def _key(config: TinyViTConfig) -> str:
-    return json.dumps(config.to_dict(), sort_keys=True)
+def _key(config: dict[str, Any]) -> str:
+    return json.dumps(config, sort_keys=True)

@@ -47,10 +47,6 @@ class Space:
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
 
-    def describe(self) -> dict[str, float]:
-        """Return the fields as values that JSON can hold."""
-        return dataclasses.asdict(self)
-
 
 _Step = Callable[[TinyViTConfig], TinyViTConfig | None]
 

@@ -373,15 +373,11 @@ def search_journal(rng: random.Random, folder: Path) -> None:
     journal = Journal(path, {"seed": 1})
     journal.write("measured", config, costs={"parameters": 1}, parent=None)
     journal.write("evaluated", config, accuracy=3.0)
-    journal.close()
     path.write_bytes(mutate(rng, path.read_bytes()))
     journal = Journal(path, {"seed": 1})
-    try:
-        for event in ("measured", "evaluated"):
-            found = journal.find(event, config)
-            assert found is None or found["event"] == event
-    finally:
-        journal.close()
+    for event in ("measured", "evaluated"):
+        found = journal.find(event, config)
+        assert found is None or found["event"] == event
 
 
 TARGETS = (
