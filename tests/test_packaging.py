@@ -145,6 +145,15 @@ def test_what_is_imported_is_asked_for():
     assert not {name for name in foreign if PACKAGES.get(name, name) not in asked}
 
 
+@pytest.mark.parametrize("module", ["training", "distillation", "cli"])
+def test_optional_packages_are_imported_where_they_are_used(module):
+    code = f"import sys, kornia_tinyvit.{module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not set(done.stdout.split()) & {
+        "accelerate", "matplotlib", "onnx", "openvino", "pyarrow", "pycocotools", "ray", "scipy", "transformers", "yaml",
+    }  # fmt: skip
+
+
 def test_import_stays_light():
     code = "import sys, kornia_tinyvit; print(*{name.split('.')[0] for name in sys.modules})"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

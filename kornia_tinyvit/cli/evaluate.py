@@ -15,19 +15,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli.evaluate_tasks import Asked, evaluate_task, limited, print_report
-from kornia_tinyvit.cli.options import (
-    Augmented,
-    Device,
-    ImgSize,
-    Json,
-    MinArea,
-    Pretrained,
-    TaskName,
-    Variant,
-    build_classifier,
-    refuse_idle,
-)
+from kornia_tinyvit.cli.options import TaskName
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import match_classes
@@ -66,11 +56,11 @@ def evaluate(
         ),
     ],
     task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification,
-    variant: Variant = None,
-    pretrained: Pretrained = None,
-    img_size: ImgSize = None,
-    device: Device = "cpu",
-    tta: Augmented = False,
+    variant: options.Variant = None,
+    pretrained: options.Pretrained = None,
+    img_size: options.ImgSize = None,
+    device: options.Device = "cpu",
+    tta: options.Augmented = False,
     batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64,
     limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None,
     workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
@@ -85,12 +75,12 @@ def evaluate(
     linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None,
     on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop,
     split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val",
-    min_area: MinArea = 1,
-    as_json: Json = False,
+    min_area: options.MinArea = 1,
+    as_json: options.Json = False,
 ) -> None:
     """Measure the accuracy on labelled pictures."""
     skip_broken = on_broken is OnBroken.skip
-    refuse_idle(context, _IDLE[task], f"with --task {task}")
+    options.refuse_idle(context, _IDLE[task], f"with --task {task}")
     if task is not TaskName.classification:
         asked = Asked(
             data, split, variant, pretrained, img_size, device, batch_size, limit, workers, per_class, min_area,
@@ -98,7 +88,7 @@ def evaluate(
         )  # fmt: skip
         evaluate_task(task, asked)
         return
-    classifier = build_classifier(variant, pretrained, device, img_size, tta)
+    classifier = options.build_classifier(variant, pretrained, device, img_size, tta)
     images = limited(ClassificationDataset.open(data), limit)
     network, names = _match_head(classifier, images)
     if confusion and len(names) > CONFUSION_CLASSES:

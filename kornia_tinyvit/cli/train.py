@@ -10,70 +10,19 @@ from typing import Annotated, Any
 
 import typer
 
+from kornia_tinyvit import training
+from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.options import Json, MinArea, TaskName, refuse_idle
 from kornia_tinyvit.cli.tables import print_names
-from kornia_tinyvit.cli.training_options import (
-    BatchSize,
-    Checkpointing,
-    Epochs,
-    Frozen,
-    InitSeed,
-    Limit,
-    OnBroken,
-    OnCpu,
-    Out,
-    Precision,
-    ProcessBatch,
-    Rate,
-    Seed,
-    Side,
-    Start,
-    TrainedVariant,
-    Validation,
-    Workers,
-    build_network,
-    build_samples,
-    parse_precision,
-)
 from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.semantic import SemanticSegmenter
-from kornia_tinyvit.training import (
-    DETECTION,
-    PROMPTABLE,
-    RECIPES,
-    SEMANTIC,
-    BoxAugmentation,
-    BoxedSamples,
-    DetectionLoss,
-    DetectorTraining,
-    Labels,
-    MaskAugmentation,
-    MaskedSamples,
-    MaskLoss,
-    PixelLabels,
-    PromptAugmentation,
-    PromptedSAM,
-    PromptedSamples,
-    Prompting,
-    Recipe,
-    TrainingResult,
-    balanced_weights,
-    build_sam,
-    find_recipe,
-)
-from kornia_tinyvit.training import train as run
+from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
 from kornia_tinyvit.training.tasks.base import Task
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
-_USUAL_RECIPES = {
-    TaskName.classification: "in1k",
-    TaskName.semantic: "semantic",
-    TaskName.promptable: "promptable",
-    TaskName.detection: "detection",
-}
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
     TaskName.promptable: ("freeze", "prompts", "box_share", "min_area"),
@@ -92,7 +41,7 @@ def train(
             "Detection: the YAML file of a YOLO data set, a JSON file of COCO's, or a folder with one of them."
         ),
     ],
-    variant: TrainedVariant = "5m",
+    variant: shared.TrainedVariant = "5m",
     task: Annotated[
         TaskName,
         typer.Option(
@@ -103,28 +52,28 @@ def train(
     recipe: Annotated[
         str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task.")
     ] = None,
-    out: Out = Path("runs/train"),
-    validation: Validation = None,
+    out: shared.Out = Path("runs/train"),
+    validation: shared.Validation = None,
     validate_every: Annotated[int, typer.Option(min=1, help="Epochs from one measurement to the next.")] = 1,
-    pretrained: Start = None,
-    epochs: Epochs = None,
-    img_size: Side = None,
-    batch_size: BatchSize = None,
-    process_batch: ProcessBatch = None,
-    base_lr: Rate = None,
-    seed: Seed = 0,
-    init_seed: InitSeed = None,
-    workers: Workers = 2,
-    precision: Precision = "no",
-    gradient_checkpointing: Checkpointing = False,
-    cpu: OnCpu = False,
-    on_broken: OnBroken = "stop",
-    limit: Limit = None,
+    pretrained: shared.Start = None,
+    epochs: shared.Epochs = None,
+    img_size: shared.Side = None,
+    batch_size: shared.BatchSize = None,
+    process_batch: shared.ProcessBatch = None,
+    base_lr: shared.Rate = None,
+    seed: shared.Seed = 0,
+    init_seed: shared.InitSeed = None,
+    workers: shared.Workers = 2,
+    precision: shared.Precision = "no",
+    gradient_checkpointing: shared.Checkpointing = False,
+    cpu: shared.OnCpu = False,
+    on_broken: shared.OnBroken = "stop",
+    limit: shared.Limit = None,
     class_balance: Annotated[
         float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
     ] = 0.0,
     freeze: Annotated[
-        list[Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
+        list[shared.Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
     ] = None,
     prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of a picture to ask for each time.")] = 8,
     box_share: Annotated[
@@ -139,10 +88,9 @@ def train(
     refuse_idle(context, idle, f"with --task {task}")
     if validation is None:
         refuse_idle(context, ("validate_every",), "without --validation")
-    parse_precision(precision)
-    chosen = find_recipe(
-        recipe or _USUAL_RECIPES[task], epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr
-    )
+    shared.parse_precision(precision)
+    usual = "in1k" if task is TaskName.classification else task.value
+    chosen = find_recipe(recipe or usual, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
     first = seed if init_seed is None else init_seed
     asked = _Asked(
         data, validation, variant, pretrained, chosen, seed, first, on_broken, limit, gradient_checkpointing,
@@ -151,7 +99,7 @@ def train(
     plan = _PLANS[task](asked)
     if not as_json:
         tell_useless(plan.samples.images)
-    result = run(
+    result = training.train(
         plan.model,
         plan.samples,
         plan.objective,
@@ -186,7 +134,7 @@ class _Asked:
     limit: int | None
     gradient_checkpointing: bool
     class_balance: float
-    freeze: tuple[Frozen, ...]
+    freeze: tuple[shared.Frozen, ...]
     prompts: int
     box_share: float
     min_area: int
@@ -201,8 +149,8 @@ class _Asked:
         return kind(self.recipe.img_size, self.recipe.preset, self.seed, **options, **self.recipe.changes)
 
     def network(self, build: Callable[..., Any], **options: Any) -> Any:
-        """Return what is trained, as :func:`build_network` builds it."""
-        return build_network(
+        """Return what is trained, as :func:`~kornia_tinyvit.cli.training_options.build_network` builds it."""
+        return shared.build_network(
             build, self.variant, self.pretrained, self.recipe, self.init_seed, self.gradient_checkpointing, **options
         )
 
@@ -220,46 +168,50 @@ class _Plan:
 
 
 def _plan_classifier(asked: _Asked) -> _Plan:
-    samples = build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
+    samples = shared.build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
     images, validation = samples.images, None
     model = asked.network(TinyViT.from_config, num_classes=images.num_classes)
     if asked.validation is not None:
         validation = ClassificationDataset.open(asked.validation).with_classes(images.class_names)
-    return _Plan(CLASSIFICATION, model, samples, Labels(samples.augmentation), validation, images.class_names)
+    return _Plan(CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation, images.class_names)
 
 
 def _plan_segmenter(asked: _Asked) -> _Plan:
     images = asked.drawn(SegmentationDataset.open(asked.data, "train"))
-    samples = MaskedSamples(images, asked.augmentation(MaskAugmentation), asked.on_broken)
+    samples = training.MaskedSamples(images, asked.augmentation(training.MaskAugmentation), asked.on_broken)
     model = asked.network(SemanticSegmenter.from_config, class_names=images.class_names)
     validation = None
     if asked.validation is not None:
         classes = dict(zip(images.ids, images.class_names, strict=True))
         validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
-    weights = balanced_weights(images, asked.class_balance) if asked.class_balance else None
-    objective = PixelLabels(samples.augmentation.preset.label_smoothing, weights)
-    return _Plan(SEMANTIC, model, samples, objective, validation, images.class_names)
+    weights = training.balanced_weights(images, asked.class_balance) if asked.class_balance else None
+    objective = training.PixelLabels(samples.augmentation.preset.label_smoothing, weights)
+    return _Plan(training.SEMANTIC, model, samples, objective, validation, images.class_names)
 
 
 def _plan_promptable(asked: _Asked) -> _Plan:
     images = asked.drawn(InstanceDataset.open(asked.data, "train", asked.min_area))
-    augmentation = asked.augmentation(PromptAugmentation, prompting=Prompting(asked.prompts, asked.box_share))
-    sam = asked.network(build_sam, scaled=False)  # windows are MobileSAM's own at every size
+    augmentation = asked.augmentation(
+        training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_share)
+    )
+    sam = asked.network(training.build_sam, scaled=False)  # windows are MobileSAM's own at every size
     validation = None
     if asked.validation is not None:
         validation = InstanceDataset.open(asked.validation, "val", asked.min_area)
-    samples = PromptedSamples(images, augmentation, asked.on_broken)
-    return _Plan(PROMPTABLE, PromptedSAM(sam, asked.freeze), samples, MaskLoss(), validation, None)
+    samples = training.PromptedSamples(images, augmentation, asked.on_broken)
+    return _Plan(
+        training.PROMPTABLE, training.PromptedSAM(sam, asked.freeze), samples, training.MaskLoss(), validation, None
+    )
 
 
 def _plan_detector(asked: _Asked) -> _Plan:
     images = asked.drawn(DetectionDataset.open(asked.data, "train"))
-    samples = BoxedSamples(images, asked.augmentation(BoxAugmentation), asked.on_broken)
+    samples = training.BoxedSamples(images, asked.augmentation(training.BoxAugmentation), asked.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": asked.queries}
     detector = asked.network(TinyViTDetector.from_config, scaled=False, **options)  # its images are large
-    model = DetectorTraining(detector)
+    model = training.DetectorTraining(detector)
     validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
-    return _Plan(DETECTION, model, samples, DetectionLoss(model), validation, images.class_names)
+    return _Plan(training.DETECTION, model, samples, training.DetectionLoss(model), validation, images.class_names)
 
 
 _PLANS = {
@@ -277,7 +229,7 @@ def tell_useless(images: Any) -> None:
     print_names("Boxes left out", getattr(images, "left_out", ()))
 
 
-def report_training(result: TrainingResult, as_json: bool) -> None:
+def report_training(result: training.TrainingResult, as_json: bool) -> None:
     """Print what a training came to, in the main process."""
     if not result.is_main_process:
         return

@@ -128,6 +128,7 @@ class Task(ABC):
     """
 
     measure: ClassVar[str]
+    evaluator_class: ClassVar[Callable[..., Evaluator]]
     #: Whether the validation data may know fewer classes than the network: its last ones may not occur.
     may_lack_classes: ClassVar[bool] = False
 
@@ -142,7 +143,6 @@ class Task(ABC):
         if theirs > ours or (theirs < ours and not self.may_lack_classes):
             raise ValueError(f"The validation data have {theirs} classes, but the network {ours}.")
 
-    @abstractmethod
     def evaluator(self, images: Any, config: Any, samples: Any, **options: Any) -> Evaluator:
         """Begin to measure networks of a configuration on validation images.
 
@@ -152,6 +152,7 @@ class Task(ABC):
             samples: what it is trained on.
             **options: ``device``, ``batch_size`` and ``skip_broken``, as for :class:`Evaluator`.
         """
+        return type(self).evaluator_class(images, config, **options)
 
     @abstractmethod
     def writer(

@@ -280,12 +280,7 @@ class DetectionTask(Task):
     """Boxes and classes: COCO's mAP in per cent of :class:`DetectionDataset`."""
 
     measure = "map"
-
-    def evaluator(
-        self, images: DetectionDataset, config: DetectorConfig, samples: BoxedSamples, **options: Any
-    ) -> BoxEvaluator:
-        """Begin to collect what is found."""
-        return BoxEvaluator(images, config, **options)
+    evaluator_class = BoxEvaluator
 
     def writer(
         self, config: DetectorConfig, state: dict[str, Tensor], class_names: Sequence[str] | None

@@ -24,7 +24,7 @@ from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.model import MobileSAM, prepare_photo
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics, mask_ious
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
-from kornia_tinyvit.training.tasks.prompts import PromptedBatch, PromptedSamples, Prompts
+from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
 
 __all__ = [
     "FREEZABLE",
@@ -306,15 +306,10 @@ class Promptable(Task):
     """Masks of prompts: mean IoU in per cent of a box each, and of a point each, on :class:`InstanceDataset`."""
 
     measure = "box_iou"
+    evaluator_class = PromptEvaluator
 
     def check(self, images: InstanceDataset, config: PromptableConfig, class_names: Sequence[str] | None) -> None:
         """Let all images pass: instances have no classes."""
-
-    def evaluator(
-        self, images: InstanceDataset, config: PromptableConfig, samples: PromptedSamples, **options: Any
-    ) -> PromptEvaluator:
-        """Begin to compare masks."""
-        return PromptEvaluator(images, config, **options)
 
     def writer(
         self, config: PromptableConfig, state: dict[str, Tensor], class_names: Sequence[str] | None

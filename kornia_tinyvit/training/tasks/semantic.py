@@ -176,12 +176,7 @@ class Semantic(Task):
     """A class a pixel: mean intersection over union and pixel accuracy in per cent of :class:`SegmentationDataset`."""
 
     measure = "mean_iou"
-
-    def evaluator(
-        self, images: SegmentationDataset, config: SegmenterConfig, samples: MaskedSamples, **options: Any
-    ) -> PixelEvaluator:
-        """Begin to count pixels."""
-        return PixelEvaluator(images, config, **options)
+    evaluator_class = PixelEvaluator
 
     def writer(
         self, config: SegmenterConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
