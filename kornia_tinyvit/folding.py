@@ -22,7 +22,6 @@ __all__ = [
     "FoldedAttention",
     "FoldedBlock",
     "fold",
-    "fold_attention",
     "fold_batch_norm",
     "fold_key_and_value_biases",
     "fold_layer_norm",
@@ -47,11 +46,8 @@ def fold_batch_norm(layer: ConvBN) -> nn.Conv2d:
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
         raise ValueError("A batch norm without running statistics changes with the batch and cannot be folded.")
-    folded = _empty_like(conv)
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    folded.weight = _constant(conv.weight * scale.view(-1, 1, 1, 1))
-    folded.bias = _constant(norm.bias - mean * scale)
-    return folded
+    return _conv(conv, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale)
 
 
 def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[nn.LayerNorm, nn.Linear]:
@@ -81,9 +77,7 @@ def fold_normalization(
     Returns:
         The convolution, and the mean :math:`(1, C, 1, 1)` in the pixels' own unit.
     """
-    folded = _empty_like(conv)
-    folded.weight = _constant(conv.weight / (levels * torch.tensor(std).to(conv.weight).view(1, -1, 1, 1)))
-    folded.bias = conv.bias
+    folded = _conv(conv, conv.weight / (levels * torch.tensor(std).to(conv.weight).view(1, -1, 1, 1)), conv.bias)
     return folded, levels * torch.tensor(mean).to(conv.weight).view(1, -1, 1, 1)
 
 
@@ -116,52 +110,30 @@ def fold_key_and_value_biases(
     return _linear(key.weight), _linear(value.weight), folded
 
 
-def fold_attention(attention: Attention) -> FoldedAttention:
-    """Return window attention with everything constant folded away, and its biases spread over all pairs of tokens."""
-    norm, qkv = fold_layer_norm(attention.norm, attention.qkv)
-    query, key, value = split_projections(qkv, attention.num_heads)
-    query = fold_scale(query, attention.num_heads)
-    key, value, proj = fold_key_and_value_biases(key, value, attention.proj)
-    return FoldedAttention(norm, query, key, value, proj, attention.attention_bias(), attention.window_size)
-
-
 class FoldedAttention(nn.Module):
-    r"""Window attention over the tokens of a whole map, made by :func:`fold_attention`.
+    r"""Window attention over the tokens of a whole map, with everything constant folded away.
 
     Only real tokens are normalised and projected. What fills the last windows of a map that they do not divide are
     zeros behind the projections: a padded token of the original is a zero vector, its key and value are the biases of
     the projections, and those are folded away.
 
     Args:
-        norm: layer norm without affine part.
-        query: projection to the queries.
-        key: projection to the keys, without a bias.
-        value: projection to the values, without a bias.
-        proj: projection of the output.
-        bias: what is added to the scores, :math:`(heads, N, N)`.
-        window_size: side of the windows in tokens, the square root of :math:`N`.
+        attention: window attention of a :class:`~kornia_tinyvit.layers.TinyViTBlock`.
+
+    Attributes:
+        bias: what is added to the scores, spread over all pairs of tokens: :math:`(1, heads, N, N)`.
     """
 
     bias: Tensor
 
-    def __init__(
-        self,
-        norm: nn.LayerNorm,
-        query: nn.Linear,
-        key: nn.Linear,
-        value: nn.Linear,
-        proj: nn.Linear,
-        bias: Tensor,
-        window_size: int,
-    ) -> None:
+    def __init__(self, attention: Attention) -> None:
         super().__init__()
-        self.norm = norm
-        self.query = query
-        self.key = key
-        self.value = value
-        self.proj = proj
-        self.window_size = window_size
-        self.register_buffer("bias", bias.detach().clone().unsqueeze(0))
+        self.norm, qkv = fold_layer_norm(attention.norm, attention.qkv)
+        query, key, value = split_projections(qkv, attention.num_heads)
+        self.query = fold_scale(query, attention.num_heads)
+        self.key, self.value, self.proj = fold_key_and_value_biases(key, value, attention.proj)
+        self.window_size = attention.window_size
+        self.register_buffer("bias", attention.attention_bias().detach().clone().unsqueeze(0))
 
     def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
         """Map the tokens :math:`(B, HW, C)` of a map to the same shape."""
@@ -232,7 +204,7 @@ class FoldedBlock(nn.Module):
 
     def __init__(self, block: TinyViTBlock) -> None:
         super().__init__()
-        self.attn = fold_attention(block.attn)
+        self.attn = FoldedAttention(block.attn)
         self.local_conv = fold_batch_norm(block.local_conv)
         self.mlp = copy.copy(block.mlp)
         self.mlp.norm, self.mlp.fc1 = fold_layer_norm(block.mlp.norm, block.mlp.fc1)
@@ -284,8 +256,9 @@ def fold(module: Module) -> Module:
     return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
-def _empty_like(conv: nn.Conv2d) -> nn.Conv2d:
-    return nn.Conv2d(
+def _conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
+    """Return a convolution like another one with other numbers."""
+    folded = nn.Conv2d(
         conv.in_channels,
         conv.out_channels,
         cast("tuple[int, int]", conv.kernel_size),
@@ -294,6 +267,8 @@ def _empty_like(conv: nn.Conv2d) -> nn.Conv2d:
         groups=conv.groups,
         device="meta",
     )
+    folded.weight, folded.bias = _constant(weight), None if bias is None else _constant(bias)
+    return folded
 
 
 def _linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:

@@ -6,8 +6,8 @@ from torch import nn
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.folding import (
+    FoldedAttention,
     fold,
-    fold_attention,
     fold_batch_norm,
     fold_key_and_value_biases,
     fold_layer_norm,
@@ -104,7 +104,7 @@ class TestFoldAttention:
         torch.manual_seed(0)
         block = scramble(TinyViTBlock(12, 3, 4))
         tokens = torch.randn(2, *size, 12)
-        folded = fold_attention(block.attn)
+        folded = FoldedAttention(block.attn)
         torch.testing.assert_close(
             folded(tokens.flatten(1, 2), *size),
             block.window_attention(tokens).flatten(1, 2),
@@ -113,7 +113,7 @@ class TestFoldAttention:
         )
 
     def test_projects_real_tokens_only(self):
-        folded = fold_attention(scramble(Attention(12, 3, 4)))
+        folded = FoldedAttention(scramble(Attention(12, 3, 4)))
         seen = []
         for project in (folded.query, folded.key, folded.value, folded.proj):
             project.register_forward_hook(lambda _module, args, _out: seen.append(args[0].shape[1]))

@@ -9,11 +9,12 @@ from typing import Annotated, Any
 
 import torch
 import typer
-from torch import Tensor, nn
+from torch import nn
 
 from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.options import ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.export import ExportTask, export_onnx, export_program
 from kornia_tinyvit.model import TinyViT
 
@@ -100,15 +101,14 @@ def _build(
 def _describe(model: nn.Module, **settings: Any) -> dict[str, Any]:
     """Return shapes of input and outputs; sizes that are left open are letters, and outputs those of the usual size."""
     task = ExportTask(model, **settings)
-    images = task.pictures(1, *task.size)
-    found = task.graph(images)
+    images = task.pictures(1, task.size)
     sides = ("H", "W") if task.dynamic_size else task.size
     return {
         "method": task.graph.method,
         "pixels": task.graph.pixels,
         "dtype": str(images.dtype).removeprefix("torch."),
         "input": ["B", images.shape[1], *sides],
-        "outputs": [["B", *output.shape[1:]] for output in ([found] if isinstance(found, Tensor) else found)],
+        "outputs": [["B", *output.shape[1:]] for output in as_list(task.graph(images))],
     }
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-__all__ = ["Agreement", "compare"]
+__all__ = ["Agreement", "as_list", "compare"]
 
 Outputs = Tensor | Sequence[Tensor]
 
@@ -88,9 +88,13 @@ def compare(
     return Agreement(pictures, top1_reference, top1_candidate, agreement, float(every.max()), float(every.mean()))
 
 
+def as_list(outputs: Outputs) -> list[Tensor]:
+    """Return what a network returned as a list, of one tensor or several."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
 def _maps(outputs: Outputs) -> list[Tensor]:
-    maps = [outputs] if isinstance(outputs, Tensor) else outputs
-    return [output.detach().cpu().double() for output in maps]
+    return [output.detach().cpu().double() for output in as_list(outputs)]
 
 
 def _shapes(outputs: list[Tensor]) -> str:

@@ -13,6 +13,7 @@ from torch import Tensor
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
+from kornia_tinyvit.deploy.graph import draw_pictures
 from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved, matrix_peak
 from kornia_tinyvit.deploy.optimization import DTYPES as KNOWN_DTYPES
 from kornia_tinyvit.deploy.optimization import Candidates, Optimized
@@ -116,7 +117,7 @@ class Benchmark:
         self.pictures = pictures
         self.judged = judged and pictures is not None
         self.device = next(network.parameters()).device
-        self.flops = count_flops(getattr(network, method), self._example(1))
+        self.flops = count_flops(getattr(network, method), draw_pictures(network.config).to(self.device))
         self.peaks: dict[str, float | None] = {}
         self.top1: float | None = None
 
@@ -133,7 +134,8 @@ class Benchmark:
         with progress_bar(progress) as bar:
             task = bar.add_task("", total=len(rows))
             for batch, group in itertools.groupby(rows, key=lambda row: row.batch):
-                images, same, steps = self._example(batch), list(group), {}
+                images = draw_pictures(self.network.config, batch).to(self.device)
+                same, steps = list(group), {}
                 for number, row in enumerate(same):
                     bar.update(task, description=f"{row.engine} {row.dtype}, batch {batch}")
                     fast = self._make(row, candidates, images)
@@ -167,9 +169,3 @@ class Benchmark:
         row.ms = 1000 * seconds
         row.pictures_per_second = row.batch / seconds
         row.peak_share = None if peak is None else 100 * row.batch * self.flops / seconds / 1e9 / peak
-
-    def _example(self, batch: int) -> Tensor:
-        config = self.network.config
-        generator = torch.Generator().manual_seed(0)
-        shape = (batch, config.in_chans, config.img_size, config.img_size)
-        return torch.randn(shape, generator=generator).to(self.device)

@@ -228,29 +228,19 @@ ENGINES: dict[str, type[Engine]] = {
 }
 
 
-class _FusedConv(nn.Module):
-    """A convolution that applies GELU to its output as it writes it."""
+class _Fused(nn.Module):
+    """A convolution or linear layer that applies GELU to its output as it writes it."""
 
-    def __init__(self, conv: nn.Conv2d) -> None:
+    def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
-        self.conv = conv
+        self.layer = layer
 
     def forward(self, x: Tensor) -> Tensor:
-        c = self.conv
-        return torch.ops.mkldnn._convolution_pointwise(
-            x, c.weight, c.bias, c.padding, c.stride, c.dilation, c.groups, "gelu", [], "none"
-        )
-
-
-class _FusedLinear(nn.Module):
-    """A linear layer that applies GELU to its output as it writes it."""
-
-    def __init__(self, linear: nn.Linear) -> None:
-        super().__init__()
-        self.linear = linear
-
-    def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.linear.weight, self.linear.bias, "gelu", [], "none")
+        layer = self.layer
+        if isinstance(layer, nn.Linear):
+            return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "none")
+        sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *sizes, "gelu", [], "none")
 
 
 def fuse_activations(module: nn.Module) -> None:
@@ -261,13 +251,9 @@ def fuse_activations(module: nn.Module) -> None:
     for parent in module.modules():
         for layer, act in (("conv1", "act1"), ("conv2", "act2"), ("fc1", "act"), ("0", "1")):
             first, second = getattr(parent, layer, None), getattr(parent, act, None)
-            if isinstance(second, nn.GELU) and second.approximate == "none":
-                if isinstance(first, nn.Conv2d):
-                    setattr(parent, layer, _FusedConv(first))
-                elif isinstance(first, nn.Linear):
-                    setattr(parent, layer, _FusedLinear(first))
-                else:
-                    continue
+            exact = isinstance(second, nn.GELU) and second.approximate == "none"
+            if exact and isinstance(first, nn.Conv2d | nn.Linear):
+                setattr(parent, layer, _Fused(first))
                 setattr(parent, act, nn.Identity())
 
 

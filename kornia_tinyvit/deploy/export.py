@@ -13,10 +13,11 @@ from torch.export import ExportedProgram
 
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.onnx import check_opset, to_onnx, write_onnx
 from kornia_tinyvit.deploy.formats.program import check_program, trace_pictures, write_program
-from kornia_tinyvit.deploy.graph import Pixels, build_graph, find_network
+from kornia_tinyvit.deploy.graph import Pixels, build_graph, draw_pictures, find_network
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 from kornia_tinyvit.version import __version__
@@ -149,7 +150,7 @@ class ExportTask:
 
     def program(self) -> ExportedProgram:
         """Trace the graph."""
-        return trace_pictures(self.graph, self.pictures(1, *self.size), self.dynamic_batch, self.dynamic_size)
+        return trace_pictures(self.graph, self.pictures(1, self.size), self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
         """Describe the network and its input, as JSON by key."""
@@ -189,23 +190,16 @@ class ExportTask:
         sizes = [(height, width), (height + 37, width + 10)] if self.dynamic_size else [(height, width)]
         for batch in (1, 3) if self.dynamic_batch else (1,):
             for size in sizes:
-                images = self.pictures(batch, *size)
+                images = self.pictures(batch, size)
                 with torch.inference_mode():
-                    expected, found = _listed(self.graph(images)), _listed(run(images))
+                    expected, found = as_list(self.graph(images)), as_list(run(images))
                 for name, want, have in zip(self.outputs, expected, found, strict=True):
                     refuse_difference(name, want, have, tolerance)
 
-    def pictures(self, batch: int, height: int, width: int) -> Tensor:
-        """Draw pictures: rough patterns with noise, which networks tell apart better than noise alone."""
-        generator = torch.Generator().manual_seed(batch)
-        channels = self.config.in_chans
-        pattern = torch.rand(batch, channels, 5, 7, generator=generator)
-        pattern = nn.functional.interpolate(pattern, (height, width), mode="bilinear")
-        unit = 0.8 * pattern + 0.2 * torch.rand(batch, channels, height, width, generator=generator)
-        if self.graph.pixels == "uint8":
-            return (unit * 255).round().to(torch.uint8)
-        dtype = next(self.graph.parameters()).dtype
-        return (4 * unit - 2 if self.graph.pixels == "normalized" else unit).to(dtype)
+    def pictures(self, batch: int, size: tuple[int, int]) -> Tensor:
+        """Draw pictures as the graph takes them."""
+        images = draw_pictures(self.config, batch, size, self.graph.pixels)
+        return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 
 def describe(config: TinyViTConfig, **facts: Any) -> dict[str, str]:
@@ -228,7 +222,3 @@ def refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -
             f"The export differs from the network by {difference:.2g} in {name}, more than {tolerance:.2g}; nothing "
             "was written."
         )
-
-
-def _listed(outputs: Any) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, View
+from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.formats.onnx import to_onnx
 from kornia_tinyvit.deploy.formats.program import trace_pictures
 from kornia_tinyvit.deploy.photos import PhotoResize
@@ -20,7 +21,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "find_network"]
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "draw_pictures", "find_network"]
 
 #: What comes in: pictures that are normalised, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
@@ -117,6 +118,30 @@ def find_network(model: nn.Module, advice: str = "") -> TinyViT:
     raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
 
 
+def draw_pictures(
+    config: TinyViTConfig, batch: int = 1, size: tuple[int, int] | None = None, pixels: Pixels = "normalized"
+) -> Tensor:
+    """Draw pictures: rough patterns with noise, which networks tell apart better than noise alone.
+
+    Args:
+        config: the network that takes them.
+        batch: how many; the same number gives the same pictures.
+        size: height and width; the network's resolution if left out.
+        pixels: what they are made of.
+
+    Returns:
+        Pictures :math:`(B, C, H, W)`, float32 or uint8.
+    """
+    generator = torch.Generator().manual_seed(batch)
+    size = size or (config.img_size, config.img_size)
+    pattern = torch.rand(batch, config.in_chans, 5, 7, generator=generator)
+    pattern = nn.functional.interpolate(pattern, size, mode="bilinear")
+    unit = 0.8 * pattern + 0.2 * torch.rand(pattern.shape, generator=generator)
+    if pixels == "uint8":
+        return (unit * 255).round().to(torch.uint8)
+    return 4 * unit - 2 if pixels == "normalized" else unit
+
+
 def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:
     """Fold a model and put before it what its pictures need.
 
@@ -141,12 +166,11 @@ def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None
         raise ValueError(f"pixels must be normalized, unit or uint8; got {pixels!r}.")
     if isinstance(model, ImageClassifier):
         return _classifier_graph(model, method, pixels)
-    if not isinstance(model, TinyViT):
-        if method != "forward" or pixels != "normalized":
-            raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
-        return InferenceGraph(fold(model))
-    network = fold(model)
-    mean = None if pixels == "normalized" else _fold_pixels(network, default_evaluation(model.config), pixels)
+    if not isinstance(model, TinyViT) and (method != "forward" or pixels != "normalized"):
+        raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
+    network, mean = fold(model), None
+    if isinstance(network, TinyViT) and pixels != "normalized":
+        mean = _fold_pixels(network, default_evaluation(network.config), pixels)
     return InferenceGraph(network, method, pixels, mean)
 
 
@@ -154,12 +178,12 @@ def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> In
     if method != "forward" or pixels == "normalized":
         raise ValueError("An ImageClassifier takes photos, unit or uint8, and has one method; pass its .model instead.")
     network, prepare = fold(model.model), model.preprocessing
+    mean, resize = None, prepare
     if isinstance(prepare, EvaluationPipeline):
-        mean = _fold_pixels(network, prepare, pixels)
-        return InferenceGraph(network, method, pixels, mean, PhotoResize(prepare, LEVELS[pixels]), model.views)
-    if pixels == "uint8":
+        mean, resize = _fold_pixels(network, prepare, pixels), PhotoResize(prepare, LEVELS[pixels])
+    elif pixels == "uint8":
         raise ValueError("uint8 photos need the evaluation's own preprocessing; this classifier has another.")
-    return InferenceGraph(network, method, pixels, None, prepare, model.views)
+    return InferenceGraph(network, method, pixels, mean, resize, model.views)
 
 
 def _fold_pixels(network: TinyViT, prepare: EvaluationPipeline, pixels: Pixels) -> Tensor:

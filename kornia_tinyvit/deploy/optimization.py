@@ -16,10 +16,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES, Engine
-from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, find_network
+from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, draw_pictures, find_network
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 
@@ -59,24 +58,19 @@ class Optimized(nn.Module):
         dtype: type that it computes in.
         config: the :class:`~kornia_tinyvit.TinyViTConfig` of a TinyViT.
         pixels: what it takes, see :func:`optimize`.
-        warmup_s: seconds that making it and its first run took.
+        warmup_s: seconds that making it and its first run took; the first of several candidates for one engine
+            includes the translation of the graph, which the others share.
         choices: what ``engine="auto"`` chose from, the fastest first; empty otherwise.
     """
 
     def __init__(
-        self,
-        graph: InferenceGraph,
-        engine: str,
-        dtype: torch.dtype,
-        example: Tensor,
-        calibration: Iterable[Tensor] = (),
-        config: TinyViTConfig | None = None,
+        self, graph: InferenceGraph, engine: str, dtype: torch.dtype, example: Tensor, calibration: Iterable[Tensor]
     ) -> None:
         super().__init__()
         began = time.perf_counter()
         self.engine = engine
         self.dtype = dtype
-        self.config = config
+        self.config = getattr(graph.network, "config", None)
         # Tells where pictures are taken, and in which type, to those who ask a network's parameters for it.
         self.place = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
         self.pixels = graph.pixels
@@ -150,7 +144,6 @@ class Candidates:
         calibration: Iterable[Tensor | tuple[Tensor, Tensor]] = (),
     ) -> None:
         self.graph = build_graph(model, method, pixels)
-        self.config = getattr(model, "config", None)
         self.calibration = list(calibration)
 
     def refusal(self, engine: str, dtype: torch.dtype, device: torch.device) -> str | None:
@@ -177,7 +170,7 @@ class Candidates:
         if refused:
             raise (ImportError if ENGINES[engine].missing() else ValueError)(refused)
         pictures = [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
-        return Optimized(self.graph, engine, dtype, example, pictures, self.config)
+        return Optimized(self.graph, engine, dtype, example, pictures)
 
 
 @overload
@@ -253,7 +246,8 @@ def optimize(
             views=model.views,
         ).eval()
     if example is None:
-        example = _example(model, pixels)
+        inner = find_network(model, "; give it an example of its pictures")
+        example = draw_pictures(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
     names = _names(engine)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None; got {dtype!r}.")
@@ -313,14 +307,6 @@ def _disagreement(found: Agreement, tolerance: float) -> str | None:
         changed = 1 - found.agreement / 100
         return f"the best class of {changed:.1%} of the pictures changes" if changed > tolerance else None
     return f"the mean relative error is {found.mean_error:.2g}" if found.mean_error > tolerance else None
-
-
-def _example(model: nn.Module, pixels: Pixels | None) -> Tensor:
-    """Return one picture of the model's resolution, grey, on its device."""
-    network = find_network(model, "; give it an example of its pictures")
-    config, device = network.config, next(network.parameters()).device
-    shape = (1, config.in_chans, config.img_size, config.img_size)
-    return torch.zeros(shape, dtype=torch.uint8 if pixels == "uint8" else torch.float32, device=device)
 
 
 @torch.no_grad()

@@ -10,19 +10,20 @@ goes into the conversions around them.
 
 from __future__ import annotations
 
-import contextlib
-import io
 import itertools
 import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 import numpy as np
 from torch import Tensor
 
+from kornia_tinyvit.deploy.formats.program import quiet
 from kornia_tinyvit.deploy.openvino_core import one_core, without_telemetry
 from kornia_tinyvit.extras import MissingExtraError
 
@@ -74,6 +75,7 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, pictures: Iterable[Tensor
     # Loaded, data beside the file is part of the graph; the quantiser would look for it in its own folder.
     graph.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
     taken = _onnx_input(graph)
+    feeds = iter([{taken.name: batch} for batch in _calibration_batches(pictures, taken)])
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     # The exporter has inferred the shapes, and ONNX Runtime's preparation, which fails on the Attention operator, gains
     # nothing. Without the mark the quantiser warns through logging.warning, which configures the root logger.
@@ -83,7 +85,7 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, pictures: Iterable[Tensor
         quantize_static(
             graph,
             path,
-            _BatchReader(taken.name, _calibration_batches(pictures, taken)),
+            SimpleNamespace(get_next=partial(next, feeds, None)),
             # x86 multiplies unsigned by signed bytes; signed by signed takes a quarter to a half longer.
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
@@ -122,7 +124,7 @@ def quantize_openvino(model: openvino.Model, pictures: Iterable[Tensor]) -> open
     except ImportError as error:
         raise MissingExtraError("int8 for OpenVINO needs nncf: pip install 'kornia-tinyvit[openvino]'.") from error
     batches = _calibration_batches(pictures, _openvino_input(model))
-    with _quiet("nncf"), one_core():
+    with quiet(below=logging.WARNING), one_core():
         return nncf.quantize(
             model,
             nncf.Dataset(batches),
@@ -131,19 +133,6 @@ def quantize_openvino(model: openvino.Model, pictures: Iterable[Tensor]) -> open
             preset=nncf.QuantizationPreset.PERFORMANCE,
             ignored_scope=nncf.IgnoredScope(types=["Convolution", "GroupConvolution"], validate=False),
         )
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    """Keep a package's progress bars and its messages below a warning from the standard output."""
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    try:
-        with contextlib.redirect_stdout(io.StringIO()):
-            yield
-    finally:
-        logger.setLevel(level)
 
 
 @dataclass(frozen=True)
@@ -157,20 +146,18 @@ class _Input:
     def check(self, batch: Tensor) -> None:
         if not isinstance(batch, Tensor):
             raise TypeError(f"Calibration takes batches of pictures as tensors; got {type(batch).__name__}.")
-        shape = "(" + ", ".join(_name(size, axis) for size, axis in zip(self.shape, "BCHW", strict=True)) + ")"
         # The number of pictures is free: they are put into batches of the graph's size.
         fits = batch.ndim == len(self.shape) and all(
             size in {None, given} for size, given in zip(self.shape[1:], batch.shape[1:], strict=True)
         )
         if not fits:
-            raise ValueError(f"The graph takes pictures {shape}; got calibration pictures {tuple(batch.shape)}.")
+            shape = ", ".join(
+                axis if size is None else str(size) for size, axis in zip(self.shape, "BCHW", strict=True)
+            )
+            raise ValueError(f"The graph takes pictures ({shape}); got calibration pictures {tuple(batch.shape)}.")
         dtype = str(batch.dtype).removeprefix("torch.")
         if dtype != self.dtype.name:
             raise TypeError(f"The graph takes pictures of {self.dtype.name}; got calibration pictures of {dtype}.")
-
-
-def _name(size: int | None, axis: str) -> str:
-    return axis if size is None else str(size)
 
 
 def _onnx_input(model: onnx.ModelProto) -> _Input:
@@ -211,13 +198,3 @@ def _first_pictures(pictures: Iterable[Tensor], taken: _Input) -> Iterator[np.nd
             if count > CALIBRATION_PICTURES or held > _MAX_BYTES:
                 return
             yield picture
-
-
-class _BatchReader:
-    """What ONNX Runtime's quantiser reads batches from."""
-
-    def __init__(self, name: str, batches: list[np.ndarray]) -> None:
-        self._feeds = iter([{name: batch} for batch in batches])
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        return next(self._feeds, None)
