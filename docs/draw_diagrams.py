@@ -34,7 +34,7 @@ ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("training",), "the loop, and a file per task"),
     (("distillation",), "stored soft labels, teachers"),
     (("deploy", "visualization", "huggingface"), "engines and files; plots; transformers"),
-    (("classification", "semantic", "detection", "sam"), "a network for a task"),
+    (("backbone", "classification", "semantic", "detection", "sam"), "a network for a task"),
     (("model", "folding"), "TinyViT; its folded form"),
     (("checkpoints", "data"), "weights; datasets and loading"),
     (("config", "layers", "preprocessing", "ops"), "blocks; images to tensors; masks"),

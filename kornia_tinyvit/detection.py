@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from kornia.contrib.object_detection import ObjectDetector
-from kornia.enhance import normalize
 from kornia.models.rt_detr import DETRPostProcessor
 from kornia.models.rt_detr.architecture.hybrid_encoder import HybridEncoder
 from kornia.models.rt_detr.architecture.rtdetr_head import MultiScaleDeformableAttention, RTDETRHead
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints import Checkpoint
-from kornia_tinyvit.checkpoints.composite import CompositeConfig, name_classes, read_composite, write_composite
-from kornia_tinyvit.checkpoints.loading import read_metadata
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
+from kornia_tinyvit.classification import Prediction
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import (
-    ImageInput,
-    as_images,
-    check_counts,
-    check_images,
-    default_evaluation,
-    resize_images,
-)
+from kornia_tinyvit.preprocessing import ImageInput, as_images, check_counts, check_images, resize_images
 
 __all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
 
-_CONFIG_KEY = "kornia_tinyvit.detector"
-_PARTS = ("encoder", "decoder")
-_USUAL_SIZE = 640
 _MLP_RATIO = 4  # of kornia's decoder layers
 _COARSEST = 32  # pixels a cell of the last map stands for
 _HEADS = 8  # of kornia's encoder and decoder
 
 
 @dataclass(frozen=True)
-class Detection:
+class Detection(Prediction):
     """One object that a picture shows.
 
     Args:
@@ -54,14 +39,11 @@ class Detection:
         box: left, top, right and bottom in pixels of the picture.
     """
 
-    label: str
-    index: int
-    score: float
     box: tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
-class DetectorConfig(CompositeConfig):
+class DetectorConfig(BackboneConfig):
     """Everything that decides the architecture of a :class:`TinyViTDetector`.
 
     The defaults are those of RT-DETR on its smallest backbone, ResNet-18 (arXiv:2304.08069), but for the number of
@@ -80,13 +62,19 @@ class DetectorConfig(CompositeConfig):
         ValueError: if a number is out of its range, or there are more queries than cells in the maps.
     """
 
+    limits: ClassVar[dict[str, int]] = BackboneConfig.limits | {
+        "hidden_dim": 2**16,
+        "num_queries": 2**20,
+        "decoder_layers": 2**7,
+    }
+
     hidden_dim: int = 256
     num_queries: int = 300
     decoder_layers: int = 3
     expansion: float = 0.5
 
     def __post_init__(self) -> None:
-        self._check_positive("num_classes", "hidden_dim", "num_queries", "decoder_layers")
+        super().__post_init__()
         if self.hidden_dim % _HEADS:
             raise ValueError(f"hidden_dim must be a multiple of {_HEADS}, one part a head; got {self.hidden_dim}.")
         if not 0 < self.expansion <= 1 or int(self.hidden_dim * self.expansion) < 1:
@@ -103,16 +91,13 @@ class DetectorConfig(CompositeConfig):
                 "queries; lower num_queries or raise img_size."
             )
 
-    def build_encoder(self) -> HybridEncoder:
-        """Build kornia's hybrid encoder, with random weights."""
-        channels = list(self.backbone.embed_dims[1:])
-        return HybridEncoder(channels, self.hidden_dim, _MLP_RATIO * self.hidden_dim, self.expansion)
-
-    def build_decoder(self) -> RTDETRHead:
-        """Build kornia's RT-DETR head, with random weights."""
-        return RTDETRHead(
-            self.num_classes, self.hidden_dim, self.num_queries, [self.hidden_dim] * 3, self.decoder_layers
-        )
+    def build_parts(self) -> dict[str, nn.Module]:
+        """Build kornia's hybrid encoder and RT-DETR head, with random weights."""
+        channels, hidden = list(self.backbone.embed_dims[1:]), self.hidden_dim
+        return {
+            "encoder": HybridEncoder(channels, hidden, _MLP_RATIO * hidden, self.expansion),
+            "decoder": RTDETRHead(self.num_classes, hidden, self.num_queries, [hidden] * 3, self.decoder_layers),
+        }
 
 
 class Squares(nn.Module):
@@ -148,7 +133,7 @@ class Squares(nn.Module):
         return torch.cat(squares), sizes
 
 
-class TinyViTDetector(nn.Module):
+class TinyViTDetector(BackboneNetwork):
     """RT-DETR (arXiv:2304.08069), kornia's, on the maps of a :class:`~kornia_tinyvit.TinyViT` at strides 8, 16 and 32.
 
     It takes pictures in [0, 1] of any size, shows them as squares to the network and normalises them itself, so it
@@ -177,120 +162,20 @@ class TinyViTDetector(nn.Module):
         (torch.Size([2, 20, 5]), torch.Size([2, 20, 4]))
     """
 
-    mean: Tensor
-    std: Tensor
+    config_class = DetectorConfig
+    kind = "detector"
+    usual_size = 640
+    class_weights = ("denoising_class_embed.", "enc_score_head.", "dec_score_head.")
+
+    encoder: HybridEncoder
+    decoder: RTDETRHead
 
     def __init__(
         self, backbone: TinyViT, *, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
     ) -> None:
-        super().__init__()
-        self._shape = config = DetectorConfig(backbone.config, num_classes, **options)
-        self.class_names = name_classes(class_names, num_classes)
-        self.backbone = backbone
-        self.encoder = config.build_encoder()
-        self.decoder = config.build_decoder()
+        super().__init__(backbone, num_classes=num_classes, class_names=class_names, **options)
         _initialise(self.decoder)
-        for unused in (backbone.norm_head, backbone.head):
-            unused.requires_grad_(False)
         self.squares = Squares(backbone.config.img_size)
-        statistics = default_evaluation(backbone.config)
-        self.register_buffer("mean", statistics.mean, persistent=False)
-        self.register_buffer("std", statistics.std, persistent=False)
-
-    @classmethod
-    def from_config(
-        cls,
-        config: str | TinyViTConfig | DetectorConfig | None = None,
-        *,
-        pretrained: bool | str | Path | Checkpoint = False,
-        num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
-        hidden_dim: int = 256,
-        num_queries: int = 300,
-        decoder_layers: int = 3,
-        expansion: float = 0.5,
-        **kwargs: Any,
-    ) -> TinyViTDetector:
-        """Build a detector from a variant, a configuration, a backbone's weights or what :meth:`save` wrote.
-
-        Args:
-            config: variant or configuration of the backbone, or that of a whole detector; may be left out where
-                ``pretrained`` is a file that carries one.
-            pretrained: a file that :meth:`save` wrote, or what :meth:`TinyViT.from_config` takes, whose head is left
-                out: encoder and decoder then begin with random weights.
-            num_classes: classes an object may have; may be left out for a whole detector or where names are given. A
-                detector's file for other classes gives all but what tells classes apart.
-            class_names: names of the classes; those of a detector's file come along.
-            hidden_dim: channels of encoder and decoder; a detector's file and a :class:`DetectorConfig` have their own,
-                as for the next three.
-            num_queries: how many objects a picture can show.
-            decoder_layers: layers of the decoder.
-            expansion: width of the encoder's convolutions as a share of ``hidden_dim``.
-            **kwargs: for :meth:`TinyViT.from_config`, such as ``window_sizes`` and ``img_size``, which is 640 for a
-                variant.
-
-        Returns:
-            The detector, in evaluation mode if all its weights were loaded.
-
-        Raises:
-            ValueError: if it cannot be built, or the number of classes is not told.
-            CheckpointError: if the weights cannot be read or belong to another architecture.
-        """
-        if num_classes is None and class_names is not None:
-            num_classes = len(class_names)
-        if isinstance(pretrained, (str, Path)) and _CONFIG_KEY in read_metadata(pretrained):
-            return cls._from_file(Path(pretrained), config, num_classes, class_names, kwargs)
-        options = {
-            "hidden_dim": hidden_dim, "num_queries": num_queries, "decoder_layers": decoder_layers,
-            "expansion": expansion,
-        }  # fmt: skip
-        if isinstance(config, DetectorConfig):
-            num_classes, options = num_classes or config.num_classes, _options(config)
-            config = config.backbone
-        elif isinstance(config, str):
-            kwargs.setdefault("img_size", _USUAL_SIZE)
-        if num_classes is None:
-            beside = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} is no detector's file."
-            raise ValueError(f"Say how many classes an object may have: num_classes or class_names.{beside}")
-        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **kwargs)
-        return cls(backbone, num_classes=num_classes, class_names=class_names, **options).train()
-
-    @classmethod
-    def _from_file(
-        cls,
-        path: Path,
-        config: str | TinyViTConfig | DetectorConfig | None,
-        num_classes: int | None,
-        class_names: Sequence[str] | None,
-        kwargs: dict[str, Any],
-    ) -> TinyViTDetector:
-        file = read_composite(path, _CONFIG_KEY, DetectorConfig)
-        stored, parts = file.config, {part: file.part(f"{part}.") for part in _PARTS}
-        wanted = _shapes(stored)
-        for part, tensors in parts.items():
-            file.check(tensors, wanted.get(part, {}))
-        base, found = file.backbone(config)
-        backbone = TinyViT.from_config(base, pretrained=found, num_classes=0, **kwargs)
-        same = num_classes in (None, stored.num_classes)
-        if class_names is None and same:
-            class_names = file.class_names
-        detector = cls(
-            backbone, num_classes=num_classes or stored.num_classes, class_names=class_names, **_options(stored)
-        )
-        if not same:
-            parts["decoder"] |= {
-                name: x
-                for name, x in detector.decoder.state_dict().items()
-                if name.split(".")[0] in ("denoising_class_embed", "enc_score_head", "dec_score_head")
-            }
-        for part, tensors in parts.items():
-            getattr(detector, part).load_state_dict(tensors)
-        return detector.train(not same)
-
-    @property
-    def config(self) -> DetectorConfig:
-        """What :meth:`from_config` builds the same architecture from."""
-        return dataclasses.replace(self._shape, backbone=self.backbone.config)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Look for objects.
@@ -313,7 +198,7 @@ class TinyViTDetector(nn.Module):
         if not len(squares):
             shape = (0, self._shape.num_queries)
             return squares.new_zeros(*shape, self._shape.num_classes), squares.new_zeros(*shape, 4)
-        maps = self.backbone.forward_intermediates(normalize(squares, self.mean.to(squares), self.std.to(squares)))
+        maps = self.backbone.forward_intermediates(self.normalize(squares))
         return self.decoder(self.encoder(maps[1:]))
 
     def predict(
@@ -377,35 +262,6 @@ class TinyViTDetector(nn.Module):
             box = (max(left, 0.0), max(top, 0.0), float(right), float(bottom))
             found.append(Detection(self.class_names[int(number)], int(number), score, box))
         return found
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with configuration and class names inside, whole or not at all.
-
-        :meth:`from_config` reads it back: ``TinyViTDetector.from_config(pretrained=path)``.
-
-        Args:
-            path: the file to write; its folder is made.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: if the backbone's activation cannot be named in a file.
-        """
-        return write_composite(path, _CONFIG_KEY, self, self.class_names)
-
-
-def _options(config: DetectorConfig) -> dict[str, Any]:
-    """Return the fields of a configuration that are the detector's own."""
-    return {name: value for name, value in vars(config).items() if name not in ("backbone", "num_classes")}
-
-
-def _shapes(config: DetectorConfig) -> dict[str, dict[str, Tensor]]:
-    """Return the tensors of encoder and decoder without memory; none if not even the shapes can be made."""
-    if config.hidden_dim >= 2**16 or config.num_classes >= 2**20 or config.decoder_layers >= 2**7:
-        return {}
-    with torch.device("meta"):
-        return {"encoder": config.build_encoder().state_dict(), "decoder": config.build_decoder().state_dict()}
 
 
 @torch.no_grad()

@@ -2,41 +2,27 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
-from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints import Checkpoint
-from kornia_tinyvit.checkpoints.composite import (
-    CompositeConfig,
-    name_classes,
-    part_groups,
-    read_composite,
-    write_composite,
-)
-from kornia_tinyvit.checkpoints.loading import read_metadata
+from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import ConvBN, evaluating
-from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import ImageInput, as_images, check_images, default_evaluation, resize_images
+from kornia_tinyvit.preprocessing import ImageInput, as_images, check_images, resize_images
 
 __all__ = ["MlpDecoder", "SegmenterConfig", "SemanticSegmenter", "class_maps", "fitted_size"]
 
-_CONFIG_KEY = "kornia_tinyvit.segmenter"
-_DECODER = "decoder."
 _CLASSES_AT_A_TIME = 8  # whose logits are enlarged together: at 132 classes, all of a 4K photo's would take 4 GB
 
 
 @dataclass(frozen=True)
-class SegmenterConfig(CompositeConfig):
+class SegmenterConfig(BackboneConfig):
     """Everything that decides the architecture of a :class:`SemanticSegmenter`.
 
     Args:
@@ -50,13 +36,19 @@ class SegmenterConfig(CompositeConfig):
         ValueError: if a number is out of its range.
     """
 
+    limits: ClassVar[dict[str, int]] = BackboneConfig.limits | {"width": 2**16}
+
     width: int = 256
     dropout: float = 0.1
 
     def __post_init__(self) -> None:
-        self._check_positive("num_classes", "width")
+        super().__post_init__()
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout is a probability in [0, 1); got {self.dropout!r}.")
+
+    def build_parts(self) -> dict[str, nn.Module]:
+        """Build the decoder, with random weights."""
+        return {"decoder": MlpDecoder(self.backbone.embed_dims, self.num_classes, self.width, self.dropout)}
 
 
 class MlpDecoder(nn.Module):
@@ -87,7 +79,7 @@ class MlpDecoder(nn.Module):
         return self.classifier(self.dropout(self.activation(self.fuse(torch.cat(levels, 1)))))
 
 
-class SemanticSegmenter(nn.Module):
+class SemanticSegmenter(BackboneNetwork):
     """A :class:`~kornia_tinyvit.TinyViT` whose four stages say of each pixel which class it belongs to.
 
     Like :class:`~kornia_tinyvit.ImageClassifier` it takes pictures in [0, 1] and normalises them itself, so it stands
@@ -99,8 +91,7 @@ class SemanticSegmenter(nn.Module):
         backbone: the network; :meth:`from_config` builds it, too.
         num_classes: classes a pixel may have.
         class_names: names of the classes in the order of the logits; numbers if left out.
-        width: channels of the decoder.
-        dropout: share of the decoder's channels that training drops.
+        **options: ``width`` and ``dropout`` of :class:`SegmenterConfig`.
 
     Attributes:
         config: the :class:`SegmenterConfig` that tells all of it but the names.
@@ -114,105 +105,11 @@ class SemanticSegmenter(nn.Module):
         torch.Size([2, 5, 45, 70])
     """
 
-    mean: Tensor
-    std: Tensor
+    config_class = SegmenterConfig
+    kind = "segmenter"
+    class_weights = ("classifier.",)
 
-    def __init__(
-        self,
-        backbone: TinyViT,
-        *,
-        num_classes: int,
-        class_names: Sequence[str] | None = None,
-        width: int = 256,
-        dropout: float = 0.1,
-    ) -> None:
-        super().__init__()
-        self._shape = SegmenterConfig(backbone.config, num_classes, width, dropout)
-        self.class_names = name_classes(class_names, num_classes)
-        self.backbone = backbone
-        self.decoder = MlpDecoder(backbone.feature_channels, num_classes, width, dropout)
-        for unused in (backbone.norm_head, backbone.head, backbone.neck):
-            if unused is not None:
-                unused.requires_grad_(False)
-        statistics = default_evaluation(backbone.config)
-        self.register_buffer("mean", statistics.mean, persistent=False)
-        self.register_buffer("std", statistics.std, persistent=False)
-
-    @classmethod
-    def from_config(
-        cls,
-        config: str | TinyViTConfig | SegmenterConfig | None = None,
-        *,
-        pretrained: bool | str | Path | Checkpoint = False,
-        num_classes: int | None = None,
-        class_names: Sequence[str] | None = None,
-        width: int = 256,
-        dropout: float = 0.1,
-        **kwargs: Any,
-    ) -> SemanticSegmenter:
-        """Build a segmenter from a variant, a configuration, a backbone's weights or what :meth:`save` wrote.
-
-        Args:
-            config: variant or configuration of the backbone, or that of a whole segmenter; may be left out where
-                ``pretrained`` is a file that carries one.
-            pretrained: a file that :meth:`save` wrote, or what :meth:`TinyViT.from_config` takes, whose head is left
-                out: the decoder then begins with random weights.
-            num_classes: classes a pixel may have; may be left out for a whole segmenter or where names are given. A
-                segmenter's file for other classes gives all but its classifier.
-            class_names: names of the classes; those of a segmenter's file come along.
-            width: channels of the decoder; a segmenter's file and a :class:`SegmenterConfig` have their own.
-            dropout: share of the decoder's channels that training drops; as ``width``.
-            **kwargs: for :meth:`TinyViT.from_config`, such as ``img_size`` and ``window_sizes``.
-
-        Returns:
-            The segmenter, in evaluation mode if all its weights were loaded.
-
-        Raises:
-            ValueError: if it cannot be built, or the number of classes is not told.
-            CheckpointError: if the weights cannot be read or belong to another architecture.
-        """
-        if num_classes is None and class_names is not None:
-            num_classes = len(class_names)
-        if isinstance(pretrained, (str, Path)) and _CONFIG_KEY in read_metadata(pretrained):
-            return cls._from_file(Path(pretrained), config, num_classes, class_names, kwargs)
-        if isinstance(config, SegmenterConfig):
-            num_classes, width, dropout = num_classes or config.num_classes, config.width, config.dropout
-            config = config.backbone
-        if num_classes is None:
-            raise ValueError("Say how many classes a pixel may have: num_classes or class_names.")
-        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **kwargs)
-        return cls(backbone, num_classes=num_classes, class_names=class_names, width=width, dropout=dropout).train()
-
-    @classmethod
-    def _from_file(
-        cls,
-        path: Path,
-        config: str | TinyViTConfig | SegmenterConfig | None,
-        num_classes: int | None,
-        class_names: Sequence[str] | None,
-        kwargs: dict[str, Any],
-    ) -> SemanticSegmenter:
-        file = read_composite(path, _CONFIG_KEY, SegmenterConfig)
-        stored, decoder = file.config, file.part(_DECODER)
-        file.check(decoder, _decoder_shapes(stored))
-        base, found = file.backbone(config)
-        backbone = TinyViT.from_config(base, pretrained=found, num_classes=0, **kwargs)
-        same = num_classes in (None, stored.num_classes)
-        if class_names is None and same:
-            class_names = file.class_names
-        count = stored.num_classes if num_classes is None else num_classes
-        segmenter = cls(
-            backbone, num_classes=count, class_names=class_names, width=stored.width, dropout=stored.dropout
-        )
-        if not same:
-            decoder |= {f"classifier.{name}": x for name, x in segmenter.decoder.classifier.state_dict().items()}
-        segmenter.decoder.load_state_dict(decoder)
-        return segmenter.train(not same)
-
-    @property
-    def config(self) -> SegmenterConfig:
-        """What :meth:`from_config` builds the same architecture from."""
-        return dataclasses.replace(self._shape, backbone=self.backbone.config)
+    decoder: MlpDecoder
 
     def forward(self, images: Tensor) -> Tensor:
         r"""Return logits :math:`(B, K, H, W)`, bilinearly enlarged from a quarter of the size.
@@ -225,7 +122,7 @@ class SemanticSegmenter(nn.Module):
             ValueError: if its shape is another.
         """
         check_images(images, self.backbone.config.in_chans)
-        maps = self.backbone.forward_intermediates(normalize(images, self.mean.to(images), self.std.to(images)))
+        maps = self.backbone.forward_intermediates(self.normalize(images))
         return F.interpolate(self.decoder(maps), images.shape[-2:], mode="bilinear", align_corners=False)
 
     def predict(self, images: ImageInput | Sequence[ImageInput]) -> list[Tensor]:
@@ -254,36 +151,6 @@ class SemanticSegmenter(nn.Module):
                 check_images(batch, config.in_chans)
                 found.append(class_maps(self, batch, config)[0])
         return found
-
-    def parameter_groups(self, lr: float, weight_decay: float = 0.01, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and the decoder's at ``lr``.
-
-        Args:
-            lr: learning rate of the decoder and of the backbone's last block.
-            weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
-            layer_decay: factor in (0, 1] from one block of the backbone to the one before.
-
-        Raises:
-            ValueError: if ``layer_decay`` is outside of (0, 1].
-        """
-        groups = self.backbone.parameter_groups(lr, weight_decay, layer_decay)
-        return groups + part_groups([self.decoder], lr, weight_decay)
-
-    def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with configuration and class names inside, whole or not at all.
-
-        :meth:`from_config` reads it back: ``SemanticSegmenter.from_config(pretrained=path)``.
-
-        Args:
-            path: the file to write; its folder is made.
-
-        Returns:
-            The path.
-
-        Raises:
-            ValueError: if the backbone's activation cannot be named in a file.
-        """
-        return write_composite(path, _CONFIG_KEY, self, self.class_names)
 
 
 def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, int]:
@@ -327,11 +194,3 @@ def class_maps(network: Callable[[Tensor], Tensor], images: Tensor, config: Tiny
         classes = torch.where(value > best, index + number * _CLASSES_AT_A_TIME, classes)
         best = torch.maximum(best, value)
     return classes
-
-
-def _decoder_shapes(config: SegmenterConfig) -> dict[str, Tensor]:
-    """Return the decoder's tensors without memory; none if not even the shapes can be made."""
-    if config.width >= 2**16 or config.num_classes >= 2**20:
-        return {}
-    with torch.device("meta"):
-        return MlpDecoder(config.backbone.embed_dims, config.num_classes, config.width).state_dict()

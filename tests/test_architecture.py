@@ -15,7 +15,7 @@ FLOORS = (
     ("config", "layers", "preprocessing", "ops"),
     ("checkpoints", "data"),
     ("model", "folding"),
-    ("classification", "semantic", "detection", "sam"),
+    ("backbone", "classification", "semantic", "detection", "sam"),
     ("deploy", "visualization", "huggingface"),
     ("distillation",),
     ("training",),

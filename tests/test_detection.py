@@ -116,8 +116,8 @@ class TestConfig:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
-            ({"num_classes": 0}, "num_classes must be an integer of at least 1"),
-            ({"num_queries": 2.0}, "num_queries must be an integer"),
+            ({"num_classes": 0}, "num_classes must be at least 1"),
+            ({"num_queries": 2.0}, "num_queries must be a whole number"),
             ({"hidden_dim": 20}, "multiple of 8"),
             ({"expansion": 0.0}, "expansion must be in"),
             ({"num_queries": 85}, "84 cells to look for objects in, fewer than 85"),

@@ -12,7 +12,7 @@ from kornia.enhance import normalize
 from kornia.models.rt_detr import DETRPostProcessor
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints.composite import part_groups
+from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
 from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
@@ -208,8 +208,7 @@ class DetectorTraining(nn.Module):
         from kornia_tinyvit.huggingface.rt_detr import network_of
 
         rest = [part for name, part in self.rt_detr.model.named_children() if name != "backbone"]
-        groups = network_of(self.rt_detr).parameter_groups(lr, weight_decay, layer_decay)
-        return groups + part_groups(rest, lr, weight_decay)
+        return parameter_groups(network_of(self.rt_detr), rest, lr, weight_decay, layer_decay)
 
 
 _DENOISING = "denoising_class_embed"

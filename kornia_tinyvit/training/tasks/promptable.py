@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from kornia.losses import binary_focal_loss_with_logits
 from torch import Tensor, nn
 
+from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.checkpoints import open_pretrained, save_checkpoint
-from kornia_tinyvit.checkpoints.composite import part_groups
 from kornia_tinyvit.config import TinyViTConfig, WindowSizes
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.model import TinyViT
@@ -155,8 +155,8 @@ class PromptedSAM(nn.Module):
         Raises:
             ValueError: if ``layer_decay`` is outside of (0, 1].
         """
-        groups = cast("TinyViT", self.sam.image_encoder).parameter_groups(lr, weight_decay, layer_decay)
-        return groups + part_groups([self.sam.prompt_encoder, self.sam.mask_decoder], lr, weight_decay)
+        encoder, parts = cast("TinyViT", self.sam.image_encoder), [self.sam.prompt_encoder, self.sam.mask_decoder]
+        return parameter_groups(encoder, parts, lr, weight_decay, layer_decay)
 
 
 def build_sam(
