@@ -38,7 +38,7 @@ from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, int
 from kornia_tinyvit.deploy.openvino_core import cpu_settings, openvino_core
 from kornia_tinyvit.deploy.optimization import optimize
 from kornia_tinyvit.deploy.quantization import quantize_onnx, quantize_openvino
-from kornia_tinyvit.preprocessing import read_pixels
+from kornia_tinyvit.images import read_pixels
 
 SECTIONS = ("networks", "mobile_sam", "photos", "accuracy")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}

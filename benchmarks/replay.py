@@ -22,7 +22,7 @@ import torch
 
 from kornia_tinyvit.data import ReplayableAugmentation
 from kornia_tinyvit.data.augmentation import _crop_box
-from kornia_tinyvit.preprocessing import read_pixels
+from kornia_tinyvit.images import read_pixels
 
 BATCH, SIZE, RUNS = 128, 224, 7
 

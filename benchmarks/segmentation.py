@@ -44,8 +44,8 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.deploy.measurement import describe_machine
+from kornia_tinyvit.images import read_pixels
 from kornia_tinyvit.ops import decode_rle
-from kornia_tinyvit.preprocessing import read_pixels
 from kornia_tinyvit.sam import FoldedMaskDecoder, MobileSAM, generate_masks
 
 SECTIONS = ("encoder", "sizes", "prompts", "everything")

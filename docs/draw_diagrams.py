@@ -37,7 +37,7 @@ ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("backbone", "classification", "semantic", "detection", "sam"), "a network for a task"),
     (("model", "folding"), "TinyViT; its folded form"),
     (("checkpoints", "data"), "weights; datasets and loading"),
-    (("config", "layers", "preprocessing", "ops"), "blocks; images to tensors; masks"),
+    (("config", "layers", "images", "preprocessing", "ops"), "blocks; images to tensors; masks"),
     (("version", "extras", "files", "allocator", "progress"), "atomic files, optional packages"),
 )
 

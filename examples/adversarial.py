@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import overlay_heat, saliency
 
 LEVELS = 255

@@ -23,7 +23,8 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.images import read_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 
 PHOTOS = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in {".jpg", ".png"})
 STAYED, CHANGED, ORIGINAL = (0.2, 0.7, 0.3), (0.85, 0.25, 0.25), (0.5, 0.5, 0.5)

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.distillation import FeatureRegression, FeatureStore, Manifest, Teacher, save_records
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image, read_pixels
+from kornia_tinyvit.images import read_image, read_pixels
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import Recipe, train
 from kornia_tinyvit.visualization import feature_colors
 

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, read_image
+from kornia_tinyvit.images import read_image
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 from kornia_tinyvit.visualization import feature_colors
 
 

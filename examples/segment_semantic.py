@@ -21,7 +21,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kornia_tinyvit.data import SegmentationDataset
-from kornia_tinyvit.preprocessing import to_pil
+from kornia_tinyvit.images import to_pil
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,

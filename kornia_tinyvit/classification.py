@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained
 from kornia_tinyvit.checkpoints.catalog import imagenet_classes
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.images import ImageInput, as_images
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import ImageInput, as_images, check_counts, default_evaluation
+from kornia_tinyvit.preprocessing import check_counts, default_evaluation
 
 __all__ = ["ImageClassifier", "Prediction", "center_zoom"]
 

@@ -17,9 +17,10 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import Prediction
+from kornia_tinyvit.images import ImageInput, as_images, check_images
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import ImageInput, as_images, check_counts, check_images, resize_images
+from kornia_tinyvit.preprocessing import check_counts, resize_images
 
 __all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
 

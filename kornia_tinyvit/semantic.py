@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
+from kornia_tinyvit.images import ImageInput, as_images, check_images
 from kornia_tinyvit.layers import ConvBN, evaluating
-from kornia_tinyvit.preprocessing import ImageInput, as_images, check_images, resize_images
+from kornia_tinyvit.preprocessing import resize_images
 
 __all__ = ["MlpDecoder", "SegmenterConfig", "SemanticSegmenter", "class_maps", "fitted_size"]
 

@@ -12,7 +12,7 @@ PACKAGE = Path(__file__).parents[1] / "kornia_tinyvit"
 #: From the ground up; docs/architecture.rst says what each room is for.
 FLOORS = (
     ("version", "extras", "files", "allocator", "progress"),
-    ("config", "layers", "preprocessing", "ops"),
+    ("config", "layers", "images", "preprocessing", "ops"),
     ("checkpoints", "data"),
     ("model", "folding"),
     ("backbone", "classification", "semantic", "detection", "sam"),

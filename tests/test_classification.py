@@ -16,7 +16,8 @@ from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.checkpoints.catalog import ASSETS, imagenet_classes
 from kornia_tinyvit.classification import center_zoom
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.images import read_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from tests.conftest import TINY, liven, shared
 
 PHOTOS = sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in (".jpg", ".png"))

@@ -29,7 +29,8 @@ from kornia_tinyvit.data import (
     SegmentationDataset,
 )
 from kornia_tinyvit.distillation import FeatureStore, LabelStore, check_records
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.images import read_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import evaluate
 from tests.conftest import TINY

@@ -13,7 +13,7 @@ from rich.table import Table
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, refuse_idle
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_sheet
 
 _SUFFIXES = {".jpg", ".png"}

@@ -13,7 +13,7 @@ import typer
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import write_text
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import draw_detections, save_image
 
 

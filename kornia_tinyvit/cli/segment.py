@@ -17,8 +17,8 @@ from torch import Tensor
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.files import write_text
+from kornia_tinyvit.images import read_pixels, to_pil
 from kornia_tinyvit.ops import RLE, decode_rle, encode_rle
-from kornia_tinyvit.preprocessing import read_pixels, to_pil
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.visualization import draw_overlay, save_image
 

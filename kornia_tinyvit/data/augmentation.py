@@ -25,7 +25,8 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kornia_tinyvit.data.order import EpochOrder, keyed_words
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset, to_uint8
+from kornia_tinyvit.images import to_uint8
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset
 
 __all__ = ["OPERATIONS", "Draws", "ReplayableAugmentation"]
 
@@ -233,7 +234,7 @@ class ReplayableAugmentation(nn.Module):
         if picture.dtype != torch.uint8 or picture.ndim != 3:
             raise TypeError(
                 f"crop takes an 8-bit picture (C, H, W); got {picture.dtype} {tuple(picture.shape)}. "
-                "Read it with kornia_tinyvit.preprocessing.read_pixels."
+                "Read it with kornia_tinyvit.images.read_pixels."
             )
         height, width = picture.shape[-2:]
         top, left, rows, columns = _crop_box(draws.crop[row], height, width, self.preset)

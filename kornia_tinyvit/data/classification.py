@@ -21,7 +21,7 @@ from torch.utils.data import Dataset
 
 from kornia_tinyvit.data.datasets import BrokenImageError, match_classes
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.preprocessing import read_image, read_pixels
+from kornia_tinyvit.images import read_image, read_pixels
 
 __all__ = ["ClassificationDataset"]
 

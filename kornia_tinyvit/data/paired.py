@@ -14,7 +14,8 @@ from torch import Tensor
 
 from kornia_tinyvit.data.loader import Batch_co, Key, KeyedSamples
 from kornia_tinyvit.data.order import keyed_seed
-from kornia_tinyvit.preprocessing import TrainingPreset, find_preset, to_uint8
+from kornia_tinyvit.images import to_uint8
+from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
 
 __all__ = ["PairedAugmentation", "PairedSamples"]
 

@@ -19,7 +19,7 @@ from torch.utils.data import Dataset
 from kornia_tinyvit.data.classification import pictures_below, read_stored, read_text
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.preprocessing import UNREADABLE
+from kornia_tinyvit.images import UNREADABLE
 
 __all__ = ["IGNORED", "SegmentationDataset"]
 

@@ -18,15 +18,14 @@ from transformers.utils import TensorType
 from transformers.utils.type_validators import device_validator, image_size_validator, tensor_type_validator
 
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.images import check_images, to_image
 from kornia_tinyvit.preprocessing import (
     CROP_FRACTION,
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvaluationPipeline,
-    check_images,
     default_evaluation,
     resize_images,
-    to_image,
 )
 
 __all__ = ["TinyVitImageProcessor"]

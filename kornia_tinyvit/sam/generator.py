@@ -18,9 +18,9 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from kornia_tinyvit.images import read_pixels, to_pixels
 from kornia_tinyvit.ops.regions import remove_small_regions
 from kornia_tinyvit.ops.rle import RLE, decode_rle, encode_rle, rle_area, uncompress_rle
-from kornia_tinyvit.preprocessing import read_pixels, to_pixels
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
 

@@ -24,9 +24,10 @@ from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpo
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.loading import refuse_misfits
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
+from kornia_tinyvit.images import ImageInput, read_pixels, to_pil, to_pixels
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
-from kornia_tinyvit.preprocessing import ImageInput, check_counts, read_pixels, to_pil, to_pixels
+from kornia_tinyvit.preprocessing import check_counts
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.sam.generator import Mask, Photo, generate_masks

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kornia_tinyvit.detection import Detection
 from kornia_tinyvit.files import replacing
+from kornia_tinyvit.images import to_pil, to_uint8
 from kornia_tinyvit.ops import mask_boxes
-from kornia_tinyvit.preprocessing import to_pil, to_uint8
 
 __all__ = ["distinct_colors", "draw_detections", "draw_overlay", "save_image", "save_rows"]
 

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, Prediction
+from kornia_tinyvit.images import to_pil
 from kornia_tinyvit.layers import evaluating
-from kornia_tinyvit.preprocessing import to_pil
 from kornia_tinyvit.visualization.drawing import save_image
 from kornia_tinyvit.visualization.features import feature_colors, overlay_heat, saliency, stage_features
 

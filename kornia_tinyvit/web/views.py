@@ -14,8 +14,8 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.images import read_pixels, to_image, to_pil, to_pixels
 from kornia_tinyvit.ops import decode_rle
-from kornia_tinyvit.preprocessing import read_pixels, to_image, to_pil, to_pixels
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 from kornia_tinyvit.visualization import blur_size, draw_overlay, feature_colors, overlay_heat, saliency, stage_features
 

@@ -17,7 +17,7 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli import evaluate_tasks
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.training import evaluate
 from kornia_tinyvit.visualization import draw_detections
 from tests import scenes

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.data.classification import ClassificationDataset, MissingExtraError, collate
 from kornia_tinyvit.data.datasets import BrokenImageError
-from kornia_tinyvit.preprocessing import read_image, read_pixels, to_image, to_pixels
+from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pixels
 
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]
 

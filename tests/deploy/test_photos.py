@@ -4,7 +4,8 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from kornia_tinyvit.deploy.photos import PhotoResize
-from kornia_tinyvit.preprocessing import EvaluationPipeline, read_image
+from kornia_tinyvit.images import read_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from tests.conftest import shared
 
 FRACTIONS = st.sampled_from([None, 0.875, 0.3, 1.0, "auto"])

@@ -15,7 +15,7 @@ from kornia_tinyvit.deploy.openvino_core import openvino_core, without_telemetry
 from kornia_tinyvit.deploy.quantization import CALIBRATION_PICTURES, quantize_onnx, quantize_openvino
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.folding import fold
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from tests.conftest import shared
 
 onnx = pytest.importorskip("onnx", reason="needs kornia-tinyvit[export]")

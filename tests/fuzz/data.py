@@ -19,7 +19,7 @@ from PIL import Image
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.preprocessing import read_image, read_pixels
+from kornia_tinyvit.images import read_image, read_pixels
 from tests.fuzz.harness import Target, mutate, tamper
 from tests.fuzz.networks import detector, network, sam
 

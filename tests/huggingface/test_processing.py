@@ -13,7 +13,8 @@ from transformers import AutoImageProcessor
 from kornia_tinyvit.checkpoints.catalog import ASSETS, CATALOG
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface import TinyVitImageProcessor
-from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation, to_image
+from kornia_tinyvit.images import to_image
+from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
 from tests.huggingface.helpers import tiny_config
 
 PHOTO = ASSETS / "photos" / "chelsea.png"

@@ -8,7 +8,7 @@ from torch import nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.preprocessing import read_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import (
     demo_augmentations,
     save_sheet,
