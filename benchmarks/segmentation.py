@@ -46,7 +46,7 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.deploy.measurement import describe_machine
 from kornia_tinyvit.images import read_pixels
 from kornia_tinyvit.ops import decode_rle
-from kornia_tinyvit.sam import FoldedMaskDecoder, MobileSAM, generate_masks
+from kornia_tinyvit.sam import FoldedMaskDecoder, MobileSAM
 
 SECTIONS = ("encoder", "sizes", "prompts", "everything")
 DECODERS = ("kornia", "ours", "ours bfloat16")
@@ -147,7 +147,7 @@ def measure_thresholds(task: dict) -> dict:
     """Return thresholds that the wanted shares of the masks of a coarse grid pass."""
     everything = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1.0}
     side = min(task["points_per_side"], 12)
-    found = generate_masks(build(task), read_photo(task), side, **everything, output_mode="coco_rle")
+    found = build(task).generate_masks(read_photo(task), points_per_side=side, **everything, output_mode="coco_rle")
     iou, stability = (np.array([getattr(m, name) for m in found]) for name in ("predicted_iou", "stability_score"))
     best = np.quantile(iou, 1 - PASSING_IOU)
     stable = np.nanquantile(stability[iou > best], 1 - PASSING_STABILITY)
@@ -167,7 +167,7 @@ def measure_everything(task: dict) -> dict:
             rles = [each["segmentation"] for each in found]
         else:
             dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
-            found, told = timed(lambda: generate_masks(sam, photo, **settings, dtype=dtype), 1, warmup=0)
+            found, told = timed(lambda: sam.generate_masks(photo, **settings, dtype=dtype), 1, warmup=0)
             rles = [each.segmentation for each in found]
     except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it does not fit torch
         return {"absent": str(error).strip().splitlines()[0]}

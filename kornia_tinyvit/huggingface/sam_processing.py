@@ -7,8 +7,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 
-from kornia_tinyvit.ops.rle import RLE, decode_rle
-from kornia_tinyvit.sam.generator import suppress_boxes
+from kornia_tinyvit.ops import RLE, decode_rle, suppress_boxes
 
 __all__ = ["TinyVitSamImageProcessor"]
 

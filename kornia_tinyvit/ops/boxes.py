@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from kornia.geometry.bbox import nms
 from torch import Tensor
 
-__all__ = ["central_points", "mask_boxes"]
+__all__ = ["central_points", "mask_boxes", "suppress_boxes"]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Return the boxes :math:`(N, 4)` around masks :math:`(N, H, W)`, none empty: left, top, right, bottom in pixels.
+    """Return boxes :math:`(N, 4)` around masks :math:`(N, H, W)`: left, top, right, bottom in pixels; zeros if empty.
 
     Example:
         >>> mask_boxes(torch.tensor([[[False, True], [False, True]]]))
@@ -22,7 +24,7 @@ def mask_boxes(masks: Tensor) -> Tensor:
         last = line.shape[1] - line.flip(1).argmax(1)
         sides.append((line.argmax(1), last))
     (left, right), (top, bottom) = sides
-    return torch.stack([left, top, right, bottom], 1).float()
+    return torch.stack([left, top, right, bottom], 1).float() * line.any(1, keepdim=True)
 
 
 def central_points(masks: Tensor) -> Tensor:
@@ -50,3 +52,29 @@ def _central_point(mask: Tensor, left: float, top: float, right: float, bottom: 
         rest = F.max_pool2d(rest, 3, stride=1, padding=1)
     row, column = divmod(int(depth.argmax()), inside.shape[2])
     return left + column + 0.5, top + row + 0.5
+
+
+def suppress_boxes(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+    """Return the indices of the boxes that non-maximum suppression keeps, exactly as torchvision's.
+
+    kornia's does the work. It may exchange equal scores, drops boxes without area that meet, and compares with the
+    threshold rounded to float32.
+
+    Args:
+        boxes: left, top, right and bottom :math:`(K, 4)`.
+        scores: their scores :math:`(K,)`.
+        threshold: of boxes with a larger IoU, only the best is kept.
+
+    Returns:
+        Indices, sorted by descending score.
+    """
+    order = scores.argsort(descending=True, stable=True)
+    corners = boxes[order].float()
+    (solid,) = ((corners[:, 2:] - corners[:, :2]).prod(1) > 0).nonzero(as_tuple=True)
+    limit = np.float32(threshold)
+    if float(limit) > threshold:
+        limit = np.nextafter(limit, np.float32(-1))
+    keep = torch.ones(len(order), dtype=torch.bool)
+    keep[solid] = False
+    keep[solid[nms(corners[solid], torch.arange(len(solid), 0, -1).float(), float(limit))]] = True
+    return order[keep]

@@ -1,19 +1,20 @@
 """Segment Anything on a TinyViT: masks for points and boxes, or for everything in an image."""
 
 from kornia_tinyvit.sam.decoder import FoldedMaskDecoder, SharingMaskDecoder
-from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, fingerprint
-from kornia_tinyvit.sam.generator import Mask, generate_masks
-from kornia_tinyvit.sam.model import MaskPrediction, MobileSAM, MobileSAMPrompter
+from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, MaskPrediction, fingerprint
+from kornia_tinyvit.sam.generator import Mask, MaskGenerator
+from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.sam.prompter import MobileSAMPrompter
 
 __all__ = [
     "FoldedMaskDecoder",
     "Geometry",
     "ImageEmbedding",
     "Mask",
+    "MaskGenerator",
     "MaskPrediction",
     "MobileSAM",
     "MobileSAMPrompter",
     "SharingMaskDecoder",
     "fingerprint",
-    "generate_masks",
 ]

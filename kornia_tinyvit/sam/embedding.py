@@ -1,4 +1,4 @@
-"""What an encoder saw of photos, kept for any number of prompts: :class:`ImageEmbedding`."""
+"""Features of photos, where the photos lie in them, and the masks that were found: tensors without a network."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.loading import read_tensors, write_tensors
 
-__all__ = ["Geometry", "ImageEmbedding", "fingerprint"]
+__all__ = ["Geometry", "ImageEmbedding", "MaskPrediction", "fingerprint"]
 
 #: Pixels of the input that a cell of the features stands for.
 STRIDE = 16
@@ -167,6 +167,40 @@ class ImageEmbedding:
             return cls(tensors["features"], tuple(geometries), facts["encoder"])
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or holds no embedding: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class MaskPrediction:
+    r"""The masks of a photo's prompts.
+
+    Args:
+        low_res_logits: :math:`(P, M, h/4, w/4)` for :math:`P` prompts with :math:`M` masks each and an input of
+            :math:`h \times w` pixels; larger than the threshold on the object. With one mask a prompt, they can be
+            passed on as ``masks``.
+        scores: the network's guess of each mask's IoU with the object, :math:`(P, M)`.
+        geometry: how the photo lies in the input.
+        threshold: the logit from which on a pixel belongs to the object.
+    """
+
+    low_res_logits: Tensor
+    scores: Tensor
+    geometry: Geometry
+    threshold: float = 0.0
+
+    def logits(self) -> Tensor:
+        """Return logits of the photo's size, :math:`(P, M, H, W)`; differentiable."""
+        return self.geometry.restore(self.low_res_logits)
+
+    def masks(self) -> Tensor:
+        """Return the masks of the photo's size, :math:`(P, M, H, W)`, bool; their logits are never held all at once."""
+        masks = [self.geometry.restore(each[None]) > self.threshold for each in self.low_res_logits]
+        return torch.cat(masks) if masks else self.logits().bool()
+
+    def best(self) -> MaskPrediction:
+        """Return the mask with the highest score of each prompt, :math:`M = 1`."""
+        best = self.scores.argmax(1)[:, None]
+        rows = torch.arange(len(best), device=best.device)[:, None]
+        return MaskPrediction(self.low_res_logits[rows, best], self.scores[rows, best], self.geometry, self.threshold)
 
 
 @torch.no_grad()

@@ -4,77 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, overload
 
-import kornia.augmentation as K
 import torch
-import torch.nn.functional as F
-from kornia.contrib.visual_prompter import VisualPrompter
-from kornia.enhance import normalize
-from kornia.models.sam import Sam, SamConfig
+from kornia.models.sam import Sam
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from kornia.models.structures import Prompts
-from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.loading import refuse_misfits
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
-from kornia_tinyvit.images import ImageInput, read_pixels, to_pil, to_pixels
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
 from kornia_tinyvit.preprocessing import check_counts
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
-from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, fingerprint
-from kornia_tinyvit.sam.generator import Mask, Photo, generate_masks
+from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskPrediction, fingerprint
+from kornia_tinyvit.sam.generator import Mask, MaskGenerator
+from kornia_tinyvit.sam.inputs import Photo, list_photos, open_photo, prepare_photo
+from kornia_tinyvit.sam.prompter import MobileSAMPrompter
 from kornia_tinyvit.sam.prompts import PhotoPrompts, each_photo, prepare_prompts
 
-__all__ = ["PIXEL_MEAN", "PIXEL_STD", "MaskPrediction", "MobileSAM", "MobileSAMPrompter"]
-
-#: Channel means that every SAM is normalised with, for values in [0, 1].
-PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-#: Channel deviations that every SAM is normalised with, for values in [0, 1].
-PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
+__all__ = ["MobileSAM"]
 
 _ENCODER = "image_encoder."
-
-
-@dataclass(frozen=True, eq=False)
-class MaskPrediction:
-    r"""The masks of a photo's prompts.
-
-    Args:
-        low_res_logits: :math:`(P, M, h/4, w/4)` for :math:`P` prompts with :math:`M` masks each and an input of
-            :math:`h \times w` pixels; larger than the threshold on the object. With one mask a prompt, they can be
-            passed on as ``masks``.
-        scores: the network's guess of each mask's IoU with the object, :math:`(P, M)`.
-        geometry: how the photo lies in the input.
-        threshold: the logit from which on a pixel belongs to the object.
-    """
-
-    low_res_logits: Tensor
-    scores: Tensor
-    geometry: Geometry
-    threshold: float = 0.0
-
-    def logits(self) -> Tensor:
-        """Return logits of the photo's size, :math:`(P, M, H, W)`; differentiable."""
-        return self.geometry.restore(self.low_res_logits)
-
-    def masks(self) -> Tensor:
-        """Return the masks of the photo's size, :math:`(P, M, H, W)`, bool; their logits are never held all at once."""
-        masks = [self.geometry.restore(each[None]) > self.threshold for each in self.low_res_logits]
-        return torch.cat(masks) if masks else self.logits().bool()
-
-    def best(self) -> MaskPrediction:
-        """Return the mask with the highest score of each prompt, :math:`M = 1`."""
-        best = self.scores.argmax(1)[:, None]
-        rows = torch.arange(len(best), device=best.device)[:, None]
-        return MaskPrediction(self.low_res_logits[rows, best], self.scores[rows, best], self.geometry, self.threshold)
 
 
 class MobileSAM(Sam):
@@ -165,7 +121,7 @@ class MobileSAM(Sam):
         """The configuration of the encoder, which files carry."""
         return self.image_encoder.config  # type: ignore[return-value]
 
-    def preprocess(self, images: ImageInput | Sequence[ImageInput]) -> tuple[Tensor, tuple[Geometry, ...]]:
+    def preprocess(self, images: Photo | Sequence[Photo]) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Resize photos as a whole, normalise them, and pad them below and on the right with zeros.
 
         Files and PIL images are resized by Pillow in 8 bits, bilinear with antialiasing, exactly as the predictors of
@@ -186,15 +142,9 @@ class MobileSAM(Sam):
             ValueError: if a file cannot be read, a tensor has another shape, no pixels, NaN or infinity.
             FileNotFoundError: if there is no such file.
         """
-        first = next(self.parameters())
-        prepared = [
-            prepare_photo(_pixels(image), self.img_size, first.device, first.dtype) for image in _photos(images)
-        ]
-        if not prepared:
-            return first.new_zeros(0, 3, *self.img_size), ()
-        return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
+        return self._prepare([open_photo(image) for image in list_photos(images)])
 
-    def embed(self, images: ImageInput | Sequence[ImageInput], batch_size: int = 4) -> ImageEmbedding:
+    def embed(self, images: Photo | Sequence[Photo], batch_size: int = 4) -> ImageEmbedding:
         """Run the encoder on photos, once for any number of prompts.
 
         No gradient is recorded, and the encoder is in evaluation mode, unless gradients are enabled and it is being
@@ -213,17 +163,20 @@ class MobileSAM(Sam):
             torch.Size([2, 256, 4, 4])
         """
         check_counts(batch_size=batch_size)
-        photos = _photos(images)
-        recording = _records(self.image_encoder, *photos)
-        step = max(1, len(photos)) if recording else batch_size
-        features: list[Tensor] = []
-        geometries: list[Geometry] = []
-        with _quiet(self.image_encoder, recording):
-            for start in range(0, max(1, len(photos)), step):
-                inputs, placed = self.preprocess(photos[start : start + step])
-                features.append(self.image_encoder(inputs) if placed else self._no_features(inputs))
-                geometries += placed
-        return ImageEmbedding(torch.cat(features), tuple(geometries), fingerprint(self.image_encoder))
+        photos = list_photos(images)
+        step = max(1, len(photos)) if _records(self.image_encoder, *photos) else batch_size
+        starts = range(0, max(1, len(photos)), step)
+        encoded = [self._encode([open_photo(each) for each in photos[start : start + step]]) for start in starts]
+        features, geometries = zip(*encoded, strict=True)
+        return ImageEmbedding(torch.cat(features), sum(geometries, ()), fingerprint(self.image_encoder))
+
+    def embed_pixels(self, pixels: Sequence[Tensor]) -> ImageEmbedding:
+        """Run the encoder once on photos that are tensors already, :meth:`embed` without opening and batches.
+
+        Args:
+            pixels: photos :math:`(3, H, W)`, uint8 or floating point in [0, 1].
+        """
+        return ImageEmbedding(*self._encode(pixels), fingerprint(self.image_encoder))
 
     def predict_masks(
         self,
@@ -308,8 +261,37 @@ class MobileSAM(Sam):
     def generate_masks(
         self, image: Photo | Sequence[Photo] | ImageEmbedding, **settings: Any
     ) -> list[Mask] | list[list[Mask]]:
-        """Segment everything in a photo, or in several; see :func:`~kornia_tinyvit.sam.generate_masks`."""
-        return generate_masks(self, image, **settings)
+        """Segment everything in a photo, or in each of several.
+
+        The masks are those of segment-anything's ``SamAutomaticMaskGenerator`` on the same weights with the same
+        settings, in the same order. Candidates take up to a quarter of a megabyte each until duplicates are removed;
+        for what is returned see ``output_mode``.
+
+        Args:
+            image: a photo as :meth:`embed` takes it; several of these in a sequence, in a tensor
+                :math:`(B, 3, H, W)` or an array :math:`(B, H, W, 3)`; or what :meth:`embed` returned, here or before
+                in a file, which saves the encoder. Files, PIL images and arrays are resized exactly as
+                segment-anything does it.
+            **settings: those of :class:`~kornia_tinyvit.sam.MaskGenerator`.
+
+        Returns:
+            The masks of a photo, the best first within a crop; of several photos or an embedding, a list of these, one
+            for each photo.
+
+        Raises:
+            TypeError: if the image is of no kind that is known.
+            ValueError: if a setting is out of its range, the image has no pixels or another shape, or an embedding is
+                of other weights, of another input size, or given with crop layers, which need the photo.
+
+        Example:
+            >>> sam = MobileSAM.from_config("1m", img_size=64).eval()
+            >>> masks = sam.generate_masks(torch.rand(3, 48, 80), points_per_side=2, stability_score_thresh=0)
+            >>> [mask.segmentation.shape for mask in masks if mask.area > 48 * 80]
+            []
+            >>> len(sam.generate_masks(torch.rand(2, 3, 48, 80), points_per_side=2))
+            2
+        """
+        return MaskGenerator(**settings)(self, image)
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Refuse an embedding that this network cannot read.
@@ -339,8 +321,21 @@ class MobileSAM(Sam):
         """Show the input size."""
         return f"img_size={self.img_size}"
 
-    def _no_features(self, inputs: Tensor) -> Tensor:
-        return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size))
+    def _prepare(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
+        """Return inputs :math:`(B, 3, h, w)` of photos and how each lies in its input."""
+        first = next(self.parameters())
+        if not pixels:
+            return first.new_zeros(0, 3, *self.img_size), ()
+        prepared = [prepare_photo(each, self.img_size, first.device, first.dtype) for each in pixels]
+        return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
+
+    def _encode(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
+        """Return features :math:`(B, 256, h/16, w/16)` of photos and how each lies in its input."""
+        with _quiet(self.image_encoder, _records(self.image_encoder, *pixels)):
+            inputs, geometries = self._prepare(pixels)
+            if not geometries:
+                return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size)), ()
+            return self.image_encoder(inputs), geometries
 
     def _decode(self, features: Tensor, prompts: Prompts, multimask: bool) -> tuple[Tensor, Tensor]:
         """Return logits :math:`(P, M, h/4, w/4)` and scores :math:`(P, M)` for a photo's features."""
@@ -349,31 +344,6 @@ class MobileSAM(Sam):
         sparse, dense = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
         features = features.to(first.device, first.dtype)
         return self.mask_decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
-
-
-def prepare_photo(
-    pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
-) -> tuple[Tensor, Geometry]:
-    """Resize a photo as a whole, normalise it and pad it; see :meth:`MobileSAM.preprocess`.
-
-    Args:
-        pixels: photo :math:`(3, H, W)`, of 8 bits or floating point in [0, 1].
-        img_size: height and width of the input.
-        device: where the input shall be.
-        dtype: its precision.
-
-    Returns:
-        An input :math:`(3, h, w)` and how the photo lies in it.
-    """
-    geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
-    if pixels.dtype == torch.uint8:
-        pixels = resize_levels(pixels, geometry.input_size).to(device).float() / 255
-    else:
-        pixels = pixels.to(device, torch.promote_types(pixels.dtype, torch.float32))
-        pixels = _resize(pixels, geometry.input_size)
-    mean, std = pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)
-    below, right = (side - used for side, used in zip(img_size, geometry.input_size, strict=True))
-    return F.pad(normalize(pixels[None], mean, std)[0], (0, right, 0, below)).to(dtype), geometry
 
 
 class _SquarePositions(PositionEmbeddingRandom):
@@ -391,83 +361,6 @@ class _SquarePositions(PositionEmbeddingRandom):
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
         """Return the codes :math:`(P, N, C)` of points in pixels of the input."""
         return super().forward_with_coords(coords_input, (max(image_size), max(image_size)))
-
-
-class MobileSAMPrompter(VisualPrompter):
-    """kornia's ``VisualPrompter`` over a network that is there already; made by :meth:`MobileSAM.prompter`.
-
-    What the encoder saw of its photo can be taken out, saved, and set again.
-
-    Args:
-        model: the network.
-
-    Raises:
-        ValueError: if its input is not square, which the prompter's always is.
-    """
-
-    model: MobileSAM
-
-    def __init__(self, model: MobileSAM) -> None:
-        height, width = model.img_size
-        if height != width:
-            raise ValueError(
-                f"kornia's prompter pads photos to a square, and the input of this network is {height}x{width}; use "
-                "embed and predict_masks, or a square img_size."
-            )
-        # It insists on building a network of its own: a small one, which takes neither memory nor random numbers.
-        with torch.device("meta"):
-            super().__init__(SamConfig(None, None, False, 8, 1, 1, (0,)))
-        first = next(model.parameters())
-        self.model = model
-        self.device, self.dtype = first.device, first.dtype
-        self.pixel_mean, self.pixel_std = first.new_tensor(PIXEL_MEAN), first.new_tensor(PIXEL_STD)
-        resize = K.Resize(height, side="long", align_corners=False, antialias=True)
-        self.transforms = K.AugmentationSequential(resize, same_on_batch=True)
-        self.mask_side = height // 4
-        model.image_encoder.img_size = height  # what it asks an encoder for
-
-    def embedding(self) -> ImageEmbedding:
-        """Return what the encoder saw of the photo that was set.
-
-        Raises:
-            RuntimeError: if none was.
-        """
-        sizes = (self._original_image_size, self._input_image_size)
-        if sizes[0] is None or sizes[1] is None:
-            raise RuntimeError("There is no photo: call set_image or set_embedding first.")
-        geometry = Geometry(sizes[0], sizes[1], self.model.img_size)
-        return ImageEmbedding(self.image_embeddings, (geometry,), fingerprint(self.model.image_encoder))
-
-    def set_embedding(self, embedding: ImageEmbedding) -> None:
-        """Take what an encoder saw before instead of :meth:`set_image`.
-
-        Args:
-            embedding: one photo's, from :meth:`embedding` or :meth:`MobileSAM.embed`.
-
-        Raises:
-            ValueError: if it is of more or fewer photos, of another input size, or of an encoder with other weights.
-        """
-        if len(embedding) != 1:
-            raise ValueError(f"The prompter has one photo; the embedding is of {len(embedding)}. Take one, as in e[0].")
-        self.model.check_embedding(embedding)
-        self.reset_image()
-        (geometry,) = embedding.geometries
-        first = next(self.model.mask_decoder.parameters())
-        self.image_embeddings = embedding.features.to(first.device, first.dtype)
-        self._original_image_size, self._input_image_size = geometry.original_size, geometry.input_size
-        self._input_encoder_size = geometry.img_size
-        (height, width), (rows, columns) = geometry.original_size, geometry.input_size
-        scale = [columns / width, rows / height]
-        self._prompt_scale = torch.tensor(
-            scale, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
-        )
-        self.is_image_set = True
-
-    def _valid_masks(self, masks: Tensor) -> Tensor:
-        side = self.mask_side
-        if masks.ndim != 4 or tuple(masks.shape[1:]) != (1, side, side):
-            raise ValueError(f"Masks must be (K, 1, {side}, {side}); got {tuple(masks.shape)}.")
-        return masks
 
 
 def _open_whole(pretrained: bool | str | Path | Mapping[str, Any], config: str | TinyViTConfig | None) -> Checkpoint:
@@ -510,42 +403,6 @@ def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
             f"{img_size!r}."
         )
     return sides[0], sides[1]
-
-
-def _photos(images: ImageInput | Sequence[ImageInput]) -> list[ImageInput]:
-    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
-        return [images]
-    return list(images)
-
-
-def _pixels(image: ImageInput) -> Tensor:
-    """Return a photo :math:`(3, H, W)`: uint8 from a file or PIL image, or the floating point tensor that came."""
-    if isinstance(image, (str, Path)):
-        return read_pixels(image)
-    if isinstance(image, Image.Image):
-        return to_pixels(image)
-    if not isinstance(image, Tensor):
-        raise TypeError(f"A photo is a tensor, a path or a PIL image; got {type(image).__name__}.")
-    if not image.is_floating_point():
-        raise TypeError(f"Photos must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}. A grey one needs .expand(3, -1, -1).")
-    if not image.isfinite().all():
-        raise ValueError("The photo holds NaN or infinity.")
-    return image
-
-
-def resize_levels(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a photo :math:`(3, H, W)` of 8 bits as Pillow does."""
-    if tuple(pixels.shape[1:]) == size:
-        return pixels
-    return to_pixels(to_pil(pixels).resize((size[1], size[0]), Image.Resampling.BILINEAR))
-
-
-def _resize(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    if tuple(pixels.shape[1:]) == size:
-        return pixels
-    return F.interpolate(pixels[None], size, mode="bilinear", antialias=True, align_corners=False)[0]
 
 
 def _records(*parts: Any) -> bool:

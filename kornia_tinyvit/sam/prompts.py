@@ -10,7 +10,7 @@ from torch import Tensor
 
 from kornia_tinyvit.sam.embedding import Geometry
 
-__all__ = ["PhotoPrompts", "count_prompts", "each_photo", "prepare_prompts"]
+__all__ = ["PhotoPrompts", "each_photo", "prepare_prompts"]
 
 #: The prompts of one kind: a tensor for a single photo, or an entry for each photo.
 PhotoPrompts = Tensor | Sequence[Tensor | None] | None
@@ -44,11 +44,6 @@ def each_photo(kind: str, prompts: PhotoPrompts, photos: int) -> list[Tensor | N
     if len(entries) != photos:
         raise ValueError(f"Got {kind} for {len(entries)} photos; the embedding has {photos}.")
     return entries
-
-
-def count_prompts(prompts: Prompts) -> int:
-    """Return the number of prompts :math:`P`."""
-    return next(len(each) for each in (prompts.keypoints, prompts.boxes, prompts.masks) if each is not None)
 
 
 def prepare_prompts(

@@ -13,7 +13,7 @@ from kornia_tinyvit.ops.rle import decode_rle
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 from kornia_tinyvit.sam import generator as automatic
 from kornia_tinyvit.sam.embedding import Geometry
-from kornia_tinyvit.sam.generator import Mask, generate_masks
+from kornia_tinyvit.sam.generator import Mask, MaskGenerator
 from tests.sam.reference_network import SETTINGS, build_network, draw_photo
 
 RECORDED = json.loads((Path(__file__).parent / "data" / "segment_anything.json").read_text())
@@ -46,7 +46,7 @@ class TestParity:
 
     @pytest.mark.parametrize("name", SETTINGS)
     def test_segment_anything(self, sam, photo, name):
-        found, expected = generate_masks(sam, photo, **SETTINGS[name]), RECORDED[name]
+        found, expected = sam.generate_masks(photo, **SETTINGS[name]), RECORDED[name]
         assert len(found) == len(expected) > 5
         identical = 0
         for mask, record in zip(found, expected, strict=True):
@@ -78,7 +78,7 @@ class TestParity:
             "min_mask_region_area": 0,
             "output_mode": "binary_mask",
         }
-        ours = list(inspect.signature(generate_masks).parameters.values())[2:]
+        ours = list(inspect.signature(MaskGenerator).parameters.values())
         assert [(each.name, each.default) for each in ours[: len(theirs)]] == list(theirs.items())
 
     def test_recorded_settings_differ(self):
@@ -91,7 +91,7 @@ class TestParity:
 class TestOutput:
     def test_modes(self, sam, photo):
         arrays, runs, texts = (
-            generate_masks(sam, photo, **FEW, output_mode=mode)
+            sam.generate_masks(photo, **FEW, output_mode=mode)
             for mode in ("binary_mask", "uncompressed_rle", "coco_rle")
         )
         assert arrays
@@ -112,40 +112,40 @@ class TestOutput:
     def test_same_photo_in_every_form(self, sam, photo, tmp_path):
         path = tmp_path / "photo.png"
         Image.fromarray(photo).save(path)
-        expected = generate_masks(sam, photo, **FEW, output_mode="coco_rle")
+        expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         for form in (path, str(path), Image.fromarray(photo), Image.fromarray(photo).convert("RGBA")):
-            found = generate_masks(sam, form, **FEW, output_mode="coco_rle")
+            found = sam.generate_masks(form, **FEW, output_mode="coco_rle")
             assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
         exif = Image.Exif()
         exif[0x0112] = 6  # to be turned to the right
         turned = tmp_path / "turned.png"
         Image.fromarray(photo).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
-        assert [m.segmentation for m in generate_masks(sam, turned, **FEW, output_mode="coco_rle")] == [
+        assert [m.segmentation for m in sam.generate_masks(turned, **FEW, output_mode="coco_rle")] == [
             mask.segmentation for mask in expected
         ]
         tensor = torch.from_numpy(photo).movedim(-1, 0) / 255  # resized in floating point, not in 8 bits
-        assert generate_masks(sam, tensor, **FEW)
+        assert sam.generate_masks(tensor, **FEW)
 
     @pytest.mark.parametrize("points_per_batch", [1, 5, 1000])
     def test_batches_do_not_matter(self, sam, photo, points_per_batch, monkeypatch):
         monkeypatch.setattr(automatic, "CPU_CHUNK", 1000)
         monkeypatch.setattr(automatic, "PIXELS", points_per_batch)
-        expected = generate_masks(sam, photo, **FEW, output_mode="coco_rle")
-        found = generate_masks(sam, photo, **FEW, output_mode="coco_rle", points_per_batch=points_per_batch)
+        expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
+        found = sam.generate_masks(photo, **FEW, output_mode="coco_rle", points_per_batch=points_per_batch)
         assert [mask.area for mask in found] == pytest.approx([mask.area for mask in expected], abs=2)
 
     def test_point_grids(self, sam, photo):
         grid = automatic._grid(3).numpy()
-        expected = generate_masks(sam, photo, **FEW, output_mode="coco_rle")
-        found = generate_masks(
-            sam, photo, **{**FEW, "points_per_side": None}, point_grids=[grid], output_mode="coco_rle"
+        expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
+        found = sam.generate_masks(
+            photo, **{**FEW, "points_per_side": None}, point_grids=[grid], output_mode="coco_rle"
         )
         assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
     def test_training_mode_and_gradients_are_left_alone(self, sam, photo):
-        expected = generate_masks(sam, photo, **FEW, output_mode="coco_rle")
+        expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         sam.train()
-        found = generate_masks(sam, photo, **FEW, output_mode="coco_rle")
+        found = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         assert sam.training
         assert all(module.training for module in sam.modules())
         sam.eval()
@@ -155,24 +155,24 @@ class TestOutput:
     @pytest.mark.parametrize("layers", [0, 1])
     def test_thin_photos(self, sam, size, layers):
         photo = np.random.default_rng(0).integers(0, 256, (*size, 3), dtype=np.uint8)
-        for mask in generate_masks(sam, photo, **FEW, crop_n_layers=layers):
+        for mask in sam.generate_masks(photo, **FEW, crop_n_layers=layers):
             assert mask.segmentation.shape == size
 
     def test_grey(self, sam, photo, tmp_path):
         grey = Image.fromarray(photo).convert("L")
         grey.save(tmp_path / "grey.png")
-        expected = generate_masks(sam, np.repeat(np.array(grey)[..., None], 3, 2), **FEW, output_mode="coco_rle")
+        expected = sam.generate_masks(np.repeat(np.array(grey)[..., None], 3, 2), **FEW, output_mode="coco_rle")
         for form in (grey, tmp_path / "grey.png"):
-            found = generate_masks(sam, form, **FEW, output_mode="coco_rle")
+            found = sam.generate_masks(form, **FEW, output_mode="coco_rle")
             assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
     def test_nothing_found(self, sam, photo):
-        assert generate_masks(sam, photo, points_per_side=2, pred_iou_thresh=1e6, crop_n_layers=1) == []
-        assert generate_masks(sam, photo, points_per_side=2, pred_iou_thresh=1e6, min_mask_region_area=9) == []
+        assert sam.generate_masks(photo, points_per_side=2, pred_iou_thresh=1e6, crop_n_layers=1) == []
+        assert sam.generate_masks(photo, points_per_side=2, pred_iou_thresh=1e6, min_mask_region_area=9) == []
 
     def test_bfloat16(self, sam, photo):
-        exact = generate_masks(sam, photo, **SETTINGS["everything"])
-        rough = generate_masks(sam, photo, **SETTINGS["everything"], dtype=torch.bfloat16)
+        exact = sam.generate_masks(photo, **SETTINGS["everything"])
+        rough = sam.generate_masks(photo, **SETTINGS["everything"], dtype=torch.bfloat16)
         assert len(rough) == len(exact)
         exact.sort(key=lambda mask: (mask.point_coords, mask.predicted_iou))
         rough.sort(key=lambda mask: (mask.point_coords, mask.predicted_iou))
@@ -192,7 +192,7 @@ class TestSeveralPhotos:
 
     @pytest.mark.parametrize("batch_size", [1, 2, 9])
     def test_each_as_alone(self, sam, photos, batch_size, monkeypatch):
-        expected = [generate_masks(sam, photo, **FEW) for photo in photos]
+        expected = [sam.generate_masks(photo, **FEW) for photo in photos]
         seen = []
         encoder = type(sam.image_encoder).forward
         monkeypatch.setattr(type(sam.image_encoder), "forward", lambda self, x: seen.append(len(x)) or encoder(self, x))
@@ -204,34 +204,34 @@ class TestSeveralPhotos:
 
     def test_batches(self, sam, photo):
         """Arrays and tensors with a first dimension more."""
-        (alone,) = generate_masks(sam, [photo], **FEW)
-        for masks in generate_masks(sam, np.stack([photo, photo]), **FEW):
+        (alone,) = sam.generate_masks([photo], **FEW)
+        for masks in sam.generate_masks(np.stack([photo, photo]), **FEW):
             assert min(overlaps(masks, alone)) > 0.99
         tensor = torch.from_numpy(photo).movedim(-1, 0)[None] / 255
-        (found,) = generate_masks(sam, tensor, **FEW)
-        assert min(overlaps(found, generate_masks(sam, tensor[0], **FEW))) == 1
+        (found,) = sam.generate_masks(tensor, **FEW)
+        assert min(overlaps(found, sam.generate_masks(tensor[0], **FEW))) == 1
 
     def test_none(self, sam):
-        assert generate_masks(sam, []) == generate_masks(sam, torch.zeros(0, 3, 9, 9)) == []
+        assert sam.generate_masks([]) == sam.generate_masks(torch.zeros(0, 3, 9, 9)) == []
 
     def test_crops(self, sam, photos):
         settings = {**FEW, "points_per_side": 1, "crop_n_layers": 1, "output_mode": "coco_rle"}
-        found = generate_masks(sam, photos[:2], **settings)
+        found = sam.generate_masks(photos[:2], **settings)
         for masks, photo in zip(found, photos, strict=False):
-            alone = generate_masks(sam, photo, **settings)
+            alone = sam.generate_masks(photo, **settings)
             assert [mask.crop_box for mask in masks] == [mask.crop_box for mask in alone]
 
     def test_a_wrong_one(self, sam, photo):
         with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
-            generate_masks(sam, [photo, photo[..., 0]], **FEW)
+            sam.generate_masks([photo, photo[..., 0]], **FEW)
         with pytest.raises(TypeError, match="got int"):
-            generate_masks(sam, [photo, 3], **FEW)
+            sam.generate_masks([photo, 3], **FEW)
 
 
 class TestEmbedding:
     def test_same_masks_without_the_encoder(self, sam, photo, tmp_path, monkeypatch):
         pictures = [Image.fromarray(photo), Image.fromarray(photo[:90])]
-        expected = [generate_masks(sam, picture, **FEW) for picture in pictures]
+        expected = [sam.generate_masks(picture, **FEW) for picture in pictures]
         path = sam.embed(pictures, batch_size=1).save(tmp_path / "photos.safetensors")
         monkeypatch.setattr(type(sam.image_encoder), "forward", None)  # is not to be called
         for masks, alone in zip(sam.generate_masks(ImageEmbedding.load(path), **FEW), expected, strict=True):
@@ -241,7 +241,7 @@ class TestEmbedding:
     def test_of_the_prompter(self, sam, photo):
         prompter = sam.prompter()
         prompter.set_image(torch.from_numpy(photo).movedim(-1, 0) / 255)
-        (masks,) = generate_masks(sam, prompter.embedding(), **FEW)
+        (masks,) = sam.generate_masks(prompter.embedding(), **FEW)
         assert masks[0].segmentation.shape == photo.shape[:2]
 
     def test_refused(self, sam, photo):
@@ -249,12 +249,12 @@ class TestEmbedding:
         with pytest.raises(
             ValueError, match=r"crop_n_layers=1 looks at parts of the photo.*an embedding holds no pixel"
         ):
-            generate_masks(sam, embedding, **FEW, crop_n_layers=1)
+            sam.generate_masks(embedding, **FEW, crop_n_layers=1)
         with pytest.raises(ValueError, match="encoder with other weights"):
-            generate_masks(sam, dataclasses.replace(embedding, encoder="others"), **FEW)
+            sam.generate_masks(dataclasses.replace(embedding, encoder="others"), **FEW)
         small = MobileSAM.from_config("1m", img_size=128).eval()
         with pytest.raises(ValueError, match="this network has"):
-            generate_masks(small, embedding, **FEW)
+            small.generate_masks(embedding, **FEW)
 
 
 class TestMemory:
@@ -262,7 +262,7 @@ class TestMemory:
     def test_encoded_early(self, sam, photo, monkeypatch, room):
         """Beyond some bytes of logits candidates are kept encoded, and nothing else is different."""
         settings = {**FEW, "box_nms_thresh": 0.95, "crop_n_layers": 1, "output_mode": "coco_rle"}
-        expected = generate_masks(sam, photo, **settings)
+        expected = sam.generate_masks(photo, **settings)
         kept, blocks = [], {}
         encode = automatic._encode
 
@@ -275,7 +275,7 @@ class TestMemory:
         monkeypatch.setattr(automatic, "LOGITS", room)
         monkeypatch.setattr(automatic, "CPU_CHUNK", 2)
         monkeypatch.setattr(automatic, "_encode", spy)
-        found = generate_masks(sam, photo, **settings)
+        found = sam.generate_masks(photo, **settings)
         assert any(kept) == (room > 0)
         assert not all(kept)
         assert all(len(block) == 1 for block in blocks.values())  # nothing small between large buffers
@@ -301,7 +301,7 @@ class TestSavings:
 
         monkeypatch.setattr(automatic.FoldedMaskDecoder, "prompt", count_prompts)
         monkeypatch.setattr(automatic.FoldedMaskDecoder, "upscale", count_upscaled)
-        masks = generate_masks(sam, photo, **{**SETTINGS["grid"], "pred_iou_thresh": 4})
+        masks = sam.generate_masks(photo, **{**SETTINGS["grid"], "pred_iou_thresh": 4})
         assert sum(asked) == 64
         assert len(masks) / 3 <= sum(chosen) < 64
 
@@ -356,33 +356,6 @@ class TestSteps:
         assert near.tolist() == [False, True, True, False]
 
 
-class TestSuppress:
-    def test_best_stays(self):
-        boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 9, 10]])
-        kept = automatic.suppress_boxes(boxes, torch.tensor([0.5, 0.9, 0.1, 0.7]), 0.7)
-        assert kept.tolist() == [1, 2]
-
-    def test_first_of_equals_stays(self):
-        boxes = torch.tensor([[0, 0, 10, 10]]).repeat(50, 1)
-        assert automatic.suppress_boxes(boxes, torch.ones(50), 0.7).tolist() == [0]
-        apart = torch.arange(50)[:, None] * 20 + boxes
-        assert automatic.suppress_boxes(apart, torch.ones(50), 0.7).tolist() == list(range(50))
-
-    def test_lines_stay(self):
-        """Boxes without area have no IoU; torchvision keeps them all."""
-        boxes = torch.tensor([[5, 0, 5, 10], [5, 0, 5, 10], [0, 0, 10, 10]])
-        assert automatic.suppress_boxes(boxes, torch.tensor([0.1, 0.2, 0.3]), 0.7).tolist() == [2, 1, 0]
-
-    @pytest.mark.parametrize(("threshold", "kept"), [(0.8, [0]), (0.7, [0]), (0.81, [0, 1])])
-    def test_iou_at_the_threshold(self, threshold, kept):
-        """An IoU of 0.8 is 0.80000001 in float32, which torchvision compares with 0.8 in float64."""
-        boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 8]])
-        assert automatic.suppress_boxes(boxes, torch.tensor([0.9, 0.1]), threshold).tolist() == kept
-
-    def test_none(self):
-        assert automatic.suppress_boxes(torch.zeros(0, 4), torch.zeros(0), 0.5).tolist() == []
-
-
 class TestExceptions:
     @pytest.mark.parametrize(
         ("settings", "message"),
@@ -406,7 +379,7 @@ class TestExceptions:
     )
     def test_settings(self, sam, photo, settings, message):
         with pytest.raises(ValueError, match=message):
-            generate_masks(sam, photo, **settings)
+            sam.generate_masks(photo, **settings)
 
     @pytest.mark.parametrize(
         "image",
@@ -414,8 +387,8 @@ class TestExceptions:
     )
     def test_images(self, sam, image):
         with pytest.raises(ValueError, match=r"\(H, W, 3\)|\(3, H, W\)"):
-            generate_masks(sam, image)
+            sam.generate_masks(image)
 
     def test_no_image(self, sam):
         with pytest.raises(TypeError, match="got int"):
-            generate_masks(sam, 3)
+            sam.generate_masks(3)

@@ -295,7 +295,7 @@ class TestCheckpoints:
 
     def test_arguments(self, tmp_path):
         with pytest.raises(TypeError, match="positional"):
-            MobileSAM.from_config("5m", pretrained=True)
+            MobileSAM.from_config("5m", True)
         with pytest.raises(CheckpointError, match="There is no checkpoint file"):
             MobileSAM.from_config(pretrained=tmp_path / "gone.pt")
         with pytest.raises(CheckpointError, match="published with a 5m encoder, not with 21m"):
@@ -414,7 +414,7 @@ class TestPreprocessing:
             (torch.zeros(3, 0, 8), ValueError, "must have pixels; got 0x8"),
             (torch.full((3, 8, 8), math.nan), ValueError, "The photo holds NaN or infinity"),
             (torch.full((3, 8, 8), math.inf), ValueError, "The photo holds NaN or infinity"),
-            ([3], TypeError, "A photo is a tensor, a path or a PIL image; got int"),
+            ([3], TypeError, "A photo is a tensor, an array, a path or a PIL image; got int"),
             ("gone.jpg", FileNotFoundError, "There is no picture gone.jpg"),
         ],
     )

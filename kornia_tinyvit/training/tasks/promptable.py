@@ -21,7 +21,8 @@ from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry
-from kornia_tinyvit.sam.model import MobileSAM, prepare_photo
+from kornia_tinyvit.sam.inputs import prepare_photo
+from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics, mask_ious
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
