@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,27 +80,21 @@ def print_report(
     print_names("Could not be read and were left out", broken or ())
 
 
-def _open_segmenter(asked: Asked) -> tuple[SemanticSegmenter, SegmentationDataset]:
+def _open_file(network: Any, dataset: Any, name: str, asked: Asked) -> tuple[Any, Any]:
+    """Open a network of which there are no published weights, and its data."""
     if asked.pretrained is None:
-        raise ValueError("Name the segmenter's file: --pretrained FILE, such as runs/train/best.safetensors.")
-    segmenter = SemanticSegmenter.from_config(asked.variant, pretrained=asked.pretrained, **_size(asked))
-    return segmenter, SegmentationDataset.open(asked.data, asked.split)
+        raise ValueError(
+            f"There are no published {name}s: name a {name}'s file, --pretrained FILE, such as "
+            "runs/train/best.safetensors."
+        )
+    size = {} if asked.img_size is None else {"img_size": asked.img_size}
+    found = network.from_config(asked.variant, pretrained=asked.pretrained, **size)
+    return found, dataset.open(asked.data, asked.split)
 
 
 def _open_sam(asked: Asked) -> tuple[MobileSAM, InstanceDataset]:
     sam = MobileSAM.from_config(asked.variant, pretrained=asked.pretrained or True, img_size=asked.img_size)
     return sam, InstanceDataset.open(asked.data, asked.split, asked.min_area)
-
-
-def _open_detector(asked: Asked) -> tuple[TinyViTDetector, DetectionDataset]:
-    if asked.pretrained is None:
-        raise ValueError("There are no published detectors: name a detector's file as --pretrained.")
-    detector = TinyViTDetector.from_config(asked.variant, pretrained=asked.pretrained, **_size(asked))
-    return detector, DetectionDataset.open(asked.data, asked.split)
-
-
-def _size(asked: Asked) -> dict[str, Any]:
-    return {} if asked.img_size is None else {"img_size": asked.img_size}
 
 
 def _report_segmentation(found: Segmentation, images: SegmentationDataset, asked: Asked) -> dict[str, Any]:
@@ -156,6 +151,8 @@ def _show_boxes(report: dict[str, Any]) -> None:
     )
 
 
+_open_segmenter = partial(_open_file, SemanticSegmenter, SegmentationDataset, "segmenter")
+_open_detector = partial(_open_file, TinyViTDetector, DetectionDataset, "detector")
 _KINDS = {
     TaskName.semantic: _Kind(_open_segmenter, _report_segmentation, _show_segmentation),
     TaskName.promptable: _Kind(_open_sam, _report_prompts, _show_prompts),

@@ -33,6 +33,7 @@ from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
 from tests.scenes import CLASSES, damage, make_pictures
+from tests.training.runs import Interrupted, losses, metrics
 
 RECIPE = Recipe(
     img_size=32, epochs=2, warmup_epochs=0, batch_size=8, base_lr=0.128, min_lr=0.0128, preset="small",
@@ -59,10 +60,6 @@ def make_samples(folder, recipe=RECIPE, on_broken="stop") -> ReplayedSamples:
         recipe.img_size, recipe.preset, seed=1, num_samples=len(images), **recipe.changes
     )
     return ReplayedSamples(images, augmentation, on_broken)
-
-
-class Interrupted(Exception):
-    pass
 
 
 class Spoiled(Labels):
@@ -102,14 +99,6 @@ def stop_at(call):
         return 1
 
     return before
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-
-
-def losses(out) -> list[float]:
-    return [line["loss"] for line in metrics(out) if "loss" in line]
 
 
 def weights(path) -> TinyViT:

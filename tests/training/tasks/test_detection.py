@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,6 +26,7 @@ from kornia_tinyvit.training.tasks.base import evaluate_network
 from kornia_tinyvit.training.tasks.detection import BoxEvaluator
 from tests.scenes import BOX_NAMES, damage, make_boxes, write_boxes
 from tests.test_detection import make_detector
+from tests.training.runs import Interrupted, Stopping, losses, metrics
 
 RECIPE = Recipe(img_size=64, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, weight_decay=1e-4,
                 preset="detection", changes={"color_jitter": 0.1, "crop_scale": (0.8, 1.0)})  # fmt: skip
@@ -228,24 +228,6 @@ class TestDetectorTraining:
         assert len(seen) == 1 + asked  # once more in the backward pass
 
 
-class Interrupted(Exception):
-    pass
-
-
-class Stopping(DetectionLoss):
-    """A loss that stops at a batch."""
-
-    def __init__(self, training, call: int) -> None:
-        super().__init__(training)
-        self.call = call
-
-    def __call__(self, outputs, images, batch):
-        self.call -= 1
-        if not self.call:
-            raise Interrupted
-        return super().__call__(outputs, images, batch)
-
-
 def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
     torch.manual_seed(0)
     model = DetectorTraining(
@@ -254,19 +236,15 @@ def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
     augmentation = BoxAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes)
     samples = BoxedSamples(DetectionDataset.open(folder), augmentation, on_broken)
     options = {"cpu": True, "log_every": 1, "class_names": BOX_NAMES, "task": DETECTION} | options
-    return train(model, samples, Stopping(model, stop_at), recipe, out, **options)
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return train(model, samples, Stopping(DetectionLoss(model), stop_at), recipe, out, **options)
 
 
 class TestTraining:
     def test_it_learns_and_is_measured(self, folder, tmp_path):
         recipe = replace(RECIPE, epochs=12, ema_decay=0.5)
         result = fit(folder, tmp_path / "out", recipe, validation=DetectionDataset.open(folder), validate_every=12)
-        losses = [line["loss"] for line in metrics(tmp_path / "out") if "loss" in line]
-        assert np.mean(losses[-9:]) < 0.9 * np.mean(losses[:9])
+        curve = losses(tmp_path / "out")
+        assert np.mean(curve[-9:]) < 0.9 * np.mean(curve[:9])
         assert result.measure == "map"
         kept = TinyViTDetector.from_config(pretrained=result.best)
         assert (kept.class_names, kept.training) == (BOX_NAMES, False)

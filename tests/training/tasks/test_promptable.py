@@ -36,6 +36,7 @@ from kornia_tinyvit.training import (
 from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
 from tests.conftest import TINY, liven
 from tests.scenes import damage, make_instances
+from tests.training.runs import Interrupted, Stopping, losses, metrics
 
 WHOLE = {"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0}
 RECIPE = Recipe(img_size=64, epochs=2, warmup_epochs=0, batch_size=2, base_lr=0.25, min_lr=0.02, preset="promptable")
@@ -64,34 +65,14 @@ def samples_of(folder, on_broken="stop", prompting=None, seed=1, **changes) -> P
     return PromptedSamples(InstanceDataset.open(folder), augmentation, on_broken)
 
 
-class Interrupted(Exception):
-    pass
-
-
-class Stopping(MaskLoss):
-    """A loss that stops at a batch."""
-
-    def __init__(self, call: int, focal: float = 20.0) -> None:
-        super().__init__(focal)
-        self.call = call
-
-    def __call__(self, outputs, images, batch):
-        self.call -= 1
-        if not self.call:
-            raise Interrupted
-        return super().__call__(outputs, images, batch)
-
-
 def fit(
     folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, freeze=(), samples=None, focal=20.0, **options
 ):
     samples = samples or samples_of(folder, on_broken, **recipe.changes)
     options = {"cpu": True, "log_every": 1, "task": PROMPTABLE} | options
-    return train(PromptedSAM(model or make_sam(), freeze), samples, Stopping(stop_at, focal), recipe, out, **options)
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return train(
+        PromptedSAM(model or make_sam(), freeze), samples, Stopping(MaskLoss(focal), stop_at), recipe, out, **options
+    )
 
 
 class TestPrompting:
@@ -461,9 +442,7 @@ class TestTraining:
         with pytest.raises(Interrupted):
             fit(folder, out, recipe, call, model=make_sam(**changes), save_minutes=0)
         fit(folder, out, recipe, model=make_sam(**changes))
-        one, two = (
-            [line["loss"] for line in metrics(each) if "loss" in line] for each in (out, tmp_path / "undisturbed")
-        )
+        one, two = (losses(each) for each in (out, tmp_path / "undisturbed"))
         assert one == pytest.approx(two, rel=1e-6)
         first, second = (
             MobileSAM.from_config(pretrained=each / "last.safetensors").state_dict()
@@ -485,7 +464,7 @@ class TestTraining:
         recipe = replace(RECIPE, batch_size=4, frozen_batch_norm=True)
         for size in (4, 2):
             fit(folder, tmp_path / str(size), recipe, process_batch=size)
-        one, two = ([line["loss"] for line in metrics(tmp_path / size) if "loss" in line] for size in ("4", "2"))
+        one, two = (losses(tmp_path / size) for size in ("4", "2"))
         assert one == pytest.approx(two, rel=1e-4)
 
     def test_broken_pictures(self, folder, tmp_path):

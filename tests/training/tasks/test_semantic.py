@@ -27,6 +27,7 @@ from kornia_tinyvit.training import (
 from kornia_tinyvit.training.tasks.semantic import MaskedBatch
 from tests.conftest import TINY
 from tests.scenes import NAMES, damage, make_scenes
+from tests.training.runs import Interrupted, Stopping, losses, metrics
 
 RECIPE = Recipe(img_size=32, epochs=3, warmup_epochs=0, batch_size=2, base_lr=0.5, min_lr=0.05, preset="semantic",
                 changes={"color_jitter": 0.1})  # fmt: skip
@@ -43,24 +44,6 @@ def make_segmenter(**changes) -> SemanticSegmenter:
     return SemanticSegmenter(TinyViT(**config), num_classes=3, width=16, dropout=0.0, class_names=NAMES)
 
 
-class Interrupted(Exception):
-    pass
-
-
-class Stopping(PixelLabels):
-    """Labels that stop at a batch."""
-
-    def __init__(self, call: int) -> None:
-        super().__init__()
-        self.call = call
-
-    def __call__(self, outputs, images, batch):
-        self.call -= 1
-        if not self.call:
-            raise Interrupted
-        return super().__call__(outputs, images, batch)
-
-
 def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, **options):
     samples = MaskedSamples(
         SegmentationDataset.open(folder),
@@ -68,11 +51,7 @@ def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, **o
         on_broken,
     )
     options = {"cpu": True, "log_every": 1, "class_names": NAMES, "task": SEMANTIC} | options
-    return train(model or make_segmenter(), samples, Stopping(stop_at), recipe, out, **options)
-
-
-def metrics(out) -> list[dict]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return train(model or make_segmenter(), samples, Stopping(PixelLabels(), stop_at), recipe, out, **options)
 
 
 def assert_same_run(out, other):
@@ -270,7 +249,7 @@ class TestTraining:
         recipe = replace(RECIPE, batch_size=4, frozen_batch_norm=True)
         for size in (4, 2):
             fit(folder, tmp_path / str(size), recipe, process_batch=size)
-        one, two = ([line["loss"] for line in metrics(tmp_path / size) if "loss" in line] for size in ("4", "2"))
+        one, two = (losses(tmp_path / size) for size in ("4", "2"))
         assert one == pytest.approx(two, rel=1e-4)
 
     def test_broken_pictures(self, folder, tmp_path):

@@ -1,0 +1,35 @@
+"""Trainings that stop in the middle, and what they write down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+class Interrupted(Exception):
+    pass
+
+
+class Stopping:
+    """An objective that stops at a batch, such as the third; 0 for none."""
+
+    def __init__(self, objective, call: int) -> None:
+        self.objective, self.call = objective, call
+
+    def describe(self) -> dict[str, Any]:
+        return self.objective.describe()
+
+    def __call__(self, outputs, images, batch):
+        self.call -= 1
+        if not self.call:
+            raise Interrupted
+        return self.objective(outputs, images, batch)
+
+
+def metrics(out: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[float]:
+    return [line["loss"] for line in metrics(out) if "loss" in line]
