@@ -54,9 +54,9 @@ class Photos:
     def __len__(self) -> int:
         return len(self.files)
 
-    def pixels(self, index: int) -> Tensor:
-        """Return a photo as it is stored, (3, H, W) in 8 bits."""
-        return read_pixels(self.files[index])
+    def read(self, index: int) -> tuple[Tensor, int]:
+        """Return a photo as it is stored, (3, H, W) in 8 bits, and its class, the only one."""
+        return read_pixels(self.files[index]), self.labels[index]
 
     def name(self, index: int) -> str:
         """Tell a photo from the others."""

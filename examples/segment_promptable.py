@@ -98,7 +98,11 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = InstanceDataset(args.photos, args.instances, args.min_area).with_instances().sample(args.pictures)
+    images = (
+        InstanceDataset.open(args.photos, min_area=args.min_area, instances=args.instances)
+        .with_instances()
+        .sample(args.pictures)
+    )
     # To fit a few photos from weights made for something else: all layers learn alike, from what will be asked later.
     # SAM's 20 times heavier focal loss keeps a random decoder's masks empty for a long time.
     recipe = dataclasses.replace(
@@ -134,7 +138,8 @@ def main() -> None:
     kept = MobileSAM.from_config(pretrained=result.last)
     tell("after", "train", kept, images)
     if args.others:
-        tell("after", "others", kept, InstanceDataset(*args.others, args.min_area))
+        photos, instances = args.others
+        tell("after", "others", kept, InstanceDataset.open(photos, min_area=args.min_area, instances=instances))
     sheet = args.out / "masks.png"
     draw_sheet(kept, images, list(range(min(args.shown, len(images)))), sheet, args.hide_photos)
     print(f"wrote {sheet}")

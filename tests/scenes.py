@@ -147,3 +147,28 @@ def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
     return path
+
+
+def write_voc(
+    root: Path, objects: dict[str, list[str]], size: tuple[int, int] = (40, 20), split: str = "train"
+) -> Path:
+    """Write red pictures and Pascal VOC's files: ``name xmin ymin xmax ymax`` for an object, and a 1 if difficult."""
+    for stem, lines in objects.items():
+        write_picture(root / "JPEGImages" / f"{stem}.jpg")
+        found = []
+        for line in lines:
+            name, *corners, difficult = (*line.split(), "0")[:6]
+            box = "".join(
+                f"<{key}>{x}</{key}>" for key, x in zip(("xmin", "ymin", "xmax", "ymax"), corners, strict=True)
+            )
+            found.append(
+                f"<object><name>{name}</name><difficult>{difficult}</difficult><bndbox>{box}</bndbox></object>"
+            )
+        sides = f"<size><width>{size[0]}</width><height>{size[1]}</height><depth>3</depth></size>"
+        file = root / "Annotations" / f"{stem}.xml"
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(f"<annotation><filename>{stem}.jpg</filename>{sides}{''.join(found)}</annotation>")
+    listed = root / "ImageSets" / "Main" / f"{split}.txt"
+    listed.parent.mkdir(parents=True, exist_ok=True)
+    listed.write_text("\n".join(objects) + "\n")
+    return root

@@ -1,9 +1,10 @@
-"""Data sets, the readers of their formats, replayable augmentation, and the order and loading of epochs."""
+"""Datasets, the readers of their formats, replayable augmentation, and the order and loading of epochs."""
 
 from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
+from kornia_tinyvit.data.boxes import Objects
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.datasets import BrokenImageError
-from kornia_tinyvit.data.detection import DetectionDataset, Objects
+from kornia_tinyvit.data.datasets import BrokenImageError, ImageDataset
+from kornia_tinyvit.data.detection import DetectionDataset
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader
 from kornia_tinyvit.data.order import EpochOrder
@@ -18,6 +19,7 @@ __all__ = [
     "Draws",
     "EpochBatches",
     "EpochOrder",
+    "ImageDataset",
     "InstanceDataset",
     "KeyedSamples",
     "Objects",

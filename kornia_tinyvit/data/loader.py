@@ -156,7 +156,7 @@ class ReplayedSamples(KeyedSamples[Batch]):
         indices = [index for _, index in keys]
         draws = self.augmentation.draw(keys[0][0], indices)
         crops, valid, broken = self._gather(
-            keys, self.images.pixels, lambda pixels, row: self.augmentation.crop(pixels, draws, row), self._grey()
+            keys, self.images.read, lambda found, row: self.augmentation.crop(found[0], draws, row), self._grey()
         )
         labels = torch.tensor([self.images.labels[index] for index in indices])
         return Batch(torch.stack(crops), labels, valid, draws, broken)

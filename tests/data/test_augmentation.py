@@ -38,11 +38,11 @@ class Pictures:
     def __len__(self):
         return SAMPLES
 
-    def pixels(self, index):
+    def read(self, index):
         height, width = 20 + 7 * (index % 9), 20 + 5 * (index % 11)
         y, x = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
         waves = [torch.sin(0.11 * (c + 1) * x + 0.07 * (index + 1) * y + c) for c in range(3)]
-        return (127.5 + 127 * torch.stack(waves)).to(torch.uint8)
+        return (127.5 + 127 * torch.stack(waves)).to(torch.uint8), self.labels[index]
 
     def name(self, index):
         return f"picture {index}"
@@ -319,7 +319,7 @@ class TestOperators:
 
     @pytest.fixture
     def picture(self):
-        return Pictures().pixels(5)
+        return Pictures().read(5)[0]
 
     @pytest.mark.parametrize(
         ("name", "magnitude", "reference"),
@@ -377,7 +377,7 @@ class TestOperators:
 
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_rows_do_not_see_each_other(self, name):
-        pictures = torch.stack([module.F.interpolate(Pictures().pixels(i)[None], (33, 35))[0] for i in range(9)])
+        pictures = torch.stack([module.F.interpolate(Pictures().read(i)[0][None], (33, 35))[0] for i in range(9)])
         magnitudes = torch.tensor([1.0, 2.0, 3.0, 0.4, 1.5, 2.5, 0.1, 1.9, 2.2])
         whole = module._operator(name)(pictures, magnitudes)
         for row in range(9):

@@ -11,8 +11,9 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kornia_tinyvit.data.classification import ClassificationDataset, MissingExtraError, collate
+from kornia_tinyvit.data.classification import ClassificationDataset, collate
 from kornia_tinyvit.data.datasets import BrokenImageError
+from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pixels
 
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]
@@ -65,13 +66,13 @@ class TestFolder:
         for index, file in enumerate(FILES):
             image, label = data[index]
             assert torch.equal(image, read_image(folder / file))
-            assert torch.equal(data.pixels(index), read_pixels(folder / file))
+            assert torch.equal(data.read(index)[0], read_pixels(folder / file))
             assert label == data.labels[index]
             assert data.name(index) == file
         assert data.name(-1) == FILES[-1]
         assert torch.equal(data[-1][0], data[4][0])
         with pytest.raises(IndexError):
-            data.pixels(5)
+            data.read(5)[0]
 
     def test_hidden_files(self, folder):
         (folder / "cat" / ".thumbnails").mkdir()
@@ -105,14 +106,14 @@ class TestFolder:
         Image.fromarray(levels).save(folder / "ant" / "1.png")
         data = ClassificationDataset.open(folder)
         assert torch.equal(data[0][0], read_image(folder / "ant" / "1.png"))
-        assert (data.pixels(0) / 255 - data[0][0]).abs().max() <= 0.5 / 255 + 1e-6
+        assert (data.read(0)[0] / 255 - data[0][0]).abs().max() <= 0.5 / 255 + 1e-6
 
     def test_text_path(self, folder):
         assert ClassificationDataset.open(str(folder)).labels == ClassificationDataset.open(folder).labels
 
     def test_damaged_picture(self, folder):
         (folder / "ant" / "1.png").write_bytes(b"no picture")
-        for read in (ClassificationDataset.open(folder).__getitem__, ClassificationDataset.open(folder).pixels):
+        for read in (ClassificationDataset.open(folder).__getitem__, ClassificationDataset.open(folder).read):
             with pytest.raises(BrokenImageError, match=r"ant.1\.png is not a picture that can be read: Pillow does"):
                 read(0)
         (folder / "ant" / "1.png").write_bytes((folder / "dog" / "2.png").read_bytes()[:45])
@@ -240,7 +241,7 @@ class TestParquet:
         assert data.labels == [3, 0, 3, 2, 0, 1, 4]
         assert data.num_classes == 5
         assert [data[index][0].shape[2] for index in range(7)] == [5, 6, 7, 8, 9, 10, 11]
-        assert [data.pixels(index)[0, 0, 0].item() for index in range(7)] == [0, 20, 40, 60, 80, 100, 120]
+        assert [data.read(index)[0][0, 0, 0].item() for index in range(7)] == [0, 20, 40, 60, 80, 100, 120]
         assert data.name(3) == "train-00000-of-00002.parquet row 3"
         assert data.name(4) == "train-00001-of-00002.parquet row 0"
         with pytest.raises(IndexError):
@@ -260,7 +261,7 @@ class TestParquet:
         path = write_parquet(tmp_path / "test.parquet", [picture(number) for number in range(9)], list(range(9)))
         pq.write_table(pq.read_table(path), path, row_group_size=2)
         data = ClassificationDataset.open(path)
-        assert [data.pixels(index)[0, 0, 0].item() for index in range(9)] == list(range(9))
+        assert [data.read(index)[0][0, 0, 0].item() for index in range(9)] == list(range(9))
 
     @pytest.mark.parametrize("content", [b"no picture", b"", None])
     def test_damaged_row_is_named(self, tmp_path, content):
@@ -271,7 +272,7 @@ class TestParquet:
         pq.write_table(pa.table({"image": images, "label": [0, 0, 0]}), tmp_path / "test.parquet")
         for read in (
             ClassificationDataset.open(tmp_path / "test.parquet").__getitem__,
-            ClassificationDataset.open(tmp_path).pixels,
+            ClassificationDataset.open(tmp_path).read,
         ):
             with pytest.raises(BrokenImageError, match=r"test\.parquet row 2 is not a picture that can be read"):
                 read(2)
@@ -296,7 +297,7 @@ class TestParquet:
         data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", pictures, [1] * 20))
         letter = pickle.dumps(data)
         assert len(letter) < 2000  # the pictures do not travel
-        assert torch.equal(pickle.loads(letter).pixels(7), data.pixels(7))
+        assert torch.equal(pickle.loads(letter).read(7)[0], data.read(7)[0])
 
 
 class TestTar:
@@ -310,7 +311,7 @@ class TestTar:
         assert data.num_classes == 3
         for index, file in enumerate(FILES):
             assert torch.equal(data[index][0], expected[index][0])
-            assert torch.equal(data.pixels(index), expected.pixels(index))
+            assert torch.equal(data.read(index)[0], expected.read(index)[0])
             assert data.name(index) == f"pictures.tar: {top.strip('./') and 'pets/'}{file}"
 
     def test_folders_of_the_archive(self, folder, tmp_path):
@@ -340,7 +341,7 @@ class TestTar:
         assert data.labels == expected.labels
         assert data.name(2) == "cat.tar: young/1.png"
         for index in range(5):
-            assert torch.equal(data.pixels(index), expected.pixels(index))
+            assert torch.equal(data.read(index)[0], expected.read(index)[0])
 
     def test_archives_in_an_archive(self, folder, tmp_path):
         archives = self.archives(folder, tmp_path / "imagenet")
@@ -348,7 +349,7 @@ class TestTar:
         expected = ClassificationDataset.open(folder)
         assert (data.class_names, data.labels) == (expected.class_names, expected.labels)
         for index, file in enumerate(FILES):
-            assert torch.equal(data.pixels(index), expected.pixels(index))
+            assert torch.equal(data.read(index)[0], expected.read(index)[0])
             assert data.name(index) == f"train.tar: {file}"
 
     def test_hard_links(self, folder, tmp_path):
@@ -357,21 +358,21 @@ class TestTar:
             pack(folder, tmp_path / "pictures.tar", ["ant/1.png", "dog/2.png", "dog/3.png"])
         )
         assert data.labels == [0, 1, 1]
-        assert torch.equal(data.pixels(1), data.pixels(2))
+        assert torch.equal(data.read(1)[0], data.read(2)[0])
 
     def test_long_names(self, folder, tmp_path):
         long = f"dog/{'very ' * 40}long.png"
         shutil.copy(folder / "dog" / "2.png", folder / long)
         data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", [long, "dog/2.png", "ant/1.png"]))
         assert data.name(2) == f"pictures.tar: {long}"
-        assert torch.equal(data.pixels(2), data.pixels(1))
+        assert torch.equal(data.read(2)[0], data.read(1)[0])
 
     def test_damaged_picture_is_named(self, folder, tmp_path):
         (folder / "cat" / "0.bmp").write_bytes(b"no picture")
         data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
         with pytest.raises(BrokenImageError, match=r"pictures\.tar: cat/0\.bmp is not a picture"):
-            data.pixels(1)
-        data.pixels(2)
+            data.read(1)[0]
+        data.read(2)[0]
 
     def test_shortened_archive(self, folder, tmp_path):
         path = pack(folder, tmp_path / "pictures.tar", FILES)
@@ -395,12 +396,12 @@ class TestTar:
 
     def test_processes_and_threads(self, folder, tmp_path):
         data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
-        expected = [data.pixels(index) for index in range(5)] * 20
+        expected = [data.read(index)[0] for index in range(5)] * 20
         with ThreadPoolExecutor(4) as pool:
-            found = list(pool.map(data.pixels, [0, 1, 2, 3, 4] * 20))
+            found = list(pool.map(lambda index: data.read(index)[0], [0, 1, 2, 3, 4] * 20))
         assert all(map(torch.equal, found, expected))
         again = pickle.loads(pickle.dumps(data))
-        assert torch.equal(again.pixels(3), data.pixels(3))
+        assert torch.equal(again.read(3)[0], data.read(3)[0])
         batches = list(DataLoader(data, 2, num_workers=2, collate_fn=collate))
         assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
 
@@ -469,10 +470,10 @@ class TestSample:
         assert len(drawn) == len(drawn.labels) == 3
         assert drawn.class_names == data.class_names
         assert drawn.num_classes == data.num_classes
-        whole = {data.name(row): (data.pixels(row), data.labels[row]) for row in range(len(data))}
+        whole = {data.name(row): (data.read(row)[0], data.labels[row]) for row in range(len(data))}
         for row in range(3):
             pixels, label = whole[drawn.name(row)]
-            assert torch.equal(drawn.pixels(row), pixels)
+            assert torch.equal(drawn.read(row)[0], pixels)
             assert drawn[row][1] == label
 
     def test_seed_and_fingerprint(self, folder):

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import json
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
 
 from kornia_tinyvit.data import BrokenImageError, DetectionDataset
 from tests.conftest import shared
-from tests.scenes import ANIMALS, make_coco, write_coco, write_picture, write_yolo
+from tests.scenes import ANIMALS, make_coco, write_coco, write_picture, write_voc, write_yolo
 
 
 class TestYolo:
@@ -92,7 +93,7 @@ names: [cat, dog]
             ("names: [a]", ValueError, "expected 'names' and 'train'"),
             ("train: images/gone\nnames: [a]", FileNotFoundError, "images/gone"),
             ("train: images/train\nnames: {0: a, 2: b}", ValueError, "expected 0, 1, 2"),
-            ("- 1", ValueError, "describes no YOLO data set"),
+            ("- 1", ValueError, "describes no data set"),
             ("a: [", ValueError, "is no YAML"),
         ],
     )
@@ -136,7 +137,7 @@ class TestCoco:
         assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, True])
         assert objects.areas.tolist() == [120, 25]
         assert len(data[1][1].labels) == 0
-        assert data.path(1) == tmp_path / "val2017" / "b.png"
+        assert Path(data.place(1)) == tmp_path / "val2017" / "b.png"
 
     @pytest.mark.parametrize("folder", ["images/val2017", "annotations"])
     def test_places_of_the_pictures(self, tmp_path, folder):
@@ -236,7 +237,7 @@ class TestCoco:
         with pytest.raises(FileNotFoundError, match=r"such as a\.png"):
             DetectionDataset.open(path)
         with pytest.raises(FileNotFoundError, match=r"No picture of .* is in"):
-            DetectionDataset.from_coco(path, tmp_path)
+            DetectionDataset.open(path, images=tmp_path)
 
     def test_a_picture_of_another_size(self, tmp_path):
         data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
@@ -245,10 +246,84 @@ class TestCoco:
             data[0]
 
 
+class TestVoc:
+    def test_items(self, tmp_path):
+        data = DetectionDataset.open(write_voc(tmp_path, {"b": ["owl 5 3 24 12", "cat 1 1 40 20 1"], "a": []}))
+        assert (len(data), data.class_names, data.left_out) == (2, ("cat", "owl"), ())
+        assert [data.name(row) for row in range(2)] == ["b.jpg", "a.jpg"]  # in the order of the list
+        objects = data[0][1]
+        assert objects.boxes.tolist() == [[4, 2, 24, 12], [0, 0, 40, 20]]  # the first and the last pixel are inside
+        assert objects.areas.tolist() == [200, 800]
+        assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, True])
+        assert len(data[1][1].labels) == 0
+
+    def test_splits_have_the_same_classes(self, tmp_path):
+        write_voc(tmp_path, {"a": ["owl 5 3 24 12"]})
+        write_voc(tmp_path, {"b": ["cat 1 1 40 20"]}, split="val")
+        for split, label in (("train", 1), ("val", 0)):
+            data = DetectionDataset.open(tmp_path, split)
+            assert (data.class_names, data[0][1].labels.tolist()) == (("cat", "owl"), [label])
+        with pytest.raises(FileNotFoundError, match=r"test\.txt for 'test'; there are: train, val\."):
+            DetectionDataset.open(tmp_path, "test")
+
+    def test_boxes_of_one_pixel_and_of_none(self, tmp_path):
+        lines = ["cat 7 7 7 7", "cat 9 5 8 9", "cat 41 1 50 5", "cat 0 0 10.5 10"]
+        data = DetectionDataset.open(write_voc(tmp_path, {"a": lines}))
+        assert data[0][1].boxes.tolist() == [[6, 6, 7, 7], [0, 0, 10.5, 10]]
+        assert [line.rsplit("/", 1)[1] for line in data.left_out] == [
+            "a.xml: the box of its object 2 has no area",
+            "a.xml: the box of its object 3 has no area",
+        ]
+
+    @pytest.mark.parametrize(
+        ("old", "new", "message"),
+        [
+            ("</annotation>", "", r"a\.xml is no XML"),
+            ("<annotation>", '<?xml version="1.0" encoding="none"?><annotation>', "is no XML"),
+            ("<name>cat</name>", "", r"a\.xml has no name in its 'object'"),
+            ("<xmin>5</xmin>", "", r"has no bndbox/xmin in its 'object'"),
+            ("<xmin>5</xmin>", "<xmin>x</xmin>", r"has 'x' as bndbox/xmin; expected a number of pixels"),
+            ("<xmin>5</xmin>", "<xmin>nan</xmin>", "has 'nan' as"),
+            ("<width>40</width>", "", "has no size/width in its 'annotation'"),
+            ("<width>40</width>", "<width>0</width>", "states an image of 0x20 pixels"),
+        ],
+    )
+    def test_false_annotations(self, tmp_path, old, new, message):
+        write_voc(tmp_path, {"a": ["cat 5 3 24 12"]})
+        file = tmp_path / "Annotations" / "a.xml"
+        file.write_text(file.read_text().replace(old, new))
+        with pytest.raises(ValueError, match=message):
+            DetectionDataset.open(tmp_path)
+
+    def test_missing_files(self, tmp_path):
+        write_voc(tmp_path, {"a": ["cat 5 3 24 12"], "b": ["cat 5 3 24 12"]})
+        (tmp_path / "JPEGImages" / "b.jpg").unlink()
+        data = DetectionDataset.open(tmp_path)
+        assert (len(data), data.without_picture) == (1, ("b",))
+        (tmp_path / "Annotations" / "a.xml").unlink()
+        with pytest.raises(FileNotFoundError, match=r"a\.xml, though .*train\.txt lists a"):
+            DetectionDataset.open(tmp_path)
+
+    def test_a_picture_of_another_size(self, tmp_path):
+        data = DetectionDataset.open(write_voc(tmp_path, {"a": ["cat 5 3 12 12"]}, size=(20, 40)))
+        with pytest.raises(BrokenImageError, match=r"a\.jpg is 40x20 pixels upright, but its labels are for 20x40"):
+            data[0]
+
+    @pytest.mark.parametrize(("split", "count"), [("train", 205), ("val", 87), ("test", 72)])
+    def test_blood_cells(self, split, count):
+        data = DetectionDataset.open(shared("data/blood_cells"), split)
+        assert (len(data), data.class_names) == (count, ("Platelets", "RBC", "WBC"))
+        assert (data.left_out, data.without_picture) == ((), ())
+        picture, objects = data[0]
+        assert picture.shape == (3, 480, 640)
+        assert (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
+        assert (objects.boxes >= 0).all()
+
+
 class TestDataSet:
     def test_broken_pictures(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}))
-        data.path(0).write_bytes(b"no picture")
+        Path(data.place(0)).write_bytes(b"no picture")
         with pytest.raises(BrokenImageError, match=r"a\.png"):
             data[0]
 

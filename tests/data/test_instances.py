@@ -33,6 +33,16 @@ def add_labels(root: Path, *lines: str, name: str = "a.txt") -> Path:
     return root
 
 
+def write_coco(root: Path, names: dict[int, str], *annotations: dict, size=SIZE) -> None:
+    """Write what COCO's file states about images of one size."""
+    told = {
+        "images": [{"id": key, "file_name": name, "height": size[0], "width": size[1]} for key, name in names.items()],
+        "annotations": [{"id": number, "category_id": 1, **each} for number, each in enumerate(annotations)],
+        "categories": [{"id": 1, "name": "object"}],
+    }
+    (root / "coco.json").write_text(json.dumps(told))
+
+
 def box_mask(left, top, right, bottom, size=SIZE) -> torch.Tensor:
     mask = torch.zeros(size, dtype=torch.bool)
     mask[top:bottom, left:right] = True
@@ -82,14 +92,9 @@ class TestFormats:
             {"image_id": 5, "segmentation": encode_rle(box_mask(0, 0, 30, 20)), "iscrowd": 1},
             {"image_id": 5, "segmentation": polygon},
         ]
-        told = {
-            "images": [{"id": 5, "file_name": "a.png"}, {"id": 6, "file_name": "empty.jpg"},
-                       {"id": 7, "file_name": "gone.jpg"}],
-            "annotations": annotations,
-        }  # fmt: skip
-        (tmp_path / "instances.json").write_text(json.dumps(told))
-        data = InstanceDataset(tmp_path / "images", tmp_path / "instances.json")
-        assert ([data.name(row) for row in range(2)], data.without_picture) == (["a.png", "empty.jpg"], ("gone",))
+        write_coco(tmp_path, {5: "a.png", 6: "empty.jpg", 7: "gone.jpg"}, *annotations)
+        data = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
+        assert ([data.name(row) for row in range(2)], data.without_picture) == (["a.png", "empty.jpg"], ("gone.jpg",))
         masks = data[0][1]
         assert torch.equal(masks[0], ring)
         assert torch.equal(masks[1], box_mask(6, 4, 16, 13) | box_mask(20, 2, 26, 7))  # corners' pixels included
@@ -98,7 +103,7 @@ class TestFormats:
 
     def test_real_polygons_agree_with_the_class_masks(self):
         labels = shared("data/coco128/instance_segmentation/labels/train2017")
-        data = InstanceDataset(shared("data/coco128/images/train2017"), labels, min_area=1024)
+        data = InstanceDataset.open(shared("data/coco128/images/train2017"), min_area=1024, instances=labels)
         assert (len(data), len(data.without_mask)) == (100, 28)
         semantic = shared("data/coco128/semantic_segmentation/masks/train2017")
         inside = []
@@ -107,6 +112,75 @@ class TestFormats:
             inside += [float((classes[mask] == classes[mask].mode().values).float().mean()) for mask in data[row][1]]
         assert len(inside) > 10
         assert np.mean(inside) > 0.95
+
+    def test_coco_images_that_differ_in_their_ending(self, tmp_path):
+        add_picture(add_picture(tmp_path), "a.jpg")
+        annotation = {"image_id": 2, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+        write_coco(tmp_path, {1: "a.png", 2: "a.jpg"}, annotation)
+        data = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
+        assert [(data.name(row), len(data[row][1])) for row in range(2)] == [("a.png", 0), ("a.jpg", 1)]
+
+    def test_box_lines_are_filled(self, tmp_path):
+        masks = InstanceDataset.open(add_labels(add_picture(tmp_path), "1 0.5 0.5 0.4 0.3"))[0][1]
+        assert iou(masks[0], box_mask(9, 7, 22, 14)) == 1  # corners' pixels included
+
+
+def write_sample(root: Path, name: str, *boxes: tuple[int, int, int, int]) -> Path:
+    """Write a picture and a file for each of its objects."""
+    add_picture(root / name, f"{name}.png")
+    for number, box in enumerate(boxes):
+        path = root / name / "masks" / f"{number}.png"
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(box_mask(*box).numpy().astype(np.uint8) * 255).save(path)
+    return root
+
+
+class TestOneFilePerObject:
+    def test_objects(self, tmp_path):
+        write_sample(write_sample(tmp_path, "b", (2, 3, 9, 8), (5, 5, 20, 15), (0, 0, 0, 0)), "a", (1, 1, 2, 2))
+        data = InstanceDataset.open(tmp_path)
+        assert [data.name(row) for row in range(2)] == ["a/images/a.png", "b/images/b.png"]
+        picture, masks = data[1]
+        assert picture.shape == (3, *SIZE)
+        assert torch.equal(masks, torch.stack([box_mask(2, 3, 9, 8), box_mask(5, 5, 20, 15)]))  # that overlap
+        assert len(InstanceDataset.open(tmp_path, min_area=2)[0][1]) == 0
+
+    def test_split(self, tmp_path):
+        write_sample(tmp_path / "val", "a", (1, 1, 5, 5))
+        assert InstanceDataset.open(tmp_path, "val").name(0) == "a/images/a.png"
+        with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
+            InstanceDataset.open(tmp_path, "train")
+
+    def test_what_is_left_out(self, tmp_path):
+        write_sample(write_sample(tmp_path, "a", (1, 1, 5, 5)), "b")
+        (tmp_path / "b" / "masks").mkdir()
+        (tmp_path / "c" / "masks").mkdir(parents=True)
+        data = InstanceDataset.open(tmp_path)
+        assert (len(data), data.without_mask, data.without_picture) == (1, ("b",), ("c",))
+
+    def test_fingerprint(self, tmp_path):
+        first = InstanceDataset.open(write_sample(tmp_path, "a", (1, 1, 5, 5))).fingerprint()
+        assert InstanceDataset.open(tmp_path).fingerprint() == first
+        write_sample(tmp_path, "a", (1, 1, 5, 5), (7, 7, 9, 9))
+        assert InstanceDataset.open(tmp_path).fingerprint() != first
+
+    def test_rejected(self, tmp_path):
+        write_sample(tmp_path, "a", (1, 1, 5, 5))
+        Image.new("RGB", (4, 4)).save(tmp_path / "a" / "masks" / "0.png")
+        with pytest.raises(BrokenImageError, match=r"0\.png is no mask: it has the mode RGB"):
+            InstanceDataset.open(tmp_path)[0]
+        Image.new("L", (4, 4), 1).save(tmp_path / "a" / "masks" / "0.png")
+        with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its masks are 4x4"):
+            InstanceDataset.open(tmp_path)[0]
+        add_picture(tmp_path / "a", "other.png")
+        with pytest.raises(ValueError, match="holds 2 images; expected one"):
+            InstanceDataset.open(tmp_path)
+
+    def test_nuclei(self):
+        data = InstanceDataset.open(shared("data/nuclei/one_file_per_object"))
+        assert (len(data), data.without_mask, data.without_picture) == (4, (), ())
+        assert [len(masks) for _, masks in data] == [12, 21, 25, 29]
+        assert all((masks.sum(0) <= 1).all() for _, masks in data)  # none is counted twice
 
 
 class TestOpen:
@@ -126,15 +200,22 @@ class TestOpen:
             InstanceDataset.open(tmp_path / "data.json", "val")
 
     def test_labels_of_a_folder_without_images_in_its_path(self, tmp_path):
+        """They lie beside the images, as those of boxes do."""
         (tmp_path / "data.json").write_text(json.dumps({"train": "photos"}))
-        with pytest.raises(ValueError, match="no folder 'images'"):
+        with pytest.raises(FileNotFoundError, match="There are no pictures"):
             InstanceDataset.open(tmp_path / "data.json")
+        add_labels(add_picture(tmp_path), SQUARE)
+        (tmp_path / "images").rename(tmp_path / "photos")
+        with pytest.raises(ValueError, match="None of the 1 pictures"):
+            InstanceDataset.open(tmp_path / "data.json")
+        (tmp_path / "labels" / "a.txt").rename(tmp_path / "photos" / "a.txt")
+        assert len(InstanceDataset.open(tmp_path / "data.json")[0][1]) == 1
 
     def test_what_is_left_out(self, tmp_path):
         add_labels(add_picture(add_picture(tmp_path), "b.png"), SQUARE)
         add_labels(tmp_path, SQUARE, name="c.txt")
         data = InstanceDataset.open(tmp_path)
-        assert (len(data), data.without_mask, data.without_picture) == (1, ("b.png",), ("c",))
+        assert (len(data), data.without_mask, data.without_picture) == (1, ("b.png",), ("c.txt",))
 
     def test_small_instances(self, tmp_path):
         add_labels(add_picture(tmp_path), SQUARE, "1 0 0 0.1 0 0.1 0.1")
@@ -162,10 +243,8 @@ class TestOpen:
         add_picture(tmp_path)
         prints = set()
         for right in (12, 13):
-            told = {"images": [{"id": 1, "file_name": "a.png"}],
-                    "annotations": [{"image_id": 1, "segmentation": [[2, 2, right, 2, right, 9]]}]}  # fmt: skip
-            (tmp_path / "coco.json").write_text(json.dumps(told))
-            prints.add(InstanceDataset(tmp_path / "images", tmp_path / "coco.json").fingerprint())
+            write_coco(tmp_path, {1: "a.png"}, {"image_id": 1, "segmentation": [[2, 2, right, 2, right, 9]]})
+            prints.add(InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json").fingerprint())
         assert len(prints) == 2
 
 
@@ -174,10 +253,23 @@ class TestRefusals:
         """Refused before masks of that size take the memory."""
         add_picture(tmp_path)
         runs = {"size": [60_000, 60_000], "counts": [3_600_000_000]}
-        told = {"images": [{"id": 1, "file_name": "a.png"}], "annotations": [{"image_id": 1, "segmentation": runs}]}
-        (tmp_path / "coco.json").write_text(json.dumps(told))
+        write_coco(tmp_path, {1: "a.png"}, {"image_id": 1, "segmentation": runs})
         with pytest.raises(BrokenImageError, match=r"a mask of the size \[60000, 60000\] lies on a picture of"):
-            InstanceDataset(tmp_path / "images", tmp_path / "coco.json")[0]
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
+
+    @pytest.mark.parametrize(
+        "segmentation", [[], [[]], [[1, 2, 3]], [[1, 2, float("nan"), 3, 4, 5]], "1 2", {"counts": [600]}, [1, 2, 3, 4]]
+    )
+    def test_false_segmentations(self, tmp_path, segmentation):
+        write_coco(add_picture(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": segmentation})
+        with pytest.raises(ValueError, match=r"annotation 0 of a\.png has the segmentation .* expected polygons"):
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
+
+    def test_coco_states_another_size(self, tmp_path):
+        annotation = {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}
+        write_coco(add_picture(tmp_path), {1: "a.png"}, annotation, size=(30, 20))
+        with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its labels are for 20x30"):
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     def test_no_text(self, tmp_path):
         add_labels(add_picture(tmp_path), SQUARE)
@@ -188,11 +280,12 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("1 0.1 0.2 0.3", "no pairs"),
-            ("1 0.1 0.2 0.3 0.4 1.2 0.5", r"corners in \[0, 1\]"),
-            ("1 0.1 0.2 nan 0.4", r"corners in \[0, 1\]"),
-            ("1", "expected a class and corners"),
-            ("1 a b", "could not convert"),
+            ("1 0.1 0.2 0.3", r"a\.txt:2 is no label"),
+            ("1 0.1 0.2 0.3 0.4 1.2 0.5", r"outside of \[0, 1\]"),
+            ("1 0.1 0.2 nan 0.4", "is no label"),
+            ("1", "is no label"),
+            ("1 a b", "is no label"),
+            ("-1 0.5 0.5 0.1 0.1", "has the class -1"),
         ],
     )
     def test_labels(self, tmp_path, line, message):
@@ -218,11 +311,21 @@ class TestRefusals:
         with pytest.raises(ValueError, match="smeared"):
             InstanceDataset.open(tmp_path)
 
-    @pytest.mark.parametrize("content", ["{", "[]", '{"images": [], "annotations": [{"image_id": 1}]}'])
-    def test_no_coco(self, tmp_path, content):
+    @pytest.mark.parametrize(
+        ("content", "message"),
+        [
+            ("{", "is no JSON"),
+            ("[]", "is no COCO file"),
+            (
+                '{"images": [], "annotations": [{"image_id": 1}], "categories": []}',
+                "number 0 of its annotations has no category_id, segmentation",
+            ),
+        ],
+    )
+    def test_no_coco(self, tmp_path, content, message):
         (add_picture(tmp_path) / "coco.json").write_text(content)
-        with pytest.raises(ValueError, match="not a file of instances in COCO's format"):
-            InstanceDataset(tmp_path / "images", tmp_path / "coco.json")
+        with pytest.raises(ValueError, match=message):
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no data set"):
@@ -231,9 +334,9 @@ class TestRefusals:
         with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
             InstanceDataset.open(tmp_path)
         with pytest.raises(FileNotFoundError, match="no folder or file"):
-            InstanceDataset(tmp_path / "images", tmp_path / "labels")
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "labels")
         add_labels(tmp_path, SQUARE, name="other.txt")
-        with pytest.raises(ValueError, match="No picture of"):
+        with pytest.raises(ValueError, match=r"None of the 1 pictures of .*images has a file of labels"):
             InstanceDataset.open(tmp_path)
         with pytest.raises(ValueError, match="min_area"):
             InstanceDataset.open(tmp_path, min_area=0)

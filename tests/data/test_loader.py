@@ -89,7 +89,7 @@ class TestReplayedSamples:
         batch = samples.__getitems__([(4, 20), (4, 3)])
         draws = samples.augmentation.draw(4, [20, 3])
         for row, index in enumerate((20, 3)):
-            assert torch.equal(batch.crops[row], samples.augmentation.crop(samples.images.pixels(index), draws, row))
+            assert torch.equal(batch.crops[row], samples.augmentation.crop(samples.images.read(index)[0], draws, row))
         assert (batch.draws.checksums() == draws.checksums()).all()
         assert batch.labels.tolist() == [2, 0]
         assert batch.valid.tolist() == [1, 1]

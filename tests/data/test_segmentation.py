@@ -34,7 +34,7 @@ def folder(tmp_path) -> Path:
 
 
 def opened(folder, classes=NAMES, **options) -> SegmentationDataset:
-    return SegmentationDataset(folder / "images", folder / "masks", classes, **options)
+    return SegmentationDataset.open(folder / "images", classes=classes, masks=folder / "masks", **options)
 
 
 class TestItems:
@@ -182,11 +182,11 @@ class TestRefusals:
 
     def test_nothing_in_common(self, folder):
         with pytest.raises(ValueError, match=r"No picture of .*: 2 pictures, 1 masks"):
-            SegmentationDataset(folder / "images", folder / "masks" / "street", NAMES)
+            SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "masks" / "street")
 
     def test_no_folder(self, folder):
         with pytest.raises(FileNotFoundError, match="There is no folder"):
-            SegmentationDataset(folder / "images", folder / "gone", NAMES)
+            SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "gone")
 
     @pytest.mark.parametrize("classes", [{-1: "a"}, {70000: "a"}, {0: "void"}])
     def test_ids_out_of_range(self, folder, classes):

@@ -152,7 +152,7 @@ def labelled_folder(rng: random.Random, folder: Path) -> None:
         path.write_bytes(mutate(rng, _parquet(), 0) if rng.random() < 0.8 else _parquet(tamper(rng, [0, 1]), rng))
     images = ClassificationDataset.open(path)
     for index in range(min(len(images), 3)):
-        pixels, label = images.pixels(index), images.labels[index]
+        pixels, label = images.read(index)
         assert 0 <= label < images.num_classes
         assert pixels.shape[0] == 3
     images.fingerprint()
@@ -266,7 +266,7 @@ def coco_labels(rng: random.Random, folder: Path) -> None:
     if rng.random() < 0.5:
         _check_objects(DetectionDataset.open(path))
     else:
-        _check_instances(InstanceDataset(folder / "images", path))
+        _check_instances(InstanceDataset.open(folder / "images", instances=path))
 
 
 def _check_instances(data: InstanceDataset) -> None:
@@ -292,7 +292,7 @@ def mask_files(rng: random.Random, folder: Path) -> None:
     (folder / "data.json").write_text(json.dumps(tamper(rng, told | {"ignored": [9]}) if rng.random() < 0.6 else told))
     which = rng.randrange(3)
     if which == 2:
-        _check_instances(InstanceDataset(folder / "images", folder / "masks"))
+        _check_instances(InstanceDataset.open(folder / "images", instances=folder / "masks"))
         return
     data = SegmentationDataset.open(folder / rng.choice((".", "data.json")), "val")
     data.fingerprint()

@@ -1,0 +1,199 @@
+"""COCO's JSON files (cocodataset.org, "Data format"): boxes, polygons and run lengths."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from kornia_tinyvit.data.boxes import Box, Boxes, collect_boxes
+from kornia_tinyvit.data.datasets import Contents
+from kornia_tinyvit.data.descriptions import read_json
+from kornia_tinyvit.data.folders import Files, pictures_below
+from kornia_tinyvit.data.masks import Instances, Masks, fill_rings
+from kornia_tinyvit.ops.rle import decode_rle
+
+_Entry = Mapping[str, Any]
+
+
+def read_boxes(path: Path, folder: Path | None = None) -> Contents:
+    """Return the images and boxes of a file. Class indices follow the order of the categories' ids.
+
+    Args:
+        path: the JSON file with ``images``, ``annotations`` and ``categories``.
+        folder: folder of the images; looked for around the file if left out.
+
+    Raises:
+        FileNotFoundError: if the file, or all images, are missing.
+        ValueError: if the file is no such JSON, or an annotation has an unknown image or category, or no box.
+    """
+    content = _read(path, "bbox")
+    categories = sorted((int(each["id"]), str(each["name"])) for each in content["categories"])
+    indices = {number: index for index, (number, _) in enumerate(categories)}
+    if len(indices) != len(categories):
+        raise ValueError(f"{path} has two categories of one id.")
+    for each in content["annotations"]:
+        if each["category_id"] not in indices:
+            raise ValueError(
+                f"{path}: annotation {each.get('id')} has the category {each['category_id']}, which is none of the "
+                f"{len(indices)} that the file lists."
+            )
+    left_out: list[str] = []
+
+    def boxes_of(image: _Entry, annotations: Sequence[_Entry]) -> Boxes:
+        return collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image))
+
+    contents = _contents(path, content, folder or _find_folder(path, content["images"]), boxes_of)
+    return replace(contents, class_names=tuple(name for _, name in categories), left_out=tuple(left_out))
+
+
+def read_masks(path: Path, folder: Path) -> Contents:
+    """Return the images of a folder about which a file states instances. Crowds are left out.
+
+    Args:
+        path: the JSON file with ``images`` and ``annotations``.
+        folder: folder of the images.
+
+    Raises:
+        FileNotFoundError: if the file, or all images, are missing.
+        ValueError: if the file is no such JSON, or an annotation has an unknown image, or neither polygons nor run
+            lengths.
+    """
+    content = _read(path, "segmentation")
+
+    def masks_of(image: _Entry, annotations: Sequence[_Entry]) -> Instances:
+        for each in annotations:
+            if not _is_segmentation(each["segmentation"]):
+                raise ValueError(
+                    f"{_place(path, image, each)} has the segmentation {str(each['segmentation'])[:60]}; expected "
+                    "polygons, each pairs of x and y in pixels, or run lengths with their size."
+                )
+        kept = tuple(each["segmentation"] for each in annotations if not each.get("iscrowd"))
+        return Instances(kept, _masks, _size(image))
+
+    contents = _contents(path, content, folder, masks_of)
+    listed = {folder / image["file_name"] for image in content["images"]}
+    others = sorted(file.relative_to(folder).as_posix() for file in pictures_below(folder) if file not in listed)
+    return replace(contents, without_mask=tuple(others))
+
+
+def _read(path: Path, label: str) -> dict[str, list[dict[str, Any]]]:
+    """Return what a file holds, after a check of its values and of the label that annotations must have."""
+    if not path.is_file():
+        raise FileNotFoundError(f"There is no file {path}.")
+    content = read_json(path)
+    if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in _CHECKS):
+        raise ValueError(f"{path} is no COCO file; expected {', '.join(_CHECKS)}.")
+    for part, checks in _CHECKS.items():
+        keys = [*checks, label] if part == "annotations" else [*checks]
+        for number, entry in enumerate(content[part]):
+            place = f"{path}: number {number} of its {part}"
+            lacking = [key for key in keys if not isinstance(entry, dict) or key not in entry]
+            if lacking:
+                raise ValueError(f"{place} has no {', '.join(lacking)}.")
+            for key, (check, expected) in checks.items():
+                if not check(entry[key]):
+                    raise ValueError(f"{place} has {key} {str(entry[key])[:60]}; expected {expected}.")
+    known_ids = {image["id"] for image in content["images"]}
+    for each in content["annotations"]:
+        if each["image_id"] not in known_ids:
+            raise ValueError(f"{path}: annotation {each.get('id')} is of picture {each['image_id']}, not listed.")
+    return content
+
+
+def _contents(
+    path: Path,
+    content: Mapping[str, Sequence[_Entry]],
+    folder: Path,
+    label: Callable[[_Entry, Sequence[_Entry]], Any],
+) -> Contents:
+    """Return the images that are there, and what is made of their annotations."""
+    of_image: dict[Any, list[_Entry]] = defaultdict(list)
+    for each in content["annotations"]:
+        of_image[each["image_id"]].append(each)
+    there = [image for image in content["images"] if (folder / image["file_name"]).is_file()]
+    missing = [image["file_name"] for image in content["images"] if not (folder / image["file_name"]).is_file()]
+    if not there:
+        raise FileNotFoundError(f"No picture of {path} is in {folder}: {', '.join(missing[:5])}.")
+    names = [image["file_name"] for image in there]
+    labels = [label(image, of_image[image["id"]]) for image in there]
+    return Contents(Files(folder, names), labels, without_picture=tuple(missing))
+
+
+def _find_folder(path: Path, images: Sequence[_Entry]) -> Path:
+    """Return the first of the usual folders that holds an image of a file."""
+    part = path.stem.removeprefix("instances_")
+    beside = path.parent.parent
+    folders = [path.parent, beside / part, beside / "images" / part, path.parent / part, path.parent / "images"]
+    for folder in folders:
+        if any((folder / image["file_name"]).is_file() for image in images):
+            return folder
+    raise FileNotFoundError(
+        f"The pictures of {path}, such as {images[0]['file_name'] if images else 'none'}, are in none of "
+        f"{', '.join(map(str, folders))}."
+    )
+
+
+def _boxes(path: Path, image: _Entry, annotations: Sequence[_Entry], indices: Mapping[int, int]) -> Iterator[Box]:
+    for each in annotations:
+        place, numbers, area = _place(path, image, each), each["bbox"], each.get("area", math.nan)
+        if not _is_finite(numbers) or len(numbers) != 4:
+            raise ValueError(f"{place} has the box {numbers}; expected left, top, width and height in pixels.")
+        if "area" in each and not (_is_finite([area]) and area >= 0):
+            raise ValueError(f"{place} has the area {str(area)[:60]}; expected pixels.")
+        left, top, width, height = numbers
+        note = f"{place}: the box {numbers} has no area in {image['width']}x{image['height']} pixels"
+        corners = (left, top, left + width, top + height)
+        yield Box(indices[each["category_id"]], corners, note, float(area), bool(each.get("iscrowd", 0)))
+
+
+def _masks(segmentation: Any, size: tuple[int, int]) -> Masks:
+    if isinstance(segmentation, list):
+        return [fill_rings([list(zip(ring[::2], ring[1::2], strict=True)) for ring in segmentation], size)]
+    stated = segmentation["size"]
+    if stated != list(size):  # before so many pixels are made
+        raise ValueError(f"a mask of the size {str(stated)[:60]} lies on a picture of {list(size)}, height and width")
+    return [decode_rle({"size": list(size), "counts": segmentation["counts"]})]
+
+
+def _place(path: Path, image: _Entry, annotation: _Entry) -> str:
+    return f"{path}: annotation {annotation.get('id')} of {image['file_name']}"
+
+
+def _size(image: _Entry) -> tuple[int, int]:
+    return int(image["height"]), int(image["width"])
+
+
+def _is_id(value: Any) -> bool:
+    return isinstance(value, (int, str))
+
+
+def _is_side(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and 0 < value < 2**31 and value == int(value)
+
+
+def _is_finite(numbers: Any) -> bool:
+    whole = isinstance(numbers, list)
+    return whole and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+
+
+def _is_segmentation(value: Any) -> bool:
+    if isinstance(value, list):
+        return bool(value) and all(_is_finite(ring) and ring and len(ring) % 2 == 0 for ring in value)
+    return isinstance(value, Mapping) and {"size", "counts"} <= value.keys()
+
+
+#: What COCO's file has to state: a check of each value, and what it expects.
+_CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
+    "images": {
+        "id": (_is_id, "a number or a text"),
+        "file_name": (lambda value: isinstance(value, str) and "\0" not in value, "a text"),
+        "height": (_is_side, "pixels"),
+        "width": (_is_side, "pixels"),
+    },
+    "annotations": {"image_id": (_is_id, "a number or a text"), "category_id": (_is_id, "a number or a text")},
+    "categories": {"id": (lambda value: isinstance(value, int), "a number"), "name": (lambda value: True, "a name")},
+}

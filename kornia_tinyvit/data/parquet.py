@@ -1,0 +1,102 @@
+"""Labelled images in parquet files, as the Hugging Face hub writes them."""
+
+from __future__ import annotations
+
+import io
+import re
+from bisect import bisect_right
+from itertools import accumulate
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from kornia_tinyvit.data.datasets import Contents
+from kornia_tinyvit.extras import MissingExtraError
+
+_IMAGE_COLUMNS = ("image", "img")  # what data sets of the hub call them
+
+
+class _Rows:
+    """Rows of parquet files, kept as Arrow's columns rather than as Python's objects."""
+
+    def __init__(self, files: list[Path]) -> None:
+        self.files = files
+        columns = [_read_columns(file) for file in files]
+        self.pictures = [pictures for pictures, _ in columns]
+        self.labels = [label for _, labels in columns for label in labels]
+        self.ends = list(accumulate(len(pictures) for pictures in self.pictures))
+
+    def __reduce__(self) -> tuple[type[_Rows], tuple[list[Path]]]:
+        return _Rows, (self.files,)  # reading again is cheaper than sending gigabytes
+
+    def _row(self, index: int) -> tuple[int, int]:
+        piece = bisect_right(self.ends, index)
+        return piece, index - (self.ends[piece - 1] if piece else 0)
+
+    def _content(self, index: int) -> Any:
+        piece, row = self._row(index)
+        return self.pictures[piece][row].as_buffer()
+
+    def name(self, index: int) -> str:
+        piece, row = self._row(index)
+        return f"{self.files[piece].name} row {row}"
+
+    def place(self, index: int) -> str:
+        piece, row = self._row(index)
+        return f"{self.files[piece]} row {row}"
+
+    def size(self, index: int) -> int:
+        content = self._content(index)
+        return 0 if content is None else content.size
+
+    def open(self, index: int) -> BinaryIO:
+        content = self._content(index)
+        if content is None:
+            raise ValueError("the row holds no bytes")
+        return io.BytesIO(content)
+
+
+def read_parquet(files: list[Path]) -> Contents:
+    """Return the images and labels of parquet files, the pieces of one split.
+
+    Raises:
+        ValueError: if the files are of several splits, or one has no such columns or labels.
+        MissingExtraError: if pyarrow is missing.
+    """
+    splits = sorted({re.sub(r"[-_.]*\d.*", "", file.stem) for file in files})
+    if len(splits) > 1:
+        raise ValueError(
+            f"{files[0].parent} holds parquet files of several splits ({', '.join(splits[:5])}); name one file, or "
+            "give each split a folder of its own."
+        )
+    rows = _Rows(files)
+    return Contents(rows, rows.labels)
+
+
+def _read_columns(path: Path) -> tuple[Any, list[int]]:
+    """Return the pictures of a file, a chunked array of binary values, and its labels."""
+    try:
+        import pyarrow as pa
+        import pyarrow.compute as pc
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise MissingExtraError("Parquet files need pyarrow: pip install 'kornia-tinyvit[train]'.") from error
+    try:
+        file = pq.ParquetFile(path, memory_map=True)
+        column = next((name for name in _IMAGE_COLUMNS if name in file.schema_arrow.names), _IMAGE_COLUMNS[0])
+        table = file.read(columns=[f"{column}.bytes", "label"])
+        pictures, labels = pc.struct_field(table[column], "bytes"), table["label"]
+        pc.binary_length(pictures)  # refuses a column of anything else
+    except (pa.ArrowException, OSError, TypeError, KeyError) as error:
+        raise ValueError(
+            f"{path} is no parquet file with a column image or img (structs with bytes) and a column label: {error}"
+        ) from error
+    if not pa.types.is_integer(labels.type):
+        raise ValueError(f"{path} has labels of the type {labels.type}; expected integers, the class indices.")
+    values = labels.to_pylist()
+    for row, label in enumerate(values):
+        if label is None or label < 0:
+            raise ValueError(
+                f"{path} row {row} has the label {label}; expected a class index from 0. The test pictures of some "
+                f"data sets have no labels; take the validation pictures."
+            )
+    return pictures, values

@@ -1,0 +1,144 @@
+"""Labelled images in tar files, read where they lie: nothing is unpacked."""
+
+from __future__ import annotations
+
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, NamedTuple
+
+from PIL import Image
+
+from kornia_tinyvit.data.datasets import Contents
+
+#: How the names of compressed tar files end.
+COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
+
+
+class _Span(NamedTuple):
+    """Where in the archives an image lies."""
+
+    archive: int
+    file: str
+    start: int
+    size: int
+
+
+class _TarFiles:
+    """Images inside tar files: an index of where each one starts."""
+
+    def __init__(self, archives: list[Path], spans: list[_Span]) -> None:
+        self.archives, self.spans = archives, spans
+
+    def name(self, index: int) -> str:
+        return f"{self.archives[self.spans[index].archive].name}: {self.spans[index].file}"
+
+    def place(self, index: int) -> str:
+        return f"{self.archives[self.spans[index].archive]}: {self.spans[index].file}"
+
+    def size(self, index: int) -> int:
+        return self.spans[index].size
+
+    def open(self, index: int) -> BinaryIO:
+        # Opening takes microseconds, decoding milliseconds; and ImageNet's thousand files may be more than a process
+        # may hold open.
+        span = self.spans[index]
+        with open(self.archives[span.archive], "rb") as file:
+            file.seek(span.start)
+            content = file.read(span.size)
+        if len(content) < span.size:
+            raise OSError(f"the tar file ends after {len(content)} of its {span.size} bytes")
+        return io.BytesIO(content)
+
+
+class Archive:
+    """The images of one tar file, with their start and size in bytes, and its folders.
+
+    Raises:
+        ValueError: if it is no tar file, or a compressed one.
+    """
+
+    def __init__(self, path: Path) -> None:
+        if path.name.lower().endswith(COMPRESSED):
+            raise ValueError(f"{path} is compressed, so pictures cannot be read from its middle; unpack it to a .tar.")
+        self.stem = path.stem
+        self.pictures: dict[str, tuple[int, int]] = {}
+        self.folders: set[tuple[str, ...]] = set()
+        self._spans: dict[str, tuple[int, int]] = {}
+        self._known = Image.registered_extensions()
+        try:
+            with tarfile.open(path, "r:") as tar:
+                self._index(tar)
+        except tarfile.TarError as error:
+            raise ValueError(f"{path} is no tar file, or a compressed or damaged one: {error}") from error
+
+    def _index(self, tar: tarfile.TarFile, prefix: tuple[str, ...] = (), start: int = 0) -> None:
+        while (member := tar.next()) is not None:
+            tar.members = []  # type: ignore[attr-defined]  # they would take a kilobyte for each picture
+            parts = prefix + tuple(part for part in PurePosixPath(member.name).parts if part not in ("/", "."))
+            if not parts or any(part.startswith(".") for part in parts):
+                continue
+            if member.isdir():
+                self.folders.add(parts)
+            elif member.isreg() and parts[-1].lower().endswith(".tar"):
+                folder = (*parts[:-1], parts[-1][: -len(".tar")])
+                self.folders.add(folder)
+                with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
+                    self._index(inner, folder, start + member.offset_data)
+            elif os.path.splitext(parts[-1])[1].lower() in self._known:
+                self._add(member, parts, start)
+
+    def _add(self, member: tarfile.TarInfo, parts: tuple[str, ...], start: int) -> None:
+        if member.isreg():
+            self._spans[member.name] = (start + member.offset_data, member.size)
+        elif not (member.islnk() and member.linkname in self._spans):  # tar stores a file's second name as a link
+            return
+        source = member.linkname if member.islnk() else member.name
+        self.pictures["/".join(parts)] = self._spans[source]
+        if len(parts) > 1:
+            self.folders.add(parts[:-1])
+
+
+#: Names of classes, some without images, and the class of each image.
+_Classes = tuple[Iterable[str], dict[str, str]]
+
+
+def by_archive(archive: Archive) -> _Classes:
+    """Take each archive for a class."""
+    return [archive.stem], dict.fromkeys(archive.pictures, archive.stem)
+
+
+def by_folder(archive: Archive) -> _Classes:
+    """Take each first folder for a class; where all lie in one first folder, each folder in that one."""
+    folders = archive.folders
+    whole = len({folder[0] for folder in folders}) == 1 and any(len(folder) > 1 for folder in folders)
+    depth = 1 if whole else 0
+    parts = {file: PurePosixPath(file).parts for file in archive.pictures}
+    return (
+        [folder[depth] for folder in folders if len(folder) > depth],
+        {file: way[depth] for file, way in parts.items() if len(way) > depth + 1},
+    )
+
+
+def read_tars(paths: list[Path], classes: Callable[[Archive], _Classes]) -> Contents:
+    """Return the images of tar files and their classes: :func:`by_archive` or :func:`by_folder`.
+
+    Raises:
+        ValueError: if one is no tar file, or a compressed one.
+    """
+    names: set[str] = set()
+    found: list[tuple[str, tuple[str, ...], _Span]] = []
+    for number, path in enumerate(paths):
+        archive = Archive(path)
+        known, class_of = classes(archive)
+        names.update(known)
+        for file, class_name in class_of.items():
+            span = _Span(number, file, *archive.pictures[file])
+            found.append((class_name, PurePosixPath(file).parts, span))
+    found.sort()
+    class_names = tuple(sorted(names))
+    position = {name: label for label, name in enumerate(class_names)}
+    labels = [position[class_name] for class_name, *_ in found]
+    return Contents(_TarFiles(paths, [span for *_, span in found]), labels, class_names)

@@ -1,0 +1,96 @@
+"""Pascal VOC's XML files: boxes."""
+
+from __future__ import annotations
+
+import math
+import xml.etree.ElementTree as ET
+from collections.abc import Iterator
+from pathlib import Path
+
+from kornia_tinyvit.data.boxes import Box, collect_boxes
+from kornia_tinyvit.data.datasets import Contents
+from kornia_tinyvit.data.descriptions import read_text
+from kornia_tinyvit.data.folders import Files, files_by_stem
+
+
+def holds_annotations(folder: Path) -> bool:
+    """Return whether a folder has the folders of a VOC dataset."""
+    return (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()
+
+
+def read_boxes(folder: Path, split: str) -> Contents:
+    """Return the images and boxes of ``JPEGImages``, ``Annotations`` and ``ImageSets/Main/SPLIT.txt``.
+
+    The classes are the names of all objects in ``Annotations``, sorted, so that they are the same for each split.
+
+    VOC counts pixels from 1, and ``xmax`` and ``ymax`` are the last ones inside (VOC development kit: the upper left
+    pixel is (1, 1)). A box's left edge therefore is ``xmin - 1`` and its right edge ``xmax``: a box from 1 to the width
+    covers the whole width. Files of tools that count from 0 come out larger by a pixel at the left and at the top;
+    nothing in a file shows which convention it follows.
+
+    Difficult objects are neither learnt nor counted, as in VOC's own evaluation.
+
+    Raises:
+        FileNotFoundError: if there is no such split, or an image of it has no annotation.
+        ValueError: if a file is no XML, or lacks the image's size or an object's name or box; it is named.
+    """
+    listed = folder / "ImageSets" / "Main" / f"{split}.txt"
+    if not listed.is_file():
+        splits = ", ".join(sorted(file.stem for file in listed.parent.glob("*.txt"))) or "none"
+        raise FileNotFoundError(f"There is no file {listed} for {split!r}; there are: {splits}.")
+    trees = {file: _parse(file) for file in sorted((folder / "Annotations").glob("*.xml"))}
+    class_names = sorted({_text(each, "name", file) for file, tree in trees.items() for each in tree.iter("object")})
+    images = files_by_stem(folder / "JPEGImages")
+    stems = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
+    there = [stem for stem in stems if stem in images]
+    left_out: list[str] = []
+    boxes = []
+    for stem in there:
+        file = folder / "Annotations" / f"{stem}.xml"
+        if file not in trees:
+            raise FileNotFoundError(f"There is no file {file}, though {listed} lists {stem}.")
+        boxes.append(collect_boxes(_boxes(trees[file], file, class_names), left_out, _size(trees[file], file)))
+    files = Files(folder / "JPEGImages", [images[stem] for stem in there])
+    missing = tuple(stem for stem in stems if stem not in images)
+    return Contents(files, boxes, tuple(class_names), tuple(left_out), without_picture=missing)
+
+
+def _parse(file: Path) -> ET.Element:
+    try:
+        return ET.parse(file).getroot()  # noqa: S314  # expat stops at entities that grow
+    except (ET.ParseError, ValueError, LookupError) as error:  # the others are of encodings that are none
+        raise ValueError(f"{file} is no XML: {error}") from error
+
+
+def _boxes(tree: ET.Element, file: Path, class_names: list[str]) -> Iterator[Box]:
+    for number, each in enumerate(tree.iter("object"), 1):
+        left, top, right, bottom = (_number(each, f"bndbox/{key}", file) for key in ("xmin", "ymin", "xmax", "ymax"))
+        note = f"{file}: the box of its object {number} has no area"
+        difficult = each.findtext("difficult", "0").strip() == "1"
+        label = class_names.index(_text(each, "name", file))
+        yield Box(label, (left - 1, top - 1, right, bottom), note, crowd=difficult)
+
+
+def _size(tree: ET.Element, file: Path) -> tuple[int, int]:
+    height, width = (_number(tree, f"size/{key}", file) for key in ("height", "width"))
+    if height < 1 or width < 1:
+        raise ValueError(f"{file} states an image of {width:g}x{height:g} pixels; expected its size.")
+    return int(height), int(width)
+
+
+def _number(element: ET.Element, key: str, file: Path) -> float:
+    text = _text(element, key, file)
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise ValueError(f"{file} has {text[:60]!r} as {key}; expected a number of pixels.")
+    return number
+
+
+def _text(element: ET.Element, key: str, file: Path) -> str:
+    text = element.findtext(key, "").strip()
+    if not text:
+        raise ValueError(f"{file} has no {key} in its {element.tag!r}.")
+    return text
