@@ -195,12 +195,14 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             start="student: 40 epochs",
         ),
         Source(
-            "benchmarks/logit_store.txt",
+            "benchmarks/label_store.txt",
             (
-                ("random batches out of the store", "{} records/s", rf"our store\s+{N} records"),
-                ("read as the original reads", "{} records/s", rf"as the original\s+{N} records"),
+                ("size of a record of 100 classes", "{} bytes", rf"size\s+{N} bytes"),
+                ("saving records", "{} records/s", rf"saving\s+{N} records"),
+                ("batches in the order of training", "{} records/s", rf"front to back\s+{N} records"),
+                ("random batches", "{} records/s", rf"random\s+{N} records"),
             ),
-            command="python benchmarks/logit_store.py",
+            command="python benchmarks/label_store.py",
         ),
         Source(
             "benchmarks/replay.txt",

@@ -141,7 +141,7 @@ def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: i
     store = FeatureStore.create(path, manifest)
     saved = save_records(store, teacher, samples, range(epochs), batch_size=32)
     seconds = time.process_time() - began
-    size = sum(file.stat().st_size for file in path.rglob("*.bin"))
+    size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     shape = " x ".join(map(str, manifest.shape))
     print(f"store: {saved.written} records of {shape} written, {saved.present} were there")
     print(f"store: {size / 1e6:.1f} MB on disk for {epochs} epochs, {seconds:.1f} s of the processor", flush=True)

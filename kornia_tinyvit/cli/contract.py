@@ -40,7 +40,8 @@ from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.distillation.store import LabelStore, StoreError
+from kornia_tinyvit.distillation.manifest import StoreError
+from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.training.recipes import Recipe, find_recipe
 
 if TYPE_CHECKING:

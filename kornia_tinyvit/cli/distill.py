@@ -40,8 +40,9 @@ from kornia_tinyvit.cli.training_options import (
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineTeacher, StoredLabels
+from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.saving import check_records, save_records
-from kornia_tinyvit.distillation.store import LabelStore, Manifest, StoreError, estimated_size, readable_size
+from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
 from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.training.recipes import find_recipe
@@ -59,7 +60,7 @@ TeacherName = Annotated[
     ),
 ]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
-PATIENCE = 300.0  # seconds without the next records after which a teacher is taken for dead
+PATIENCE = 1800.0  # seconds without the next shard after which a teacher is taken for dead
 
 
 @distill.command()

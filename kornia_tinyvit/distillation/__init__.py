@@ -7,18 +7,9 @@ from kornia_tinyvit.distillation.losses import (
     distillation_loss,
     soft_target_cross_entropy,
 )
-from kornia_tinyvit.distillation.official import OfficialLogits
+from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size
 from kornia_tinyvit.distillation.saving import CheckReport, SavedRecords, check_records, save_records
-from kornia_tinyvit.distillation.store import (
-    FeatureStore,
-    LabelStore,
-    Manifest,
-    MissingRecordsError,
-    StoreError,
-    StoreLockedError,
-    StoreMismatchError,
-    estimated_size,
-)
+from kornia_tinyvit.distillation.store import FeatureStore, LabelStore, MissingRecordsError, StoreMismatchError
 from kornia_tinyvit.distillation.teachers import Teacher, load_teacher
 
 __all__ = [
@@ -28,11 +19,9 @@ __all__ = [
     "LabelStore",
     "Manifest",
     "MissingRecordsError",
-    "OfficialLogits",
     "OnlineTeacher",
     "SavedRecords",
     "StoreError",
-    "StoreLockedError",
     "StoreMismatchError",
     "StoredLabels",
     "Teacher",

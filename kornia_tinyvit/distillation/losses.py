@@ -11,13 +11,13 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.data.augmentation import Draws, ReplayableAugmentation
 from kornia_tinyvit.data.loader import Batch
+from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import (
     FeatureStore,
     LabelStore,
     MissingRecordsError,
     Records,
     RecordStore,
-    StoreError,
     StoreMismatchError,
 )
 from kornia_tinyvit.distillation.teachers import Teacher

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,15 +14,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
-from kornia_tinyvit.data.loader import Batch, ReplayedSamples, replay_loader
-from kornia_tinyvit.distillation.store import (
-    FeatureRecords,
-    LabelStore,
-    Records,
-    RecordStore,
-    StoreError,
-    StoreLockedError,
-)
+from kornia_tinyvit.data.loader import Batch, Key, ReplayedSamples, replay_loader
+from kornia_tinyvit.distillation.manifest import StoreError
+from kornia_tinyvit.distillation.store import FeatureRecords, LabelStore, Records, RecordStore, ShardWriter
 from kornia_tinyvit.distillation.teachers import device_of
 
 __all__ = ["CheckReport", "SavedRecords", "check_records", "save_records"]
@@ -73,7 +69,7 @@ def save_records(
     """Let a teacher look at epochs of replayed samples and write down what is missing in a store.
 
     Any number of processes and machines may do this at once on a shared disk: each takes the shards that no other one
-    holds. A killed process loses the batch it was at. With a teacher on a CPU the process keeps the memory it frees
+    holds. A killed process loses the shard it was at. With a teacher on a CPU the process keeps the memory it frees
     from then on, see :func:`~kornia_tinyvit.allocator.keep_memory`.
 
     Args:
@@ -87,34 +83,50 @@ def save_records(
         autocast: data type to compute in; ``None`` for the teacher's own.
         progress: called with the number of records that are done.
     """
-    device = device_of(teacher)
-    if device.type == "cpu":
+    if device_of(teacher).type == "cpu":
         keep_memory()
-    samples.augmentation.to(device)
-    written = present = 0
+    waiting = [(epoch, shard) for epoch in epochs for shard in store.missing_shards(epoch)]
+    total = store.manifest.num_samples * len(epochs)
+    present = total - sum(store.manifest.records_in(shard) for _, shard in waiting)
+    progress(present)
+    written = 0
     broken: set[str] = set()
-    waiting = [(epoch, shard) for epoch in epochs for shard in range(store.num_shards)]
-    # Shards that others hold are tried again in the end: whoever held them may have been stopped.
-    while waiting:
-        locked = []
+    taken: deque[tuple[ShardWriter, ExitStack]] = deque()
+
+    def take_shards() -> Iterator[list[Key]]:
+        """Take the free ones of the waiting shards as the loader asks for batches, which it does some ahead."""
+        nonlocal present
         for epoch, shard in waiting:
+            held = ExitStack()
             try:
-                writer = store.writer(epoch, shard)
-            except StoreLockedError:
+                writer = held.enter_context(store.writer(epoch, shard))
+            except BlockingIOError:
                 locked.append((epoch, shard))
                 continue
-            with writer:
-                missing = writer.missing()
-                there = store.manifest.records_in(shard) - len(missing)
-                present += there
-                progress(there)
-                batches = _batches(samples.augmentation, epoch, missing, batch_size)
-                for batch in replay_loader(samples, batches, workers):
-                    targets = _even_where_broken(store, _ask(store, teacher, samples, batch, autocast), batch.valid)
-                    new = writer.write(batch.draws.indices, targets, batch.draws.checksums())
-                    written += new
-                    broken.update(batch.broken)
-                    progress(new)
+            if len(writer.missing()):
+                taken.append((writer, held))
+                yield from _batches(samples.augmentation, epoch, writer.missing(), batch_size)
+            else:
+                held.close()
+                present += store.manifest.records_in(shard)
+                progress(store.manifest.records_in(shard))
+
+    # Shards that others hold are tried again in the end: whoever held them may have been stopped.
+    while waiting:
+        locked: list[Key] = []
+        try:
+            for batch in replay_loader(samples, take_shards(), workers):
+                writer, held = taken[0]
+                targets = _ask(store, teacher, samples, batch, autocast)
+                written += writer.write(batch.draws.indices, targets, batch.draws.checksums())
+                broken.update(batch.broken)
+                progress(len(batch.labels))
+                if not len(writer.missing()):
+                    held.close()
+                    taken.popleft()
+        finally:
+            for _, held in taken:
+                held.close()
         if len(locked) == len(waiting):
             break
         waiting = locked
@@ -144,8 +156,7 @@ def check_records(
     Raises:
         StoreError: if the store holds no records.
     """
-    device = device_of(teacher)
-    augmentation = samples.augmentation.to(device)
+    augmentation = samples.augmentation
     random = np.random.default_rng(seed)
     epochs = store.epochs
     largest, total, count, checked, drifted = 0.0, 0.0, 0, 0, []
@@ -155,15 +166,13 @@ def check_records(
         chosen = random.choice(valid, min(share, len(valid)), replace=False)
         for keys in _batches(augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
-            targets = _even_where_broken(store, _ask(store, teacher, samples, batch, autocast), batch.valid).cpu()
+            targets = _ask(store, teacher, samples, batch, autocast).cpu()
             difference, checksums = _compare(store.read(epoch, batch.draws.indices), targets)
             drifted += batch.draws.indices[batch.draws.checksums() != checksums].tolist()
             largest = max(largest, float(difference.max()))
-            total, count, checked = (
-                total + float(difference.sum()),
-                count + difference.numel(),
-                checked + len(batch.labels),
-            )
+            total += float(difference.sum())
+            count += difference.numel()
+            checked += len(batch.labels)
     if not checked:
         raise StoreError(f"{store.path} holds no records to check; kornia-tinyvit distill save writes them.")
     return CheckReport(checked, largest, total / count, tuple(drifted))
@@ -180,7 +189,7 @@ def _compare(stored: Records | FeatureRecords, targets: Tensor) -> tuple[Tensor,
 
 def _batches(
     augmentation: ReplayableAugmentation, epoch: int, samples: NDArray[np.int64], batch_size: int
-) -> list[list[tuple[int, int]]]:
+) -> list[list[Key]]:
     """Cut samples into batches; where pictures are mixed, each brings its partner along, beside it."""
     if augmentation.mixes:
         order = augmentation.order
@@ -195,21 +204,14 @@ def _batches(
 
 
 def _ask(
-    store: RecordStore,
-    teacher: nn.Module,
-    samples: ReplayedSamples,
-    batch: Batch,
-    autocast: torch.dtype | None,
+    store: RecordStore, teacher: nn.Module, samples: ReplayedSamples, batch: Batch, autocast: torch.dtype | None
 ) -> Tensor:
-    augmentation = samples.augmentation
-    device = augmentation.mean.device
+    """Return probabilities or features of a batch, uniform or zero where an image could not be read."""
+    device = device_of(teacher)
     with torch.inference_mode(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
-        output = teacher(augmentation(batch.crops.to(device, non_blocking=True), batch.draws))
-    output = output.float()
-    return output.softmax(1) if isinstance(store, LabelStore) else output
-
-
-def _even_where_broken(store: RecordStore, targets: Tensor, valid: Tensor) -> Tensor:
-    neutral = 1 / targets.shape[1] if isinstance(store, LabelStore) else 0.0
-    missing = (valid == 0).view(-1, *[1] * (targets.ndim - 1)).to(targets.device)
-    return torch.where(missing, torch.full_like(targets, neutral), targets)
+        output = teacher(samples.inputs(batch, device))
+    output, neutral = output.float(), 0.0
+    if isinstance(store, LabelStore):
+        output, neutral = output.softmax(1), 1 / output.shape[1]
+    missing = (batch.valid == 0).view(-1, *[1] * (output.ndim - 1))
+    return output.masked_fill(missing.to(device), neutral)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
 from kornia_tinyvit import TinyViT
@@ -73,7 +74,7 @@ def store(folder, tmp_path, teacher) -> Path:
 def test_whole_journey(folder, tmp_path, teacher):
     store, out = tmp_path / "store", tmp_path / "out"
     printed = save(folder, store, teacher)
-    assert "12 samples x 2 epochs x the top 2 of 3 classes: 244 bytes" in printed
+    assert "12 samples x 2 epochs x the top 2 of 3 classes: 656 bytes" in printed
     assert "24 records written, 0 were there." in printed
     assert "0 records written, 24 were there." in save(folder, store, teacher)
     check = run("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL)
@@ -106,7 +107,7 @@ class TestSave:
 
     def test_json_and_what_is_written(self, folder, tmp_path, teacher):
         told = json.loads(save(folder, tmp_path / "store", teacher, "--json"))
-        size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.bin"))
+        size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
         assert told == {
             "records": 24, "bytes": size, "written": 24, "present": 0, "locked": 0, "broken": [],
         }  # fmt: skip
@@ -183,12 +184,10 @@ class TestCheck:
 
     def test_records_that_are_wrong(self, folder, store, teacher):
         """Of the same teacher, as the manifest says; but the file says otherwise."""
-        shard = store / "epoch-00001" / "shard-00000.bin"
-        content = bytearray(shard.read_bytes())
-        record = LabelStore(store).manifest.record.itemsize
-        for row in range(12):  # the first probability of all records is 0 now; their checksums are right
-            content[row * record + 2 : row * record + 4] = bytes(2)
-        shard.write_bytes(content)
+        shard = store / "epoch-00001" / "shard-00000.safetensors"
+        records = load_file(shard)
+        records["probabilities"][:, 0] = 0  # their checksums are right
+        save_file(records, shard)
         given = ["distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 1
@@ -242,8 +241,8 @@ class TestTrain:
         assert json.loads(result.stdout)["steps"] == 3
 
     def test_no_whole_epoch(self, folder, store, tmp_path, capfd, monkeypatch):
-        for path in store.glob("epoch-*/*.bin"):
-            path.write_bytes(bytes(path.stat().st_size))
+        for path in store.glob("epoch-*/*.safetensors"):
+            path.unlink()
         error = error_of(capfd, monkeypatch, *self.command(folder, tmp_path, str(store), *SMALL))
         assert "holds no whole epoch; kornia-tinyvit distill save" in error
 

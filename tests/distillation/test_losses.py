@@ -53,7 +53,7 @@ def targets():
 
 @pytest.fixture
 def store(tmp_path):
-    manifest = Manifest(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, top_k=3, seed=4)
+    manifest = Manifest(num_samples=NUM_SAMPLES, num_classes=NUM_CLASSES, top_k=3, seed=4, shard_records=2)
     with LabelStore.create(tmp_path / "store", manifest) as store:
         yield store
 
@@ -206,7 +206,7 @@ class TestStoredLabels:
 class TestFeatureRegression:
     @pytest.fixture
     def features(self, tmp_path):
-        manifest = Manifest(num_samples=NUM_SAMPLES, seed=4, kind="features", shape=(4, 2, 2))
+        manifest = Manifest(num_samples=NUM_SAMPLES, seed=4, kind="features", shape=(4, 2, 2), shard_records=2)
         with FeatureStore.create(tmp_path / "features", manifest) as store:
             batch = batch_of(augment())
             values = torch.arange(6 * 16).view(6, 4, 2, 2) / 8.0

@@ -187,20 +187,28 @@ class TestSaveRecords:
         assert save_records(store, Network(), samples, [0]).written == 8
         assert_complete(store, samples, [0])
 
-    def test_half_a_mixed_pair_is_there(self, folder, tmp_path):
-        """The partner of a missing sample is shown again and keeps its record."""
+    def test_a_shard_that_is_there_stays(self, folder, tmp_path):
         samples = small_samples(folder, "in1k")
         store = make_store(tmp_path / "store", samples)
-        single = int(samples.order.permutation(0)[5])
-        store.write(0, [single], torch.full((1, NUM_CLASSES), 1 / NUM_CLASSES), [77])
-        store.close()
-        done = save_records(store, Network(), samples, [0], batch_size=3)
-        assert (done.written, done.present) == (26, 1)
         order, logits, _ = expected(samples, 0)
+        store.write(0, order[8:16], torch.full((8, NUM_CLASSES), 1 / NUM_CLASSES), [77] * 8)
+        done = save_records(store, Network(), samples, [0], batch_size=3)
+        assert (done.written, done.present) == (19, 8)
         records = store.read(0, order)
-        own = order != single
+        own = np.setdiff1d(np.arange(27), np.arange(8, 16))
         assert torch.allclose(records.probabilities.float()[own], logits.softmax(1).topk(TOP_K).values[own], atol=6e-4)
-        assert records.checksums[order == single].tolist() == [77]
+        assert records.checksums[8:16].tolist() == [77] * 8
+
+    @pytest.mark.parametrize("workers", [0, 1])
+    def test_locks_end_with_a_failure(self, folder, tmp_path, workers):
+        damage(folder / "red" / "08.png")
+        samples = small_samples(folder)
+        store = make_store(tmp_path / "store", samples)
+        with pytest.raises(BrokenImageError):
+            save_records(store, Network(), samples, [0], batch_size=2, workers=workers)
+        for shard in range(store.manifest.num_shards):
+            with store.writer(0, shard):
+                pass
 
     def test_broken_pictures(self, folder, tmp_path):
         damage(folder / "green" / "02.png")

@@ -23,8 +23,7 @@ from torch.utils.data import DataLoader
 from kornia_tinyvit import ImageClassifier, TinyViT, load_checkpoint, save_checkpoint
 from kornia_tinyvit.checkpoints.folders import write_timm_folder
 from kornia_tinyvit.deploy import optimize
-from kornia_tinyvit.distillation import LabelStore
-from kornia_tinyvit.distillation.store import Manifest
+from kornia_tinyvit.distillation import LabelStore, Manifest
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import run_folder as folders
 from kornia_tinyvit.training.run_folder import RunFolder
@@ -254,7 +253,7 @@ def shared_files(rng: random.Random, folder: Path) -> None:
         with LabelStore.create(folder / "store", manifest) as store:
             try:
                 return store.write(0, range(20), answers, range(20))
-            except ValueError:  # another one writes that shard
+            except BlockingIOError:  # another one writes that shard
                 return 0
 
     with ThreadPoolExecutor(3) as pool:
