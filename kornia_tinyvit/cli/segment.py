@@ -18,7 +18,7 @@ from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_pixels, to_pil
-from kornia_tinyvit.ops import RLE, decode_rle, encode_rle
+from kornia_tinyvit.ops import RLE, decode_rle, encode_rle, mask_boxes
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.visualization import draw_overlay, save_image
 
@@ -165,11 +165,8 @@ def _prompted(sam: MobileSAM, picture: Image.Image, prompts: _Prompts) -> Found:
 
 def _describe(mask: Tensor) -> dict[str, Any]:
     """Return a mask as COCO has it; its box is left, top, width and height."""
-    rows, columns = mask.any(1).nonzero().flatten(), mask.any(0).nonzero().flatten()
-    box = [0] * 4
-    if len(rows):
-        left, top = int(columns[0]), int(rows[0])
-        box = [left, top, int(columns[-1]) + 1 - left, int(rows[-1]) + 1 - top]
+    left, top, right, bottom = mask_boxes(mask[None])[0].long().tolist()
+    box = [left, top, right - left, bottom - top]
     return {"segmentation": encode_rle(mask, compressed=True), "bbox": box, "area": int(mask.sum())}
 
 
