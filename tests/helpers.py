@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -47,8 +48,9 @@ def error_of(capfd, monkeypatch, *arguments: str) -> str:
 
 
 def cells(output: str) -> list[list[str]]:
-    """The rows of a printed table."""
-    return [[cell.strip() for cell in line.strip("│").split("│")] for line in output.splitlines() if "│" in line]
+    """The rows of a printed table; columns are two spaces apart, and the first may be empty."""
+    _, rows = re.split(r"─\s*\n", output)
+    return [re.split(r" {2,}", line[1:].rstrip()) for line in rows.splitlines() if line.strip()]
 
 
 def json_lines(path: Path) -> list[dict]:

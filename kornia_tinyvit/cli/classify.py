@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from kornia_tinyvit.cli.options import Augmented, Device, ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.cli.tables import print_table
 
 
 def classify(
@@ -34,9 +33,9 @@ def classify(
         ]
         print(json.dumps(rows, indent=2))
         return
-    table = Table("photo", "class", "score")
-    for photo, found in zip(photos, predictions, strict=True):
-        for rank, prediction in enumerate(found):
-            name = str(photo) if rank == 0 else ""
-            table.add_row(name, prediction.label, f"{prediction.score:.1%}", end_section=rank == len(found) - 1)
-    Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup
+    lines = [
+        (photo if rank == 0 else "", each.label, f"{each.score:.1%}")
+        for photo, found in zip(photos, predictions, strict=True)
+        for rank, each in enumerate(found)
+    ]
+    print_table(["photo", "class", "score"], lines, left=2)

@@ -4,48 +4,25 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
-from rich import box
-from rich.console import Console
-from rich.table import Table
 
+from kornia_tinyvit import contraction
 from kornia_tinyvit.checkpoints import save_checkpoint
+from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.options import Device, Json, parse_device, refuse_idle
-from kornia_tinyvit.cli.training_options import (
-    BatchSize,
-    Limit,
-    OnBroken,
-    OnCpu,
-    Out,
-    Precision,
-    ProcessBatch,
-    Rate,
-    RecipeName,
-    Seed,
-    Side,
-    Start,
-    TrainedVariant,
-    Validation,
-    augment_samples,
-    build_student,
-    like,
-    parse_precision,
-)
+from kornia_tinyvit.cli.tables import print_table
+from kornia_tinyvit.contraction import Candidate, SearchResult
+from kornia_tinyvit.contraction.neighbours import read_factor
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.distillation.manifest import StoreError
-from kornia_tinyvit.distillation.store import LabelStore
-from kornia_tinyvit.training.recipes import Recipe, find_recipe
-
-if TYPE_CHECKING:
-    from kornia_tinyvit.contraction import Candidate, SearchResult
+from kornia_tinyvit.distillation.losses import StoredLabels
+from kornia_tinyvit.training.recipes import find_recipe
+from kornia_tinyvit.visualization import save_search
 
 Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
 
@@ -60,8 +37,8 @@ class From(StrEnum):
 def contract(
     context: typer.Context,
     data: Annotated[Path, typer.Argument(help="Pictures: class folders, parquet files or tar files, as for 'train'.")],
-    variant: TrainedVariant = "5m",
-    pretrained: Start = None,
+    variant: shared.TrainedVariant = "5m",
+    pretrained: shared.Start = None,
     max_parameters: Amount = None,
     max_macs: Amount = None,
     max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one picture, in --engine.")] = None,
@@ -81,23 +58,23 @@ def contract(
         From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
     ] = From.inherit,
     store: Annotated[Path | None, typer.Option(help="Soft labels of these pictures to learn from.")] = None,
-    recipe: RecipeName = "in1k",
+    recipe: shared.RecipeName = "in1k",
     epochs: Annotated[int, typer.Option(min=1, help="Epochs that each candidate is trained for.")] = 1,
-    img_size: Side = None,
-    batch_size: BatchSize = None,
-    process_batch: ProcessBatch = None,
-    base_lr: Rate = None,
-    validation: Validation = None,
+    img_size: shared.Side = None,
+    batch_size: shared.BatchSize = None,
+    process_batch: shared.ProcessBatch = None,
+    base_lr: shared.Rate = None,
+    validation: shared.Validation = None,
     hold_out: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pictures to measure on where there is no --validation.")
     ] = 0.01,
-    limit: Limit = None,
-    out: Out = Path("runs/contract"),
-    seed: Seed = 0,
+    limit: shared.Limit = None,
+    out: shared.Out = Path("runs/contract"),
+    seed: shared.Seed = 0,
     processes: Annotated[int, typer.Option(min=1, help="Candidates that are trained at a time.")] = 1,
-    precision: Precision = "no",
-    cpu: OnCpu = False,
-    on_broken: OnBroken = "stop",
+    precision: shared.Precision = "no",
+    cpu: shared.OnCpu = False,
+    on_broken: shared.OnBroken = "stop",
     engine: Annotated[str, typer.Option(help=f"Where times are measured: auto, {', '.join(ENGINES)}.")] = "eager",
     dtype: Annotated[str, typer.Option(help=f"Type that the engine computes in: {', '.join(DTYPES)}.")] = "float32",
     device: Device = "cpu",
@@ -110,136 +87,109 @@ def contract(
     --out gets search.jsonl with all candidates, search.png, and winner.safetensors, a file for every command's
     --pretrained and for 'train --variant', which trains a network like it.
     """
-    from kornia_tinyvit import contraction
-    from kornia_tinyvit.contraction import Bench, Budget, ProxyTraining, Space
-    from kornia_tinyvit.visualization import save_search
-
-    if refine is None:
-        refuse_idle(context, ("rounds", "candidates"), "without --refine")
-    else:
-        refuse_idle(context, ("steps",), "with --refine")
-    if validation is not None:
-        refuse_idle(context, ("hold_out",), "with --validation")
-    if max_latency_ms is None and min_throughput is None:
-        refuse_idle(context, ("engine", "device"), "without --max-latency-ms and --min-throughput")
-    if min_throughput is None:
-        refuse_idle(context, ("engine_batch",), "without --min-throughput")
-    parse_precision(precision)
+    timed = max_latency_ms is not None or min_throughput is not None
+    for idle, names, where in (
+        (refine is None, ("rounds", "candidates"), "without --refine"),
+        (refine is not None, ("steps",), "with --refine"),
+        (validation is not None, ("hold_out",), "with --validation"),
+        (
+            not timed,
+            ("engine", "device"),
+            "without --max-latency-ms and --min-throughput",
+        ),
+        (min_throughput is None, ("engine_batch",), "without --min-throughput"),
+    ):
+        if idle:
+            refuse_idle(context, names, where)
+    shared.parse_precision(precision)
     if dtype not in DTYPES:
         raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    budget = Budget(
+    budget = contraction.Budget(
         _amount(max_parameters, "--max-parameters"),
         _amount(max_macs, "--max-macs"),
         max_latency_ms,
         min_throughput,
         _amount(max_memory, "--max-memory"),
     )
-    bench = Bench(engine, DTYPES[dtype], str(parse_device(device)), engine_batch)
+    bench = contraction.Bench(engine, DTYPES[dtype], str(parse_device(device)), engine_batch)
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
-    lesson = _plan(data, validation, store, chosen, seed, on_broken, limit, hold_out)
-    evaluate = ProxyTraining(
-        lesson.samples, lesson.validation, chosen, out / "training", lesson.objective, start.value, lesson.replays,
-        seed, process_batch, precision=precision, cpu=cpu,
-    )  # fmt: skip
-    network = build_student(variant, pretrained, chosen, lesson.classes, seed, False)
-    begin = network if pretrained else network.config
-    shared: Any = {
-        "space": Space(min_depth, min_ratio=min_ratio), "bench": bench, "processes": processes, "progress": not as_json
-    }  # fmt: skip
-    if refine is None:
-        result = contraction.contract(begin, budget, evaluate, out, steps=steps, **shared)
-    else:
-        first = like(str(refine))
-        result = contraction.refine(
-            first, begin, budget, evaluate, out, rounds=rounds, candidates=candidates, **shared
-        )  # fmt: skip
-    save_search(out / "search.png", result)
-    save_checkpoint(result.network(), out / "winner.safetensors", class_names=lesson.class_names)
-    if as_json:
-        told = {"winner": str(out / "winner.safetensors"), "evaluated": len(result.evaluated)}
-        print(json.dumps(told | {"path": [candidate.to_dict() for candidate in result.path]}))
-    else:
-        _show(result, out)
-
-
-@dataclass(frozen=True)
-class _Lesson:
-    """What candidates learn from."""
-
-    samples: ReplayedSamples
-    validation: ClassificationDataset
-    objective: Any
-    replays: list[int] | None
-    classes: int
-    class_names: tuple[str, ...] | None
-
-
-def _plan(
-    data: Path,
-    validation: Path | None,
-    store: Path | None,
-    recipe: Recipe,
-    seed: int,
-    on_broken: str,
-    limit: int | None,
-    hold_out: float,
-) -> _Lesson:
     images = ClassificationDataset.open(data)
     images = images if limit is None else images.sample(limit)
-    if validation is not None:
-        judged = ClassificationDataset.open(validation).with_classes(images.class_names)
-    elif store is not None:
-        raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
+    images, measured = _split(images, validation, hold_out, store)
+    samples = shared.augment_samples(images, chosen, seed, on_broken)
+    objective, replays = None, None
+    if store is not None:
+        opened = shared.open_labels(store, samples)
+        objective, replays = StoredLabels(opened, samples.augmentation), shared.whole_epochs(opened, chosen.epochs)
+        if opened.manifest.num_classes != images.num_classes:
+            raise ValueError(
+                f"The teacher knows {opened.manifest.num_classes} classes, but the pictures have {images.num_classes}."
+            )
+    evaluate = contraction.ProxyTraining(
+        samples, measured, chosen, out / "training", objective, start.value, replays, seed, process_batch,
+        precision=precision, cpu=cpu,
+    )  # fmt: skip
+    network = shared.build_student(variant, pretrained, chosen, images.num_classes, seed, False)
+    seeded = network if pretrained else network.config
+    options: dict[str, Any] = {
+        "space": contraction.Space(min_depth, min_ratio=min_ratio),
+        "bench": bench,
+        "processes": processes,
+        "progress": not as_json,
+    }
+    if refine is None:
+        result = contraction.contract(seeded, budget, evaluate, out, steps=steps, **options)
     else:
-        images, judged = images.split(max(1, round(hold_out * len(images))))
-    samples = augment_samples(images, recipe, seed, on_broken)
-    classes, names = images.num_classes, images.class_names
-    if store is None:
-        return _Lesson(samples, judged, None, None, classes, names)
-    from kornia_tinyvit.distillation.losses import StoredLabels
+        options |= {"rounds": rounds, "candidates": candidates}
+        result = contraction.refine(shared.like(str(refine)), seeded, budget, evaluate, out, **options)
+    winner, plot = out / "winner.safetensors", out / "search.png"
+    save_checkpoint(result.network(), winner, class_names=images.class_names)
+    save_search(plot, result)
+    if as_json:
+        told = {"winner": str(winner), "evaluated": len(result.evaluated)}
+        print(json.dumps(told | {"path": [candidate.to_dict() for candidate in result.path]}))
+    else:
+        _show(result)
+        print(f"{len(result.evaluated)} networks trained: {winner}, {plot}")
 
-    opened = LabelStore(store)
-    opened.require(samples.describe())
-    replays = [epoch for epoch in opened.epochs if opened.is_complete(epoch)][: recipe.epochs]
-    if not replays:
-        raise StoreError(f"{store} holds no whole epoch; kornia-tinyvit distill save goes on with it.")
-    if opened.manifest.num_classes != classes:
-        raise ValueError(f"The teacher knows {opened.manifest.num_classes} classes, but the pictures have {classes}.")
-    return _Lesson(samples, judged, StoredLabels(opened, samples.augmentation), replays, classes, names)
+
+def _split(
+    images: ClassificationDataset, validation: Path | None, hold_out: float, store: Path | None
+) -> tuple[ClassificationDataset, ClassificationDataset]:
+    """Return what to train on and what to measure on."""
+    if validation is not None:
+        return images, ClassificationDataset.open(validation).with_classes(images.class_names)
+    if store is not None:
+        raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
+    return images.split(max(1, round(hold_out * len(images))))
 
 
 def _amount(text: str | None, option: str) -> float | None:
     """Read a number such as 1300000, 1.3e6 or 1.3M."""
     if text is None:
         return None
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)([kMG]?)", text.strip())
-    try:
-        assert found is not None  # noqa: S101 - or there is no number
-        return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
-    except (AssertionError, ValueError):
-        raise ValueError(f"{option} is a number such as 1.3M, 30e6 or 2G; got {text!r}.") from None
+    found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\d+)?)([kMG]?)", text.strip(), re.ASCII)
+    if found is None:
+        raise ValueError(f"{option} is a number such as 1.3M, 30e6 or 2G; got {text!r}.")
+    return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
 
 
-def _show(result: SearchResult, out: Path) -> None:
-    table = Table("contracted", box=box.SIMPLE_HEAD)
-    for name in (*result.budget.limits, "top-1 %"):
-        table.add_column(name, justify="right", no_wrap=True)
-    for each in result.path:
-        costs = [_short(each.costs[name]) for name in result.budget.limits]
-        table.add_row(change(result, each), *costs, f"{each.accuracy:.2f}")
-    Console(highlight=False).print(table)
+def _show(result: SearchResult) -> None:
+    limits = result.budget.limits
+    rows = [
+        [change(result, each), *(_short(each.costs[name]) for name in limits), f"{each.accuracy:.2f}"]
+        for each in result.path
+    ]
+    print_table(["contracted", *limits, "top-1 %"], rows)
     config = result.config
     print(f"widths {config.embed_dims}, depths {config.depths}, windows {config.window_sizes}")
     print(f"MBConv expansion {config.mbconv_expand_ratio:g}, MLP ratio {config.mlp_ratio:g}")
-    print(f"{len(result.evaluated)} networks trained: {out / 'winner.safetensors'}, {out / 'search.png'}")
 
 
 def change(result: SearchResult, candidate: Candidate) -> str:
     """Tell what was contracted, such as ``depths[2] 6 -> 5``, or what was given back for it."""
     if candidate.parent is None or candidate.factor is None:
         return "the first"
-    from kornia_tinyvit.contraction.neighbours import read_factor
-
     changes = []
     for factor in candidate.factor.split(" for "):
         name, stage = read_factor(factor)

@@ -8,11 +8,10 @@ from urllib.parse import urlparse
 
 import torch
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, refuse_idle
+from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_sheet
 
@@ -65,12 +64,12 @@ def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | 
         raise ValueError(f"A sheet in {out} would replace a photo or another sheet; rename photos or change --out.")
     classifier = build_classifier(variant, pretrained, device, tta=True)
     views = demo_augmentations()
-    table = Table("photo", "class", "score", "second", "score", "sheet")
+    rows = []
     for photo, sheet in zip(photos, sheets, strict=True):
         image = read_image(photo).to(device)
         first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
-        table.add_row(photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", str(sheet))
-    Console(markup=False, emoji=False).print(table)  # a photo's name may look like markup
+        rows.append([photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet])
+    print_table(["photo", "class", "score", "second", "score", "sheet"], rows, left=6)
 
 
 def _serve(

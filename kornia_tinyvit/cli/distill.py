@@ -10,37 +10,13 @@ from typing import Annotated, Any
 import torch
 import typer
 
+from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.options import Device, Json, parse_device
 from kornia_tinyvit.cli.train import report_training
-from kornia_tinyvit.cli.training_options import (
-    BatchSize,
-    Checkpointing,
-    Data,
-    Epochs,
-    InitSeed,
-    Limit,
-    OnBroken,
-    OnCpu,
-    Out,
-    Precision,
-    ProcessBatch,
-    Rate,
-    RecipeName,
-    Seed,
-    Side,
-    Start,
-    Store,
-    TrainedVariant,
-    Validation,
-    Workers,
-    build_samples,
-    build_student,
-    parse_precision,
-)
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineTeacher, StoredLabels
-from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size, readable_size
+from kornia_tinyvit.distillation.manifest import Manifest, estimated_size, readable_size
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
@@ -65,20 +41,20 @@ PATIENCE = 1800.0  # seconds without the next shard after which a teacher is tak
 
 @distill.command()
 def save(
-    data: Data,
-    store: Store,
+    data: shared.Data,
+    store: shared.Store,
     teacher: TeacherName,
-    recipe: RecipeName = "in22k_distill",
-    epochs: Epochs = None,
+    recipe: shared.RecipeName = "in22k_distill",
+    epochs: shared.Epochs = None,
     top_k: Annotated[int, typer.Option(min=1, help="Classes kept of each record.")] = 10,
-    img_size: Side = None,
-    seed: Seed = 0,
+    img_size: shared.Side = None,
+    seed: shared.Seed = 0,
     batch_size: Batch = 128,
-    workers: Workers = 2,
+    workers: shared.Workers = 2,
     device: Device = "cpu",
-    precision: Precision = "no",
-    on_broken: OnBroken = "stop",
-    limit: Limit = None,
+    precision: shared.Precision = "no",
+    on_broken: shared.OnBroken = "stop",
+    limit: shared.Limit = None,
     estimate: Annotated[bool, typer.Option("--estimate", help="Tell the size on disk and stop.")] = False,
     as_json: Json = False,
 ) -> None:
@@ -86,9 +62,9 @@ def save(
 
     Start it as often as there are GPUs or machines: each process takes shards that no other one holds.
     """
-    autocast = parse_precision(precision)
+    autocast = shared.parse_precision(precision)
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size)
-    samples = build_samples(data, chosen, seed, on_broken, limit)
+    samples = shared.build_samples(data, chosen, seed, on_broken, limit)
     network = load_teacher(teacher, parse_device(device))
     classes = _count_classes(network, samples)
     if top_k > classes:
@@ -119,27 +95,27 @@ def save(
 
 @distill.command()
 def check(
-    data: Data,
-    store: Store,
+    data: shared.Data,
+    store: shared.Store,
     teacher: TeacherName,
-    recipe: RecipeName = "in22k_distill",
+    recipe: shared.RecipeName = "in22k_distill",
     records: Annotated[int, typer.Option(min=1, help="Records to recompute.")] = 256,
     tolerance: Annotated[float, typer.Option(min=0, help="Largest difference of a probability that passes.")] = 0.02,
-    img_size: Side = None,
-    seed: Seed = 0,
+    img_size: shared.Side = None,
+    seed: shared.Seed = 0,
     batch_size: Batch = 32,
     device: Device = "cpu",
-    precision: Precision = "no",
-    limit: Limit = None,
+    precision: shared.Precision = "no",
+    limit: shared.Limit = None,
     as_json: Json = False,
 ) -> None:
     """Recompute a sample of the stored records with the teacher and tell the largest difference."""
     # Of pictures that could not be read the store says so, too; any other record of theirs does not pass.
-    samples = build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
+    samples = shared.build_samples(data, find_recipe(recipe, img_size=img_size), seed, "skip", limit)
     network = load_teacher(teacher, parse_device(device))
     opened = LabelStore(store)
     opened.require({**samples.describe(), "teacher": _told(network, precision)})
-    report = check_records(opened, network, samples, records, batch_size, autocast=parse_precision(precision))
+    report = check_records(opened, network, samples, records, batch_size, autocast=shared.parse_precision(precision))
     good = report.largest <= tolerance and not report.drifted
     if as_json:
         told = {"records": report.records, "largest": report.largest, "mean": report.mean}
@@ -155,34 +131,34 @@ def check(
 
 @distill.command()
 def train(
-    data: Data,
+    data: shared.Data,
     store: Annotated[
         Path | None, typer.Argument(help="Folder of the stored soft labels; leave it out for --teacher.")
     ] = None,
     teacher: Annotated[str | None, typer.Option(help="Ask this teacher at every step instead of a store.")] = None,
-    variant: TrainedVariant = "5m",
-    recipe: RecipeName = "in22k_distill",
-    out: Out = Path("runs/distill"),
-    validation: Validation = None,
-    pretrained: Start = None,
+    variant: shared.TrainedVariant = "5m",
+    recipe: shared.RecipeName = "in22k_distill",
+    out: shared.Out = Path("runs/distill"),
+    validation: shared.Validation = None,
+    pretrained: shared.Start = None,
     replays: Annotated[
         int | None,
         typer.Option(min=1, help="Stored epochs to replay in turn, waiting for those that a teacher is still writing."),
     ] = None,
     hard_share: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels.")] = 0.0,
-    epochs: Epochs = None,
-    img_size: Side = None,
-    batch_size: BatchSize = None,
-    process_batch: ProcessBatch = None,
-    base_lr: Rate = None,
-    seed: Seed = 0,
-    init_seed: InitSeed = None,
-    workers: Workers = 2,
-    precision: Precision = "no",
-    gradient_checkpointing: Checkpointing = False,
-    cpu: OnCpu = False,
-    on_broken: OnBroken = "stop",
-    limit: Limit = None,
+    epochs: shared.Epochs = None,
+    img_size: shared.Side = None,
+    batch_size: shared.BatchSize = None,
+    process_batch: shared.ProcessBatch = None,
+    base_lr: shared.Rate = None,
+    seed: shared.Seed = 0,
+    init_seed: shared.InitSeed = None,
+    workers: shared.Workers = 2,
+    precision: shared.Precision = "no",
+    gradient_checkpointing: shared.Checkpointing = False,
+    cpu: shared.OnCpu = False,
+    on_broken: shared.OnBroken = "stop",
+    limit: shared.Limit = None,
     as_json: Json = False,
 ) -> None:
     """Train a student on stored soft labels, or beside its teacher.
@@ -197,25 +173,27 @@ def train(
     if teacher is not None and (hard_share or replays is not None):
         raise ValueError("--hard-share and --replays belong to a store; leave them out with --teacher.")
     chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
-    samples = build_samples(data, chosen, seed, on_broken, limit)
+    samples = shared.build_samples(data, chosen, seed, on_broken, limit)
     objective: StoredLabels | OnlineTeacher
     shown = None
     if store is not None:
-        opened = LabelStore(store)
-        opened.require(samples.describe())
-        shown = list(range(replays)) if replays is not None else _begun(out) or _whole_epochs(opened, chosen.epochs)
+        opened = shared.open_labels(store, samples)
+        if replays is not None:
+            shown = list(range(replays))
+        else:
+            shown = _begun(out) or shared.whole_epochs(opened, chosen.epochs)
         objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
         classes = opened.manifest.num_classes
     else:
         network = load_teacher(str(teacher))
-        objective, classes = OnlineTeacher(network, parse_precision(precision)), _count_classes(network, samples)
+        objective, classes = OnlineTeacher(network, shared.parse_precision(precision)), _count_classes(network, samples)
     if (hard_share or validation is not None) and samples.images.num_classes != classes:
         raise ValueError(
             f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "
             "beside what it says: leave out --hard-share and --validation."
         )
     first = seed if init_seed is None else init_seed
-    model = build_student(variant, pretrained, chosen, classes, first, gradient_checkpointing)
+    model = shared.build_student(variant, pretrained, chosen, classes, first, gradient_checkpointing)
     names = samples.images.class_names
     result = run(
         model,
@@ -249,17 +227,3 @@ def _count_classes(teacher: torch.nn.Module, samples: ReplayedSamples) -> int:
     size = samples.augmentation.img_size
     with torch.inference_mode():
         return int(teacher(torch.zeros(1, 3, size, size, device=device_of(teacher))).shape[1])
-
-
-def _whole_epochs(store: LabelStore, wanted: int) -> list[int]:
-    """Return the stored epochs that a training of so many replays.
-
-    Raises:
-        StoreError: if none is stored whole.
-    """
-    whole = [epoch for epoch in store.epochs if store.is_complete(epoch)][:wanted]
-    if not whole:
-        raise StoreError(f"{store.path} holds no whole epoch; kornia-tinyvit distill save goes on with it.")
-    if len(whole) < wanted:
-        print(f"Stored whole: {len(whole)} of {wanted} epochs, which are replayed in turn.", file=sys.stderr)
-    return whole

@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 import json
 
-from rich import box
-from rich.console import Console
-from rich.table import Table
-
 from kornia_tinyvit.checkpoints import list_pretrained
 from kornia_tinyvit.cli.options import Json, Variant
+from kornia_tinyvit.cli.tables import print_table
 
 
 def pretrained(variant: Variant = None, as_json: Json = False) -> None:
@@ -21,12 +18,10 @@ def pretrained(variant: Variant = None, as_json: Json = False) -> None:
     if as_json:
         print(json.dumps([dataclasses.asdict(row) for row in rows], indent=2))
         return
-    table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for column in ("variant", "pretrained", "size", "classes", "top-1", "top-5"):
-        table.add_column(column, no_wrap=True)
-    table.add_column("trained on")
+    lines = []
     for row in rows:
         accuracies = ["" if value is None else f"{value:.1f}" for value in (row.top1, row.top5)]
-        numbers = [str(row.img_size), "" if row.mobile_sam else str(row.num_classes)]
-        table.add_row(row.variant, row.name, *numbers, *accuracies, f"{row.trained_on} ({row.licence})")
-    Console().print(table)
+        numbers = [row.img_size, "" if row.mobile_sam else row.num_classes]
+        lines.append([row.variant, row.name, *numbers, *accuracies, f"{row.trained_on} ({row.licence})"])
+    columns = ["variant", "pretrained", "size", "classes", "top-1", "top-5", "trained on"]
+    print_table(columns, lines, left=2, notes=1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from enum import StrEnum
 from pathlib import Path
@@ -15,6 +16,8 @@ from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
+from kornia_tinyvit.distillation.manifest import StoreError
+from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training.recipes import RECIPES, Recipe
 
@@ -82,6 +85,27 @@ def augment_samples(images: ClassificationDataset, recipe: Recipe, seed: int, on
         recipe.img_size, recipe.preset, seed=seed, num_samples=len(images), **recipe.changes
     )
     return ReplayedSamples(images, augmentation, on_broken)
+
+
+def open_labels(path: Path, samples: ReplayedSamples) -> LabelStore:
+    """Open stored labels, which have to be those of the samples."""
+    store = LabelStore(path)
+    store.require(samples.describe())
+    return store
+
+
+def whole_epochs(store: LabelStore, wanted: int) -> list[int]:
+    """Return the stored epochs that a training of so many replays.
+
+    Raises:
+        StoreError: if none is stored whole.
+    """
+    whole = [epoch for epoch in store.epochs if store.is_complete(epoch)][:wanted]
+    if not whole:
+        raise StoreError(f"{store.path} holds no whole epoch; kornia-tinyvit distill save goes on with it.")
+    if len(whole) < wanted:
+        print(f"Stored whole: {len(whole)} of {wanted} epochs, which are replayed in turn.", file=sys.stderr)
+    return whole
 
 
 def build_student(
