@@ -119,17 +119,20 @@ class Evaluator(ABC):
         """Return the numbers over all that was added."""
 
 
-class Task(ABC):
+class Task:
     """A task that networks are trained for.
 
     Attributes:
         measure: the name among :meth:`Evaluator.measures` of the number, the higher the better, that tells the best
             weights.
+        evaluator_class: takes the validation data, the network's configuration and the options of :class:`Evaluator`.
+        network_class: the network that is written.
+        may_lack_classes: whether the validation data may know fewer classes than the network, whose last do not occur.
     """
 
     measure: ClassVar[str]
     evaluator_class: ClassVar[Callable[..., Evaluator]]
-    #: Whether the validation data may know fewer classes than the network: its last ones may not occur.
+    network_class: ClassVar[Any]
     may_lack_classes: ClassVar[bool] = False
 
     def check(self, images: Any, config: Any, class_names: Sequence[str] | None) -> None:
@@ -154,11 +157,18 @@ class Task(ABC):
         """
         return type(self).evaluator_class(images, config, **options)
 
-    @abstractmethod
     def writer(
         self, config: Any, state: dict[str, Tensor], class_names: Sequence[str] | None
     ) -> Callable[[Path], object]:
         """Return what writes weights to a file that the network's ``from_config`` reads."""
+        network = type(self).network_class.from_config(config, class_names=class_names)
+        self.load(network, state)
+        save: Callable[[Path], object] = network.save
+        return save
+
+    def load(self, network: Any, state: dict[str, Tensor]) -> None:
+        """Load what was trained into the network that is written."""
+        network.load_state_dict(state)
 
 
 @torch.no_grad()

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -280,16 +278,13 @@ class DetectionTask(Task):
 
     measure = "map"
     evaluator_class = BoxEvaluator
+    network_class = TinyViTDetector
 
-    def writer(
-        self, config: DetectorConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
-    ) -> Callable[[Path], object]:
-        """Write files for :meth:`TinyViTDetector.from_config`."""
+    def load(self, network: TinyViTDetector, state: dict[str, Tensor]) -> None:
+        """Load the weights of a :class:`DetectorTraining` into a detector."""
         from kornia_tinyvit.huggingface.rt_detr import load_weights
 
-        plain = TinyViTDetector.from_config(config, class_names=class_names)
-        load_weights(plain, {name.removeprefix("rt_detr."): tensor for name, tensor in state.items()})
-        return plain.save
+        load_weights(network, {name.removeprefix("rt_detr."): tensor for name, tensor in state.items()})
 
 
 #: The task of detectors, for :func:`~kornia_tinyvit.training.train`.

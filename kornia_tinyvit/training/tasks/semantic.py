@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -177,14 +175,7 @@ class Semantic(Task):
 
     measure = "mean_iou"
     evaluator_class = PixelEvaluator
-
-    def writer(
-        self, config: SegmenterConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
-    ) -> Callable[[Path], object]:
-        """Write files for :meth:`SemanticSegmenter.from_config`."""
-        plain = SemanticSegmenter.from_config(config, class_names=class_names)
-        plain.load_state_dict(state)
-        return plain.save
+    network_class = SemanticSegmenter
 
 
 #: The task of semantic segmenters, for :func:`~kornia_tinyvit.training.train`.
