@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -12,7 +13,8 @@ import typer
 
 from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.options import Device, Json, parse_device
-from kornia_tinyvit.cli.train import report_training
+from kornia_tinyvit.cli.tables import print_names
+from kornia_tinyvit.cli.train import Plan, run_plan
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineTeacher, StoredLabels
@@ -23,6 +25,7 @@ from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teache
 from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.training.recipes import find_recipe
 from kornia_tinyvit.training.run_folder import RunFolder
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
 distill = typer.Typer(
     help="Store a teacher's soft labels once, check them, and train students on them.", no_args_is_help=True
@@ -82,13 +85,12 @@ def save(
                 opened, network, samples, range(chosen.epochs), batch_size, workers, autocast,
                 lambda records: bar.update(task, advance=records),
             )  # fmt: skip
-        told |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}
+        told |= asdict(done)
         if not as_json:
             print(f"{done.written} records written, {done.present} were there.")
             if done.locked:
                 print(f"Left to other processes, which are writing them: {done.locked} shards.")
-            if done.broken:
-                print(f"Could not be read: {len(done.broken)}, such as {', '.join(done.broken[:5])}")
+            print_names("Could not be read", done.broken)
     if as_json:
         print(json.dumps(told))
 
@@ -118,8 +120,7 @@ def check(
     report = check_records(opened, network, samples, records, batch_size, autocast=shared.parse_precision(precision))
     good = report.largest <= tolerance and not report.drifted
     if as_json:
-        told = {"records": report.records, "largest": report.largest, "mean": report.mean}
-        print(json.dumps({**told, "drifted": list(report.drifted), "good": good}))
+        print(json.dumps({**asdict(report), "good": good}))
     else:
         print(f"{report.records} records recomputed: largest difference {report.largest:.5f}, mean {report.mean:.6f}.")
         if report.drifted:
@@ -166,8 +167,6 @@ def train(
     The augmentation has to be the one the labels were stored with: the same recipe, seed and size. A training with
     more epochs than are stored replays them again. With --replays it may start while the teacher still writes.
     """
-    from kornia_tinyvit.training.loop import train as run
-
     if (store is None) == (teacher is None):
         raise ValueError("Give either the folder of a store or --teacher.")
     if teacher is not None and (hard_share or replays is not None):
@@ -195,23 +194,12 @@ def train(
     first = seed if init_seed is None else init_seed
     model = shared.build_student(variant, pretrained, chosen, classes, first, gradient_checkpointing)
     names = samples.images.class_names
-    result = run(
-        model,
-        samples,
-        objective,
-        chosen,
-        out,
-        validation=None if validation is None else ClassificationDataset.open(validation).with_classes(names),
-        replays=shown,
-        class_names=names if names and len(names) == classes else None,
-        origin={"pretrained": pretrained, "init_seed": first},
-        process_batch=process_batch,
-        workers=workers,
-        precision=precision,
-        cpu=cpu,
-        progress=not as_json,
-    )
-    report_training(result, as_json)
+    others = None if validation is None else ClassificationDataset.open(validation).with_classes(names)
+    known = names if names and len(names) == classes else None
+    options = {"process_batch": process_batch, "workers": workers, "precision": precision, "cpu": cpu}
+    origin = {"pretrained": pretrained, "init_seed": first}
+    plan = Plan(CLASSIFICATION, model, samples, objective, others, known)
+    run_plan(plan, chosen, out, as_json, replays=shown, origin=origin, **options)
 
 
 def _told(teacher: Teacher, precision: str) -> dict[str, Any]:

@@ -99,24 +99,9 @@ def train(
     plan = _PLANS[task](asked)
     if not as_json:
         tell_useless(plan.samples.images)
-    result = training.train(
-        plan.model,
-        plan.samples,
-        plan.objective,
-        chosen,
-        out,
-        task=plan.task,
-        validation=plan.validation,
-        validate_every=validate_every,
-        class_names=plan.class_names,
-        origin={"pretrained": pretrained, "init_seed": first},
-        process_batch=process_batch,
-        workers=workers,
-        precision=precision,
-        cpu=cpu,
-        progress=not as_json,
-    )
-    report_training(result, as_json)
+    options = {"process_batch": process_batch, "workers": workers, "precision": precision, "cpu": cpu}
+    origin = {"pretrained": pretrained, "init_seed": first}
+    run_plan(plan, chosen, out, as_json, validate_every=validate_every, origin=origin, **options)
 
 
 @dataclass(frozen=True)
@@ -156,8 +141,8 @@ class _Asked:
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """What the loop takes."""
+class Plan:
+    """What is trained on what."""
 
     task: Task
     model: Any
@@ -167,16 +152,16 @@ class _Plan:
     class_names: tuple[str, ...] | None
 
 
-def _plan_classifier(asked: _Asked) -> _Plan:
+def _plan_classifier(asked: _Asked) -> Plan:
     samples = shared.build_samples(asked.data, asked.recipe, asked.seed, asked.on_broken, asked.limit)
     images, validation = samples.images, None
     model = asked.network(TinyViT.from_config, num_classes=images.num_classes)
     if asked.validation is not None:
         validation = ClassificationDataset.open(asked.validation).with_classes(images.class_names)
-    return _Plan(CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation, images.class_names)
+    return Plan(CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation, images.class_names)
 
 
-def _plan_segmenter(asked: _Asked) -> _Plan:
+def _plan_segmenter(asked: _Asked) -> Plan:
     images = asked.drawn(SegmentationDataset.open(asked.data, "train"))
     samples = training.MaskedSamples(images, asked.augmentation(training.MaskAugmentation), asked.on_broken)
     model = asked.network(SemanticSegmenter.from_config, class_names=images.class_names)
@@ -186,10 +171,10 @@ def _plan_segmenter(asked: _Asked) -> _Plan:
         validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
     weights = training.balanced_weights(images, asked.class_balance) if asked.class_balance else None
     objective = training.PixelLabels(samples.augmentation.preset.label_smoothing, weights)
-    return _Plan(training.SEMANTIC, model, samples, objective, validation, images.class_names)
+    return Plan(training.SEMANTIC, model, samples, objective, validation, images.class_names)
 
 
-def _plan_promptable(asked: _Asked) -> _Plan:
+def _plan_promptable(asked: _Asked) -> Plan:
     images = asked.drawn(InstanceDataset.open(asked.data, "train", asked.min_area))
     augmentation = asked.augmentation(
         training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_share)
@@ -199,19 +184,19 @@ def _plan_promptable(asked: _Asked) -> _Plan:
     if asked.validation is not None:
         validation = InstanceDataset.open(asked.validation, "val", asked.min_area)
     samples = training.PromptedSamples(images, augmentation, asked.on_broken)
-    return _Plan(
+    return Plan(
         training.PROMPTABLE, training.PromptedSAM(sam, asked.freeze), samples, training.MaskLoss(), validation, None
     )
 
 
-def _plan_detector(asked: _Asked) -> _Plan:
+def _plan_detector(asked: _Asked) -> Plan:
     images = asked.drawn(DetectionDataset.open(asked.data, "train"))
     samples = training.BoxedSamples(images, asked.augmentation(training.BoxAugmentation), asked.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": asked.queries}
     detector = asked.network(TinyViTDetector.from_config, scaled=False, **options)  # its images are large
     model = training.DetectorTraining(detector)
     validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
-    return _Plan(training.DETECTION, model, samples, training.DetectionLoss(model), validation, images.class_names)
+    return Plan(training.DETECTION, model, samples, training.DetectionLoss(model), validation, images.class_names)
 
 
 _PLANS = {
@@ -229,8 +214,10 @@ def tell_useless(images: Any) -> None:
     print_names("Boxes left out", getattr(images, "left_out", ()))
 
 
-def report_training(result: training.TrainingResult, as_json: bool) -> None:
-    """Print what a training came to, in the main process."""
+def run_plan(plan: Plan, recipe: Recipe, out: Path, as_json: bool, **options: Any) -> None:
+    """Train, with options of :func:`~kornia_tinyvit.training.train`, and print the result in the main process."""
+    options |= {"task": plan.task, "validation": plan.validation, "class_names": plan.class_names}
+    result = training.train(plan.model, plan.samples, plan.objective, recipe, out, progress=not as_json, **options)
     if not result.is_main_process:
         return
     if as_json:
