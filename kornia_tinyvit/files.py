@@ -10,29 +10,11 @@ import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from filelock import FileLock, Timeout
 
-__all__ = ["describe_differences", "locked", "locks", "replacing", "write_text", "writing"]
-
-
-def locks() -> ModuleType:
-    """Return the module that locks files, imported here so that what locks nothing runs where there is none.
-
-    Raises:
-        OSError: on Windows.
-    """
-    try:
-        import fcntl
-    except ImportError:
-        raise OSError(
-            errno.ENOSYS,
-            "Trainings, searches and stores of labels lock their files as Linux and macOS do; "
-            "on Windows run them in the Windows Subsystem for Linux",
-        ) from None
-    return fcntl
+__all__ = ["describe_differences", "locked", "replacing", "write_text", "writing"]
 
 
 @contextmanager
@@ -112,15 +94,16 @@ def write_text(path: str | Path, text: str) -> None:
 
 
 @contextmanager
-def locked(path: str | Path, message: str) -> Iterator[None]:
+def locked(path: str | Path, message: str, error: type[Exception] = BlockingIOError) -> Iterator[None]:
     """Hold a lock file to the exclusion of other processes; it is released when the process ends, however it ends.
 
     Args:
         path: the lock file; its folder is created.
         message: text of the error.
+        error: its class.
 
     Raises:
-        BlockingIOError: if another process holds it.
+        Exception: ``error``, if another process holds the file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -128,7 +111,7 @@ def locked(path: str | Path, message: str) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        raise BlockingIOError(message) from None
+        raise error(message) from None
     try:
         yield
     finally:

@@ -6,10 +6,9 @@ import sys
 import textwrap
 
 import pytest
-from PIL import Image
 
 from kornia_tinyvit import files
-from kornia_tinyvit.files import replacing, write_text, writing
+from kornia_tinyvit.files import locked, replacing, write_text, writing
 
 
 def test_replaces(tmp_path):
@@ -171,28 +170,9 @@ def test_killed(tmp_path):
     assert path.read_text() == "new"
 
 
-WITHOUT_LOCKS = """
-import os, sys
-import kornia, PIL.Image, safetensors.torch, torch, typer  # which ask what system it is
-sys.modules["fcntl"] = None
-register = os.register_at_fork
-del os.register_at_fork
-from kornia_tinyvit.cli import main
-os.register_at_fork = register
-main()
-"""
-
-
-def test_without_locks(tmp_path):
-    """Where the system cannot lock files, as on Windows, what needs no lock runs, and the rest says so in a line."""
-    train = ["train", str(tmp_path), "--variant", "1m", "--recipe", "cifar10", "--batch-size", "2", "--workers", "0"]
-    for name in ("a", "b"):
-        (tmp_path / name).mkdir()
-        for number in range(2):
-            Image.new("RGB", (40, 40)).save(tmp_path / name / f"{number}.png")
-    for arguments, code in ((["pretrained"], 0), ([*train, "--out", str(tmp_path / ".run")], 1)):
-        command = [sys.executable, "-c", WITHOUT_LOCKS, *arguments]
-        told = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
-        assert told.returncode == code, told.stderr
-        assert len(told.stderr.splitlines()) == code
-    assert "Windows Subsystem for Linux" in told.stderr
+@pytest.mark.parametrize("error", [BlockingIOError, ValueError])
+def test_locked(tmp_path, error):
+    path = tmp_path / "new" / ".lock"
+    for _ in range(2):  # it is let go at the end
+        with locked(path, "held"), pytest.raises(error, match="^held$"), locked(path, "held", error):
+            pass

@@ -338,7 +338,8 @@ def _searching(
 ) -> Iterator[_Search]:
     """Open a search and what it needs, and close it however it ends."""
     out = Path(out)
-    alone = locked(out / ".lock", f"Another process searches in {out}; wait for it or give another folder.")
+    message = f"Another process searches in {out}; wait for it or give another folder."
+    alone = locked(out / ".lock", message, ValueError)
     with alone, open_workers(processes) as workers, progress_bar(progress) as bar:
         yield _Search(seed, budget, evaluate, out, space or Space(), bench or Bench(), workers, bar, asked)
 

@@ -7,7 +7,7 @@ import os
 import re
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -55,21 +55,14 @@ class RunFolder:
                 f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
             )
 
-    @contextmanager
-    def alone(self) -> Iterator[None]:
+    def alone(self) -> AbstractContextManager[None]:
         """Keep the trainings of other processes out; it ends with the process, however that ends.
 
         Raises:
             ValueError: if another process trains in the folder.
         """
-        with ExitStack() as stack:
-            try:
-                stack.enter_context(locked(self.path / ".lock", "held"))
-            except BlockingIOError:
-                raise ValueError(
-                    f"Another process trains in {self.path}; wait for it or give another folder."
-                ) from None
-            yield
+        message = f"Another process trains in {self.path}; wait for it or give another folder."
+        return locked(self.path / ".lock", message, ValueError)
 
     def begin(self, asked: dict[str, Any], step: int) -> None:
         """Write down what is asked for, and forget what was told of steps after this one: they come again."""

@@ -165,7 +165,7 @@ class TestSearch:
 
     def test_one_search_at_a_time(self, tmp_path):
         def again(config, parent):
-            with pytest.raises(BlockingIOError, match="Another process searches in"):
+            with pytest.raises(ValueError, match="Another process searches in"):
                 contract(SMALL, BUDGET, again, tmp_path)
             return 1.0
 
