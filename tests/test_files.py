@@ -174,5 +174,5 @@ def test_killed(tmp_path):
 def test_locked(tmp_path, error):
     path = tmp_path / "new" / ".lock"
     for _ in range(2):  # it is let go at the end
-        with locked(path, "held"), pytest.raises(error, match="^held$"), locked(path, "held", error):
+        with locked(path, "held"), pytest.raises(error, match=r"^held$"), locked(path, "held", error):
             pass
