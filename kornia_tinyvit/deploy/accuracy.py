@@ -89,7 +89,7 @@ def compare(
 
 
 def as_list(outputs: Outputs) -> list[Tensor]:
-    """Return what a network returned as a list, of one tensor or several."""
+    """Return the outputs of a network, a tensor :math:`(B, *)` or several, as a list."""
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 

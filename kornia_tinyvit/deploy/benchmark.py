@@ -41,7 +41,10 @@ class LabelledPictures:
     labels: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return full batches, as an engine may have to get ready for any other shape; a small set makes one batch."""
+        """Return batches :math:`(B, C, S, S)` with their classes :math:`(B,)`.
+
+        All are full, as an engine may have to get ready for any other shape; a small set makes one smaller batch.
+        """
         for start in range(0, max(len(self.images) - size, 0) + 1, size):
             yield self.images[start : start + size], self.labels[start : start + size]
 

@@ -197,7 +197,7 @@ class ExportTask:
                     refuse_difference(name, want, have, tolerance)
 
     def pictures(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """Draw pictures as the graph takes them."""
+        """Draw pictures :math:`(B, C, H, W)` as the graph takes them."""
         images = draw_pictures(self.config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
@@ -210,6 +210,12 @@ def describe(config: TinyViTConfig, **facts: Any) -> dict[str, str]:
 
 def refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
     """Refuse an output whose largest difference, of values up to 1, else in proportion, is above the tolerance.
+
+    Args:
+        name: name of the output.
+        want: what the network returned, :math:`(*)`.
+        have: what the export returned.
+        tolerance: the largest difference that is accepted.
 
     Raises:
         ExportError: telling the output and the difference.

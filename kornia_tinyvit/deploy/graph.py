@@ -74,9 +74,11 @@ class InferenceGraph(nn.Module):
         return copied
 
     def to_onnx(self, images: Tensor, dynamic_size: bool) -> onnx.ModelProto:
-        """Translate the graph for any number of pictures like these, or of any height and width.
+        """Translate the graph for any number of pictures of a size. It is kept in ``translated``: do not change it.
 
-        The result is kept in ``translated``, and is not for changing.
+        Args:
+            images: pictures :math:`(B, C, H, W)`.
+            dynamic_size: for any height and width instead of theirs.
         """
         key = None if dynamic_size else tuple(images.shape[2:])
         if key not in self.translated:
