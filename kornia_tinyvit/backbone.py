@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -14,10 +14,11 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
-from kornia_tinyvit.checkpoints.loading import read_metadata, read_tensors, write_tensors
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.checkpoints.loading import PREPROCESSING_KEY, read_preprocessing
+from kornia_tinyvit.checkpoints.tensors import read_metadata, read_tensors, write_tensors
+from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import check_counts, default_evaluation
+from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["BackboneConfig", "BackboneNetwork", "OnBackbone", "parameter_groups"]
 
@@ -131,20 +132,15 @@ class BackboneNetwork(OnBackbone):
     ) -> None:
         super().__init__()
         self._shape = self.config_class(backbone.config, num_classes, **options)
-        if class_names is None:
-            class_names = [f"class {index}" for index in range(num_classes)]
-        if len(class_names) != num_classes:
-            raise ValueError(f"Got {len(class_names)} class names for {num_classes} classes.")
-        self.class_names = tuple(class_names)
+        self.class_names = name_classes(class_names, num_classes)
         self.backbone = backbone
         for name, part in self._shape.build_parts().items():
             self.add_module(name, part)
         for unused in (backbone.norm_head, backbone.head, backbone.neck):
             if unused is not None:
                 unused.requires_grad_(False)
-        statistics = default_evaluation(backbone.config)
-        self.register_buffer("mean", statistics.mean, persistent=False)
-        self.register_buffer("std", statistics.std, persistent=False)
+        self.register_buffer("mean", torch.tensor(backbone.preprocessing.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(backbone.preprocessing.std), persistent=False)
 
     @classmethod
     def from_config(
@@ -207,11 +203,14 @@ class BackboneNetwork(OnBackbone):
             values = json.loads(metadata[cls._file_key()])
             names = tuple(str(name) for name in values.pop("class_names"))
             stored = cls.config_class.from_dict(values)
+            told = dict(json.loads(metadata.get(PREPROCESSING_KEY, "{}")))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
             raise CheckpointError(f"{path} carries a configuration that cannot be used: {error}") from error
+        preprocessing = read_preprocessing(told, stored.backbone, str(path))
         weights = _split(tensors)
         parts = _check_parts(path, weights, stored)  # before anything of that size is built
         found = read_checkpoint(weights.get("backbone", {}))
+        found = replace(found, preprocessing=preprocessing)
         if isinstance(asked, str):
             open_pretrained(found, asked)  # rejects the weights of another variant
         base = asked.backbone if isinstance(asked, BackboneConfig) else asked
@@ -245,7 +244,7 @@ class BackboneNetwork(OnBackbone):
         return normalize(images, self.mean.to(images), self.std.to(images))
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with configuration and class names inside, whole or not at all.
+        """Write a safetensors file with configuration, preprocessing and class names inside, whole or not at all.
 
         :meth:`from_config` reads it back, with ``pretrained=path``.
 
@@ -259,7 +258,9 @@ class BackboneNetwork(OnBackbone):
             ValueError: if the backbone's activation cannot be named in a file.
         """
         values = self.config.to_dict() | {"class_names": self.class_names}
-        return write_tensors(path, self.state_dict(), {"format": "pt", self._file_key(): json.dumps(values)})
+        told = {self._file_key(): values, PREPROCESSING_KEY: self.backbone.preprocessing.to_dict()}
+        metadata = {key: json.dumps(value) for key, value in told.items()}
+        return write_tensors(path, self.state_dict(), {"format": "pt"} | metadata)
 
 
 def _split(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:

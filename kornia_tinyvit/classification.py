@@ -13,13 +13,13 @@ import torch
 from kornia.geometry.transform import hflip
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained
-from kornia_tinyvit.checkpoints.catalog import imagenet_classes
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.checkpoints import Checkpoint
+from kornia_tinyvit.checkpoints.catalog import usual_names
+from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.images import ImageInput, as_images
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import check_counts, default_evaluation
+from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
 
 __all__ = ["ImageClassifier", "Prediction", "center_zoom"]
 
@@ -57,9 +57,9 @@ class ImageClassifier(nn.Module):
 
     Args:
         model: the network.
-        class_names: names of the classes in the order of the logits; numbers if left out.
-        preprocessing: what turns pictures in [0, 1] into what the network takes; the evaluation of the network's
-            resolution if left out.
+        class_names: names of the classes in the order of the logits; the network's own, or numbers, if left out.
+        preprocessing: what turns pictures in [0, 1] into what the network takes, instead of the
+            :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline` of ``model.preprocessing``.
         views: test-time augmentation: functions of a picture batch :math:`(B, C, H, W)` whose logits are averaged with
             those of the picture itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
 
@@ -89,13 +89,9 @@ class ImageClassifier(nn.Module):
             raise ValueError(
                 "ImageClassifier needs a network with classes; MobileSAM's encoder and num_classes=0 have none."
             )
-        if class_names is None:
-            class_names = [f"class {index}" for index in range(config.num_classes)]
-        if len(class_names) != config.num_classes:
-            raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
         self.model = model
-        self.preprocessing = preprocessing if preprocessing is not None else default_evaluation(config)
-        self.class_names = tuple(class_names)
+        self.preprocessing = preprocessing or EvaluationPipeline.from_preprocessing(model.preprocessing)
+        self.class_names = name_classes(model.class_names if class_names is None else class_names, config.num_classes)
         self.views = tuple(views)
 
     @classmethod
@@ -121,11 +117,9 @@ class ImageClassifier(nn.Module):
             ValueError: if the network cannot be built, or the names are not as many as its classes.
             CheckpointError: if the weights cannot be loaded.
         """
-        if pretrained:
-            pretrained = open_pretrained(pretrained, config, img_size=kwargs.get("img_size"))
         model = TinyViT.from_config(config, pretrained=pretrained, **kwargs)
-        if class_names is None and isinstance(pretrained, Checkpoint) and not model.training:
-            class_names = pretrained.class_names or (imagenet_classes() if model.config.num_classes == 1000 else None)
+        if class_names is None and not model.training:
+            class_names = model.class_names or usual_names(model.config.num_classes)
         classifier = cls(model, class_names=class_names, views=views)
         return classifier.train(model.training)
 

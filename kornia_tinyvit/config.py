@@ -98,11 +98,11 @@ class TinyViTConfig:
         narrowest = {"mlp_ratio": min(self.embed_dims[1:]), "mbconv_expand_ratio": self.embed_dims[0]}
         for name, dim in narrowest.items():
             value = getattr(self, name)
-            if not (_is_number(value) and value * dim >= 1):
+            if not (is_number(value) and value * dim >= 1):
                 raise ValueError(f"{name} must be positive and make {dim} channels at least one; got {value!r}.")
         for name in ("drop_rate", "drop_path_rate"):
             value = getattr(self, name)
-            if not (_is_number(value) and 0 <= value < 1):
+            if not (is_number(value) and 0 <= value < 1):
                 raise ValueError(f"{name} is a probability in [0, 1); got {value!r}.")
         for name in ("use_checkpoint", "mobile_sam"):
             if not isinstance(getattr(self, name), bool):
@@ -166,7 +166,28 @@ class TinyViTConfig:
         return (4, 8, 16, 16) if self.mobile_sam else (4, 8, 16, 32)
 
 
-def _is_number(value: Any) -> bool:
+def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:
+    """Return names of classes as a tuple, ``None`` if there are none.
+
+    Raises:
+        ValueError: if there are not as many names as classes.
+    """
+    if class_names is not None and len(class_names) != num_classes:
+        raise ValueError(f"Got {len(class_names)} class names for {num_classes} classes.")
+    return None if class_names is None else tuple(class_names)
+
+
+def name_classes(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...]:
+    """Return the names of classes, ``"class 0"`` and so on if there are none.
+
+    Raises:
+        ValueError: if there are not as many names as classes.
+    """
+    return check_class_names(class_names, num_classes) or tuple(f"class {index}" for index in range(num_classes))
+
+
+def is_number(value: Any) -> bool:
+    """Tell whether a value is a finite number."""
     return isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
 
 

@@ -15,6 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig, WindowSizes, resolve_window_sizes
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
+from kornia_tinyvit.preprocessing import default_preprocessing
 
 __all__ = ["TinyViT"]
 
@@ -80,6 +81,9 @@ class TinyViT(nn.Module):
 
     Attributes:
         config: the :class:`TinyViTConfig` the network was built from.
+        preprocessing: the :class:`~kornia_tinyvit.preprocessing.Preprocessing` of the images it was trained on, which
+            its files carry; by default that of its resolution with ImageNet's statistics.
+        class_names: the names of the classes in the order of the logits, where known.
         feature_channels: channels of the maps of :meth:`forward_intermediates`.
         feature_strides: pixels a cell of those maps stands for.
 
@@ -128,6 +132,8 @@ class TinyViT(nn.Module):
             activation=activation,
             mobile_sam=mobile_sam,
         )
+        self.preprocessing = default_preprocessing(config)
+        self.class_names: tuple[str, ...] | None = None
         self.patch_embed = PatchEmbed(config.in_chans, config.embed_dims[0], activation)
         # Stochastic depth grows linearly from 0 at the first block to drop_path_rate at the last.
         last = max(sum(config.depths) - 1, 1)
@@ -188,6 +194,10 @@ class TinyViT(nn.Module):
         if found is not None:
             report = load_checkpoint(model, found, window_adaptation="cut" if window_sizes == "fit" else "interpolate")
             model.train(not report.complete)
+            model.preprocessing = found.preprocessing_for(final)
+            if "img_size" in overrides:
+                model.preprocessing = model.preprocessing.resize(final.img_size)
+            model.class_names = found.class_names if report.complete and final.num_classes else None
         return model
 
     @property
@@ -266,6 +276,7 @@ class TinyViT(nn.Module):
         old = self.norm_head.weight
         self.head = _build_head(config).to(device=old.device, dtype=old.dtype)
         self.head.apply(_init_weights)
+        self.class_names = None
         self.config = config  # last: a head that cannot be built leaves the network as it was
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0) -> list[dict[str, Any]]:

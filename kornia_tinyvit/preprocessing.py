@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import kornia.augmentation as K
 import torch
@@ -14,7 +15,7 @@ from kornia.augmentation.auto import RandAugment, TrivialAugment
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.config import TinyViTConfig, is_number
 from kornia_tinyvit.images import check_images
 
 __all__ = [
@@ -22,10 +23,11 @@ __all__ = [
     "IMAGENET_STD",
     "TRAINING_PRESETS",
     "EvaluationPipeline",
+    "Preprocessing",
     "TrainingPipeline",
     "TrainingPreset",
     "check_counts",
-    "default_evaluation",
+    "default_preprocessing",
     "find_preset",
     "resize_images",
 ]
@@ -42,26 +44,117 @@ _ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that aw
 SMALL_CROP_FRACTION = 15 / 16
 SMALL_BELOW = 224
 _LONGEST = 256  # times the short side
+_SMOOTH = {"antialias": True, "align_corners": False}
+#: Names of interpolations, and how torch does them.
+INTERPOLATIONS: dict[str, dict[str, Any]] = {
+    "bicubic": {"mode": "bicubic", **_SMOOTH},
+    "bilinear": {"mode": "bilinear", **_SMOOTH},
+    "nearest": {"mode": "nearest-exact"},
+}
 SQUARE_FROM = 384  # from this size on the originals squeeze the whole picture into the square
 
 
-class EvaluationPipeline(nn.Module):
-    """Resize, crop and normalise pictures as the published networks are evaluated.
+@dataclass(frozen=True)
+class Preprocessing:
+    """What images in [0, 1] go through before a network: a part of each network and of every file it is saved to.
 
-    Below 384 pixels the short side is resized to ``img_size / crop_fraction`` and the centre is cropped; from 384 on
-    the whole picture is resized to the square. Resizing is bicubic with antialiasing and agrees with Pillow's
+    Args:
+        img_size: side in pixels of the square that comes out.
+        crop_fraction: fraction of the resized short side that the center crop keeps, in (0, 1]; ``None`` resizes the
+            whole image to the square whatever its aspect ratio; ``"auto"`` is the originals' choice for the size:
+            7/8 from 224 pixels on, ``None`` from 384 on, and 15/16 below 224, which they do not cover.
+        interpolation: ``"bicubic"``, ``"bilinear"`` (both antialiased) or ``"nearest"``.
+        mean: channel means to subtract, for values in [0, 1].
+        std: channel standard deviations to divide by.
+
+    Raises:
+        ValueError: if a value is out of its range.
+
+    Example:
+        >>> Preprocessing(384).crop_fraction is None
+        True
+    """
+
+    img_size: int = 224
+    crop_fraction: float | str | None = "auto"
+    interpolation: str = "bicubic"
+    mean: tuple[float, ...] = IMAGENET_MEAN
+    std: tuple[float, ...] = IMAGENET_STD
+
+    def __post_init__(self) -> None:
+        size: Any = self.img_size
+        crop: Any = self.crop_fraction
+        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
+        if whole and crop == "auto":
+            object.__setattr__(self, "crop_fraction", crop := _usual_crop_fraction(size))
+        if not whole or not (crop is None or (is_number(crop) and 0 < crop <= 1)):
+            raise ValueError(
+                "Preprocessing needs img_size >= 1 and crop_fraction in (0, 1], None or 'auto'; "
+                f"got {size!r} and {crop!r}."
+            )
+        if self.interpolation not in INTERPOLATIONS:
+            raise ValueError(f"interpolation is one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}.")
+        for name in ("mean", "std"):
+            object.__setattr__(self, name, tuple(getattr(self, name)))
+        if not all(is_number(each) for each in (*self.mean, *self.std)):
+            raise ValueError(f"mean and std are numbers, one per channel; got {self.mean} and {self.std}.")
+        if len(self.mean) != len(self.std) or not self.mean:
+            raise ValueError(f"mean and std must have as many entries, one per channel; got {self.mean}, {self.std}.")
+        if 0 in self.std:
+            raise ValueError(f"std must not be 0, since it divides; got {self.std}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the fields as values that JSON can hold."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
+        """Rebuild it from :meth:`to_dict`'s values; what is missing has its default.
+
+        Raises:
+            ValueError: if a field is unknown or out of its range.
+        """
+        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
+        if unknown:
+            raise ValueError(f"Preprocessing has no field {', '.join(map(str, unknown))}.")
+        return cls(**values)
+
+    def resize(self, img_size: int) -> Preprocessing:
+        """Return the same for another size; a crop that is the usual one becomes that of the new size."""
+        usual = self.crop_fraction == _usual_crop_fraction(self.img_size)
+        return dataclasses.replace(self, img_size=img_size, crop_fraction="auto" if usual else self.crop_fraction)
+
+    def with_channels(self, channels: int) -> Preprocessing:
+        """Return the same for images of other channels: one has the average statistics, more repeat them."""
+        have = len(self.mean)
+        if channels == have:
+            return self
+        mean, std = self.mean, self.std
+        if channels == 1:
+            mean, std = (sum(mean) / have,), (sum(std) / have,)
+        repeated = [index % len(mean) for index in range(channels)]
+        return dataclasses.replace(self, mean=tuple(mean[i] for i in repeated), std=tuple(std[i] for i in repeated))
+
+
+class EvaluationPipeline(nn.Module):
+    """Resize, crop and normalise pictures as a network is evaluated.
+
+    With a crop the short side is resized to ``img_size / crop_fraction`` and the centre is cropped; without one the
+    whole picture is resized to the square. Bicubic and bilinear resizing are antialiased and agree with Pillow's
     within 1e-2.
 
     Args:
         img_size: side in pixels of the square that comes out.
-        crop_fraction: share of the resized short side that the crop keeps, in (0, 1]; ``None`` resizes the whole
-            picture to the square whatever its aspect ratio; ``"auto"`` is the originals' choice for the size, and
-            15/16 below 224 pixels, which they do not cover.
+        crop_fraction: as in :class:`Preprocessing`.
         mean: channel means to subtract, for values in [0, 1].
-        std: channel deviations to divide by.
+        std: channel standard deviations to divide by.
+        interpolation: as in :class:`Preprocessing`.
+
+    Attributes:
+        settings: the :class:`Preprocessing` that it does.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a value is out of its range.
 
     Example:
         >>> EvaluationPipeline(224)(torch.rand(1, 3, 480, 640)).shape
@@ -77,23 +170,18 @@ class EvaluationPipeline(nn.Module):
         crop_fraction: float | str | None = "auto",
         mean: tuple[float, ...] = IMAGENET_MEAN,
         std: tuple[float, ...] = IMAGENET_STD,
+        interpolation: str = "bicubic",
     ) -> None:
         super().__init__()
-        if crop_fraction == "auto":
-            crop_fraction = _usual_crop_fraction(img_size)
-        if img_size < 1 or isinstance(crop_fraction, str) or (crop_fraction is not None and not 0 < crop_fraction <= 1):
-            raise ValueError(
-                "EvaluationPipeline needs img_size >= 1 and crop_fraction in (0, 1], None or 'auto'; "
-                f"got {img_size!r} and {crop_fraction!r}."
-            )
-        if not all(isinstance(each, (int, float)) for each in (*mean, *std)):
-            raise ValueError(f"mean and std are numbers, one a channel; got {mean} and {std}.")
-        if len(mean) != len(std):
-            raise ValueError(f"mean and std must have as many entries, one a channel; got {mean} and {std}.")
-        self.img_size = img_size
-        self.crop_fraction = crop_fraction
-        self.register_buffer("mean", torch.tensor(mean), persistent=False)
-        self.register_buffer("std", torch.tensor(std), persistent=False)
+        self.settings = settings = Preprocessing(img_size, crop_fraction, interpolation, mean, std)
+        self.img_size, self.crop_fraction = settings.img_size, cast("float | None", settings.crop_fraction)
+        self.register_buffer("mean", torch.tensor(settings.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(settings.std), persistent=False)
+
+    @classmethod
+    def from_preprocessing(cls, preprocessing: Preprocessing) -> EvaluationPipeline:
+        """Return the module that does what a network's ``preprocessing`` says."""
+        return cls(**vars(preprocessing))
 
     def forward(self, images: Tensor) -> Tensor:
         """Map pictures :math:`(B, C, H, W)` in [0, 1] to normalised ones :math:`(B, C, S, S)`.
@@ -107,16 +195,16 @@ class EvaluationPipeline(nn.Module):
 
     def resize_and_crop(self, images: Tensor) -> Tensor:
         """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
-        size = self.img_size
+        size, mode = self.img_size, self.settings.interpolation
         if self.crop_fraction is None:
-            return resize_images(images, size, size)
+            return resize_images(images, size, size, mode)
         short = int(size / self.crop_fraction)
         images = _without_ends(images)
         height, width = images.shape[-2:]
         if height <= width:
-            images = resize_images(images, short, max(short, int(short * width / height)))
+            images = resize_images(images, short, max(short, int(short * width / height)), mode)
         else:
-            images = resize_images(images, max(short, int(short * height / width)), short)
+            images = resize_images(images, max(short, int(short * height / width)), short, mode)
         top = round((images.shape[-2] - size) / 2)
         left = round((images.shape[-1] - size) / 2)
         return images[..., top : top + size, left : left + size]
@@ -140,7 +228,7 @@ def _usual_crop_fraction(img_size: int) -> float | None:
     return CROP_FRACTION if img_size < SQUARE_FROM else None
 
 
-def resize_images(images: Tensor, height: int, width: int) -> Tensor:
+def resize_images(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
     """Resize pictures as Pillow does: one direction after the other, each time clamping the bicubic overshoot.
 
     As in Pillow 13, the width goes first unless the height loses more than twice as many pixels.
@@ -151,6 +239,7 @@ def resize_images(images: Tensor, height: int, width: int) -> Tensor:
         images: pictures :math:`(B, C, H, W)` in [0, 1].
         height: rows of the pictures that come out.
         width: their columns.
+        interpolation: one of ``"bicubic"``, ``"bilinear"`` and ``"nearest"``.
 
     Returns:
         Pictures :math:`(B, C, height, width)` in [0, 1] but for rounding (1e-6).
@@ -163,7 +252,7 @@ def resize_images(images: Tensor, height: int, width: int) -> Tensor:
     resized = images if images.dtype in (torch.float32, torch.float64) else images.float()
     for size in (halfway, (height, width)):
         if tuple(resized.shape[-2:]) != size:
-            resized = F.interpolate(resized, size, mode="bicubic", antialias=True, align_corners=False)
+            resized = F.interpolate(resized, size, **INTERPOLATIONS[interpolation])
             resized = resized.clamp(-_ROUNDING, 1 + _ROUNDING)
     return resized.to(images.dtype)
 
@@ -361,15 +450,6 @@ def check_counts(**numbers: int) -> None:
             raise ValueError(f"{name} must be at least 1; got {number}.")
 
 
-def default_evaluation(config: TinyViTConfig) -> EvaluationPipeline:
-    """Return the evaluation of a network: its resolution, and ImageNet's statistics repeated for other channels."""
-    mean: tuple[float, ...] = IMAGENET_MEAN
-    std: tuple[float, ...] = IMAGENET_STD
-    if config.in_chans == 1:
-        mean, std = (sum(mean) / 3,), (sum(std) / 3,)
-    channels = range(config.in_chans)
-    return EvaluationPipeline(
-        config.img_size,
-        mean=tuple(mean[channel % len(mean)] for channel in channels),
-        std=tuple(std[channel % len(std)] for channel in channels),
-    )
+def default_preprocessing(config: TinyViTConfig) -> Preprocessing:
+    """Return that of weights that state none: the network's resolution, ImageNet's statistics for its channels."""
+    return Preprocessing(config.img_size).with_channels(config.in_chans)

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, save_checkpoint
-from kornia_tinyvit.checkpoints.loading import read_tensors, write_tensors
+from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
 from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
 from kornia_tinyvit.preprocessing import resize_images
 from tests.conftest import TINY

@@ -126,7 +126,7 @@ class TestEvaluationPipeline:
         assert (found - 0.5).abs().max() < 1e-4
 
     def test_no_numbers(self):
-        with pytest.raises(ValueError, match="mean and std are numbers, one a channel"):
+        with pytest.raises(ValueError, match="mean and std are numbers, one per channel"):
             EvaluationPipeline(16, mean=({}, {}, {}))
 
     def test_one_pixel_high(self):

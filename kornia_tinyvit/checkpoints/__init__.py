@@ -3,13 +3,13 @@
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, list_pretrained
 from kornia_tinyvit.checkpoints.loading import (
     Checkpoint,
-    CheckpointError,
     LoadReport,
     load_checkpoint,
     open_pretrained,
     read_checkpoint,
     save_checkpoint,
 )
+from kornia_tinyvit.checkpoints.tensors import CheckpointError
 
 __all__ = [
     "Checkpoint",

@@ -15,6 +15,7 @@ from kornia.core.download import hf_url
 from torch import Tensor
 
 from kornia_tinyvit.config import TinyViTConfig, resolve_window_sizes
+from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 
 __all__ = [
     "ASSETS",
@@ -25,6 +26,7 @@ __all__ = [
     "imagenet_1k_in_22k",
     "imagenet_classes",
     "list_pretrained",
+    "usual_names",
 ]
 
 #: The folder of the package with weights, photos and the names of classes.
@@ -78,9 +80,14 @@ class PretrainedWeights:
         return base.replace(**changes)
 
     @property
+    def preprocessing(self) -> Preprocessing:
+        """What images go through before the network."""
+        return default_preprocessing(self.config)
+
+    @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the package has them and the file itself does not."""
-        return imagenet_classes() if self.num_classes == 1000 and not self.mobile_sam else None
+        return None if self.mobile_sam else usual_names(self.num_classes)
 
     @property
     def asset_path(self) -> Path | None:
@@ -92,6 +99,11 @@ class PretrainedWeights:
 def imagenet_classes() -> tuple[str, ...]:
     """Return the names of the 1000 classes of ImageNet-1k, in the order of the logits."""
     return tuple((ASSETS / "imagenet_1k_classes.txt").read_text(encoding="utf-8").splitlines())
+
+
+def usual_names(num_classes: int) -> tuple[str, ...] | None:
+    """Return ImageNet-1k's names for weights of 1000 classes without names, which are always that."""
+    return imagenet_classes() if num_classes == 1000 else None
 
 
 def imagenet_1k_in_22k() -> Tensor:

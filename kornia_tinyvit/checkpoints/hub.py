@@ -1,27 +1,38 @@
-"""What the ``config.json`` of a Hugging Face hub folder tells, as transformers' classes here and as timm write it."""
+"""Folders of the Hugging Face hub, as transformers' classes here and as timm write them: read, and written for timm."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.config import VARIANTS, TinyViTConfig, resolve_window_sizes
+from torch import nn
+
+from kornia_tinyvit.checkpoints.layouts import to_timm
+from kornia_tinyvit.checkpoints.tensors import write_tensors
+from kornia_tinyvit.config import VARIANTS, TinyViTConfig, check_class_names, resolve_window_sizes
+from kornia_tinyvit.files import write_text
+from kornia_tinyvit.preprocessing import Preprocessing
 
 __all__ = [
     "CONFIG_FILE",
+    "PIL_RESAMPLING",
     "TRANSFORMERS_NAMES",
     "WEIGHTS_FILE",
-    "HubFacts",
-    "read_hub_config",
-    "read_timm_preprocessing",
+    "HubMetadata",
+    "read_hub_folder",
     "timm_config",
+    "write_timm_folder",
 ]
 
 #: File of a hub folder that says what the network is.
 CONFIG_FILE = "config.json"
+#: File of a hub folder of transformers that says how images are prepared.
+_PROCESSOR_FILE = "preprocessor_config.json"
+#: Pillow's numbers of the interpolations, by which transformers names them.
+PIL_RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 #: File of a hub folder with the network's weights.
 WEIGHTS_FILE = "model.safetensors"
 
@@ -55,51 +66,53 @@ _TIMM_NAMES = (("5m", 224), ("11m", 224), ("21m", 224), ("21m", 384), ("21m", 51
 
 
 @dataclass(frozen=True)
-class HubFacts:
-    """What a folder tells of its network beside the tensors.
+class HubMetadata:
+    """What a folder or a file states about its network beside the tensors.
 
     Args:
-        config: the whole configuration; ``None`` where the folder leaves some of it to the shapes of the tensors.
-        img_size: side in pixels of the pictures it was trained on last, where the folder tells.
-        class_names: the names of the classes, where the folder tells.
+        config: the whole configuration; ``None`` where some of it is left to the shapes of the tensors.
+        img_size: side in pixels of the images it was trained on last, where stated.
+        class_names: the names of the classes, where stated.
+        preprocessing: the stated fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
     """
 
     config: TinyViTConfig | None = None
     img_size: int | None = None
     class_names: tuple[str, ...] | None = None
+    preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
-def read_hub_config(folder: Path) -> HubFacts:
-    """Read the ``config.json`` of a folder.
+def read_hub_folder(folder: Path) -> HubMetadata:
+    """Read the ``config.json`` of a folder, and the ``preprocessor_config.json`` beside it that transformers writes.
 
     Args:
         folder: the folder.
 
     Raises:
-        ValueError: if there is none, or it is that of another network.
+        ValueError: if there is no ``config.json``, or it is that of another network, or the preprocessing is not one
+            that :class:`~kornia_tinyvit.preprocessing.Preprocessing` can describe.
     """
-    values = _read(folder)
-    if values.get("model_type") == "tinyvit":
-        return _transformers_facts(values)
-    if "architecture" in values:
-        return _timm_facts(values)
-    kind = values.get("model_type", "nothing that it names")
-    raise ValueError(
-        f"{folder / CONFIG_FILE} is the configuration of {kind}, not of a TinyViT of transformers or timm."
-    )
-
-
-def _read(folder: Path) -> dict[str, Any]:
     path = folder / CONFIG_FILE
     if not path.is_file():
         raise ValueError(f"{folder} has no {CONFIG_FILE}, so it is no folder of the Hugging Face hub.")
+    values = _read(path)
+    if values.get("model_type") == "tinyvit":
+        processor = folder / _PROCESSOR_FILE
+        return _transformers_metadata(values, _read(processor) if processor.is_file() else {})
+    if "architecture" in values:
+        return _timm_metadata(values)
+    kind = values.get("model_type", "nothing that it names")
+    raise ValueError(f"{path} is the configuration of {kind}, not of a TinyViT of transformers or timm.")
+
+
+def _read(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
         raise ValueError(f"{path} holds {type(values).__name__} instead of an object.")
     return values
 
 
-def _transformers_facts(values: Mapping[str, Any]) -> HubFacts:
+def _transformers_metadata(values: Mapping[str, Any], processor: Mapping[str, Any]) -> HubMetadata:
     fields = {ours: values[theirs] for ours, theirs in TRANSFORMERS_NAMES.items() if theirs in values}
     labels = values.get("id2label")
     classifier = "TinyVitForImageClassification" in (values.get("architectures") or ())
@@ -107,32 +120,85 @@ def _transformers_facts(values: Mapping[str, Any]) -> HubFacts:
     names = tuple(labels[key] for key in sorted(labels, key=int)) if labels else ("LABEL_0", "LABEL_1")
     config = TinyViTConfig.from_dict(fields | {"num_classes": len(names) if classifier else 0})
     invented = names == tuple(f"LABEL_{index}" for index in range(len(names)))
-    return HubFacts(config, config.img_size, None if invented or not classifier else names)
+    known = None if invented or not classifier else names
+    return HubMetadata(config, config.img_size, known, _processor_settings(processor))
 
 
-def _timm_facts(values: Mapping[str, Any]) -> HubFacts:
+def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields that an image processor of transformers states: this package's, ViT's or ConvNeXt's."""
+    fields = {name: values[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in values}
+    if values.get("do_normalize") is False:
+        fields = {name: [default] * len(fields.get(name, "rgb")) for name, default in (("mean", 0.0), ("std", 1.0))}
+    if values.get("resample") is not None:
+        names = {number: name for name, number in PIL_RESAMPLING.items()}
+        fields["interpolation"] = names.get(values["resample"], f"Pillow's {values['resample']}")
+    size, crop = values.get("size"), values.get("crop_size")
+    if isinstance(size, Mapping) and "shortest_edge" in size:
+        side = _side(crop) if crop and values.get("do_center_crop", True) else None
+        if side is None:
+            raise ValueError(f"Images are resized to squares; got the size {dict(size)} without a crop.")
+        return fields | {"img_size": side, "crop_fraction": side / size["shortest_edge"]}
+    if size is not None:
+        fields["img_size"] = _side(size)
+    if "crop_pct" in values:
+        fields["crop_fraction"] = values["crop_pct"] if values.get("do_center_crop", True) else None
+    return fields
+
+
+def _side(size: Any) -> int:
+    sides = {size} if isinstance(size, int) else {size["height"], size["width"]}
+    if len(sides) > 1:
+        raise ValueError(f"Images are resized to squares; got the size {dict(size)}.")
+    return int(sides.pop())
+
+
+def _timm_metadata(values: Mapping[str, Any]) -> HubMetadata:
     if not str(values["architecture"]).startswith("tiny_vit_"):
         raise ValueError(f"timm's {values['architecture']} is no TinyViT.")
     told = values.get("pretrained_cfg") or {}
     names = values.get("label_names") or told.get("label_names")
     if isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=int)]
-    size = told.get("input_size")
-    return HubFacts(None, None if size is None else int(size[1]), None if not names else tuple(map(str, names)))
+    fields = {name: told[name] for name in ("mean", "std", "interpolation") if name in told}
+    if told.get("crop_mode", "center") != "center":
+        fields["crop_fraction"] = None
+    elif "crop_pct" in told:
+        fields["crop_fraction"] = told["crop_pct"]
+    size = int(told["input_size"][1]) if told.get("input_size") else None
+    fields |= {} if size is None else {"img_size": size}
+    return HubMetadata(None, size, None if not names else tuple(map(str, names)), fields)
 
 
-def read_timm_preprocessing(folder: Path) -> dict[str, Any] | None:
-    """Return the ``pretrained_cfg`` of timm's folder, which holds its ``mean``, ``std``, ``crop_pct`` and so on.
+def write_timm_folder(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
+    """Write ``model.safetensors`` and ``config.json`` as timm does, for ``timm.create_model("local-dir:FOLDER")``.
 
     Args:
-        folder: the folder; ``None`` is returned for those of transformers.
+        model: a :class:`~kornia_tinyvit.TinyViT`, whose preprocessing is written, too.
+        folder: the folder, which is made.
+        class_names: the names of the classes in the order of the logits; the network's own if left out.
+
+    Returns:
+        The folder.
+
+    Raises:
+        TypeError: if ``model`` is no TinyViT.
+        ValueError: if timm's TinyVit cannot be such a network, or there are not as many names as classes.
     """
-    values = _read(folder)
-    return dict(values.get("pretrained_cfg") or {}) if "architecture" in values else None
+    network: Any = model
+    if not isinstance(getattr(model, "config", None), TinyViTConfig):
+        raise TypeError(f"write_timm_folder takes a TinyViT; got {type(model).__name__}.")
+    class_names = network.class_names if class_names is None else class_names
+    names = check_class_names(class_names, network.config.num_classes)
+    folder = Path(folder)
+    text = json.dumps(timm_config(network.config, network.preprocessing, names), indent=2)
+    tensors = {to_timm(name): tensor for name, tensor in model.state_dict().items()}
+    write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
+    write_text(folder / CONFIG_FILE, text + "\n")
+    return folder
 
 
 def timm_config(
-    config: TinyViTConfig, preprocessing: Mapping[str, Any], class_names: Sequence[str] | None = None
+    config: TinyViTConfig, preprocessing: Preprocessing, class_names: Sequence[str] | None = None
 ) -> dict[str, Any]:
     """Return the ``config.json`` by which timm builds a network (``timm.models._hub.save_config_for_hf``).
 
@@ -140,7 +206,7 @@ def timm_config(
 
     Args:
         config: the network.
-        preprocessing: timm's ``mean``, ``std``, ``crop_pct`` and ``crop_mode``.
+        preprocessing: what its images go through.
         class_names: the names of the classes.
 
     Raises:
@@ -157,10 +223,13 @@ def timm_config(
         "global_pool": "avg",
         "pretrained_cfg": {
             "custom_load": False,
-            "input_size": [config.in_chans, config.img_size, config.img_size],
+            "input_size": [config.in_chans, preprocessing.img_size, preprocessing.img_size],
             "fixed_input_size": False,
-            "interpolation": "bicubic",
-            **preprocessing,
+            "interpolation": preprocessing.interpolation,
+            "mean": list(preprocessing.mean),
+            "std": list(preprocessing.std),
+            "crop_pct": preprocessing.crop_fraction or 1.0,
+            "crop_mode": "squash" if preprocessing.crop_fraction is None else "center",
             "num_classes": config.num_classes,
             "pool_size": [-(-config.img_size // 32)] * 2,
             "first_conv": "patch_embed.conv1.conv",

@@ -2,36 +2,44 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 import os
-import pickle
 import re
-import zipfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 from urllib.parse import urlparse
-from urllib.request import url2pathname
 
 import torch
-import torch.nn.functional as F
-from kornia.core.download import download_file_from_url
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
+from kornia_tinyvit.checkpoints.adaptation import (
+    HEAD,
+    STEM,
+    WindowAdaptation,
+    adapt_head,
+    adapt_input,
+    adapt_windows,
+    refuse_misfits,
+)
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
-from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubFacts, read_hub_config
+from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, read_hub_folder
 from kornia_tinyvit.checkpoints.layouts import strip_prefixes, translate, unwrap
-from kornia_tinyvit.config import VARIANTS, TinyViTConfig
-from kornia_tinyvit.files import replacing
+from kornia_tinyvit.checkpoints.tensors import (
+    CheckpointError,
+    fetch_weights,
+    list_some,
+    locate_file,
+    read_tensors,
+    write_tensors,
+)
+from kornia_tinyvit.config import VARIANTS, TinyViTConfig, check_class_names
+from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 
 __all__ = [
     "Checkpoint",
-    "CheckpointError",
     "LoadReport",
     "load_checkpoint",
     "open_pretrained",
@@ -41,8 +49,9 @@ __all__ = [
 
 _CONFIG_KEY = "kornia_tinyvit.config"
 _CLASSES_KEY = "kornia_tinyvit.class_names"
-_STEM = "patch_embed.seq.0.c.weight"
-_HEAD = ("head.weight", "head.bias")
+#: Where the metadata of a safetensors file hold the preprocessing.
+PREPROCESSING_KEY = "kornia_tinyvit.preprocessing"
+_KEYS = (_CONFIG_KEY, _CLASSES_KEY, PREPROCESSING_KEY)
 
 #: The fields that decide which tensors there are. The others can change without another file.
 _ARCHITECTURE = (
@@ -55,12 +64,6 @@ _ARCHITECTURE = (
     "mobile_sam",
 )
 
-WindowAdaptation = Literal["interpolate", "cut"]
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not belong to the network it was offered to."""
-
 
 @dataclass(frozen=True)
 class Checkpoint:
@@ -72,6 +75,8 @@ class Checkpoint:
         source: where they came from.
         layout: the naming they came in: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
         class_names: the names of the classes, where the file tells them.
+        preprocessing: what images go through before the network: as stored in the file, else the default of
+            ``config``, which ``None`` stands for.
         left_out: names in the file that are no weights of the network.
         others: the tensors of the other parts of a whole MobileSAM, its prompt encoder and mask decoder.
     """
@@ -81,8 +86,16 @@ class Checkpoint:
     source: str
     layout: str = "official"
     class_names: tuple[str, ...] | None = None
+    preprocessing: Preprocessing | None = None
     left_out: tuple[str, ...] = ()
     others: dict[str, Tensor] = field(default_factory=dict)
+
+    def preprocessing_for(self, config: TinyViTConfig) -> Preprocessing:
+        """Return the preprocessing of a network with these weights: that of the file, at its size and channels."""
+        found = self.preprocessing or default_preprocessing(self.config)
+        if config.img_size != self.config.img_size:
+            found = found.resize(config.img_size)
+        return found.with_channels(config.in_chans)
 
 
 @dataclass(frozen=True)
@@ -107,7 +120,7 @@ class LoadReport:
         lines = [f"Loaded {self.source} ({self.layout} layout)."]
         lines += [f"Adapted: {change}." for change in self.adapted]
         if self.left_out:
-            lines.append(f"Left out: {_some(self.left_out)}.")
+            lines.append(f"Left out: {list_some(self.left_out)}.")
         return "\n".join(lines)
 
 
@@ -125,14 +138,14 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         CheckpointError: if it cannot be fetched or read, or holds no TinyViT.
     """
     metadata: dict[str, str] = {}
-    facts = HubFacts()
+    hub = HubMetadata()
     if isinstance(source, Mapping):
         content, name = source, "a state dict"
     else:
         name = str(source)
         path = locate_file(name)
         if path.is_dir():
-            path, facts = path / WEIGHTS_FILE, _read_hub_config(path)
+            path, hub = path / WEIGHTS_FILE, _read_hub_folder(path)
         content, metadata = read_tensors(path)
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
@@ -145,17 +158,18 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
     if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
         raise CheckpointError(
             f"{name} holds no TinyViT in the official, kornia, timm, transformers or MobileSAM layout; its first "
-            f"tensors are {_some(list(content))}."
+            f"tensors are {list_some(list(content))}."
         )
-    stored, classes = _read_metadata(metadata, name)
-    stored, classes = facts.config or stored, facts.class_names or classes
+    own = _read_metadata(metadata, name)
+    stored, classes = hub.config or own.config, hub.class_names or own.class_names
     config = _config_from_shapes(state_dict, stored or base, name)
-    config = config if facts.img_size is None else config.replace(img_size=facts.img_size)
+    config = config if hub.img_size is None else config.replace(img_size=hub.img_size)
     if stored is not None:
         _refuse_false_config(stored, config, name)
         config = stored
     others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
-    return Checkpoint(state_dict, config, name, layout, classes, (*left_out, *no_tensors), others)
+    preprocessing = read_preprocessing({**own.preprocessing, **hub.preprocessing}, config, name)
+    return Checkpoint(state_dict, config, name, layout, classes, preprocessing, (*left_out, *no_tensors), others)
 
 
 def open_pretrained(
@@ -189,7 +203,9 @@ def open_pretrained(
         weights = find_weights(variant, str(pretrained))
     if weights is not None:
         found = read_checkpoint(weights.asset_path or fetch_weights(weights))
-        found = replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
+        class_names = found.class_names or weights.class_names
+        preprocessing = weights.preprocessing
+        found = replace(found, config=weights.config, class_names=class_names, preprocessing=preprocessing)
     elif _looks_like_file(str(pretrained)):
         found = read_checkpoint(str(pretrained), asked)
     else:
@@ -238,12 +254,12 @@ def load_checkpoint(
     for name in target.keys() - state_dict.keys():
         if name.endswith("num_batches_tracked"):
             state_dict[name] = torch.zeros((), dtype=torch.long)
-    extra_head = [name for name in _HEAD if name in state_dict and name not in target]
+    extra_head = [name for name in HEAD if name in state_dict and name not in target]
     for name in extra_head:
         del state_dict[name]
-    head_reset = _adapt_head(state_dict, target, adapted)
-    _adapt_input(state_dict, target, adapted)
-    _adapt_windows(state_dict, target, window_adaptation, adapted)
+    head_reset = adapt_head(state_dict, target, adapted)
+    adapt_input(state_dict, target, adapted)
+    adapt_windows(state_dict, target, window_adaptation, adapted)
     refuse_misfits(state_dict, target, found.source)
     empty = any(tensor.is_meta for tensor in target.values())
     if empty:  # nothing to copy into: the tensors themselves become the network's, in its precision
@@ -253,7 +269,7 @@ def load_checkpoint(
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[str] | None = None) -> Path:
-    """Write a network to a safetensors file that carries its configuration.
+    """Write a network to a safetensors file that carries its configuration and preprocessing.
 
     ``TinyViT.from_config(pretrained=path)`` reads it back. The file is written beside its place and moved there when it
     is whole, so a killed process leaves the old file or the new one.
@@ -261,7 +277,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`.
         path: the file to write; its folder is made.
-        class_names: names of the classes, in the order of the logits.
+        class_names: names of the classes, in the order of the logits; the network's own if left out.
 
     Returns:
         The path.
@@ -270,32 +286,16 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
         ValueError: if there are not as many names as classes, or the activation cannot be named in a file.
         TypeError: if ``model`` is no TinyViT.
     """
-    config = getattr(model, "config", None)
-    if not isinstance(config, TinyViTConfig):
+    network: Any = model
+    if not isinstance(getattr(model, "config", None), TinyViTConfig):
         raise TypeError(f"save_checkpoint takes a TinyViT, whose config it stores; got {type(model).__name__}.")
-    metadata = {"format": "pt", _CONFIG_KEY: json.dumps(config.to_dict())}
-    if class_names is not None:
-        if len(class_names) != config.num_classes:
-            raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
-        metadata[_CLASSES_KEY] = json.dumps(list(class_names))
-    return write_tensors(path, model.state_dict(), metadata)
-
-
-def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write a safetensors file beside its place and move it there when it is whole; its folder is made.
-
-    Args:
-        path: the file to write.
-        tensors: what it holds, by name.
-        metadata: texts that it carries.
-
-    Returns:
-        The path.
-    """
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    with replacing(path) as temporary:
-        temporary.write_bytes(save(kept, metadata))
-    return Path(path)
+    class_names = getattr(model, "class_names", None) if class_names is None else class_names
+    names = check_class_names(class_names, network.config.num_classes)
+    preprocessing = getattr(model, "preprocessing", None)  # a MobileSAM has its own
+    told = {_CONFIG_KEY: network.config.to_dict(), _CLASSES_KEY: names}
+    told[PREPROCESSING_KEY] = None if preprocessing is None else preprocessing.to_dict()
+    metadata = {key: json.dumps(value) for key, value in told.items() if value is not None}
+    return write_tensors(path, model.state_dict(), {"format": "pt"} | metadata)
 
 
 def _looks_like_file(text: str) -> bool:
@@ -307,120 +307,43 @@ def _looks_like_file(text: str) -> bool:
         return False
 
 
-def locate_file(source: str) -> Path:
-    """Return the file that a path or an address means, fetching it into the cache if it lies elsewhere.
-
-    Raises:
-        CheckpointError: if it cannot be fetched, or no file can have such a name.
-    """
+def _read_metadata(metadata: Mapping[str, str], source: str) -> HubMetadata:
     try:
-        url = urlparse(source)
-        path = Path(url2pathname(url.path) if url.scheme == "file" else source)
-        if url.scheme not in ("http", "https"):
-            path.exists()  # raises for what is too long for a name or holds a zero byte
-            return path
-    except (ValueError, OSError) as error:
-        raise CheckpointError(f"{source[:200]!r} is no name that a file or an address can have: {error}.") from error
-    # Files of one name lie at many places, so the name in the cache tells the place too.
-    place = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return _download([source], f"{place}-{Path(url.path).name}")
-
-
-def fetch_weights(weights: PretrainedWeights) -> Path:
-    """Return the file of published weights, fetching it into the cache if it is not there.
-
-    Raises:
-        CheckpointError: if it cannot be fetched from any of its places.
-    """
-    urls = list(weights.urls)
-    try:
-        return _download(urls)
-    except CheckpointError:
-        if weights.fallback is None:
-            raise
-        # Every timm repository calls its file model.safetensors, so the cache needs a name of its own.
-        return _download([weights.fallback], f"{urlparse(weights.fallback).path.split('/')[2]}.safetensors", urls)
-
-
-def _download(urls: list[str], file_name: str | None = None, tried: Sequence[str] = ()) -> Path:
-    try:
-        return Path(download_file_from_url(urls, file_name=file_name, validate=_refuse_torn))
-    except (RuntimeError, OSError, ValueError) as error:
-        places = "\n  ".join([*tried, *urls])
-        raise CheckpointError(
-            f"The weights could not be fetched from\n  {places}\n({error})\nWithout a network, fetch one of them "
-            "elsewhere and pass the path of the file as pretrained=."
-        ) from error
-
-
-def _refuse_torn(path: str) -> None:
-    """Refuse a download that is no whole archive, so that it does not stay in the cache.
-
-    A pickle, torch's format before 1.6, has no index at its end to tell by; reading it will.
-    """
-    with open(path, "rb") as file:
-        pickled = file.read(1) == pickle.PROTO
-    if not pickled and not zipfile.is_zipfile(path):
-        with safe_open(path, framework="pt"):
-            pass
-
-
-def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the texts that a safetensors file carries; none where there is no such file, or none that can be read."""
-    path = Path(path)
-    try:
-        if not path.is_file() or not _is_safetensors(path):
-            return {}
-        with safe_open(path, framework="pt") as file:
-            return file.metadata() or {}
-    except (SafetensorError, OSError):  # reading the tensors will tell
-        return {}
-
-
-def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
-    """Read a safetensors or PyTorch file: what it holds, usually tensors by name, and the texts that it carries.
-
-    Raises:
-        CheckpointError: if there is no such file, or it is damaged or would have to run code.
-    """
-    if not path.is_file():
-        raise CheckpointError(f"There is no checkpoint file {path}.")
-    try:
-        if _is_safetensors(path):
-            with safe_open(path, framework="pt") as file:
-                return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and reading it could run code, so it is refused. If you "
-            "trust it, load it yourself and pass its state dict."
-        ) from error
-    except Exception as error:  # damaged bytes make torch's reader fail in every way there is
-        raise CheckpointError(f"{path} is truncated or no checkpoint: {error}") from error
-
-
-def _is_safetensors(path: Path) -> bool:
-    """Tell a safetensors file by its name or, whatever its name, by the JSON that follows the header's length."""
-    with path.open("rb") as file:
-        return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
-
-
-def _read_metadata(metadata: Mapping[str, str], source: str) -> tuple[TinyViTConfig | None, tuple[str, ...] | None]:
-    config, classes = metadata.get(_CONFIG_KEY), metadata.get(_CLASSES_KEY)
-    try:
-        return (
-            None if config is None else TinyViTConfig.from_dict(json.loads(config)),
-            None if classes is None else tuple(str(label) for label in json.loads(classes)),
+        told = {key: json.loads(metadata[key]) for key in _KEYS if key in metadata}
+        return HubMetadata(
+            TinyViTConfig.from_dict(told[_CONFIG_KEY]) if _CONFIG_KEY in told else None,
+            class_names=tuple(str(label) for label in told[_CLASSES_KEY]) if _CLASSES_KEY in told else None,
+            preprocessing=dict(told.get(PREPROCESSING_KEY, {})),
         )
     except (ValueError, TypeError, RecursionError) as error:
         raise CheckpointError(f"{source} carries a configuration that cannot be used: {error}") from error
 
 
-def _read_hub_config(folder: Path) -> HubFacts:
+def _read_hub_folder(folder: Path) -> HubMetadata:
     try:
-        return read_hub_config(folder)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        return read_hub_folder(folder)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ZeroDivisionError) as error:
         raise CheckpointError(f"{folder} cannot be used: {error}") from error
+
+
+def read_preprocessing(fields: Mapping[str, Any], config: TinyViTConfig, source: str) -> Preprocessing:
+    """Return the preprocessing of a network from what its file states, and the default for the rest.
+
+    Args:
+        fields: stated fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
+        config: the network.
+        source: where they were read, for the error.
+
+    Raises:
+        CheckpointError: if they are unknown or out of their range.
+    """
+    default = default_preprocessing(config)
+    try:
+        if "img_size" in fields:
+            default = default.resize(int(fields["img_size"]))
+        return Preprocessing.from_dict(default.to_dict() | dict(fields)).with_channels(config.in_chans)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(f"{source} carries a preprocessing that cannot be used: {error}") from error
 
 
 def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | None, source: str) -> TinyViTConfig:
@@ -450,8 +373,8 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
         return base.replace(
             # All published networks were trained where the last window covers the last map.
             img_size=1024 if mobile_sam else max(32, 32 * windows[2]),
-            in_chans=shape(_STEM, 4)[1],
-            num_classes=shape(_HEAD[0], 2)[0] if _HEAD[0] in state_dict else 0,
+            in_chans=shape(STEM, 4)[1],
+            num_classes=shape(HEAD[0], 2)[0] if HEAD[0] in state_dict else 0,
             embed_dims=tuple(dims),
             depths=tuple(depths),
             num_heads=(max(1, dims[0] // 32), *(table[0] for table in tables)),
@@ -492,7 +415,9 @@ def _follow(config: str | TinyViTConfig | None, found: Checkpoint) -> Checkpoint
     asked = _configuration(config)
     if asked is not None:
         _refuse_other_architecture(asked, found)
-    return replace(found, config=config) if isinstance(config, TinyViTConfig) else found
+    if not isinstance(config, TinyViTConfig):
+        return found
+    return replace(found, config=config, preprocessing=found.preprocessing_for(config))
 
 
 def _refuse_other_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
@@ -509,97 +434,3 @@ def _refuse_other_architecture(expected: TinyViTConfig, found: Checkpoint) -> No
             f"{found.source} is of another architecture: {'; '.join(differences)}. Leave the variant out to build the "
             "network that the file was made for."
         )
-
-
-def _adapt_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> bool:
-    """Let a head for other classes start at zero; return whether that was needed."""
-    weight = target.get(_HEAD[0])
-    old = state_dict.get(_HEAD[0])
-    if weight is None or (old is not None and old.shape == weight.shape):
-        return False
-    if old is not None and old.shape[1:] != weight.shape[1:]:
-        return False  # another architecture, which is refused with its shapes
-    for name in _HEAD:
-        state_dict[name] = torch.zeros(target[name].shape)
-    origin = f"instead of {old.shape[0]} " if old is not None else "that the file does not have "
-    adapted.append(f"the head has {weight.shape[0]} classes {origin}and starts at zero")
-    return True
-
-
-def _adapt_input(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> None:
-    """Let the first convolution answer a picture of other channels as it answered the ones it knows.
-
-    One channel stands for a grey picture, which had the same values in all channels: their weights add up. More
-    channels repeat the known ones, scaled so that the sum over equal channels stays.
-    """
-    old, new = state_dict.get(_STEM), target.get(_STEM)
-    if old is None or new is None or old.ndim != 4 or old.shape[1] == new.shape[1] or old.shape[0] != new.shape[0]:
-        return
-    have, want = old.shape[1], new.shape[1]
-    if want == 1:
-        state_dict[_STEM] = old.sum(1, keepdim=True)
-    else:
-        state_dict[_STEM] = old[:, torch.arange(want) % have] * (have / want)
-    channels = "channel" if want == 1 else "channels"
-    adapted.append(f"the first convolution takes {want} {channels} instead of {have}")
-
-
-def _adapt_windows(
-    state_dict: dict[str, Tensor], target: Mapping[str, Tensor], how: WindowAdaptation, adapted: list[str]
-) -> None:
-    changes: dict[tuple[int, int], None] = {}
-    for name, new in target.items():
-        old = state_dict.get(name)
-        if not name.endswith("attention_biases") or old is None or old.ndim != 2 or old.shape[0] != new.shape[0]:
-            continue
-        before, after = math.isqrt(old.shape[1]), math.isqrt(new.shape[1])
-        if before == after or before**2 != old.shape[1]:
-            continue
-        table = old.float().view(1, -1, before, before)
-        if how == "cut" and after < before:
-            table = table[..., :after, :after]
-        else:
-            table = F.interpolate(table, (after, after), mode="bicubic", align_corners=False)
-        state_dict[name] = table.reshape(old.shape[0], after**2)
-        changes[before, after] = None
-    verb = "cut" if how == "cut" else "interpolated"
-    adapted.extend(f"bias tables {verb} from windows of {before} to {after} tokens" for before, after in changes)
-
-
-def refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
-    """Refuse tensors that a network cannot take, before it is touched.
-
-    Args:
-        state_dict: the tensors.
-        target: the network's.
-        source: where the tensors came from, for the error.
-
-    Raises:
-        CheckpointError: if names or shapes differ, or a tensor holds NaN or infinity.
-    """
-    missing = sorted(target.keys() - state_dict.keys())
-    unexpected = sorted(state_dict.keys() - target.keys())
-    shapes = [
-        f"{name} is {tuple(state_dict[name].shape)} in the file and {tuple(tensor.shape)} in the network"
-        for name, tensor in target.items()
-        if name in state_dict and state_dict[name].shape != tensor.shape
-    ]
-    problems = [f"it lacks {_some(missing)}"] if missing else []
-    problems += [f"the network has no {_some(unexpected)}"] if unexpected else []
-    problems += shapes[:3] + ([f"and {len(shapes) - 3} more shapes differ"] if len(shapes) > 3 else [])
-    if problems:
-        raise CheckpointError(f"{source} is of another architecture: {'; '.join(problems)}. Nothing was loaded.")
-    hollow = [name for name, tensor in state_dict.items() if tensor.is_meta]
-    if hollow:
-        raise CheckpointError(f"{source} has no values for {_some(hollow)}, which are on the meta device.")
-    broken = [name for name, tensor in state_dict.items() if tensor.is_floating_point() and not tensor.isfinite().all()]
-    if broken:
-        raise CheckpointError(
-            f"{source} holds NaN or infinite values in {_some(broken)}, as a diverged training leaves them. Nothing "
-            "was loaded; use an earlier checkpoint."
-        )
-
-
-def _some(names: Sequence[str], limit: int = 4) -> str:
-    shown = ", ".join(names[:limit])
-    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

@@ -8,11 +8,10 @@ from typing import Annotated
 
 import typer
 
-from kornia_tinyvit.checkpoints import Checkpoint, open_pretrained, save_checkpoint
-from kornia_tinyvit.checkpoints.folders import write_timm_folder
+from kornia_tinyvit.checkpoints import open_pretrained, save_checkpoint
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.cli.options import Pretrained, Variant, refuse_idle
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import default_evaluation
 
 __all__ = ["Layout", "convert"]
 
@@ -58,20 +57,6 @@ def convert(
 
         save_hub_folder(out, pretrained or True, variant, name)
     else:
-        _convert(open_pretrained(pretrained or True, variant), layout, out)
+        write = save_checkpoint if layout is Layout.file else write_timm_folder
+        write(TinyViT.from_config(pretrained=open_pretrained(pretrained or True, variant)), out)
     print(out)
-
-
-def _convert(found: Checkpoint, layout: Layout, out: Path) -> None:
-    model = TinyViT.from_config(pretrained=found)
-    if layout is Layout.file:
-        save_checkpoint(model, out, class_names=found.class_names)
-        return
-    evaluation = default_evaluation(model.config)
-    preprocessing = {
-        "mean": evaluation.mean.tolist(),
-        "std": evaluation.std.tolist(),
-        "crop_pct": evaluation.crop_fraction or 1.0,
-        "crop_mode": "squash" if evaluation.crop_fraction is None else "center",
-    }
-    write_timm_folder(out, model, preprocessing, found.class_names)

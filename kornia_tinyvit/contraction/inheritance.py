@@ -51,6 +51,7 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     check_contracted(config, parent.config)
     weight = parent.norm_head.weight
     child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
+    child.preprocessing = parent.preprocessing.resize(config.img_size)
     # The blocks first: blocks that are dropped have no say about the channels.
     blocks = [_kept_blocks(parent, stage, config.depths[stage]) for stage in range(NUM_STAGES)]
     streams = [_kept_channels(parent, stage, blocks[stage], config.embed_dims[stage]) for stage in range(NUM_STAGES)]

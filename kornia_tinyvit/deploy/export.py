@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.onnx import check_opset, to_onnx, write_onnx
 from kornia_tinyvit.deploy.formats.program import check_program, trace_pictures, write_program
 from kornia_tinyvit.deploy.graph import Pixels, build_graph, draw_pictures, find_network
 from kornia_tinyvit.files import replacing
-from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.version import __version__
 
 __all__ = ["ExportError", "ExportTask", "describe", "export_onnx", "export_program", "refuse_difference"]
@@ -124,16 +124,15 @@ class ExportTask:
         dynamic_size: bool = False,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        self.config = config = find_network(model, " to export").config
-        photos, preprocessing = isinstance(model, ImageClassifier), None
+        network, photos = find_network(model, " to export"), isinstance(model, ImageClassifier)
+        self.config = config = network.config
+        self.preprocessing, self.resizes = network.preprocessing, False
         if isinstance(model, ImageClassifier):
-            preprocessing = model.preprocessing
             class_names = model.class_names if class_names is None else class_names
-        if class_names is not None and len(class_names) != config.num_classes:
-            raise ValueError(f"Got {len(class_names)} class names for {config.num_classes} classes.")
+            if isinstance(model.preprocessing, EvaluationPipeline):
+                self.preprocessing, self.resizes = model.preprocessing.settings, True
+        self.class_names = check_class_names(class_names, config.num_classes)
         self.graph = build_graph(model, method, pixels).eval()
-        self.class_names = class_names
-        self.preprocessing = preprocessing if isinstance(preprocessing, EvaluationPipeline) else None
         size = config.img_size if img_size is None else img_size
         self.size = (size, size) if isinstance(size, int) else size
         self.dynamic_batch = dynamic_batch
@@ -154,16 +153,16 @@ class ExportTask:
 
     def metadata(self) -> dict[str, str]:
         """Describe the network and its input, as JSON by key."""
-        pipeline = self.preprocessing or default_evaluation(self.config)
         told = {
             "pixels": self.graph.pixels,
             "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[self.graph.pixels],
-            "mean": pipeline.mean.tolist(),
-            "std": pipeline.std.tolist(),
+            "mean": self.preprocessing.mean,
+            "std": self.preprocessing.std,
             "normalization_inside": self.graph.pixels != "normalized",
-            "img_size": pipeline.img_size,
-            "crop_fraction": pipeline.crop_fraction,
-            "resize_inside": self.preprocessing is not None,
+            "img_size": self.preprocessing.img_size,
+            "crop_fraction": self.preprocessing.crop_fraction,
+            "interpolation": self.preprocessing.interpolation,
+            "resize_inside": self.resizes,
         }
         names = {} if self.class_names is None else {"class_names": self.class_names}
         return describe(self.config, method=self.graph.method, input=told, **names)

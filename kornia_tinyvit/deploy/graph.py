@@ -16,7 +16,7 @@ from kornia_tinyvit.deploy.formats.program import trace_pictures
 from kornia_tinyvit.deploy.photos import PhotoResize
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 
 if TYPE_CHECKING:
     import onnx
@@ -172,7 +172,7 @@ def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None
         raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
     network, mean = fold(model), None
     if isinstance(network, TinyViT) and pixels != "normalized":
-        mean = _fold_pixels(network, default_evaluation(network.config), pixels)
+        mean = _fold_pixels(network, EvaluationPipeline.from_preprocessing(network.preprocessing), pixels)
     return InferenceGraph(network, method, pixels, mean)
 
 

@@ -15,7 +15,7 @@ _ROUNDING = 1e-6  # what a sum over pure white may exceed the range by, as in Ev
 class PhotoResize(nn.Module):
     r"""The resizing and cropping of an :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline`, for export.
 
-    Each direction is one matrix product with the weights of the antialiased bicubic kernel, computed from the size of
+    Each direction is one matrix product with the weights of the antialiased kernel, computed from the size of
     the photo by ordinary operators, so that one exported graph serves every size. Only what the crop keeps is computed.
     ONNX's ``Resize`` would do, but OpenVINO ignores its antialiasing, and a crop could not be folded into it.
 
@@ -26,8 +26,11 @@ class PhotoResize(nn.Module):
     the photos of COCO128 by 0.06 at most, and by less than 2e-4 in the mean of any photo.
 
     Args:
-        pipeline: the pipeline whose ``img_size`` and ``crop_fraction`` are taken.
+        pipeline: the pipeline whose ``img_size``, ``crop_fraction`` and interpolation are taken.
         levels: the largest value of a pixel: 1 for floats in [0, 1], 255 for uint8.
+
+    Raises:
+        ValueError: if the interpolation is neither bicubic nor bilinear.
 
     Example:
         >>> PhotoResize(EvaluationPipeline(224))(torch.rand(1, 3, 480, 640)).shape
@@ -39,6 +42,10 @@ class PhotoResize(nn.Module):
         self.img_size = pipeline.img_size
         self.short = None if pipeline.crop_fraction is None else int(pipeline.img_size / pipeline.crop_fraction)
         self.levels = levels
+        interpolation = pipeline.settings.interpolation
+        if interpolation not in _KERNELS:
+            raise ValueError(f"Graphs resize photos by {' or '.join(_KERNELS)} interpolation, not {interpolation}.")
+        self.kernel = _KERNELS[interpolation]
 
     def forward(self, images: Tensor) -> Tensor:
         """Map photos :math:`(B, C, H, W)` in [0, levels] to :math:`(B, C, S, S)` in [0, levels] but for rounding.
@@ -91,7 +98,7 @@ class PhotoResize(nn.Module):
         rest = (doubled - 2 * resized * whole).to(dtype) / (2 * resized)
         pixels = torch.arange(length, dtype=torch.int32, device=device)
         distance = (pixels - whole.to(torch.int32).unsqueeze(1)).to(dtype) + (0.5 - rest).unsqueeze(1)
-        weights = _bicubic(distance / torch.sym_max(1.0, length / resized))
+        weights = self.kernel(distance / torch.sym_max(1.0, length / resized))
         return weights / weights.sum(1, keepdim=True)
 
 
@@ -99,3 +106,11 @@ def _bicubic(distance: Tensor) -> Tensor:
     """Return Keys' kernel with a = -1/2, which Pillow and torch take for antialiasing (Keys, 1981, equation 15)."""
     t = distance.abs().clamp(max=2)
     return torch.where(t < 1, (1.5 * t - 2.5) * t * t + 1, ((2.5 - 0.5 * t) * t - 4) * t + 2)
+
+
+def _bilinear(distance: Tensor) -> Tensor:
+    """Return the triangle of bilinear interpolation."""
+    return (1 - distance.abs()).clamp(min=0)
+
+
+_KERNELS = {"bicubic": _bicubic, "bilinear": _bilinear}

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
-from kornia_tinyvit.checkpoints.catalog import imagenet_classes
+from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint
+from kornia_tinyvit.checkpoints.catalog import usual_names
 from kornia_tinyvit.checkpoints.layouts import to_transformers
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.modeling import TinyVitForImageClassification, TinyVitModel
 from kornia_tinyvit.model import TinyViT
@@ -24,7 +24,7 @@ def from_tinyvit(
 
     Args:
         model: the network; without classes it becomes a :class:`TinyVitModel`.
-        class_names: the names of the classes in the order of the logits.
+        class_names: the names of the classes in the order of the logits; the network's own if left out.
 
     Raises:
         ValueError: if there are not as many names as classes, or the network is MobileSAM's encoder.
@@ -34,7 +34,8 @@ def from_tinyvit(
         >>> from_tinyvit(network).config.num_labels
         10
     """
-    labels = {} if class_names is None else _labels(class_names, model.config.num_classes)
+    class_names = model.class_names if class_names is None else class_names
+    labels = label_fields(check_class_names(class_names, model.config.num_classes))
     config = TinyVitConfig.from_network(model.config, **labels)
     weights = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
     found: TinyVitForImageClassification | TinyVitModel
@@ -92,16 +93,12 @@ def from_checkpoint(
         >>> from_checkpoint("cifar10", "1m").config.id2label[3]
         'cat'
     """
-    found = open_pretrained(pretrained, variant)
-    network = TinyViT.from_config(variant, pretrained=found).eval()
-    return from_tinyvit(network, class_names or found.class_names or _usual_names(network.config.num_classes))
+    network = TinyViT.from_config(variant, pretrained=pretrained).eval()
+    return from_tinyvit(network, class_names or network.class_names or usual_names(network.config.num_classes))
 
 
-def _labels(names: Sequence[str], classes: int) -> dict[str, Any]:
-    if len(names) != classes:
-        raise ValueError(f"Got {len(names)} class names for {classes} classes.")
+def label_fields(names: Sequence[str] | None) -> dict[str, Any]:
+    """Return how a configuration of transformers stores the names of classes, if there are any."""
+    if names is None:
+        return {}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
-
-
-def _usual_names(classes: int) -> Sequence[str] | None:
-    return imagenet_classes() if classes == 1000 else None

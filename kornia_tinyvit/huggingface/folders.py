@@ -8,7 +8,6 @@ from transformers import PreTrainedModel, SamProcessor
 
 from kornia_tinyvit.checkpoints import PretrainedWeights, open_pretrained
 from kornia_tinyvit.checkpoints.catalog import default_weights, find_weights
-from kornia_tinyvit.checkpoints.hub import read_timm_preprocessing
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.huggingface.card import model_card
@@ -18,7 +17,7 @@ from kornia_tinyvit.huggingface.sam_conversion import from_mobile_sam
 from kornia_tinyvit.huggingface.sam_processing import TinyVitSamImageProcessor
 from kornia_tinyvit.sam import MobileSAM
 
-__all__ = ["read_processor", "save_hub_folder"]
+__all__ = ["save_hub_folder"]
 
 Weights = bool | str | Path
 Variant = str | TinyViTConfig | None
@@ -61,33 +60,12 @@ def save_hub_folder(
         model = from_mobile_sam(sam)
         SamProcessor(TinyVitSamImageProcessor.from_size(max(sam.img_size))).save_pretrained(folder)
     else:
-        model = from_checkpoint(found, variant)
-        read_processor(pretrained, found.config).save_pretrained(folder)
+        model = from_checkpoint(found)
+        TinyVitImageProcessor.from_preprocessing(found.preprocessing_for(found.config)).save_pretrained(folder)
     model.save_pretrained(folder)
     page = model_card(repo_id or folder.name, model, _published(pretrained, variant))
     write_text(folder / "README.md", page)
     return model
-
-
-def read_processor(pretrained: Weights, network: TinyViTConfig) -> TinyVitImageProcessor:
-    """Return what prepares pictures for weights: as timm's folder says where it is one, else as they are evaluated.
-
-    Args:
-        pretrained: the weights, as :func:`save_hub_folder` takes them.
-        network: their configuration.
-    """
-    folder = Path(str(pretrained))
-    told = read_timm_preprocessing(folder) if folder.is_dir() else None
-    usual = TinyVitImageProcessor.from_network(network)
-    if not told:
-        return usual
-    return TinyVitImageProcessor(
-        size=network.img_size,
-        do_center_crop=told.get("crop_mode", "center") == "center",
-        crop_pct=told.get("crop_pct", usual.crop_pct),
-        image_mean=told.get("mean", usual.image_mean),
-        image_std=told.get("std", usual.image_std),
-    )
 
 
 def _published(pretrained: Weights, variant: Variant) -> PretrainedWeights | None:

@@ -17,14 +17,14 @@ from transformers.image_utils import ChannelDimension, load_image
 from transformers.utils import TensorType
 from transformers.utils.type_validators import device_validator, image_size_validator, tensor_type_validator
 
-from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.checkpoints.hub import PIL_RESAMPLING
 from kornia_tinyvit.images import check_images, to_image
 from kornia_tinyvit.preprocessing import (
     CROP_FRACTION,
     IMAGENET_MEAN,
     IMAGENET_STD,
     EvaluationPipeline,
-    default_evaluation,
+    Preprocessing,
     resize_images,
 )
 
@@ -38,6 +38,7 @@ class TinyVitImageProcessorKwargs(TypedDict, total=False):
     size: Annotated[int | list[int] | tuple[int, ...] | dict[str, int] | None, image_size_validator()]
     do_center_crop: bool | None
     crop_pct: float | None
+    resample: int | None
     do_rescale: bool | None
     do_normalize: bool | None
     image_mean: list[float] | tuple[float, ...] | None
@@ -60,6 +61,7 @@ class TinyVitImageProcessor(BaseImageProcessor):
         do_center_crop: resize the short side to ``S / crop_pct`` and crop the centre; otherwise the whole picture is
             resized to ``size`` whatever its aspect ratio, as the networks from 384 pixels on are evaluated.
         crop_pct: share of the resized short side that the crop keeps, in (0, 1].
+        resample: Pillow's number of the interpolation: 3 (bicubic), 2 (bilinear) or 0 (nearest).
         do_rescale: divide levels by 255. Without it whole numbers are refused; floating point pictures never change.
         do_normalize: subtract the mean and divide by the deviation.
         image_mean: channel means, for values in [0, 1]; as many as the network has channels.
@@ -78,6 +80,7 @@ class TinyVitImageProcessor(BaseImageProcessor):
     size = {"height": 224, "width": 224}  # noqa: RUF012
     do_center_crop = True
     crop_pct = CROP_FRACTION
+    resample = PIL_RESAMPLING["bicubic"]
     do_rescale = True
     do_normalize = True
     image_mean = IMAGENET_MEAN
@@ -88,25 +91,21 @@ class TinyVitImageProcessor(BaseImageProcessor):
         self._set_attributes(**kwargs)
 
     @classmethod
-    def from_network(cls, network: TinyViTConfig) -> TinyVitImageProcessor:
-        """Return the evaluation of a network, which follows from its resolution and channels.
+    def from_preprocessing(cls, preprocessing: Preprocessing) -> TinyVitImageProcessor:
+        """Return the processor that does what a network's ``preprocessing`` says.
 
         Args:
-            network: the network's own configuration, such as ``model.config``.
+            preprocessing: that of a network, or the ``settings`` of a pipeline.
         """
-        return cls.from_evaluation(default_evaluation(network))
-
-    @classmethod
-    def from_evaluation(cls, evaluation: EvaluationPipeline) -> TinyVitImageProcessor:
-        """Return the processor that does what a pipeline does.
-
-        Args:
-            evaluation: the pipeline, such as ``classifier.preprocessing``.
-        """
-        crop = {} if evaluation.crop_fraction is None else {"crop_pct": evaluation.crop_fraction}
-        # The shortest numbers that are these in single precision, which is what a reader of the file expects.
-        mean, std = ([float(str(each)) for each in kept.cpu().numpy()] for kept in (evaluation.mean, evaluation.std))
-        return cls(size=evaluation.img_size, do_center_crop=bool(crop), image_mean=mean, image_std=std, **crop)
+        crop = preprocessing.crop_fraction
+        return cls(
+            size=preprocessing.img_size,
+            do_center_crop=crop is not None,
+            crop_pct=crop or 1.0,
+            resample=PIL_RESAMPLING[preprocessing.interpolation],
+            image_mean=list(preprocessing.mean),
+            image_std=list(preprocessing.std),
+        )
 
     @property
     def backend(self) -> str:
@@ -218,8 +217,12 @@ def _resize(images: Tensor, settings: dict[str, Any]) -> Tensor:
     height, width = settings["size"].height, settings["size"].width
     if height is None or width is None:
         raise ValueError(f"size must be a number or {{'height': S, 'width': S}}; got {dict(settings['size'])}.")
+    names = {number: name for name, number in PIL_RESAMPLING.items()}
+    if settings["resample"] not in names:
+        raise ValueError(f"resample is one of {', '.join(map(str, names))}; got {settings['resample']!r}.")
+    interpolation = names[settings["resample"]]
     if not settings["do_center_crop"]:
-        return resize_images(images, height, width)
+        return resize_images(images, height, width, interpolation)
     if height != width:
         raise ValueError(f"A crop is square; got {height}x{width}. For an oblong size pass do_center_crop=False.")
-    return EvaluationPipeline(height, settings["crop_pct"]).resize_and_crop(images)
+    return EvaluationPipeline(height, settings["crop_pct"], interpolation=interpolation).resize_and_crop(images)

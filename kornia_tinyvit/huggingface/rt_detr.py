@@ -20,7 +20,8 @@ try:
     import scipy  # noqa: F401 - the matcher's
     from transformers import RTDetrConfig, RTDetrForObjectDetection
 
-    from kornia_tinyvit.huggingface import TinyVitConfig
+    from kornia_tinyvit.huggingface.configuration import TinyVitConfig
+    from kornia_tinyvit.huggingface.conversion import label_fields
 except ImportError as error:
     raise MissingExtraError(
         "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[train,hf]'."
@@ -182,10 +183,8 @@ def _describe(config: DetectorConfig, class_names: tuple[str, ...], changes: dic
         "decoder_ffn_dim": 4 * hidden,
         "decoder_layers": config.decoder_layers,
         "num_queries": config.num_queries,
-        "id2label": dict(enumerate(class_names)),
-        "label2id": {name: index for index, name in enumerate(class_names)},
     }
-    return RTDetrConfig(**fields | changes)
+    return RTDetrConfig(**fields | label_fields(class_names) | changes)
 
 
 def _plain(value: Any) -> Any:

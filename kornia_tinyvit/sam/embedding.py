@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints.loading import read_tensors, write_tensors
+from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
 
 __all__ = ["Geometry", "ImageEmbedding", "MaskPrediction", "fingerprint"]
 

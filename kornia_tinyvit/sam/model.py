@@ -15,8 +15,8 @@ from kornia.models.structures import Prompts
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
+from kornia_tinyvit.checkpoints.adaptation import refuse_misfits
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.loading import refuse_misfits
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT

@@ -7,14 +7,14 @@ from safetensors.torch import load_file
 from kornia_tinyvit import CheckpointError, ImageClassifier, TinyViT, TinyViTConfig, load_checkpoint
 from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.folders import write_timm_folder
-from kornia_tinyvit.checkpoints.hub import timm_config
+from kornia_tinyvit.checkpoints.hub import timm_config, write_timm_folder
 from kornia_tinyvit.checkpoints.layouts import to_timm, translate
+from kornia_tinyvit.preprocessing import Preprocessing
 from tests.checkpoints.test_layouts import published
 from tests.checkpoints.test_layouts import to_timm as told_apart
 from tests.conftest import shared
 
-PREPROCESSING = {"mean": [0.5] * 3, "std": [0.5] * 3, "crop_pct": 0.875, "crop_mode": "center"}
+PREPROCESSING = Preprocessing(64, 0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
 NAMES = tuple("abcdefg")
 
 #: A file in the form of timm's (``save_config_for_hf``), for its 5m.
@@ -42,7 +42,7 @@ OF_TIMM = {
 
 class TestTimm:
     def test_there_and_back(self, tiny, images, tmp_path):
-        write_timm_folder(tmp_path / "timm", tiny, PREPROCESSING, NAMES)
+        write_timm_folder(tiny, tmp_path / "timm", NAMES)
         found = read_checkpoint(tmp_path / "timm")
         assert found.layout == "timm"
         assert found.config == tiny.config
@@ -50,7 +50,7 @@ class TestTimm:
         assert torch.equal(TinyViT.from_config(pretrained=tmp_path / "timm")(images), tiny(images))
 
     def test_names(self, tiny, tmp_path):
-        write_timm_folder(tmp_path, tiny, PREPROCESSING)
+        write_timm_folder(tiny, tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
         assert tensors.keys() == {told_apart(name) for name in tiny.state_dict()}
 
@@ -63,13 +63,13 @@ class TestTimm:
         """A folder with the weights that timm wrote, read and written again, holds the same tensors."""
         weights = load_file(shared("reference/timm_tiny.safetensors"))
         model = TinyViT.from_config(pretrained=shared("reference/timm_tiny.safetensors"))
-        write_timm_folder(tmp_path, model, PREPROCESSING)
+        write_timm_folder(model, tmp_path)
         again = load_file(tmp_path / "model.safetensors")
         assert {name: tensor for name, tensor in again.items() if name in weights}.keys() == weights.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
     def test_file_of_timm(self, tiny, tmp_path):
-        write_timm_folder(tmp_path, tiny, PREPROCESSING)
+        write_timm_folder(tiny, tmp_path)
         values = OF_TIMM | {"label_names": {str(index): name for index, name in enumerate(NAMES)}}
         values["pretrained_cfg"] = OF_TIMM["pretrained_cfg"] | {"input_size": [3, 96, 96]}
         (tmp_path / "config.json").write_text(json.dumps(values))
@@ -90,7 +90,7 @@ class TestTimm:
     )
     def test_names_of_networks(self, variant, name, architecture):
         weights = find_weights(variant, name)
-        values = timm_config(weights.config, PREPROCESSING)
+        values = timm_config(weights.config, weights.preprocessing)
         assert values["architecture"] == architecture
         assert "model_args" not in values
         assert values["num_classes"] == weights.num_classes
@@ -108,7 +108,7 @@ class TestTimm:
         }
 
     def test_same_fields_as_timm(self):
-        values = timm_config(find_weights("5m", "in1k").config, {**PREPROCESSING, "crop_pct": 0.95})
+        values = timm_config(find_weights("5m", "in1k").config, Preprocessing(224, 0.95))
         for name, value in OF_TIMM["pretrained_cfg"].items():
             if name not in ("tag", "mean", "std"):
                 assert values["pretrained_cfg"][name] == value, name
@@ -119,16 +119,16 @@ class TestTimm:
         with pytest.raises(ValueError, match="activation GELU"):
             timm_config(TinyViTConfig(activation=torch.nn.ReLU), PREPROCESSING)
         with pytest.raises(ValueError, match="Got 2 class names for 7 classes"):
-            write_timm_folder(tmp_path, tiny, PREPROCESSING, ["a", "b"])
+            write_timm_folder(tiny, tmp_path, ["a", "b"])
         with pytest.raises(TypeError, match="takes a TinyViT; got Linear"):
-            write_timm_folder(tmp_path, torch.nn.Linear(1, 1), PREPROCESSING)
+            write_timm_folder(torch.nn.Linear(1, 1), tmp_path)
         assert not list(tmp_path.iterdir())
 
 
 class TestReading:
     @pytest.fixture
     def folder(self, tiny, tmp_path):
-        write_timm_folder(tmp_path / "timm", tiny, PREPROCESSING)
+        write_timm_folder(tiny, tmp_path / "timm")
         return tmp_path / "timm"
 
     def test_load_checkpoint(self, folder, tiny, images):

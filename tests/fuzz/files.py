@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kornia_tinyvit import MobileSAM, TinyViT, load_checkpoint, save_checkpoint
 from kornia_tinyvit.checkpoints import read_checkpoint
-from kornia_tinyvit.checkpoints.folders import write_timm_folder
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.contraction.journal import Journal
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoreError
@@ -228,7 +228,7 @@ def hub_folder(rng: random.Random, folder: Path) -> None:
         "window_sizes": [4, 4, 5, 3], "id2label": {str(index): f"class {index}" for index in range(7)},
     }  # fmt: skip
     if rng.random() < 0.5:
-        write_timm_folder(folder, network(), {"mean": [0.5] * 3}, [f"class {index}" for index in range(7)])
+        write_timm_folder(network(), folder, [f"class {index}" for index in range(7)])
         kinds = json.loads((folder / "config.json").read_text())
     else:
         save_checkpoint(network(), folder / "model.safetensors")

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from kornia_tinyvit import ImageClassifier, TinyViT, load_checkpoint, save_checkpoint
-from kornia_tinyvit.checkpoints.folders import write_timm_folder
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.deploy import optimize
 from kornia_tinyvit.distillation import LabelStore, Manifest
 from kornia_tinyvit.preprocessing import EvaluationPipeline
@@ -82,7 +82,7 @@ def writers(rng: random.Random, folder: Path) -> None:
     model = TinyViT(**SHALLOW)
     writer = rng.choice((
         lambda: save_checkpoint(model, path), lambda: detector().save(path),
-        lambda: write_timm_folder(folder / "hub", model, {"mean": [0.5] * 3}),
+        lambda: write_timm_folder(model, folder / "hub"),
     ))  # fmt: skip
     try:
         with full_disk(rng.randrange(len(before) + 3 * 10**5)):

@@ -10,9 +10,10 @@ from transformers import AutoImageProcessor, AutoModelForImageClassification
 
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.folders import write_timm_folder
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.huggingface import TinyVitModel, from_checkpoint, from_tinyvit, save_hub_folder, to_tinyvit
 from kornia_tinyvit.huggingface.card import model_card
+from kornia_tinyvit.preprocessing import Preprocessing
 from tests.conftest import shared
 from tests.huggingface.helpers import tiny_backbone, tiny_classifier, tiny_network
 
@@ -131,22 +132,28 @@ class TestHubFolders:
 
 
 class TestTimm:
-    PREPROCESSING = {"mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.2], "crop_pct": 0.9, "crop_mode": "center"}
+    PREPROCESSING = Preprocessing(64, 0.9, "bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
     def test_to_transformers_and_back(self, images, tmp_path):
-        write_timm_folder(tmp_path / "timm", tiny_network(), self.PREPROCESSING, NAMES)
+        network = tiny_network()
+        network.preprocessing = self.PREPROCESSING
+        write_timm_folder(network, tmp_path / "timm", NAMES)
         save_hub_folder(tmp_path / "hub", tmp_path / "timm")
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "hub")
         assert torch.equal(model(images).logits, tiny_network()(images))
         assert model.config.id2label[2] == "c"
         processor = AutoImageProcessor.from_pretrained(tmp_path / "hub")
         assert (processor.crop_pct, processor.image_mean, processor.size.height) == (0.9, (0.5, 0.4, 0.3), 64)
-        write_timm_folder(tmp_path / "again", to_tinyvit(model), self.PREPROCESSING, NAMES)
+        again = TinyViT.from_config(pretrained=tmp_path / "hub")
+        assert again.preprocessing == self.PREPROCESSING
+        write_timm_folder(again, tmp_path / "again")
         for name in ("config.json", "model.safetensors"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "timm" / name).read_bytes()
 
     def test_squeezed_pictures(self, tmp_path):
-        write_timm_folder(tmp_path / "timm", tiny_network(), self.PREPROCESSING | {"crop_mode": "squash"})
+        network = tiny_network()
+        network.preprocessing = Preprocessing(64, None)
+        write_timm_folder(network, tmp_path / "timm")
         save_hub_folder(tmp_path / "hub", tmp_path / "timm")
         values = json.loads((tmp_path / "hub" / "preprocessor_config.json").read_text())
         assert values["do_center_crop"] is False

@@ -14,7 +14,7 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS, CATALOG
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface import TinyVitImageProcessor
 from kornia_tinyvit.images import to_image
-from kornia_tinyvit.preprocessing import EvaluationPipeline, default_evaluation
+from kornia_tinyvit.preprocessing import EvaluationPipeline, default_preprocessing
 from tests.huggingface.helpers import tiny_config
 
 PHOTO = ASSETS / "photos" / "chelsea.png"
@@ -35,21 +35,24 @@ class TestSameResults:
     @pytest.mark.parametrize("crop", ["auto", None, 0.8])
     def test_as_the_pipeline(self, photo, size, crop):
         evaluation = EvaluationPipeline(size, crop, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
-        found = TinyVitImageProcessor.from_evaluation(evaluation)(photo, return_tensors="pt")["pixel_values"]
+        found = TinyVitImageProcessor.from_preprocessing(evaluation.settings)(photo, return_tensors="pt")[
+            "pixel_values"
+        ]
         assert torch.equal(found, evaluation(to_image(photo)[None]))
 
     @pytest.mark.parametrize("weights", CATALOG, ids=lambda weights: f"{weights.variant}-{weights.name}")
     def test_as_the_published_networks(self, photo, weights):
-        found = TinyVitImageProcessor.from_network(weights.config)(photo)["pixel_values"]
-        assert torch.equal(found, default_evaluation(weights.config)(to_image(photo)[None]))
+        found = TinyVitImageProcessor.from_preprocessing(weights.preprocessing)(photo)["pixel_values"]
+        assert torch.equal(found, EvaluationPipeline.from_preprocessing(weights.preprocessing)(to_image(photo)[None]))
 
     def test_grey_and_many_channels(self, photo):
         for channels in (1, 5):
-            network = TinyViTConfig(in_chans=channels)
+            preprocessing = default_preprocessing(TinyViTConfig(in_chans=channels))
             pictures = torch.rand(2, channels, 70, 90)
-            found = TinyVitImageProcessor.from_network(network)(pictures)["pixel_values"]
-            assert torch.equal(found, default_evaluation(network)(pictures))
-        assert TinyVitImageProcessor.from_network(TinyViTConfig(in_chans=1))(photo)["pixel_values"].shape[1] == 1
+            found = TinyVitImageProcessor.from_preprocessing(preprocessing)(pictures)["pixel_values"]
+            assert torch.equal(found, EvaluationPipeline.from_preprocessing(preprocessing)(pictures))
+        grey = TinyVitImageProcessor.from_preprocessing(default_preprocessing(TinyViTConfig(in_chans=1)))
+        assert grey(photo)["pixel_values"].shape[1] == 1
 
 
 class TestKinds:

@@ -14,7 +14,7 @@ def run(program: str) -> subprocess.CompletedProcess[str]:
 
 def test_the_package_does_not_import_transformers():
     done = run(
-        "import sys, kornia_tinyvit, kornia_tinyvit.cli, kornia_tinyvit.checkpoints.folders\n"
+        "import sys, kornia_tinyvit, kornia_tinyvit.cli, kornia_tinyvit.checkpoints.hub\n"
         "print(sorted({'transformers', 'peft', 'huggingface_hub'} & sys.modules.keys()))"
     )
     assert done.stdout.strip() == "[]", done.stderr

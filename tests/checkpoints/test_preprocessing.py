@@ -1,0 +1,261 @@
+"""The preprocessing of a network in all its files, and in all that uses it."""
+
+import copy
+import json
+
+import pytest
+import torch
+
+from kornia_tinyvit import (
+    CheckpointError,
+    ImageClassifier,
+    SemanticSegmenter,
+    TinyViT,
+    TinyViTDetector,
+    load_checkpoint,
+    save_checkpoint,
+)
+from kornia_tinyvit.checkpoints import list_pretrained, read_checkpoint
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
+from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing, default_preprocessing
+from tests.conftest import TINY
+
+OTHER = Preprocessing(64, 0.6, "bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
+NAMES = tuple("abcdefg")
+
+
+@pytest.fixture
+def network(tiny) -> TinyViT:
+    tiny.preprocessing = OTHER
+    return tiny
+
+
+@pytest.fixture
+def photos() -> torch.Tensor:
+    return torch.rand(2, 3, 90, 120)
+
+
+def write_transformers(model, folder):
+    pytest.importorskip("transformers")
+    from kornia_tinyvit.huggingface import save_hub_folder
+
+    save_hub_folder(folder, save_checkpoint(model, folder.with_suffix(".safetensors"), NAMES))
+    return folder
+
+
+WRITERS = {
+    "file": lambda model, path: save_checkpoint(model, path.with_suffix(".safetensors"), NAMES),
+    "timm": lambda model, path: write_timm_folder(model, path, NAMES),
+    "transformers": write_transformers,
+}
+
+
+class TestPreprocessing:
+    def test_default_of_a_size(self):
+        assert [Preprocessing(size).crop_fraction for size in (64, 224, 384)] == [15 / 16, 0.875, None]
+
+    def test_dictionary(self):
+        assert Preprocessing.from_dict(json.loads(json.dumps(OTHER.to_dict()))) == OTHER
+
+    def test_resize(self):
+        assert Preprocessing(384).resize(224) == Preprocessing(224)
+        assert OTHER.resize(384).crop_fraction == 0.6
+
+    def test_channels(self):
+        assert OTHER.with_channels(1).mean == pytest.approx((0.4,))
+        assert OTHER.with_channels(5).std == (0.2, 0.25, 0.3, 0.2, 0.25)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"interpolation": "lanczos"}, "interpolation is one of bicubic, bilinear, nearest; got 'lanczos'"),
+            ({"std": (0.1, 0.0, 0.1)}, "std must not be 0"),
+            ({"mean": (), "std": ()}, "as many entries"),
+            ({"mean": ("a", 0.5, 0.5)}, "mean and std are numbers"),
+            ({"img_size": 2.5}, "img_size >= 1"),
+            ({"crop_fraction": True}, "crop_fraction in"),
+            ({"crop": 0.9}, "no field crop"),
+        ],
+    )
+    def test_exceptions(self, values, message):
+        with pytest.raises(ValueError, match=message):
+            Preprocessing.from_dict(values)
+
+    @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear", "nearest"])
+    def test_interpolation(self, interpolation):
+        from PIL import Image
+
+        from kornia_tinyvit.images import to_image, to_pil
+
+        photo = to_pil(torch.rand(3, 40, 40))
+        pipeline = EvaluationPipeline(16, None, (0.0,) * 3, (1.0,) * 3, interpolation)
+        theirs = photo.resize((16, 16), Image.Resampling[interpolation.upper()])
+        assert (pipeline(to_image(photo)[None])[0] - to_image(theirs)).abs().max() < 1e-2
+
+
+class TestFiles:
+    @pytest.mark.parametrize("kind", WRITERS)
+    def test_classifier(self, network, photos, tmp_path, kind):
+        path = WRITERS[kind](network, tmp_path / "weights")
+        classifier = ImageClassifier.from_config(pretrained=path)
+        assert classifier.model.preprocessing == OTHER
+        assert classifier.class_names == NAMES
+        by_hand = network(EvaluationPipeline(64, 0.6, OTHER.mean, OTHER.std, "bilinear")(photos))
+        assert torch.equal(classifier(photos), by_hand)
+        assert not torch.allclose(by_hand, network(EvaluationPipeline(64)(photos)), atol=1e-3)
+
+    @pytest.mark.parametrize("last", WRITERS)
+    @pytest.mark.parametrize("first", WRITERS)
+    def test_round_trips(self, network, tmp_path, first, last):
+        found = TinyViT.from_config(pretrained=WRITERS[first](network, tmp_path / "first"))
+        again = TinyViT.from_config(pretrained=WRITERS[last](found, tmp_path / "last"))
+        assert again.preprocessing == OTHER
+        assert again.class_names == NAMES
+
+    def test_old_file(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "old.safetensors")
+        tensors, metadata = read_tensors(path)
+        del metadata["kornia_tinyvit.preprocessing"]
+        write_tensors(path, tensors, metadata)
+        assert read_checkpoint(path).preprocessing == default_preprocessing(tiny.config)
+
+    def test_file_with_a_broken_one(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "broken.safetensors")
+        tensors, metadata = read_tensors(path)
+        for text in ('{"std": [0, 0, 0]}', '{"zoom": 2}', "[1]", "{"):
+            write_tensors(path, tensors, metadata | {"kornia_tinyvit.preprocessing": text})
+            with pytest.raises(CheckpointError, match="cannot be used"):
+                read_checkpoint(path)
+
+    def test_state_dict_does_not_change(self, network):
+        assert network.state_dict().keys() == TinyViT(**TINY).state_dict().keys()
+
+    def test_copies_keep_it(self, network):
+        assert copy.deepcopy(network).preprocessing == OTHER
+
+    def test_load_checkpoint_leaves_it(self, network, tmp_path):
+        """Only the construction of a network takes it from the file: loading is about tensors."""
+        path = save_checkpoint(network, tmp_path / "weights.safetensors")
+        other = TinyViT(**TINY)
+        load_checkpoint(other, path)
+        assert other.preprocessing == default_preprocessing(other.config)
+
+    def test_catalog(self):
+        for weights in list_pretrained():
+            assert weights.preprocessing == default_preprocessing(weights.config)
+
+
+class TestOverrides:
+    def test_size(self, network, tmp_path):
+        path = save_checkpoint(network, tmp_path / "weights.safetensors")
+        larger = TinyViT.from_config(pretrained=path, img_size=96).preprocessing
+        assert (larger.img_size, larger.crop_fraction, larger.mean) == (96, 0.6, OTHER.mean)
+        asked = TinyViT.from_config(network.config.replace(img_size=96), pretrained=path)
+        assert asked.preprocessing == larger
+
+    def test_size_of_a_usual_crop(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "weights.safetensors")
+        assert TinyViT.from_config(pretrained=path, img_size=384).preprocessing == Preprocessing(384)
+
+    def test_channels(self, network, tmp_path):
+        path = save_checkpoint(network, tmp_path / "weights.safetensors")
+        assert TinyViT.from_config(pretrained=path, in_chans=1).preprocessing.mean == pytest.approx((0.4,))
+
+    def test_other_classes(self, network, tmp_path):
+        path = save_checkpoint(network, tmp_path / "weights.safetensors", NAMES)
+        model = TinyViT.from_config(pretrained=path, num_classes=3)
+        assert model.preprocessing == OTHER
+        assert model.class_names is None
+
+    def test_new_classifier(self, network, tmp_path):
+        model = TinyViT.from_config(pretrained=save_checkpoint(network, tmp_path / "weights.safetensors", NAMES))
+        model.reset_classifier(3)
+        assert model.class_names is None
+
+
+class TestHubFolders:
+    @pytest.mark.parametrize(
+        ("values", "wanted"),
+        [
+            ({"size": 96}, Preprocessing(96)),
+            ({"size": {"height": 96, "width": 96}, "crop_pct": 0.8, "resample": 2}, Preprocessing(96, 0.8, "bilinear")),
+            ({"crop_pct": 0.8, "do_center_crop": False}, Preprocessing(64, None)),
+            (
+                {"size": {"shortest_edge": 128}, "crop_size": {"height": 96, "width": 96}},
+                Preprocessing(96, 0.75),
+            ),
+            ({"do_normalize": False}, Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)),
+        ],
+    )
+    def test_processors_of_transformers(self, tiny, tmp_path, values, wanted):
+        folder = write_transformers(tiny, tmp_path / "hub")
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+        assert read_checkpoint(folder).preprocessing == wanted
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"resample": 1}, 'interpolation is one of .* got "Pillow\'s 1"'),
+            ({"size": {"height": 64, "width": 96}}, "resized to squares"),
+            ({"size": {"shortest_edge": 64}}, "without a crop"),
+        ],
+    )
+    def test_exceptions(self, tiny, tmp_path, values, message):
+        folder = write_transformers(tiny, tmp_path / "hub")
+        (folder / "preprocessor_config.json").write_text(json.dumps(values))
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(folder)
+
+    def test_without_a_processor(self, network, tmp_path):
+        folder = write_transformers(network, tmp_path / "hub")
+        (folder / "preprocessor_config.json").unlink()
+        assert read_checkpoint(folder).preprocessing == default_preprocessing(network.config)
+
+
+class TestNetworksOnABackbone:
+    BUILDERS = (
+        lambda path, **kwargs: SemanticSegmenter.from_config(pretrained=path, **kwargs),
+        lambda path, **kwargs: TinyViTDetector.from_config(pretrained=path, **kwargs),
+    )
+
+    @pytest.mark.parametrize("build", BUILDERS, ids=["segmenter", "detector"])
+    def test_files(self, network, tmp_path, build):
+        fields = {"width": 8} if build is self.BUILDERS[0] else {"hidden_dim": 16, "num_queries": 5}
+        path = save_checkpoint(network, tmp_path / "backbone.safetensors")
+        model = build(path, num_classes=3, **fields)
+        assert model.mean.tolist() == pytest.approx(OTHER.mean)
+        again = build(model.save(tmp_path / "whole.safetensors"))
+        assert again.backbone.preprocessing == OTHER
+        assert again.std.tolist() == pytest.approx(OTHER.std)
+
+
+class TestExport:
+    def test_graphs(self, network, photos):
+        from kornia_tinyvit.deploy import build_graph
+
+        classifier = ImageClassifier(network)
+        with torch.no_grad():
+            graph = build_graph(classifier)
+            torch.testing.assert_close(graph(photos), classifier(photos), atol=1e-3, rtol=1e-3)
+            crop = classifier.preprocessing.resize_and_crop(photos)
+            graph = build_graph(network, pixels="unit")
+            torch.testing.assert_close(graph(crop), classifier(photos), atol=1e-4, rtol=1e-4)
+
+    def test_metadata(self, network):
+        from kornia_tinyvit.deploy.export import ExportTask
+
+        told = json.loads(ExportTask(network).metadata()["kornia_tinyvit.input"])
+        assert (told["mean"], told["crop_fraction"], told["interpolation"]) == ([0.5, 0.4, 0.3], 0.6, "bilinear")
+
+    def test_nearest(self, network):
+        from kornia_tinyvit.deploy import build_graph
+
+        network.preprocessing = Preprocessing(64, interpolation="nearest")
+        with pytest.raises(ValueError, match="bicubic or bilinear interpolation, not nearest"):
+            build_graph(ImageClassifier(network))
+
+
+def test_default_of_a_config():
+    assert default_preprocessing(TinyViTConfig(img_size=384)) == Preprocessing(384)
