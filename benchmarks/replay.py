@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kornia_tinyvit.data import ReplayableAugmentation
-from kornia_tinyvit.data.augmentation import _crop_box
+from kornia_tinyvit.data.draws import crop_box
 from kornia_tinyvit.images import read_pixels
 
 BATCH, SIZE, RUNS = 128, 224, 7
@@ -75,7 +75,7 @@ def main() -> None:
     crops = torch.stack(cut())
     works: dict[str, Callable[[], object]] = {
         "draw all parameters": lambda: module.draw(0, order),
-        "crop boxes of photos": lambda: [_crop_box(tries, 480, 640, module.preset) for tries in draws.crop],
+        "crop boxes of photos": lambda: [crop_box(tries, 480, 640, module.preset) for tries in draws.crop],
         "checksums": draws.checksums,
         "cut and resize": cut,
         "pixels on this device": lambda: module(crops, draws),

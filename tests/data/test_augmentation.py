@@ -14,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia_tinyvit.data import EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
 from kornia_tinyvit.data import augmentation as module
-from kornia_tinyvit.data.augmentation import OPERATIONS, Draws
+from kornia_tinyvit.data.draws import Draws, beta_quantile, crop_box
+from kornia_tinyvit.data.operators import OPERATIONS, OPERATORS, make_noise
 
 SIZE, SAMPLES = 40, 66
 PRESETS = {
@@ -269,7 +270,7 @@ class TestDraws:
     def test_crop_boxes_are_torchvisions(self):
         augment = ReplayableAugmentation(32, "distill")
         draws = augment.draw(0, np.arange(4000))
-        boxes = np.array([module._crop_box(tries, 300, 500, augment.preset) for tries in draws.crop])
+        boxes = np.array([crop_box(tries, 300, 500, augment.preset) for tries in draws.crop])
         top, left, height, width = boxes.T
         assert ((top >= 0) & (left >= 0) & (top + height <= 300) & (left + width <= 500)).all()
         area, ratio = height * width / 150_000, width / height
@@ -287,7 +288,7 @@ class TestDraws:
 
     def test_a_strip_falls_back_to_its_centre(self):
         augment = ReplayableAugmentation(32, "distill", crop_scale=(1.0, 1.0))
-        top, left, height, width = module._crop_box(augment.draw(0, [0]).crop[0], 10, 1000, augment.preset)
+        top, left, height, width = crop_box(augment.draw(0, [0]).crop[0], 10, 1000, augment.preset)
         assert (height, width) == (10, 13)
         assert (top, left) == (0, 493)
 
@@ -295,7 +296,7 @@ class TestDraws:
     def test_beta_quantile(self, alpha):
         expected = np.random.default_rng(0).beta(alpha, alpha, 400_000)
         share = np.array([0.05, 0.3, 0.5, 0.7, 0.95])
-        assert np.allclose(module._beta_quantile(alpha)(share), np.quantile(expected, share), atol=5e-3)
+        assert np.allclose(beta_quantile(alpha)(share), np.quantile(expected, share), atol=5e-3)
 
     def test_checksums_tell_every_field(self):
         augment = build("in1k")
@@ -312,6 +313,20 @@ class TestDraws:
         assert module.VERSION == 1
         augment = ReplayableAugmentation(64, "in1k", seed=2**40 + 3, num_samples=100)
         assert augment.draw(7, [0, 41, 99]).checksums().tolist() == [946905671, 207723968, 3305397921]
+
+    @pytest.mark.parametrize(
+        ("preset", "changes", "recorded"),
+        [
+            ("in1k", {}, 888041347),
+            ("small", {}, 3608147941),
+            ("distill", {"policy": "trivial"}, 16762595),
+            ("distill", {"cutmix": 1.0}, 2488375841),
+        ],
+    )
+    def test_recorded_checksums_of_many_samples(self, preset, changes, recorded):
+        """Enough of them for every branch, such as erasing."""
+        augment = ReplayableAugmentation(48, preset, seed=5, num_samples=200, **changes)
+        assert zlib.crc32(augment.draw(3, list(range(200))).checksums().tobytes()) == recorded
 
 
 class TestOperators:
@@ -339,24 +354,24 @@ class TestOperators:
         ],
     )
     def test_intensity(self, picture, name, magnitude, reference):
-        ours = module._operator(name)(picture[None], torch.tensor([magnitude]))[0]
+        ours = OPERATORS[name](picture[None], torch.tensor([magnitude]))[0]
         theirs = torch.from_numpy(np.array(reference(Image.fromarray(picture.permute(1, 2, 0).numpy()))))
         difference = (ours.int() - theirs.permute(2, 0, 1).int()).abs()
         assert difference.max() <= 1  # Pillow truncates in places where we round
 
     def test_solarize_add(self):
         levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-        out = module._operator("solarize_add")(levels, torch.tensor([90.0]))[0, 0].flatten().tolist()
+        out = OPERATORS["solarize_add"](levels, torch.tensor([90.0]))[0, 0].flatten().tolist()
         assert out == [min(255, level + 90) if level < 128 else level for level in range(256)]
 
     def test_auto_contrast(self):
         picture = (torch.rand(1, 3, 8, 8) * 60 + 50).to(torch.uint8)
-        out = module._operator("auto_contrast")(picture, torch.zeros(1)).flatten(2)
+        out = OPERATORS["auto_contrast"](picture, torch.zeros(1)).flatten(2)
         assert out.amin(2).tolist() == [[0, 0, 0]]
         assert out.amax(2).min() >= 254
         flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
         flat[1, 0, 0, 0] = 100
-        flat_out = module._operator("auto_contrast")(flat, torch.zeros(2))
+        flat_out = OPERATORS["auto_contrast"](flat, torch.zeros(2))
         assert torch.equal(flat_out[0], flat[0])  # a channel of one level stays
         assert torch.equal(flat_out[1, 1:], flat[1, 1:])
         assert sorted(flat_out[1, 0].unique().tolist()) == [0, 255]
@@ -364,32 +379,30 @@ class TestOperators:
     def test_translation_and_shear_move_where_they_say(self):
         picture = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)
         picture[:, :, 10, 5] = 250
-        moved = module._operator("translate_x")(picture, torch.tensor([0.2]))[0, 0]
+        moved = OPERATORS["translate_x"](picture, torch.tensor([0.2]))[0, 0]
         assert moved[10, 1] == 250
         assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean colour
-        sheared = module._operator("shear_y")(picture, torch.tensor([0.0]))
+        sheared = OPERATORS["shear_y"](picture, torch.tensor([0.0]))
         assert torch.equal(sheared, picture)
 
     def test_rotation_by_a_quarter(self):
         picture = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
-        turned = module._operator("rotate")(picture, torch.tensor([90.0]))
+        turned = OPERATORS["rotate"](picture, torch.tensor([90.0]))
         assert torch.equal(turned, picture.rot90(1, (2, 3))) or torch.equal(turned, picture.rot90(-1, (2, 3)))
 
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_rows_do_not_see_each_other(self, name):
         pictures = torch.stack([module.F.interpolate(Pictures().read(i)[0][None], (33, 35))[0] for i in range(9)])
         magnitudes = torch.tensor([1.0, 2.0, 3.0, 0.4, 1.5, 2.5, 0.1, 1.9, 2.2])
-        whole = module._operator(name)(pictures, magnitudes)
+        whole = OPERATORS[name](pictures, magnitudes)
         for row in range(9):
-            assert torch.equal(
-                module._operator(name)(pictures[row : row + 1], magnitudes[row : row + 1])[0], whole[row]
-            )
+            assert torch.equal(OPERATORS[name](pictures[row : row + 1], magnitudes[row : row + 1])[0], whole[row])
 
     def test_noise(self):
-        noise = module._noise(torch.arange(64), torch.zeros(64, 3, 20, 20))
+        noise = make_noise(torch.arange(64), torch.zeros(64, 3, 20, 20))
         assert abs(float(noise.mean())) < 0.01
         assert abs(float(noise.std()) - 1) < 0.01
-        assert torch.equal(noise[5:6], module._noise(torch.tensor([5]), torch.zeros(1, 3, 20, 20)))
+        assert torch.equal(noise[5:6], make_noise(torch.tensor([5]), torch.zeros(1, 3, 20, 20)))
         flat = noise.flatten(1)
         assert np.abs(np.corrcoef(flat.numpy()) - np.eye(64)).max() < 0.15
         assert abs(float((flat[:, 1:] * flat[:, :-1]).mean())) < 0.02
