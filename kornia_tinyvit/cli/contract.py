@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -13,7 +14,8 @@ import typer
 from kornia_tinyvit import contraction
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import Device, Json, parse_device, refuse_idle
+from kornia_tinyvit.cli.options import Device, parse_device, refuse_idle
+from kornia_tinyvit.cli.requests import command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.contraction import Candidate, SearchResult
 from kornia_tinyvit.contraction.neighbours import read_factor
@@ -21,7 +23,7 @@ from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.distillation.losses import StoredLabels
-from kornia_tinyvit.training.recipes import find_recipe
+from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.visualization import save_search
 
 Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
@@ -34,118 +36,118 @@ class From(StrEnum):
     fresh = "fresh"
 
 
-def contract(
-    context: typer.Context,
-    data: Annotated[Path, typer.Argument(help="Pictures: class folders, parquet files or tar files, as for 'train'.")],
-    variant: shared.TrainedVariant = "5m",
-    pretrained: shared.Start = None,
-    max_parameters: Amount = None,
-    max_macs: Amount = None,
-    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one picture, in --engine.")] = None,
-    min_throughput: Annotated[float | None, typer.Option(help="Pictures a second in batches, in --engine.")] = None,
-    max_memory: Amount = None,
-    steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8,
+@dataclass(frozen=True, kw_only=True)
+class ContractRequest(shared.TrainingRequest):
+    """The options of ``contract``."""
+
+    data: Annotated[Path, typer.Argument(help="Pictures: class folders, parquet files or tar files, as for 'train'.")]
+    max_parameters: Amount = None
+    max_macs: Amount = None
+    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one picture, in --engine.")] = None
+    min_throughput: Annotated[float | None, typer.Option(help="Pictures a second in batches, in --engine.")] = None
+    max_memory: Amount = None
+    steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8
     refine: Annotated[
         Path | None, typer.Option(help="File of a contracted network: improve it by trades within the budget instead.")
-    ] = None,
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of trades, with --refine.")] = 2,
-    candidates: Annotated[int, typer.Option(min=1, help="Networks that a round evaluates, with --refine.")] = 8,
+    ] = None
+    rounds: Annotated[int, typer.Option(min=1, help="Rounds of trades, with --refine.")] = 2
+    candidates: Annotated[int, typer.Option(min=1, help="Networks that a round evaluates, with --refine.")] = 8
     min_depth: Annotated[
         int, typer.Option(min=1, help="Fewest blocks of a stage; brief trainings undervalue depth.")
-    ] = 1,
-    min_ratio: Annotated[float, typer.Option(help="Smallest expansion of the MBConv blocks and of the MLPs.")] = 1.0,
+    ] = 1
+    min_ratio: Annotated[float, typer.Option(help="Smallest expansion of the MBConv blocks and of the MLPs.")] = 1.0
     start: Annotated[
         From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
-    ] = From.inherit,
-    store: Annotated[Path | None, typer.Option(help="Soft labels of these pictures to learn from.")] = None,
-    recipe: shared.RecipeName = "in1k",
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs that each candidate is trained for.")] = 1,
-    img_size: shared.Side = None,
-    batch_size: shared.BatchSize = None,
-    process_batch: shared.ProcessBatch = None,
-    base_lr: shared.Rate = None,
-    validation: shared.Validation = None,
+    ] = From.inherit
+    store: Annotated[Path | None, typer.Option(help="Soft labels of these pictures to learn from.")] = None
+    recipe: shared.RecipeName = "in1k"
+    epochs: Annotated[int, typer.Option(min=1, help="Epochs that each candidate is trained for.")] = 1
     hold_out: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pictures to measure on where there is no --validation.")
-    ] = 0.01,
-    limit: shared.Limit = None,
-    out: shared.Out = Path("runs/contract"),
-    seed: shared.Seed = 0,
-    processes: Annotated[int, typer.Option(min=1, help="Candidates that are trained at a time.")] = 1,
-    precision: shared.Precision = "no",
-    cpu: shared.OnCpu = False,
-    on_broken: shared.OnBroken = "stop",
-    engine: Annotated[str, typer.Option(help=f"Where times are measured: auto, {', '.join(ENGINES)}.")] = "eager",
-    dtype: Annotated[str, typer.Option(help=f"Type that the engine computes in: {', '.join(DTYPES)}.")] = "float32",
-    device: Device = "cpu",
-    engine_batch: Annotated[int, typer.Option(min=1, help="Pictures at a time for the throughput.")] = 16,
-    as_json: Json = False,
-) -> None:
+    ] = 0.01
+    out: shared.Out = Path("runs/contract")
+    processes: Annotated[int, typer.Option(min=1, help="Candidates that are trained at a time.")] = 1
+    engine: Annotated[str, typer.Option(help=f"Where times are measured: auto, {', '.join(ENGINES)}.")] = "eager"
+    dtype_name: Annotated[
+        str, typer.Option("--dtype", help=f"Type that the engine computes in: {', '.join(DTYPES)}.")
+    ] = "float32"
+    device: Device = "cpu"
+    engine_batch: Annotated[int, typer.Option(min=1, help="Pictures at a time for the throughput.")] = 16
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.dtype_name not in DTYPES:
+            raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype_name!r}.")
+
+    def refuse_idle(self, context: typer.Context) -> None:
+        """Reject options without effect."""
+        timed = self.max_latency_ms is not None or self.min_throughput is not None
+        for idle, names, where in (
+            (self.refine is None, ("rounds", "candidates"), "without --refine"),
+            (self.refine is not None, ("steps",), "with --refine"),
+            (self.validation is not None, ("hold_out",), "with --validation"),
+            (not timed, ("engine", "device"), "without --max-latency-ms and --min-throughput"),
+            (self.min_throughput is None, ("engine_batch",), "without --min-throughput"),
+        ):
+            if idle:
+                refuse_idle(context, names, where)
+
+    def budget(self) -> contraction.Budget:
+        """Return the limits."""
+        return contraction.Budget(
+            _amount(self.max_parameters, "--max-parameters"),
+            _amount(self.max_macs, "--max-macs"),
+            self.max_latency_ms,
+            self.min_throughput,
+            _amount(self.max_memory, "--max-memory"),
+        )
+
+
+@command
+def contract(context: typer.Context, asked: ContractRequest) -> None:
     """Contract a network until it fits a budget, one factor at a time; the same command goes on after a stop.
 
     With --refine a network that fits it is improved: one factor is given back for what another one takes.
     --out gets search.jsonl with all candidates, search.png, and winner.safetensors, a file for every command's
     --pretrained and for 'train --variant', which trains a network like it.
     """
-    timed = max_latency_ms is not None or min_throughput is not None
-    for idle, names, where in (
-        (refine is None, ("rounds", "candidates"), "without --refine"),
-        (refine is not None, ("steps",), "with --refine"),
-        (validation is not None, ("hold_out",), "with --validation"),
-        (
-            not timed,
-            ("engine", "device"),
-            "without --max-latency-ms and --min-throughput",
-        ),
-        (min_throughput is None, ("engine_batch",), "without --min-throughput"),
-    ):
-        if idle:
-            refuse_idle(context, names, where)
-    shared.parse_precision(precision)
-    if dtype not in DTYPES:
-        raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {dtype!r}.")
-    budget = contraction.Budget(
-        _amount(max_parameters, "--max-parameters"),
-        _amount(max_macs, "--max-macs"),
-        max_latency_ms,
-        min_throughput,
-        _amount(max_memory, "--max-memory"),
+    asked.refuse_idle(context)
+    budget = asked.budget()
+    bench = contraction.Bench(
+        asked.engine, DTYPES[asked.dtype_name], str(parse_device(asked.device)), asked.engine_batch
     )
-    bench = contraction.Bench(engine, DTYPES[dtype], str(parse_device(device)), engine_batch)
-    chosen = find_recipe(recipe, epochs=epochs, img_size=img_size, batch_size=batch_size, base_lr=base_lr)
-    images = ClassificationDataset.open(data)
-    images = images if limit is None else images.sample(limit)
-    images, measured = _split(images, validation, hold_out, store)
-    samples = shared.augment_samples(images, chosen, seed, on_broken)
+    recipe, out = asked.find_recipe(asked.recipe), asked.out
+    images, measured = _split(asked.drawn(ClassificationDataset.open(asked.data)), asked)
+    samples = asked.samples(recipe, asked.on_broken, images)
     objective, replays = None, None
-    if store is not None:
-        opened = shared.open_labels(store, samples)
-        objective, replays = StoredLabels(opened, samples.augmentation), shared.whole_epochs(opened, chosen.epochs)
+    if asked.store is not None:
+        opened = shared.open_labels(asked.store, samples)
+        objective, replays = StoredLabels(opened, samples.augmentation), shared.whole_epochs(opened, recipe.epochs)
         if opened.manifest.num_classes != images.num_classes:
             raise ValueError(
                 f"The teacher knows {opened.manifest.num_classes} classes, but the pictures have {images.num_classes}."
             )
     evaluate = contraction.ProxyTraining(
-        samples, measured, chosen, out / "training", objective, start.value, replays, seed, process_batch,
-        precision=precision, cpu=cpu,
+        samples, measured, recipe, out / "training", objective, asked.start.value, replays, asked.seed,
+        asked.process_batch, precision=asked.precision, cpu=asked.cpu,
     )  # fmt: skip
-    network = shared.build_student(variant, pretrained, chosen, images.num_classes, seed, False)
-    seeded = network if pretrained else network.config
+    network = asked.build(TinyViT.from_config, recipe, asked.seed, num_classes=images.num_classes)
+    seeded = network if asked.pretrained else network.config
     options: dict[str, Any] = {
-        "space": contraction.Space(min_depth, min_ratio=min_ratio),
+        "space": contraction.Space(asked.min_depth, min_ratio=asked.min_ratio),
         "bench": bench,
-        "processes": processes,
-        "progress": not as_json,
+        "processes": asked.processes,
+        "progress": not asked.as_json,
     }
-    if refine is None:
-        result = contraction.contract(seeded, budget, evaluate, out, steps=steps, **options)
+    if asked.refine is None:
+        result = contraction.contract(seeded, budget, evaluate, out, steps=asked.steps, **options)
     else:
-        options |= {"rounds": rounds, "candidates": candidates}
-        result = contraction.refine(shared.like(str(refine)), seeded, budget, evaluate, out, **options)
+        options |= {"rounds": asked.rounds, "candidates": asked.candidates}
+        result = contraction.refine(shared.like(str(asked.refine)), seeded, budget, evaluate, out, **options)
     winner, plot = out / "winner.safetensors", out / "search.png"
     save_checkpoint(result.network(), winner, class_names=images.class_names)
     save_search(plot, result)
-    if as_json:
+    if asked.as_json:
         told = {"winner": str(winner), "evaluated": len(result.evaluated)}
         print(json.dumps(told | {"path": [candidate.to_dict() for candidate in result.path]}))
     else:
@@ -154,14 +156,15 @@ def contract(
 
 
 def _split(
-    images: ClassificationDataset, validation: Path | None, hold_out: float, store: Path | None
+    images: ClassificationDataset, asked: ContractRequest
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
     """Return what to train on and what to measure on."""
+    validation = asked.validation_images(images.class_names)
     if validation is not None:
-        return images, ClassificationDataset.open(validation).with_classes(images.class_names)
-    if store is not None:
+        return images, validation
+    if asked.store is not None:
         raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
-    return images.split(max(1, round(hold_out * len(images))))
+    return images.split(max(1, round(asked.hold_out * len(images))))
 
 
 def _amount(text: str | None, option: str) -> float | None:

@@ -5,9 +5,8 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
@@ -16,8 +15,9 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.evaluate_tasks import Asked, evaluate_task, limited, print_report
+from kornia_tinyvit.cli.evaluate_tasks import EvaluateRequest, evaluate_task, limited, print_report
 from kornia_tinyvit.cli.options import TaskName
+from kornia_tinyvit.cli.requests import command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import match_classes
@@ -39,70 +39,27 @@ _IDLE = {
 }
 
 
-class OnBroken(StrEnum):
-    """What to do about pictures that cannot be decoded."""
-
-    stop = "stop"
-    skip = "skip"
-
-
-def evaluate(
-    context: typer.Context,
-    data: Annotated[
-        Path,
-        typer.Argument(
-            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Other tasks: "
-            "what 'train' takes."
-        ),
-    ],
-    task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification,
-    variant: options.Variant = None,
-    pretrained: options.Pretrained = None,
-    img_size: options.ImgSize = None,
-    device: options.Device = "cpu",
-    tta: options.Augmented = False,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64,
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None,
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0,
-    per_class: Annotated[
-        bool, typer.Option("--per-class", help="Tell the top-1 accuracy, or the IoU, of each class.")
-    ] = False,
-    confusion: Annotated[bool, typer.Option("--confusion", help="Tell the most frequent mistakes.")] = False,
-    calibration: Annotated[bool, typer.Option("--calibration", help="Tell how far to trust the scores.")] = False,
-    knn: Annotated[
-        Path | None, typer.Option(help="Also classify by the nearest features of this training data.")
-    ] = None,
-    linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None,
-    on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop,
-    split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val",
-    min_area: options.MinArea = 1,
-    as_json: options.Json = False,
-) -> None:
+@command
+def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
     """Measure the accuracy on labelled pictures."""
-    skip_broken = on_broken is OnBroken.skip
-    options.refuse_idle(context, _IDLE[task], f"with --task {task}")
-    if task is not TaskName.classification:
-        asked = Asked(
-            data, split, variant, pretrained, img_size, device, batch_size, limit, workers, per_class, min_area,
-            skip_broken, as_json,
-        )  # fmt: skip
-        evaluate_task(task, asked)
+    options.refuse_idle(context, _IDLE[asked.task], f"with --task {asked.task}")
+    if asked.task is not TaskName.classification:
+        evaluate_task(asked)
         return
-    classifier = options.build_classifier(variant, pretrained, device, img_size, tta)
-    images = limited(ClassificationDataset.open(data), limit)
+    classifier = options.build_classifier(asked.variant, asked.pretrained, asked.device, asked.img_size, asked.tta)
+    images = limited(ClassificationDataset.open(asked.data), asked.limit)
     network, names = _match_head(classifier, images)
-    if confusion and len(names) > CONFUSION_CLASSES:
+    if asked.confusion and len(names) > CONFUSION_CLASSES:
         raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
-    reading = _Reading(batch_size, workers, skip_broken, not as_json)
+    reading = _Reading(asked)
     evaluator = AccuracyEvaluator(
         images.with_classes(names), len(names), list, device=next(classifier.parameters()).device,
-        batch_size=batch_size, skip_broken=skip_broken,
+        batch_size=asked.batch_size, skip_broken=asked.skip_broken,
     )  # fmt: skip
-    reading.add_broken(images, evaluate_network(network, evaluator, workers, progress=not as_json))
-    found = evaluator.counts.compute()
-    report = _report(found, names, per_class, confusion, calibration)
-    report |= _probe(classifier, images, {"knn": knn, "linear": linear}, reading)
-    print_report(report, list(reading.broken.values()) if skip_broken else None, _show, as_json)
+    reading.add_broken(images, evaluate_network(network, evaluator, asked.workers, progress=not asked.as_json))
+    report = _report(evaluator.counts.compute(), names, asked)
+    report |= _probe(classifier, images, {"knn": asked.knn, "linear": asked.linear}, reading)
+    print_report(report, list(reading.broken.values()) if asked.skip_broken else None, _show, asked.as_json)
 
 
 class _KeptClasses(nn.Module):
@@ -137,26 +94,24 @@ def _match_head(classifier: ImageClassifier, images: ClassificationDataset) -> t
     return network, names
 
 
-def _report(
-    found: Evaluation, names: tuple[str, ...], per_class: bool, confusion: bool, calibration: bool
-) -> dict[str, Any]:
+def _report(found: Evaluation, names: tuple[str, ...], asked: EvaluateRequest) -> dict[str, Any]:
     """Return what is printed, in per cent with two decimals."""
     report: dict[str, Any] = {
         "pictures": found.pictures,
         "top1": round(found.top1, 2),
         f"top{found.top_k}": round(found.top5, 2),
     }
-    if per_class:
+    if asked.per_class:
         rows = zip(names, found.class_pictures.tolist(), found.per_class.tolist(), strict=True)
         report["per_class"] = [
             {"class": name, "pictures": count, "top1": round(top1, 2)} for name, count, top1 in rows if count
         ]
-    if confusion:
+    if asked.confusion:
         report["confusion"] = [
             {"class": names[truth], "taken_for": names[answer], "pictures": count}
             for truth, answer, count in found.confusions()
         ]
-    if calibration:
+    if asked.calibration:
         bins = [
             {"pictures": int(count), "score": round(score, 2), "top1": round(top1, 2)}
             for count, score, top1 in found.calibration_bins.tolist()
@@ -170,10 +125,7 @@ def _report(
 class _Reading:
     """How images are read, and which could not be: the features need a second pass, which meets the same again."""
 
-    batch_size: int
-    workers: int
-    skip_broken: bool
-    progress: bool
+    asked: EvaluateRequest
     broken: dict[tuple[str, str], str] = field(default_factory=dict)
 
     def add_broken(self, images: ClassificationDataset, names: list[str]) -> None:
@@ -187,8 +139,10 @@ class _Reading:
         self, classifier: ImageClassifier, images: ClassificationDataset, text: str
     ) -> Iterator[tuple[Tensor, Tensor]]:
         device = next(classifier.parameters()).device
-        items = ReadableItems(images, skip_broken=self.skip_broken)
-        for batch in track_progress(read_batches(items, self.batch_size, self.workers), text, self.progress):
+        items = ReadableItems(images, skip_broken=self.asked.skip_broken)
+        for batch in track_progress(
+            read_batches(items, self.asked.batch_size, self.asked.workers), text, not self.asked.as_json
+        ):
             read = [sample for _, sample in batch if sample is not None]
             self.add_broken(images, [images.name(index) for index, sample in batch if sample is None])
             if read:

@@ -6,11 +6,24 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
-from kornia_tinyvit.cli.options import TaskName, parse_device
+import typer
+
+from kornia_tinyvit.cli.options import (
+    Augmented,
+    Device,
+    ImgSize,
+    Json,
+    MinArea,
+    Pretrained,
+    TaskName,
+    Variant,
+    parse_device,
+)
 from kornia_tinyvit.cli.tables import print_names, print_table
 from kornia_tinyvit.data.detection import DetectionDataset
 from kornia_tinyvit.data.instances import InstanceDataset
@@ -24,37 +37,65 @@ from kornia_tinyvit.training.metrics.semantic import Segmentation
 from kornia_tinyvit.training.tasks.base import evaluate_network
 
 
-@dataclass(frozen=True)
-class Asked:
-    """The options of the command that these tasks have."""
+class OnBroken(StrEnum):
+    """What to do about pictures that cannot be decoded."""
 
-    data: Path
-    split: str
-    variant: str | None
-    pretrained: str | None
-    img_size: int | None
-    device: str
-    batch_size: int
-    limit: int | None
-    workers: int
-    per_class: bool
-    min_area: int
-    skip_broken: bool
-    as_json: bool
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """The options of ``evaluate``."""
+
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Other tasks: "
+            "what 'train' takes."
+        ),
+    ]
+    task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification
+    variant: Variant = None
+    pretrained: Pretrained = None
+    img_size: ImgSize = None
+    device: Device = "cpu"
+    tta: Augmented = False
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Tell the top-1 accuracy, or the IoU, of each class.")
+    ] = False
+    confusion: Annotated[bool, typer.Option("--confusion", help="Tell the most frequent mistakes.")] = False
+    calibration: Annotated[bool, typer.Option("--calibration", help="Tell how far to trust the scores.")] = False
+    knn: Annotated[Path | None, typer.Option(help="Also classify by the nearest features of this training data.")] = (
+        None
+    )
+    linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None
+    on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop
+    split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val"
+    min_area: MinArea = 1
+    as_json: Json = False
+
+    @property
+    def skip_broken(self) -> bool:
+        """Whether images that cannot be read are left out."""
+        return self.on_broken is OnBroken.skip
 
 
 @dataclass(frozen=True)
 class _Kind:
     """How a task is evaluated: what opens network and data, reports the metrics, and prints the report."""
 
-    open: Callable[[Asked], tuple[Any, Any]]
-    report: Callable[[Any, Any, Asked], dict[str, Any]]
+    open: Callable[[EvaluateRequest], tuple[Any, Any]]
+    report: Callable[[Any, Any, EvaluateRequest], dict[str, Any]]
     show: Callable[[dict[str, Any]], None]
 
 
-def evaluate_task(task: TaskName, asked: Asked) -> None:
+def evaluate_task(asked: EvaluateRequest) -> None:
     """Measure a segmenter, a MobileSAM or a detector and print what was found."""
-    kind = _KINDS[task]
+    kind = _KINDS[asked.task]
     network, images = kind.open(asked)
     network = network.to(parse_device(asked.device))
     images = limited(images, asked.limit)
@@ -80,7 +121,7 @@ def print_report(
     print_names("Could not be read and were left out", broken or ())
 
 
-def _open_file(network: Any, dataset: Any, name: str, asked: Asked) -> tuple[Any, Any]:
+def _open_file(network: Any, dataset: Any, name: str, asked: EvaluateRequest) -> tuple[Any, Any]:
     """Open a network of which there are no published weights, and its data."""
     if asked.pretrained is None:
         raise ValueError(
@@ -92,12 +133,12 @@ def _open_file(network: Any, dataset: Any, name: str, asked: Asked) -> tuple[Any
     return found, dataset.open(asked.data, asked.split)
 
 
-def _open_sam(asked: Asked) -> tuple[MobileSAM, InstanceDataset]:
+def _open_sam(asked: EvaluateRequest) -> tuple[MobileSAM, InstanceDataset]:
     sam = MobileSAM.from_config(asked.variant, pretrained=asked.pretrained or True, img_size=asked.img_size)
     return sam, InstanceDataset.open(asked.data, asked.split, asked.min_area)
 
 
-def _report_segmentation(found: Segmentation, images: SegmentationDataset, asked: Asked) -> dict[str, Any]:
+def _report_segmentation(found: Segmentation, images: SegmentationDataset, asked: EvaluateRequest) -> dict[str, Any]:
     report: dict[str, Any] = {
         "classes_present": found.present,
         "mean_iou": round(found.mean_iou, 2),
@@ -111,13 +152,13 @@ def _report_segmentation(found: Segmentation, images: SegmentationDataset, asked
     return report
 
 
-def _report_prompts(found: dict[str, float], images: InstanceDataset, asked: Asked) -> dict[str, Any]:
+def _report_prompts(found: dict[str, float], images: InstanceDataset, asked: EvaluateRequest) -> dict[str, Any]:
     if not found["instances"]:
         raise ValueError(f"None of {len(images)} pictures has an object of at least {asked.min_area} pixels.")
     return {name: round(value, 2) for name, value in found.items()}
 
 
-def _report_boxes(found: DetectionScores, images: DetectionDataset, asked: Asked) -> dict[str, Any]:
+def _report_boxes(found: DetectionScores, images: DetectionDataset, asked: EvaluateRequest) -> dict[str, Any]:
     report = found.to_dict()
     if asked.per_class:
         pairs = zip(images.class_names, found.per_class.tolist(), strict=True)

@@ -1,27 +1,28 @@
-"""Options and steps that the commands which train or distill share."""
+"""Options and steps that the commands which train or distill share: the requests that their own extend."""
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, Literal
 
 import torch
 import typer
 
 from kornia_tinyvit.checkpoints import read_checkpoint
+from kornia_tinyvit.cli.options import Json
+from kornia_tinyvit.cli.tables import print_names
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore
-from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.training.recipes import RECIPES, Recipe
-
-Network = TypeVar("Network")
+from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
 
 
 class Frozen(StrEnum):
@@ -57,34 +58,146 @@ Rate = Annotated[float | None, typer.Option("--base-lr", help="Learning rate for
 Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")]
 OnCpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where there is a GPU.")]
 
+_TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def parse_precision(name: str) -> torch.dtype | None:
-    """Return the data type to compute in, ``None`` for that of the weights.
+@dataclass(frozen=True, kw_only=True)
+class DataRequest:
+    """Which images are used, and in what precision networks compute."""
 
-    Raises:
-        ValueError: if there is no such precision.
-    """
-    if name not in PRECISIONS:
-        raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {name!r}.")
-    return PRECISIONS[name]
+    data: Data
+    img_size: Side = None
+    seed: Seed = 0
+    precision: Precision = "no"
+    limit: Limit = None
+    as_json: Json = False
+
+    def __post_init__(self) -> None:
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"--precision is one of {', '.join(PRECISIONS)}; got {self.precision!r}.")
+
+    @property
+    def dtype(self) -> torch.dtype | None:
+        """The data type to compute in, ``None`` for that of the weights."""
+        return PRECISIONS[self.precision]
+
+    def drawn(self, images: Any) -> Any:
+        """Return the images that are used."""
+        return images if self.limit is None else images.sample(self.limit)
+
+    def samples(self, recipe: Recipe, on_broken: str, images: ClassificationDataset | None = None) -> ReplayedSamples:
+        """Give images the augmentation of a recipe; by default those of the data."""
+        images = self.drawn(ClassificationDataset.open(self.data)) if images is None else images
+        augmentation = ReplayableAugmentation(
+            recipe.img_size, recipe.preset, seed=self.seed, num_samples=len(images), **recipe.changes
+        )
+        return ReplayedSamples(images, augmentation, on_broken)
 
 
-def build_samples(
-    data: Path, recipe: Recipe, seed: int, on_broken: str = "stop", limit: int | None = None
-) -> ReplayedSamples:
-    """Build the pictures and the augmentation of a recipe."""
-    images = ClassificationDataset.open(data)
-    return augment_samples(images if limit is None else images.sample(limit), recipe, seed, on_broken)
+@dataclass(frozen=True, kw_only=True)
+class TrainingRequest(DataRequest):
+    """What is trained, from which weights, and where it is written."""
+
+    variant: TrainedVariant = "5m"
+    out: Out
+    validation: Validation = None
+    pretrained: Start = None
+    epochs: Epochs = None
+    batch_size: BatchSize = None
+    process_batch: ProcessBatch = None
+    base_lr: Rate = None
+    cpu: OnCpu = False
+    on_broken: OnBroken = "stop"
+
+    def find_recipe(self, name: str) -> Recipe:
+        """Return a recipe with the options that were given in the place of its own."""
+        return find_recipe(
+            name, epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, base_lr=self.base_lr
+        )
+
+    def build(self, build: Callable[..., Any], recipe: Recipe, seed: int, scaled: bool = True, **options: Any) -> Any:
+        """Build what is trained, with first weights of a seed.
+
+        Args:
+            build: builds it, such as ``TinyViT.from_config``.
+            recipe: how it is trained.
+            seed: seed of the first weights.
+            scaled: whether loaded windows follow the size of the images.
+            **options: for ``build``.
+        """
+        torch.manual_seed(seed)
+        usual = like(self.variant)
+        windows: Literal["scale", "fit"] | None = None
+        if self.pretrained and scaled and recipe.img_size >= usual.img_size:
+            windows = "scale"
+        elif not self.pretrained and recipe.img_size < usual.img_size:
+            windows = "fit"  # or small maps would be padded to windows larger than they are
+        return build(
+            self.variant if self.variant in VARIANTS else usual,
+            pretrained=self.pretrained or False,
+            img_size=recipe.img_size,
+            drop_path_rate=recipe.drop_path.get(self.variant, usual.drop_path_rate),
+            window_sizes=windows,
+            **options,
+        )
+
+    def validation_images(self, class_names: tuple[str, ...] | None) -> ClassificationDataset | None:
+        """Return the images to measure the accuracy on, their classes those of the network."""
+        if self.validation is None:
+            return None
+        return ClassificationDataset.open(self.validation).with_classes(class_names)
 
 
-def augment_samples(images: ClassificationDataset, recipe: Recipe, seed: int, on_broken: str) -> ReplayedSamples:
-    """Give pictures the augmentation of a recipe."""
-    augmentation = ReplayableAugmentation(
-        recipe.img_size, recipe.preset, seed=seed, num_samples=len(images), **recipe.changes
-    )
-    return ReplayedSamples(images, augmentation, on_broken)
+@dataclass(frozen=True, kw_only=True)
+class LoopRequest(TrainingRequest):
+    """A single training."""
+
+    init_seed: InitSeed = None
+    workers: Workers = 2
+    gradient_checkpointing: Checkpointing = False
+
+    @property
+    def first_seed(self) -> int:
+        """Seed of the first weights."""
+        return self.seed if self.init_seed is None else self.init_seed
+
+    def network(self, build: Callable[..., Any], recipe: Recipe, **options: Any) -> Any:
+        """Return what is trained, as :meth:`build` builds it."""
+        return self.build(build, recipe, self.first_seed, use_checkpoint=self.gradient_checkpointing, **options)
+
+    def train(self, model: Any, samples: Any, objective: Any, recipe: Recipe, **options: Any) -> None:
+        """Train, or resume, and print what it came to.
+
+        Args:
+            model: the network.
+            samples: the images and their augmentation.
+            objective: the loss.
+            recipe: how it is trained.
+            **options: for :func:`~kornia_tinyvit.training.train`.
+        """
+        result = train(
+            model,
+            samples,
+            objective,
+            recipe,
+            self.out,
+            origin={"pretrained": self.pretrained, "init_seed": self.first_seed},
+            process_batch=self.process_batch,
+            workers=self.workers,
+            precision=self.precision,
+            cpu=self.cpu,
+            progress=not self.as_json,
+            **options,
+        )
+        if not result.is_main_process:
+            return
+        if self.as_json:
+            print(json.dumps(result.to_dict()))
+            return
+        score = "" if result.score is None else f", {_TITLES[result.measure]} {result.score:.2f} %"
+        print(f"{result.steps} steps in {result.seconds:.0f} s{score}: {result.best}")
+        print_names("Could not be read and were left out", result.broken)
 
 
 def open_labels(path: Path, samples: ReplayedSamples) -> LabelStore:
@@ -106,54 +219,6 @@ def whole_epochs(store: LabelStore, wanted: int) -> list[int]:
     if len(whole) < wanted:
         print(f"Stored whole: {len(whole)} of {wanted} epochs, which are replayed in turn.", file=sys.stderr)
     return whole
-
-
-def build_student(
-    variant: str, pretrained: str | None, recipe: Recipe, num_classes: int, seed: int, gradient_checkpointing: bool
-) -> TinyViT:
-    """Build the classifier that is trained; see :func:`build_network`."""
-    build = TinyViT.from_config
-    return build_network(build, variant, pretrained, recipe, seed, gradient_checkpointing, num_classes=num_classes)
-
-
-def build_network(
-    build: Callable[..., Network],
-    variant: str,
-    pretrained: str | None,
-    recipe: Recipe,
-    seed: int,
-    gradient_checkpointing: bool,
-    scaled: bool = True,
-    **options: Any,
-) -> Network:
-    """Build what is trained, with first weights of a seed.
-
-    Args:
-        build: builds it, such as ``TinyViT.from_config``.
-        variant: variant of the TinyViT, or a file with one like it.
-        pretrained: weights to start from.
-        recipe: how it is trained.
-        seed: seed of the first weights.
-        gradient_checkpointing: whether to trade time for memory.
-        scaled: whether loaded windows follow the size of the images.
-        **options: for ``build``.
-    """
-    torch.manual_seed(seed)
-    usual = like(variant)
-    windows: Literal["scale", "fit"] | None = None
-    if pretrained and scaled and recipe.img_size >= usual.img_size:
-        windows = "scale"
-    elif not pretrained and recipe.img_size < usual.img_size:
-        windows = "fit"  # or small maps would be padded to windows larger than they are
-    return build(
-        variant if variant in VARIANTS else usual,
-        pretrained=pretrained or False,
-        img_size=recipe.img_size,
-        use_checkpoint=gradient_checkpointing,
-        drop_path_rate=recipe.drop_path.get(variant, usual.drop_path_rate),
-        window_sizes=windows,
-        **options,
-    )
 
 
 def like(variant: str) -> TinyViTConfig:

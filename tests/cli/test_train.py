@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.cli import app
-from kornia_tinyvit.cli.training_options import build_student
+from kornia_tinyvit.cli.training_options import LoopRequest
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
@@ -206,6 +206,14 @@ class TestChooseRecipe:
         assert find_recipe("in1k", epochs=10).warmup_epochs == 5
         assert find_recipe("in1k", epochs=1).warmup_epochs == 0.5
         assert find_recipe("in1k", epochs=60).warmup_epochs == 20
+
+
+def build_student(variant, pretrained, recipe, num_classes, seed, gradient_checkpointing):
+    asked = LoopRequest(
+        data=Path(), out=Path(), variant=variant, pretrained=pretrained, seed=seed,
+        gradient_checkpointing=gradient_checkpointing,
+    )  # fmt: skip
+    return asked.network(TinyViT.from_config, recipe, num_classes=num_classes)
 
 
 class TestBuildStudent:
