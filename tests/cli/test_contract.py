@@ -18,7 +18,7 @@ from kornia_tinyvit.cli.contract import change
 from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.helpers import error_of, run
+from tests.helpers import error_of, json_lines, run
 from tests.scenes import CLASSES, make_pictures
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
@@ -42,7 +42,7 @@ def command(folder, seed, out, *options):
 
 
 def journal(out: Path) -> list[dict]:
-    return [json.loads(line) for line in (out / "search.jsonl").read_text().splitlines()]
+    return json_lines(out / "search.jsonl")
 
 
 class TestContract:
@@ -126,12 +126,12 @@ class TestContract:
         evaluated: list[dict] = []
         for target in (2, 5):
             process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *command(folder, seed, out, *options)])
-            while sum(line["event"] == "evaluated" for line in whole_lines(out)) < target:
+            while sum(line["event"] == "evaluated" for line in journal(out)) < target:
                 assert process.poll() is None
                 time.sleep(0.01)
             process.kill()
             process.wait()
-            found = [line for line in whole_lines(out) if line["event"] == "evaluated"]
+            found = [line for line in journal(out) if line["event"] == "evaluated"]
             assert found[: len(evaluated)] == evaluated
             evaluated = found
         assert len(evaluated) < whole["evaluated"], "killed too late"
@@ -149,7 +149,7 @@ class TestContract:
         options = ("--max-parameters", "15k", "--processes", "2", "--cpu", "--json")
         arguments = command(folder, seed, tmp_path / "out", *options)
         process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *arguments])
-        while not any(line["event"] == "evaluated" for line in whole_lines(tmp_path / "out")):
+        while not any(line["event"] == "evaluated" for line in journal(tmp_path / "out")):
             assert process.poll() is None
             time.sleep(0.01)
         children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
@@ -192,10 +192,3 @@ class TestContract:
     )
     def test_errors(self, folder, seed, tmp_path, capfd, monkeypatch, options, message):
         assert message in error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", "--json", *options))
-
-
-def whole_lines(out: Path) -> list[dict]:
-    """Return the lines that are whole while another process writes."""
-    file = out / "search.jsonl"
-    text = file.read_text() if file.exists() else ""
-    return [json.loads(line) for line in text.splitlines(keepends=True) if line.endswith("\n")]

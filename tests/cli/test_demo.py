@@ -7,10 +7,7 @@ import pytest
 from PIL import Image
 
 from kornia_tinyvit import ImageClassifier
-from kornia_tinyvit.checkpoints.catalog import ASSETS
-from tests.helpers import cells, error_of, make_weights, run
-
-PHOTOS = ASSETS / "photos"
+from tests.helpers import PHOTOS, cells, error_of, make_weights, run
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.distillation import LabelStore, estimated_size
-from tests.helpers import error_of, run
+from tests.helpers import error_of, json_lines, run
 from tests.scenes import CLASSES, damage, make_pictures
 
 TEACHER = """
@@ -87,7 +87,7 @@ def test_whole_journey(folder, tmp_path, teacher):
     report = json.loads(run("evaluate", str(validation), "--pretrained", result["best"], "--json"))
     assert report["pictures"] == 6
     assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
-    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    lines = json_lines(out / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 1, 2, 2]
     again = json.loads(run(*train, "--validation", str(validation), "--json"))
     assert again == result

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 import math
 
 import pytest
@@ -14,6 +13,7 @@ from kornia_tinyvit.config import VARIANTS
 from kornia_tinyvit.contraction import Bench, Budget, Space, contract, contractions, count, expansions, refine
 from tests.conftest import TINY
 from tests.contraction.conftest import SMALL
+from tests.helpers import json_lines
 
 
 def toward(goal: TinyViTConfig):
@@ -72,7 +72,7 @@ class TestSearch:
         result = contract(SMALL, BUDGET, recorder, tmp_path, steps=3)
         assert BUDGET.holds(result.winner.costs)
         assert sum(result.config.depths) == sum(SMALL.depths)
-        lines = [json.loads(line) for line in (tmp_path / "search.jsonl").read_text().splitlines()]
+        lines = json_lines(tmp_path / "search.jsonl")
         kept = [line for line in lines if line["event"] == "kept"]
         first = BUDGET.excess(count(SMALL))
         assert kept[0]["excess"] == pytest.approx(first)

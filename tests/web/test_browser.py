@@ -12,12 +12,11 @@ import pytest
 from PIL import Image
 
 from kornia_tinyvit import save_checkpoint
-from kornia_tinyvit.checkpoints.catalog import ASSETS
+from tests.helpers import PHOTOS
 from tests.sam.test_model import lively
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
-PHOTOS = ASSETS / "photos"
 SECONDS = 60  # for anything on a busy machine
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
 
