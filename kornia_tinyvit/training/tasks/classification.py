@@ -61,7 +61,7 @@ class AccuracyEvaluator(Evaluator):
         self.prepare = prepare
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, int]]]) -> None:
-        """Count right answers."""
+        """Count right answers; samples are indices with an image :math:`(3, H, W)` in [0, 1] and its class."""
         images = [image.to(self.device) for _, (image, _) in samples]
         logits = network(self.prepare(images or [torch.zeros(3, 32, 32, device=self.device)]))
         if samples:

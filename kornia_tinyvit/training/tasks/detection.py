@@ -259,7 +259,7 @@ class BoxEvaluator(Evaluator):
         self._every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Objects]]]) -> None:
-        """Add what is found on images."""
+        """Add what is found; samples are indices with an image :math:`(3, H, W)` in [0, 1] and its objects."""
         images = [image for _, (image, _) in samples] or [torch.zeros(3, 32, 32)]
         squares, sizes = self._squares([image.to(self.device) for image in images])
         logits, boxes = network(squares)

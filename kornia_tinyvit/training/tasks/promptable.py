@@ -270,7 +270,10 @@ class PromptEvaluator(Evaluator):
         self.size = (config.img_size, config.img_size)
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:
-        """Ask for the instances of an image by a box and by a point each."""
+        """Prompt for each instance by a box and by a point; a sample is an index with a uint8 image and its masks.
+
+        The image is :math:`(3, H, W)`, the masks :math:`(N, H, W)`, bool.
+        """
         found = [sample for _, sample in samples if len(sample[1])]
         blank = torch.zeros(3, *self.size, dtype=torch.uint8), torch.ones(1, *self.size, dtype=torch.bool)
         pixels, masks = found[0] if found else blank

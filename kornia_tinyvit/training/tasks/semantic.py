@@ -157,7 +157,7 @@ class PixelEvaluator(Evaluator):
         self.config = config.backbone
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:
-        """Count the pixels of an image."""
+        """Count pixels; a sample is an index with an image :math:`(3, H, W)` in [0, 1] and a mask :math:`(H, W)`."""
         size = self.config.img_size
         picture, mask = samples[0][1] if samples else (torch.zeros(3, size, size), None)
         classes = class_maps(network, picture[None].to(self.device), self.config)
