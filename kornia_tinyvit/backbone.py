@@ -14,6 +14,7 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
+from kornia_tinyvit.checkpoints.adaptation import refuse_misfits
 from kornia_tinyvit.checkpoints.loading import PREPROCESSING_KEY, read_preprocessing
 from kornia_tinyvit.checkpoints.tensors import read_metadata, read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, name_classes
@@ -286,22 +287,9 @@ def _check_parts(
             wanted = {name: part.state_dict() for name, part in config.build_parts().items()}
     if not wanted:
         raise CheckpointError(f"{path} carries a configuration of another network. Nothing was loaded.")
-    parts = {name: weights.get(name, {}) for name in wanted}
     for name, wants in wanted.items():
-        part = parts[name]
-        differences = [each for each in wants if each not in part or part[each].shape != wants[each].shape]
-        differences += sorted(part.keys() - wants.keys())
-        if differences:
-            raise CheckpointError(
-                f"{path} carries a configuration of another network; {', '.join(differences[:4])} of its {name} are "
-                "others. Nothing was loaded."
-            )
-        broken = [each for each, x in part.items() if x.is_floating_point() and not x.isfinite().all()]
-        if broken:
-            raise CheckpointError(
-                f"{path} holds NaN or infinite values in {', '.join(broken[:4])}. Nothing was loaded."
-            )
-    return parts
+        refuse_misfits(weights.get(name, {}), wants, f"The {name} in {path}")
+    return {name: weights[name] for name in wanted}
 
 
 def parameter_groups(

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
-from typing import Any, TypeVar, cast
+from typing import Any, TypeVar
 
 import torch
 from kornia.geometry.transform import hflip
@@ -16,7 +15,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint
 from kornia_tinyvit.checkpoints.catalog import usual_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
-from kornia_tinyvit.images import ImageInput, as_images
+from kornia_tinyvit.images import ImageInput, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
@@ -174,10 +173,7 @@ class ImageClassifier(nn.Module):
 
     def _batches(self, images: ImageInput | Iterable[ImageInput], batch_size: int) -> Iterator[list[Tensor]]:
         """Read pictures batch by batch and return what each view makes of them."""
-        first = next(self.model.parameters())
-        channels = cast("int", self.model.config.in_chans)
-        pictures = (picture.to(first.device, first.dtype) for picture in as_images(images, channels))
-        while batch := list(islice(pictures, batch_size)):
+        for batch in read_batches(images, self.model, self.model.config.in_chans, batch_size):
             with torch.no_grad():
                 inputs = [self._prepare(batch, view) for view in (None, *self.views)]
             yield inputs

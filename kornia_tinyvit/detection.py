@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any, ClassVar
 
 import torch
@@ -17,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import Prediction
-from kornia_tinyvit.images import ImageInput, as_images, check_images
+from kornia_tinyvit.images import ImageInput, check_images, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_counts, resize_images
@@ -224,12 +223,10 @@ class TinyViTDetector(BackboneNetwork):
         check_counts(batch_size=batch_size)
         if not 0 <= confidence_threshold < 1:
             raise ValueError(f"confidence_threshold must be in [0, 1); got {confidence_threshold!r}.")
-        first, channels = next(self.parameters()), self.backbone.config.in_chans
-        pictures = (picture.to(first.device, first.dtype) for picture in as_images(images, channels))
         select = self.post_processor(confidence_threshold)
         found: list[list[Detection]] = []
         with evaluating(self), torch.inference_mode():
-            while batch := list(islice(pictures, batch_size)):
+            for batch in read_batches(images, self, self.backbone.config.in_chans, batch_size):
                 logits, boxes = self(batch)
                 sizes = torch.tensor([picture.shape[-2:] for picture in batch], device=logits.device)
                 for rows, size in zip(select(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable, Iterable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -11,7 +12,7 @@ import numpy as np
 import torch
 from kornia.image import image_to_tensor, tensor_to_image
 from PIL import Image, ImageOps
-from torch import Tensor
+from torch import Tensor, nn
 
 #: What is taken as an image: a tensor :math:`(C, H, W)` in [0, 1], a path, or a PIL image.
 ImageInput = Tensor | str | Path | Image.Image
@@ -21,6 +22,7 @@ __all__ = [
     "ImageInput",
     "as_images",
     "check_images",
+    "read_batches",
     "read_image",
     "read_pixels",
     "to_image",
@@ -183,6 +185,23 @@ def as_images(images: ImageInput | Iterable[ImageInput], channels: int = 3) -> I
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
         images = [images]
     return (_as_picture(image, channels) for image in images)
+
+
+def read_batches(
+    images: ImageInput | Iterable[ImageInput], network: nn.Module, channels: int, batch_size: int = 1
+) -> Iterator[list[Tensor]]:
+    """Read images as :func:`as_images` does, batch by batch, onto the device and in the precision of a network.
+
+    Args:
+        images: one image or several.
+        network: the network.
+        channels: channels that files and PIL images are read with: 1, 3 or 4.
+        batch_size: images per batch.
+    """
+    first = next(network.parameters())
+    read = (image.to(first.device, first.dtype) for image in as_images(images, channels))
+    while batch := list(islice(read, batch_size)):
+        yield batch
 
 
 def _as_picture(image: ImageInput, channels: int) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
-from kornia_tinyvit.images import ImageInput, as_images, check_images
+from kornia_tinyvit.images import ImageInput, check_images, read_batches
 from kornia_tinyvit.layers import ConvBN, evaluating
 from kornia_tinyvit.preprocessing import resize_images
 
@@ -144,13 +144,12 @@ class SemanticSegmenter(BackboneNetwork):
             ValueError: if a file cannot be read or a shape is wrong.
             FileNotFoundError: if there is no such file.
         """
-        first, config = next(self.parameters()), self.backbone.config
-        found = []
+        config = self.backbone.config
         with evaluating(self), torch.inference_mode():
-            for picture in as_images(images, config.in_chans):
-                batch = picture.to(first.device, first.dtype).unsqueeze(0)
-                check_images(batch, config.in_chans)
-                found.append(class_maps(self, batch, config)[0])
+            found = []
+            for (image,) in read_batches(images, self, config.in_chans):
+                check_images(image[None], config.in_chans)
+                found.append(class_maps(self, image[None], config)[0])
         return found
 
 

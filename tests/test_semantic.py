@@ -225,7 +225,7 @@ class TestFiles:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("width", 17, "another network; .*project.0"),
+            ("width", 17, "another architecture: .*project.0"),
             ("width", 10**12, "another network"),
             ("num_classes", 4, "classifier"),
             ("num_classes", 0, "at least 1"),

@@ -6,35 +6,22 @@ The official names, which are also kornia's, are the ones this package uses.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 from torch import Tensor
 
 __all__ = ["to_timm", "to_transformers", "translate", "unwrap"]
 
-_Patterns = tuple[tuple[re.Pattern[str], str | Callable[[re.Match[str]], str]], ...]
-
-# timm counts a stage's merging as the first step of the next stage, and names the parts of a convolution otherwise.
-_TIMM_TO_OFFICIAL: _Patterns = (
-    (re.compile(r"^stages\.(\d+)\.downsample\."), lambda match: f"layers.{int(match[1]) - 1}.downsample."),
-    (re.compile(r"^stages\."), "layers."),
-    (re.compile(r"^patch_embed\.conv1\."), "patch_embed.seq.0."),
-    (re.compile(r"^patch_embed\.conv2\."), "patch_embed.seq.2."),
-    (re.compile(r"^head\.norm\."), "norm_head."),
-    (re.compile(r"^head\.fc\."), "head."),
-    (re.compile(r"\.conv\.weight$"), ".c.weight"),
+# How names begin in the official layout and in timm's, which names the parts of a convolution otherwise.
+_OFFICIAL_AND_TIMM = (
+    ("layers.", "stages."),
+    ("patch_embed.seq.0.", "patch_embed.conv1."),
+    ("patch_embed.seq.2.", "patch_embed.conv2."),
+    ("norm_head.", "head.norm."),
+    ("head.", "head.fc."),
 )
-
-_OFFICIAL_TO_TIMM: _Patterns = (
-    (re.compile(r"^layers\.(\d+)\.downsample\."), lambda match: f"stages.{int(match[1]) + 1}.downsample."),
-    (re.compile(r"^layers\."), "stages."),
-    (re.compile(r"^patch_embed\.seq\.0\."), "patch_embed.conv1."),
-    (re.compile(r"^patch_embed\.seq\.2\."), "patch_embed.conv2."),
-    (re.compile(r"^head\."), "head.fc."),
-    (re.compile(r"^norm_head\."), "head.norm."),
-    (re.compile(r"\.c\.weight$"), ".conv.weight"),
-)
+_CONVOLUTION = (".c.weight", ".conv.weight")
 # The network inside this package's models of transformers, and their classifier.
 _TRANSFORMERS_NETWORK = ("tinyvit.network.", "network.")
 _TRANSFORMERS_HEAD = "classifier."
@@ -78,7 +65,7 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
         }
     elif any(name.startswith("stages.") for name in tensors):
         layout = "timm"
-        tensors = {_replace(name, _TIMM_TO_OFFICIAL): tensor for name, tensor in tensors.items()}
+        tensors = {_rename(name, to_timm=False): tensor for name, tensor in tensors.items()}
     elif any(name.startswith(_TRANSFORMERS_NETWORK) for name in tensors):
         layout = "transformers"
         tensors = {_from_transformers(name): tensor for name, tensor in tensors.items()}
@@ -106,7 +93,7 @@ def to_timm(name: str) -> str:
         >>> to_timm("layers.0.downsample.conv1.c.weight")
         'stages.1.downsample.conv1.conv.weight'
     """
-    return _replace(name, _OFFICIAL_TO_TIMM)
+    return _rename(name, to_timm=True)
 
 
 def to_transformers(name: str) -> str:
@@ -127,7 +114,15 @@ def _from_transformers(name: str) -> str:
     return next((name.removeprefix(prefix) for prefix in _TRANSFORMERS_NETWORK if name.startswith(prefix)), name)
 
 
-def _replace(name: str, patterns: _Patterns) -> str:
-    for pattern, replacement in patterns:
-        name = pattern.sub(replacement, name)
+def _rename(name: str, *, to_timm: bool) -> str:
+    """Translate the name of a tensor between the official layout and timm's, whose stages begin with a merging."""
+    old, new = (0, 1) if to_timm else (1, 0)
+    pairs = (pair for pair in _OFFICIAL_AND_TIMM if name.startswith(pair[old]))
+    if pair := next(pairs, None):
+        name = pair[new] + name.removeprefix(pair[old])
+    if match := re.match(r"(layers|stages)\.(\d+)\.downsample\.", name):
+        stage = int(match[2]) + (1 if to_timm else -1)
+        name = f"{match[1]}.{stage}.downsample.{name[match.end() :]}"
+    if name.endswith(_CONVOLUTION[old]):
+        name = name.removesuffix(_CONVOLUTION[old]) + _CONVOLUTION[new]
     return name
