@@ -272,7 +272,7 @@ class TestFiles:
             metadata["kornia_tinyvit.detector"] = json.dumps(told | {field: value})
 
         self.spoil(path, change)
-        with pytest.raises(CheckpointError, match="another (network|architecture)"):
+        with pytest.raises(CheckpointError, match=r"another (network|architecture)"):
             TinyViTDetector.from_config(pretrained=path)
 
     @pytest.mark.parametrize("told", ["{", "[]", "{}", '{"class_names": ["a"], "backbone": 3}'])
