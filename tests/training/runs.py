@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
+
+from tests.helpers import json_lines
 
 
 class Interrupted(Exception):
@@ -28,7 +29,7 @@ class Stopping:
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return json_lines(out / "metrics.jsonl")
 
 
 def losses(out: Path) -> list[float]:
