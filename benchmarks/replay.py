@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kornia_tinyvit.data import ReplayableAugmentation
-from kornia_tinyvit.data.draws import crop_box
+from kornia_tinyvit.data.drawing import crop_box
 from kornia_tinyvit.images import read_pixels
 
 BATCH, SIZE, RUNS = 128, 224, 7

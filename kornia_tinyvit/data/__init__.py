@@ -5,7 +5,7 @@ from kornia_tinyvit.data.boxes import Objects
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError, ImageDataset
 from kornia_tinyvit.data.detection import DetectionDataset
-from kornia_tinyvit.data.draws import Draws
+from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader
 from kornia_tinyvit.data.order import EpochOrder

@@ -17,18 +17,8 @@ from kornia.geometry.transform import hflip
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from kornia_tinyvit.data.draws import (
-    ATTEMPTS,
-    POLICY_LAYERS,
-    Draws,
-    beta_quantile,
-    crop_box,
-    draw_policy,
-    erased_box,
-    pasted_box,
-    unit,
-)
-from kornia_tinyvit.data.operators import OPERATIONS, OPERATORS, apply_to, box_mask, erase, to_floats
+from kornia_tinyvit.data import drawing, operators
+from kornia_tinyvit.data.drawing import ATTEMPTS, Draws
 from kornia_tinyvit.data.order import EpochOrder, keyed_words
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset
 
@@ -103,8 +93,8 @@ class ReplayableAugmentation(nn.Module):
         self.order = EpochOrder(num_samples or 1, seed)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
-        self._mixup_share = beta_quantile(self.preset.mixup) if self.preset.mixup else None
-        self._cutmix_share = beta_quantile(self.preset.cutmix) if self.preset.cutmix else None
+        self._mixup_share = drawing.beta_quantile(self.preset.mixup) if self.preset.mixup else None
+        self._cutmix_share = drawing.beta_quantile(self.preset.cutmix) if self.preset.cutmix else None
 
     def describe(self) -> dict[str, Any]:
         """Return everything but the seed that decides what comes out, as JSON's types."""
@@ -122,16 +112,16 @@ class ReplayableAugmentation(nn.Module):
         """
         indices = np.asarray(indices, dtype=np.int64)
         preset, none = self.preset, np.zeros((len(indices), 4), dtype=np.int64)
-        layers = POLICY_LAYERS[preset.policy]
+        layers = drawing.POLICY_LAYERS[preset.policy]
         words = self._words("policy", epoch, indices, layers).reshape(len(indices), layers, 4)
-        operations, magnitudes = draw_policy(preset.policy, words)
+        operations, magnitudes = drawing.draw_policy(preset.policy, words)
         jitter = 1 + preset.color_jitter * (2 * self._uniform("jitter", epoch, indices)[:, :3] - 1)
         chance = self._words("erasing", epoch, indices)
         erased = none
         if preset.erasing:
-            erases = unit(chance[:, 0]) < preset.erasing
+            erases = drawing.unit(chance[:, 0]) < preset.erasing
             tries = self._uniform("erasing_box", epoch, indices, ATTEMPTS).reshape(-1, ATTEMPTS, 4)
-            erased = np.where(erases[:, None], erased_box(tries, self.img_size), none)
+            erased = np.where(erases[:, None], drawing.erased_box(tries, self.img_size), none)
         partners, share, pasted = indices, np.zeros(len(indices), dtype=np.float32), none
         if self.mixes:
             partners, share, pasted = self._draw_mixing(epoch, indices)
@@ -170,7 +160,7 @@ class ReplayableAugmentation(nn.Module):
                 "Read it with kornia_tinyvit.images.read_pixels."
             )
         height, width = picture.shape[-2:]
-        top, left, rows, columns = crop_box(draws.crop[row], height, width, self.preset)
+        top, left, rows, columns = drawing.crop_box(draws.crop[row], height, width, self.preset)
         cut = picture[None, :, top : top + rows, left : left + columns]
         # 8-bit resizing is the same on all processors and for any number of threads; floating point is not.
         size = (self.img_size, self.img_size)
@@ -200,10 +190,9 @@ class ReplayableAugmentation(nn.Module):
         if len(draws) == 0:
             return crops.float()
         chunk = _CPU_CHUNK if crops.device.type == "cpu" else len(draws)
-        rows = np.arange(len(draws))
-        parts = [rows[start : start + chunk] for start in range(0, len(rows), chunk)]
+        parts = [slice(start, start + chunk) for start in range(0, len(draws), chunk)]
         with torch.autocast(crops.device.type, enabled=False):  # whoever trains in 16 bits gets the same pictures
-            images = torch.cat([self._change(crops[part[0] : part[-1] + 1], draws, part) for part in parts])
+            images = torch.cat([self._change(crops[part], draws, part) for part in parts])
             return self._mix(images, draws) if self.mixes else images
 
     def soft_labels(self, labels: Tensor, draws: Draws, num_classes: int) -> Tensor:
@@ -216,7 +205,8 @@ class ReplayableAugmentation(nn.Module):
         """
         hard = F.one_hot(labels.long(), num_classes).float()
         if self.mixes:
-            share = torch.from_numpy(self._partner_share(draws)).to(hard)[:, None]
+            pasted = draws.pasted[:, 2] * draws.pasted[:, 3] / self.img_size**2
+            share = torch.from_numpy((draws.share + pasted).astype(np.float32)).to(hard)[:, None]
             hard = hard * (1 - share) + _swap_neighbours(hard) * share
         smoothing = self.preset.label_smoothing
         return hard * (1 - smoothing) + smoothing / num_classes
@@ -231,7 +221,7 @@ class ReplayableAugmentation(nn.Module):
         return keyed_words(self.seed, epoch, keys, _STREAMS[stream], blocks)
 
     def _uniform(self, stream: str, epoch: int, keys: NDArray[np.int64], blocks: int = 1) -> NDArray[np.float64]:
-        return unit(self._words(stream, epoch, keys, blocks))
+        return drawing.unit(self._words(stream, epoch, keys, blocks))
 
     def _draw_mixing(
         self, epoch: int, indices: NDArray[np.int64]
@@ -246,37 +236,29 @@ class ReplayableAugmentation(nn.Module):
         if self._mixup_share is not None:
             share = np.where(pairs & ~by_cutmix, self._mixup_share(mixed), 0).astype(np.float32)
         if self._cutmix_share is not None:
-            box = pasted_box(self._cutmix_share(mixed), top, left, self.img_size)
+            box = drawing.pasted_box(self._cutmix_share(mixed), top, left, self.img_size)
             pasted = np.where(by_cutmix[:, None], box, pasted)
         return partners, share, pasted
 
-    def _partner_share(self, draws: Draws) -> NDArray[np.float32]:
-        """Return how much of each mixed picture is its partner's, :math:`(B,)`."""
-        area = draws.pasted[:, 2] * draws.pasted[:, 3] / self.img_size**2
-        return (draws.share + area).astype(np.float32)
-
     # Pixels, in torch on the device.
 
-    def _change(self, crops: Tensor, draws: Draws, rows: NDArray[np.int64]) -> Tensor:
+    def _change(self, crops: Tensor, draws: Draws, rows: slice) -> Tensor:
         images = crops.clone()
-        apply_to(images, draws.flip[rows], hflip)
+        operators.apply_to(images, draws.flip[rows], hflip)
         for layer in range(draws.operations.shape[1]):
             chosen, strengths = draws.operations[rows, layer], draws.magnitudes[rows, layer]
             for number in np.unique(chosen[chosen >= 0]):
-                operator = OPERATORS[OPERATIONS[number]]
-                apply_to(images, chosen == number, operator, strengths)
+                operator = operators.OPERATORS[operators.OPERATIONS[number]]
+                operators.apply_to(images, chosen == number, operator, strengths)
         if self.preset.color_jitter:
-            every = np.ones(len(rows), dtype=bool)
+            every = np.ones(len(images), dtype=bool)
             for name, column in (("brightness", 0), ("contrast", 1), ("color", 2)):
-                apply_to(images, every, OPERATORS[name], draws.jitter[rows, column])
-        normalized = KE.normalize(to_floats(images), self.mean, self.std)
-        return erase(normalized, draws.erased[rows], draws.noise[rows])
+                operators.apply_to(images, every, operators.OPERATORS[name], draws.jitter[rows, column])
+        normalized = KE.normalize(operators.to_floats(images), self.mean, self.std)
+        return operators.erase(normalized, draws.erased[rows], draws.noise[rows])
 
     def _mix(self, images: Tensor, draws: Draws) -> Tensor:
-        beside = draws.indices.copy()
-        even = len(beside) // 2 * 2
-        beside[:even] = beside[:even].reshape(-1, 2)[:, ::-1].ravel()
-        if not np.array_equal(beside, draws.partners):
+        if not np.array_equal(_swap_neighbours(torch.from_numpy(draws.indices)).numpy(), draws.partners):
             raise ValueError(
                 "Mixed samples must come in the pairs (0, 1), (2, 3), ... of the epoch's order, neighbours in one "
                 "batch; EpochBatches keeps them together."
@@ -284,7 +266,7 @@ class ReplayableAugmentation(nn.Module):
         other = _swap_neighbours(images)
         share = torch.from_numpy(draws.share).to(images)[:, None, None, None]
         images = images * (1 - share) + other * share
-        return torch.where(box_mask(draws.pasted, images), other, images)
+        return torch.where(operators.box_mask(draws.pasted, images), other, images)
 
 
 def _swap_neighbours(rows: Tensor) -> Tensor:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.data.boxes import Box, Boxes, collect_boxes
+from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_json
 from kornia_tinyvit.data.folders import Files, pictures_below
 from kornia_tinyvit.data.masks import Instances, Masks, fill_rings
 from kornia_tinyvit.ops.rle import decode_rle
 
-_Entry = Mapping[str, Any]
+_Entry = dict[str, Any]
+_Labelled = tuple[_Entry, list[_Entry]]  # an image and its annotations
 
 
 def read_boxes(path: Path, folder: Path | None = None) -> Contents:
@@ -41,13 +41,14 @@ def read_boxes(path: Path, folder: Path | None = None) -> Contents:
                 f"{path}: annotation {each.get('id')} has the category {each['category_id']}, which is none of the "
                 f"{len(indices)} that the file lists."
             )
+    folder = folder or _find_folder(path, content["images"])
+    there, missing = _sort(path, content, folder)
     left_out: list[str] = []
-
-    def boxes_of(image: _Entry, annotations: Sequence[_Entry]) -> Boxes:
-        return collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image))
-
-    contents = _contents(path, content, folder or _find_folder(path, content["images"]), boxes_of)
-    return replace(contents, class_names=tuple(name for _, name in categories), left_out=tuple(left_out))
+    boxes = [
+        collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image)) for image, annotations in there
+    ]
+    names = tuple(name for _, name in categories)
+    return Contents(_files(folder, there), boxes, names, tuple(left_out), without_picture=missing)
 
 
 def read_masks(path: Path, folder: Path) -> Contents:
@@ -63,24 +64,14 @@ def read_masks(path: Path, folder: Path) -> Contents:
             lengths.
     """
     content = _read(path, "segmentation")
-
-    def masks_of(image: _Entry, annotations: Sequence[_Entry]) -> Instances:
-        for each in annotations:
-            if not _is_segmentation(each["segmentation"]):
-                raise ValueError(
-                    f"{_place(path, image, each)} has the segmentation {str(each['segmentation'])[:60]}; expected "
-                    "polygons, each pairs of x and y in pixels, or run lengths with their size."
-                )
-        kept = tuple(each["segmentation"] for each in annotations if not each.get("iscrowd"))
-        return Instances(kept, _masks, _size(image))
-
-    contents = _contents(path, content, folder, masks_of)
+    there, missing = _sort(path, content, folder)
+    labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in there]
     listed = {folder / image["file_name"] for image in content["images"]}
     others = sorted(file.relative_to(folder).as_posix() for file in pictures_below(folder) if file not in listed)
-    return replace(contents, without_mask=tuple(others))
+    return Contents(_files(folder, there), labels, without_mask=tuple(others), without_picture=missing)
 
 
-def _read(path: Path, label: str) -> dict[str, list[dict[str, Any]]]:
+def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
     """Return what a file holds, after a check of its values and of the label that annotations must have."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
@@ -104,13 +95,8 @@ def _read(path: Path, label: str) -> dict[str, list[dict[str, Any]]]:
     return content
 
 
-def _contents(
-    path: Path,
-    content: Mapping[str, Sequence[_Entry]],
-    folder: Path,
-    label: Callable[[_Entry, Sequence[_Entry]], Any],
-) -> Contents:
-    """Return the images that are there, and what is made of their annotations."""
+def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labelled], tuple[str, ...]]:
+    """Return the images that are there with their annotations, and the names of those that are missing."""
     of_image: dict[Any, list[_Entry]] = defaultdict(list)
     for each in content["annotations"]:
         of_image[each["image_id"]].append(each)
@@ -118,12 +104,14 @@ def _contents(
     missing = [image["file_name"] for image in content["images"] if not (folder / image["file_name"]).is_file()]
     if not there:
         raise FileNotFoundError(f"No picture of {path} is in {folder}: {', '.join(missing[:5])}.")
-    names = [image["file_name"] for image in there]
-    labels = [label(image, of_image[image["id"]]) for image in there]
-    return Contents(Files(folder, names), labels, without_picture=tuple(missing))
+    return [(image, of_image[image["id"]]) for image in there], tuple(missing)
 
 
-def _find_folder(path: Path, images: Sequence[_Entry]) -> Path:
+def _files(folder: Path, there: list[_Labelled]) -> Files:
+    return Files(folder, [image["file_name"] for image, _ in there])
+
+
+def _find_folder(path: Path, images: list[_Entry]) -> Path:
     """Return the first of the usual folders that holds an image of a file."""
     part = path.stem.removeprefix("instances_")
     beside = path.parent.parent
@@ -137,7 +125,7 @@ def _find_folder(path: Path, images: Sequence[_Entry]) -> Path:
     )
 
 
-def _boxes(path: Path, image: _Entry, annotations: Sequence[_Entry], indices: Mapping[int, int]) -> Iterator[Box]:
+def _boxes(path: Path, image: _Entry, annotations: list[_Entry], indices: Mapping[int, int]) -> Iterator[Box]:
     for each in annotations:
         place, numbers, area = _place(path, image, each), each["bbox"], each.get("area", math.nan)
         if not _is_finite(numbers) or len(numbers) != 4:
@@ -148,6 +136,16 @@ def _boxes(path: Path, image: _Entry, annotations: Sequence[_Entry], indices: Ma
         note = f"{place}: the box {numbers} has no area in {image['width']}x{image['height']} pixels"
         corners = (left, top, left + width, top + height)
         yield Box(indices[each["category_id"]], corners, note, float(area), bool(each.get("iscrowd", 0)))
+
+
+def _segmentations(path: Path, image: _Entry, annotations: list[_Entry]) -> tuple[Any, ...]:
+    for each in annotations:
+        if not _is_segmentation(each["segmentation"]):
+            raise ValueError(
+                f"{_place(path, image, each)} has the segmentation {str(each['segmentation'])[:60]}; expected "
+                "polygons, each pairs of x and y in pixels, or run lengths with their size."
+            )
+    return tuple(each["segmentation"] for each in annotations if not each.get("iscrowd"))
 
 
 def _masks(segmentation: Any, size: tuple[int, int]) -> Masks:

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
-from kornia_tinyvit.data.draws import Draws
+from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.order import EpochOrder
 
 __all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
-from kornia_tinyvit.data.draws import Draws
+from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.loader import Batch
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import (

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from kornia_tinyvit.data import EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
 from kornia_tinyvit.data import augmentation as module
-from kornia_tinyvit.data.draws import Draws, beta_quantile, crop_box
+from kornia_tinyvit.data.drawing import Draws, beta_quantile, crop_box
 from kornia_tinyvit.data.operators import OPERATIONS, OPERATORS, make_noise
 
 SIZE, SAMPLES = 40, 66
