@@ -72,7 +72,7 @@ def export(
     }
     report = {"path": str(out), **_describe(model, **settings)}
     if out.suffix == ".onnx":
-        export_onnx(model, out, opset=opset or 20, **settings)
+        export_onnx(model, out, opset=20 if opset is None else opset, **settings)
     else:
         export_program(model, out, compiled=compiled, **settings)
     report["bytes"] = out.stat().st_size
