@@ -57,15 +57,7 @@ def keyed_words(seed: int, epoch: int, indices: NDArray[np.int64], stream: int, 
     """
     rows = np.asarray(indices, dtype=np.uint64)[:, None]
     block = np.arange(blocks, dtype=np.uint64)[None, :]
-    shape = np.broadcast_shapes(rows.shape, block.shape)
-    counter = np.stack(
-        [
-            np.broadcast_to(rows, shape),
-            np.full(shape, epoch, dtype=np.uint64),
-            np.full(shape, stream, dtype=np.uint64),
-            np.broadcast_to(block, shape),
-        ]
-    )
+    counter = np.stack(np.broadcast_arrays(rows, np.uint64(epoch), np.uint64(stream), block))
     words = philox(counter, (seed & 0xFFFFFFFF, seed >> 32))
     return words.transpose(1, 2, 0).reshape(len(rows), 4 * blocks)
 
