@@ -106,6 +106,7 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
     if not model.config.num_denoising:
         del weights[_DENOISING]
     model.load_state_dict(weights)
+    network_of(model).preprocessing = detector.backbone.preprocessing
     return torch.nn.Module.to(model, first.device, first.dtype).train(detector.training)
 
 

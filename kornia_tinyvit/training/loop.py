@@ -211,6 +211,7 @@ class _Training:
     ) -> None:
         self.accelerator, self.samples, self.objective, self.recipe = accelerator, samples, objective, recipe
         self.config, self.task, self.folder = model.config, task, folder
+        self.preprocessing = task.preprocessing(model, samples)
         self.process_batch, self.accumulate = _split_batch(recipe.batch_size, accelerator.num_processes, process_batch)
         groups = model.parameter_groups(recipe.peak_lr, recipe.weight_decay, recipe.layer_decay)
         optimizer = torch.optim.AdamW(groups, betas=_BETAS, eps=1e-8)
@@ -342,7 +343,7 @@ class _Training:
                     names.append("best")
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
-                write = self.task.writer(self.config, state, class_names)
+                write = self.task.writer(self.config, state, class_names, self.preprocessing)
                 for name in names:
                     write(self.folder.weights(name))
         self.broken.update(self._everyones_broken())

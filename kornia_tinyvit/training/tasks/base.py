@@ -15,6 +15,8 @@ from kornia_tinyvit.data.datasets import check_names
 from kornia_tinyvit.data.loader import read_unless_broken, replay_loader
 from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.layers import evaluating
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.counts import Counts
 
@@ -157,11 +159,16 @@ class Task:
         """
         return type(self).evaluator_class(images, config, **options)
 
+    def preprocessing(self, model: nn.Module, samples: Any) -> Preprocessing:
+        """Return what images go through before the network, which its files state: by default as before training."""
+        return next(module.preprocessing for module in model.modules() if isinstance(module, TinyViT))
+
     def writer(
-        self, config: Any, state: dict[str, Tensor], class_names: Sequence[str] | None
+        self, config: Any, state: dict[str, Tensor], class_names: Sequence[str] | None, preprocessing: Preprocessing
     ) -> Callable[[Path], object]:
         """Return what writes weights to a file that the network's ``from_config`` reads."""
         network = type(self).network_class.from_config(config, class_names=class_names)
+        network.backbone.preprocessing = preprocessing
         self.load(network, state)
         save: Callable[[Path], object] = network.save
         return save

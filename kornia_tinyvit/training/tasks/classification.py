@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,7 +17,7 @@ from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import Batch, ReplayedSamples
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 from kornia_tinyvit.training.metrics.classification import Metrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
@@ -83,22 +83,38 @@ class Classification(Task):
         self, images: ClassificationDataset, config: TinyViTConfig, samples: ReplayedSamples, **options: Any
     ) -> AccuracyEvaluator:
         """Begin to count right answers."""
-        augmentation = samples.augmentation
-        mean, std = (tuple(values.tolist()) for values in (augmentation.mean, augmentation.std))
-        pipeline = EvaluationPipeline(augmentation.img_size, mean=mean, std=std).to(options["device"])
+        settings = _validated(samples)
+        pipeline = EvaluationPipeline.from_preprocessing(settings).to(options["device"])
 
         def prepare(pictures: list[Tensor]) -> Tensor:
             return torch.cat([pipeline(picture[None]) for picture in pictures])
 
         return AccuracyEvaluator(images, config.num_classes, prepare, **options)
 
+    def preprocessing(self, model: nn.Module, samples: ReplayedSamples) -> Preprocessing:
+        """Return the statistics that the samples are normalized with, at the network's own size."""
+        return _validated(samples).resize(cast("TinyViT", model).config.img_size)
+
     def writer(
-        self, config: TinyViTConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
+        self,
+        config: TinyViTConfig,
+        state: dict[str, Tensor],
+        class_names: Sequence[str] | None,
+        preprocessing: Preprocessing,
     ) -> Callable[[Path], object]:
         """Write files for :meth:`TinyViT.from_config`."""
         plain = TinyViT.from_config(config)
+        plain.preprocessing = preprocessing
         plain.load_state_dict(state)
         return partial(save_checkpoint, plain, class_names=class_names)
+
+
+def _validated(samples: ReplayedSamples) -> Preprocessing:
+    """Return the preprocessing of validation: size and statistics are the augmentation's."""
+    augmentation = samples.augmentation
+    # The shortest numbers that are these in single precision.
+    mean, std = (tuple(float(str(each)) for each in x.numpy()) for x in (augmentation.mean, augmentation.std))
+    return Preprocessing(augmentation.img_size, mean=mean, std=std)
 
 
 #: The task of classifiers, which :func:`~kornia_tinyvit.training.train` takes if no other is named.

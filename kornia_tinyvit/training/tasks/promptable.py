@@ -19,6 +19,7 @@ from kornia_tinyvit.config import TinyViTConfig, WindowSizes
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.ops import central_points, mask_boxes
+from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.inputs import prepare_photo
@@ -316,9 +317,13 @@ class Promptable(Task):
         """Let all images pass: instances have no classes."""
 
     def writer(
-        self, config: PromptableConfig, state: dict[str, Tensor], class_names: Sequence[str] | None
+        self,
+        config: PromptableConfig,
+        state: dict[str, Tensor],
+        class_names: Sequence[str] | None,
+        preprocessing: Preprocessing,
     ) -> Callable[[Path], object]:
-        """Write files for :meth:`MobileSAM.from_config`."""
+        """Write files for :meth:`MobileSAM.from_config`, which has its own preprocessing."""
         sam = MobileSAM.from_config(config.encoder, img_size=config.img_size)
         sam.load_state_dict({name.removeprefix("sam."): tensor for name, tensor in state.items()})
         return partial(save_checkpoint, sam)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset, replay_loader
+from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,
@@ -276,3 +277,13 @@ class TestTraining:
         fit(folder, tmp_path / "out")
         with pytest.raises(ValueError, match=r"augmentation\.flip"):
             fit(folder, tmp_path / "out", replace(RECIPE, changes={"color_jitter": 0.1, "flip": 0.1}))
+
+
+def test_files_keep_the_preprocessing(tmp_path):
+    """A segmenter is trained and saved with the statistics of the weights that it began with."""
+    segmenter = SemanticSegmenter(TinyViT(**TINY | {"num_classes": 0}), num_classes=3, width=8)
+    segmenter.backbone.preprocessing = Preprocessing(64, mean=(0.5,) * 3, std=(0.25,) * 3)
+    preprocessing = SEMANTIC.preprocessing(segmenter, None)
+    SEMANTIC.writer(segmenter.config, segmenter.state_dict(), None, preprocessing)(tmp_path / "trained.safetensors")
+    again = SemanticSegmenter.from_config(pretrained=tmp_path / "trained.safetensors")
+    assert again.mean.tolist() == [0.5] * 3
