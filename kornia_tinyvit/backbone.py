@@ -21,7 +21,7 @@ from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_counts
 
-__all__ = ["BackboneConfig", "BackboneNetwork", "OnBackbone", "parameter_groups"]
+__all__ = ["BackboneConfig", "BackboneNetwork", "parameter_groups"]
 
 
 @dataclass(frozen=True)
@@ -74,27 +74,7 @@ class BackboneConfig:
         return cls(**{**values, "backbone": TinyViTConfig.from_dict(values["backbone"])})
 
 
-class OnBackbone(nn.Module):
-    """A mixin for networks with a TinyViT, their ``backbone``, and parts behind it."""
-
-    backbone: TinyViT
-
-    def parameter_groups(self, lr: float, weight_decay: float = 0.01, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and the other parts' at ``lr``.
-
-        Args:
-            lr: learning rate of the parts behind the backbone and of the backbone's last block.
-            weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
-            layer_decay: factor in (0, 1] from one block of the backbone to the one before.
-
-        Raises:
-            ValueError: if ``layer_decay`` is outside of (0, 1].
-        """
-        parts = [part for part in self.children() if part is not self.backbone]
-        return parameter_groups(self.backbone, parts, lr, weight_decay, layer_decay)
-
-
-class BackboneNetwork(OnBackbone):
+class BackboneNetwork(nn.Module):
     """Base of networks of a TinyViT and parts behind it, which take images in [0, 1] and normalize them.
 
     A subclass sets the class attributes. The norm, head and neck of the backbone, which its stages do without, are
@@ -124,6 +104,7 @@ class BackboneNetwork(OnBackbone):
     #: How the names of the weights begin that belong to the classes, within their part.
     class_weights: ClassVar[tuple[str, ...]]
 
+    backbone: TinyViT
     mean: Tensor
     std: Tensor
     _shape: Any
@@ -243,6 +224,20 @@ class BackboneNetwork(OnBackbone):
     def normalize(self, images: Tensor) -> Tensor:
         """Subtract the means from images :math:`(B, C, H, W)` in [0, 1] and divide by the standard deviations."""
         return normalize(images, self.mean.to(images), self.std.to(images))
+
+    def parameter_groups(self, lr: float, weight_decay: float = 0.01, layer_decay: float = 1.0) -> list[dict[str, Any]]:
+        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and the other parts' at ``lr``.
+
+        Args:
+            lr: learning rate of the parts behind the backbone and of the backbone's last block.
+            weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
+            layer_decay: factor in (0, 1] from one block of the backbone to the one before.
+
+        Raises:
+            ValueError: if ``layer_decay`` is outside of (0, 1].
+        """
+        parts = [part for part in self.children() if part is not self.backbone]
+        return parameter_groups(self.backbone, parts, lr, weight_decay, layer_decay)
 
     def save(self, path: str | Path) -> Path:
         """Write a safetensors file with configuration, preprocessing and class names inside, whole or not at all.

@@ -140,7 +140,8 @@ def _build(source: str | Path | nn.Module) -> Teacher:
             f"{text!r} is no teacher; expected file.py:function, timm:NAME, transformers:NAME, a checkpoint's path or "
             "VARIANT/NAME such as 21m/in22k."
         )
-    return Teacher(network, text, network.config.img_size)
+    preprocessing = network.preprocessing
+    return Teacher(network, text, preprocessing.img_size, preprocessing.mean, preprocessing.std)
 
 
 def _call(file: Path, function: str) -> nn.Module:

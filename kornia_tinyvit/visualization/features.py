@@ -12,7 +12,6 @@ from kornia.geometry.transform import resize
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = [
     "blur_size",
@@ -112,8 +111,9 @@ def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
     scale = 4 * classifier.model.config.img_size / min(images.shape[-2:])
     height, width = (min(round(side * scale), 2048) for side in images.shape[-2:])
     whole = resize(images, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
-    mean, std = images.new_tensor(IMAGENET_MEAN), images.new_tensor(IMAGENET_STD)
-    return classifier.model.forward_intermediates(normalize(whole, mean, std))
+    told = classifier.model.preprocessing
+    normalized = normalize(whole, images.new_tensor(told.mean), images.new_tensor(told.std))
+    return classifier.model.forward_intermediates(normalized)
 
 
 def _percentile(values: Tensor, share: float) -> Tensor:
