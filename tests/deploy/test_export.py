@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
-from kornia_tinyvit.data.classification import MissingExtraError
 from kornia_tinyvit.deploy import export
 from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program, refuse_difference
 from kornia_tinyvit.deploy.openvino_core import openvino_core
+from kornia_tinyvit.extras import MissingExtraError
 from tests.conftest import SHALLOW, liven
 
 onnx = pytest.importorskip("onnx")

@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import nn
 
 from kornia_tinyvit import TinyViT, save_checkpoint
-from kornia_tinyvit.data.classification import MissingExtraError
 from kornia_tinyvit.distillation import Teacher, load_teacher
+from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
