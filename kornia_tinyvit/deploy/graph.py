@@ -16,7 +16,7 @@ from kornia_tinyvit.deploy.formats.program import trace_pictures
 from kornia_tinyvit.deploy.photos import PhotoResize
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 
 if TYPE_CHECKING:
     import onnx
@@ -172,7 +172,7 @@ def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None
         raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
     network, mean = fold(model), None
     if isinstance(network, TinyViT) and pixels != "normalized":
-        mean = _fold_pixels(network, EvaluationPipeline.from_preprocessing(network.preprocessing), pixels)
+        mean = _fold_pixels(network, network.preprocessing, pixels)
     return InferenceGraph(network, method, pixels, mean)
 
 
@@ -182,14 +182,14 @@ def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> In
     network, prepare = fold(model.model), model.preprocessing
     mean, resize = None, prepare
     if isinstance(prepare, EvaluationPipeline):
-        mean, resize = _fold_pixels(network, prepare, pixels), PhotoResize(prepare, LEVELS[pixels])
+        mean, resize = _fold_pixels(network, prepare.settings, pixels), PhotoResize(prepare, LEVELS[pixels])
     elif pixels == "uint8":
         raise ValueError("uint8 photos need the evaluation's own preprocessing; this classifier has another.")
     return InferenceGraph(network, method, pixels, mean, resize, model.views)
 
 
-def _fold_pixels(network: TinyViT, prepare: EvaluationPipeline, pixels: Pixels) -> Tensor:
+def _fold_pixels(network: TinyViT, preprocessing: Preprocessing, pixels: Pixels) -> Tensor:
     stem = cast("nn.Sequential", network.patch_embed.seq)
-    conv, mean, std = cast("nn.Conv2d", stem[0]), prepare.mean.tolist(), prepare.std.tolist()
-    stem[0], offset = fold_normalization(conv, mean, std, LEVELS[pixels])
+    conv = cast("nn.Conv2d", stem[0])
+    stem[0], offset = fold_normalization(conv, preprocessing.mean, preprocessing.std, LEVELS[pixels])
     return offset
