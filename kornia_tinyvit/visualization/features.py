@@ -8,10 +8,10 @@ import torch
 from kornia.color import ApplyColorMap, ColorMap
 from kornia.enhance import normalize
 from kornia.filters import gaussian_blur2d
-from kornia.geometry.transform import resize
 from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.preprocessing import resize_images
 
 __all__ = [
     "blur_size",
@@ -102,18 +102,18 @@ def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
     That shows more than the few cells that the classifier itself looks at.
 
     Args:
-        classifier: the network to look into.
-        images: pictures :math:`(B, 3, H, W)` in [0, 1].
+        classifier: the network to look into; images are resized and normalized as its ``model.preprocessing`` says.
+        images: pictures :math:`(B, C, H, W)` in [0, 1].
 
     Returns:
         Maps :math:`(B, C_i, H_i, W_i)`, the finest first.
     """
-    scale = 4 * classifier.model.config.img_size / min(images.shape[-2:])
+    preprocessing = classifier.model.preprocessing
+    scale = 4 * preprocessing.img_size / min(images.shape[-2:])
     height, width = (min(round(side * scale), 2048) for side in images.shape[-2:])
-    whole = resize(images, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
-    told = classifier.model.preprocessing
-    normalized = normalize(whole, images.new_tensor(told.mean), images.new_tensor(told.std))
-    return classifier.model.forward_intermediates(normalized)
+    whole = resize_images(images, height, width, preprocessing.interpolation)
+    mean, std = images.new_tensor(preprocessing.mean), images.new_tensor(preprocessing.std)
+    return classifier.model.forward_intermediates(normalize(whole, mean, std))
 
 
 def _percentile(values: Tensor, share: float) -> Tensor:

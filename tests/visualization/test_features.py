@@ -1,14 +1,19 @@
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from kornia_tinyvit import ImageClassifier
+from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.visualization import (
     feature_colors,
     overlay_heat,
     saliency,
+    stage_features,
 )
+from tests.conftest import TINY
 
 
 @pytest.fixture
@@ -116,6 +121,28 @@ class TestFeatureColors:
         colors = feature_colors(features)
         assert colors.dtype == torch.float32
         assert not colors.requires_grad
+
+
+class TestStageFeatures:
+    def test_preprocessing_of_the_network(self, classifier):
+        """The images are resized and normalized as the network's own preprocessing says, not as ImageNet's."""
+        model = classifier.model
+        images = torch.rand(2, 3, 40, 60)
+        usual = stage_features(classifier, images)
+        mean, std = (0.1, 0.2, 0.3), (0.5, 0.6, 0.7)
+        model.preprocessing = replace(model.preprocessing, interpolation="nearest", mean=mean, std=std)
+        size = (4 * model.config.img_size, 6 * model.config.img_size)
+        resized = F.interpolate(images, size, mode="nearest-exact")
+        normalized = (resized - torch.tensor(mean).view(3, 1, 1)) / torch.tensor(std).view(3, 1, 1)
+        found = stage_features(classifier, images)
+        for ours, expected, other in zip(found, model.forward_intermediates(normalized), usual, strict=True):
+            torch.testing.assert_close(ours, expected)
+            assert (ours - other).abs().max() > 1e-2
+
+    def test_channels(self):
+        classifier = ImageClassifier(TinyViT(**{**TINY, "in_chans": 1})).eval()
+        maps = stage_features(classifier, torch.rand(1, 1, 40, 40))
+        assert [features.shape[1] for features in maps] == list(classifier.model.feature_channels)
 
 
 class TestOverlay:
