@@ -5,14 +5,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved
@@ -24,14 +25,6 @@ __all__ = ["Bench", "Budget", "Costs", "count"]
 
 #: Costs by name: ``parameters``, ``macs``, ``memory`` in bytes, ``latency_ms``, ``throughput`` in pictures a second.
 Costs = dict[str, float]
-
-_LIMITS = {
-    "parameters": "max_parameters",
-    "macs": "max_macs",
-    "latency_ms": "max_latency_ms",
-    "throughput": "min_throughput",
-    "memory": "max_memory",
-}
 
 
 @dataclass(frozen=True)
@@ -61,18 +54,17 @@ class Budget:
     max_memory: float | None = None
 
     def __post_init__(self) -> None:
-        limits = self.limits
-        if not limits:
-            raise ValueError(f"A budget needs a limit: {', '.join(_LIMITS.values())}.")
-        wrong = [f"{_LIMITS[name]}={limit!r}" for name, limit in limits.items() if not 0 < limit < math.inf]
+        given = {name: limit for name, limit in vars(self).items() if limit is not None}
+        wrong = [f"{name}={limit!r}" for name, limit in given.items() if not 0 < limit < math.inf]
+        if not given:
+            raise ValueError(f"A budget needs a limit: {', '.join(vars(self))}.")
         if wrong:
             raise ValueError(f"The limits of a budget are positive numbers; got {', '.join(wrong)}.")
 
     @property
     def limits(self) -> Costs:
         """The limits there are, by the name of the cost."""
-        limits = {name: getattr(self, field) for name, field in _LIMITS.items()}
-        return {name: limit for name, limit in limits.items() if limit is not None}
+        return {name[len("max_") :]: limit for name, limit in vars(self).items() if limit is not None}
 
     def excess(self, costs: Costs) -> float:
         """Return how far costs are beyond the limits: the sum of log(cost / limit) over those that do not hold.
@@ -143,17 +135,16 @@ class Bench:
         if not wanted:
             return costs
         network = TinyViT.from_config(config).to(self.device).eval()
-        steps = {name: self._step(network, batches[name]) for name in wanted}
+        steps = {}
+        for name in wanted:
+            images = torch.randn(batches[name], config.in_chans, *_square(config, 1), device=self.device)
+            # int8 takes the ranges of its numbers from pictures; which ones they are does not change the time.
+            calibration = [images] if self.dtype == torch.int8 else []
+            run = optimize(network, self.engine, self.dtype, example=images, calibration=calibration)
+            steps[name] = as_step(run, images)
         for name, seconds in interleaved(steps, self.repetitions).items():
             costs[name] = 1000 * seconds if name == "latency_ms" else self.batch_size / seconds
         return costs
-
-    def _step(self, network: TinyViT, batch: int) -> Any:
-        config = network.config
-        images = torch.randn(batch, config.in_chans, config.img_size, config.img_size, device=self.device)
-        # int8 takes the ranges of its numbers from pictures; which ones they are does not change the time.
-        calibration = [images] if self.dtype == torch.int8 else []
-        return as_step(optimize(network, self.engine, self.dtype, example=images, calibration=calibration), images)
 
 
 def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
@@ -180,10 +171,10 @@ def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
         raise ValueError("MobileSAM's encoder cannot be contracted: the search compares the accuracy of classifiers.")
     parameters = macs = maps = 0
     for part, times in _parts(config):
-        found = _count_part(part)
-        parameters += times * found[0]
-        macs += times * found[1]
-        maps = max(maps, found[2])
+        weights, products, held = _count_part(part)
+        parameters += times * weights
+        macs += times * products
+        maps = max(maps, held)
     scale = dtype.itemsize
     return {"parameters": parameters, "macs": macs, "memory": scale * parameters + scale * maps // 4}
 
@@ -222,47 +213,30 @@ def _count_part(part: _Part) -> tuple[int, int, int]:
     with torch.device("meta"):
         module, images = kind(*arguments).eval(), torch.empty(shape)
     flops = count_flops(module, images)
-    with torch.no_grad(), _LiveBytes() as live:
-        live.track(images)
+    with torch.no_grad(), _LiveBytes(images) as live:
         module(images)
     return sum(parameter.numel() for parameter in module.parameters()), flops // 2, live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of all tensors that are made inside the block, until they are freed.
+    """Follows the bytes of an input and of all tensors that are made inside the block, until they are freed.
 
     Attributes:
         peak: the most there were at a time.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, images: Tensor) -> None:
         super().__init__()
-        self.now = self.peak = 0
-        self.seen: set[int] = set()
-
-    def track(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key = storage._cdata
-        if key in self.seen:
-            return
-        self.seen.add(key)
-        self.now += storage.nbytes()
-        self.peak = max(self.peak, self.now)
-        weakref.finalize(storage, self._forget, key, storage.nbytes())
-
-    def _forget(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
+        self.live = WeakSet(_storages(images))
+        self.peak = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {each.untyped_storage()._cdata for each in torch.utils._pytree.tree_leaves(args) if _is_tensor(each)}
         out = func(*args, **(kwargs or {}))
-        for each in torch.utils._pytree.tree_leaves(out):
-            # A view of what was there before the block, such as a weight, is not new.
-            if _is_tensor(each) and each.untyped_storage()._cdata not in inputs:
-                self.track(each)
+        # A view of what was there before the block, such as a weight, is not new.
+        self.live |= _storages(out) - _storages(args)
+        self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live))
         return out
 
 
-def _is_tensor(value: Any) -> bool:
-    return isinstance(value, Tensor)
+def _storages(values: Any) -> set[torch.UntypedStorage]:
+    return {each.untyped_storage() for each in tree_leaves(values) if isinstance(each, Tensor)}

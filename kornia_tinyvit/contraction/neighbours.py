@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, islice, repeat, takewhile
+from typing import Any
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
@@ -14,6 +16,10 @@ __all__ = ["Space", "contractions", "expansions", "smallest"]
 # What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
 _CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
 _FREE = ("img_size", "drop_rate", "drop_path_rate", "use_checkpoint")
+_STAGED = ("embed_dims", "depths", "window_sizes")
+_FACTORS = [f"{name}[{stage}]" for stage in range(NUM_STAGES) for name in _STAGED]
+_FACTORS.remove("window_sizes[0]")  # the first stage has no windows
+_FACTORS += ["mbconv_expand_ratio", "mlp_ratio"]
 
 
 @dataclass(frozen=True)
@@ -48,9 +54,6 @@ class Space:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
 
 
-_Step = Callable[[TinyViTConfig], TinyViTConfig | None]
-
-
 def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
     """Return the neighbours of a network: for each factor, the network contracted by one step, two steps and so on.
 
@@ -66,7 +69,7 @@ def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[Tiny
         >>> [each.embed_dims for each in found["embed_dims[3]"]][:2]
         [(64, 128, 160, 288), (64, 128, 160, 256)]
     """
-    return {name: _repeat(config, step) for name, step in _steps(space).items()}
+    return {factor: map(partial(_with, config, factor), _less(config, factor, space)) for factor in _FACTORS}
 
 
 def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
@@ -89,14 +92,20 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> di
     """
     # What may not be contracted so far may still be given back.
     further = dataclasses.replace(space, min_depth=1, min_window=1, min_ratio=space.ratio_step)
-    return {name: _way_back(config, _restore(name, config, within), step) for name, step in _steps(further).items()}
+    found: dict[str, Iterator[TinyViTConfig]] = {}
+    for factor in _FACTORS:
+        most, now = _value(within, factor), _value(config, factor)
+        values = [most, *_less(_with(config, factor, most), factor, further)]
+        back = reversed(values[: values.index(now)] if now in values else [])
+        found[factor] = map(partial(_with, config, factor), back)
+    return found
 
 
 def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
     """Return the network with every factor contracted as far as it goes."""
-    for step in _steps(space).values():
-        for further in _repeat(config, step):
-            config = further
+    for factor in _FACTORS:
+        for least in _less(config, factor, space):
+            config = _with(config, factor, least)
     return config
 
 
@@ -139,73 +148,45 @@ def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
     return value if isinstance(value, tuple) else (value,)
 
 
-def _repeat(config: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:
-    further = step(config)
-    while further is not None:
-        yield further
-        further = step(further)
+def _value(config: TinyViTConfig, factor: str) -> Any:
+    name, stage = read_factor(factor)
+    value = getattr(config, name)
+    return value if stage is None else value[stage]
 
 
-def _way_back(config: TinyViTConfig, whole: TinyViTConfig, step: _Step) -> Iterator[TinyViTConfig]:
-    """Yield the networks between one and that with a whole factor, the next first."""
-    chain = [whole, *_repeat(whole, step)]
-    yield from reversed(chain[: chain.index(config)] if config in chain else [])
-
-
-def _restore(factor: str, config: TinyViTConfig, within: TinyViTConfig) -> TinyViTConfig:
-    """Give a network a factor of another one."""
+def _with(config: TinyViTConfig, factor: str, value: Any) -> TinyViTConfig:
+    """Return a network with another value of a factor; heads stay as wide as they are."""
     name, stage = read_factor(factor)
     if stage is None:
-        return config.replace(**{name: getattr(within, name)})
-    fields = ("embed_dims", "num_heads") if name == "embed_dims" else (name,)
-    return config.replace(
-        **{field: _with(getattr(config, field), stage, getattr(within, field)[stage]) for field in fields}
-    )
+        return config.replace(**{name: value})
+    changed = {name: value}
+    if name == "embed_dims":
+        # The network ignores the first entry; it is kept at what the published configurations say.
+        changed["num_heads"] = max(1, value // _head_width(config, stage))
+    fields = {field: list(getattr(config, field)) for field in changed}
+    for field, number in changed.items():
+        fields[field][stage] = number
+    return config.replace(**fields)
 
 
-def _steps(space: Space) -> dict[str, _Step]:
-    steps: dict[str, _Step] = {}
-    for stage in range(NUM_STAGES):
-        steps[f"embed_dims[{stage}]"] = partial(_narrow, stage)
-        steps[f"depths[{stage}]"] = partial(_shorten, stage, space)
-        if stage:
-            steps[f"window_sizes[{stage}]"] = partial(_tighten, stage, space)
-    for name in ("mbconv_expand_ratio", "mlp_ratio"):
-        steps[name] = partial(_squeeze, name, space)
-    return steps
-
-
-def _narrow(stage: int, config: TinyViTConfig) -> TinyViTConfig | None:
-    """Take away a head; of the first stage, which has none, half as many channels as a head of the second has."""
-    head = config.embed_dims[max(stage, 1)] // config.num_heads[max(stage, 1)]
+def _less(config: TinyViTConfig, factor: str, space: Space) -> Iterator[float]:
+    """Yield the values that a factor can be contracted to, the next first."""
+    name, stage = read_factor(factor)
+    value = _value(config, factor)
+    if stage is None:
+        ratios = accumulate(repeat(-space.ratio_step), initial=value)
+        return takewhile(lambda ratio: ratio >= space.min_ratio, islice(ratios, 1, None))
+    if name == "depths":
+        return iter(range(value - 1, space.min_depth - 1, -1))
+    if name == "window_sizes":  # those that need no padding
+        side = -(-config.img_size // config.stage_strides[stage])
+        return (size for size in range(min(value - 1, side), space.min_window - 1, -1) if side % size == 0)
+    # Of the first stage, which has no heads, half as many channels go as a head of the second has.
+    head = _head_width(config, stage)
     step = head if stage else max(2, head // 2)
-    dim = config.embed_dims[stage] - step
-    if dim < step:
-        return None
-    # The first entry is ignored by the network; it is kept at what the published configurations say.
-    heads = dim // head if stage else max(1, dim // head)
-    return config.replace(
-        embed_dims=_with(config.embed_dims, stage, dim), num_heads=_with(config.num_heads, stage, heads)
-    )
+    return iter(range(value - step, step - 1, -step))
 
 
-def _shorten(stage: int, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
-    depth = config.depths[stage] - 1
-    return config.replace(depths=_with(config.depths, stage, depth)) if depth >= space.min_depth else None
-
-
-def _tighten(stage: int, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
-    """Go to the next smaller window that needs no padding."""
-    side = -(-config.img_size // config.stage_strides[stage])
-    smaller = range(min(config.window_sizes[stage] - 1, side), space.min_window - 1, -1)
-    window = next((size for size in smaller if side % size == 0), None)
-    return None if window is None else config.replace(window_sizes=_with(config.window_sizes, stage, window))
-
-
-def _squeeze(name: str, space: Space, config: TinyViTConfig) -> TinyViTConfig | None:
-    ratio = getattr(config, name) - space.ratio_step
-    return config.replace(**{name: ratio}) if ratio >= space.min_ratio else None
-
-
-def _with(values: tuple[int, ...], position: int, value: int) -> tuple[int, ...]:
-    return (*values[:position], value, *values[position + 1 :])
+def _head_width(config: TinyViTConfig, stage: int) -> int:
+    """Return the channels of a head, for the first stage those of the second's."""
+    return config.embed_dims[max(stage, 1)] // config.num_heads[max(stage, 1)]
