@@ -3,17 +3,16 @@
     python benchmarks/label_store.py             # 200,000 records of K = 100, about a minute
     python benchmarks/label_store.py --quick
 
-Each rate is the median of rounds in which the kinds take turns. Reading is out of the page cache; writing ends on the
-disk. "front to back" reads batches in the order in which training does, "random" batches from the whole epoch.
+The kinds take turns; for each batch that is read, and each epoch that is written, the median of the rounds counts, so
+that other work on the machine does not. Reading is out of the page cache, by a store that is opened anew; writing ends
+on the disk. "front to back" are batches in the order of training, "random" ones from anywhere in the epoch.
 """
 
 from __future__ import annotations
 
 import argparse
-import statistics
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -38,30 +37,26 @@ def save_epoch(path: Path, manifest: Manifest) -> LabelStore:
     return store
 
 
-def seconds(action: Callable[[], object]) -> float:
-    """Return how long a call takes."""
-    start = time.perf_counter()
-    action()
-    return time.perf_counter() - start
-
-
 def measure(path: Path, manifest: Manifest, rounds: int) -> dict[str, float]:
     """Return records per second of each kind."""
     store = save_epoch(path / "store", manifest)
     order, random = store.order.permutation(0), np.random.default_rng(0)
-    starts = range(0, manifest.num_samples - READ + 1, READ)
-    rates: dict[str, list[float]] = {"saving": [], "front to back": [], "random": []}
+    count = manifest.num_samples // READ
+    times: dict[str, list[list[float]]] = {"saving": [], "front to back": [], "random": []}
     for number in range(rounds):
-        saving = seconds(lambda: save_epoch(path / f"{number}", manifest))  # noqa: B023
+        began = time.perf_counter()
+        save_epoch(path / f"{number}", manifest)
+        times["saving"].append([(time.perf_counter() - began) / manifest.num_samples * count * READ])
         opened = LabelStore(store.path)
         opened.order.permutation(0)
-        reading = seconds(lambda: [opened.read(0, order[start : start + READ]) for start in starts])  # noqa: B023
-        batches = random.integers(0, manifest.num_samples, (len(starts), READ))
-        scattered = seconds(lambda: [opened.read(0, batch) for batch in batches])  # noqa: B023
-        rates["saving"].append(manifest.num_samples / saving)
-        rates["front to back"].append(batches.size / reading)
-        rates["random"].append(batches.size / scattered)
-    return {name: statistics.median(each) for name, each in rates.items()}
+        batches = {"front to back": order[: count * READ], "random": random.permutation(count * READ)}
+        for kind, samples in batches.items():
+            marks = [time.perf_counter()]
+            for start in range(0, len(samples), READ):
+                opened.read(0, samples[start : start + READ])
+                marks.append(time.perf_counter())
+            times[kind].append(np.diff(marks).tolist())
+    return {name: count * READ / np.median(each, axis=0).sum() for name, each in times.items()}
 
 
 def main() -> None:

@@ -17,8 +17,8 @@ __all__ = ["Manifest", "StoreError", "estimated_size", "readable_size"]
 
 MANIFEST_NAME = "manifest.json"
 _VERSION = 2
-_SHARD_RECORDS = 8192
-_SHARD_BYTES = 2**26  # of a default shard, which is gathered in memory
+# Defaults: a kill loses little of a small data set, and a large one has few files, which random batches go through.
+_SHARD_RECORDS, _SHARDS, _SHARD_BYTES = 8192, 48, 2**24
 _LARGEST_SHARD = 2**31
 
 
@@ -41,7 +41,7 @@ class Manifest:
         kind: ``"logits"`` or ``"features"``.
         shape: of a sample's features (features only).
         shard_records: records per shard; even, so that the partners of a mixup lie in one. A shard is gathered in
-            memory and has at most 2 GiB. 0 takes 8,192, or fewer where these exceed 64 MiB.
+            memory and has at most 2 GiB. 0 takes 8,192 or a 48th of an epoch, whichever is more, up to 16 MiB.
         version: of this layout.
 
     Raises:
@@ -67,8 +67,8 @@ class Manifest:
         object.__setattr__(self, "shape", tuple(self.shape))
         self._check_values()
         if not self.shard_records:
-            fitting = max(2, _SHARD_BYTES // self.record_bytes // 2 * 2)
-            object.__setattr__(self, "shard_records", min(_SHARD_RECORDS, fitting))
+            count = min(max(_SHARD_RECORDS, self.num_samples // _SHARDS), _SHARD_BYTES // self.record_bytes)
+            object.__setattr__(self, "shard_records", max(2, count // 2 * 2))
         size = self.shard_records * self.record_bytes
         if size > _LARGEST_SHARD:
             raise StoreError(

@@ -259,9 +259,7 @@ class RecordStore(ABC):
             lock.unlink()
 
     def write(self, epoch: int, indices: Integers, values: Tensor, checksums: Integers) -> int:
-        """Write whole shards; :meth:`writer` gathers one from batches.
-
-        Shards that are there already stay as they are. What is returned from is on the disk.
+        """Write whole shards, of which those that are there stay as they are; :meth:`writer` gathers one from batches.
 
         Args:
             epoch: in [0, 2**32).
@@ -327,7 +325,7 @@ class RecordStore(ABC):
                 missing.append(order[start:end])
                 continue
             chosen = rows[start:end]
-            for stored, column in zip(shard, found):  # noqa: B905 - asking for equal lengths takes as long as the rest
+            for stored, column in zip(shard, found):  # noqa: B905 - the innermost loop
                 stored.take(chosen, 0, column[start:end], "clip")
         if missing:
             lost = samples[np.sort(np.concatenate(missing))].tolist()
@@ -428,13 +426,13 @@ class LabelStore(RecordStore):
         >>> probabilities = torch.tensor([[0.1, 0.2, 0.3, 0.4], [0.5, 0.25, 0.125, 0.125]])
         >>> store = LabelStore.create(folder.name, manifest)
         >>> store.order.permutation(0)
-        array([2, 0, 1])
-        >>> store.write(epoch=0, indices=[2, 0], values=probabilities, checksums=[11, 12])
+        array([2, 1, 0])
+        >>> store.write(epoch=0, indices=[2, 1], values=probabilities, checksums=[11, 12])
         2
-        >>> store.read(epoch=0, indices=[0]).classes
+        >>> store.read(epoch=0, indices=[1]).classes
         tensor([[0, 1]], dtype=torch.uint8)
         >>> store.missing(epoch=0)
-        array([1])
+        array([0])
     """
 
     _kind = "logits"

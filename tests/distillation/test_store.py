@@ -342,10 +342,12 @@ class TestSize:
         assert sizes == estimated_size(10_000, 2, 12, 3) == pytest.approx(20_000 * 13, rel=0.01)
 
     def test_default_shards(self):
-        """8,192 records, and of large ones so many that a writer has room for them."""
-        assert Manifest(10**6, num_classes=1000, top_k=10).shard_records == 8192
+        """8,192 records or a 48th of an epoch, and of large ones so many that a writer has room for them."""
+        assert Manifest(50_000, num_classes=1000, top_k=10).shard_records == 8192
+        assert Manifest(10**6, num_classes=1000, top_k=10).shard_records == 20_832
+        assert Manifest(10**7, num_classes=1000, top_k=100).shard_records == 2**24 // 404 // 2 * 2
         manifest = Manifest(10**6, kind="features", shape=(256, 64, 64))
-        assert (manifest.shard_records, manifest.record_bytes) == (30, 2**21 + 4)
+        assert (manifest.shard_records, manifest.record_bytes) == (6, 2**21 + 4)
         assert Manifest(10**6, kind="features", shape=(2**29 - 4,)).shard_records == 2
 
 
