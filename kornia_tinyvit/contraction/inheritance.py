@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any, cast
 
 import torch
@@ -12,7 +11,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 from kornia_tinyvit.contraction.neighbours import check_contracted
 from kornia_tinyvit.folding import fold_batch_norm
-from kornia_tinyvit.layers import Attention, ConvBN, MBConv, Mlp, PatchMerging, TinyViTBlock
+from kornia_tinyvit.layers import Attention, ConvBN, MBConv, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["inherit"]
@@ -69,9 +68,9 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
             dropped = [following[number] for number in range(blocks[stage + 1][0])]
             side = -(-config.img_size // config.stage_strides[stage + 1])
             _absorb(target.downsample, dropped, streams[stage + 1], side)
-    _copy(parent.norm_head, child.norm_head, streams[-1])
+    _cut(parent.norm_head, child.norm_head, streams[-1])
     if config.num_classes:
-        _cut_linear(cast("nn.Linear", parent.head), cast("nn.Linear", child.head), slice(None), streams[-1])
+        _cut(parent.head, child.head, slice(None), streams[-1])
     return child
 
 
@@ -98,17 +97,19 @@ def _kept_blocks(parent: TinyViT, stage: int, depth: int) -> list[int]:
 
 def _branch_norm(block: MBConv | TinyViTBlock) -> float:
     """Return the norm of the weights that write what a block adds to its map."""
-    if isinstance(block, MBConv):
-        return float(_filters(block.conv3).norm())
-    written = [_rows(layer) for layer in (block.attn.proj, block.mlp.fc2)]
-    return float(torch.cat(written, 1).norm())
+    return float(torch.cat(_written(block), 1).norm())
+
+
+def _written(block: MBConv | TinyViTBlock) -> list[Tensor]:
+    layers = [block.conv3] if isinstance(block, MBConv) else [block.attn.proj, block.mlp.fc2]
+    return [_writers(layer) for layer in layers]
 
 
 def _mixing(block: MBConv | TinyViTBlock) -> float:
     """Return how far the convolution between attention and MLP, which has no shortcut, is from doing nothing."""
     if isinstance(block, MBConv):
         return 0.0
-    filters = _filters(block.local_conv).clone()
+    filters = _writers(block.local_conv).clone()
     filters[:, (filters.shape[1] - 1) // 2] -= 1  # the middle of the kernel; the last column is the bias
     return float(filters.norm())
 
@@ -117,7 +118,7 @@ def _absorb(merging: PatchMerging, blocks: list[TinyViTBlock], channels: Tensor,
     """Let a merging do what the convolutions of blocks that followed it do to an even map: a scale and a shift."""
     for block in blocks:
         size = block.local_conv.c.kernel_size[0]
-        filters = _filters(block.local_conv)[channels]
+        filters = _writers(block.local_conv)[channels]
         even = filters.new_ones(1, len(channels), side, side)
         kernels = filters[:, :-1].view(-1, 1, size, size)
         scale = F.conv2d(even, kernels, padding=size // 2, groups=len(channels)).mean((0, 2, 3))
@@ -127,112 +128,88 @@ def _absorb(merging: PatchMerging, blocks: list[TinyViTBlock], channels: Tensor,
 
 
 def _kept_channels(parent: TinyViT, stage: int, blocks: list[int], width: int) -> Tensor:
-    """Return the channels of a stage's map to keep."""
-    written: list[Tensor] = []
-    read: list[Tensor] = []
-    for writes, matrix in _touching(parent, stage, blocks):
-        (written if writes else read).append(matrix.norm(dim=1).square())
-    return _largest(torch.stack(written).sum(0) * torch.stack(read).sum(0), width)
-
-
-def _touching(parent: TinyViT, stage: int, blocks: list[int]) -> Iterator[tuple[bool, Tensor]]:
-    """Yield all that writes to the map of a stage (True) or reads it (False), each with a row for each channel."""
-    entry = _stem(parent)[1] if stage == 0 else _stages(parent)[stage - 1].downsample.conv3
-    yield True, _filters(entry)
+    """Return the channels of a stage's map to keep, by all that writes to it and all that reads it."""
+    stages = _stages(parent)
+    written = [_writers(stages[stage - 1].downsample.conv3 if stage else _stem(parent)[1])]
+    read = []
     for number in blocks:
-        block = _stages(parent)[stage].blocks[number]
+        block = stages[stage].blocks[number]
+        written += _written(block)
         if isinstance(block, MBConv):
-            yield True, _filters(block.conv3)
-            yield False, block.conv1.c.weight.flatten(1).T
+            read.append(_readers(block.conv1))
         else:
-            for layer in (block.attn.proj, block.mlp.fc2):
-                yield True, _rows(layer)
-            for norm, layer in ((block.attn.norm, block.attn.qkv), (block.mlp.norm, block.mlp.fc1)):
-                yield False, layer.weight.T * norm.weight[:, None]
+            read += [_readers(block.attn.qkv, block.attn.norm), _readers(block.mlp.fc1, block.mlp.norm)]
     if stage + 1 < NUM_STAGES:
-        yield False, _stages(parent)[stage].downsample.conv1.c.weight.flatten(1).T
+        read.append(_readers(stages[stage].downsample.conv1))
     elif parent.config.num_classes:
-        yield False, cast("nn.Linear", parent.head).weight.T * parent.norm_head.weight[:, None]
+        read.append(_readers(cast("nn.Linear", parent.head), parent.norm_head))
+    return _most_important(torch.cat(written, 1), torch.cat(read, 1), width)
 
 
-def _kept_hidden(written: Tensor, read: Tensor, width: int) -> Tensor:
-    """Return the hidden channels to keep between two layers, given a row for each of what writes and what reads it."""
-    return _largest(written.norm(dim=1) * read.norm(dim=1), width)
-
-
-def _largest(scores: Tensor, count: int) -> Tensor:
-    """Return where the largest scores are, in order; of equal ones the first."""
+def _most_important(written: Tensor, read: Tensor, count: int) -> Tensor:
+    """Return the channels to keep, in order, given a row for each of what writes and what reads it."""
+    scores = written.norm(dim=1) * read.norm(dim=1)
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
-def _filters(layer: ConvBN) -> Tensor:
-    """Return the folded filters of a convolution and their biases, a row for each channel it writes."""
-    return _rows(fold_batch_norm(layer))
+def _writers(layer: ConvBN | nn.Linear) -> Tensor:
+    """Return the weights and the bias that write each channel, batch norms included, a row each."""
+    plain = fold_batch_norm(layer) if isinstance(layer, ConvBN) else layer
+    return torch.cat([plain.weight.flatten(1), cast("Tensor", plain.bias)[:, None]], 1)
 
 
-def _rows(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    return torch.cat([layer.weight.flatten(1), cast("Tensor", layer.bias)[:, None]], 1)
+def _readers(layer: ConvBN | nn.Linear, norm: nn.LayerNorm | None = None) -> Tensor:
+    """Return the weights that read each channel, a row each, those of a norm before them included."""
+    weight = layer.c.weight if isinstance(layer, ConvBN) else layer.weight
+    rows = weight.transpose(0, 1).flatten(1)
+    return rows if norm is None else rows * norm.weight[:, None]
 
 
 def _cut_stem(old: TinyViT, new: TinyViT, channels: Tensor) -> None:
     (first, second), (new_first, new_second) = _stem(old), _stem(new)
-    hidden = _kept_hidden(_filters(first), _readers(second), new_first.c.out_channels)
-    _cut_conv(first, new_first, hidden)
-    _cut_conv(second, new_second, channels, hidden)
+    hidden = _most_important(_writers(first), _readers(second), new_first.c.out_channels)
+    _cut(first, new_first, hidden)
+    _cut(second, new_second, channels, hidden)
 
 
 def _cut_convs(old: MBConv | PatchMerging, new: MBConv | PatchMerging, before: Tensor, after: Tensor) -> None:
-    hidden = _kept_hidden(_filters(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
-    _cut_conv(old.conv1, new.conv1, hidden, before)
-    _cut_conv(old.conv2, new.conv2, hidden)
-    _cut_conv(old.conv3, new.conv3, after, hidden)
+    hidden = _most_important(_writers(old.conv2), _readers(old.conv3), new.conv1.c.out_channels)
+    _cut(old.conv1, new.conv1, hidden, before)
+    _cut(old.conv2, new.conv2, hidden)
+    _cut(old.conv3, new.conv3, after, hidden)
 
 
 def _cut_block(old: TinyViTBlock, new: TinyViTBlock, channels: Tensor) -> None:
     _cut_attention(old.attn, new.attn, channels)
-    _cut_conv(old.local_conv, new.local_conv, channels)
-    _cut_mlp(old.mlp, new.mlp, channels)
-
-
-def _cut_mlp(old: Mlp, new: Mlp, channels: Tensor) -> None:
-    hidden = _kept_hidden(_rows(old.fc1), old.fc2.weight.T, new.fc1.out_features)
-    _copy(old.norm, new.norm, channels)
-    _cut_linear(old.fc1, new.fc1, hidden, channels)
-    _cut_linear(old.fc2, new.fc2, channels, hidden)
+    _cut(old.local_conv, new.local_conv, channels)
+    hidden = _most_important(_writers(old.mlp.fc1), _readers(old.mlp.fc2), new.mlp.fc1.out_features)
+    _cut(old.mlp.norm, new.mlp.norm, channels)
+    _cut(old.mlp.fc1, new.mlp.fc1, hidden, channels)
+    _cut(old.mlp.fc2, new.mlp.fc2, channels, hidden)
 
 
 def _cut_attention(old: Attention, new: Attention, channels: Tensor) -> None:
     # A head writes by its values, the last third of its rows, and is read by the projection.
     rows = old.qkv.weight.new_tensor(range(old.qkv.out_features), dtype=torch.long).view(old.num_heads, 3, -1)
-    values = _rows(old.qkv)[rows[:, 2]].flatten(1)
-    read = old.proj.weight.T.unflatten(0, (old.num_heads, -1)).flatten(1)
-    heads = _kept_hidden(values, read, new.num_heads)
-    _copy(old.norm, new.norm, channels)
-    _cut_linear(old.qkv, new.qkv, rows[heads].flatten(), channels)
+    values = _writers(old.qkv)[rows[:, 2]].flatten(1)
+    read = _readers(old.proj).unflatten(0, (old.num_heads, -1)).flatten(1)
+    heads = _most_important(values, read, new.num_heads)
+    _cut(old.norm, new.norm, channels)
+    _cut(old.qkv, new.qkv, rows[heads].flatten(), channels)
     columns = torch.arange(old.proj.in_features, device=heads.device).view(old.num_heads, -1)
-    _cut_linear(old.proj, new.proj, channels, columns[heads].flatten())
+    _cut(old.proj, new.proj, channels, columns[heads].flatten())
     side = new.window_size
     biases = old.attention_biases.unflatten(1, (old.window_size, old.window_size))[heads, :side, :side]
     new.attention_biases.copy_(biases.flatten(1))
 
 
-def _readers(layer: ConvBN) -> Tensor:
-    """Return the weights of a convolution with a row for each channel it reads."""
-    return layer.c.weight.transpose(0, 1).flatten(1)
+def _cut(old: nn.Module, new: nn.Module, out: Tensor | slice, into: Tensor | slice = slice(None)) -> None:
+    """Copy the weights of a layer that write some channels, and of those that read several the ones that read some.
 
-
-def _cut_conv(old: ConvBN, new: ConvBN, out: Tensor, into: Tensor | slice = slice(None)) -> None:
-    """Copy some filters; a depthwise convolution reads what it writes, which its weights do not tell apart."""
-    new.c.weight.copy_(old.c.weight[out][:, into])
-    for name, values in old.bn.state_dict().items():
-        getattr(new.bn, name).copy_(values[out] if values.ndim else values)
-
-
-def _cut_linear(old: nn.Linear, new: nn.Linear, out: Tensor | slice, into: Tensor | slice) -> None:
-    new.weight.copy_(old.weight[out][:, into])
-    new.bias.copy_(old.bias[out])
-
-
-def _copy(old: nn.LayerNorm, new: nn.LayerNorm, channels: Tensor) -> None:
-    new.weight.copy_(old.weight[channels])
-    new.bias.copy_(old.bias[channels])
+    A depthwise convolution reads what it writes, which its weights do not tell apart.
+    """
+    kept = {}
+    for name, values in old.state_dict().items():
+        rows = values[out] if values.ndim else values
+        kept[name] = rows[:, into] if rows.ndim > 1 else rows
+    new.load_state_dict(kept)

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Executor
-from contextlib import contextmanager
+from collections.abc import Mapping
+from contextlib import ExitStack
 from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
-
-from rich.progress import Progress
 
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
@@ -81,7 +78,8 @@ def contract(
     """
     if steps < 1 or processes < 1:
         raise ValueError(f"steps and processes are at least 1; got {steps} and {processes}.")
-    with _searching(seed, budget, evaluate, out, space, bench, processes, progress, {"steps": steps}) as search:
+    with ExitStack() as stack:
+        search = _Search(stack, seed, budget, evaluate, out, space, bench, processes, progress, {"steps": steps})
         current = search.measure(search.seed, None, None)
         first = budget.excess(current.costs)
         if first:
@@ -155,7 +153,8 @@ def refine(
         raise ValueError(f"rounds, candidates and processes are at least 1; got {rounds}, {candidates}, {processes}.")
     first = _config_of(start)
     asked = {"start": first.to_dict(), "candidates": candidates}
-    with _searching(seed, budget, evaluate, out, space, bench, processes, progress, asked) as search:
+    with ExitStack() as stack:
+        search = _Search(stack, seed, budget, evaluate, out, space, bench, processes, progress, asked)
         current = search.measure(first, None, None)
         search.check_budget(
             current.costs, "The first network has {costs}, beyond the budget {limits}; contract it first."
@@ -172,28 +171,37 @@ def refine(
 
 
 class _Search:
-    """Walks from network to network. What the journal knows is not done again, so a restart walks the same way."""
+    """Walks from network to network. What the journal knows is not done again, so a restart walks the same way.
+
+    The stack holds the lock of its folder, the workers and the bar, and closes them however the search ends.
+    """
 
     def __init__(
         self,
+        stack: ExitStack,
         seed: str | TinyViTConfig | TinyViT,
         budget: Budget,
         evaluate: Evaluate,
-        out: Path,
-        space: Space,
-        bench: Bench,
-        workers: Executor | None,
-        bar: Progress,
+        out: str | Path,
+        space: Space | None,
+        bench: Bench | None,
+        processes: int,
+        progress: bool,
         asked: dict[str, Any],
     ) -> None:
+        out = Path(out)
+        message = f"Another process searches in {out}; wait for it or give another folder."
+        stack.enter_context(locked(out / ".lock", message, ValueError))
+        self.workers = stack.enter_context(open_workers(processes))
+        self.bar = stack.enter_context(progress_bar(progress))
         self.seed, self.network = _config_of(seed), seed if isinstance(seed, TinyViT) else None
-        self.budget, self.evaluate, self.space, self.bench = budget, evaluate, space, bench
-        self.workers, self.bar, self.weights = workers, bar, out / "weights"
+        self.budget, self.evaluate, self.weights = budget, evaluate, out / "weights"
+        self.space, self.bench = space or Space(), bench or Bench()
         self.candidates: dict[TinyViTConfig, Candidate] = {}
         self.kept: list[int] = []
         asked = {
             "seed": self.seed.to_dict(), "weights": None if self.network is None else checksum(self.network),
-            "budget": budget.limits, **asked, "space": dataclasses.asdict(space), "bench": bench.describe(),
+            "budget": budget.limits, **asked, "space": vars(self.space), "bench": self.bench.describe(),
             "evaluation": _describe(evaluate),
         }  # fmt: skip
         self.journal = Journal(out / "search.jsonl", asked)
@@ -322,26 +330,6 @@ class _Search:
 
     def _file_of(self, config: TinyViTConfig) -> Path:
         return self.weights / f"{self.candidates[config].number:05d}.safetensors"
-
-
-@contextmanager
-def _searching(
-    seed: str | TinyViTConfig | TinyViT,
-    budget: Budget,
-    evaluate: Evaluate,
-    out: str | Path,
-    space: Space | None,
-    bench: Bench | None,
-    processes: int,
-    progress: bool,
-    asked: dict[str, Any],
-) -> Iterator[_Search]:
-    """Open a search and what it needs, and close it however it ends."""
-    out = Path(out)
-    message = f"Another process searches in {out}; wait for it or give another folder."
-    alone = locked(out / ".lock", message, ValueError)
-    with alone, open_workers(processes) as workers, progress_bar(progress) as bar:
-        yield _Search(seed, budget, evaluate, out, space or Space(), bench or Bench(), workers, bar, asked)
 
 
 def _config_of(network: str | TinyViTConfig | TinyViT) -> TinyViTConfig:
