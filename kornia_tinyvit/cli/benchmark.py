@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import torch
 import typer
@@ -15,7 +15,7 @@ import typer
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.export import Method
-from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, parse_device, refuse_idle
+from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, build_network, refuse_idle
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.deploy.benchmark import DTYPES, Benchmark, Row, read_pictures
 from kornia_tinyvit.deploy.engines import ENGINES
@@ -62,7 +62,11 @@ def benchmark(
         torch.set_num_threads(threads)
     tuned = tune_allocator and keep_memory()
     random = variant is not None and pretrained is None
-    classifier = _build(variant, pretrained, img_size, device)
+    if random:
+        torch.manual_seed(0)
+        classifier = build_network(ImageClassifier, variant, False, device, img_size)
+    else:
+        classifier = build_classifier(variant, pretrained, device, img_size)
     pictures = None if data is None else read_pictures(classifier, data, limit)
     for row in rows:
         if row.dtype == "int8" and pictures is None:
@@ -103,14 +107,6 @@ def _numbers(text: str) -> list[int]:
     if min(numbers) < 1:
         raise ValueError(f"--batch-sizes takes positive numbers, with commas between them; got {text!r}.")
     return list(dict.fromkeys(numbers))
-
-
-def _build(variant: str | None, pretrained: str | None, img_size: int | None, device: str) -> ImageClassifier:
-    if variant is None or pretrained is not None:
-        return build_classifier(variant, pretrained, device, img_size)
-    torch.manual_seed(0)
-    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-    return ImageClassifier.from_config(variant, **size).to(parse_device(device)).eval()
 
 
 def _show(rows: list[Row], bench: Benchmark) -> None:

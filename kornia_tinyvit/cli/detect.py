@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.cli.options import Device, Json, build_network
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_image
@@ -28,7 +28,7 @@ def detect(
     as_json: Json = False,
 ) -> None:
     """Find the objects of photos and draw boxes around them."""
-    detector = TinyViTDetector.from_config(pretrained=checkpoint).to(parse_device(device)).eval()
+    detector = build_network(TinyViTDetector, None, checkpoint, device)
     out.mkdir(parents=True, exist_ok=True)
     rows = []
     for photo, name in zip(photos, _names(photos), strict=True):

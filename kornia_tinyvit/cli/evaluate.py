@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import math
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -15,19 +18,71 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.evaluate_tasks import EvaluateRequest, evaluate_task, limited, print_report
-from kornia_tinyvit.cli.options import TaskName
+from kornia_tinyvit.cli.options import MinArea, TaskName
 from kornia_tinyvit.cli.requests import command
-from kornia_tinyvit.cli.tables import print_table
-from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.cli.tables import print_names, print_table
+from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.data.datasets import match_classes
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.progress import track_progress
+from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training.evaluation import begin_evaluation
+from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, Evaluation, select_classes
 from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbours, linear_probe
+from kornia_tinyvit.training.metrics.semantic import Segmentation
 from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
-from kornia_tinyvit.training.tasks.classification import AccuracyEvaluator
 
 IMAGENET_22K = 21841
+
+
+class OnBroken(StrEnum):
+    """What to do about pictures that cannot be decoded."""
+
+    stop = "stop"
+    skip = "skip"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateRequest:
+    """The options of ``evaluate``."""
+
+    data: Annotated[
+        Path,
+        typer.Argument(
+            help="A folder of class folders, a tar file of one, or the Hugging Face hub's parquet files. Other tasks: "
+            "what 'train' takes."
+        ),
+    ]
+    task: Annotated[TaskName, typer.Option(help="What the network was trained for.")] = TaskName.classification
+    variant: options.Variant = None
+    pretrained: options.Pretrained = None
+    img_size: options.ImgSize = None
+    device: options.Device = "cpu"
+    tta: options.Augmented = False
+    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0
+    per_class: Annotated[
+        bool, typer.Option("--per-class", help="Tell the top-1 accuracy, or the IoU, of each class.")
+    ] = False
+    confusion: Annotated[bool, typer.Option("--confusion", help="Tell the most frequent mistakes.")] = False
+    calibration: Annotated[bool, typer.Option("--calibration", help="Tell how far to trust the scores.")] = False
+    knn: Annotated[Path | None, typer.Option(help="Also classify by the nearest features of this training data.")] = (
+        None
+    )
+    linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None
+    on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop
+    split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val"
+    min_area: MinArea = 1
+    as_json: options.Json = False
+
+    @property
+    def skip_broken(self) -> bool:
+        """Whether images that cannot be read are left out."""
+        return self.on_broken is OnBroken.skip
+
 
 _FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
 # Masks are predicted a picture at a time.
@@ -43,64 +98,78 @@ _IDLE = {
 def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
     """Measure the accuracy on labelled pictures."""
     options.refuse_idle(context, _IDLE[asked.task], f"with --task {asked.task}")
-    if asked.task is not TaskName.classification:
-        evaluate_task(asked)
-        return
+    open_both, describe, show = _TASKS[asked.task]
+    network, images = open_both(asked)
+    if asked.limit is not None:
+        images = images.sample(min(asked.limit, len(images)))
+    module, evaluator = begin_evaluation(network, images, batch_size=asked.batch_size, skip_broken=asked.skip_broken)
+    broken = evaluate_network(module, evaluator, asked.workers, progress=not asked.as_json)
+    found = evaluator.counts.compute()
+    if asked.task is TaskName.promptable and not found["instances"]:
+        raise ValueError(f"None of {len(images)} pictures has an object of at least {asked.min_area} pixels.")
+    report = {"pictures": len(images) - len(broken), **describe(found, network, asked)}
+    if asked.knn is not None or asked.linear is not None:
+        report |= _probe(network, images, asked, broken)
+    if asked.as_json:
+        print(json.dumps(report | {"broken": broken} if asked.skip_broken else report))
+    else:
+        show(report)
+        print_names("Could not be read and were left out", broken)
+
+
+def _open_classifier(asked: EvaluateRequest) -> tuple[ImageClassifier, ClassificationDataset]:
+    """Open a classifier, of whose classes the data's or ImageNet-1k's among ImageNet-22k's count, and its data."""
     classifier = options.build_classifier(asked.variant, asked.pretrained, asked.device, asked.img_size, asked.tta)
-    images = limited(ClassificationDataset.open(asked.data), asked.limit)
-    network, names = _match_head(classifier, images)
-    if asked.confusion and len(names) > CONFUSION_CLASSES:
-        raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
-    reading = _Reading(asked)
-    evaluator = AccuracyEvaluator(
-        images.with_classes(names), len(names), list, device=next(classifier.parameters()).device,
-        batch_size=asked.batch_size, skip_broken=asked.skip_broken,
-    )  # fmt: skip
-    reading.add_broken(images, evaluate_network(network, evaluator, asked.workers, progress=not asked.as_json))
-    report = _report(evaluator.counts.compute(), names, asked)
-    report |= _probe(classifier, images, {"knn": asked.knn, "linear": asked.linear}, reading)
-    print_report(report, list(reading.broken.values()) if asked.skip_broken else None, _show, asked.as_json)
+    images = ClassificationDataset.open(asked.data)
+    known = bool(set(images.class_names or ()) & set(classifier.class_names))
+    if len(classifier.class_names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
+        kept = imagenet_1k_in_22k()
 
+        def keep(_classifier: nn.Module, _images: Any, logits: Tensor) -> Tensor:
+            return select_classes(logits, kept)
 
-class _KeptClasses(nn.Module):
-    """A classifier of which some classes count."""
-
-    def __init__(self, classifier: ImageClassifier, indices: Tensor) -> None:
-        super().__init__()
-        self.classifier, self.indices = classifier, indices
-
-    def forward(self, images: list[Tensor]) -> Tensor:
-        return select_classes(self.classifier(images), self.indices)
-
-
-def _match_head(classifier: ImageClassifier, images: ClassificationDataset) -> tuple[nn.Module, tuple[str, ...]]:
-    """Return what the logits mean for the data: the network's classes, or ImageNet-1k's among those of ImageNet-22k."""
-    network: nn.Module = classifier
-    names = classifier.class_names
-    known = bool(set(images.class_names or ()) & set(names))
-    if len(names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
-        network, names = _KeptClasses(classifier, imagenet_1k_in_22k()), imagenet_classes()
+        classifier.register_forward_hook(keep)
+        classifier.class_names = imagenet_classes()
         print("The network's classes are ImageNet-22k's; taking the 1000 of ImageNet-1k.", file=sys.stderr)
-    if (
-        match_classes(images.class_names, names) is None
-        and images.class_names is not None
-        and images.num_classes < len(names)
-    ):
+    names = classifier.class_names
+    unknown = match_classes(images.class_names, names) is None
+    if unknown and images.class_names is not None and images.num_classes < len(names):
         print(
             f"The network knows none of the data's {images.num_classes} classes by name; taking them for the first "
             f"of its {len(names)}.",
             file=sys.stderr,
         )
-    return network, names
+    if asked.confusion and len(names) > CONFUSION_CLASSES:
+        raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
+    return classifier, images
 
 
-def _report(found: Evaluation, names: tuple[str, ...], asked: EvaluateRequest) -> dict[str, Any]:
-    """Return what is printed, in per cent with two decimals."""
-    report: dict[str, Any] = {
-        "pictures": found.pictures,
-        "top1": round(found.top1, 2),
-        f"top{found.top_k}": round(found.top5, 2),
-    }
+def _open_segmenter(asked: EvaluateRequest) -> tuple[SemanticSegmenter, SegmentationDataset]:
+    return _build(SemanticSegmenter, "segmenter", asked), SegmentationDataset.open(asked.data, asked.split)
+
+
+def _open_detector(asked: EvaluateRequest) -> tuple[TinyViTDetector, DetectionDataset]:
+    return _build(TinyViTDetector, "detector", asked), DetectionDataset.open(asked.data, asked.split)
+
+
+def _open_sam(asked: EvaluateRequest) -> tuple[MobileSAM, InstanceDataset]:
+    sam = options.build_network(MobileSAM, asked.variant, asked.pretrained or True, asked.device, asked.img_size)
+    return sam, InstanceDataset.open(asked.data, asked.split, asked.min_area)
+
+
+def _build(kind: Any, name: str, asked: EvaluateRequest) -> Any:
+    """Build a network of a kind of which there are no published weights."""
+    if asked.pretrained is None:
+        raise ValueError(
+            f"There are no published {name}s: name a {name}'s file, --pretrained FILE, such as "
+            "runs/train/best.safetensors."
+        )
+    return options.build_network(kind, asked.variant, asked.pretrained, asked.device, asked.img_size)
+
+
+def _describe_classes(found: Evaluation, network: ImageClassifier, asked: EvaluateRequest) -> dict[str, Any]:
+    names = network.class_names
+    report: dict[str, Any] = {"top1": round(found.top1, 2), f"top{found.top_k}": round(found.top5, 2)}
     if asked.per_class:
         rows = zip(names, found.class_pictures.tolist(), found.per_class.tolist(), strict=True)
         report["per_class"] = [
@@ -121,56 +190,76 @@ def _report(found: Evaluation, names: tuple[str, ...], asked: EvaluateRequest) -
     return report
 
 
-@dataclass
-class _Reading:
-    """How images are read, and which could not be: the features need a second pass, which meets the same again."""
+def _describe_pixels(found: Segmentation, network: SemanticSegmenter, asked: EvaluateRequest) -> dict[str, Any]:
+    report: dict[str, Any] = {
+        "classes_present": found.present,
+        "mean_iou": round(found.mean_iou, 2),
+        "pixel_accuracy": round(found.pixel_accuracy, 2),
+    }
+    if asked.per_class:
+        rows = zip(network.class_names, found.class_pixels.tolist(), found.per_class.tolist(), strict=True)
+        report["per_class"] = [
+            {"class": name, "pixels": pixels, "iou": round(iou, 2)} for name, pixels, iou in rows if pixels
+        ]
+    return report
 
-    asked: EvaluateRequest
-    broken: dict[tuple[str, str], str] = field(default_factory=dict)
 
-    def add_broken(self, images: ClassificationDataset, names: list[str]) -> None:
-        self.broken |= {(images.fingerprint(), name): name for name in names}
+def _describe_objects(found: dict[str, float], network: MobileSAM, asked: EvaluateRequest) -> dict[str, Any]:
+    return {name: round(value, 2) for name, value in found.items()}
 
-    def features(self, classifier: ImageClassifier, images: ClassificationDataset, text: str) -> tuple[Tensor, Tensor]:
-        """Return features :math:`(N, D)` and the data's class indices :math:`(N,)`."""
-        return extract_features(classifier.model, self._inputs(classifier, images, text))
 
-    def _inputs(
-        self, classifier: ImageClassifier, images: ClassificationDataset, text: str
-    ) -> Iterator[tuple[Tensor, Tensor]]:
-        device = next(classifier.parameters()).device
-        items = ReadableItems(images, skip_broken=self.asked.skip_broken)
-        for batch in track_progress(
-            read_batches(items, self.asked.batch_size, self.asked.workers), text, not self.asked.as_json
-        ):
-            read = [sample for _, sample in batch if sample is not None]
-            self.add_broken(images, [images.name(index) for index, sample in batch if sample is None])
-            if read:
-                inputs = [classifier.preprocessing(image[None].to(device)) for image, _ in read]
-                yield torch.cat(inputs), torch.tensor([label for _, label in read])
+def _describe_boxes(found: DetectionScores, network: TinyViTDetector, asked: EvaluateRequest) -> dict[str, Any]:
+    report = found.to_dict()
+    if asked.per_class:
+        pairs = zip(network.class_names, found.per_class.tolist(), strict=True)
+        report["per_class"] = {name: round(value, 4) for name, value in pairs if not math.isnan(value)}
+    return report
 
 
 def _probe(
-    classifier: ImageClassifier, images: ClassificationDataset, probes: dict[str, Path | None], reading: _Reading
+    classifier: ImageClassifier, images: ClassificationDataset, asked: EvaluateRequest, broken: list[str]
 ) -> dict[str, float]:
-    """Return the top-1 of what the features of training data say, in per cent."""
-    paths = {name: path for name, path in probes.items() if path is not None}
-    if not paths:
-        return {}
-    features, labels = reading.features(classifier, images, "taking features")
+    """Return the top-1 of what the features of training data say, in per cent; add images of it that are broken."""
+    (features, labels), _ = _features(classifier, images, asked, "taking features")  # its broken ones are known
+    counted = {images.fingerprint()}
     known: dict[Path, tuple[Tensor, Tensor]] = {}
     top1 = {}
-    for name, path in paths.items():
+    for name, path in (("knn", asked.knn), ("linear", asked.linear)):
+        if path is None:
+            continue
         training = ClassificationDataset.open(path)
         targets = _targets_in(training, images, labels)
         if path not in known:
-            known[path] = reading.features(classifier, training, f"taking features of {path.name}")
+            known[path], unread = _features(classifier, training, asked, f"taking features of {path.name}")
+            if training.fingerprint() not in counted:
+                broken += unread
+                counted.add(training.fingerprint())
         if name == "knn":
             answers = k_nearest_neighbours(*known[path], features, num_classes=training.num_classes)
         else:
             answers = linear_probe(*known[path], training.num_classes)(features)
         top1[name] = round(100 * float((answers.argmax(1) == targets).double().mean()), 2)
     return top1
+
+
+def _features(
+    classifier: ImageClassifier, images: ClassificationDataset, asked: EvaluateRequest, text: str
+) -> tuple[tuple[Tensor, Tensor], list[str]]:
+    """Return features :math:`(N, D)` with the data's class indices :math:`(N,)`, and names of broken images."""
+    device = next(classifier.parameters()).device
+    broken: list[str] = []
+    items = ReadableItems(images, skip_broken=asked.skip_broken)
+    loader = read_batches(items, asked.batch_size, asked.workers)
+
+    def batches() -> Iterator[tuple[Tensor, Tensor]]:
+        for batch in track_progress(loader, text, not asked.as_json):
+            read = [sample for _, sample in batch if sample is not None]
+            broken.extend(images.name(index) for index, sample in batch if sample is None)
+            if read:
+                inputs = [classifier.preprocessing(image[None].to(device)) for image, _ in read]
+                yield torch.cat(inputs), torch.tensor([label for _, label in read])
+
+    return extract_features(classifier.model, batches()), broken
 
 
 def _targets_in(training: ClassificationDataset, images: ClassificationDataset, labels: Tensor) -> Tensor:
@@ -183,7 +272,7 @@ def _targets_in(training: ClassificationDataset, images: ClassificationDataset, 
     return torch.tensor([training.class_names.index(name) for name in images.class_names])[labels]
 
 
-def _show(report: dict[str, Any]) -> None:
+def _show_classes(report: dict[str, Any]) -> None:
     if "per_class" in report:
         rows = [(row["class"], row["pictures"], f"{row['top1']:.2f}") for row in report["per_class"]]
         print_table(("class", "pictures", "top-1"), rows)
@@ -196,3 +285,37 @@ def _show(report: dict[str, Any]) -> None:
     for name, title in (("knn", "nearest neighbours"), ("linear", "linear classifier")):
         if name in report:
             print(f"{title} on the features: top-1 {report[name]:.2f} %")
+
+
+def _show_pixels(report: dict[str, Any]) -> None:
+    if "per_class" in report:
+        rows = [(row["class"], row["pixels"], f"{row['iou']:.2f}") for row in report["per_class"]]
+        print_table(("class", "pixels", "IoU"), rows)
+    print(
+        f"{report['pictures']} pictures: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
+        f"classes, pixel accuracy {report['pixel_accuracy']:.2f} %"
+    )
+
+
+def _show_objects(report: dict[str, Any]) -> None:
+    print(
+        f"{report['pictures']} pictures, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % from a "
+        f"box each, {report['point_iou']:.2f} % from a point each"
+    )
+
+
+def _show_boxes(report: dict[str, Any]) -> None:
+    if "per_class" in report:
+        print_table(("class", "mAP"), [(name, f"{value:.2f}") for name, value in report["per_class"].items()])
+    print(
+        f"{report['pictures']} pictures, {report['objects']} objects: mAP {report['map']:.2f} %, "
+        f"at an overlap of 50 % {report['map50']:.2f} %, of 75 % {report['map75']:.2f} %"
+    )
+
+
+_TASKS: dict[TaskName, tuple[Callable[..., Any], Callable[..., dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
+    TaskName.classification: (_open_classifier, _describe_classes, _show_classes),
+    TaskName.semantic: (_open_segmenter, _describe_pixels, _show_pixels),
+    TaskName.promptable: (_open_sam, _describe_objects, _show_objects),
+    TaskName.detection: (_open_detector, _describe_boxes, _show_boxes),
+}

@@ -12,8 +12,7 @@ import typer
 from torch import nn
 
 from kornia_tinyvit.checkpoints import open_pretrained
-from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.options import ImgSize, Json, Pretrained, Variant, build_classifier
+from kornia_tinyvit.cli.options import ImgSize, Json, Pretrained, Variant, build_classifier, build_network
 from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.export import ExportTask, export_onnx, export_program
 from kornia_tinyvit.model import TinyViT
@@ -91,9 +90,8 @@ def _build(
     if variant is not None or pretrained is not None:
         checkpoint = open_pretrained(pretrained or True, variant, img_size=img_size)
         if checkpoint.config.mobile_sam and not photos:
-            size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
-            return TinyViT.from_config(variant, pretrained=checkpoint, **size).eval(), None
-    classifier: ImageClassifier = build_classifier(variant, pretrained, "cpu", img_size)
+            return build_network(TinyViT, variant, checkpoint, "cpu", img_size), None
+    classifier = build_classifier(variant, pretrained, "cpu", img_size)
     return classifier if photos else classifier.model, classifier.class_names
 
 

@@ -57,16 +57,35 @@ def refuse_idle(context: typer.Context, names: Iterable[str], where: str) -> Non
         raise ValueError(f"{', '.join(given)} would do nothing {where}; leave {them} out.")
 
 
+def build_network(
+    kind: Any, variant: str | None, pretrained: Any, device: str, img_size: Any = None, **settings: Any
+) -> Any:
+    """Build what the options describe, in evaluation mode.
+
+    Args:
+        kind: class of the network.
+        variant: as ``from_config`` of the class takes it, like the rest.
+        pretrained: weights.
+        device: name of a device.
+        img_size: size to run at, ``None`` for that of the weights.
+        **settings: for ``from_config``.
+    """
+    if img_size is not None:
+        settings["img_size"] = img_size
+    return kind.from_config(variant, pretrained=pretrained, **settings).to(parse_device(device)).eval()
+
+
 def build_classifier(
     variant: str | None, pretrained: str | None, device: str, img_size: int | None = None, tta: bool = False
 ) -> ImageClassifier:
     """Build what the options describe; with none, the network that comes with the package."""
     if variant is None and pretrained is None:
         variant, pretrained = "1m", "cifar10"
-    size: dict[str, Any] = {} if img_size is None else {"img_size": img_size}
     views = ImageClassifier.DEFAULT_VIEWS if tta else ()
-    classifier = ImageClassifier.from_config(variant, pretrained=pretrained or True, views=views, **size)
-    return classifier.to(parse_device(device)).eval()
+    classifier: ImageClassifier = build_network(
+        ImageClassifier, variant, pretrained or True, device, img_size, views=views
+    )
+    return classifier
 
 
 def parse_device(name: str) -> torch.device:

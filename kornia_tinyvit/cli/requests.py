@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import inspect
 from collections.abc import Callable
 from typing import Any, get_type_hints
@@ -16,16 +15,14 @@ def command(run: Callable[..., None]) -> Callable[..., None]:
     """Return what typer takes as a command: a function whose parameters are the fields of a request.
 
     Args:
-        run: takes typer's context and an instance of a dataclass, whose fields are annotated as typer's parameters.
+        run: takes typer's context and an instance of a dataclass, whose fields are keywords, annotated as typer's
+            parameters.
     """
     request = get_type_hints(run)["asked"]
     hints = get_type_hints(request, include_extras=True)
     parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
-    for field in dataclasses.fields(request):
-        default = inspect.Parameter.empty if field.default is dataclasses.MISSING else field.default
-        annotation = hints[field.name]
-        kind = inspect.Parameter.KEYWORD_ONLY
-        parameters.append(inspect.Parameter(field.name, kind, default=default, annotation=annotation))
+    for name, parameter in inspect.signature(request).parameters.items():
+        parameters.append(parameter.replace(annotation=hints[name]))
 
     def call(context: typer.Context, **options: Any) -> None:
         run(context, request(**options))

@@ -15,7 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from kornia_tinyvit.checkpoints import CheckpointError
-from kornia_tinyvit.cli.options import Device, Json, parse_device
+from kornia_tinyvit.cli.options import Device, Json, build_network
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_pixels, to_pil
 from kornia_tinyvit.ops import RLE, decode_rle, encode_rle, mask_boxes
@@ -74,7 +74,7 @@ def segment(
     """Cut objects out of a photo: those at points, in boxes, or everything."""
     prompts = _parse(point or [], box or [], everything)
     pixels = read_pixels(photo)
-    sam = _build(variant, checkpoint, _parse_size(img_size)).to(parse_device(device)).eval()
+    sam = _build(variant, checkpoint, device, _parse_size(img_size))
     picture = to_pil(pixels)
     found = _everything(sam, picture) if everything else _prompted(sam, picture, prompts)
     written = _write(out, photo, pixels, found, prompts, mask_format)
@@ -130,13 +130,15 @@ def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list
     return numbers
 
 
-def _build(variant: str | None, checkpoint: str | None, img_size: int | tuple[int, int] | None) -> MobileSAM:
+def _build(variant: str | None, checkpoint: str | None, device: str, size: int | tuple[int, int] | None) -> MobileSAM:
+    sam: MobileSAM
     try:
-        return MobileSAM.from_config(variant, pretrained=checkpoint or True, img_size=img_size)
+        sam = build_network(MobileSAM, variant, checkpoint or True, device, size)
     except CheckpointError as error:
         if checkpoint is not None:
             raise
         raise CheckpointError(f"{error} On the command line that is --checkpoint FILE.") from error
+    return sam
 
 
 def _everything(sam: MobileSAM, picture: Image.Image) -> Found:

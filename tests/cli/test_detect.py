@@ -14,7 +14,6 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli import evaluate_tasks
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.images import read_image
@@ -25,6 +24,7 @@ from tests.helpers import error_of, run
 from tests.scenes import damage, make_coco, write_coco
 from tests.test_detection import NAMES, make_detector
 
+EVALUATE = sys.modules["kornia_tinyvit.cli.evaluate"]  # the package has the command under this name
 PHOTO = ASSETS / "photos" / "chelsea.png"  # 451x300
 
 
@@ -165,13 +165,13 @@ class TestEvaluate:
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
-        sizes, measure = [], evaluate_tasks.evaluate_network
+        sizes, measure = [], EVALUATE.evaluate_network
 
         def record(network, *arguments, **settings):
             sizes.append(network.squares.size)
             return measure(network, *arguments, **settings)
 
-        monkeypatch.setattr(evaluate_tasks, "evaluate_network", record)
+        monkeypatch.setattr(EVALUATE, "evaluate_network", record)
         for options in ((), ("--img-size", "96")):
             run(*self.command(data, own, *options))
         assert sizes == [64, 96]
