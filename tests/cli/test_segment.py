@@ -6,7 +6,7 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit import save_checkpoint
-from kornia_tinyvit.checkpoints import loading
+from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.sam import MobileSAM
@@ -199,7 +199,7 @@ class TestErrors:
         def no_network(urls, **_):
             raise RuntimeError("no network")
 
-        monkeypatch.setattr(loading, "download_file_from_url", no_network)
+        monkeypatch.setattr(tensors, "download_file_from_url", no_network)
         told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX)
         assert all(url in told for url in find_weights("5m", "mobile_sam").urls)
         assert "On the command line that is --checkpoint FILE." in told

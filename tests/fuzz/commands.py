@@ -15,7 +15,7 @@ from unittest import mock
 
 import typer
 
-from kornia_tinyvit.checkpoints import loading
+from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.cli import app, main
 from kornia_tinyvit.cli.distill import distill
 from tests.fuzz.data import a_picture, valid
@@ -181,7 +181,7 @@ def run(line: list[str], folder: Path) -> tuple[int, str, BaseException | None]:
 
     with (
         mock.patch.object(sys, "argv", ["kornia-tinyvit", *line]),
-        mock.patch.object(loading, "download_file_from_url", no_network),
+        mock.patch.object(tensors, "download_file_from_url", no_network),
         contextlib.redirect_stdout(out),
         contextlib.redirect_stderr(error),
         contextlib.chdir(folder),

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from kornia_tinyvit import ImageClassifier
-from kornia_tinyvit.checkpoints import loading
+from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.web.views import Changes
 
@@ -48,7 +48,7 @@ def test_weights_that_cannot_be_had(monkeypatch):
         tried.append(urls)
         raise RuntimeError("no network")
 
-    monkeypatch.setattr(loading, "download_file_from_url", no_network)
+    monkeypatch.setattr(tensors, "download_file_from_url", no_network)
     for _ in range(2):
         with pytest.raises(page.gr.Error) as refused:
             page._telling(page._load_sam)("mobile_sam", "cpu")
