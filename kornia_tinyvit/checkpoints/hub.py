@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -36,32 +37,14 @@ PIL_RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 #: File of a hub folder with the network's weights.
 WEIGHTS_FILE = "model.safetensors"
 
+_ELSEWHERE = ("num_classes", "use_checkpoint", "mobile_sam")  # told by labels, by a switch of models, and by the class
 #: What the fields of a network's configuration are called in transformers.
-TRANSFORMERS_NAMES = {
-    "img_size": "image_size",
-    "in_chans": "num_channels",
-    "embed_dims": "embed_dims",
-    "depths": "depths",
-    "num_heads": "num_heads",
-    "window_sizes": "window_sizes",
-    "mlp_ratio": "mlp_ratio",
-    "drop_rate": "drop_rate",
-    "drop_path_rate": "drop_path_rate",
-    "mbconv_expand_ratio": "mbconv_expand_ratio",
-    "local_conv_size": "local_conv_size",
-    "activation": "activation",
-}
-#: The arguments of timm's TinyVit that decide its tensors. The size of the picture is part of its preprocessing.
-_TIMM_ARGUMENTS = (
-    "in_chans",
-    "embed_dims",
-    "depths",
-    "num_heads",
-    "window_sizes",
-    "mlp_ratio",
-    "mbconv_expand_ratio",
-    "local_conv_size",
-)
+TRANSFORMERS_NAMES = {each.name: each.name for each in dataclasses.fields(TinyViTConfig) if each.name not in _ELSEWHERE}
+TRANSFORMERS_NAMES |= {"img_size": "image_size", "in_chans": "num_channels"}
+# The size of the picture is part of timm's preprocessing.
+_NO_TENSORS = ("img_size", "drop_rate", "drop_path_rate", "activation")
+#: The arguments of timm's TinyVit that decide its tensors.
+_TIMM_ARGUMENTS = tuple(name for name in TRANSFORMERS_NAMES if name not in _NO_TENSORS)
 _TIMM_NAMES = (("5m", 224), ("11m", 224), ("21m", 224), ("21m", 384), ("21m", 512))
 
 

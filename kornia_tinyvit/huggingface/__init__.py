@@ -7,7 +7,7 @@ Importing this package registers them with transformers: ``AutoConfig``, ``AutoM
 from kornia_tinyvit.extras import MissingExtraError
 
 try:
-    import transformers  # noqa: F401
+    import transformers
 except ImportError as error:
     raise MissingExtraError(
         "kornia_tinyvit.huggingface needs transformers: pip install 'kornia-tinyvit[hf]'."
@@ -23,11 +23,15 @@ from kornia_tinyvit.huggingface.modeling import (
     TinyVitPreTrainedModel,
 )
 from kornia_tinyvit.huggingface.processing import TinyVitImageProcessor
-from kornia_tinyvit.huggingface.registration import register
-from kornia_tinyvit.huggingface.sam import TinyVitSamModel, TinyVitSamVisionEncoder
-from kornia_tinyvit.huggingface.sam_configuration import TinyVitSamConfig, TinyVitSamVisionConfig
-from kornia_tinyvit.huggingface.sam_conversion import from_mobile_sam, to_mobile_sam
-from kornia_tinyvit.huggingface.sam_processing import TinyVitSamImageProcessor
+from kornia_tinyvit.huggingface.sam import (
+    TinyVitSamConfig,
+    TinyVitSamImageProcessor,
+    TinyVitSamModel,
+    TinyVitSamVisionConfig,
+    TinyVitSamVisionEncoder,
+    from_mobile_sam,
+    to_mobile_sam,
+)
 
 __all__ = [
     "TinyVitBackbone",
@@ -49,4 +53,18 @@ __all__ = [
     "to_tinyvit",
 ]
 
-register()
+for _config in (TinyVitConfig, TinyVitSamConfig, TinyVitSamVisionConfig):
+    transformers.AutoConfig.register(_config.model_type, _config, exist_ok=True)
+for _auto, _config, _class in (
+    (transformers.AutoModel, TinyVitConfig, TinyVitModel),
+    (transformers.AutoModelForImageClassification, TinyVitConfig, TinyVitForImageClassification),
+    (transformers.AutoBackbone, TinyVitConfig, TinyVitBackbone),
+    (transformers.AutoModel, TinyVitSamConfig, TinyVitSamModel),
+    (transformers.AutoModelForMaskGeneration, TinyVitSamConfig, TinyVitSamModel),
+    (transformers.AutoProcessor, TinyVitSamConfig, transformers.SamProcessor),
+):
+    _auto.register(_config, _class, exist_ok=True)
+for _config, _processor in ((TinyVitConfig, TinyVitImageProcessor), (TinyVitSamConfig, TinyVitSamImageProcessor)):
+    # For every backend that can be asked for: they need none of them.
+    _backends: dict[str, type] = {"torchvision": _processor, "pil": _processor}
+    transformers.AutoImageProcessor.register(_config, image_processor_classes=_backends, exist_ok=True)

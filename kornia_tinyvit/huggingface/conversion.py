@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
+
+from torch import nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint
 from kornia_tinyvit.checkpoints.catalog import usual_names
@@ -15,6 +17,8 @@ from kornia_tinyvit.huggingface.modeling import TinyVitForImageClassification, T
 from kornia_tinyvit.model import TinyViT
 
 __all__ = ["from_checkpoint", "from_tinyvit", "to_tinyvit"]
+
+Model = TypeVar("Model", bound=nn.Module)
 
 
 def from_tinyvit(
@@ -45,9 +49,7 @@ def from_tinyvit(
         found = TinyVitModel(config)
         weights = {name.removeprefix("tinyvit."): tensor for name, tensor in weights.items()}
     found.load_state_dict(weights)
-    first = next(model.parameters())
-    found.to(device=first.device, dtype=first.dtype)  # type: ignore[call-arg]
-    return found.train(model.training)
+    return match_original(found, model)
 
 
 def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
@@ -66,8 +68,7 @@ def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
         raise ValueError("The model of a backbone lacks the norm of the pooled features; load a TinyVitModel instead.")
     network = TinyViT.from_config(model.config.to_network(classes))
     load_checkpoint(network, model.state_dict())
-    first = next(model.parameters())
-    return network.to(device=first.device, dtype=first.dtype).train(model.training)
+    return match_original(network, model)
 
 
 def from_checkpoint(
@@ -102,3 +103,10 @@ def label_fields(names: Sequence[str] | None) -> dict[str, Any]:
     if names is None:
         return {}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
+
+
+def match_original(copied: Model, original: nn.Module) -> Model:
+    """Put a copied model into the mode, precision and place of the original, and return it."""
+    first = next(original.parameters())
+    nn.Module.to(copied, first.device, first.dtype)
+    return copied.train(original.training)

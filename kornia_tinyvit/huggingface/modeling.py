@@ -18,21 +18,21 @@ from transformers.utils import can_return_tuple
 from transformers.utils.output_capturing import capture_outputs
 
 from kornia_tinyvit.config import TinyViTConfig
-from kornia_tinyvit.huggingface.card import TAGS
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.layers import Attention, ConvBN
 from kornia_tinyvit.model import Blocks, TinyViT
 
 __all__ = [
+    "TAGS",
     "TinyVitBackbone",
     "TinyVitForImageClassification",
     "TinyVitModel",
     "TinyVitPreTrainedModel",
     "build_network",
-    "init_weights",
-    "match_precision",
-    "refuse_silent_attentions",
 ]
+
+#: What the hub finds a model by.
+TAGS = ("tinyvit", "kornia-tinyvit", "kornia")
 
 
 def eager_attention_forward(
@@ -99,46 +99,6 @@ def build_network(network: TinyViTConfig, config: Any) -> TinyViT:
     return model
 
 
-@torch.no_grad()
-def init_weights(module: nn.Module) -> None:
-    """Initialise what no file held, as :class:`~kornia_tinyvit.TinyViT` does, and leave loaded tensors as they are."""
-    if isinstance(module, nn.Linear):
-        init.trunc_normal_(module.weight, std=0.02)
-        init.zeros_(module.bias)
-    elif isinstance(module, nn.Conv2d):
-        init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's default; no convolution here has a bias
-    elif isinstance(module, Attention):
-        init.zeros_(module.attention_biases)
-    elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)):
-        init.ones_(module.weight)
-        init.zeros_(module.bias)
-    if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
-        init.zeros_(module.running_mean)
-        init.ones_(module.running_var)
-        init.zeros_(cast("Tensor", module.num_batches_tracked))
-
-
-def match_precision(pixel_values: Tensor, network: TinyViT) -> Tensor:
-    """Give pictures :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse."""
-    stem = cast("ConvBN", network.patch_embed.seq[0]).c.weight
-    floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
-    return pixel_values.to(stem.dtype) if floating else pixel_values
-
-
-def refuse_silent_attentions(config: Any, kwargs: dict[str, Any]) -> None:
-    """Refuse to return attentions where the implementation computes none.
-
-    Raises:
-        ValueError: if ``output_attentions`` is asked for and the implementation is not ``eager``.
-    """
-    asked = kwargs.get("output_attentions", config.output_attentions)
-    if asked and config._attn_implementation != "eager":
-        raise ValueError(
-            f"The attention implementation {config._attn_implementation!r} has no weights to return; load the model "
-            'with attn_implementation="eager" or call model.set_attn_implementation("eager").'
-        )
-
-
 class TinyVitPreTrainedModel(PreTrainedModel):
     """What the models have in common: loading, saving, initialisation and what they support."""
 
@@ -154,8 +114,45 @@ class TinyVitPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TinyViT"]  # noqa: RUF012 - transformers reads it from the class
     _can_record_outputs = {"hidden_states": Blocks, "attentions": AttentionWeights}  # noqa: RUF012
 
+    network: TinyViT  # of the models that have one themselves
+
+    def get_input_embeddings(self) -> nn.Module:
+        """Return the stem."""
+        return cast("Any", self.base_model).network.patch_embed
+
+    @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module)
+        """Initialise what no file held, as :class:`~kornia_tinyvit.TinyViT` does, and leave loaded tensors be."""
+        if isinstance(module, nn.Linear):
+            init.trunc_normal_(module.weight, std=0.02)
+            init.zeros_(module.bias)
+        elif isinstance(module, nn.Conv2d):
+            init.kaiming_uniform_(module.weight, a=math.sqrt(5))  # torch's default; no convolution here has a bias
+        elif isinstance(module, Attention):
+            init.zeros_(module.attention_biases)
+        elif isinstance(module, (nn.LayerNorm, nn.BatchNorm2d, LayerNorm2d)):
+            init.ones_(module.weight)
+            init.zeros_(module.bias)
+        if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
+            init.zeros_(module.running_mean)
+            init.ones_(module.running_var)
+            init.zeros_(cast("Tensor", module.num_batches_tracked))
+
+    def _prepare(self, pixel_values: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        """Give pictures :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse.
+
+        Raises:
+            ValueError: if attentions are asked for and the implementation computes none.
+        """
+        attention = self.config._attn_implementation
+        if kwargs.get("output_attentions", self.config.output_attentions) and attention != "eager":
+            raise ValueError(
+                f"The attention implementation {attention!r} has no weights to return; load the model with "
+                'attn_implementation="eager" or call model.set_attn_implementation("eager").'
+            )
+        stem = cast("ConvBN", self.network.patch_embed.seq[0]).c.weight
+        floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
+        return pixel_values.to(stem.dtype) if floating else pixel_values
 
 
 class TinyVitModel(TinyVitPreTrainedModel):
@@ -182,10 +179,6 @@ class TinyVitModel(TinyVitPreTrainedModel):
             self.network.norm_head = nn.Identity()  # type: ignore[assignment]
         self.post_init()
 
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the stem."""
-        return self.network.patch_embed
-
     @capture_outputs
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
         r"""Compute the features of pictures.
@@ -204,8 +197,7 @@ class TinyVitModel(TinyVitPreTrainedModel):
             TypeError: if the pictures are not a floating point tensor.
             ValueError: if their shape is another, or attentions are asked for and the implementation has none.
         """
-        refuse_silent_attentions(self.config, kwargs)
-        features = self.network.forward_features(match_precision(pixel_values, self.network))
+        features = self.network.forward_features(self._prepare(pixel_values, kwargs))
         pooled = self.network.forward_head(features, pre_logits=True) if self.add_pooling_layer else None
         return BaseModelOutputWithPooling(last_hidden_state=features, pooler_output=pooled)
 
@@ -275,10 +267,6 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
         self.tinyvit = TinyVitModel(config, add_pooling_layer=False)
         self.num_features = [config.embed_dims[0], *config.embed_dims]
         self.post_init()
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the stem."""
-        return self.tinyvit.get_input_embeddings()
 
     @can_return_tuple
     @filter_output_hidden_states

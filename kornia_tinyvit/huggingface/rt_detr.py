@@ -21,7 +21,7 @@ try:
     from transformers import RTDetrConfig, RTDetrForObjectDetection
 
     from kornia_tinyvit.huggingface.configuration import TinyVitConfig
-    from kornia_tinyvit.huggingface.conversion import label_fields
+    from kornia_tinyvit.huggingface.conversion import label_fields, match_original
 except ImportError as error:
     raise MissingExtraError(
         "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[train,hf]'."
@@ -100,14 +100,14 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
         >>> found.logits.shape, found.pred_boxes.shape
         (torch.Size([1, 9, 5]), torch.Size([1, 9, 4]))
     """
-    config, first = detector.config, next(detector.parameters())
-    model = RTDetrForObjectDetection(_describe(config, detector.class_names, changes))
+    fields = _describe(detector.config) | label_fields(detector.class_names) | changes
+    model = RTDetrForObjectDetection(RTDetrConfig(**fields))
     weights = _translate(detector.state_dict())
     if not model.config.num_denoising:
         del weights[_DENOISING]
     model.load_state_dict(weights)
     network_of(model).preprocessing = detector.backbone.preprocessing
-    return torch.nn.Module.to(model, first.device, first.dtype).train(detector.training)
+    return match_original(model, detector)
 
 
 def from_rt_detr(model: RTDetrForObjectDetection) -> TinyViTDetector:
@@ -123,26 +123,23 @@ def from_rt_detr(model: RTDetrForObjectDetection) -> TinyViTDetector:
         ValueError: if the model has parts that kornia's RT-DETR has not.
     """
     told: Any = model.config
-    first = next(model.parameters())
     if not isinstance(told.backbone_config, TinyVitConfig):
         raise ValueError(f"Expected a model on a TinyVitBackbone; got one on {type(told.backbone_config).__name__}.")
-    fixed = _FIXED | dict.fromkeys(("encoder_ffn_dim", "decoder_ffn_dim"), 4 * told.d_model)
-    fixed |= {"encoder_hidden_dim": told.d_model}
-    others = [
-        f"{name}={getattr(told, name)!r} instead of {value!r}"
-        for name, value in fixed.items()
-        if name != "freeze_backbone_batch_norms" and _plain(getattr(told, name)) != value
-    ]
-    if others:
-        raise ValueError(f"kornia's RT-DETR cannot be built with {', '.join(others)}.")
     config = DetectorConfig(
         told.backbone_config.to_network(), told.num_labels, told.d_model, told.num_queries, told.decoder_layers,
         told.hidden_expansion,
     )  # fmt: skip
+    others = [
+        f"{name}={getattr(told, name)!r} instead of {value!r}"
+        for name, value in _describe(config).items()
+        if name not in ("backbone_config", "freeze_backbone_batch_norms") and _plain(getattr(told, name)) != value
+    ]
+    if others:
+        raise ValueError(f"kornia's RT-DETR cannot be built with {', '.join(others)}.")
     names = [told.id2label[index] for index in range(told.num_labels)]
     detector = TinyViTDetector.from_config(config, class_names=names)
     load_weights(detector, model.state_dict())
-    return detector.to(first.device, first.dtype).train(model.training)
+    return match_original(detector, model)
 
 
 def load_weights(detector: TinyViTDetector, state: Mapping[str, Tensor]) -> None:
@@ -170,10 +167,10 @@ def network_of(model: RTDetrForObjectDetection) -> TinyViT:
     return model.model.backbone.model.tinyvit.network
 
 
-def _describe(config: DetectorConfig, class_names: tuple[str, ...], changes: dict[str, Any]) -> RTDetrConfig:
-    """Return transformers' configuration of the same architecture."""
+def _describe(config: DetectorConfig) -> dict[str, Any]:
+    """Return the fields of transformers' configuration of the same architecture."""
     hidden = config.hidden_dim
-    fields = _FIXED | {
+    return _FIXED | {
         "backbone_config": TinyVitConfig.from_network(config.backbone, out_indices=[2, 3, 4]),
         "encoder_hidden_dim": hidden,
         "encoder_in_channels": list(config.backbone.embed_dims[1:]),
@@ -185,7 +182,6 @@ def _describe(config: DetectorConfig, class_names: tuple[str, ...], changes: dic
         "decoder_layers": config.decoder_layers,
         "num_queries": config.num_queries,
     }
-    return RTDetrConfig(**fields | label_fields(class_names) | changes)
 
 
 def _plain(value: Any) -> Any:

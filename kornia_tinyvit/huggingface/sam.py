@@ -1,10 +1,16 @@
-"""MobileSAM in transformers' SAM: a TinyViT as its vision encoder."""
+"""MobileSAM in transformers' SAM: a TinyViT as its vision encoder, its configuration and its image processor."""
 
 from __future__ import annotations
 
-from typing import Any, cast
+import re
+from typing import Any, ClassVar, cast
 
-from torch import Tensor, nn
+import numpy as np
+from huggingface_hub.dataclasses import strict
+from numpy.typing import NDArray
+from torch import Tensor
+from transformers.models.sam.configuration_sam import SamConfig, SamMaskDecoderConfig, SamPromptEncoderConfig
+from transformers.models.sam.image_processing_pil_sam import SamImageProcessorPil
 from transformers.models.sam.modeling_sam import (
     SamMaskDecoder,
     SamModel,
@@ -15,21 +21,113 @@ from transformers.models.sam.modeling_sam import (
 )
 from transformers.utils.output_capturing import capture_outputs
 
-from kornia_tinyvit.huggingface.card import TAGS
-from kornia_tinyvit.huggingface.modeling import (
-    AttentionWeights,
-    build_network,
-    init_weights,
-    match_precision,
-    refuse_silent_attentions,
+from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.huggingface.configuration import TinyVitConfig
+from kornia_tinyvit.huggingface.conversion import match_original
+from kornia_tinyvit.huggingface.modeling import TAGS, TinyVitPreTrainedModel, build_network
+from kornia_tinyvit.model import NECK_CHANNELS
+from kornia_tinyvit.ops import RLE, decode_rle, suppress_boxes
+from kornia_tinyvit.sam import MobileSAM
+
+__all__ = [
+    "TinyVitSamConfig",
+    "TinyVitSamImageProcessor",
+    "TinyVitSamModel",
+    "TinyVitSamVisionConfig",
+    "TinyVitSamVisionEncoder",
+    "from_mobile_sam",
+    "to_mobile_sam",
+]
+
+#: Beginnings of segment-anything's names, which are kornia's, and what transformers calls the same.
+_NAMES = (
+    (r"image_encoder\.", "vision_encoder.network."),
+    (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
+    (r"prompt_encoder\.point_embeddings\.", "prompt_encoder.point_embed."),
+    (r"prompt_encoder\.mask_downscaling\.0\.", "prompt_encoder.mask_embed.conv1."),
+    (r"prompt_encoder\.mask_downscaling\.1\.", "prompt_encoder.mask_embed.layer_norm1."),
+    (r"prompt_encoder\.mask_downscaling\.3\.", "prompt_encoder.mask_embed.conv2."),
+    (r"prompt_encoder\.mask_downscaling\.4\.", "prompt_encoder.mask_embed.layer_norm2."),
+    (r"prompt_encoder\.mask_downscaling\.6\.", "prompt_encoder.mask_embed.conv3."),
+    (r"mask_decoder\.output_upscaling\.0\.", "mask_decoder.upscale_conv1."),
+    (r"mask_decoder\.output_upscaling\.1\.", "mask_decoder.upscale_layer_norm."),
+    (r"mask_decoder\.output_upscaling\.3\.", "mask_decoder.upscale_conv2."),
+    (r"(mask_decoder\.transformer\.(?:layers\.\d+\.)?)norm", r"\1layer_norm"),
+    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.0\.", r"\1proj_in."),
+    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.1\.", r"\1layers.0."),
+    (r"(mask_decoder\.(?:output_hypernetworks_mlps\.\d+|iou_prediction_head)\.)layers\.2\.", r"\1proj_out."),
 )
-from kornia_tinyvit.huggingface.sam_configuration import TinyVitSamConfig, TinyVitSamVisionConfig
-from kornia_tinyvit.model import Blocks
-
-__all__ = ["TinyVitSamModel", "TinyVitSamVisionEncoder"]
+_TIED = "prompt_encoder.shared_embedding.positional_embedding"
 
 
-class TinyVitSamVisionEncoder(SamPreTrainedModel):
+@strict
+class TinyVitSamVisionConfig(TinyVitConfig):
+    """The configuration of MobileSAM's encoder: a TinyViT of stride 16 with a neck.
+
+    Args:
+        image_size: side in pixels of the square input, a multiple of 16.
+        head_classes: classes of the head that the published file holds and the embedding does not use.
+        **kwargs: the other fields of :class:`TinyVitConfig`.
+    """
+
+    model_type = "tinyvit_sam_vision"
+    base_config_key = "vision_config"
+
+    image_size: int = 1024
+    head_classes: int = 1000
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # What transformers' SAM asks its encoder's configuration for.
+        self.output_channels = NECK_CHANNELS
+        self.num_pos_feats = NECK_CHANNELS // 2
+        self.scale = 1.0  # of random position codes, as in segment-anything
+        super().__post_init__(**kwargs)
+
+    def to_network(self, num_classes: int | None = None) -> TinyViTConfig:
+        """Return the configuration of the network.
+
+        Args:
+            num_classes: classes of its head, instead of ``head_classes``.
+
+        Raises:
+            ValueError: if a field is out of its range.
+        """
+        classes = self.head_classes if num_classes is None else num_classes
+        return super().to_network(classes).replace(mobile_sam=True)
+
+
+@strict
+class TinyVitSamConfig(SamConfig):
+    """The configuration of a :class:`TinyVitSamModel`.
+
+    Args:
+        vision_config: a :class:`TinyVitSamVisionConfig` or its values; the published 5m if left out.
+        prompt_encoder_config: values of transformers' ``SamPromptEncoderConfig``; its picture size follows the encoder.
+        mask_decoder_config: values of transformers' ``SamMaskDecoderConfig``.
+        **kwargs: fields of transformers' ``SamConfig``.
+    """
+
+    model_type = "tinyvit_sam"
+    sub_configs_defaults: ClassVar[dict[str, Any]] = {
+        "prompt_encoder_config": SamPromptEncoderConfig,
+        "mask_decoder_config": SamMaskDecoderConfig,
+        "vision_config": TinyVitSamVisionConfig,
+    }
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        vision = self.vision_config
+        if vision is None or isinstance(vision, dict):
+            vision = TinyVitSamVisionConfig(**(vision or {}))
+        self.vision_config = vision
+        if self.prompt_encoder_config is None:
+            self.prompt_encoder_config = {"image_size": vision.image_size}
+        if self.mask_decoder_config is None:
+            # The originals leave torch's default to the norms of the decoder; transformers' differs.
+            self.mask_decoder_config = {"layer_norm_eps": 1e-5}
+        super().__post_init__(**kwargs)
+
+
+class TinyVitSamVisionEncoder(TinyVitPreTrainedModel):
     """MobileSAM's encoder.
 
     Attributes:
@@ -39,22 +137,13 @@ class TinyVitSamVisionEncoder(SamPreTrainedModel):
         config: the configuration.
     """
 
-    config: TinyVitSamVisionConfig  # type: ignore[assignment]
+    config: TinyVitSamVisionConfig
     config_class = TinyVitSamVisionConfig
-    _no_split_modules = ["TinyViT"]  # noqa: RUF012 - transformers reads it from the class
-    _can_record_outputs = {"hidden_states": Blocks, "attentions": AttentionWeights}  # noqa: RUF012
 
     def __init__(self, config: TinyVitSamVisionConfig) -> None:
         super().__init__(config)
         self.network = build_network(config.to_network(), config)
         self.post_init()
-
-    def _init_weights(self, module: nn.Module) -> None:
-        init_weights(module)
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Return the stem."""
-        return self.network.patch_embed
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> SamVisionEncoderOutput | tuple[Tensor, ...]:
@@ -71,8 +160,7 @@ class TinyVitSamVisionEncoder(SamPreTrainedModel):
             TypeError: if the pictures are not a floating point tensor.
             ValueError: if their shape is another, or attentions are asked for and the implementation has none.
         """
-        refuse_silent_attentions(self.config, kwargs)
-        return SamVisionEncoderOutput(last_hidden_state=self.network(match_precision(pixel_values, self.network)))
+        return SamVisionEncoderOutput(last_hidden_state=self.network(self._prepare(pixel_values, kwargs)))
 
 
 class TinyVitSamModel(SamModel):
@@ -100,3 +188,89 @@ class TinyVitSamModel(SamModel):
         decoder._attn_implementation = config._attn_implementation
         self.mask_decoder = SamMaskDecoder(decoder)
         self.post_init()
+
+
+class TinyVitSamImageProcessor(SamImageProcessorPil):
+    """transformers' image processor of SAM, whose pipeline for masks of everything works without torchvision.
+
+    Args:
+        **kwargs: as ``SamImageProcessorPil`` takes them.
+    """
+
+    @classmethod
+    def from_size(cls, image_size: int) -> TinyVitSamImageProcessor:
+        """Return the processor for inputs of some size.
+
+        Args:
+            image_size: side in pixels of the square input, a multiple of 16.
+        """
+        masks = image_size // 4
+        return cls(
+            size={"longest_edge": image_size},
+            pad_size={"height": image_size, "width": image_size},
+            mask_size={"longest_edge": masks},
+            mask_pad_size={"height": masks, "width": masks},
+        )
+
+    def post_process_for_mask_generation(
+        self, all_masks: list[RLE], all_scores: Tensor, all_boxes: Tensor, crops_nms_thresh: float
+    ) -> tuple[list[NDArray[np.bool_]], Tensor, list[RLE], Tensor]:
+        """Keep the best of masks whose boxes lie on each other.
+
+        Args:
+            all_masks: :math:`N` masks, run-length encoded.
+            all_scores: their scores :math:`(N,)`.
+            all_boxes: their boxes :math:`(N, 4)`, left, top, right and bottom.
+            crops_nms_thresh: of boxes with a larger IoU, only that of the best mask is kept.
+
+        Returns:
+            The masks that are kept, as arrays :math:`(H, W)`, the best first; their scores, encodings and boxes.
+        """
+        kept = suppress_boxes(all_boxes.cpu(), all_scores.cpu(), crops_nms_thresh)
+        encoded = [all_masks[index] for index in kept.tolist()]
+        return [decode_rle(mask) for mask in encoded], all_scores[kept], encoded, all_boxes[kept]
+
+
+def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
+    """Return transformers' model of a MobileSAM, with a copy of its weights, in its mode, precision and place.
+
+    Args:
+        sam: the model, whose input is square; ``MobileSAM.from_config(pretrained="mobile_sam.pt")`` reads the
+            published file.
+
+    Raises:
+        ValueError: if the input is not square, which transformers' always is.
+    """
+    height, width = sam.img_size
+    if height != width:
+        raise ValueError(f"transformers' SAM has square inputs; this one's are {height}x{width}.")
+    network = sam.config.replace(mobile_sam=False, img_size=height, num_classes=0)
+    vision = TinyVitSamVisionConfig.from_network(network, head_classes=sam.config.num_classes)
+    model = TinyVitSamModel(TinyVitSamConfig(vision_config=vision))
+    weights = {_to_transformers(name): tensor for name, tensor in sam.state_dict().items()}
+    weights[_TIED] = weights["shared_image_embedding.positional_embedding"]
+    model.load_state_dict(weights)
+    return match_original(model, sam)
+
+
+def to_mobile_sam(model: TinyVitSamModel) -> MobileSAM:
+    """Return the MobileSAM of a transformers' model, with a copy of its weights, in its mode, precision and place.
+
+    ``torch.save(to_mobile_sam(model).state_dict(), "mobile_sam.pt")`` writes the layout of the published file.
+
+    Args:
+        model: the model.
+    """
+    vision = cast("TinyVitSamVisionConfig", model.config.vision_config)
+    sam = MobileSAM.from_config(vision.to_network(), img_size=vision.image_size)
+    weights = model.state_dict()
+    sam.load_state_dict({name: weights[_to_transformers(name)] for name in sam.state_dict()})
+    return match_original(sam, model)
+
+
+def _to_transformers(name: str) -> str:
+    for ours, theirs in _NAMES:
+        translated, count = re.subn(f"^{ours}", theirs, name)
+        if count:
+            return translated
+    return name

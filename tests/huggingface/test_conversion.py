@@ -12,7 +12,7 @@ from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.huggingface import TinyVitModel, from_checkpoint, from_tinyvit, save_hub_folder, to_tinyvit
-from kornia_tinyvit.huggingface.card import model_card
+from kornia_tinyvit.huggingface.folders import model_card
 from kornia_tinyvit.preprocessing import Preprocessing
 from tests.conftest import shared
 from tests.huggingface.helpers import tiny_backbone, tiny_classifier, tiny_network
