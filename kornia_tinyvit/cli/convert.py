@@ -16,33 +16,26 @@ from kornia_tinyvit.model import TinyViT
 __all__ = ["Layout", "convert"]
 
 
-class Layout(StrEnum):
-    """What a converted checkpoint is for."""
-
-    transformers = "transformers"
-    timm = "timm"
-    file = "file"
-
-
-Out = Annotated[Path, typer.Argument(help="The folder to write; with --layout file the .safetensors file.")]
-To = Annotated[
-    Layout,
-    typer.Option(
-        "--layout",
-        help="transformers: a hub folder with preprocessing and a model card; timm: a hub folder for timm; "
-        "file: this package's own file.",
-    ),
-]
-Name = Annotated[str | None, typer.Option(help="What the model card calls the model. Default: the folder's name.")]
+#: What a converted checkpoint is for.
+Layout = StrEnum("Layout", ("transformers", "timm", "file"))
 
 
 def convert(
     context: typer.Context,
-    out: Out,
+    out: Annotated[Path, typer.Argument(help="The folder to write; with --layout file the .safetensors file.")],
     variant: Variant = None,
     pretrained: Pretrained = None,
-    layout: To = Layout.transformers,
-    name: Name = None,
+    layout: Annotated[
+        Layout,
+        typer.Option(
+            "--layout",
+            help="transformers: a hub folder with preprocessing and a model card; timm: a hub folder for timm; "
+            "file: this package's own file.",
+        ),
+    ] = Layout.transformers,
+    name: Annotated[
+        str | None, typer.Option(help="What the model card calls the model. Default: the folder's name.")
+    ] = None,
 ) -> None:
     """Write weights as a folder for the Hugging Face hub, or hub folders as one of this package's files.
 

@@ -50,14 +50,19 @@ def demo(
     photos = photos or sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
     if web:
         refuse_idle(context, ("out",), "with --web")
+        from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
+
+        sam = sam or _SAM
+        if sam != _SAM and not urlparse(sam).scheme and not Path(sam).is_file():
+            raise FileNotFoundError(f"There is no file {sam} for --sam.")
+        missing = [path for path in photos if not path.is_file()]
+        if missing:
+            raise FileNotFoundError(f"There is no picture {missing[0]}.")
+        classifier = build_classifier(variant, pretrained, device, tta=True)
         # A script's empty variable means the default: an empty address would listen to the whole network.
-        _serve(photos, variant, pretrained, device, host or _HOST, port, sam or _SAM)
-    else:
-        refuse_idle(context, ("host", "port", "sam"), "without --web")
-        _draw(photos, out, variant, pretrained, device)
-
-
-def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | None, device: str) -> None:
+        serve(classifier, sam, device, photos, host or _HOST, port)
+        return
+    refuse_idle(context, ("host", "port", "sam"), "without --web")
     torch.manual_seed(0)  # one view has noise
     sheets = [out / f"{photo.stem}.png" for photo in photos]
     if len({path.resolve() for path in (*photos, *sheets)}) < 2 * len(photos):
@@ -70,17 +75,3 @@ def _draw(photos: list[Path], out: Path, variant: str | None, pretrained: str | 
         first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
         rows.append([photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet])
     print_table(["photo", "class", "score", "second", "score", "sheet"], rows, left=6)
-
-
-def _serve(
-    photos: list[Path], variant: str | None, pretrained: str | None, device: str, host: str, port: int, sam: str
-) -> None:
-    from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
-
-    if sam != _SAM and not urlparse(sam).scheme and not Path(sam).is_file():
-        raise FileNotFoundError(f"There is no file {sam} for --sam.")
-    missing = [path for path in photos if not path.is_file()]
-    if missing:
-        raise FileNotFoundError(f"There is no picture {missing[0]}.")
-    classifier = build_classifier(variant, pretrained, device, tta=True)
-    serve(classifier, sam, device, photos, host, port)

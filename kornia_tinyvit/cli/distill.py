@@ -30,13 +30,6 @@ distill = typer.Typer(
     help="Store a teacher's soft labels once, check them, and train students on them.", no_args_is_help=True
 )
 
-TeacherName = Annotated[
-    str,
-    typer.Option(
-        "--teacher",
-        help="file.py:function, timm:NAME, transformers:NAME, a checkpoint's path, or VARIANT/NAME such as 21m/in22k.",
-    ),
-]
 Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
 PATIENCE = 1800.0  # seconds without the next shard after which a teacher is taken for dead
 
@@ -45,8 +38,14 @@ PATIENCE = 1800.0  # seconds without the next shard after which a teacher is tak
 class StoreRequest(shared.DataRequest):
     """A store, its teacher, and where that runs."""
 
-    store: shared.Store
-    teacher: TeacherName
+    store: Annotated[Path, typer.Argument(help="Folder of the stored soft labels.")]
+    teacher: Annotated[
+        str,
+        typer.Option(
+            help="file.py:function, timm:NAME, transformers:NAME, a checkpoint's path, or VARIANT/NAME such as "
+            "21m/in22k."
+        ),
+    ]
     recipe: shared.RecipeName = "in22k_distill"
     device: Device = "cpu"
 

@@ -37,11 +37,8 @@ from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, 
 IMAGENET_22K = 21841
 
 
-class OnBroken(StrEnum):
-    """What to do about pictures that cannot be decoded."""
-
-    stop = "stop"
-    skip = "skip"
+#: What to do about pictures that cannot be decoded.
+OnBroken = StrEnum("OnBroken", ("stop", "skip"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -17,21 +17,12 @@ from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.export import ExportTask, export_onnx, export_program
 from kornia_tinyvit.model import TinyViT
 
-
-class Method(StrEnum):
-    """What a network computes."""
-
-    forward = "forward"
-    forward_features = "forward_features"
-    forward_intermediates = "forward_intermediates"
+#: What a network computes.
+Method = StrEnum("Method", ("forward", "forward_features", "forward_intermediates"))
 
 
-class Pixels(StrEnum):
-    """What pictures are made of."""
-
-    normalized = "normalized"
-    unit = "unit"
-    uint8 = "uint8"
+#: What pictures are made of.
+Pixels = StrEnum("Pixels", ("normalized", "unit", "uint8"))
 
 
 def export(

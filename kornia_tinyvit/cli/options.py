@@ -29,13 +29,8 @@ Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and 
 MinArea = Annotated[int, typer.Option(min=1, help="Promptable: leave out objects of fewer pixels of their picture.")]
 
 
-class TaskName(StrEnum):
-    """What a network can be trained for."""
-
-    classification = "classification"
-    semantic = "semantic"
-    promptable = "promptable"
-    detection = "detection"
+#: What a network can be trained for.
+TaskName = StrEnum("TaskName", ("classification", "semantic", "promptable", "detection"))
 
 
 def refuse_idle(context: typer.Context, names: Iterable[str], where: str) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -25,20 +24,12 @@ from kornia_tinyvit.visualization import draw_overlay, save_image
 Found = list[dict[str, Any]]
 
 
-class Format(StrEnum):
-    """How masks are written."""
-
-    png = "png"
-    coco = "coco"
+#: How masks are written.
+Format = StrEnum("Format", ("png", "coco"))
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """What the options ask for: points on one object, a box around each of several, or everything."""
-
-    points: Tensor | None
-    labels: Tensor | None
-    boxes: Tensor | None
+#: Points :math:`(N, 2)` on one object, their labels :math:`(N,)`, and boxes :math:`(K, 4)` around one each.
+Prompts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def segment(
@@ -89,19 +80,19 @@ def segment(
         print(f"{number:4} {place}, predicted IoU {each['predicted_iou']:.3f}")
 
 
-def _parse(points: list[str], boxes: list[str], everything: bool) -> _Prompts:
+def _parse(points: list[str], boxes: list[str], everything: bool) -> Prompts:
     if everything and (points or boxes):
         raise ValueError("--everything takes no --point and no --box.")
     if not (everything or points or boxes):
         raise ValueError("Say what to find: --point x,y, --box left,top,right,bottom or --everything.")
     if points and len(boxes) > 1:
         raise ValueError("Points describe one object, so they go with one --box at most.")
-    places = [_numbers("--point", text, (2, 3), "x,y or x,y,label") for text in points]
-    corners = [_numbers("--box", text, (4,), "left,top,right,bottom") for text in boxes]
+    places = [_numbers("--point", text, (2, 3), "x,y or x,y,label, such as 1,2") for text in points]
+    corners = [_numbers("--box", text, (4,), "left,top,right,bottom, such as 1,2,3,4") for text in boxes]
     labels = [int(place[2]) if len(place) == 3 else 1 for place in places]
     if any(label not in (0, 1) for label in labels) or any(len(each) == 3 and each[2] % 1 for each in places):
         raise ValueError("The label of a --point is 1 on the object or 0 off it.")
-    return _Prompts(
+    return (
         torch.tensor([place[:2] for place in places]) if places else None,
         torch.tensor(labels) if places else None,
         torch.tensor(corners) if corners else None,
@@ -111,22 +102,19 @@ def _parse(points: list[str], boxes: list[str], everything: bool) -> _Prompts:
 def _parse_size(text: str | None) -> int | tuple[int, int] | None:
     if text is None:
         return None
-    try:
-        sides = [int(side) for side in text.split("x")]
-    except ValueError:
-        sides = []
-    if len(sides) not in (1, 2):
-        raise ValueError(f"--img-size takes a side, or heightxwidth such as 512x1024; got {text!r}.")
+    sides = _numbers("--img-size", text, (1, 2), "a side, or heightxwidth such as 512x1024", int, "x")
     return sides[0] if len(sides) == 1 else (sides[0], sides[1])
 
 
-def _numbers(option: str, text: str, counts: tuple[int, ...], form: str) -> list[float]:
+def _numbers(
+    option: str, text: str, counts: tuple[int, ...], form: str, kind: Callable[[str], Any] = float, between: str = ","
+) -> list[Any]:
     try:
-        numbers = [float(part) for part in text.split(",")]
+        numbers = [kind(part) for part in text.split(between)]
     except ValueError:
         numbers = []
     if len(numbers) not in counts:
-        raise ValueError(f"{option} takes {form}, such as {','.join('1234'[: counts[0]])}; got {text!r}.")
+        raise ValueError(f"{option} takes {form}; got {text!r}.")
     return numbers
 
 
@@ -157,25 +145,30 @@ def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
     ]
 
 
-def _prompted(sam: MobileSAM, picture: Image.Image, prompts: _Prompts) -> Found:
-    points = None if prompts.points is None else prompts.points[None]
-    labels = None if prompts.labels is None else prompts.labels[None]
-    best = sam.predict_best(sam.embed(picture), points, labels, prompts.boxes)
-    rows = zip(best.masks()[:, 0].cpu(), best.scores[:, 0].tolist(), strict=True)
-    return [_describe(mask) | {"predicted_iou": score} for mask, score in rows]
+def _prompted(sam: MobileSAM, picture: Image.Image, prompts: Prompts) -> Found:
+    points, labels, boxes = prompts
+    if points is not None and labels is not None:
+        points, labels = points[None], labels[None]
+    best = sam.predict_best(sam.embed(picture), points, labels, boxes)
+    masks = best.masks()[:, 0].cpu()
+    found = []
+    for mask, corners, score in zip(masks, mask_boxes(masks).long().tolist(), best.scores[:, 0].tolist(), strict=True):
+        left, top, right, bottom = corners
+        found.append(
+            {
+                "segmentation": encode_rle(mask, compressed=True),
+                "bbox": [left, top, right - left, bottom - top],
+                "area": int(mask.sum()),
+                "predicted_iou": score,
+            }
+        )
+    return found
 
 
-def _describe(mask: Tensor) -> dict[str, Any]:
-    """Return a mask as COCO has it; its box is left, top, width and height."""
-    left, top, right, bottom = mask_boxes(mask[None])[0].long().tolist()
-    box = [left, top, right - left, bottom - top]
-    return {"segmentation": encode_rle(mask, compressed=True), "bbox": box, "area": int(mask.sum())}
-
-
-def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: _Prompts, form: Format) -> list[Path]:
+def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: Prompts, form: Format) -> list[Path]:
     """Write the overlay and the masks; return their paths, the overlay first."""
     overlay = out / f"{photo.stem}_overlay.png"
-    save_image(overlay, draw_overlay(pixels, _decoded(found), prompts.points, prompts.labels, prompts.boxes))
+    save_image(overlay, draw_overlay(pixels, _decoded(found), *prompts))
     written = [overlay]
     if form is Format.coco:
         written.append(out / f"{photo.stem}.json")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -21,6 +22,9 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, Recipe
 from kornia_tinyvit.training.tasks.base import Task
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
+
+#: Parts of MobileSAM whose weights may stay as they are.
+Frozen = StrEnum("Frozen", ("image_encoder", "prompt_encoder"))
 
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
@@ -58,7 +62,7 @@ class TrainRequest(shared.LoopRequest):
         float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
     ] = 0.0
     freeze: Annotated[
-        list[shared.Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
+        list[Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
     ] = None
     prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of a picture to ask for each time.")] = 8
     box_share: Annotated[
@@ -77,21 +81,21 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
         refuse_idle(context, ("validate_every",), "without --validation")
     usual = "in1k" if asked.task is TaskName.classification else asked.task.value
     recipe = asked.find_recipe(asked.recipe or usual)
-    plan = _PLANS[asked.task](asked, recipe)
+    task, model, samples, objective, validation = _PLANS[asked.task](asked, recipe)
+    images = samples.images
     if not asked.as_json:
-        images = plan.samples.images
         missing = (*getattr(images, "without_mask", ()), *getattr(images, "without_picture", ()))
         print_names("Left out, since their pictures or masks are missing", missing)
         print_names("Boxes left out", getattr(images, "left_out", ()))
     asked.train(
-        plan.model,
-        plan.samples,
-        plan.objective,
+        model,
+        samples,
+        objective,
         recipe,
-        task=plan.task,
-        validation=plan.validation,
+        task=task,
+        validation=validation,
         validate_every=asked.validate_every,
-        class_names=plan.class_names,
+        class_names=images.class_names,
     )
 
 
@@ -100,16 +104,8 @@ def _augment(asked: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **op
     return kind(recipe.img_size, recipe.preset, asked.seed, **options, **recipe.changes)
 
 
-@dataclass(frozen=True)
-class _Plan:
-    """What the loop takes."""
-
-    task: Task
-    model: Any
-    samples: Any
-    objective: Any
-    validation: Any
-    class_names: tuple[str, ...] | None
+#: A task, what is trained, its samples, the loss, and the validation data.
+_Plan = tuple[Task, Any, Any, Any, Any]
 
 
 def _plan_classifier(asked: TrainRequest, recipe: Recipe) -> _Plan:
@@ -117,7 +113,7 @@ def _plan_classifier(asked: TrainRequest, recipe: Recipe) -> _Plan:
     images = samples.images
     model = asked.network(TinyViT.from_config, recipe, num_classes=images.num_classes)
     validation = asked.validation_images(images.class_names)
-    return _Plan(CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation, images.class_names)
+    return CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation
 
 
 def _plan_segmenter(asked: TrainRequest, recipe: Recipe) -> _Plan:
@@ -130,7 +126,7 @@ def _plan_segmenter(asked: TrainRequest, recipe: Recipe) -> _Plan:
         validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
     weights = training.balanced_weights(images, asked.class_balance) if asked.class_balance else None
     objective = training.PixelLabels(samples.augmentation.preset.label_smoothing, weights)
-    return _Plan(training.SEMANTIC, model, samples, objective, validation, images.class_names)
+    return training.SEMANTIC, model, samples, objective, validation
 
 
 def _plan_promptable(asked: TrainRequest, recipe: Recipe) -> _Plan:
@@ -139,18 +135,11 @@ def _plan_promptable(asked: TrainRequest, recipe: Recipe) -> _Plan:
         asked, recipe, training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_share)
     )
     sam = asked.network(training.build_sam, recipe, scaled=False)  # windows are MobileSAM's own at every size
-    validation = None
-    if asked.validation is not None:
-        validation = InstanceDataset.open(asked.validation, "val", asked.min_area)
+    held_out = asked.validation
+    validation = None if held_out is None else InstanceDataset.open(held_out, "val", asked.min_area)
     samples = training.PromptedSamples(images, augmentation, asked.on_broken)
-    return _Plan(
-        training.PROMPTABLE,
-        training.PromptedSAM(sam, asked.freeze or ()),
-        samples,
-        training.MaskLoss(),
-        validation,
-        None,
-    )
+    model = training.PromptedSAM(sam, asked.freeze or ())
+    return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
 
 
 def _plan_detector(asked: TrainRequest, recipe: Recipe) -> _Plan:
@@ -160,7 +149,7 @@ def _plan_detector(asked: TrainRequest, recipe: Recipe) -> _Plan:
     detector = asked.network(TinyViTDetector.from_config, recipe, scaled=False, **options)  # its images are large
     model = training.DetectorTraining(detector)
     validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
-    return _Plan(training.DETECTION, model, samples, training.DetectionLoss(model), validation, images.class_names)
+    return training.DETECTION, model, samples, training.DetectionLoss(model), validation
 
 
 _PLANS = {

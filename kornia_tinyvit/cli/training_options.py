@@ -6,7 +6,6 @@ import json
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -24,39 +23,11 @@ from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
 
-
-class Frozen(StrEnum):
-    """Parts of MobileSAM whose weights may stay as they are."""
-
-    image_encoder = "image_encoder"
-    prompt_encoder = "prompt_encoder"
-
-
-Data = Annotated[
-    Path,
-    typer.Argument(help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files."),
-]
-Store = Annotated[Path, typer.Argument(help="Folder of the stored soft labels.")]
 RecipeName = Annotated[str, typer.Option("--recipe", help=f"{', '.join(RECIPES)}.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs. Default: the recipe's.")]
-Side = Annotated[int | None, typer.Option("--img-size", min=32, help="Side in pixels. Default: the recipe's.")]
-Seed = Annotated[int, typer.Option(min=0, help="Seed of the order and the augmentation.")]
-InitSeed = Annotated[int | None, typer.Option(min=0, help="Seed of the first weights. Default: that of --seed.")]
 Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
 OnBroken = Annotated[str, typer.Option(help="What to do at a picture that cannot be read: stop or skip.")]
-Limit = Annotated[int | None, typer.Option(min=2, help="Use so many pictures, drawn with a fixed seed.")]
-Validation = Annotated[Path | None, typer.Option(help="Pictures to measure the accuracy on after each epoch.")]
 Out = Annotated[Path, typer.Option(help="Folder for weights, metrics and state; the same one goes on after a stop.")]
-TrainedVariant = Annotated[
-    str, typer.Option("--variant", help="1m, 5m, 11m or 21m; or a file, for a network like the one it holds.")
-]
-Start = Annotated[str | None, typer.Option("--pretrained", help="Weights to start from: a name, a path or a URL.")]
-BatchSize = Annotated[int | None, typer.Option(min=2, help="Global batch. Default: the recipe's.")]
-ProcessBatch = Annotated[int | None, typer.Option(min=2, help="Pictures at a time; gradients add up to the batch.")]
-Precision = Annotated[str, typer.Option(help="no, bf16 or fp16.")]
-Rate = Annotated[float | None, typer.Option("--base-lr", help="Learning rate for a batch of 512.")]
-Checkpointing = Annotated[bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")]
-OnCpu = Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where there is a GPU.")]
 
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -66,11 +37,14 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class DataRequest:
     """Which images are used, and in what precision networks compute."""
 
-    data: Data
-    img_size: Side = None
-    seed: Seed = 0
-    precision: Precision = "no"
-    limit: Limit = None
+    data: Annotated[
+        Path,
+        typer.Argument(help="Pictures: class folders, parquet files of the Hugging Face hub, or tar files."),
+    ]
+    img_size: Annotated[int | None, typer.Option(min=32, help="Side in pixels. Default: the recipe's.")] = None
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the order and the augmentation.")] = 0
+    precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no"
+    limit: Annotated[int | None, typer.Option(min=2, help="Use so many pictures, drawn with a fixed seed.")] = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
@@ -99,15 +73,21 @@ class DataRequest:
 class TrainingRequest(DataRequest):
     """What is trained, from which weights, and where it is written."""
 
-    variant: TrainedVariant = "5m"
+    variant: Annotated[
+        str, typer.Option(help="1m, 5m, 11m or 21m; or a file, for a network like the one it holds.")
+    ] = "5m"
     out: Out
-    validation: Validation = None
-    pretrained: Start = None
+    validation: Annotated[Path | None, typer.Option(help="Pictures to measure the accuracy on after each epoch.")] = (
+        None
+    )
+    pretrained: Annotated[str | None, typer.Option(help="Weights to start from: a name, a path or a URL.")] = None
     epochs: Epochs = None
-    batch_size: BatchSize = None
-    process_batch: ProcessBatch = None
-    base_lr: Rate = None
-    cpu: OnCpu = False
+    batch_size: Annotated[int | None, typer.Option(min=2, help="Global batch. Default: the recipe's.")] = None
+    process_batch: Annotated[
+        int | None, typer.Option(min=2, help="Pictures at a time; gradients add up to the batch.")
+    ] = None
+    base_lr: Annotated[float | None, typer.Option(help="Learning rate for a batch of 512.")] = None
+    cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where there is a GPU.")] = False
     on_broken: OnBroken = "stop"
 
     def find_recipe(self, name: str) -> Recipe:
@@ -153,9 +133,13 @@ class TrainingRequest(DataRequest):
 class LoopRequest(TrainingRequest):
     """A single training."""
 
-    init_seed: InitSeed = None
+    init_seed: Annotated[
+        int | None, typer.Option(min=0, help="Seed of the first weights. Default: that of --seed.")
+    ] = None
     workers: Workers = 2
-    gradient_checkpointing: Checkpointing = False
+    gradient_checkpointing: Annotated[
+        bool, typer.Option("--gradient-checkpointing", help="Less memory, a third more work.")
+    ] = False
 
     @property
     def first_seed(self) -> int:
