@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, overload
+from typing import Any, TypedDict, Unpack, overload
 
 from torch import nn
 
@@ -23,36 +23,26 @@ from kornia_tinyvit.training.tasks.semantic import SEMANTIC, PixelEvaluator
 __all__ = ["begin_evaluation", "evaluate"]
 
 
-@overload
-def evaluate(
-    network: ImageClassifier,
-    images: ClassificationDataset,
-    batch_size: int = 8,
-    workers: int = 0,
-    progress: bool = False,
-) -> Evaluation: ...
+class _Options(TypedDict, total=False):
+    batch_size: int
+    workers: int
+    progress: bool
 
 
 @overload
-def evaluate(
-    network: SemanticSegmenter,
-    images: SegmentationDataset,
-    batch_size: int = 8,
-    workers: int = 0,
-    progress: bool = False,
-) -> Segmentation: ...
+def evaluate(network: ImageClassifier, images: ClassificationDataset, **options: Unpack[_Options]) -> Evaluation: ...
 
 
 @overload
-def evaluate(
-    network: TinyViTDetector, images: DetectionDataset, batch_size: int = 8, workers: int = 0, progress: bool = False
-) -> DetectionScores: ...
+def evaluate(network: SemanticSegmenter, images: SegmentationDataset, **options: Unpack[_Options]) -> Segmentation: ...
 
 
 @overload
-def evaluate(
-    network: MobileSAM, images: InstanceDataset, batch_size: int = 8, workers: int = 0, progress: bool = False
-) -> dict[str, float]: ...
+def evaluate(network: TinyViTDetector, images: DetectionDataset, **options: Unpack[_Options]) -> DetectionScores: ...
+
+
+@overload
+def evaluate(network: MobileSAM, images: InstanceDataset, **options: Unpack[_Options]) -> dict[str, float]: ...
 
 
 def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, progress: bool = False) -> Any:

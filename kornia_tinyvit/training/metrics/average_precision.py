@@ -5,10 +5,10 @@ from __future__ import annotations
 import contextlib
 import io
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -19,6 +19,7 @@ from kornia_tinyvit.training.metrics.counts import Counts
 __all__ = ["BoxMetrics", "DetectionScores"]
 
 _COUNTED = 100  # detections of a picture, the surest, as COCO counts them
+_MEASURES = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "recall")
 _ROW = 6  # class, score, left, top, width, height
 
 
@@ -55,11 +56,7 @@ class DetectionScores:
     def to_dict(self) -> dict[str, Any]:
         """Return the numbers as values that JSON can hold, rounded; ``None`` where there is none."""
         numbers = {name: value for name, value in vars(self).items() if name != "per_class"}
-        return {name: _rounded(value) for name, value in numbers.items()}
-
-
-def _rounded(value: float) -> float | None:
-    return None if math.isnan(value) else round(value, 4)
+        return {name: None if math.isnan(value) else round(value, 4) for name, value in numbers.items()}
 
 
 class BoxMetrics(Counts):
@@ -102,47 +99,33 @@ class BoxMetrics(Counts):
         seen = [index for index in range(len(self.images)) if self._sizes[index].all()]
         if not seen:
             raise ValueError("No pictures were evaluated.")
-        truth = self._truth(seen)
-        precision, recall = _evaluate(truth, self._results(seen))
-        return DetectionScores(
-            pictures=len(seen),
-            objects=sum(not each["iscrowd"] for each in truth["annotations"]),
-            map=_mean(precision[:, :, :, 0, -1]),
-            map50=_mean(precision[0, :, :, 0, -1]),
-            map75=_mean(precision[5, :, :, 0, -1]),
-            map_small=_mean(precision[:, :, :, 1, -1]),
-            map_medium=_mean(precision[:, :, :, 2, -1]),
-            map_large=_mean(precision[:, :, :, 3, -1]),
-            recall=_mean(recall[:, :, 0, -1]),
-            per_class=torch.tensor([_mean(each) for each in precision[:, :, :, 0, -1].unbind(2)]),
-        )
-
-    def _truth(self, seen: Sequence[int]) -> dict[str, list[dict[str, Any]]]:
-        """Return what is there, as COCO has it."""
-        annotations: list[dict[str, Any]] = []
+        truth: list[dict[str, Any]] = []
+        results: list[list[float]] = []
         for index in seen:
             height, width = self._sizes[index].int().tolist()
             rows = zip(*(field.tolist() for field in self.images.objects(index, height, width)), strict=True)
             for (left, top, right, bottom), label, area, crowd in rows:
-                annotations.append({
-                    "id": len(annotations) + 1, "image_id": index, "category_id": label, "area": area,
-                    "iscrowd": int(crowd), "bbox": [left, top, right - left, bottom - top],
+                truth.append({
+                    "id": len(truth) + 1, "image_id": index, "category_id": label, "area": area, "iscrowd": int(crowd),
+                    "bbox": [left, top, right - left, bottom - top],
                 })  # fmt: skip
+            results += [[index, *box, score, label] for label, score, *box in self._found[index].tolist() if score > 0]
         categories = [{"id": index, "name": name} for index, name in enumerate(self.images.class_names)]
-        return {"images": [{"id": index} for index in seen], "annotations": annotations, "categories": categories}
-
-    def _results(self, seen: Sequence[int]) -> list[dict[str, Any]]:
-        """Return what was found, as COCO has it."""
-        return [
-            {"image_id": index, "category_id": int(label), "bbox": box, "score": score}
-            for index in seen
-            for label, score, *box in self._found[index].tolist()
-            if score > 0
-        ]
+        images = [{"id": index} for index in seen]
+        dataset = {"images": images, "annotations": truth, "categories": categories}
+        scores, per_class = _evaluate(dataset, results)
+        objects = sum(not each["iscrowd"] for each in truth)
+        named = dict(zip(_MEASURES, scores.tolist(), strict=True))
+        return DetectionScores(pictures=len(seen), objects=objects, **named, per_class=per_class)
 
 
-def _evaluate(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """Return precision (overlaps, recalls, classes, areas, counts) and recall (overlaps, classes, areas, counts)."""
+def _evaluate(truth: dict[str, Any], results: list[list[float]]) -> tuple[Tensor, Tensor]:
+    """Return the scores of :class:`DetectionScores` and those of each class, in per cent, NaN where nothing was there.
+
+    Args:
+        truth: a data set as COCO has it.
+        results: image, left, top, width, height, score and class of what was found.
+    """
     try:
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
@@ -154,18 +137,13 @@ def _evaluate(truth: dict[str, Any], results: list[dict[str, Any]]) -> tuple[Ten
         there = COCO()
         there.dataset = truth
         there.createIndex()
-        found = COCO()
-        found.dataset = truth | {"annotations": []}
-        found.createIndex()
-        if results:
-            found = there.loadRes(results)
-        evaluation = COCOeval(there, found, "bbox")
-        evaluation.params.maxDets = [1, 10, _COUNTED]
+        evaluation = COCOeval(there, there.loadRes(np.array(results)) if results else COCO(), "bbox")
         evaluation.evaluate()
         evaluation.accumulate()
-    return torch.from_numpy(evaluation.eval["precision"]), torch.from_numpy(evaluation.eval["recall"])
-
-
-def _mean(values: Tensor) -> float:
-    """Return the mean in per cent over what is not -1, which COCO writes where nothing was to be found."""
-    return 100 * float(values[values > -1].mean())
+        evaluation.summarize()
+    scores = torch.from_numpy(evaluation.stats[[0, 1, 2, 3, 4, 5, 8]])  # the others: recall of fewer, or of some sizes
+    precision = torch.from_numpy(evaluation.eval["precision"])  # (overlaps, recalls, classes, sizes, counts)
+    per_class = precision[:, :, :, 0, -1].mean((0, 1))
+    # COCO writes -1 where nothing was to be found.
+    scores, per_class = (torch.where(each > -1, 100 * each, torch.nan) for each in (scores, per_class))
+    return scores, per_class.float()
