@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -170,7 +169,7 @@ def _encoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
 
 
 def _decoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
-    inputs = _Prompts.draw(sam, prompts=2, points=3, size=(150, 200)).inputs()
+    inputs = _draw_prompts(sam, prompts=2, points=3, size=(150, 200))
     open_dims = {"point_coords": (0, 1), "point_labels": (0, 1), "mask_input": (0,), "has_mask_input": (0,)}
     return to_onnx(trace(_DecoderGraph(sam), inputs, open_dims), opset, list(inputs), _OUTPUTS)
 
@@ -194,69 +193,51 @@ def _describe_decoder(sam: MobileSAM) -> dict[str, str]:
     return describe(sam.config, part="decoder", input=told, mask_threshold=sam.mask_threshold)
 
 
-@dataclass(frozen=True)
-class _Prompts:
-    """Prompts to compare with: points, with boxes or without, some of them with a mask."""
+def _draw_prompts(
+    sam: MobileSAM, prompts: int, points: int, size: tuple[int, int], boxes: bool = False, mask: int = -1
+) -> dict[str, Tensor]:
+    """Return inputs of the exported decoder: prompts of so many points, with a box each or without.
 
-    features: Tensor
-    points: Tensor
-    labels: Tensor
-    boxes: Tensor | None
-    masks: Tensor
-    with_mask: Tensor
-    geometry: Geometry
+    Args:
+        sam: the network.
+        prompts: number of prompts.
+        points: number of points of each.
+        size: height and width of the photo.
+        boxes: add boxes.
+        mask: which of the prompts has a mask.
+    """
+    generator = torch.Generator().manual_seed(prompts)
+    height, width = Geometry.fit(size, sam.img_size).input_size
+    places = torch.rand(prompts, points + 2, 2, generator=generator) * torch.tensor([width, height])
+    labels = torch.arange(prompts * points).view(prompts, points).add(1).remainder(2)
+    if boxes:
+        last, kinds = places[:, points:].sort(1).values, [_LABELS["top_left"], _LABELS["bottom_right"]]
+    else:  # kornia's prompt encoder adds the point that is none itself
+        last, kinds = torch.zeros(prompts, 1, 2), [_LABELS["none"]]
+    return {
+        "image_embeddings": torch.randn(
+            1, sam.mask_decoder.transformer_dim, *sam.prompt_encoder.image_embedding_size, generator=generator
+        ),
+        "point_coords": torch.cat([places[:, :points], last], 1),
+        "point_labels": torch.cat([labels, torch.tensor(kinds).expand(prompts, -1)], 1).float(),
+        "mask_input": 4 * torch.randn(prompts, 1, *sam.prompt_encoder.mask_input_size, generator=generator),
+        "has_mask_input": (torch.arange(prompts) == mask).float(),
+        "orig_im_size": torch.tensor(size).float(),
+    }
 
-    @classmethod
-    def draw(
-        cls, sam: MobileSAM, prompts: int, points: int, size: tuple[int, int], boxes: bool = False, mask: int = -1
-    ) -> _Prompts:
-        """Draw prompts of so many points; ``mask`` is which of them has a mask."""
-        generator = torch.Generator().manual_seed(prompts)
-        geometry = Geometry.fit(size, sam.img_size)
-        height, width = geometry.input_size
-        rows, columns = sam.prompt_encoder.image_embedding_size
-        places = torch.rand(prompts, points + 2, 2, generator=generator) * torch.tensor([width, height])
-        corners = places[:, points:].sort(1).values.flatten(1)
-        return cls(
-            features=torch.randn(1, sam.mask_decoder.transformer_dim, rows, columns, generator=generator),
-            points=places[:, :points],
-            labels=torch.arange(prompts * points).view(prompts, points).add(1).remainder(2).float(),
-            boxes=corners if boxes else None,
-            masks=4 * torch.randn(prompts, 1, *sam.prompt_encoder.mask_input_size, generator=generator),
-            with_mask=(torch.arange(prompts) == mask).float(),
-            geometry=geometry,
+
+def _expect(sam: MobileSAM, features: Tensor, *prompts: Tensor) -> list[Tensor]:
+    """Return the logits and scores of kornia's modules, asked one of the decoder's prompts after the other."""
+    found = []
+    for places, kinds, mask, has_mask in zip(*prompts, strict=True):
+        on_or_off, corners = (kinds == 0) | (kinds == 1), kinds >= _LABELS["top_left"]
+        sparse, dense = sam.prompt_encoder(
+            points=(places[None, on_or_off], kinds[None, on_or_off]),
+            boxes=places[corners].view(1, 4) if corners.any() else None,
+            masks=mask[None] if has_mask else None,
         )
-
-    def inputs(self) -> dict[str, Tensor]:
-        """Return the inputs of the exported decoder."""
-        if self.boxes is None:  # kornia's prompt encoder adds the point that is none itself
-            last, kinds = torch.zeros(len(self.points), 1, 2), [_LABELS["none"]]
-        else:
-            last, kinds = self.boxes.unflatten(1, (2, 2)), [_LABELS["top_left"], _LABELS["bottom_right"]]
-        return {
-            "image_embeddings": self.features,
-            "point_coords": torch.cat([self.points, last], 1),
-            "point_labels": torch.cat([self.labels, torch.tensor(kinds).float().expand(len(last), -1)], 1),
-            "mask_input": self.masks,
-            "has_mask_input": self.with_mask,
-            "orig_im_size": torch.tensor(self.geometry.original_size).float(),
-        }
-
-    def expected(self, sam: MobileSAM) -> list[Tensor]:
-        """Return what kornia's modules answer, asked one prompt after the other."""
-        found = []
-        for index in range(len(self.points)):
-            row = slice(index, index + 1)
-            sparse, dense = sam.prompt_encoder(
-                points=(self.points[row], self.labels[row]),
-                boxes=None if self.boxes is None else self.boxes[row],
-                masks=self.masks[row] if self.with_mask[index] else None,
-            )
-            found.append(
-                sam.mask_decoder.predict_masks(self.features, sam.prompt_encoder.get_dense_pe(), sparse, dense)
-            )
-        low, iou = (torch.cat(each) for each in zip(*found, strict=True))
-        return [self.geometry.restore(low), iou, low]
+        found.append(sam.mask_decoder.predict_masks(features, sam.prompt_encoder.get_dense_pe(), sparse, dense))
+    return [torch.cat(each) for each in zip(*found, strict=True)]
 
 
 def _check_encoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
@@ -272,10 +253,13 @@ def _check_encoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
 
 
 def _check_decoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
-    for prompts in (
-        _Prompts.draw(sam, prompts=1, points=1, size=(240, 135)),
-        _Prompts.draw(sam, prompts=3, points=2, size=(101, 333), boxes=True, mask=1),
+    for inputs in (
+        _draw_prompts(sam, prompts=1, points=1, size=(240, 135)),
+        _draw_prompts(sam, prompts=3, points=2, size=(101, 333), boxes=True, mask=1),
     ):
-        answers = zip(_OUTPUTS, prompts.expected(sam), run(prompts.inputs()), strict=True)
-        for name, want, have in answers:
+        features, *prompts, size = inputs.values()
+        low, iou = _expect(sam, features, *prompts)
+        height, width = size.int().tolist()
+        expected = [Geometry.fit((height, width), sam.img_size).restore(low), iou, low]
+        for name, want, have in zip(_OUTPUTS, expected, run(inputs), strict=True):
             refuse_difference(name, want, have, tolerance)

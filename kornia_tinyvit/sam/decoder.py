@@ -125,7 +125,11 @@ class FoldedMaskDecoder(nn.Module):
             ValueError: if the shapes do not fit.
         """
         sparse, dense = sparse_prompt_embeddings, dense_prompt_embeddings
-        _check_dense(dense, sparse)
+        if sparse.ndim != 3 or len(dense) not in {1, len(sparse)}:
+            raise ValueError(
+                "Sparse prompts must be (P, N, C), and dense ones (P, C, h, w) or (1, C, h, w); got "
+                f"{tuple(sparse.shape)} and {tuple(dense.shape)}."
+            )
         chosen = slice(1, None) if multimask_output else slice(0, 1)
         if not len(sparse):
             count = len(range(self.decoder.num_mask_tokens)[chosen])
@@ -229,9 +233,10 @@ class FoldedMaskDecoder(nn.Module):
         weights = torch.stack([network(prompted.mask_tokens[:, i]) for i, network in enumerate(networks)], 1)
         masks = weights.new_empty(len(chosen), len(networks), UPSCALING * rows, UPSCALING * columns)
         maps = prompted.tokens.unflatten(1, prompted.size)[:, :rows, :columns]
-        upscaling = _Upscaling(self.decoder.output_upscaling, maps.dtype)
+        layers = self.decoder.output_upscaling
+        linears = [_as_linear(cast("nn.ConvTranspose2d", layers[index]), maps.dtype) for index in (0, 3)]
         for mask, index in zip(masks, chosen, strict=True):
-            upscaling(maps[index], weights[index].to(maps.dtype), out=mask)
+            _upscale(layers, linears, maps[index], weights[index].to(maps.dtype), out=mask)
         return masks
 
     def _cast(self, x: Tensor) -> Tensor:
@@ -281,12 +286,7 @@ class SharingMaskDecoder(MaskDecoder):
 
 
 def _exchange(
-    layer: TwoWayAttentionBlock,
-    index: int,
-    image: PreparedImage,
-    tokens: Tensor,
-    identity: Tensor,
-    picture: Tensor,
+    layer: TwoWayAttentionBlock, index: int, image: PreparedImage, tokens: Tensor, identity: Tensor, picture: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Run one layer of the two-way transformer on prompts :math:`(P, N, C)` and picture :math:`(P, S, C)`."""
     if layer.skip_first_layer_pe:
@@ -309,29 +309,25 @@ def _exchange(
     return tokens, _update(picture, scores, from_image, tokens, layer.norm4)
 
 
-class _Upscaling:
-    """The upscaling of a mask decoder on one map of tokens, and its product with the weights of the masks.
+def _upscale(
+    layers: nn.Sequential, linears: list[tuple[Tensor, Tensor]], cells: Tensor, weights: Tensor, out: Tensor
+) -> None:
+    """Map the tokens :math:`(h, w, C)` and the weights :math:`(M, C')` of a prompt to its masks :math:`(M, 4h, 4w)`.
 
     Transposed convolutions whose kernels are as large as their strides are linear layers: a cell makes its own four.
     """
+    for band, target in zip(cells.split(BAND), out.split(UPSCALING * BAND, 1), strict=True):
+        x = F.linear(band.reshape(-1, band.shape[2]), *linears[0])
+        x = layers[2](_normalize(x.unflatten(1, (4, -1)), cast("LayerNorm2d", layers[1])))
+        x = layers[4](F.linear(x, *linears[1])).view(-1, weights.shape[1])
+        # Each cell holds 2x2 cells of 2x2 pixels.
+        x = (weights @ x.mT).view(-1, *band.shape[:2], 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
+        target.copy_(x.reshape(target.shape))
 
-    def __init__(self, layers: nn.Sequential, dtype: torch.dtype) -> None:
-        self.first = _as_linear(cast("nn.ConvTranspose2d", layers[0]), dtype)
-        norm = cast("LayerNorm2d", layers[1])
-        self.norm = (norm.weight.to(dtype), norm.bias.to(dtype), norm.eps)
-        self.second = _as_linear(cast("nn.ConvTranspose2d", layers[3]), dtype)
-        self.act1, self.act2 = layers[2], layers[4]
 
-    def __call__(self, cells: Tensor, weights: Tensor, out: Tensor) -> None:
-        """Map :math:`(h, w, C)` and the weights :math:`(M, C')` to masks :math:`(M, 4h, 4w)`."""
-        for band, target in zip(cells.split(BAND), out.split(UPSCALING * BAND, 1), strict=True):
-            x = F.linear(band.reshape(-1, band.shape[2]), *self.first)
-            weight, bias, eps = self.norm
-            x = self.act1(F.layer_norm(x.view(-1, len(weight)), (len(weight),), weight, bias, eps))
-            x = self.act2(F.linear(x, *self.second)).view(-1, weights.shape[1])
-            # Each cell holds 2x2 cells of 2x2 pixels.
-            x = (weights @ x.mT).view(-1, *band.shape[:2], 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
-            target.copy_(x.reshape(target.shape))
+def _normalize(x: Tensor, norm: nn.LayerNorm | LayerNorm2d) -> Tensor:
+    """Normalise over the last dimension, in the precision of the input."""
+    return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 
 def _as_linear(conv: nn.ConvTranspose2d, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -367,9 +363,7 @@ def _update(picture: Tensor, scores: Tensor, attention: Attention, tokens: Tenso
     written = written + attention.out_proj.bias / heads  # each head's weights sum to one
     weights = scores.softmax(2).flatten(1, 2).mT
     picture = torch.baddbmm(picture.expand(len(tokens), -1, -1), weights, written.flatten(1, 2).to(picture.dtype))
-    return F.layer_norm(
-        picture, norm.normalized_shape, norm.weight.to(picture.dtype), norm.bias.to(picture.dtype), norm.eps
-    )
+    return _normalize(picture, norm)
 
 
 def _scores(prompts: Tensor, projection: nn.Linear, picture: Tensor, position: Tensor) -> Tensor:
@@ -408,11 +402,3 @@ def _check_image(image_embeddings: Tensor, image_pe: Tensor, dense: Tensor, chan
         raise ValueError(f"The positional encoding must be {shape}, as the embedding; got {tuple(image_pe.shape)}.")
     if dense.shape[1:] != image_embeddings.shape[1:]:
         raise ValueError(f"Dense prompts must be (P, {', '.join(map(str, shape[1:]))}); got {tuple(dense.shape)}.")
-
-
-def _check_dense(dense: Tensor, sparse: Tensor) -> None:
-    if sparse.ndim != 3 or len(dense) not in {1, len(sparse)}:
-        raise ValueError(
-            "Sparse prompts must be (P, N, C), and dense ones (P, C, h, w) or (1, C, h, w); got "
-            f"{tuple(sparse.shape)} and {tuple(dense.shape)}."
-        )

@@ -80,8 +80,6 @@ class Geometry:
         Bilinear, first to the input's size, then without the padding to the photo's, as
         ``Sam.postprocess_masks`` of segment-anything does; differentiable.
         """
-        if low_res_logits.shape[0] == 0:
-            return low_res_logits.new_zeros(*low_res_logits.shape[:2], *self.original_size)
         height, width = self.input_size
         padded = F.interpolate(low_res_logits, self.img_size, mode="bilinear", align_corners=False)
         return F.interpolate(padded[..., :height, :width], self.original_size, mode="bilinear", align_corners=False)

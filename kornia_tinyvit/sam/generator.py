@@ -5,9 +5,9 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kornia_tinyvit.ops import (
     RLE,
+    compress_rle,
     decode_rle,
     encode_rle,
     mask_boxes,
@@ -31,8 +32,12 @@ from kornia_tinyvit.sam.inputs import Photo, list_photos, open_photo
 
 __all__ = ["OUTPUT_MODES", "Mask", "MaskGenerator"]
 
-#: How masks may be returned.
-OUTPUT_MODES = ("binary_mask", "uncompressed_rle", "coco_rle")
+#: How masks may be returned, and what makes them so.
+OUTPUT_MODES: dict[str, Callable[[RLE], Any]] = {
+    "binary_mask": decode_rle,
+    "uncompressed_rle": uncompress_rle,
+    "coco_rle": compress_rle,
+}
 
 _MOST = 2**53  # whole numbers up to which floats tell apart
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off
@@ -143,9 +148,8 @@ class MaskGenerator:
     def __post_init__(self) -> None:
         if self.output_mode not in OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {self.output_mode!r}.")
-        others = ("points_per_side", "point_grids", "output_mode", "dtype")
-        numbers = {name: value for name, value in vars(self).items() if name not in others}
-        numbers["points_per_side"] = self.points_per_side or 0
+        others = ("point_grids", "output_mode", "dtype")
+        numbers = {name: value or 0 for name, value in vars(self).items() if name not in others}
         broken = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _MOST]  # nor NaN
         if broken:
             raise ValueError(f"Settings are finite numbers below 2**53; got {', '.join(broken)}.")
@@ -157,7 +161,24 @@ class MaskGenerator:
         factor = self.crop_n_points_downscale_factor
         if factor <= 0:
             raise ValueError(f"crop_n_points_downscale_factor must be positive; got {factor}.")
-        self.grids = _point_grids(self.points_per_side, self.crop_n_layers, factor, self.point_grids)
+        self.grids = self._lay_grids()
+
+    def _lay_grids(self) -> list[Tensor]:
+        """Return the points of each layer, :math:`(G, 2)` in [0, 1]."""
+        side, factor, layers = self.points_per_side, self.crop_n_points_downscale_factor, self.crop_n_layers + 1
+        if (side is None) == (self.point_grids is None):
+            raise ValueError("Give either points_per_side or point_grids, and None for the other.")
+        if side is not None:
+            sides = [int(side / factor**layer) for layer in range(layers)]
+            if min(sides) < 1:
+                raise ValueError(
+                    f"points_per_side={side} divided by {factor} from layer to layer leaves no points: {sides}."
+                )
+            return [_grid(points) for points in sides]
+        grids = [torch.as_tensor(grid).to("cpu", torch.float64) for grid in self.point_grids or ()]
+        if len(grids) < layers or any(grid.ndim != 2 or grid.shape[1] != 2 or not len(grid) for grid in grids):
+            raise ValueError(f"point_grids must be {layers} arrays (G, 2); got {[tuple(g.shape) for g in grids]}.")
+        return grids
 
     @torch.no_grad()
     def __call__(self, sam: Any, image: Photo | Sequence[Photo] | ImageEmbedding) -> list[Mask] | list[list[Mask]]:
@@ -230,8 +251,8 @@ class _Crop:
         left, top, right, bottom = self.box
         points = grid * grid.new_tensor([right - left, bottom - top])
         masks = (self.decoder.decoder.num_mask_tokens - 1) * len(points)
-        store = _Store(self.enlarge, self.image.tokens, masks)
-        found = _Masks.join([self._filter(*proposed, store) for proposed in self._propose(points)])
+        slots = _slots(self.enlarge, masks)
+        found = _Masks.join([self._filter(*proposed, slots) for proposed in self._propose(points)])
         found = found.select(suppress_boxes(found.boxes, found.iou, self.settings.box_nms_thresh))
         offset = torch.tensor([left, top])
         return dataclasses.replace(
@@ -256,7 +277,7 @@ class _Crop:
             logits = self.decoder.upscale(prompted, prompts.tolist(), self.enlarge.cells)[:, 1:]
             yield logits[passing[prompts]], iou[passing], batch[passing.nonzero()[:, 0].cpu()]
 
-    def _filter(self, logits: Tensor, iou: Tensor, points: Tensor, store: _Store) -> _Masks:
+    def _filter(self, logits: Tensor, iou: Tensor, points: Tensor, slots: Iterator[Tensor]) -> _Masks:
         """Keep masks that are stable and not cut off, enlarging a few at a time; as logits, or encoded without room."""
         s, parts = self.settings, []
         step = max(1, PIXELS // (self.enlarge.rows.shape[0] * self.enlarge.columns.shape[1]))
@@ -269,31 +290,16 @@ class _Crop:
             keep = ~_near_crop_edge(boxes, self.box, self.size)
             if s.stability_score_thresh > 0:  # a mask without a pixel has no stability, and passes no threshold
                 keep &= stability >= s.stability_score_thresh
-            masks = [
-                store.keep(logits[start + index]) if store.room else _compress(inside[index], self.box, self.size)
-                for index in keep.nonzero()[:, 0].tolist()
-            ]
+            masks: list[Tensor | RLE] = []
+            for index in keep.nonzero()[:, 0].tolist():
+                if (slot := next(slots, None)) is not None:
+                    masks.append(slot.copy_(logits[start + index]))
+                else:
+                    masks.append(_compress(inside[index], self.box, self.size))
             crops = torch.tensor(self.box).expand(len(masks), 4)
             kept = (boxes[keep], iou[rows][keep], stability[keep], points[rows][keep.cpu()], crops)
             parts.append(_Masks(masks, *(each.cpu() for each in kept)))
         return _Masks.join(parts)
-
-
-def _point_grids(
-    side: int | None, layers: int, factor: int, grids: Sequence[NDArray[np.float64] | Tensor] | None
-) -> list[Tensor]:
-    """Return the points of each layer, :math:`(G, 2)` in [0, 1]."""
-    if (side is None) == (grids is None):
-        raise ValueError("Give either points_per_side or point_grids, and None for the other.")
-    if grids is not None:
-        points = [torch.as_tensor(grid).to("cpu", torch.float64) for grid in grids]
-        if len(points) <= layers or any(grid.ndim != 2 or grid.shape[1] != 2 or not len(grid) for grid in points):
-            raise ValueError(f"point_grids must be {layers + 1} arrays (G, 2); got {[tuple(g.shape) for g in points]}.")
-        return points
-    sides = [int(cast("int", side) / factor**layer) for layer in range(layers + 1)]
-    if min(sides) < 1:
-        raise ValueError(f"points_per_side={side} divided by {factor} from layer to layer leaves no points: {sides}.")
-    return [_grid(points) for points in sides]
 
 
 def _grid(side: int) -> Tensor:
@@ -352,33 +358,15 @@ def _interpolation(low: int, padded: int, used: int, full: int, device: torch.de
     return weights[: int(weights.any(1).nonzero().max()) + 1]
 
 
-class _Store:
-    """A block of memory for the logits of a crop's candidates.
+def _slots(enlarge: _Enlargement, count: int) -> Iterator[Tensor]:
+    """Return places for the logits of a crop's candidates, as many as there may be and fit, in one block of memory.
 
     On their own they would lie between the large buffers that come and go, and leave no holes for the next ones: with
     an allocator that is slow to give memory back, the process would grow by several times what they take.
-
-    Args:
-        enlarge: what enlarges them, which tells their size.
-        like: a tensor of their device.
-        count: how many there are at the most.
     """
-
-    def __init__(self, enlarge: _Enlargement, like: Tensor, count: int) -> None:
-        rows, columns = (UPSCALING * cells for cells in enlarge.cells)
-        fitting = LOGITS // (4 * rows * columns)
-        self._block = torch.empty(min(count, fitting), rows, columns, device=like.device)
-        self._used = 0
-
-    @property
-    def room(self) -> bool:
-        """Whether one more fits."""
-        return self._used < len(self._block)
-
-    def keep(self, logits: Tensor) -> Tensor:
-        """Copy logits :math:`(r, c)` into the block."""
-        self._used += 1
-        return self._block[self._used - 1].copy_(logits)
+    rows, columns = (UPSCALING * cells for cells in enlarge.cells)
+    fitting = LOGITS // (4 * rows * columns)
+    return iter(torch.empty(min(count, fitting), rows, columns, device=enlarge.rows.device))
 
 
 def _stability(logits: Tensor, threshold: float, offset: float) -> Tensor:
@@ -430,9 +418,8 @@ def _without_small_regions(found: _Masks, min_area: int, threshold: float) -> _M
 
 def _record(found: _Masks, index: int, output_mode: str) -> Mask:
     rle = found.masks[index]
-    segmentation = {"binary_mask": decode_rle, "uncompressed_rle": uncompress_rle, "coco_rle": lambda rle: rle}
     return Mask(
-        segmentation=segmentation[output_mode](rle),
+        segmentation=OUTPUT_MODES[output_mode](rle),
         area=rle_area(rle),
         bbox=_to_width_and_height(found.boxes[index]),
         predicted_iou=found.iou[index].item(),

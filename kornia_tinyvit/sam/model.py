@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -11,7 +11,6 @@ import torch
 from kornia.models.sam import Sam
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
-from kornia.models.structures import Prompts
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
@@ -219,14 +218,16 @@ class MobileSAM(Sam):
         self.check_embedding(embedding)
         kinds = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
         given = [each_photo(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
-        device = next(self.mask_decoder.parameters()).device
+        first = next(self.mask_decoder.parameters())
         found = []
         for one, *tensors in zip(embedding, *given, strict=True):
-            on_device = [None if each is None else each.to(device) for each in tensors]
+            on_device = [None if each is None else each.to(first.device) for each in tensors]
             prompts = prepare_prompts(one.geometries[0], *on_device)
-            recording = _records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)
-            with torch.set_grad_enabled(recording):
-                logits, scores = self._decode(one.features, prompts, multimask_output)
+            masks = None if prompts.masks is None else prompts.masks.to(first.dtype)
+            features, position = one.features.to(first.device, first.dtype), self.prompt_encoder.get_dense_pe()
+            with torch.set_grad_enabled(_records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)):
+                prompt = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
+                logits, scores = self.mask_decoder(features, position, *prompt, multimask_output)
             found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
         return found
 
@@ -331,19 +332,11 @@ class MobileSAM(Sam):
 
     def _encode(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Return features :math:`(B, 256, h/16, w/16)` of photos and how each lies in its input."""
-        with _quiet(self.image_encoder, _records(self.image_encoder, *pixels)):
+        recording = _records(self.image_encoder, *pixels)
+        # Not inference mode: a decoder that is being trained must be able to keep the features for its gradient.
+        with nullcontext() if recording else evaluating(self.image_encoder), torch.set_grad_enabled(recording):
             inputs, geometries = self._prepare(pixels)
-            if not geometries:
-                return inputs.new_zeros(0, NECK_CHANNELS, *(side // STRIDE for side in self.img_size)), ()
             return self.image_encoder(inputs), geometries
-
-    def _decode(self, features: Tensor, prompts: Prompts, multimask: bool) -> tuple[Tensor, Tensor]:
-        """Return logits :math:`(P, M, h/4, w/4)` and scores :math:`(P, M)` for a photo's features."""
-        first = next(self.mask_decoder.parameters())
-        masks = None if prompts.masks is None else prompts.masks.to(first.dtype)
-        sparse, dense = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
-        features = features.to(first.device, first.dtype)
-        return self.mask_decoder(features, self.prompt_encoder.get_dense_pe(), sparse, dense, multimask)
 
 
 class _SquarePositions(PositionEmbeddingRandom):
@@ -407,20 +400,7 @@ def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
 
 def _records(*parts: Any) -> bool:
     """Tell whether gradients are to be recorded: a module is being trained, or a tensor requires one."""
-    if not torch.is_grad_enabled():
-        return False
-    return any(
+    return torch.is_grad_enabled() and any(
         part.training if isinstance(part, nn.Module) else isinstance(part, Tensor) and part.requires_grad
         for part in parts
     )
-
-
-@contextmanager
-def _quiet(module: nn.Module, recording: bool) -> Iterator[None]:
-    """Put a module into evaluation mode without gradients, unless they are to be recorded."""
-    if recording:
-        yield
-    else:
-        # Not inference mode: a decoder that is being trained must be able to keep the features for its gradient.
-        with evaluating(module), torch.no_grad():
-            yield
