@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -110,3 +111,12 @@ def match_original(copied: Model, original: nn.Module) -> Model:
     first = next(original.parameters())
     nn.Module.to(copied, first.device, first.dtype)
     return copied.train(original.training)
+
+
+def rename(name: str, places: Sequence[tuple[str, str]]) -> str:
+    """Return what transformers calls a tensor whose name begins with one of some patterns, by their replacements."""
+    for pattern, replacement in places:
+        theirs, count = re.subn(f"^{pattern}", replacement, name)
+        if count:
+            return theirs
+    return name

@@ -133,7 +133,9 @@ class TinyVitImageProcessor(BaseImageProcessor):
         settings = self._standardize_kwargs(**settings)
         pictures = _flatten(images)
         if pictures:
-            batches = _batches([_to_tensor(picture, settings) for picture in pictures])
+            tensors = [_to_tensor(picture, settings) for picture in pictures]
+            same = len({tensor.shape for tensor in tensors}) == 1
+            batches = [torch.stack(tensors)] if same else [tensor[None] for tensor in tensors]
         elif isinstance(images, Tensor):
             batches = [images]  # a batch of none, which keeps its channels
         else:
@@ -196,12 +198,6 @@ def _channels_first(picture: Tensor, channels: int, layout: str | ChannelDimensi
             raise ValueError(f"A picture must have {channels} channels, or 1; got {tuple(picture.shape)}.")
         layout = ChannelDimension.FIRST if picture.shape[0] in (channels, 1) else ChannelDimension.LAST
     return picture.movedim(-1, 0) if ChannelDimension(layout) == ChannelDimension.LAST else picture
-
-
-def _batches(pictures: list[Tensor]) -> list[Tensor]:
-    """Put pictures into one batch if they have one size, and otherwise each into its own."""
-    same = len({picture.shape for picture in pictures}) == 1
-    return [torch.stack(pictures)] if same else [picture[None] for picture in pictures]
 
 
 def _evaluate(images: Tensor, settings: dict[str, Any]) -> Tensor:

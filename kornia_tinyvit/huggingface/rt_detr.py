@@ -21,7 +21,7 @@ try:
     from transformers import RTDetrConfig, RTDetrForObjectDetection
 
     from kornia_tinyvit.huggingface.configuration import TinyVitConfig
-    from kornia_tinyvit.huggingface.conversion import label_fields, match_original
+    from kornia_tinyvit.huggingface.conversion import label_fields, match_original, rename
 except ImportError as error:
     raise MissingExtraError(
         "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[train,hf]'."
@@ -102,7 +102,11 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
     """
     fields = _describe(detector.config) | label_fields(detector.class_names) | changes
     model = RTDetrForObjectDetection(RTDetrConfig(**fields))
-    weights = _translate(detector.state_dict())
+    weights: dict[str, Tensor] = {}
+    for name, tensor in detector.state_dict().items():
+        names = _names(name)
+        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor] * len(names)
+        weights.update(zip(names, parts, strict=True))
     if not model.config.num_denoising:
         del weights[_DENOISING]
     model.load_state_dict(weights)
@@ -188,28 +192,15 @@ def _plain(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
 
 
-def _translate(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return a detector's weights under transformers' names."""
-    translated: dict[str, Tensor] = {}
-    for name, tensor in state.items():
-        names = _names(name)
-        parts = tensor.chunk(len(names)) if len(names) > 1 else [tensor] * len(names)
-        translated.update(zip(names, parts, strict=True))
-    return translated
-
-
 def _names(name: str) -> list[str]:
     """Return what transformers calls a detector's tensor: three names if it splits it, none if it has no such."""
     if name.startswith(("backbone.norm_head.", "backbone.head.")):  # which the maps do without
         return []
-    place = next(each for each, norms in [*_NORMS.items(), ("", {})] if name.startswith(each))
-    for pattern, replacement in _PLACES:
-        theirs, count = re.subn(f"^{pattern}", replacement, name)
-        if count:
-            break
-    if place:
-        for ours, other in {**_OF_LAYERS, **_NORMS[place]}.items():
-            theirs = theirs.replace(f".{ours}.", f".{other}.")
+    theirs = rename(name, _PLACES)
+    for place, norms in _NORMS.items():
+        if name.startswith(place):
+            for ours, other in {**_OF_LAYERS, **norms}.items():
+                theirs = theirs.replace(f".{ours}.", f".{other}.")
     if found := _JOINED.search(theirs):
         stem = theirs[: found.start()]
         return [f"{stem}self_attn.{part}_proj.{found[1]}" for part in "qkv"]

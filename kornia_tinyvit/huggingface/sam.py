@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import Any, ClassVar, cast
 
 import numpy as np
@@ -23,7 +22,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
-from kornia_tinyvit.huggingface.conversion import match_original
+from kornia_tinyvit.huggingface.conversion import match_original, rename
 from kornia_tinyvit.huggingface.modeling import TAGS, TinyVitPreTrainedModel, build_network
 from kornia_tinyvit.model import NECK_CHANNELS
 from kornia_tinyvit.ops import RLE, decode_rle, suppress_boxes
@@ -247,7 +246,7 @@ def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
     network = sam.config.replace(mobile_sam=False, img_size=height, num_classes=0)
     vision = TinyVitSamVisionConfig.from_network(network, head_classes=sam.config.num_classes)
     model = TinyVitSamModel(TinyVitSamConfig(vision_config=vision))
-    weights = {_to_transformers(name): tensor for name, tensor in sam.state_dict().items()}
+    weights = {rename(name, _NAMES): tensor for name, tensor in sam.state_dict().items()}
     weights[_TIED] = weights["shared_image_embedding.positional_embedding"]
     model.load_state_dict(weights)
     return match_original(model, sam)
@@ -264,13 +263,5 @@ def to_mobile_sam(model: TinyVitSamModel) -> MobileSAM:
     vision = cast("TinyVitSamVisionConfig", model.config.vision_config)
     sam = MobileSAM.from_config(vision.to_network(), img_size=vision.image_size)
     weights = model.state_dict()
-    sam.load_state_dict({name: weights[_to_transformers(name)] for name in sam.state_dict()})
+    sam.load_state_dict({name: weights[rename(name, _NAMES)] for name in sam.state_dict()})
     return match_original(sam, model)
-
-
-def _to_transformers(name: str) -> str:
-    for ours, theirs in _NAMES:
-        translated, count = re.subn(f"^{ours}", theirs, name)
-        if count:
-            return translated
-    return name

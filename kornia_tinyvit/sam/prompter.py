@@ -79,11 +79,8 @@ class MobileSAMPrompter(VisualPrompter):
         self.image_embeddings = embedding.features.to(first.device, first.dtype)
         self._original_image_size, self._input_image_size = geometry.original_size, geometry.input_size
         self._input_encoder_size = geometry.img_size
-        (height, width), (rows, columns) = geometry.original_size, geometry.input_size
-        scale = [columns / width, rows / height]
-        self._prompt_scale = torch.tensor(
-            scale, device=first.device, dtype=torch.promote_types(first.dtype, torch.float32)
-        )
+        precise = torch.promote_types(first.dtype, torch.float32)
+        self._prompt_scale = geometry.map_points(torch.ones(2, device=first.device, dtype=precise))
         self.is_image_set = True
 
     def _valid_masks(self, masks: Tensor) -> Tensor:
