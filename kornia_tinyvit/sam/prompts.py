@@ -70,11 +70,10 @@ def prepare_prompts(
     """
     if labels is not None and points is None:
         raise ValueError("Labels belong to points, and there are none.")
-    if points is None and boxes is None and masks is None:
+    kinds = {"points": points, "boxes": boxes, "masks": masks}
+    counts = {kind: len(each) for kind, each in kinds.items() if each is not None}
+    if not counts:
         raise ValueError("There is nothing to look for: give points, boxes or masks, or use generate_masks.")
-    counts = {
-        kind: len(each) for kind, each in (("points", points), ("boxes", boxes), ("masks", masks)) if each is not None
-    }
     if len(set(counts.values())) > 1:
         told = ", ".join(f"{count} of {kind}" for kind, count in counts.items())
         raise ValueError(f"Each prompt has its points, box and mask, so there must be equally many; got {told}.")
