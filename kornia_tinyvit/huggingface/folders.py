@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, SamProcessor
 
 from kornia_tinyvit.checkpoints import PretrainedWeights, open_pretrained
-from kornia_tinyvit.checkpoints.catalog import default_weights, find_weights
+from kornia_tinyvit.checkpoints.catalog import ASSETS, default_weights, find_weights
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.huggingface.conversion import from_checkpoint
@@ -47,38 +47,6 @@ _ABOUT = {
 prompts point at, and everything in a picture. It has {parameters:.1f} million parameters; its encoder is a
 {tinyvit}{variant} for inputs of {size} x {size} pixels.""",
 }
-
-_PAGE = """---
-{header}
----
-
-# {name}
-
-{about}
-
-{facts}
-
-## Use
-
-transformers knows these classes once `kornia_tinyvit.huggingface` is imported:
-
-```python
-import kornia_tinyvit.huggingface  # pip install 'kornia-tinyvit[hf]'
-{code}
-```
-
-## Citation
-
-```bibtex
-@inproceedings{{tinyvit,
-  title     = {{TinyViT: Fast Pretraining Distillation for Small Vision Transformers}},
-  author    = {{Wu, Kan and Zhang, Jinnian and Peng, Houwen and Liu, Mengchen and Xiao, Bin and Fu, Jianlong and
-               Yuan, Lu}},
-  booktitle = {{European Conference on Computer Vision (ECCV)}},
-  year      = {{2022}}
-}}
-```
-"""
 
 
 def save_hub_folder(
@@ -156,7 +124,8 @@ def model_card(name: str, model: PreTrainedModel, weights: PretrainedWeights | N
         size=vision.image_size,
     )
     code = _USES[task].format(name=name)
-    return _PAGE.format(header=header.to_yaml(), name=name, about=about, facts=_facts(model, weights), code=code)
+    page = (ASSETS / "model_card.txt").read_text(encoding="utf-8")
+    return page.format(header=header.to_yaml(), name=name, about=about, facts=_facts(model, weights), code=code)
 
 
 def _task(model: PreTrainedModel) -> str:
