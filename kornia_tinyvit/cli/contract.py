@@ -24,7 +24,6 @@ from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.distillation.losses import StoredLabels
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.visualization import save_search
 
 Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
 
@@ -146,7 +145,7 @@ def contract(context: typer.Context, asked: ContractRequest) -> None:
         result = contraction.refine(shared.like(str(asked.refine)), seeded, budget, evaluate, out, **options)
     winner, plot = out / "winner.safetensors", out / "search.png"
     save_checkpoint(result.network(), winner, class_names=images.class_names)
-    save_search(plot, result)
+    contraction.save_search(plot, result)
     if asked.as_json:
         told = {"winner": str(winner), "evaluated": len(result.evaluated)}
         print(json.dumps(told | {"path": [candidate.to_dict() for candidate in result.path]}))

@@ -1,8 +1,7 @@
-"""Images of what a network sees and finds: features, saliency, detections, masks, and the plot of a search."""
+"""Images of what a network sees and finds: features, saliency, detections and masks."""
 
 from kornia_tinyvit.visualization.drawing import distinct_colors, draw_detections, draw_overlay, save_image, save_rows
 from kornia_tinyvit.visualization.features import blur_size, feature_colors, overlay_heat, saliency, stage_features
-from kornia_tinyvit.visualization.plots import save_search
 from kornia_tinyvit.visualization.sheets import demo_augmentations, save_sheet
 
 __all__ = [
@@ -16,7 +15,6 @@ __all__ = [
     "saliency",
     "save_image",
     "save_rows",
-    "save_search",
     "save_sheet",
     "stage_features",
 ]

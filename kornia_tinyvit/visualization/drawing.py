@@ -6,6 +6,7 @@ import colorsys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
@@ -125,12 +126,7 @@ def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
         path: the file to write; its folder is made.
         rows: the pictures from above, one at least.
     """
-    sheet = Image.new("RGB", (rows[0].width, sum(row.height for row in rows)), "white")
-    top = 0
-    for row in rows:
-        sheet.paste(row, (0, top))
-        top += row.height
-    save_image(path, sheet)
+    save_image(path, Image.fromarray(np.concatenate([np.asarray(row.convert("RGB")) for row in rows])))
 
 
 def _color(index: int) -> tuple[float, float, float]:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import cast
 
 import kornia.augmentation as K
 import torch
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.images import read_pixels, to_image, to_pil, to_pixels
-from kornia_tinyvit.ops import decode_rle
+from kornia_tinyvit.ops import RLE, decode_rle
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 from kornia_tinyvit.visualization import blur_size, draw_overlay, feature_colors, overlay_heat, saliency, stage_features
 
@@ -145,9 +146,9 @@ def augment(images: Tensor, changes: Changes) -> Tensor:
         Pictures of the same shape in [0, 1]; what came in where nothing is to be changed.
     """
     thin = min(images.shape[-2:]) == 1  # a line has no perspective
-    for name in (each.name for each in dataclasses.fields(changes)):
-        if getattr(changes, name) != getattr(Changes, name) and not (thin and name == "perspective"):
-            step, fixed = _step(name, getattr(changes, name), images)
+    for name, value in vars(changes).items():
+        if value != getattr(Changes, name) and not (thin and name == "perspective"):
+            step, fixed = _step(name, value, images)
             params = step.forward_parameters(images.shape) | fixed
             images = step(images, params=params).clamp(0, 1)
     return images
@@ -161,17 +162,9 @@ def _step(name: str, value: float, images: Tensor) -> tuple[K.AugmentationBase2D
         noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(0))
         return K.RandomGaussianNoise(std=value, p=1.0), {"gaussian_noise": value * noise.to(images)}
     only = (value, value)
-    if name == "rotation":
-        return K.RandomRotation(only, p=1.0, resample="bilinear"), {}
     if name == "blur":
         return K.RandomGaussianBlur(blur_size(value, images), only, p=1.0), {}
-    colors = {
-        "brightness": K.RandomBrightness,
-        "contrast": K.RandomContrast,
-        "saturation": K.RandomSaturation,
-        "hue": K.RandomHue,
-    }
-    return colors[name](only, p=1.0), {}
+    return getattr(K, f"Random{name.capitalize()}")(only, p=1.0), {}
 
 
 def _corners(images: Tensor, perspective: float) -> Tensor:
@@ -313,20 +306,16 @@ def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) 
     # Encoded, because hundreds of masks of a photo take much memory.
     (masks,) = sam.generate_masks(photo.embed(sam), points_per_side=points_per_side, output_mode="coco_rle")
     masks.sort(key=lambda mask: mask.area, reverse=True)
-
-    def decoded() -> Iterator[Tensor]:
-        for mask in masks:
-            yield torch.from_numpy(decode_rle(mask.segmentation).copy())  # type: ignore[arg-type]
-
+    decoded = (torch.from_numpy(decode_rle(cast("RLE", mask.segmentation))) for mask in masks)
     told = f"Found {len(masks)} {'mask' if len(masks) == 1 else 'masks'} at {points_per_side**2} points."
-    return draw_overlay(to_pixels(photo.picture), decoded()), told
+    return draw_overlay(to_pixels(photo.picture), decoded), told
 
 
 def _prompts(marks: Marks) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return marks as the points :math:`(1, N, 2)`, labels :math:`(1, N)` and box :math:`(1, 4)` of one prompt."""
-    points = torch.tensor([[mark[:2] for mark in marks.points]], dtype=torch.float32) if marks.points else None
-    labels = torch.tensor([[mark[2] for mark in marks.points]]) if marks.points else None
-    return points, labels, None if marks.box is None else torch.tensor([marks.box], dtype=torch.float32)
+    points, labels = torch.tensor(marks.points, dtype=torch.float32).view(1, -1, 3).split((2, 1), 2)
+    box = None if marks.box is None else torch.tensor([marks.box], dtype=torch.float32)
+    return (points, labels[..., 0].long(), box) if marks.points else (None, None, box)
 
 
 def _names(classifier: ImageClassifier) -> list[str]:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
+from kornia_tinyvit.contraction.result import Candidate, SearchResult
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.files import replacing
 
-__all__ = ["Search", "save_search"]
+__all__ = ["save_search"]
 
 _GREY, _BLUE, _RED = "#b4b4b4", "#30638e", "#d1495b"
 _UNITS = {
@@ -21,29 +22,7 @@ _UNITS = {
 }
 
 
-class Search(Protocol):
-    """What is plotted of a :class:`~kornia_tinyvit.contraction.SearchResult`.
-
-    Its networks have ``costs`` by name and an ``accuracy``.
-    """
-
-    @property
-    def budget(self) -> Any:
-        """Has ``limits``: the limit of each cost."""
-
-    @property
-    def evaluated(self) -> Sequence[Any]:
-        """The networks that have an accuracy."""
-
-    @property
-    def path(self) -> Sequence[Any]:
-        """Those that were kept, from the first to the winner."""
-
-    def pareto_front(self, cost: str) -> Sequence[Any]:
-        """Return the best networks by ascending accuracy."""
-
-
-def save_search(path: str | Path, result: Search) -> None:
+def save_search(path: str | Path, result: SearchResult) -> None:
     """Plot the networks that a search evaluated, a panel for each cost that the budget limits.
 
     Grey: evaluated networks. Blue: those that were kept, from the seed to the winner. Red: the Pareto front. Dashed:
@@ -51,7 +30,7 @@ def save_search(path: str | Path, result: Search) -> None:
 
     Args:
         path: the PNG file to write.
-        result: the search, such as a :class:`~kornia_tinyvit.contraction.SearchResult`.
+        result: the search.
 
     Raises:
         MissingExtraError: without matplotlib.
@@ -70,9 +49,9 @@ def save_search(path: str | Path, result: Search) -> None:
         figure.savefig(temporary, dpi=100)
 
 
-def _plot(axes: Any, result: Search, cost: str, limit: float) -> None:
-    def places(networks: Sequence[Any]) -> tuple[list[float], list[float]]:
-        return [each.costs[cost] for each in networks], [each.accuracy for each in networks]
+def _plot(axes: Any, result: SearchResult, cost: str, limit: float) -> None:
+    def places(networks: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+        return [each.costs[cost] for each in networks], [each.score for each in networks]
 
     axes.axvline(limit, color="black", linestyle="--", linewidth=1, label="limit")
     axes.plot(*places(result.evaluated), "o", color=_GREY, markersize=5, label="evaluated")

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from kornia_tinyvit.contraction import save_search
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.visualization import save_search
 from tests.contraction.conftest import FOUND
 
 
