@@ -18,21 +18,8 @@ from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.sam import MobileSAM
-from kornia_tinyvit.web.views import (
-    MAX_BYTES,
-    MAX_PIXELS,
-    Changes,
-    Marks,
-    Photo,
-    Row,
-    compare,
-    draw_marks,
-    explain,
-    open_photo,
-    segment_everything,
-    segment_marks,
-    show_features,
-)
+from kornia_tinyvit.web import views
+from kornia_tinyvit.web.views import MAX_BYTES, MAX_PIXELS, Changes, Marks, Photo, Row
 
 try:
     import gradio as gr
@@ -222,7 +209,7 @@ def _sentence(error: Exception) -> str:
 def _open(file: dict[str, Any] | None) -> tuple[Any, Photo | None]:
     """Return what the place for files shows from now on, and the photo; both empty if it is none."""
     try:
-        return gr.skip(), None if file is None else open_photo(file["path"])
+        return gr.skip(), None if file is None else views.open_photo(file["path"])
     except (ValueError, OSError) as error:
         gr.Warning(_sentence(error))
         return None, None
@@ -240,7 +227,7 @@ def _classify_tab(classifier: ImageClassifier) -> Tab:
     gr.Markdown(ON_SALIENCY)
 
     def show(photo: Photo | None) -> tuple[dict[str, float] | None, Image.Image | None]:
-        return (None, None) if photo is None else explain(classifier, photo)
+        return (None, None) if photo is None else views.explain(classifier, photo)
 
     return show, [], [labels, heat]
 
@@ -261,7 +248,7 @@ def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
     def show(photo: Photo | None, *values: float) -> tuple[Image.Image | None, str]:
         if photo is None:
             return None, ""
-        changed, rows = compare(classifier, photo, Changes(**dict(zip(SLIDERS, values, strict=True))))
+        changed, rows = views.compare(classifier, photo, Changes(**dict(zip(SLIDERS, values, strict=True))))
         return changed, score_table(rows)
 
     moved = [slider.change for slider in sliders]
@@ -301,16 +288,16 @@ def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
         x, y = event.index
         marks = marks.add_corner(x, y) if kind == BOX else marks.add_point(x, y, kind == ON)
         if marks.corner is not None:
-            return draw_marks(photo, marks), marks, "Now click the opposite corner of the box."
+            return views.draw_marks(photo, marks), marks, "Now click the opposite corner of the box."
         if not marks.ready:
-            return draw_marks(photo, marks), marks, "Mark a point on the object, too."
-        found, told = segment_marks(load_sam(), photo, marks)
+            return views.draw_marks(photo, marks), marks, "Mark a point on the object, too."
+        found, told = views.segment_marks(load_sam(), photo, marks)
         return found, marks, told
 
     def find(photo: Photo | None, side: int) -> tuple[Image.Image, Marks, str]:
         if photo is None:
             raise ValueError("There is no photo: drop one first, or take an example.")
-        found, told = segment_everything(load_sam(), photo, side)
+        found, told = views.segment_everything(load_sam(), photo, side)
         return found, Marks(), told
 
     outputs = [picture, marks, status]
@@ -328,7 +315,7 @@ def _features_tab(classifier: ImageClassifier) -> Tab:
             tiles += [_drawn(None, "features", min_width=260, elem_classes="stage") for _ in "lr"]
 
     def show(photo: Photo | None) -> list[Any]:
-        drawn = [(None, "stage")] * 4 if photo is None else show_features(classifier, photo)
+        drawn = [(None, "stage")] * 4 if photo is None else views.show_features(classifier, photo)
         return [gr.update(value=picture, label=about) for picture, about in drawn]
 
     return show, [], tiles
