@@ -28,7 +28,6 @@ def convert(
     layout: Annotated[
         Layout,
         typer.Option(
-            "--layout",
             help="transformers: a hub folder with preprocessing and a model card; timm: a hub folder for timm; "
             "file: this package's own file.",
         ),

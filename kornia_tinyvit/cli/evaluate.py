@@ -142,11 +142,11 @@ def _open_classifier(asked: EvaluateRequest) -> tuple[ImageClassifier, Classific
 
 
 def _open_segmenter(asked: EvaluateRequest) -> tuple[SemanticSegmenter, SegmentationDataset]:
-    return _build(SemanticSegmenter, "segmenter", asked), SegmentationDataset.open(asked.data, asked.split)
+    return _build_trained(SemanticSegmenter, "segmenter", asked), SegmentationDataset.open(asked.data, asked.split)
 
 
 def _open_detector(asked: EvaluateRequest) -> tuple[TinyViTDetector, DetectionDataset]:
-    return _build(TinyViTDetector, "detector", asked), DetectionDataset.open(asked.data, asked.split)
+    return _build_trained(TinyViTDetector, "detector", asked), DetectionDataset.open(asked.data, asked.split)
 
 
 def _open_sam(asked: EvaluateRequest) -> tuple[MobileSAM, InstanceDataset]:
@@ -154,7 +154,7 @@ def _open_sam(asked: EvaluateRequest) -> tuple[MobileSAM, InstanceDataset]:
     return sam, InstanceDataset.open(asked.data, asked.split, asked.min_area)
 
 
-def _build(kind: Any, name: str, asked: EvaluateRequest) -> Any:
+def _build_trained(kind: type[options.Network], name: str, asked: EvaluateRequest) -> options.Network:
     """Build a network of a kind of which there are no published weights."""
     if asked.pretrained is None:
         raise ValueError(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import torch
 import typer
+from torch import nn
 
 from kornia_tinyvit.classification import ImageClassifier
 
@@ -28,6 +29,8 @@ Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and 
 
 MinArea = Annotated[int, typer.Option(min=1, help="Promptable: leave out objects of fewer pixels of their picture.")]
 
+
+Network = TypeVar("Network", bound=nn.Module)
 
 #: What a network can be trained for.
 TaskName = StrEnum("TaskName", ("classification", "semantic", "promptable", "detection"))
@@ -53,8 +56,8 @@ def refuse_idle(context: typer.Context, names: Iterable[str], where: str) -> Non
 
 
 def build_network(
-    kind: Any, variant: str | None, pretrained: Any, device: str, img_size: Any = None, **settings: Any
-) -> Any:
+    kind: type[Network], variant: str | None, pretrained: Any, device: str, img_size: Any = None, **settings: Any
+) -> Network:
     """Build what the options describe, in evaluation mode.
 
     Args:
@@ -67,7 +70,8 @@ def build_network(
     """
     if img_size is not None:
         settings["img_size"] = img_size
-    return kind.from_config(variant, pretrained=pretrained, **settings).to(parse_device(device)).eval()
+    network: Network = kind.from_config(variant, pretrained=pretrained, **settings)  # type: ignore[attr-defined]
+    return network.to(parse_device(device)).eval()
 
 
 def build_classifier(
@@ -77,10 +81,7 @@ def build_classifier(
     if variant is None and pretrained is None:
         variant, pretrained = "1m", "cifar10"
     views = ImageClassifier.DEFAULT_VIEWS if tta else ()
-    classifier: ImageClassifier = build_network(
-        ImageClassifier, variant, pretrained or True, device, img_size, views=views
-    )
-    return classifier
+    return build_network(ImageClassifier, variant, pretrained or True, device, img_size, views=views)
 
 
 def parse_device(name: str) -> torch.device:

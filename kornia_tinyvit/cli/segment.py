@@ -119,14 +119,12 @@ def _numbers(
 
 
 def _build(variant: str | None, checkpoint: str | None, device: str, size: int | tuple[int, int] | None) -> MobileSAM:
-    sam: MobileSAM
     try:
-        sam = build_network(MobileSAM, variant, checkpoint or True, device, size)
+        return build_network(MobileSAM, variant, checkpoint or True, device, size)
     except CheckpointError as error:
         if checkpoint is not None:
             raise
         raise CheckpointError(f"{error} On the command line that is --checkpoint FILE.") from error
-    return sam
 
 
 def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
