@@ -91,16 +91,6 @@ class ContractRequest(shared.TrainingRequest):
             if idle:
                 refuse_idle(context, names, where)
 
-    def budget(self) -> contraction.Budget:
-        """Return the limits."""
-        return contraction.Budget(
-            _amount(self.max_parameters, "--max-parameters"),
-            _amount(self.max_macs, "--max-macs"),
-            self.max_latency_ms,
-            self.min_throughput,
-            _amount(self.max_memory, "--max-memory"),
-        )
-
 
 @command
 def contract(context: typer.Context, asked: ContractRequest) -> None:
@@ -111,7 +101,13 @@ def contract(context: typer.Context, asked: ContractRequest) -> None:
     --pretrained and for 'train --variant', which trains a network like it.
     """
     asked.refuse_idle(context)
-    budget = asked.budget()
+    budget = contraction.Budget(
+        _amount(asked.max_parameters, "--max-parameters"),
+        _amount(asked.max_macs, "--max-macs"),
+        asked.max_latency_ms,
+        asked.min_throughput,
+        _amount(asked.max_memory, "--max-memory"),
+    )
     bench = contraction.Bench(
         asked.engine, DTYPES[asked.dtype_name], str(parse_device(asked.device)), asked.engine_batch
     )
