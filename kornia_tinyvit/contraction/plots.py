@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.contraction.result import Candidate, SearchResult
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import replacing
 
 __all__ = ["save_search"]
@@ -35,10 +35,8 @@ def save_search(path: str | Path, result: SearchResult) -> None:
     Raises:
         MissingExtraError: without matplotlib.
     """
-    try:
+    with optional_imports("The plot needs matplotlib", "'kornia-tinyvit[train]'"):
         from matplotlib.figure import Figure
-    except ImportError as error:
-        raise MissingExtraError("The plot needs matplotlib: pip install 'kornia-tinyvit[train]'.") from error
 
     limits = result.budget.limits
     figure = Figure(figsize=(5.6 * len(limits), 4), layout="constrained")

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 
 
 def read_text(path: Path) -> str:
@@ -54,10 +54,8 @@ def read_description(path: Path, expected: str) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> Any:
-    try:
+    with optional_imports("YAML files need PyYAML", "'kornia-tinyvit[train]'"):
         import yaml
-    except ImportError as error:
-        raise MissingExtraError("YAML files need PyYAML: pip install 'kornia-tinyvit[train]'.") from error
     return _parse(path, "YAML", yaml.safe_load, yaml.YAMLError)
 
 

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from kornia_tinyvit.deploy.formats.program import quiet
 from kornia_tinyvit.deploy.openvino_core import one_core, without_telemetry
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 
 if TYPE_CHECKING:
     import onnx
@@ -65,12 +65,10 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, pictures: Iterable[Tensor
         TypeError: if the pictures are not tensors of the type that the graph takes.
         ValueError: if there are no pictures, or they do not have the shape that the graph takes.
     """
-    try:
+    with optional_imports("int8 for ONNX Runtime needs it", "'kornia-tinyvit[export]'"):
         import onnx
         from onnxruntime.quantization import QuantType, quantize_static
         from onnxruntime.quantization.quant_utils import add_pre_process_metadata
-    except ImportError as error:
-        raise MissingExtraError("int8 for ONNX Runtime needs it: pip install 'kornia-tinyvit[export]'.") from error
     graph = onnx.ModelProto()
     # Loaded, data beside the file is part of the graph; the quantiser would look for it in its own folder.
     graph.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
@@ -118,11 +116,8 @@ def quantize_openvino(model: openvino.Model, pictures: Iterable[Tensor]) -> open
         TypeError: if the pictures are not tensors of the type that the model takes.
         ValueError: if there are no pictures, or they do not have the shape that the model takes.
     """
-    try:
-        with without_telemetry():
-            import nncf
-    except ImportError as error:
-        raise MissingExtraError("int8 for OpenVINO needs nncf: pip install 'kornia-tinyvit[openvino]'.") from error
+    with optional_imports("int8 for OpenVINO needs nncf", "'kornia-tinyvit[openvino]'"), without_telemetry():
+        import nncf
     batches = _calibration_batches(pictures, _openvino_input(model))
     with quiet(below=logging.WARNING), one_core():
         return nncf.quantize(

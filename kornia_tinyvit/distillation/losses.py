@@ -69,7 +69,7 @@ def soft_target_cross_entropy(
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}.")
-    logits, stored = logits.float(), probabilities.to(logits.device, torch.float32)
+    logits, stored = logits.float(), probabilities.to(logits.device, torch.float32, non_blocking=True)
     others = logits.shape[1] - classes.shape[1]
     if others < 0:
         raise ValueError(f"{classes.shape[1]} classes are stored, but the logits have {logits.shape[1]}.")
@@ -78,8 +78,8 @@ def soft_target_cross_entropy(
         if lowest < 0 or highest >= logits.shape[1]:
             raise ValueError(f"The stored classes are {lowest} to {highest}, but the logits have {logits.shape[1]}.")
     known = stored.sum(1)
-    rest = (1 - known).clamp(min=0) / max(others, 1) if others else torch.zeros_like(known)
-    chosen = logits.gather(1, classes.to(logits.device, torch.int64))
+    rest = (1 - known).clamp(min=0) / others if others else torch.zeros_like(known)
+    chosen = logits.gather(1, classes.to(logits.device, torch.int64, non_blocking=True))
     mass = known + rest * others
     loss = mass * logits.logsumexp(1) - (stored * chosen).sum(1) - rest * (logits.sum(1) - chosen.sum(1))
     return loss.mean() if reduction == "mean" else loss
@@ -175,15 +175,7 @@ class StoredLabels:
         hard = None
         if self.hard_share:
             hard = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1]).to(outputs.device)
-        device = outputs.device
-        return distillation_loss(
-            outputs,
-            classes.to(device, non_blocking=True),
-            probabilities.to(device, non_blocking=True),
-            hard,
-            self.hard_share,
-            reduction="none",
-        )
+        return distillation_loss(outputs, classes, probabilities, hard, self.hard_share, reduction="none")
 
     def _read(self, draws: Draws) -> Records:
         deadline = time.monotonic() + self.patience

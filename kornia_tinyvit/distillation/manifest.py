@@ -63,7 +63,13 @@ class Manifest:
     def __post_init__(self) -> None:
         for name in ("augmentation", "data", "teacher"):
             # As it would come back from the file: a tuple and the list that it becomes are no difference.
-            object.__setattr__(self, name, _as_json(getattr(self, name), name))
+            try:
+                value = json.loads(json.dumps(getattr(self, name), allow_nan=False))
+            except (TypeError, ValueError) as error:
+                raise StoreError(
+                    f"{name} must be what JSON can say: text, finite numbers, lists and dicts; {error}."
+                ) from error
+            object.__setattr__(self, name, value)
         object.__setattr__(self, "shape", tuple(self.shape))
         self._check_values()
         if not self.shard_records:
@@ -224,12 +230,3 @@ def readable_size(size: int) -> str:
         return f"{size} bytes"
     unit = ("", "K", "M", "G", "T")[power]
     return f"{size / 1000**power:.2f} {unit.replace('K', 'k')}B ({size / 1024**power:.2f} {unit}iB)"
-
-
-def _as_json(value: Any, name: str) -> Any:
-    try:
-        return json.loads(json.dumps(value, allow_nan=False))
-    except (TypeError, ValueError) as error:
-        raise StoreError(
-            f"{name} must be what JSON can say: text, finite numbers, lists and dicts; {error}."
-        ) from error

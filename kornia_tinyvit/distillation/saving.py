@@ -16,7 +16,7 @@ from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.loader import Batch, Key, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.manifest import StoreError
-from kornia_tinyvit.distillation.store import FeatureRecords, LabelStore, Records, RecordStore, ShardWriter
+from kornia_tinyvit.distillation.store import LabelStore, Records, RecordStore, ShardWriter
 from kornia_tinyvit.distillation.teachers import device_of
 
 __all__ = ["CheckReport", "SavedRecords", "check_records", "save_records"]
@@ -167,8 +167,12 @@ def check_records(
         for keys in _batches(augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
             targets = _ask(store, teacher, samples, batch, autocast).cpu()
-            difference, checksums = _compare(store.read(epoch, batch.draws.indices), targets)
-            drifted += batch.draws.indices[batch.draws.checksums() != checksums].tolist()
+            stored = store.read(epoch, batch.draws.indices)
+            if isinstance(stored, Records):
+                difference = (targets.gather(1, stored.classes.long()) - stored.probabilities.float()).abs()
+            else:
+                difference = (targets - stored.features.float()).abs()
+            drifted += batch.draws.indices[batch.draws.checksums() != stored.checksums.numpy()].tolist()
             largest = max(largest, float(difference.max()))
             total += float(difference.sum())
             count += difference.numel()
@@ -176,15 +180,6 @@ def check_records(
     if not checked:
         raise StoreError(f"{store.path} holds no records to check; kornia-tinyvit distill save writes them.")
     return CheckReport(checked, largest, total / count, tuple(drifted))
-
-
-def _compare(stored: Records | FeatureRecords, targets: Tensor) -> tuple[Tensor, NDArray[np.int64]]:
-    """Return how far targets are from what is stored of them, and the stored checksums."""
-    if isinstance(stored, Records):
-        values, targets = stored.probabilities, targets.gather(1, stored.classes.long())
-    else:
-        values = stored.features
-    return (targets - values.float()).abs(), stored.checksums.numpy()
 
 
 def _batches(

@@ -311,8 +311,7 @@ class RecordStore(ABC):
         """Return the fields of samples in the manifest's order, the checksums as int64."""
         samples = _integers(indices, "indices")
         shards, rows = self._locate(epoch, samples)
-        # Sorted by their shards, so that each shard is asked once and little is done for each.
-        # numpy sorts numbers of 16 bits by counting.
+        # Sorted by their shards, so that each is read once; numpy sorts numbers of 16 bits by counting.
         order = np.argsort(shards.astype(np.min_scalar_type(self.manifest.num_shards)), kind="stable")
         rows, counts = rows[order], np.bincount(shards)
         numbers = np.flatnonzero(counts)

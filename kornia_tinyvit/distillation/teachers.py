@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
@@ -110,24 +110,22 @@ def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "c
         ValueError: if the source is of no known kind or the function is not there.
         MissingExtraError: if timm or transformers is needed and not installed.
     """
-    teacher = source if isinstance(source, Teacher) else _build(source)
+    if isinstance(source, nn.Module):
+        teacher = source if isinstance(source, Teacher) else Teacher(source, type(source).__name__)
+    else:
+        teacher = _build(str(source))
     return teacher.to(device)
 
 
-def _build(source: str | Path | nn.Module) -> Teacher:
-    if isinstance(source, nn.Module):
-        return Teacher(source, type(source).__name__)
-    text = str(source)
+def _build(text: str) -> Teacher:
     kind, _, name = text.partition(":")
     if kind == "timm":
         return _from_timm(name)
     if kind == "transformers":
         return _from_transformers(name)
     if kind.endswith(".py"):
-        found, told = _call(Path(kind), name), f"{Path(kind).name}:{name}"
-        if not isinstance(found, Teacher):
-            return Teacher(found, told)
-        found.name = told
+        found = load_teacher(_call(Path(kind), name))
+        found.name = f"{Path(kind).name}:{name}"
         return found
     if Path(text).is_file():
         network = TinyViT.from_config(pretrained=text)
@@ -157,20 +155,16 @@ def _call(file: Path, function: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> Teacher:
-    try:
+    with optional_imports("A teacher of timm needs it", "timm"):
         import timm
-    except ImportError as error:
-        raise MissingExtraError("A teacher of timm needs it: pip install timm.") from error
     network = timm.create_model(name, pretrained=True)
     trained = network.pretrained_cfg
     return Teacher(network, f"timm:{name}", trained["input_size"][-1], trained["mean"], trained["std"])
 
 
 def _from_transformers(name: str) -> Teacher:
-    try:
+    with optional_imports("A teacher of transformers needs it", "transformers"):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
-    except ImportError as error:
-        raise MissingExtraError("A teacher of transformers needs it: pip install transformers.") from error
     network = AutoModelForImageClassification.from_pretrained(name)
     processor = AutoImageProcessor.from_pretrained(name)
     size = getattr(processor, "crop_size", None) or processor.size

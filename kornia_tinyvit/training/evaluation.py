@@ -14,11 +14,11 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import Evaluation
 from kornia_tinyvit.training.metrics.semantic import Segmentation
-from kornia_tinyvit.training.tasks.base import Evaluator, evaluate_network
+from kornia_tinyvit.training.tasks.base import Evaluator, Task, evaluate_network
 from kornia_tinyvit.training.tasks.classification import AccuracyEvaluator
-from kornia_tinyvit.training.tasks.detection import DETECTION, BoxEvaluator
+from kornia_tinyvit.training.tasks.detection import DETECTION
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM, PromptEvaluator
-from kornia_tinyvit.training.tasks.semantic import SEMANTIC, PixelEvaluator
+from kornia_tinyvit.training.tasks.semantic import SEMANTIC
 
 __all__ = ["begin_evaluation", "evaluate"]
 
@@ -91,12 +91,10 @@ def begin_evaluation(network: nn.Module, images: Any, **options: Any) -> tuple[n
         case ImageClassifier():
             known = images.with_classes(network.class_names)
             return network, AccuracyEvaluator(known, len(network.class_names), list, **options)
-        case SemanticSegmenter():
-            SEMANTIC.check(images, network.config, network.class_names)
-            return network, PixelEvaluator(images, network.config, **options)
-        case TinyViTDetector():
-            DETECTION.check(images, network.config, network.class_names)
-            return network, BoxEvaluator(images, network.config, **options)
+        case SemanticSegmenter() | TinyViTDetector():
+            task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
+            task.check(images, network.config, network.class_names)
+            return network, task.evaluator(images, network.config, None, **options)
         case MobileSAM():
             prompted = PromptedSAM(network)
             return prompted, PromptEvaluator(images, prompted.config, **options)

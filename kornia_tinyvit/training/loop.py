@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.semantic import SemanticSegmenter
@@ -174,12 +174,10 @@ def train(
 
 def _accelerate(model: nn.Module, precision: str, cpu: bool) -> Accelerator:
     """Return what runs the same code on one process or several."""
-    try:
+    with optional_imports("Training needs accelerate", "'kornia-tinyvit[train]'"):
         from accelerate import Accelerator
         from accelerate.state import AcceleratorState
         from accelerate.utils import DistributedDataParallelKwargs
-    except ImportError as error:  # pragma: no cover
-        raise MissingExtraError("Training needs accelerate: pip install 'kornia-tinyvit[train]'.") from error
 
     # Which would refuse another precision, or keep another device, than an earlier training of this process had.
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
@@ -281,7 +279,10 @@ class _Training:
         factor = self.recipe.lr_factor(self.step * self.accumulate / per_epoch)
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
-        self._training_mode()
+        self.model.train()
+        for module in self.model.modules() if self.recipe.frozen_batch_norm else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()
         self.broken.update(batch.broken)
         device = self.accelerator.device
         images = self.samples.inputs(batch, device)
@@ -301,13 +302,6 @@ class _Training:
             if self.average:
                 self.average.update(self.model)
         self.done += 1
-
-    def _training_mode(self) -> None:
-        self.model.train()
-        if self.recipe.frozen_batch_norm:
-            for module in self.model.modules():
-                if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                    module.eval()
 
     def log_metrics(self, per_epoch: int) -> dict[str, Any]:
         """Write down and return the mean loss since the last call, and the rate.

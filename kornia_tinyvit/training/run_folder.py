@@ -6,8 +6,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,11 @@ class RunFolder:
         if metrics.exists():
             lines = [line for line in metrics.read_text().splitlines() if _is_at_most(line, step)]
             write_text(metrics, "".join(line + "\n" for line in lines))
-        self._board = _tensorboard(self.path, step)
+        with suppress(ImportError):  # TensorBoard is a convenience, not a need
+            from torch.utils.tensorboard import SummaryWriter
+
+            # What a killed run told is told again.
+            self._board = SummaryWriter(str(self.path / "tensorboard"), purge_step=step + 1)
 
     def log(self, line: dict[str, Any]) -> None:
         """Add a line to the metrics, and its numbers to TensorBoard where that is installed."""
@@ -130,12 +134,3 @@ def _is_at_most(line: str, step: int) -> bool:
         return bool(json.loads(line)["step"] <= step)
     except ValueError:  # the killed run's half line
         return False
-
-
-def _tensorboard(path: Path, step: int) -> Any:
-    make: Callable[..., Any]
-    try:
-        from torch.utils.tensorboard import SummaryWriter as make
-    except ImportError:  # it is a convenience, not a need
-        return None
-    return make(str(path / "tensorboard"), purge_step=step + 1)  # what a killed run told is told again

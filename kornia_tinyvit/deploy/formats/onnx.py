@@ -12,7 +12,7 @@ from torch.export import ExportedProgram
 
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.program import quiet
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.layers import open_sizes_at_one
 from kornia_tinyvit.version import __version__
 
@@ -32,14 +32,10 @@ def check_opset(opset: int) -> None:
         ValueError: if the opset is older than 18 or newer than the installed onnx.
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
     """
-    try:
+    with optional_imports("Exporting to ONNX needs onnx, onnxscript and onnxruntime", "'kornia-tinyvit[export]'"):
         import onnx
         import onnxruntime  # noqa: F401 - found missing before anything is traced
         import onnxscript  # noqa: F401
-    except ImportError as error:
-        raise MissingExtraError(
-            "Exporting to ONNX needs onnx, onnxscript and onnxruntime: pip install 'kornia-tinyvit[export]'."
-        ) from error
     newest = onnx.defs.onnx_opset_version()
     if not MIN_OPSET <= opset <= newest:
         raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from kornia_tinyvit.data.detection import DetectionDataset
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.training.metrics.counts import Counts
 
 __all__ = ["BoxMetrics", "DetectionScores"]
@@ -126,13 +126,9 @@ def _evaluate(truth: dict[str, Any], results: list[list[float]]) -> tuple[Tensor
         truth: a data set as COCO has it.
         results: image, left, top, width, height, score and class of what was found.
     """
-    try:
+    with optional_imports("Measuring detectors needs pycocotools", "'kornia-tinyvit[train,hf]'"):
         from pycocotools.coco import COCO
         from pycocotools.cocoeval import COCOeval
-    except ImportError as error:
-        raise MissingExtraError(
-            "Measuring detectors needs pycocotools: pip install 'kornia-tinyvit[train,hf]'."
-        ) from error
     with contextlib.redirect_stdout(io.StringIO()):  # which tells each step
         there = COCO()
         there.dataset = truth
