@@ -283,7 +283,14 @@ class _Search:
             title: for the bar.
             limit: the constraint of the step, for the journal.
         """
-        self._evaluate_all(rivals, parent, title)
+        files = {each: self._file_of(each) for each in rivals if self.journal.find("evaluated", each) is None}
+        task = self.bar.add_task(title, total=len(rivals), completed=len(rivals) - len(files))
+        for config, told in run_evaluations(self.workers, self.evaluate, files, parent):
+            self.journal.write("evaluated", config, **told)  # each result as it comes
+            self.bar.advance(task)
+        for config in rivals:
+            accuracy = (self.journal.find("evaluated", config) or {})["accuracy"]
+            self.candidates[config] = dataclasses.replace(self.candidates[config], accuracy=accuracy)
         found = [self.candidates[config] for config in rivals]
         best = self.keep(max(found, key=lambda each: (each.score, -self.budget.excess(each.costs))), limit)
         for each in found:
@@ -297,17 +304,6 @@ class _Search:
             self.kept.append(candidate.number)
         self.journal.write("kept", candidate.config, number=candidate.number, excess=limit)
         return candidate
-
-    def _evaluate_all(self, configs: list[TinyViTConfig], parent: Path | None, title: str) -> None:
-        """Evaluate what is not known yet, each result written down as it comes."""
-        files = {each: self._file_of(each) for each in configs if self.journal.find("evaluated", each) is None}
-        task = self.bar.add_task(title, total=len(configs), completed=len(configs) - len(files))
-        for config, told in run_evaluations(self.workers, self.evaluate, files, parent):
-            self.journal.write("evaluated", config, **told)
-            self.bar.advance(task)
-        for config in configs:
-            accuracy = (self.journal.find("evaluated", config) or {})["accuracy"]
-            self.candidates[config] = dataclasses.replace(self.candidates[config], accuracy=accuracy)
 
     def seed_weights(self) -> Path | None:
         """Write the seed's weights where the evaluations read them."""
