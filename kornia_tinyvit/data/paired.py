@@ -10,6 +10,7 @@ from typing import Any, ClassVar
 
 import kornia.augmentation as K
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from kornia_tinyvit.data.loader import Batch_co, Key, KeyedSamples
@@ -84,14 +85,17 @@ class PairedAugmentation:
             changed, partner = self._change(pixels.float() / 255, partner)
         return to_uint8(changed[0]), partner
 
-    def _reduced_size(self, pixels: Tensor) -> tuple[int, int]:
-        """Return the size at which the smallest crops of a picture still have the size that comes out.
+    def _reduce(self, picture: Tensor) -> Tensor:
+        """Return a picture :math:`(1, 3, h, w)` at the size at which its smallest crops still have the final size.
 
         kornia's crops are resized without antialiasing, so that a photo of a phone would come out as sparse samples.
         """
-        height, width = pixels.shape[-2:]
+        height, width = picture.shape[-2:]
         factor = min(1.0, self.img_size / math.sqrt(self.preset.crop_scale[0] * height * width))
-        return max(1, round(height * factor)), max(1, round(width * factor))
+        size = max(1, round(height * factor)), max(1, round(width * factor))
+        if size == (height, width):
+            return picture[None]
+        return F.interpolate(picture[None], size, mode="bilinear", antialias=True, align_corners=False)
 
 
 @contextmanager

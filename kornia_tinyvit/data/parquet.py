@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from kornia_tinyvit.data.datasets import Contents
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 
 _IMAGE_COLUMNS = ("image", "img")  # what data sets of the hub call them
 
@@ -74,12 +74,10 @@ def read_parquet(files: list[Path]) -> Contents:
 
 def _read_columns(path: Path) -> tuple[Any, list[int]]:
     """Return the pictures of a file, a chunked array of binary values, and its labels."""
-    try:
+    with optional_imports("Parquet files need pyarrow", "'kornia-tinyvit[train]'"):
         import pyarrow as pa
         import pyarrow.compute as pc
         import pyarrow.parquet as pq
-    except ImportError as error:
-        raise MissingExtraError("Parquet files need pyarrow: pip install 'kornia-tinyvit[train]'.") from error
     try:
         file = pq.ParquetFile(path, memory_map=True)
         column = next((name for name in _IMAGE_COLUMNS if name in file.schema_arrow.names), _IMAGE_COLUMNS[0])

@@ -5,7 +5,6 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from kornia.enhance import normalize
 from kornia.models.rt_detr import DETRPostProcessor
 from torch import Tensor, nn
@@ -75,12 +74,9 @@ class BoxAugmentation(PairedAugmentation):
             class indices :math:`(N,)`.
         """
         kept = ~objects.crowds
-        pixels, boxes, labels = picture[None], objects.boxes[kept], objects.labels[kept]
-        size = self._reduced_size(pixels)
-        if size != tuple(pixels.shape[-2:]):
-            factors = [new / old for new, old in zip(size, pixels.shape[-2:], strict=True)]
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-            boxes = boxes * boxes.new_tensor([factors[1], factors[0]] * 2)
+        pixels, boxes, labels = self._reduce(picture), objects.boxes[kept], objects.labels[kept]
+        down, across = (new / old for new, old in zip(pixels.shape[-2:], picture.shape[-2:], strict=True))
+        boxes = boxes * boxes.new_tensor([across, down, across, down])
         # To kornia a coordinate is the middle of a pixel, here its left or upper edge.
         crop, moved = self._apply(pixels, boxes[None] - 0.5, epoch, index)
         boxes, visible = _cut(moved[0] + 0.5, self.img_size)

@@ -65,11 +65,9 @@ class MaskAugmentation(PairedAugmentation):
         Returns:
             8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
         """
-        pixels, labels = picture[None], mask.reshape(1, -1, *mask.shape[-2:]).float()
-        size = self._reduced_size(pixels)
-        if size != tuple(pixels.shape[-2:]):
-            pixels = F.interpolate(pixels, size, mode="bilinear", antialias=True, align_corners=False)
-            labels = F.interpolate(labels, size, mode="nearest-exact")
+        pixels, labels = self._reduce(picture), mask.reshape(1, -1, *mask.shape[-2:]).float()
+        if labels.shape[-2:] != pixels.shape[-2:]:
+            labels = F.interpolate(labels, pixels.shape[-2:], mode="nearest-exact")
         crop, labels = self._apply(pixels, labels, epoch, index)
         return crop, labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
 
