@@ -33,7 +33,7 @@ ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("contraction",), "smaller networks under a budget"),
     (("training",), "the loop, and a file per task"),
     (("distillation",), "stored soft labels, teachers"),
-    (("deploy", "visualization", "huggingface"), "engines and files; plots; transformers"),
+    (("deploy", "visualization", "huggingface"), "engines and files; drawing; transformers"),
     (("backbone", "classification", "semantic", "detection", "sam"), "a network for a task"),
     (("model", "folding"), "TinyViT; its folded form"),
     (("checkpoints", "data"), "weights; datasets and loading"),
