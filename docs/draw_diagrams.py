@@ -275,14 +275,18 @@ def draw_rooms() -> Diagram:
     """Draw the rooms of the package, each above those that it imports."""
     diagram = Diagram("The rooms of the package, each above those that it imports")
     for names, purpose in ROOMS:
-        width = (WIDTH - 2 * MARGIN - SHAPE - 20 - 10 * (len(names) - 1)) / len(names)
-        for column, name in enumerate(names):
-            left = MARGIN + column * (width + 10)
+        diagram.text(MARGIN, diagram.bottom + 12, purpose, DETAIL, QUIET)
+        diagram.bottom += 20
+        letters = sum(map(len, names)) + 3 * len(names)  # a box is as wide as its name needs
+        room = (WIDTH - 2 * MARGIN - 10 * (len(names) - 1)) / letters
+        left = float(MARGIN)
+        for name in names:
+            width = room * (len(name) + 3)
             diagram.box(left, width, name, (), ATTENTION if names[0] != "cli" else HEAD)
-        diagram.text(WIDTH - MARGIN - SHAPE, diagram.bottom + 22, purpose, DETAIL, QUIET)
+            left += width + 10
         diagram.bottom += 34
         if names != ROOMS[-1][0]:
-            diagram.arrow(MARGIN + (WIDTH - 2 * MARGIN - SHAPE - 20) / 2, diagram.bottom, diagram.bottom + 16)
+            diagram.arrow(WIDTH / 2, diagram.bottom, diagram.bottom + 16)
             diagram.bottom += 16
     diagram.note("A room imports rooms below it, and on its own floor those to its left.")
     return diagram
