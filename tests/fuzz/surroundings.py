@@ -25,7 +25,6 @@ from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.deploy import optimize
 from kornia_tinyvit.distillation import LabelStore, Manifest
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training import run_folder as folders
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import SHALLOW
 from tests.fuzz.files import contents
@@ -105,7 +104,7 @@ def _whole(path: Path) -> bool:
         return all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
 
 
-@mock.patch.object(folders, "_tensorboard", return_value=None)  # its thread would tell of the disk later
+@mock.patch("torch.utils.tensorboard.SummaryWriter")  # its thread would tell of the disk later
 def run_folder(rng: random.Random, folder: Path, _: Any) -> None:
     """A training's state on a full disk: the state before stays, and the folder can be gone on with."""
     run, asked = RunFolder(folder), {"seed": 1, "text": "x" * rng.randrange(3000)}
