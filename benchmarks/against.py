@@ -1,12 +1,13 @@
 """Time another checkout beside this one: networks in eager mode, MobileSAM and imports, in turn.
 
     python benchmarks/against.py OTHER                # 20 rounds, about 20 minutes on 2 cores
-    python benchmarks/against.py OTHER --rounds 5
+    python benchmarks/against.py OTHER --only "batch 1"
 
 OTHER is the root of another checkout, such as a clone at the commit before a change. Each checkout has one process that
-builds the networks of its own `eager.py` and `segmentation.py` and stays for all rounds. A round runs each step once in
-both, with the order changed from round to round; imports have a new process each. A ratio is that of one round, the
-other's time over ours, so that a machine whose speed drifts slows both sides of it; above 1 this checkout is faster.
+builds the networks of its own `eager.py` and `segmentation.py` and stays for all rounds. A round runs each step in
+both, for half a second or once, with the order changed from round to round; imports have a new process each. A ratio is
+that of one round, the other's time over ours, so that a machine whose speed drifts slows both sides of it; above 1 this
+checkout is faster.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 IMPORTS = ("kornia_tinyvit", "kornia_tinyvit.cli")
+LEAST = 0.5  # seconds that a step is repeated for in a turn, of which the median counts
 HERE = Path(__file__).resolve().parents[1]
 
 
@@ -57,11 +59,13 @@ def serve() -> None:
     steps = build_steps()
     print(json.dumps(list(steps)), flush=True)
     for line in sys.stdin:
+        seconds: list[float] = []
         with torch.no_grad() if "training" not in line else torch.enable_grad():
-            start = time.perf_counter()
-            steps[line.rstrip("\n")]()
-            seconds = time.perf_counter() - start
-        print(seconds, flush=True)
+            while sum(seconds) < LEAST:
+                start = time.perf_counter()
+                steps[line.rstrip("\n")]()
+                seconds.append(time.perf_counter() - start)
+        print(statistics.median(seconds), flush=True)
 
 
 class Side:
@@ -90,6 +94,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=20)
+    parser.add_argument("--only", default="", help="the steps whose names hold this")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -102,13 +107,13 @@ def main() -> None:
 
     ours, other = Side(HERE), Side(args.other.resolve())
     steps = [*ours.steps, *(f"import {module}" for module in IMPORTS)]
-    times: dict[str, list[tuple[float, float]]] = {step: [] for step in steps}
+    times: dict[str, list[tuple[float, float]]] = {step: [] for step in steps if args.only in step}
     for number in range(args.rounds + 1):
-        for step in steps:
+        for step, pairs in times.items():
             pair = {side: side.time(step) for side in ((ours, other) if number % 2 else (other, ours))}
             if number:  # the first round warms up
-                times[step].append((pair[ours], pair[other]))
-    print(f"$ python benchmarks/against.py OTHER --rounds {args.rounds}")
+                pairs.append((pair[ours], pair[other]))
+    print(f"$ python benchmarks/against.py OTHER --rounds {args.rounds}" + f" --only {args.only!r}" * bool(args.only))
     print(describe_machine())
     print(f"\nMedians of {args.rounds} rounds, and the median of the ratios of the rounds, the other's time over ours")
     for step, pairs in times.items():
