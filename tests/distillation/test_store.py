@@ -49,7 +49,7 @@ def checksums_of(epoch, indices):
     return (np.asarray(indices, dtype=np.int64) * 2654435761 + epoch) % 2**32
 
 
-def fill(store, epoch, shards=None, batch=100):
+def fill(store, epoch, shards=None, batch=100, pause=0.0):
     """Write shards, all by default, and return how many records that were."""
     written = 0
     for shard in range(store.manifest.num_shards) if shards is None else shards:
@@ -58,6 +58,7 @@ def fill(store, epoch, shards=None, batch=100):
                 chosen = writer.missing()[:batch]
                 values = probabilities_of(epoch, chosen, store.manifest.num_classes)
                 written += writer.write(chosen, values, checksums_of(epoch, chosen))
+                time.sleep(pause)
     return written
 
 
@@ -96,7 +97,7 @@ def child_fill(path, epoch, batch, ready):
     ready.set()
     for shard in store.missing_shards(epoch):
         with contextlib.suppress(BlockingIOError):
-            fill(store, epoch, [shard], batch)
+            fill(store, epoch, [shard], batch, pause=0.001)  # or a busy machine would kill them when they are done
 
 
 def child_hold(path, shard, queue, with_child):
@@ -564,7 +565,7 @@ class TestProcesses:
     @pytest.mark.parametrize("writers", [1, 2])
     def test_killed(self, tmp_path, writers):
         """Writers are killed at random: what is there is whole, right, and stays; at most a shard of each is lost."""
-        manifest = replace(MANIFEST, num_samples=6000, shard_records=128)
+        manifest = replace(MANIFEST, num_samples=12_000, shard_records=128)
         store = LabelStore.create(tmp_path, manifest)
         chance = random.Random(0)
         contents = {}
@@ -589,7 +590,7 @@ class TestProcesses:
         assert 20 < len(contents) < manifest.num_shards, "the writers were killed too early or too late"
         missing = store.missing_shards(0)
         assert fill(store, 0, missing, batch=500) == sum(map(manifest.records_in, missing))
-        assert_right(store, 0, np.arange(6000))
+        assert_right(store, 0, np.arange(12_000))
         assert {path: path.read_bytes() for path in contents} == contents
         assert len(list(tmp_path.glob("epoch-*/*"))) >= manifest.num_shards
 
