@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 
 demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
-	@echo "The sheets are in demo/: open them in any picture viewer."
+	@echo "The sheets are in demo/: open them in any image viewer."
 
 # A process a core, each with one thread: networks as small as the tests' gain nothing from more. To count the lines that
 # run takes time: make test COVERAGE=--cov.

@@ -6,7 +6,7 @@
 networks    each engine and type at 224, batch 1 and 16
 mobile_sam  MobileSAM's encoder at 1024
 photos      from file to label over 1000 JPEG photos (--photos; fewer are repeated)
-accuracy    of the network in the package on labelled pictures (--data)
+accuracy    of the network in the package on labelled images (--data)
 
 The rows of a group run in turn in one process, with the memory allocator as it comes and tuned (see
 docs/guides/allocator.rst); medians are told. "over ours" is the time over that of ours in the same engine and type,
@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.benchmark import read_pictures
+from kornia_tinyvit.deploy.benchmark import read_images
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph
 from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
@@ -61,7 +61,7 @@ Run = Callable[[Tensor], object]
 
 
 def prepare(library: str, variant: str, **kwargs) -> nn.Module:
-    """Build a network whose answers depend on the pictures: its norms have the statistics of some."""
+    """Build a network whose answers depend on the images: its norms have the statistics of some."""
     model = build(library.removesuffix(" fused"), variant, **kwargs)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
@@ -70,7 +70,7 @@ def prepare(library: str, variant: str, **kwargs) -> nn.Module:
         norm.momentum = None  # the plain average
         norm.train()
     with torch.no_grad():
-        model(torch.randn(4, 3, 224, 224) if "img_size" not in kwargs else pictures(1, kwargs["img_size"]))
+        model(torch.randn(4, 3, 224, 224) if "img_size" not in kwargs else draw_images(1, kwargs["img_size"]))
     model.eval()
     if library == "timm fused":
         from timm.utils.model import reparameterize_model
@@ -79,7 +79,7 @@ def prepare(library: str, variant: str, **kwargs) -> nn.Module:
     return model
 
 
-def pictures(batch: int, size: int) -> Tensor:
+def draw_images(batch: int, size: int) -> Tensor:
     return torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
 
 
@@ -127,7 +127,7 @@ def measure_networks(task: dict) -> dict:
     """Measure the rows of a group in turn; a row that cannot be made tells why."""
     size, batch = task["size"], task["batch"]
     kwargs = {"img_size": size, "mobile_sam": True} if task["what"] == "mobile_sam" else {}
-    images, calibration = pictures(batch, size), [pictures(16, size), pictures(16, size)] if not kwargs else []
+    images, calibration = draw_images(batch, size), [draw_images(16, size), draw_images(16, size)] if not kwargs else []
     made, rows = {}, []
     for row in map(tuple, task["rows"]):
         told = dict(zip(("library", "engine", "dtype"), row, strict=True))
@@ -214,13 +214,13 @@ def measure_photos(task: dict) -> list[dict]:
         for batch in (1, 16):
             # Inductor takes a minute to get ready, and the networks above tell that it is not the fastest.
             engines = [name for name in ENGINES if name != "inductor" and not absent(name, dtype)]
-            photos = pictures(batch, 224).sigmoid()
+            images = draw_images(batch, 224).sigmoid()
             fast = optimize(
                 classifier,
                 engines,
                 DTYPES[dtype],
-                example=photos,
-                calibration=[photos],
+                example=images,
+                calibration=[images],
                 tolerance=1.0,  # the fastest: random weights say nothing about accuracy
                 tune_allocator=False,
             )
@@ -247,9 +247,9 @@ def absent(engine: str, dtype: str) -> str | None:
 
 
 def measure_accuracy(task: dict) -> dict:
-    """Judge each engine and type of the network in the package by labelled pictures."""
+    """Judge each engine and type of the network in the package by labelled images."""
     classifier = ImageClassifier.from_config("1m", pretrained="cifar10").eval()
-    model, found = classifier.model, read_pictures(classifier, task["data"], task["limit"])
+    model, found = classifier.model, read_images(classifier, task["data"], task["limit"])
     batches = list(zip(found.images.split(50), found.labels.split(50), strict=True))
     rows = []
     for engine, dtypes in TYPES.items():
@@ -263,7 +263,7 @@ def measure_accuracy(task: dict) -> dict:
                 row |= {"top1": agreement.top1_candidate, "agreement": agreement.agreement}
                 row |= {"error": agreement.mean_error, "reference": agreement.top1_reference}
             rows.append(row)
-    return {"pictures": len(found.labels), "rows": rows}
+    return {"images": len(found.labels), "rows": rows}
 
 
 def show_networks(found: dict) -> None:
@@ -344,8 +344,8 @@ def main() -> None:
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
     parser.add_argument("--variants", default="5m", help="for the networks, with commas between them")
     parser.add_argument("--photos", help="folder of JPEG photos")
-    parser.add_argument("--data", help="labelled pictures of CIFAR-10's classes, as 'evaluate' takes them")
-    parser.add_argument("--quick", action="store_true", help="few repetitions and pictures")
+    parser.add_argument("--data", help="labelled images of CIFAR-10's classes, as 'evaluate' takes them")
+    parser.add_argument("--quick", action="store_true", help="few repetitions and images")
     parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="both")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="file to write all numbers to")

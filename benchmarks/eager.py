@@ -3,7 +3,7 @@
     python benchmarks/eager.py                 # the whole table, about 12 minutes on 2 cores
     python benchmarks/eager.py --quick         # 5m only, fewer repetitions
 
-Every network of a comparison has the same weights where the layouts allow, sees the same pictures, and is timed in turn
+Every network of a comparison has the same weights where the layouts allow, sees the same images, and is timed in turn
 with the others: the median of the runs is reported, and the ratio of the medians. The whole is done twice, in processes
 of their own: once with the memory allocator as it comes and once tuned (docs/guides/allocator.rst), the same for all.
 Peak memory is how far the resident set rises over the loaded network during forward passes, in a process for each.
@@ -95,7 +95,7 @@ def compare_forward(variants: list[str], names: list[str], quick: bool) -> list[
 
 
 def compare_small(quick: bool) -> list[dict]:
-    """Measure what cutting the windows to the map is worth on small pictures, against padding the map."""
+    """Measure what cutting the windows to the map is worth on small images, against padding the map."""
     rows = []
     for size in (32, 64):
         for kind, make in (("forward", forward_step), ("training step", training_step)):
@@ -160,7 +160,7 @@ def report(variants: list[str], quick: bool, threads: int) -> None:
                 ours = row["ms"]["ours"]
                 cells = [f"{name} {ms:7.1f} ({ms / ours:4.2f}x)" for name, ms in row["ms"].items()]
                 print(f"  {row['variant']:>4} batch {row['batch']:2}   " + "   ".join(cells), flush=True)
-        print("5m on small pictures, batch 16, median ms; pictures a second; padded over fit")
+        print("5m on small images, batch 16, median ms; images a second; padded over fit")
         for row in child({"what": "small", "quick": quick}, tuned, threads):
             times = row["ms"]
             cells = [f"{name} {ms:7.1f} ms {16000 / ms:6.0f}/s" for name, ms in times.items()]

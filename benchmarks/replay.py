@@ -38,7 +38,7 @@ def median_ms(work: Callable[[], object]) -> float:
 
 
 def load_photos(folder: Path | None) -> list[torch.Tensor]:
-    """Return 8-bit pictures: photos of a folder, or noise of a photo's size."""
+    """Return 8-bit images: photos of a folder, or noise of a photo's size."""
     if folder is None:
         random = torch.Generator().manual_seed(0)
         return [torch.randint(256, (3, 480, 640), dtype=torch.uint8, generator=random) for _ in range(8)]

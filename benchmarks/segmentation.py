@@ -6,7 +6,7 @@
 
 encoder     at 1024, kornia's in eager mode and ours through deploy.optimize
 sizes       our encoder in eager mode on inputs of other sizes
-prompts     the decoder on 1, 16 and 64 points over one picture: kornia's, and FoldedMaskDecoder over the same weights
+prompts     the decoder on 1, 16 and 64 points over one image: kornia's, and FoldedMaskDecoder over the same weights
 everything  SamAutomaticMaskGenerator of the package segment-anything, and generate_masks, both around our encoder in
             eager mode with the same weights and settings
 
@@ -59,7 +59,7 @@ BOX_NMS = 1.0  # random masks are spread all over the photo, and all but one or 
 
 @torch.no_grad()
 def build(task: dict) -> MobileSAM:
-    """Build a network with random weights whose masks depend on the picture and hold together."""
+    """Build a network with random weights whose masks depend on the image and hold together."""
     torch.manual_seed(0)
     sam = MobileSAM.from_config(task["variant"], img_size=task["size"]).eval()
     for name, parameter in sam.named_parameters():

@@ -89,12 +89,12 @@ def _eager() -> Source:
         )
         for allocator in ("tuned", "as it comes")
         for variant in ("5m", "11m", "21m")
-        for batch, told in ((1, "one picture"), (16, "16 pictures"))
+        for batch, told in ((1, "one image"), (16, "16 images"))
     ]
     memory = "peak memory.*?5m" + row.format(batch=16)
-    rows.append(("memory over the network, ``5m``, 16 pictures", "{} MB; kornia {} MB, timm {} MB", memory))
+    rows.append(("memory over the network, ``5m``, 16 images", "{} MB; kornia {} MB, timm {} MB", memory))
     small = rf"Allocator tuned.*?32 px training step\s+fit\s+{N} ms.*?padded\s+{N} ms.*?kornia\s+{N} ms"
-    what = 'a training step of ``5m`` at 32 pixels, ``window_sizes="fit"``, 16 pictures, allocator tuned'
+    what = 'a training step of ``5m`` at 32 pixels, ``window_sizes="fit"``, 16 images, allocator tuned'
     rows.append((what, "{} ms; padded {} ms, kornia {} ms", small))
     return Source("benchmarks/eager.txt", tuple(rows))
 
@@ -105,7 +105,7 @@ def _deployed() -> Source:
         ("openvino", "bfloat16"), ("openvino", "int8"),
     )  # fmt: skip
     rows = []
-    for batch, told in ((1, "one picture"), (16, "16 pictures")):
+    for batch, told in ((1, "one image"), (16, "16 images")):
         for engine, dtype in engines:
             line = rf"{engine}\s+{dtype}\s+{N} ms"
             rows.append(
@@ -129,7 +129,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             f"{OUTPUTS}/evaluate.txt",
             (
                 (
-                    "``1m`` with the weights in the package, 10,000 test pictures of CIFAR-10",
+                    "``1m`` with the weights in the package, 10,000 test images of CIFAR-10",
                     "top-1 {} %, top-5 {} %",
                     f"top-1 {N} %, top-5 {N} %",
                 ),
@@ -207,7 +207,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
         Source(
             "benchmarks/replay.txt",
             (
-                ("drawing what happens to a picture", "{} ms", rf"draw all parameters\s+{N}"),
+                ("drawing what happens to an image", "{} ms", rf"draw all parameters\s+{N}"),
                 ("doing it to the pixels", "{} ms", rf"pixels on this device\s+{N}"),
             ),
             command="python benchmarks/replay.py",
@@ -281,7 +281,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             "benchmarks/allocator.txt",
             (
                 (
-                    "kornia's ``5m``, 16 pictures, before and after ``keep_memory()``",
+                    "kornia's ``5m``, 16 images, before and after ``keep_memory()``",
                     "{} ms, {} ms",
                     rf"kornia batch 16\s+{N} ms\s+\d+ faults\s+{N} ms",
                 ),

@@ -134,11 +134,11 @@ def size(channels: int | str, side: int | str) -> str:
 
 
 def draw_network(config: TinyViTConfig, name: str) -> Diagram:
-    """Draw a network from the picture to the logits, and one of its attention blocks."""
-    diagram = Diagram(f"TinyViT {name}: the network from the picture to the logits, and one of its attention blocks")
+    """Draw a network from the image to the logits, and one of its attention blocks."""
+    diagram = Diagram(f"TinyViT {name}: the network from the image to the logits, and one of its attention blocks")
     sides = [config.img_size // stride for stride in config.stage_strides]
     diagram.heading(f"TinyViT {name} at {config.img_size} pixels")
-    diagram.step("Picture", shape=size(config.in_chans, config.img_size))
+    diagram.step("Image", shape=size(config.in_chans, config.img_size))
     diagram.step(
         "Patch embedding",
         f"two 3{TIMES}3 convolutions, stride 2",
@@ -248,11 +248,11 @@ def draw_detector(config: DetectorConfig) -> Diagram:
 
 
 def draw_segmenter(config: SegmenterConfig) -> Diagram:
-    """Draw the way from a picture to a class for each pixel."""
+    """Draw the way from an image to a class for each pixel."""
     backbone, width = config.backbone, config.width
     sides = [backbone.img_size // stride for stride in backbone.stage_strides]
-    diagram = Diagram("The semantic segmenter: from a picture to a class for each pixel")
-    diagram.step("Picture", shape=size(backbone.in_chans, backbone.img_size))
+    diagram = Diagram("The semantic segmenter: from an image to a class for each pixel")
+    diagram.step("Image", shape=size(backbone.in_chans, backbone.img_size))
     diagram.step(
         "Normalise, TinyViT 5m",
         "maps of the four stages",

@@ -17,7 +17,7 @@ from pathlib import Path
 from PIL import Image
 from playwright.sync_api import Page, sync_playwright
 
-PICTURE = Path(__file__).resolve().parent / "_static" / "web.png"
+IMAGE = Path(__file__).resolve().parent / "_static" / "web.png"
 VIEWPORT = {"width": 1360, "height": 840}
 COMMAND = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0"]
 
@@ -33,7 +33,7 @@ def photograph(page: Page) -> bytes:
         page.get_by_role("slider", name=re.compile(slider)).fill(value)
         page.wait_for_function(f"old => document.querySelector('{shown}').innerText !== old", arg=before)
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1000)  # until the pictures are drawn
+    page.wait_for_timeout(1000)  # until the images are drawn
     return page.screenshot()
 
 
@@ -49,7 +49,7 @@ def main() -> None:
             browser.close()
         process.terminate()
     # 256 colours are a quarter of the file.
-    Image.open(io.BytesIO(taken)).convert("RGB").quantize(256).save(PICTURE, optimize=True)
+    Image.open(io.BytesIO(taken)).convert("RGB").quantize(256).save(IMAGE, optimize=True)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,7 @@ LEVELS = 255
 
 
 def attack(classifier: nn.Module, image: Tensor, label: int, epsilon: float, steps: int, towards: bool) -> Tensor:
-    """Return pictures within `epsilon` of `image` (1, 3, H, W) whose class is no longer, or now, `label`.
+    """Return images within `epsilon` of `image` (1, 3, H, W) whose class is no longer, or now, `label`.
 
     The steps are 2.5 times as long in all as the radius, so that the attack can reach the border of the ball and come
     back. It starts at a random point, as the gradient at the photo itself may be near zero.
@@ -62,7 +62,7 @@ def to_bytes(image: Tensor) -> Tensor:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", type=Path, nargs="?", default=ASSETS / "photos" / "chelsea.png")
-    parser.add_argument("--out", type=Path, default=Path("attack"), help="folder for the two pictures")
+    parser.add_argument("--out", type=Path, default=Path("attack"), help="folder for the two images")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--epsilon", type=float, default=4.0, help="largest change of a channel, in levels of 255")
@@ -99,8 +99,8 @@ def main() -> None:
     succeeded = (after.index == label) == towards
     print("result: the attack succeeded" if succeeded else f"result: the attack failed, it is still {after.label}")
 
-    pictures = torch.cat([image, attacked])
-    heat = overlay_heat(pictures, saliency(classifier, pictures))
+    images = torch.cat([image, attacked])
+    heat = overlay_heat(images, saliency(classifier, images))
     amplified = perturbation * (LEVELS / (2 * max(args.epsilon, 1.0))) + 0.5  # the ball's border is black or white
     args.out.mkdir(parents=True, exist_ok=True)
     sheet = make_grid(torch.cat([image, heat[:1], amplified, attacked, heat[1:]]), n_row=5, padding=8)

@@ -3,7 +3,7 @@
     python examples/augment_and_classify.py [PHOTO ...] --out augmented.png
 
 Augmentation, resizing, normalisation and network are one `nn.Sequential` of tensors on one device, CUDA where there is
-one, so a picture never goes back to the CPU in between. Each photo is classified as it is and in changed copies. The
+one, so an image never goes back to the CPU in between. Each photo is classified as it is and in changed copies. The
 contact sheet has a row a photo: the photo framed grey, then its copies, green where the answer stayed and red where
 it changed.
 """
@@ -31,7 +31,7 @@ STAYED, CHANGED, ORIGINAL = (0.2, 0.7, 0.3), (0.85, 0.25, 0.25), (0.5, 0.5, 0.5)
 
 
 def build_augmentations(size: int) -> nn.Module:
-    """Return augmentations that keep a picture in [0, 1] and its subject in view; every sample draws its own."""
+    """Return augmentations that keep an image in [0, 1] and its subject in view; every sample draws its own."""
     return K.ImageSequential(
         K.RandomHorizontalFlip(p=0.5),
         K.RandomAffine(degrees=12.0, padding_mode="reflection", p=0.8),
@@ -41,16 +41,16 @@ def build_augmentations(size: int) -> nn.Module:
     )
 
 
-def frame(picture: Tensor, color: tuple[float, float, float], width: int = 4) -> Tensor:
-    """Return a picture (3, H, W) inside a border of one colour."""
-    _, height, length = picture.shape
-    framed = picture.new_tensor(color).view(3, 1, 1).repeat(1, height + 2 * width, length + 2 * width)
-    framed[:, width:-width, width:-width] = picture
+def frame(image: Tensor, color: tuple[float, float, float], width: int = 4) -> Tensor:
+    """Return an image (3, H, W) inside a border of one colour."""
+    _, height, length = image.shape
+    framed = image.new_tensor(color).view(3, 1, 1).repeat(1, height + 2 * width, length + 2 * width)
+    framed[:, width:-width, width:-width] = image
     return framed
 
 
 @torch.inference_mode()
-def pictures_per_second(module: nn.Module, batch: Tensor, repeats: int) -> float:
+def images_per_second(module: nn.Module, batch: Tensor, repeats: int) -> float:
     """Return the throughput of the median batch: the median is not moved by what else the machine does."""
     seconds = []
     for repeat in range(repeats + 2):  # two batches of warm-up: memory pools, kernels chosen on first use
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--copies", type=int, default=6, help="changed copies of each photo")
     parser.add_argument("--size", type=int, default=160, help="side in pixels at which photos are changed")
-    parser.add_argument("--batch-size", type=int, default=32, help="pictures at a time when timing")
+    parser.add_argument("--batch-size", type=int, default=32, help="images at a time when timing")
     parser.add_argument("--repeats", type=int, default=7, help="batches to time")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -85,7 +85,7 @@ def main() -> None:
     # A batch needs one size, so the middle square of each photo is what is changed.
     square = EvaluationPipeline(args.size, crop_fraction=1.0)
     photos = torch.cat([square.resize_and_crop(read_image(path)[None].to(args.device)) for path in args.photos])
-    copies = pipeline[0](photos.repeat_interleave(args.copies, dim=0))  # apart, to have the pictures for the sheet
+    copies = pipeline[0](photos.repeat_interleave(args.copies, dim=0))  # apart, to have the images for the sheet
     before = classifier(photos).softmax(1)
     after = classifier(copies).softmax(1).unflatten(0, (len(photos), args.copies))
     copies = copies.unflatten(0, (len(photos), args.copies))
@@ -106,8 +106,8 @@ def main() -> None:
 
     batch = photos[torch.arange(args.batch_size) % len(photos)]
     told = f"median of {args.repeats} batches of {args.batch_size}, {args.size} pixels, {args.device}"
-    print(f"augment and classify: {pictures_per_second(pipeline, batch, args.repeats):.1f} pictures/s ({told})")
-    print(f"classify alone: {pictures_per_second(classifier, batch, args.repeats):.1f} pictures/s")
+    print(f"augment and classify: {images_per_second(pipeline, batch, args.repeats):.1f} images/s ({told})")
+    print(f"classify alone: {images_per_second(classifier, batch, args.repeats):.1f} images/s")
 
     sheet = make_grid(torch.stack(tiles), n_row=args.copies + 1, padding=6)
     args.out.parent.mkdir(parents=True, exist_ok=True)

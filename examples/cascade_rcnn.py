@@ -1,11 +1,11 @@
 """The paper's detector: Cascade R-CNN on a TinyViT, out of torchvision's parts.
 
-    python examples/cascade_rcnn.py coco128/object_detection/config.yaml --pictures 2 --steps 20
+    python examples/cascade_rcnn.py coco128/object_detection/config.yaml --images 2 --steps 20
 
 arXiv:2207.10666 fine-tunes TinyViT-21M in Cascade R-CNN (arXiv:1712.00726) for 12 epochs of COCO. This shows how the
 network goes into such code: `forward_intermediates` gives the maps at strides 4, 8, 16 and 32, torchvision's feature
 pyramid and region proposals stand on them, and three heads, each on the boxes of the one before, replace its single
-one. DATA is a YOLO data set's YAML file, a JSON file of COCO's, or a folder with one. A few steps on a few pictures
+one. DATA is a YOLO data set's YAML file, a JSON file of COCO's, or a folder with one. A few steps on a few images
 show that it learns. It needs torchvision.
 """
 
@@ -50,7 +50,7 @@ class PyramidBackbone(nn.Module):
         self.pyramid = FeaturePyramidNetwork(list(network.feature_channels), out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Turn normalised pictures (B, 3, H, W) into maps (B, C, H/s, W/s) for s = 4, 8, 16, 32 and 64."""
+        """Turn normalised images (B, 3, H, W) into maps (B, C, H/s, W/s) for s = 4, 8, 16, 32 and 64."""
         maps = self.network.forward_intermediates(images)
         return self.pyramid(OrderedDict((str(stage), each) for stage, each in enumerate(maps)))
 
@@ -79,7 +79,7 @@ class CascadeHeads(nn.Module):
         channels: channels of the maps.
         num_classes: classes, with the background.
         hidden: features of a box.
-        boxes: boxes of a picture that a step of the training looks at.
+        boxes: boxes of an image that a step of the training looks at.
     """
 
     def __init__(self, channels: int, num_classes: int, hidden: int = 1024, boxes: int = 512) -> None:
@@ -147,7 +147,7 @@ def cascade_rcnn(network: TinyViT, num_classes: int, channels: int = 256, hidden
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
-    parser.add_argument("--pictures", type=int, default=2)
+    parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone, or 'none'")
@@ -158,18 +158,18 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(0)
 
-    images = DetectionDataset.open(args.data, "train").sample(args.pictures)
+    images = DetectionDataset.open(args.data, "train").sample(args.images)
     network = TinyViT.from_config(
         args.variant, pretrained=False if args.pretrained == "none" else args.pretrained, num_classes=0
     )
     model = cascade_rcnn(
         network, images.num_classes, args.channels, args.hidden, min_size=args.size, max_size=2 * args.size
     ).train()
-    pictures = [picture for picture, _ in images]
+    photos = [photo for photo, _ in images]
     targets = [{"boxes": objects.boxes, "labels": objects.labels + 1} for _, objects in images]  # 0 is the background
     optimizer = torch.optim.AdamW([each for each in model.parameters() if each.requires_grad], args.lr)
     for step in range(args.steps):
-        losses = model(pictures, targets)
+        losses = model(photos, targets)
         loss = sum(losses.values())
         optimizer.zero_grad()
         loss.backward()
@@ -178,7 +178,7 @@ def main() -> None:
         if step in (0, args.steps - 1):
             print(json.dumps({"step": step, "loss": round(loss.item(), 4), "parts": len(losses)}))
     with torch.inference_mode():
-        for row, found in enumerate(model.eval()(pictures)):
+        for row, found in enumerate(model.eval()(photos)):
             names = [images.class_names[label - 1] for label in found["labels"].tolist()]
             best = [f"{name} {score:.2f}" for name, score in zip(names, found["scores"].tolist(), strict=True)]
             print(f"{images.name(row)}: {len(best)} boxes, the surest {', '.join(best[:3]) or 'none'}")

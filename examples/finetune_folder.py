@@ -3,7 +3,7 @@
     python examples/finetune_folder.py PHOTOS --variant 5m --pretrained in1k --preset finetune --out runs/mine
     kornia-tinyvit classify --pretrained runs/mine/best.safetensors PHOTO.jpg
 
-PHOTOS holds a folder for each class, named after it, with pictures of any sizes and kinds. The pictures are kept in
+PHOTOS holds a folder for each class, named after it, with images of any sizes and kinds. The images are kept in
 memory as squares of the network's resolution: 12 kB each at 64 pixels, 150 kB at 224. A fifth of every class is held
 out; the epoch that is best on it becomes `best.safetensors`, the end of the training `last.safetensors`.
 """
@@ -26,7 +26,7 @@ from kornia_tinyvit.preprocessing import TRAINING_PRESETS, EvaluationPipeline, T
 
 
 def split(labels: Tensor, share: float) -> tuple[Tensor, Tensor]:
-    """Return the rows to train on and those held out: at least one of every class that has two pictures or more."""
+    """Return the rows to train on and those held out: at least one of every class that has two images or more."""
     training, held_out = [], []
     for label in labels.unique():
         rows = (labels == label).nonzero().flatten()
@@ -46,11 +46,11 @@ def freeze_statistics(model: nn.Module) -> None:
 
 @torch.inference_mode()
 def accuracy(model: nn.Module, prepare: EvaluationPipeline, squares: Tensor, labels: Tensor, batch_size: int) -> float:
-    """Return the share of pictures, already cropped to squares, whose most likely class is their label."""
+    """Return the share of images, already cropped to squares, whose most likely class is their label."""
     model.eval()
     right = 0
-    for pictures, expected in zip(squares.split(batch_size), labels.split(batch_size), strict=True):
-        inputs = normalize(pictures.to(prepare.mean.device).float() / 255, prepare.mean, prepare.std)
+    for photos, expected in zip(squares.split(batch_size), labels.split(batch_size), strict=True):
+        inputs = normalize(photos.to(prepare.mean.device).float() / 255, prepare.mean, prepare.std)
         right += int((model(inputs).argmax(1).cpu() == expected).sum())
     return right / len(labels)
 
@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of the head; earlier blocks learn slower")
     parser.add_argument("--layer-decay", type=float, default=0.8)
     parser.add_argument("--weight-decay", type=float, default=0.05)
-    parser.add_argument("--validation", type=float, default=0.2, help="share of the pictures to hold out")
+    parser.add_argument("--validation", type=float, default=0.2, help="share of the images to hold out")
     parser.add_argument("--freeze-statistics", action="store_true", help="keep the batch norms' running statistics")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
@@ -89,8 +89,8 @@ def main() -> None:
     squares = torch.cat([(prepare.resize_and_crop(image[None]) * 255).round().byte() for image, _ in images])
     training, held_out = split(labels, args.validation)
     if not len(held_out):
-        parser.error(f"no class in {args.folder} has a second picture to hold out")
-    print(f"{len(names)} classes, {len(training)} pictures to train on, {len(held_out)} held out")
+        parser.error(f"no class in {args.folder} has a second image to hold out")
+    print(f"{len(names)} classes, {len(training)} images to train on, {len(held_out)} held out")
 
     augment = TrainingPipeline(prepare.img_size, len(names), preset=args.preset)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay, args.layer_decay))
@@ -105,8 +105,8 @@ def main() -> None:
             freeze_statistics(model)
         total = 0.0
         for rows in training[torch.randperm(len(training))].split(args.batch_size):
-            pictures = squares[rows].to(args.device).float() / 255
-            inputs, targets = augment(pictures, labels[rows].to(args.device))
+            photos = squares[rows].to(args.device).float() / 255
+            inputs, targets = augment(photos, labels[rows].to(args.device))
             loss = F.cross_entropy(model(inputs), targets)
             optimizer.zero_grad()
             loss.backward()

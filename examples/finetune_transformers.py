@@ -1,11 +1,11 @@
-"""Fine-tune a TinyViT with transformers' Trainer, from the pictures to a folder that its pipeline reads.
+"""Fine-tune a TinyViT with transformers' Trainer, from the images to a folder that its pipeline reads.
 
     python examples/finetune_transformers.py DATA --out runs/transformers
 
 DATA is a folder with `train.parquet` and `test.parquet` in the Hugging Face layout (column `image` a struct of `bytes`
 and `path`, column `label`), such as CIFAR-10. The network of the package gets a new head; with `--lora` only that head
 and small matrices beside those of the attention learn, and are merged into them at the end. kornia augments each batch
-and the image processor prepares it. Note that this network has learned from CIFAR-10's training pictures before.
+and the image processor prepares it. Note that this network has learned from CIFAR-10's training images before.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ def build_model(network: TinyViT, num_classes: int, lora: bool) -> torch.nn.Modu
 
 
 def make_collator(processor: TinyVitImageProcessor, augmentation: torch.nn.Module | None):
-    """Return what turns pictures into a batch: augmented by kornia where that is asked for, then prepared."""
+    """Return what turns images into a batch: augmented by kornia where that is asked for, then prepared."""
 
     def collate(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
-        pictures = torch.stack([picture for picture, _ in items])
-        pictures = pictures if augmentation is None else augmentation(pictures)
-        inputs = processor(pictures, return_tensors="pt")
+        images = torch.stack([image for image, _ in items])
+        images = images if augmentation is None else augmentation(images)
+        inputs = processor(images, return_tensors="pt")
         return {**inputs, "labels": torch.tensor([label for _, label in items])}
 
     return collate
 
 
 class AugmentingTrainer(Trainer):
-    """A trainer that does not augment the pictures it is measured on."""
+    """A trainer that does not augment the images it is measured on."""
 
     plain_collator = None
 
@@ -76,8 +76,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/transformers"))
-    parser.add_argument("--train", type=int, default=4000, help="pictures to learn from")
-    parser.add_argument("--test", type=int, default=1000, help="pictures to measure on")
+    parser.add_argument("--train", type=int, default=4000, help="images to learn from")
+    parser.add_argument("--test", type=int, default=1000, help="images to measure on")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)

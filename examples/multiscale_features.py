@@ -1,4 +1,4 @@
-"""Use the four stages of a TinyViT as the backbone of a feature pyramid, at picture sizes it was not trained at.
+"""Use the four stages of a TinyViT as the backbone of a feature pyramid, at image sizes it was not trained at.
 
     python examples/multiscale_features.py [PHOTO] --sizes 64x64 150x200 256x384 --out features
 
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photo", type=Path, nargs="?", default=ASSETS / "photos" / "chelsea.png")
     parser.add_argument("--sizes", type=parse_size, nargs="+", default=[(64, 64), (150, 200), (256, 384)])
-    parser.add_argument("--out", type=Path, default=Path("features"), help="folder for the pictures")
+    parser.add_argument("--out", type=Path, default=Path("features"), help="folder for the images")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--channels", type=int, default=64, help="channels of the pyramid")
@@ -84,7 +84,7 @@ def main() -> None:
         mean, std = (image.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
         maps = backbone.forward_intermediates(normalize(image, mean, std))
         levels = pyramid(maps)
-        print(f"picture 3 x {height} x {width}")
+        print(f"image 3 x {height} x {width}")
         for stride, features, level in zip(backbone.feature_strides, maps, levels, strict=True):
             print(f"  stride {stride:>2}: stage {shape(features):<15} pyramid {shape(level)}")
 
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"  gradients reach {sum(touched)} of {len(touched)} weights of the stages")
         backbone.zero_grad()
 
-        # Nearest neighbours show the cells as they are; small pictures are enlarged to be looked at.
+        # Nearest neighbours show the cells as they are; small images are enlarged to be looked at.
         zoom = max(1, 256 // height)
         tiles = [image, *(feature_colors(features) for features in maps)]
         tiles = [F.interpolate(tile, (zoom * height, zoom * width), mode="nearest") for tile in tiles]

@@ -2,7 +2,7 @@
 
     python examples/segment_promptable.py coco128/images/train2017 coco128/instance_segmentation/labels/train2017
 
-PHOTOS is a folder, INSTANCES the folder of their masks (YOLO's text files, or pictures with an id a pixel) or a COCO
+PHOTOS is a folder, INSTANCES the folder of their masks (YOLO's text files, or images with an id a pixel) or a COCO
 file. The training is that of `kornia-tinyvit train DATA --task promptable`: killed and started again it goes on. Before
 and after it the photos it trains on are measured by one box and by one point for each instance, at the photos' own
 size, and afterwards others that it never saw. Some are drawn: truth, what boxes found, what points found.
@@ -43,11 +43,11 @@ def tell(when: str, split: str, sam: MobileSAM, images: InstanceDataset) -> None
     """Print how well boxes and points find the instances of some photos."""
     found = evaluate(sam.eval(), images)
     told = {name: round(value, 2) for name, value in found.items()}
-    print(json.dumps({"when": when, "split": split, "pictures": len(images), **told}), flush=True)
+    print(json.dumps({"when": when, "split": split, "images": len(images), **told}), flush=True)
 
 
 def draw_sheet(sam: MobileSAM, images: InstanceDataset, rows: list[int], path: Path, hide_photos: bool) -> None:
-    """Write a picture with a row for each of some photos: truth, masks of boxes, masks of points."""
+    """Write an image with a row for each of some photos: truth, masks of boxes, masks of points."""
     strips = []
     for row in rows:
         photo, truth = images[row]
@@ -74,7 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("photos", type=Path, help="folder of the photos")
     parser.add_argument("instances", type=Path, help="folder or COCO file of their instances")
-    parser.add_argument("--pictures", type=int, default=32, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=32, help="how many to train on, drawn with a fixed seed")
     parser.add_argument("--min-area", type=int, default=1024, help="leave out instances of fewer pixels")
     parser.add_argument("--others", nargs=2, type=Path, help="folders of photos to measure and not to train on")
     parser.add_argument("--variant", default="1m")
@@ -83,7 +83,7 @@ def main() -> None:
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--windows", nargs=4, type=int, default=(8, 8, 16, 8), help="attention windows of the stages")
     parser.add_argument("--asked", type=int, default=8, help="objects of a photo to ask for each time")
-    parser.add_argument("--box-share", type=float, default=0.85, help="share of boxes; the other prompts are points")
+    parser.add_argument("--box-fraction", type=float, default=0.85, help="share of boxes; the other prompts are points")
     parser.add_argument("--jitter", type=float, default=0.0, help="noise on the boxes, as a share of their sides")
     parser.add_argument("--focal", type=float, default=2.0, help="weight of the focal loss beside the dice loss")
     parser.add_argument("--epochs", type=int, default=100)
@@ -99,9 +99,9 @@ def main() -> None:
     torch.manual_seed(0)
 
     images = (
-        InstanceDataset.open(args.photos, min_area=args.min_area, instances=args.instances)
+        InstanceDataset.open(args.images, min_area=args.min_area, instances=args.instances)
         .with_instances()
-        .sample(args.pictures)
+        .sample(args.images)
     )
     # To fit a few photos from weights made for something else: all layers learn alike, from what will be asked later.
     # SAM's 20 times heavier focal loss keeps a random decoder's masks empty for a long time.
@@ -117,7 +117,7 @@ def main() -> None:
     pretrained = False if args.pretrained == "none" else args.pretrained
     sam = build_sam(args.variant, pretrained=pretrained, img_size=args.img_size, window_sizes=tuple(args.windows))
     tell("before", "train", sam, images)
-    prompting = Prompting(args.asked, args.box_share, jitter=args.jitter)
+    prompting = Prompting(args.asked, args.box_fraction, jitter=args.jitter)
     augmentation = PromptAugmentation(recipe.img_size, recipe.preset, prompting=prompting, **recipe.changes)
     result = train(
         PromptedSAM(sam, args.freeze),
@@ -133,7 +133,7 @@ def main() -> None:
         log_every=5,
         cpu=args.cpu,
     )
-    print(f"{len(images)} pictures, {result.steps} steps in {result.seconds:.0f} s")
+    print(f"{len(images)} images, {result.steps} steps in {result.seconds:.0f} s")
 
     kept = MobileSAM.from_config(pretrained=result.last)
     tell("after", "train", kept, images)

@@ -1,10 +1,10 @@
 """Train a segmenter on photos with masks and see how well it knows them: a class for each pixel.
 
-    python examples/segment_semantic.py coco128/semantic_segmentation/config.yaml --pictures 32
+    python examples/segment_semantic.py coco128/semantic_segmentation/config.yaml --images 32
 
-DATA is a YAML file that names the folders of pictures and masks of `train` and `val` and what the ids in the masks
+DATA is a YAML file that names the folders of images and masks of `train` and `val` and what the ids in the masks
 mean, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`: killed
-and started again it goes on. Then it measures the pictures it was trained on and all those of `val`, and draws some of
+and started again it goes on. Then it measures the images it was trained on and all those of `val`, and draws some of
 both: photo, truth, prediction and the names of the colours.
 """
 
@@ -39,13 +39,13 @@ TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
 
 def paint(classes: Tensor, colors: Tensor) -> Tensor:
-    """Return a picture (3, H, W) of a class map (H, W); pixels without a label are black."""
+    """Return an image (3, H, W) of a class map (H, W); pixels without a label are black."""
     black = torch.cat([colors, torch.zeros(1, 3)])
     return black[torch.where(classes < 0, len(colors), classes)].movedim(-1, 0)
 
 
 def to_tile(image: Tensor, mode: str) -> Image.Image:
-    """Return a picture (3, H, W) as an image that fits into a tile."""
+    """Return an image (3, H, W) as an image that fits into a tile."""
     scale = TILE / max(image.shape[1:])
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
@@ -56,7 +56,7 @@ def to_tile(image: Tensor, mode: str) -> Image.Image:
 def draw_sheet(
     segmenter: SemanticSegmenter, images: SegmentationDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
-    """Write a picture with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
+    """Write an image with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
     colors, font = distinct_colors(len(segmenter.class_names)), ImageFont.load_default(13)
     strips = []
     for row in rows:
@@ -82,7 +82,7 @@ def draw_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
-    parser.add_argument("--pictures", type=int, default=32, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=32, help="how many to train on, drawn with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a segmenter, or 'none'")
     parser.add_argument("--img-size", type=int, default=192)
@@ -101,8 +101,8 @@ def main() -> None:
     images = SegmentationDataset.open(args.data, "train")
     classes = dict(zip(images.ids, images.class_names, strict=True))
     validation = SegmentationDataset.open(args.data, "val", classes, images.ignored)
-    images = images.sample(args.pictures)
-    # To fit a few photos from weights made for other pictures: all layers learn alike, from what will be asked later.
+    images = images.sample(args.images)
+    # To fit a few photos from weights made for other images: all layers learn alike, from what will be asked later.
     recipe = dataclasses.replace(
         find_recipe(
             "semantic", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=args.base_lr
@@ -133,15 +133,15 @@ def main() -> None:
         log_every=5,
         cpu=args.cpu,
     )
-    print(f"{len(images)} pictures, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
+    print(f"{len(images)} images, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
 
     kept = SemanticSegmenter.from_config(pretrained=result.last)
-    for split, pictures in (("train", images), ("val", validation)):
-        found = evaluate(kept, pictures)
+    for split, photos in (("train", images), ("val", validation)):
+        found = evaluate(kept, photos)
         told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
-        print(json.dumps({"split": split, "pictures": len(pictures), "classes_present": found.present, **told}))
+        print(json.dumps({"split": split, "images": len(photos), "classes_present": found.present, **told}))
         sheet = args.out / f"{split}.png"
-        draw_sheet(kept, pictures, list(range(min(args.shown, len(pictures)))), sheet, args.hide_photos)
+        draw_sheet(kept, photos, list(range(min(args.shown, len(photos)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")
 
 

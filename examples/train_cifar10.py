@@ -3,7 +3,7 @@
     python examples/train_cifar10.py DATA --out runs/cifar10
 
 DATA is a folder with `train.parquet` and `test.parquet` in the Hugging Face layout (column `image` a struct of `bytes`
-and `path`, column `label`). 2,000 training pictures held out at random choose the epoch that is kept; the test pictures
+and `path`, column `label`). 2,000 training images held out at random choose the epoch that is kept; the test images
 are looked at once, at the end. A killed run goes on from its last finished epoch when the same command is given again.
 """
 
@@ -32,20 +32,20 @@ HELD_OUT = 2000
 
 
 def read_split(path: Path) -> tuple[Tensor, Tensor]:
-    """Return the pictures of a parquet file, (N, 3, 32, 32) uint8, and their labels."""
+    """Return the images of a parquet file, (N, 3, 32, 32) uint8, and their labels."""
     table = pq.read_table(path)
-    pictures = [torch.from_numpy(decode_image_jpeg(row["bytes"])) for row in table["image"].to_pylist()]
-    return torch.stack(pictures).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
+    images = [torch.from_numpy(decode_image_jpeg(row["bytes"])) for row in table["image"].to_pylist()]
+    return torch.stack(images).permute(0, 3, 1, 2).contiguous(), torch.tensor(table["label"].to_pylist())
 
 
 @torch.inference_mode()
-def accuracy(model: torch.nn.Module, pictures: Tensor, labels: Tensor) -> float:
-    """Return the share of pictures whose most likely class is their label."""
+def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
+    """Return the share of images whose most likely class is their label."""
     model.eval()
     prepare = EvaluationPipeline(IMG_SIZE)
     right = 0
     for start in range(0, len(labels), 250):
-        logits = model(prepare(pictures[start : start + 250].float() / 255))
+        logits = model(prepare(images[start : start + 250].float() / 255))
         right += int((logits.argmax(1) == labels[start : start + 250]).sum())
     return right / len(labels)
 
@@ -81,23 +81,23 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=None, help="use only so many training pictures (a quick try)")
+    parser.add_argument("--limit", type=int, default=None, help="use only so many training images (a quick try)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
 
-    pictures, labels = read_split(args.data / "train.parquet")
+    images, labels = read_split(args.data / "train.parquet")
     shuffled = torch.randperm(len(labels))  # the file may be sorted by class
-    pictures, labels = pictures[shuffled], labels[shuffled]
-    held_out = (pictures[-HELD_OUT:], labels[-HELD_OUT:])
-    pictures, labels = pictures[:-HELD_OUT][: args.limit], labels[:-HELD_OUT][: args.limit]
+    images, labels = images[shuffled], labels[shuffled]
+    held_out = (images[-HELD_OUT:], labels[-HELD_OUT:])
+    images, labels = images[:-HELD_OUT][: args.limit], labels[:-HELD_OUT][: args.limit]
     if len(labels) < args.batch_size:
-        parser.error(f"{len(labels)} training pictures are left, fewer than a batch of {args.batch_size}")
+        parser.error(f"{len(labels)} training images are left, fewer than a batch of {args.batch_size}")
     model = TinyViT.from_config("1m", num_classes=len(CLASSES), drop_path_rate=0.05)
     averaged = AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay))
     augment = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small")
-    # Towards the end the pictures become what they will be in the test: whole and nearly in the middle.
+    # Towards the end the images become what they will be in the test: whole and nearly in the middle.
     mild = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small", crop_scale=(0.75, 1.0), erasing=0.0)
     steps_per_epoch = len(labels) // args.batch_size
     steps = steps_per_epoch * args.epochs
@@ -118,7 +118,7 @@ def main() -> None:
         for step in range(steps_per_epoch):
             rows = order[step * args.batch_size : (step + 1) * args.batch_size]
             change = augment if epoch < args.epochs - args.mild_epochs else mild
-            inputs, targets = change(pictures[rows].float() / 255, labels[rows])
+            inputs, targets = change(images[rows].float() / 255, labels[rows])
             loss = F.cross_entropy(model(inputs), targets)
             for group in optimizer.param_groups:
                 group["lr"] = learning_rate(epoch * steps_per_epoch + step, steps, args.lr)

@@ -1,9 +1,9 @@
 """Use a TinyViT as the encoder of a U-Net, in the way of segmentation_models_pytorch, and train it on a few photos.
 
-    python examples/unet_decoder.py coco128/semantic_segmentation/config.yaml --pictures 6
+    python examples/unet_decoder.py coco128/semantic_segmentation/config.yaml --images 6
 
 `TinyViTEncoder` keeps the conventions of that library's encoders: `forward` returns maps of the strides 1, 2, 4, ...
-32, of which the first is the picture, `out_channels` tells their channels, and `output_stride` is 32. A TinyViT has no
+32, of which the first is the image, `out_channels` tells their channels, and `output_stride` is 32. A TinyViT has no
 map of stride 2; as that library's Mix Transformers do, the encoder returns one without channels in its place. The
 decoder is a U-Net's (arXiv:1505.04597) in the same style: `segmentation_models_pytorch` cannot be imported without
 torchvision, which this project does without. Where both are installed, its own decoder takes this encoder, too:
@@ -47,7 +47,7 @@ class TinyViTEncoder(nn.Module):
         self.out_channels = (backbone.config.in_chans, 0, *backbone.feature_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map normalised pictures (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
+        """Map normalised images (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
         batch, _, height, width = x.shape
         nothing = x.new_empty(batch, 0, (height + 1) // 2, (width + 1) // 2)
         return [x, nothing, *self.backbone.forward_intermediates(x)]
@@ -57,7 +57,7 @@ class UnetDecoder(nn.Module):
     """Join maps from the coarsest to the finest.
 
     Args:
-        encoder_channels: channels of the maps, the picture first.
+        encoder_channels: channels of the maps, the image first.
         decoder_channels: channels after each step, the coarsest first; one less than there are maps.
     """
 
@@ -72,9 +72,9 @@ class UnetDecoder(nn.Module):
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Map the encoder's list to (B, C, H, W) of the picture's size."""
+        """Map the encoder's list to (B, C, H, W) of the image's size."""
         x, *skips = features[:0:-1]
-        skips.append(features[0][:, :0])  # nothing but the picture's size
+        skips.append(features[0][:, :0])  # nothing but the image's size
         for block, skip in zip(self.blocks, skips, strict=True):
             # Strides round up, so a map is not always twice its successor: the size is asked for, not the factor.
             x = block(torch.cat([F.interpolate(x, skip.shape[2:], mode="nearest"), skip], 1))
@@ -90,7 +90,7 @@ class Unet(nn.Module):
         self.segmentation_head = nn.Conv2d(channels, classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised pictures (B, 3, H, W) to logits (B, K, H, W)."""
+        """Map normalised images (B, 3, H, W) to logits (B, K, H, W)."""
         return self.segmentation_head(self.decoder(self.encoder(x)))
 
 
@@ -101,27 +101,27 @@ def conv(before: int, after: int) -> nn.Sequential:
 
 
 def load(images: SegmentationDataset, size: int) -> tuple[Tensor, Tensor]:
-    """Return all pictures, normalised, and their masks, squeezed into squares."""
-    pictures, masks = [], []
-    for picture, mask in images:
-        pictures.append(F.interpolate(picture[None], (size, size), mode="bilinear", antialias=True))
+    """Return all images, normalised, and their masks, squeezed into squares."""
+    photos, masks = [], []
+    for photo, mask in images:
+        photos.append(F.interpolate(photo[None], (size, size), mode="bilinear", antialias=True))
         masks.append(F.interpolate(mask[None, None].double(), (size, size), mode="nearest")[0].long())
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    return normalize(torch.cat(pictures).clamp(0, 1), mean, std), torch.cat(masks)
+    return normalize(torch.cat(photos).clamp(0, 1), mean, std), torch.cat(masks)
 
 
 @torch.no_grad()
-def evaluate(network: Unet, pictures: Tensor, masks: Tensor, classes: int) -> Segmentation:
+def evaluate(network: Unet, photos: Tensor, masks: Tensor, classes: int) -> Segmentation:
     metrics = PixelMetrics(classes)
-    for picture, mask in zip(pictures.split(1), masks.split(1), strict=True):
-        metrics.update(network.eval()(picture).argmax(1), mask)
+    for photo, mask in zip(photos.split(1), masks.split(1), strict=True):
+        metrics.update(network.eval()(photo).argmax(1), mask)
     return metrics.compute()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
-    parser.add_argument("--pictures", type=int, default=6, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=6, help="how many to train on, drawn with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--img-size", type=int, default=128)
@@ -134,29 +134,29 @@ def main() -> None:
 
     images = SegmentationDataset.open(args.data, "train")
     classes = len(images.class_names)
-    pictures, masks = load(images.sample(args.pictures), args.img_size)
+    photos, masks = load(images.sample(args.images), args.img_size)
     encoder = TinyViTEncoder(TinyViT.from_config(args.variant, pretrained=args.pretrained, num_classes=0))
     decoder = UnetDecoder(encoder.out_channels)
     network = Unet(encoder, decoder, 16, classes)
     print(f"out_channels {encoder.out_channels}, output_stride {encoder.output_stride}")
-    for channels, features in zip(encoder.out_channels, encoder(pictures[:1]), strict=True):
+    for channels, features in zip(encoder.out_channels, encoder(photos[:1]), strict=True):
         print(f"  {channels:3} channels: {' x '.join(map(str, features.shape[1:]))}")
 
     optimizer = torch.optim.AdamW(network.parameters(), args.lr)
     for epoch in range(args.epochs):
         total = 0.0
-        for rows in torch.randperm(len(pictures)).split(args.batch_size):
-            loss = F.cross_entropy(network.train()(pictures[rows]), masks[rows], ignore_index=IGNORED)
+        for rows in torch.randperm(len(photos)).split(args.batch_size):
+            loss = F.cross_entropy(network.train()(photos[rows]), masks[rows], ignore_index=IGNORED)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             total += len(rows) * loss.item()
         if epoch in (0, args.epochs - 1):
-            print(json.dumps({"epoch": epoch + 1, "loss": round(total / len(pictures), 4)}))
+            print(json.dumps({"epoch": epoch + 1, "loss": round(total / len(photos), 4)}))
 
-    found = evaluate(network, pictures, masks, classes)
+    found = evaluate(network, photos, masks, classes)
     told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
-    print(json.dumps({"pictures": len(pictures), "classes_present": found.present, **told}))
+    print(json.dumps({"images": len(photos), "classes_present": found.present, **told}))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), args.out)
     print(f"wrote {args.out}")

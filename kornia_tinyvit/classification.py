@@ -1,4 +1,4 @@
-"""From pictures to labels: :class:`ImageClassifier`."""
+"""From images to labels: :class:`ImageClassifier`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class that a picture may show.
+    """One class that an image may show.
 
     Args:
         label: name of the class.
@@ -42,7 +42,7 @@ class Prediction:
 
 
 def center_zoom(images: Tensor, share: float = 0.875) -> Tensor:
-    """Return the middle of pictures :math:`(*, H, W)`, ``share`` of each side, as a view for test-time augmentation."""
+    """Return the middle of images :math:`(*, H, W)`, ``share`` of each side, as a view for test-time augmentation."""
     height, width = images.shape[-2:]
     top, left = round(height * (1 - share) / 2), round(width * (1 - share) / 2)
     return images[..., top : height - top, left : width - left]
@@ -51,16 +51,16 @@ def center_zoom(images: Tensor, share: float = 0.875) -> Tensor:
 class ImageClassifier(nn.Module):
     """A :class:`TinyViT` with the preprocessing it was evaluated with and the names of its classes.
 
-    It takes pictures in [0, 1] of any size and is differentiable down to the pixels, so it stands in an
+    It takes images in [0, 1] of any size and is differentiable down to the pixels, so it stands in an
     :class:`torch.nn.Sequential` behind kornia's augmentations.
 
     Args:
         model: the network.
         class_names: names of the classes in the order of the logits; the network's own, or numbers, if left out.
-        preprocessing: what turns pictures in [0, 1] into what the network takes, instead of the
+        preprocessing: what turns images in [0, 1] into what the network takes, instead of the
             :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline` of ``model.preprocessing``.
-        views: test-time augmentation: functions of a picture batch :math:`(B, C, H, W)` whose logits are averaged with
-            those of the picture itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
+        views: test-time augmentation: functions of an image batch :math:`(B, C, H, W)` whose logits are averaged with
+            those of the image itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
 
     Raises:
         ValueError: if the network has no classes, or the names are not as many.
@@ -126,11 +126,11 @@ class ImageClassifier(nn.Module):
         """Return logits :math:`(B, classes)`, averaged over the views if there are any.
 
         Args:
-            images: pictures :math:`(B, C, H, W)` in [0, 1], or a list of pictures :math:`(C, H, W)` of any sizes, on
+            images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes, on
                 the device of the network.
 
         Raises:
-            TypeError: if the pictures are not floating point tensors.
+            TypeError: if the images are not floating point tensors.
             ValueError: if their shape is another.
         """
         return self._average(self._prepare(images, view) for view in (None, *self.views))
@@ -138,20 +138,20 @@ class ImageClassifier(nn.Module):
     def predict(
         self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, batch_size: int = 16
     ) -> list[list[Prediction]]:
-        """Name what pictures show.
+        """Name what images show.
 
         Args:
-            images: one picture or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
+            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
                 :math:`(B, C, H, W)`. They are moved to the network's device. A thread reads and resizes the next batch
                 while the network works on one, so any number of files, or a generator, takes the memory of two batches.
             top_k: how many classes to name; at most all of them.
-            batch_size: how many pictures the network takes at a time.
+            batch_size: how many images the network takes at a time.
 
         Returns:
-            For each picture its most likely classes, the best first.
+            For each image its most likely classes, the best first.
 
         Raises:
-            TypeError: if something is no picture.
+            TypeError: if something is no image.
             ValueError: if a file cannot be read, a shape is wrong, or a number is not positive.
             FileNotFoundError: if there is no such file.
         """
@@ -168,11 +168,11 @@ class ImageClassifier(nn.Module):
         ]
 
     def _average(self, inputs: Iterable[Tensor]) -> Tensor:
-        """Return the logits averaged over what the views made of the pictures."""
+        """Return the logits averaged over what the views made of the images."""
         return torch.stack([self.model(images) for images in inputs]).mean(0)
 
     def _batches(self, images: ImageInput | Iterable[ImageInput], batch_size: int) -> Iterator[list[Tensor]]:
-        """Read pictures batch by batch and return what each view makes of them."""
+        """Read images batch by batch and return what each view makes of them."""
         for batch in read_batches(images, self.model, self.model.config.in_chans, batch_size):
             with torch.no_grad():
                 inputs = [self._prepare(batch, view) for view in (None, *self.views)]
@@ -182,7 +182,7 @@ class ImageClassifier(nn.Module):
         if isinstance(images, Tensor):
             return self.preprocessing(images if view is None else view(images))
         if not images:
-            raise ValueError("Got an empty list of pictures; an empty batch is a tensor (0, C, H, W).")
+            raise ValueError("Got an empty list of images; an empty batch is a tensor (0, C, H, W).")
         batches = (image.unsqueeze(0) for image in images)
         return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
 

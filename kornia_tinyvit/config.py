@@ -28,9 +28,9 @@ class TinyViTConfig:
     :meth:`to_dict` and :meth:`from_dict` unchanged, which is how it travels inside a checkpoint.
 
     Args:
-        img_size: side in pixels of the square picture the network is meant for. The network runs at any size; this one
+        img_size: side in pixels of the square image the network is meant for. The network runs at any size; this one
             is what preprocessing and the window policies refer to.
-        in_chans: channels of the input picture.
+        in_chans: channels of the input image.
         num_classes: classes of the head; 0 leaves the head out.
         embed_dims: channels of the four stages.
         depths: blocks of the four stages.
@@ -217,9 +217,9 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
 
     Args:
         base: the configuration whose ``window_sizes`` belong to its ``img_size``.
-        img_size: side in pixels of the pictures to come.
+        img_size: side in pixels of the images to come.
         window_sizes: ``None`` keeps the base's windows, as the original implementations do at every size. ``"scale"``
-            multiplies them by ``img_size / base.img_size``, so a window covers the same share of the picture; this is
+            multiplies them by ``img_size / base.img_size``, so a window covers the same share of the image; this is
             how the published 384 and 512 networks follow from the 224 one. MobileSAM's windows, which at 1024 pixels
             are those of 224, stay as they are. ``"fit"`` cuts a window that is larger than its stage's map down to the
             map, where the originals would pad the map up to the window. Four sizes are taken as they are.
@@ -251,7 +251,7 @@ def resolve_window_sizes(base: TinyViTConfig, img_size: int, window_sizes: Windo
 
 
 #: The named networks. 5m, 11m and 21m are the published ones at 224 pixels (arXiv:2207.10666, table 2 and the official
-#: configuration files); 1m is this project's own, for small pictures.
+#: configuration files); 1m is this project's own, for small images.
 VARIANTS: dict[str, TinyViTConfig] = {
     "1m": TinyViTConfig(
         img_size=64,

@@ -1,4 +1,4 @@
-"""From pictures to boxes: :class:`TinyViTDetector`, kornia's RT-DETR on a TinyViT."""
+"""From images to boxes: :class:`TinyViTDetector`, kornia's RT-DETR on a TinyViT."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ _HEADS = 8  # of kornia's encoder and decoder
 
 @dataclass(frozen=True)
 class Detection(Prediction):
-    """One object that a picture shows.
+    """One object that an image shows.
 
     Args:
         label: name of its class.
         index: position of the class in the logits.
         score: confidence in [0, 1].
-        box: left, top, right and bottom in pixels of the picture.
+        box: left, top, right and bottom in pixels of the image.
     """
 
     box: tuple[float, float, float, float]
@@ -50,11 +50,11 @@ class DetectorConfig(BackboneConfig):
     classes.
 
     Args:
-        backbone: the network whose maps at strides 8, 16 and 32 are read; pictures are shown as squares of its
+        backbone: the network whose maps at strides 8, 16 and 32 are read; images are shown as squares of its
             ``img_size``, which must be a multiple of 32.
         num_classes: classes an object may have.
         hidden_dim: channels of encoder and decoder, a multiple of 8.
-        num_queries: how many objects a picture can show.
+        num_queries: how many objects an image can show.
         decoder_layers: layers of the decoder.
         expansion: width of the encoder's convolutions as a share of ``hidden_dim``.
 
@@ -87,7 +87,7 @@ class DetectorConfig(BackboneConfig):
         cells = sum((side // stride) ** 2 for stride in (8, 16, 32))
         if self.num_queries > cells:
             raise ValueError(
-                f"Pictures of {side} pixels have {cells} cells to look for objects in, fewer than {self.num_queries} "
+                f"Images of {side} pixels have {cells} cells to look for objects in, fewer than {self.num_queries} "
                 "queries; lower num_queries or raise img_size."
             )
 
@@ -101,7 +101,7 @@ class DetectorConfig(BackboneConfig):
 
 
 class Squares(nn.Module):
-    """Resize pictures of any sizes to squares, antialiased, and tell their sizes: kornia's detectors' preprocessing.
+    """Resize images of any sizes to squares, antialiased, and tell their sizes: kornia's detectors' preprocessing.
 
     Args:
         size: side of the squares in pixels.
@@ -112,10 +112,10 @@ class Squares(nn.Module):
         self.size = size
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Map pictures to squares.
+        """Map images to squares.
 
         Args:
-            images: pictures :math:`(B, C, H, W)` in [0, 1], or a list of pictures :math:`(C, H, W)` of any sizes.
+            images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes.
 
         Returns:
             Squares :math:`(B, C, S, S)`, and heights and widths :math:`(B, 2)`.
@@ -127,7 +127,7 @@ class Squares(nn.Module):
             sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
             return resize_images(images, self.size, self.size), sizes
         if not images:
-            raise ValueError("Got an empty list of pictures; an empty batch is a tensor (0, C, H, W).")
+            raise ValueError("Got an empty list of images; an empty batch is a tensor (0, C, H, W).")
         squares = [resize_images(image.unsqueeze(0), self.size, self.size) for image in images]
         sizes = torch.tensor([image.shape[-2:] for image in images], device=squares[0].device)
         return torch.cat(squares), sizes
@@ -136,7 +136,7 @@ class Squares(nn.Module):
 class TinyViTDetector(BackboneNetwork):
     """RT-DETR (arXiv:2304.08069), kornia's, on the maps of a :class:`~kornia_tinyvit.TinyViT` at strides 8, 16 and 32.
 
-    It takes pictures in [0, 1] of any size, shows them as squares to the network and normalises them itself, so it
+    It takes images in [0, 1] of any size, shows them as squares to the network and normalises them itself, so it
     stands behind kornia's augmentations, and gradients reach the pixels. The backbone's norm, which its maps do
     without, is frozen. kornia's classes infer only: training happens in transformers' RT-DETR, which has the same
     weights; see :mod:`kornia_tinyvit.huggingface.rt_detr`.
@@ -181,15 +181,15 @@ class TinyViTDetector(BackboneNetwork):
         """Look for objects.
 
         Args:
-            images: pictures :math:`(B, C, H, W)` in [0, 1], or a list of pictures :math:`(C, H, W)` of any sizes, on
+            images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes, on
                 the device of the network.
 
         Returns:
             Logits :math:`(B, Q, K)`, whose sigmoid is the confidence, and boxes :math:`(B, Q, 4)`: centre, width and
-            height as shares of the picture's sides.
+            height as shares of the image's sides.
 
         Raises:
-            TypeError: if the pictures are not floating point tensors.
+            TypeError: if the images are not floating point tensors.
             ValueError: if their shape is another.
         """
         for each in [images] if isinstance(images, Tensor) else (image.unsqueeze(0) for image in images):
@@ -204,19 +204,19 @@ class TinyViTDetector(BackboneNetwork):
     def predict(
         self, images: ImageInput | Iterable[ImageInput], confidence_threshold: float = 0.3, batch_size: int = 8
     ) -> list[list[Detection]]:
-        """Find the objects of pictures of any sizes.
+        """Find the objects of images of any sizes.
 
         Args:
-            images: one picture or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
+            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
                 :math:`(B, C, H, W)`. They are moved to the network's device.
             confidence_threshold: least score of what is returned, in [0, 1).
-            batch_size: how many pictures the network takes at a time.
+            batch_size: how many images the network takes at a time.
 
         Returns:
-            For each picture its objects, the surest first, with boxes that lie in the picture.
+            For each image its objects, the surest first, with boxes that lie in the image.
 
         Raises:
-            TypeError: if something is no picture.
+            TypeError: if something is no image.
             ValueError: if a file cannot be read, a shape is wrong, or a number is out of its range.
             FileNotFoundError: if there is no such file.
         """
@@ -228,7 +228,7 @@ class TinyViTDetector(BackboneNetwork):
         with evaluating(self), torch.inference_mode():
             for batch in read_batches(images, self, self.backbone.config.in_chans, batch_size):
                 logits, boxes = self(batch)
-                sizes = torch.tensor([picture.shape[-2:] for picture in batch], device=logits.device)
+                sizes = torch.tensor([image.shape[-2:] for image in batch], device=logits.device)
                 for rows, size in zip(select(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):
                     found.append(self._name(rows.tolist(), *size))
         return found

@@ -1,4 +1,4 @@
-"""Folding: the same function of the pictures with fewer operators.
+"""Folding: the same function of the images with fewer operators.
 
 Each function folds one thing, exactly but for rounding, and :func:`fold` applies them all to a copy of a network. A
 folded network is for inference: it no longer has the parameters that were folded away.
@@ -62,14 +62,14 @@ def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[nn.LayerNorm
 def fold_normalization(
     conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], levels: float
 ) -> tuple[nn.Conv2d, Tensor]:
-    """Return the first convolution for pictures that are not normalised yet, and what to subtract from them.
+    """Return the first convolution for images that are not normalised yet, and what to subtract from them.
 
     The deviations go into the weights. The mean is still subtracted, in the pass over the pixels that a conversion
     from integers takes anyway, because then the zeros that pad the map mean what they meant before: the mean colour.
     In the bias it would be wrong along the edges, and in bfloat16 large terms would cancel.
 
     Args:
-        conv: a convolution of normalised pictures.
+        conv: a convolution of normalised images.
         mean: channel means, for values in [0, 1].
         std: channel deviations.
         levels: the largest value of a pixel: 1 for floats in [0, 1], 255 for uint8.

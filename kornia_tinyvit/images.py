@@ -32,12 +32,12 @@ __all__ = [
 ]
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-#: What Pillow's readers raise for files that are damaged or no pictures.
+#: What Pillow's readers raise for files that are damaged or no images.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 
 
 def check_images(images: Tensor, channels: int = 3) -> None:
-    """Refuse what is not a batch of floating point pictures.
+    """Refuse what is not a batch of floating point images.
 
     Args:
         images: what should be :math:`(B, C, H, W)`.
@@ -58,7 +58,7 @@ def check_images(images: Tensor, channels: int = 3) -> None:
 
 
 def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
-    """Read a picture file of any kind that Pillow knows, upright as its camera was held.
+    """Read an image file of any kind that Pillow knows, upright as its camera was held.
 
     Pillow is used rather than kornia.io.load_image, which ignores the orientation that phones store and cannot read
     CMYK JPEG files.
@@ -68,29 +68,29 @@ def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
         channels: 1 for grey, 3 for colour, 4 for colour and opacity.
 
     Returns:
-        The picture :math:`(C, H, W)`, float32 in [0, 1].
+        The image :math:`(C, H, W)`, float32 in [0, 1].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, or is damaged.
+        ValueError: if it is no image, or is damaged.
     """
     return _read(path, channels, to_image)
 
 
 def read_pixels(path: str | Path | BinaryIO, channels: int = 3, max_pixels: int | None = None) -> Tensor:
-    """Read a picture file as :func:`read_image` does, into a quarter of the memory.
+    """Read an image file as :func:`read_image` does, into a quarter of the memory.
 
     Args:
         path: the file, or an open one.
         channels: 1 for grey, 3 for colour, 4 for colour and opacity.
-        max_pixels: refuse a picture of more pixels before it is decoded; a small file may hold a very large one.
+        max_pixels: refuse an image of more pixels before it is decoded; a small file may hold a very large one.
 
     Returns:
-        The picture :math:`(C, H, W)`, uint8 in [0, 255].
+        The image :math:`(C, H, W)`, uint8 in [0, 255].
 
     Raises:
         FileNotFoundError: if there is no such file.
-        ValueError: if it is no picture, is damaged, or has too many pixels.
+        ValueError: if it is no image, is damaged, or has too many pixels.
     """
     return _read(path, channels, to_pixels, max_pixels)
 
@@ -105,12 +105,12 @@ def _read(
         with Image.open(path) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in all")
-            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies pictures that are upright already
+            ImageOps.exif_transpose(image, in_place=True)  # otherwise it copies images that are upright already
             return convert(image, channels)
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no picture {path}.") from None
+        raise FileNotFoundError(f"There is no image {path}.") from None
     except UNREADABLE as error:
-        raise ValueError(f"{path} is not a picture that can be read: {error}") from error
+        raise ValueError(f"{path} is not an image that can be read: {error}") from error
 
 
 def to_image(image: Image.Image, channels: int = 3) -> Tensor:
@@ -154,7 +154,7 @@ def to_pil(image: Tensor) -> Image.Image:
 
 def _mode(channels: int) -> str:
     if channels not in _MODES:
-        raise ValueError(f"A picture file has 1, 3 or 4 channels, not {channels}; pass tensors instead.")
+        raise ValueError(f"An image file has 1, 3 or 4 channels, not {channels}; pass tensors instead.")
     return _MODES[channels]
 
 
@@ -165,26 +165,26 @@ def _is_deep(image: Image.Image) -> bool:
 def _deep_levels(image: Image.Image, channels: int) -> Tensor:
     _mode(channels)
     levels = np.asarray(image, dtype=np.float32) / 65535
-    picture = torch.from_numpy(levels).clamp(0, 1).expand(channels, *levels.shape).clone()
-    picture[3:] = 1  # opaque
-    return picture
+    pixels = torch.from_numpy(levels).clamp(0, 1).expand(channels, *levels.shape).clone()
+    pixels[3:] = 1  # opaque
+    return pixels
 
 
 def as_images(images: ImageInput | Iterable[ImageInput], channels: int = 3) -> Iterator[Tensor]:
     """Turn what ``predict`` takes into tensors :math:`(C, H, W)` in [0, 1], one at a time.
 
     Args:
-        images: one picture or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
+        images: one image or several: tensors, paths, PIL images, or a batch tensor :math:`(B, C, H, W)`.
         channels: channels that files and PIL images are read with: 1, 3 or 4.
 
     Raises:
-        TypeError: if something is no picture.
+        TypeError: if something is no image.
         ValueError: if a file cannot be read.
         FileNotFoundError: if there is no such file.
     """
     if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
         images = [images]
-    return (_as_picture(image, channels) for image in images)
+    return (_as_image(image, channels) for image in images)
 
 
 def read_batches(
@@ -204,13 +204,13 @@ def read_batches(
         yield batch
 
 
-def _as_picture(image: ImageInput, channels: int) -> Tensor:
+def _as_image(image: ImageInput, channels: int) -> Tensor:
     if isinstance(image, (str, Path)):
         return read_image(image, channels)
     if isinstance(image, Image.Image):
         return to_image(image, channels)
     if isinstance(image, Tensor):
         if not image.is_floating_point():
-            raise TypeError(f"Pictures must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+            raise TypeError(f"Images must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
         return image
-    raise TypeError(f"A picture is a tensor, a path or a PIL image; got {type(image).__name__}.")
+    raise TypeError(f"An image is a tensor, a path or a PIL image; got {type(image).__name__}.")

@@ -55,10 +55,10 @@ class ConvBN(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The stem: two strided convolutions that turn a picture into tokens of 4 by 4 pixels.
+    """The stem: two strided convolutions that turn an image into tokens of 4 by 4 pixels.
 
     Args:
-        in_chans: channels of the picture.
+        in_chans: channels of the image.
         embed_dim: channels of the tokens.
         activation: activation class.
     """
@@ -166,7 +166,7 @@ class Attention(nn.Module):
     def attention_bias(self) -> Tensor:
         """Spread the table over all pairs of tokens: :math:`(heads, N, N)` with :math:`N` = ``window_size ** 2``.
 
-        It is made anew at every call: that takes 2 % of a forward pass of one picture and cannot go stale.
+        It is made anew at every call: that takes 2 % of a forward pass of one image and cannot go stale.
         """
         side = torch.arange(self.window_size, device=self.attention_biases.device, dtype=torch.int32)
         distance = (side[:, None] - side).abs()
@@ -219,7 +219,7 @@ def open_sizes_at_one() -> AbstractContextManager[None]:
 
 
 def _any_number_of_windows() -> AbstractContextManager[None]:
-    """Keep torch.export from fixing whether an open picture has one window or several in a direction."""
+    """Keep torch.export from fixing whether an open image has one window or several in a direction."""
     exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
     return open_sizes_at_one() if exporting else nullcontext()
 

@@ -74,7 +74,7 @@ class Stage(nn.Module):
 class TinyViT(nn.Module):
     """TinyViT (arXiv:2207.10666): a convolutional stage, then three stages of window attention.
 
-    The network takes normalised pictures of any height and width from 32 pixels up and is differentiable from the
+    The network takes normalised images of any height and width from 32 pixels up and is differentiable from the
     pixels to the logits. Its ``state_dict`` has the names and shapes of the official release, which are also those of
     ``kornia.models.tiny_vit.TinyViT``. :meth:`from_config` builds the published variants; the arguments here are those
     of :class:`TinyViTConfig`, in kornia's order.
@@ -211,10 +211,10 @@ class TinyViT(nn.Module):
         return self.config.stage_strides
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Classify pictures, or embed them for MobileSAM.
+        r"""Classify images, or embed them for MobileSAM.
 
         Args:
-            x: normalised pictures :math:`(B, C_{in}, H, W)`, floating point, :math:`H, W \ge 32`; for the published
+            x: normalised images :math:`(B, C_{in}, H, W)`, floating point, :math:`H, W \ge 32`; for the published
                 weights, values in [0, 1] normalised with ImageNet's mean and standard deviation.
 
         Returns:
@@ -232,7 +232,7 @@ class TinyViT(nn.Module):
         r"""Return the last map before pooling, :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`.
 
         Args:
-            x: pictures as :meth:`forward` takes them.
+            x: images as :meth:`forward` takes them.
         """
         return self.layers(self._embed(x))
 
@@ -240,7 +240,7 @@ class TinyViT(nn.Module):
         r"""Return the maps of the four stages, each before it is merged into the next.
 
         Args:
-            x: pictures as :meth:`forward` takes them.
+            x: images as :meth:`forward` takes them.
 
         Returns:
             Four maps :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)` with :math:`C_i` of
@@ -283,7 +283,7 @@ class TinyViT(nn.Module):
         """Group the parameters for a torch optimizer as the official recipes do.
 
         One-dimensional parameters, biases and attention biases are not decayed. The learning rate falls by
-        ``layer_decay`` from block to block towards the picture: the last block, the norm and the head have ``lr``, the
+        ``layer_decay`` from block to block towards the image: the last block, the norm and the head have ``lr``, the
         first block and the stem ``lr * layer_decay ** (blocks - 1)``; a merging goes with the block before it.
 
         Args:
@@ -314,7 +314,7 @@ class TinyViT(nn.Module):
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def _block_index(self, parameter_name: str) -> int:
-        """Return the position, counted from the picture, of the block that a parameter trains with."""
+        """Return the position, counted from the image, of the block that a parameter trains with."""
         parts = parameter_name.split(".")
         if parts[0] == "patch_embed":
             return 0
@@ -326,25 +326,25 @@ class TinyViT(nn.Module):
         return sum(self.config.depths[: stage + 1]) - 1
 
     def _embed(self, x: Tensor) -> Tensor:
-        self._check_pictures(x)
+        self._check_images(x)
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
 
-    def _check_pictures(self, x: Tensor) -> None:
+    def _check_images(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
             raise TypeError(f"TinyViT takes a tensor (B, {self.config.in_chans}, H, W); got {type(x).__name__}.")
         if not x.is_floating_point():
             raise TypeError(
-                f"TinyViT takes floating point pictures; got {x.dtype}. Convert them with x.float() / 255 and "
+                f"TinyViT takes floating point images; got {x.dtype}. Convert them with x.float() / 255 and "
                 "normalise them, or use ImageClassifier, which does both."
             )
         if x.ndim != 4 or x.shape[1] != self.config.in_chans:
             raise ValueError(
-                f"TinyViT takes pictures of shape (B, {self.config.in_chans}, H, W); got {tuple(x.shape)}. "
-                "A single picture needs .unsqueeze(0); other channels need from_config(..., in_chans=...)."
+                f"TinyViT takes images of shape (B, {self.config.in_chans}, H, W); got {tuple(x.shape)}. "
+                "A single image needs .unsqueeze(0); other channels need from_config(..., in_chans=...)."
             )
         if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
             raise ValueError(
-                f"TinyViT takes pictures of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels; got "
+                f"TinyViT takes images of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels; got "
                 f"{x.shape[2]}x{x.shape[3]}. Resize them, for example with kornia.geometry.resize."
             )
 

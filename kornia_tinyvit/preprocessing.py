@@ -32,14 +32,14 @@ __all__ = [
     "resize_images",
 ]
 
-#: Channel means of ImageNet's pictures in [0, 1], which every published checkpoint is normalised with.
+#: Channel means of ImageNet's images in [0, 1], which every published checkpoint is normalised with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-#: Channel deviations of ImageNet's pictures in [0, 1].
+#: Channel deviations of ImageNet's images in [0, 1].
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
 CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
 _ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that away would stop the gradient there
-# Random crops show things larger than they are in whole pictures; a small border cut off in the test makes up for that
+# Random crops show things larger than they are in whole images; a small border cut off in the test makes up for that
 # (arXiv:1906.06423). On CIFAR-10 at 64 pixels this is worth 0.9 points of top-1.
 SMALL_CROP_FRACTION = 15 / 16
 SMALL_BELOW = 224
@@ -51,7 +51,7 @@ INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "bilinear": {"mode": "bilinear", **_SMOOTH},
     "nearest": {"mode": "nearest-exact"},
 }
-SQUARE_FROM = 384  # from this size on the originals squeeze the whole picture into the square
+SQUARE_FROM = 384  # from this size on the originals squeeze the whole image into the square
 
 
 @dataclass(frozen=True)
@@ -137,10 +137,10 @@ class Preprocessing:
 
 
 class EvaluationPipeline(nn.Module):
-    """Resize, crop and normalise pictures as a network is evaluated.
+    """Resize, crop and normalise images as a network is evaluated.
 
     With a crop the short side is resized to ``img_size / crop_fraction`` and the centre is cropped; without one the
-    whole picture is resized to the square. Bicubic and bilinear resizing are antialiased and agree with Pillow's
+    whole image is resized to the square. Bicubic and bilinear resizing are antialiased and agree with Pillow's
     within 1e-2.
 
     Args:
@@ -184,7 +184,7 @@ class EvaluationPipeline(nn.Module):
         return cls(**vars(preprocessing))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map pictures :math:`(B, C, H, W)` in [0, 1] to normalised ones :math:`(B, C, S, S)`.
+        """Map images :math:`(B, C, H, W)` in [0, 1] to normalised ones :math:`(B, C, S, S)`.
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
@@ -194,7 +194,7 @@ class EvaluationPipeline(nn.Module):
         return normalize(self.resize_and_crop(images), self.mean.to(images), self.std.to(images))
 
     def resize_and_crop(self, images: Tensor) -> Tensor:
-        """Map pictures :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
+        """Map images :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
         size, mode = self.img_size, self.settings.interpolation
         if self.crop_fraction is None:
             return resize_images(images, size, size, mode)
@@ -215,7 +215,7 @@ class EvaluationPipeline(nn.Module):
 
 
 def _without_ends(images: Tensor) -> Tensor:
-    """Return the middle of very long pictures: the crop takes it anyway, and to resize all would take gigabytes."""
+    """Return the middle of very long images: the crop takes it anyway, and to resize all would take gigabytes."""
     height, width = images.shape[-2:]
     longest = _LONGEST * min(height, width)
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
@@ -229,20 +229,20 @@ def _usual_crop_fraction(img_size: int) -> float | None:
 
 
 def resize_images(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
-    """Resize pictures as Pillow does: one direction after the other, each time clamping the bicubic overshoot.
+    """Resize images as Pillow does: one direction after the other, each time clamping the bicubic overshoot.
 
     As in Pillow 13, the width goes first unless the height loses more than twice as many pixels.
     kornia.geometry.resize blurs with a Gaussian before it samples, which is up to 0.3 away from Pillow on photos;
     torch's antialiased kernel is Pillow's.
 
     Args:
-        images: pictures :math:`(B, C, H, W)` in [0, 1].
-        height: rows of the pictures that come out.
+        images: images :math:`(B, C, H, W)` in [0, 1].
+        height: rows of the images that come out.
         width: their columns.
         interpolation: one of ``"bicubic"``, ``"bilinear"`` and ``"nearest"``.
 
     Returns:
-        Pictures :math:`(B, C, height, width)` in [0, 1] but for rounding (1e-6).
+        Images :math:`(B, C, height, width)` in [0, 1] but for rounding (1e-6).
     """
     if images.shape[0] == 0:
         return images.new_zeros(0, images.shape[1], height, width)
@@ -259,10 +259,10 @@ def resize_images(images: Tensor, height: int, width: int, interpolation: str = 
 
 @dataclass(frozen=True)
 class TrainingPreset:
-    """How pictures are changed for training.
+    """How images are changed for training.
 
     Args:
-        crop_scale: range of the share of the picture that the random crop covers.
+        crop_scale: range of the share of the image that the random crop covers.
         crop_ratio: range of the crop's width over height.
         flip: probability of a horizontal flip.
         policy: ``"rand"`` for RandAugment, ``"trivial"`` for TrivialAugment, or ``None``.
@@ -287,8 +287,8 @@ class TrainingPreset:
 
 
 #: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
-#: milder, for pictures of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
-#: ``"semantic"`` is for pictures whose pixels are labelled, ``"promptable"`` for those with a mask for each object,
+#: milder, for images of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
+#: ``"semantic"`` is for images whose pixels are labelled, ``"promptable"`` for those with a mask for each object,
 #: ``"detection"`` for those with boxes.
 TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
@@ -327,10 +327,10 @@ def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPres
 
 
 class TrainingPipeline(nn.Module):
-    """Augment and normalise a batch of pictures and turn its labels into soft targets.
+    """Augment and normalise a batch of images and turn its labels into soft targets.
 
     Crop, flip, RandAugment or TrivialAugment, colour jitter, normalisation, erasing, and mixup or cutmix, all by
-    kornia, in this order and on the device of the pictures. RandAugment has kornia's magnitudes for ``n=2, m=9``.
+    kornia, in this order and on the device of the images. RandAugment has kornia's magnitudes for ``n=2, m=9``.
 
     Args:
         img_size: side in pixels of the square that comes out.
@@ -372,14 +372,14 @@ class TrainingPipeline(nn.Module):
             )
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Map pictures and labels to what the network and the loss take.
+        """Map images and labels to what the network and the loss take.
 
         Args:
-            images: pictures :math:`(B, C, H, W)` in [0, 1].
+            images: images :math:`(B, C, H, W)` in [0, 1].
             labels: class indices :math:`(B,)`.
 
         Returns:
-            Normalised pictures :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
+            Normalised images :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
             :func:`torch.nn.functional.cross_entropy`.
 
         Raises:
@@ -388,7 +388,7 @@ class TrainingPipeline(nn.Module):
         """
         check_images(images)
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"Expected {images.shape[0]} labels, one a picture; got the shape {tuple(labels.shape)}.")
+            raise ValueError(f"Expected {images.shape[0]} labels, one an image; got the shape {tuple(labels.shape)}.")
         images = self.augment(images)
         first = second = labels
         share = images.new_zeros(len(labels))
@@ -396,7 +396,7 @@ class TrainingPipeline(nn.Module):
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             images, mixed = mixer(images, labels)
             first, second, share = mixed.view(-1, 3).unbind(1)
-            if isinstance(mixer, K.RandomCutMixV2):  # which tells the first picture's share, and mixup the second's
+            if isinstance(mixer, K.RandomCutMixV2):  # which tells the first image's share, and mixup the second's
                 share = 1 - share
         targets = torch.lerp(self._one_hot(first), self._one_hot(second), share.unsqueeze(1).float())
         smoothing = self.preset.label_smoothing

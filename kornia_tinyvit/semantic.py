@@ -1,4 +1,4 @@
-"""From pictures to a class for each pixel: :class:`SemanticSegmenter`."""
+"""From images to a class for each pixel: :class:`SemanticSegmenter`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class SegmenterConfig(BackboneConfig):
 
     Args:
         backbone: the network whose stages are read; its ``img_size`` is what :meth:`SemanticSegmenter.predict` looks
-            at pictures with.
+            at images with.
         num_classes: classes a pixel may have.
         width: channels of the decoder.
         dropout: share of the decoder's channels that training drops.
@@ -83,8 +83,8 @@ class MlpDecoder(nn.Module):
 class SemanticSegmenter(BackboneNetwork):
     """A :class:`~kornia_tinyvit.TinyViT` whose four stages say of each pixel which class it belongs to.
 
-    Like :class:`~kornia_tinyvit.ImageClassifier` it takes pictures in [0, 1] and normalises them itself, so it stands
-    behind kornia's augmentations, and gradients reach the pixels. :meth:`forward` takes pictures at the size they have;
+    Like :class:`~kornia_tinyvit.ImageClassifier` it takes images in [0, 1] and normalises them itself, so it stands
+    behind kornia's augmentations, and gradients reach the pixels. :meth:`forward` takes images at the size they have;
     :meth:`predict` looks at them at the size the network is meant for and answers at theirs. The backbone's norm, head
     and neck, which its stages do without, are frozen.
 
@@ -116,7 +116,7 @@ class SemanticSegmenter(BackboneNetwork):
         r"""Return logits :math:`(B, K, H, W)`, bilinearly enlarged from a quarter of the size.
 
         Args:
-            images: pictures :math:`(B, C, H, W)` in [0, 1], :math:`H, W \ge 32`.
+            images: images :math:`(B, C, H, W)` in [0, 1], :math:`H, W \ge 32`.
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
@@ -127,20 +127,20 @@ class SemanticSegmenter(BackboneNetwork):
         return F.interpolate(self.decoder(maps), images.shape[-2:], mode="bilinear", align_corners=False)
 
     def predict(self, images: ImageInput | Sequence[ImageInput]) -> list[Tensor]:
-        """Tell the class of each pixel of pictures of any sizes.
+        """Tell the class of each pixel of images of any sizes.
 
-        Each picture is resized to :func:`fitted_size`, the area that the network is meant for, and its logits to the
-        picture's own size.
+        Each image is resized to :func:`fitted_size`, the area that the network is meant for, and its logits to the
+        image's own size.
 
         Args:
-            images: one picture or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
+            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
                 :math:`(B, C, H, W)`. They are moved to the network's device.
 
         Returns:
-            For each picture its class map :math:`(H, W)`, int64, on the network's device.
+            For each image its class map :math:`(H, W)`, int64, on the network's device.
 
         Raises:
-            TypeError: if something is no picture.
+            TypeError: if something is no image.
             ValueError: if a file cannot be read or a shape is wrong.
             FileNotFoundError: if there is no such file.
         """
@@ -154,14 +154,14 @@ class SemanticSegmenter(BackboneNetwork):
 
 
 def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, int]:
-    """Return the size that a network looks at a picture in: about the area of its ``img_size`` squared.
+    """Return the size that a network looks at an image in: about the area of its ``img_size`` squared.
 
     The area, rather than a side, so that a panorama takes no more time and memory than a square. The sides are
     multiples of what the attention windows tile without padding if ``img_size`` is one, and of 32 if not: a network
     trained on squares without padding has not learnt what padded windows see.
 
     Args:
-        height: rows of the picture.
+        height: rows of the image.
         width: its columns.
         config: the network.
 
@@ -178,11 +178,11 @@ def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, in
 
 
 def class_maps(network: Callable[[Tensor], Tensor], images: Tensor, config: TinyViTConfig) -> Tensor:
-    """Return the classes :math:`(B, H, W)` of the pixels of pictures that a network looks at in :func:`fitted_size`.
+    """Return the classes :math:`(B, H, W)` of the pixels of images that a network looks at in :func:`fitted_size`.
 
     Args:
-        network: maps pictures in [0, 1] to logits of their size, such as a :class:`SemanticSegmenter`.
-        images: pictures :math:`(B, C, H, W)` in [0, 1].
+        network: maps images in [0, 1] to logits of their size, such as a :class:`SemanticSegmenter`.
+        images: images :math:`(B, C, H, W)` in [0, 1].
         config: the network whose stages it reads.
     """
     height, width = images.shape[-2:]

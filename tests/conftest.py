@@ -43,7 +43,7 @@ def shared(path: str) -> Path:
 
 @torch.no_grad()
 def liven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a network weights whose output depends on the picture: statistics from data, biases that are not zero."""
+    """Give a network weights whose output depends on the image: statistics from data, biases that are not zero."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("attention_biases") or parameter.ndim == 1:

@@ -11,7 +11,7 @@ from PIL import Image
 from kornia_tinyvit.data import ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.data.classification import ClassificationDataset
 
-#: The class folders of :func:`make_pictures`.
+#: The class folders of :func:`make_images`.
 CLASSES = ("blue", "green", "red")
 #: The classes of :func:`make_scenes`.
 NAMES = ("ground", "disc", "box")
@@ -22,8 +22,8 @@ ANIMALS = ("cat", "dog", "owl")
 COLORS = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])
 
 
-def make_pictures(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> Path:
-    """Write pictures of noise in which the channel of their class is brighter."""
+def make_images(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> Path:
+    """Write images of noise in which the channel of their class is brighter."""
     random = np.random.default_rng(seed)
     for channel, name in zip((2, 1, 0), CLASSES, strict=True):
         (root / name).mkdir(parents=True)
@@ -35,20 +35,20 @@ def make_pictures(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> P
 
 
 def samples_of(folder: Path, preset: str = "distill", size: int = 32, on_broken: str = "stop", seed: int = 3):
-    """Give the pictures of class folders an augmentation."""
+    """Give the images of class folders an augmentation."""
     images = ClassificationDataset.open(folder)
     return ReplayedSamples(images, ReplayableAugmentation(size, preset, seed, num_samples=len(images)), on_broken)
 
 
 def damage(path: Path) -> bytes:
-    """Spoil a picture without changing its size; return what it was."""
+    """Spoil an image without changing its size; return what it was."""
     whole = path.read_bytes()
     path.write_bytes(whole[:40] + bytes(len(whole) - 40))
     return whole
 
 
 def write_scene(root: Path, name: str, seed: int, height: int = 44, width: int = 60, frame: int | None = None) -> None:
-    """Write a picture of a disc, id 1, and a box, id 2, on noisy ground, and its ids; the frame may have its own."""
+    """Write an image of a disc, id 1, and a box, id 2, on noisy ground, and its ids; the frame may have its own."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     ids = np.zeros((height, width), dtype=np.uint8)
@@ -78,7 +78,7 @@ def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
 
 
 def write_boxes(root: Path, name: str, seed: int, height: int = 60, width: int = 80) -> None:
-    """Write a picture of a disc and a box on noisy ground, and where they are; every third shows nothing."""
+    """Write an image of a disc and a box on noisy ground, and where they are; every third shows nothing."""
     random = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 60) + random.integers(-25, 25, (height, width, 3))
     lines = []
@@ -104,16 +104,16 @@ def make_boxes(root: Path, count: int = 6, seed: int = 0) -> Path:
     return root
 
 
-def write_picture(path: Path, width: int = 40, height: int = 20) -> None:
-    """Write a red picture."""
+def write_image(path: Path, width: int = 40, height: int = 20) -> None:
+    """Write a red image."""
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", (width, height), "red").save(path)
 
 
 def write_yolo(root: Path, labels: dict[str, str | None], names=ANIMALS, yaml: str | None = None) -> Path:
-    """Write pictures of 40 x 20 pixels and their labels; ``None`` writes no file of labels."""
+    """Write images of 40 x 20 pixels and their labels; ``None`` writes no file of labels."""
     for stem, text in labels.items():
-        write_picture(root / "images" / "train" / f"{stem}.png")
+        write_image(root / "images" / "train" / f"{stem}.png")
         if text is not None:
             file = root / "labels" / "train" / f"{stem}.txt"
             file.parent.mkdir(parents=True, exist_ok=True)
@@ -124,7 +124,7 @@ def write_yolo(root: Path, labels: dict[str, str | None], names=ANIMALS, yaml: s
 
 
 def make_coco(**changes) -> dict:
-    """A picture with a cat and a crowd of owls, and one without anything."""
+    """An image with a cat and a crowd of owls, and one without anything."""
     content = {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 40, "height": 20},
@@ -140,9 +140,9 @@ def make_coco(**changes) -> dict:
 
 
 def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
-    """Write red pictures and what COCO's file says of them."""
+    """Write red images and what COCO's file says of them."""
     for image in content["images"]:
-        write_picture(root / folder / image["file_name"])
+        write_image(root / folder / image["file_name"])
     path = root / "annotations" / "instances_val2017.json"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(content))
@@ -152,9 +152,9 @@ def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
 def write_voc(
     root: Path, objects: dict[str, list[str]], size: tuple[int, int] = (40, 20), split: str = "train"
 ) -> Path:
-    """Write red pictures and Pascal VOC's files: ``name xmin ymin xmax ymax`` for an object, and a 1 if difficult."""
+    """Write red images and Pascal VOC's files: ``name xmin ymin xmax ymax`` for an object, and a 1 if difficult."""
     for stem, lines in objects.items():
-        write_picture(root / "JPEGImages" / f"{stem}.jpg")
+        write_image(root / "JPEGImages" / f"{stem}.jpg")
         found = []
         for line in lines:
             name, *corners, difficult = (*line.split(), "0")[:6]

@@ -30,8 +30,8 @@ def classifier(tiny) -> ImageClassifier:
 
 
 @pytest.fixture
-def pictures() -> list[torch.Tensor]:
-    """Pictures of different sizes."""
+def photos() -> list[torch.Tensor]:
+    """Images of different sizes."""
     generator = torch.Generator().manual_seed(2)
     return [torch.rand(3, height, width, generator=generator) for height, width in ((64, 64), (80, 100), (33, 120))]
 
@@ -42,15 +42,15 @@ class TestForward:
         assert logits.shape == (2, 7)
         torch.testing.assert_close(logits, classifier.model(EvaluationPipeline(64, 15 / 16)(images)))
 
-    def test_list_of_sizes(self, classifier, pictures):
-        together = classifier(pictures)
-        alone = torch.cat([classifier(picture.unsqueeze(0)) for picture in pictures])
+    def test_list_of_sizes(self, classifier, photos):
+        together = classifier(photos)
+        alone = torch.cat([classifier(photo.unsqueeze(0)) for photo in photos])
         torch.testing.assert_close(together, alone, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(classifier(tuple(pictures)), together)
+        torch.testing.assert_close(classifier(tuple(photos)), together)
 
-    def test_no_pictures(self, classifier):
+    def test_no_images(self, classifier):
         assert classifier(torch.rand(0, 3, 50, 70)).shape == (0, 7)
-        with pytest.raises(ValueError, match=r"empty list of pictures; an empty batch is a tensor \(0, C, H, W\)"):
+        with pytest.raises(ValueError, match=r"empty list of images; an empty batch is a tensor \(0, C, H, W\)"):
             classifier([])
 
     @pytest.mark.parametrize(("size", "fraction"), [(64, 15 / 16), (223, 15 / 16), (224, 0.875), (384, None)])
@@ -77,7 +77,7 @@ class TestForward:
             with pytest.raises(ValueError, match="1, 3 or 4 channels, not 6; pass tensors instead"):
                 classifier.predict(PHOTOS)
 
-    def test_grey_pictures_come_from_colour_files(self):
+    def test_grey_images_come_from_colour_files(self):
         torch.manual_seed(0)
         classifier = ImageClassifier(liven(TinyViT(**TINY, in_chans=1)))
         assert classifier.predict(PHOTOS[0]) == classifier.predict(read_image(PHOTOS[0], 1))
@@ -101,16 +101,16 @@ class TestViews:
         assert not torch.allclose(plain(images), expected, atol=1e-3)
         torch.testing.assert_close(ImageClassifier(tiny, views=ImageClassifier.DEFAULT_VIEWS)(images), expected)
 
-    def test_list_of_sizes(self, tiny, pictures):
+    def test_list_of_sizes(self, tiny, photos):
         classifier = ImageClassifier(tiny, views=ImageClassifier.DEFAULT_VIEWS)
-        alone = torch.cat([classifier(picture.unsqueeze(0)) for picture in pictures])
-        torch.testing.assert_close(classifier(pictures), alone, rtol=1e-4, atol=1e-5)
+        alone = torch.cat([classifier(photo.unsqueeze(0)) for photo in photos])
+        torch.testing.assert_close(classifier(photos), alone, rtol=1e-4, atol=1e-5)
 
-    def test_predictions_do_not_depend_on_a_flip(self, tiny, pictures):
+    def test_predictions_do_not_depend_on_a_flip(self, tiny, photos):
         classifier = ImageClassifier(tiny, views=(hflip,))
-        for picture in pictures:
+        for photo in photos:
             plain, flipped = (
-                torch.tensor([each.score for each in classifier.predict(x)[0]]) for x in (picture, picture.flip(2))
+                torch.tensor([each.score for each in classifier.predict(x)[0]]) for x in (photo, photo.flip(2))
             )
             torch.testing.assert_close(plain, flipped, rtol=1e-3, atol=1e-5)
 
@@ -123,9 +123,9 @@ class TestViews:
 
 
 class TestPredict:
-    def test_sorted_softmax(self, classifier, pictures):
-        scores = classifier(pictures).softmax(1)
-        found = classifier.predict(pictures, top_k=7)
+    def test_sorted_softmax(self, classifier, photos):
+        scores = classifier(photos).softmax(1)
+        found = classifier.predict(photos, top_k=7)
         for row, predictions in zip(scores, found, strict=True):
             assert [each.index for each in predictions] == row.argsort(descending=True).tolist()
             assert [each.label for each in predictions] == [NAMES[each.index] for each in predictions]
@@ -137,7 +137,7 @@ class TestPredict:
     def test_top_k(self, classifier, images, top_k, count):
         assert [len(found) for found in classifier.predict(images, top_k)] == [count, count]
 
-    def test_kinds_of_pictures(self, classifier):
+    def test_kinds_of_images(self, classifier):
         path = PHOTOS[0]
         tensor = read_image(path)
         expected = classifier.predict([tensor])
@@ -154,11 +154,11 @@ class TestPredict:
     def test_batches(self, classifier, batch_size):
         seen = []
         hook = classifier.model.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
-        pictures = [torch.rand(3, 60 + 5 * size, 70) for size in range(5)]
-        found = classifier.predict(iter(pictures), top_k=1, batch_size=batch_size)
+        photos = [torch.rand(3, 60 + 5 * size, 70) for size in range(5)]
+        found = classifier.predict(iter(photos), top_k=1, batch_size=batch_size)
         hook.remove()
-        assert seen == [len(pictures[start : start + batch_size]) for start in range(0, 5, batch_size)]
-        assert [each[0].index for each in found] == [classifier.predict(p, 1)[0][0].index for p in pictures]
+        assert seen == [len(photos[start : start + batch_size]) for start in range(0, 5, batch_size)]
+        assert [each[0].index for each in found] == [classifier.predict(p, 1)[0][0].index for p in photos]
 
     def test_reads_no_more_than_a_batch_ahead(self, classifier):
         read = []
@@ -206,12 +206,12 @@ class TestPredict:
             classifier.predict(torch.rand(1, 40, 40))
         assert [module.training for module in classifier.modules()] == flags
 
-    def test_threads(self, classifier, pictures):
-        expected = classifier.predict(pictures)
+    def test_threads(self, classifier, photos):
+        expected = classifier.predict(photos)
         results = []
 
         def work():
-            results.extend(classifier.predict(pictures) for _ in range(3))
+            results.extend(classifier.predict(photos) for _ in range(3))
 
         threads = [threading.Thread(target=work) for _ in range(2)]
         for thread in threads:
@@ -265,10 +265,10 @@ class TestExceptions:
         with pytest.raises(ValueError, match="Images must have"):
             classifier.predict(torch.rand(shape))
 
-    @pytest.mark.parametrize("picture", [3, np.zeros((40, 40, 3)), [[1.0]], b"bytes"])
-    def test_no_picture(self, classifier, picture):
-        with pytest.raises(TypeError, match="A picture is a tensor, a path or a PIL image; got"):
-            classifier.predict([picture])
+    @pytest.mark.parametrize("photo", [3, np.zeros((40, 40, 3)), [[1.0]], b"bytes"])
+    def test_no_image(self, classifier, photo):
+        with pytest.raises(TypeError, match="An image is a tensor, a path or a PIL image; got"):
+            classifier.predict([photo])
 
     @pytest.mark.parametrize("top_k", [0, -1])
     def test_top_k(self, classifier, images, top_k):
@@ -281,7 +281,7 @@ class TestExceptions:
             classifier.predict(images, **setting)
 
     def test_files(self, classifier, tmp_path):
-        (tmp_path / "notes.jpg").write_text("no picture")
+        (tmp_path / "notes.jpg").write_text("no image")
         with pytest.raises(ValueError, match=r"notes\.jpg"):
             classifier.predict([PHOTOS[0], tmp_path / "notes.jpg"])
         with pytest.raises(FileNotFoundError, match=r"gone\.jpg"):
@@ -360,7 +360,7 @@ class TestEmbeddedWeights:
     def test_accuracy(self, embedded):
         data = ClassificationDataset.open(shared("data/cifar10/test.parquet"))
         rows = torch.randperm(len(data), generator=torch.Generator().manual_seed(20)).tolist()[:500]
-        pictures, labels = zip(*(data[row] for row in rows), strict=True)
+        photos, labels = zip(*(data[row] for row in rows), strict=True)
         with torch.inference_mode():
-            guesses = torch.cat([embedded(list(pictures[start : start + 100])) for start in range(0, 500, 100)])
+            guesses = torch.cat([embedded(list(photos[start : start + 100])) for start in range(0, 500, 100)])
         assert (guesses.argmax(1) == torch.tensor(labels)).float().mean() >= 0.85

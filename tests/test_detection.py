@@ -1,4 +1,4 @@
-"""The detector: kornia's RT-DETR on our maps, boxes in the pixels of each picture, files that carry all of it."""
+"""The detector: kornia's RT-DETR on our maps, boxes in the pixels of each image, files that carry all of it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = DetectorConfig(BACKBONE, 3, hidden_dim=16, num_queries=10, decoder_laye
 
 @torch.no_grad()
 def make_detector(**changes) -> TinyViTDetector:
-    """A detector whose answers depend on the picture and on every weight."""
+    """A detector whose answers depend on the image and on every weight."""
     torch.manual_seed(0)
     detector = TinyViTDetector.from_config(dataclasses.replace(CONFIG, **changes), class_names=NAMES)
     for name, tensor in [*detector.named_parameters(), *detector.named_buffers()]:
@@ -42,7 +42,7 @@ def detector() -> TinyViTDetector:
     return make_detector()
 
 
-def pictures(*sizes: tuple[int, int]) -> list[Tensor]:
+def make_images(*sizes: tuple[int, int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(0)
     return [torch.rand(3, *size, generator=generator) for size in sizes]
 
@@ -60,22 +60,22 @@ class TestForward:
                 return detector.backbone.forward_intermediates(images)[1:]
 
         reference = RTDETR(Maps(), detector.encoder, detector.decoder)
-        (picture,) = pictures((50, 90))
-        square = normalize(resize_images(picture[None], 64, 64), detector.mean, detector.std)
-        for ours, theirs in zip(detector(picture[None]), reference(square), strict=True):
+        (photo,) = make_images((50, 90))
+        square = normalize(resize_images(photo[None], 64, 64), detector.mean, detector.std)
+        for ours, theirs in zip(detector(photo[None]), reference(square), strict=True):
             assert torch.equal(ours, theirs)
 
-    def test_pictures_of_mixed_sizes(self, detector):
-        mixed = pictures((40, 64), (90, 50))
+    def test_images_of_mixed_sizes(self, detector):
+        mixed = make_images((40, 64), (90, 50))
         logits, boxes = detector(mixed)
-        for row, picture in enumerate(mixed):
-            alone = detector(picture[None])
+        for row, photo in enumerate(mixed):
+            alone = detector(photo[None])
             torch.testing.assert_close((logits[row], boxes[row]), (alone[0][0], alone[1][0]), atol=1e-5, rtol=1e-4)
 
-    def test_no_pictures(self, detector):
+    def test_no_images(self, detector):
         logits, boxes = detector(torch.rand(0, 3, 40, 50))
         assert (logits.shape, boxes.shape) == ((0, 10, 3), (0, 10, 4))
-        with pytest.raises(ValueError, match="empty list of pictures"):
+        with pytest.raises(ValueError, match="empty list of images"):
             detector([])
 
     def test_gradients_reach_the_pixels(self, detector):
@@ -158,9 +158,9 @@ class TestConfig:
 
 
 class TestPredict:
-    def test_boxes_are_in_the_pixels_of_each_picture(self, detector):
+    def test_boxes_are_in_the_pixels_of_each_image(self, detector):
         sizes = [(40, 80), (120, 60), (64, 64)]
-        photos = pictures(*sizes)
+        photos = make_images(*sizes)
         found = detector.predict(photos, confidence_threshold=0.0, batch_size=2)
         for photo, (height, width), objects in zip(photos, sizes, found, strict=True):
             logits, boxes = (each[0] for each in detector(photo[None]))
@@ -185,23 +185,23 @@ class TestPredict:
         assert one == detector.predict(tensor[None], 0.0)
 
     def test_threshold(self, detector):
-        (everything,) = detector.predict(pictures((64, 64)), 0.0)
+        (everything,) = detector.predict(make_images((64, 64)), 0.0)
         middle = everything[4].score
-        (surest,) = detector.predict(pictures((64, 64)), middle)
+        (surest,) = detector.predict(make_images((64, 64)), middle)
         assert surest == everything[:4]
-        assert detector.predict(pictures((64, 64)), 0.999) == [[]]
+        assert detector.predict(make_images((64, 64)), 0.999) == [[]]
 
     def test_modes_stay(self):
         detector = make_detector().train()
         detector.encoder.eval()
         before = detector.decoder.input_proj[0].norm.running_mean.clone()
-        detector.predict(pictures((64, 64)))
+        detector.predict(make_images((64, 64)))
         assert detector.training
         assert not detector.encoder.training
         assert torch.equal(detector.decoder.input_proj[0].norm.running_mean, before)
 
     def test_kornias_object_detector(self, detector):
-        photos = pictures((40, 80), (70, 70))
+        photos = make_images((40, 80), (70, 70))
         everything = sorted(each.score for found in detector.predict(photos, 0.0) for each in found)
         threshold = everything[len(everything) // 2]
         rows = detector.object_detector(threshold)(photos)

@@ -105,13 +105,13 @@ class TestNumbers:
             assert min(abs(number - float(each)) for each in recorded) < 0.0501, number
 
 
-class TestPictures:
+class TestImages:
     def test_diagrams_are_current(self, run_script):
         for name, text in run_script("draw_diagrams.py")["diagrams"]().items():
             assert (DOCS / "_static" / name).read_text(encoding="utf-8") == text, "run docs/draw_diagrams.py"
 
     @pytest.mark.parametrize("path", sorted((DOCS / "_static").iterdir()), ids=lambda path: path.name)
-    def test_pictures_are_small_and_used(self, path):
+    def test_images_are_small_and_used(self, path):
         assert path.stat().st_size < 400_000
         settings = (DOCS / "conf.py").read_text(encoding="utf-8")  # name the style sheet and the icon
         pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)

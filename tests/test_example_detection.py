@@ -13,12 +13,12 @@ from tests.test_examples import EXAMPLES, json_lines, levels, run
 
 def test_detect_objects(tmp_path):
     data = scenes.make_boxes(tmp_path / "data", 4, seed=1)
-    options = ("--pictures", 2, "--img-size", 64, "--hidden-dim", 16, "--queries", 8, "--decoder-layers", 1)
+    options = ("--images", 2, "--img-size", 64, "--hidden-dim", 16, "--queries", 8, "--decoder-layers", 1)
     options += ("--denoising", 4, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu", "--out", "runs/it")
     output = run(EXAMPLES / "detect_objects.py", data, *options, cwd=tmp_path)
-    assert "2 pictures, 3 classes, 2 steps" in output
+    assert "2 images, 3 classes, 2 steps" in output
     train, val = json_lines(output)
-    assert (train["split"], train["pictures"], val["split"], val["pictures"]) == ("train", 2, "val", 4)
+    assert (train["split"], train["images"], val["split"], val["images"]) == ("train", 2, "val", 4)
     kept = TinyViTDetector.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == scenes.BOX_NAMES
     found = evaluate(kept, DetectionDataset.open(data, "val"))

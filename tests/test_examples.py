@@ -83,7 +83,7 @@ def test_augment_and_classify(tmp_path):
         assert float(score) == pytest.approx(100 * expected.score, abs=0.2)
         assert 0 < float(in_copies) <= 100
 
-    rates = [float(rate) for rate in re.findall(r": ([\d.]+) pictures/s", output)]
+    rates = [float(rate) for rate in re.findall(r": ([\d.]+) images/s", output)]
     assert len(rates) == 2
     assert min(rates) > 0
 
@@ -147,9 +147,9 @@ def test_multiscale_features(tmp_path):
     assert all(some == every != "0" for some, every in reached)
     for name, (height, width) in zip(arguments, sizes, strict=True):
         zoom = 256 // height
-        picture = Image.open(tmp_path / "features" / f"features_{name}.png")
-        assert picture.size == (5 * zoom * width + 4 * 6, zoom * height)
-        assert len(set(picture.crop((zoom * width + 6, 0, 2 * zoom * width + 6, zoom * height)).getcolors(10**6))) > 50
+        image = Image.open(tmp_path / "features" / f"features_{name}.png")
+        assert image.size == (5 * zoom * width + 4 * 6, zoom * height)
+        assert len(set(image.crop((zoom * width + 6, 0, 2 * zoom * width + 6, zoom * height)).getcolors(10**6))) > 50
 
 
 def test_feature_pyramid_hands_down_but_not_up():
@@ -162,7 +162,7 @@ def test_feature_pyramid_hands_down_but_not_up():
 
 
 def draw_shape(name: str, width: int, height: int, colors: list[tuple[int, ...]]) -> Image.Image:
-    """Draw a disc, stripes or a chequered board, whatever the size of the picture."""
+    """Draw a disc, stripes or a chequered board, whatever the size of the image."""
     image = Image.new("RGB", (width, height), colors[0])
     draw = ImageDraw.Draw(image)
     side = min(width, height)
@@ -181,7 +181,7 @@ def draw_shape(name: str, width: int, height: int, colors: list[tuple[int, ...]]
 
 @pytest.fixture
 def shapes(tmp_path) -> Path:
-    """A folder with three classes of ten pictures, no two of the same size, in two file formats."""
+    """A folder with three classes of ten images, no two of the same size, in two file formats."""
     generator = np.random.default_rng(0)
     for name in ("board", "disc", "stripes"):
         (tmp_path / "shapes" / name).mkdir(parents=True)
@@ -197,7 +197,7 @@ def test_finetune_folder(shapes, tmp_path, freeze):
     options = ("--epochs", 8, "--batch-size", 8, "--out", "run") + (("--freeze-statistics",) if freeze else ())
     output = run(EXAMPLES / "finetune_folder.py", shapes, *options, cwd=tmp_path)
 
-    assert output.startswith("3 classes, 24 pictures to train on, 6 held out\n")
+    assert output.startswith("3 classes, 24 images to train on, 6 held out\n")
     *epochs, end = json_lines(output)
     assert [line["epoch"] for line in epochs] == list(range(1, 9))
     assert epochs[-1]["loss"] < 0.6 * epochs[0]["loss"]
@@ -232,7 +232,7 @@ def test_finetune_folder(shapes, tmp_path, freeze):
     ("command", "complaint"),
     [
         (("adversarial.py", "--target", "unicorn"), "no class 'unicorn'"),
-        (("finetune_folder.py", "lonely"), "no class in lonely has a second picture"),
+        (("finetune_folder.py", "lonely"), "no class in lonely has a second image"),
         (("feature_distillation.py", "lonely"), f"no folder {Path('lonely', 'train2017')}"),
     ],
 )
@@ -246,25 +246,25 @@ def test_mistakes_are_told(tmp_path, command, complaint):
 
 
 def write_parquet(path: Path, count: int, seed: int) -> None:
-    """Write pictures in CIFAR-10's layout whose colour tells the class."""
+    """Write images in CIFAR-10's layout whose colour tells the class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     generator = np.random.default_rng(seed)
     labels = [index % 10 for index in range(count)]
-    pictures = []
+    images = []
     for label in labels:
         noise = generator.integers(0, 60, (32, 32, 3))
         file = io.BytesIO()
         pixels = (noise + np.array([20 * label, 100, 190 - 20 * label])).astype(np.uint8)
         Image.fromarray(pixels).save(file, "JPEG")
-        pictures.append({"bytes": file.getvalue(), "path": None})
-    pq.write_table(pa.table({"image": pictures, "label": labels}), path)
+        images.append({"bytes": file.getvalue(), "path": None})
+    pq.write_table(pa.table({"image": images, "label": labels}), path)
 
 
 def test_train_cifar10_goes_on_where_it_was(tmp_path):
     pytest.importorskip("pyarrow")
-    # It holds 2,000 pictures out, whatever there are.
+    # It holds 2,000 images out, whatever there are.
     write_parquet(tmp_path / "train.parquet", 2064, seed=0)
     write_parquet(tmp_path / "test.parquet", 40, seed=1)
     command = (EXAMPLES / "train_cifar10.py", ".", "--out", "run", "--limit", 64, "--batch-size", 16)
@@ -303,7 +303,7 @@ def test_finetune_transformers(tmp_path):
     classifier = ImageClassifier.from_config(pretrained=tmp_path / "run" / "model")
     assert classifier.class_names == CIFAR10
     images = ClassificationDataset.open(tmp_path / "test.parquet").sample(20)
-    found = classifier.predict([picture for picture, _ in images], top_k=1)
+    found = classifier.predict([image for image, _ in images], top_k=1)
     right = sum(best.index == label for (best,), (_, label) in zip(found, images, strict=True))
     assert right / 20 == pytest.approx(told["accuracy"], abs=0.051)
     (best,) = classifier.predict(ASSETS / "photos" / "horse.png", top_k=1)[0]
@@ -323,7 +323,7 @@ def test_distill_cifar10_compares_three_students(tmp_path):
         assert re.search(rf"{kind} seed 3: top-1 [\d.]+ %, [\d.]+ s an epoch, peak \d+ MB", printed)
         model = TinyViT.from_config(pretrained=tmp_path / "run" / f"{kind}-3" / "last.safetensors")
         tested = json.loads((tmp_path / "run" / f"{kind}-3" / "tested.json").read_text())
-        assert tested["pictures"] == 20
+        assert tested["images"] == 20
         assert model.config.num_classes == 10
     store = LabelStore(tmp_path / "run" / "store")
     assert (store.valid_count(0), store.manifest.top_k) == (32, 5)
@@ -340,7 +340,7 @@ def test_distill_cifar10_compares_three_students(tmp_path):
 
 @pytest.fixture
 def photos(tmp_path) -> Path:
-    """A folder of pictures as COCO has them: without classes, 16 to train on and 6 others."""
+    """A folder of images as COCO has them: without classes, 16 to train on and 6 others."""
     generator = np.random.default_rng(0)
     for name, count in (("train2017", 16), ("val2017", 6)):
         (tmp_path / "photos" / name).mkdir(parents=True)
@@ -362,7 +362,7 @@ def test_feature_distillation_asks_the_teacher_once(photos, tmp_path):
     assert re.findall(r"(\d+) records of (.+) written, (\d+) were", second) == [("0", "256 x 2 x 2", "32")]
     assert re.findall(r"(\d+) epochs trained, (\d+) were, (\d+) steps", first) == [("4", "0", "8")]
     assert re.findall(r"(\d+) epochs trained, (\d+) were, (\d+) steps", second) == [("0", "4", "8")]
-    assert all("was shown 0 pictures" in output for output in (first, second))
+    assert all("was shown 0 images" in output for output in (first, second))
     row = r"^  (mean|untrained|trained) .* ([\d.]+) +(-?[\d.]+)$"
     tables = [re.findall(row, output, re.MULTILINE) for output in (first, second)]
     assert tables[0] == tables[1]
@@ -395,11 +395,11 @@ def test_feature_distillation_asks_the_teacher_once(photos, tmp_path):
 
 def test_segment_semantic(tmp_path):
     data = make_scenes(tmp_path / "data", 4)
-    options = ("--pictures", 2, "--img-size", 64, "--width", 8, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu")
+    options = ("--images", 2, "--img-size", 64, "--width", 8, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu")
     output = run(EXAMPLES / "segment_semantic.py", data, *options, "--out", "runs/it", cwd=tmp_path)
-    assert "2 pictures, 3 classes, 2 steps" in output
+    assert "2 images, 3 classes, 2 steps" in output
     train, val = json_lines(output)
-    assert (train["split"], train["pictures"], train["classes_present"], val["pictures"]) == ("train", 2, 3, 4)
+    assert (train["split"], train["images"], train["classes_present"], val["images"]) == ("train", 2, 3, 4)
     kept = SemanticSegmenter.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == NAMES
     found = evaluate(kept, SegmentationDataset.open(data))
@@ -415,7 +415,7 @@ def test_segment_semantic(tmp_path):
 
 def test_unet_decoder(tmp_path):
     data = make_scenes(tmp_path / "data", 3)
-    options = ("--pictures", 3, "--img-size", 64, "--epochs", 12, "--lr", 3e-3, "--out", "new/unet.pt")
+    options = ("--images", 3, "--img-size", 64, "--epochs", 12, "--lr", 3e-3, "--out", "new/unet.pt")
     output = run(EXAMPLES / "unet_decoder.py", data, *options, cwd=tmp_path)
     assert "out_channels (3, 0, 32, 64, 96, 160), output_stride 32" in output
     maps = re.findall(r"^ +(\d+) channels: (\d+) x (\d+) x (\d+)$", output, re.MULTILINE)
@@ -426,7 +426,7 @@ def test_unet_decoder(tmp_path):
     first, last, found = json_lines(output)
     assert (first["epoch"], last["epoch"]) == (1, 12)
     assert last["loss"] < first["loss"]
-    assert (found["pictures"], found["classes_present"]) == (3, 3)
+    assert (found["images"], found["classes_present"]) == (3, 3)
 
     # What is in the file, loaded again, gives what was printed.
     module = load_example("unet_decoder")
@@ -455,12 +455,12 @@ def test_unet_of_any_size():
 def test_segment_promptable(tmp_path):
     data = make_instances(tmp_path / "data", 3)
     folders = (data / "images", data / "masks")
-    options = ("--pictures", 2, "--min-area", 1, "--img-size", 64, "--windows", 4, 4, 4, 4, "--epochs", 2,
+    options = ("--images", 2, "--min-area", 1, "--img-size", 64, "--windows", 4, 4, 4, 4, "--epochs", 2,
                "--batch-size", 2, "--shown", 2, "--others", *folders, "--cpu", "--out", "runs/it")  # fmt: skip
     output = run(EXAMPLES / "segment_promptable.py", *folders, *options, cwd=tmp_path)
-    assert "2 pictures, 2 steps" in output
+    assert "2 images, 2 steps" in output
     before, after, others = json_lines(output)
-    assert (before["when"], before["pictures"], before["instances"]) == ("before", 2, 4)
+    assert (before["when"], before["images"], before["instances"]) == ("before", 2, 4)
     assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
     kept = MobileSAM.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     found = evaluate(kept, InstanceDataset.open(folders[0], instances=folders[1]))

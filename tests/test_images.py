@@ -16,7 +16,7 @@ class TestReadImage:
 
     @pytest.fixture
     def photo(self) -> Image.Image:
-        """A picture whose four quarters are red, green, blue and white."""
+        """An image whose four quarters are red, green, blue and white."""
         pixels = np.zeros((32, 64, 3), np.uint8)
         pixels[:16, :32, 0] = pixels[:16, 32:, 1] = pixels[16:, :32, 2] = 255
         pixels[16:, 32:] = 255
@@ -113,7 +113,7 @@ class TestReadImage:
         Image.open(ASSETS / "photos" / "chelsea.png").convert("RGB").save(path)
         content = path.read_bytes()
         path.write_bytes(content[: int(share * len(content))])
-        with pytest.raises(ValueError, match=rf"half\.{suffix} is not a picture that can be read"):
+        with pytest.raises(ValueError, match=rf"half\.{suffix} is not an image that can be read"):
             read_image(path)
 
     @pytest.mark.skipif(not features.check("avif"), reason="this Pillow was built without AVIF")
@@ -123,20 +123,20 @@ class TestReadImage:
         pixels = content.index(b"mdat") + 4
         content[pixels : pixels + 10] = bytes(10)
         (tmp_path / "damaged.avif").write_bytes(content)
-        with pytest.raises(ValueError, match=r"damaged\.avif is not a picture that can be read"):
+        with pytest.raises(ValueError, match=r"damaged\.avif is not an image that can be read"):
             read_image(tmp_path / "damaged.avif")
 
-    def test_no_picture(self, tmp_path):
-        (tmp_path / "notes.jpg").write_text("no picture")
-        with pytest.raises(ValueError, match=r"notes\.jpg is not a picture that can be read"):
+    def test_no_image(self, tmp_path):
+        (tmp_path / "notes.jpg").write_text("no image")
+        with pytest.raises(ValueError, match=r"notes\.jpg is not an image that can be read"):
             read_image(tmp_path / "notes.jpg")
-        with pytest.raises(ValueError, match="is not a picture that can be read"):
+        with pytest.raises(ValueError, match="is not an image that can be read"):
             read_image(tmp_path)
 
     def test_bomb(self, photo, tmp_path, monkeypatch):
         photo.save(tmp_path / "bomb.png")
         monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 32 * 64 // 2 - 1)
-        with pytest.raises(ValueError, match=r"bomb\.png is not a picture that can be read: Image size"):
+        with pytest.raises(ValueError, match=r"bomb\.png is not an image that can be read: Image size"):
             read_image(tmp_path / "bomb.png")
 
     def test_pixels_limit(self, photo, tmp_path):

@@ -131,7 +131,7 @@ class TestExceptions:
             ("photo.jpg", TypeError, "takes a tensor.*got str"),
         ],
     )
-    def test_pictures(self, tiny, images, error, message):
+    def test_images(self, tiny, images, error, message):
         with pytest.raises(error, match=message):
             tiny(images)
 
@@ -330,7 +330,7 @@ class TestCompile:
         graphs: list = []
         model = liven(TinyViT.from_config("1m", num_classes=10))
         fast = torch.compile(model, backend=counting_backend(graphs), fullgraph=True)
-        # Up to 15: the choice between torch's CPU convolutions asks whether there are 16 pictures, and that makes
+        # Up to 15: the choice between torch's CPU convolutions asks whether there are 16 images, and that makes
         # a second graph for any network.
         for batch in (2, 3, 5, 15):
             x = torch.rand(batch, 3, 64, 64)

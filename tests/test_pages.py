@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[1]
 SCREENS = {"wide": {"width": 1400, "height": 900}, "phone": {"width": 390, "height": 844}}
 SCHEMES = ("light", "dark")
 
-#: What is wrong with a page as it is shown: a page that can be pushed sideways, what is cut off at its edge, pictures
+#: What is wrong with a page as it is shown: a page that can be pushed sideways, what is cut off at its edge, images
 #: without pixels. Code and tables may be wider inside of a frame that scrolls, but furo's whole column may not scroll.
 LOOK = """async () => {
     const width = document.documentElement.clientWidth, faults = [];
@@ -36,7 +36,7 @@ LOOK = """async () => {
         }
     for (const image of document.images) {
         await image.decode().catch(() => {});
-        if (!image.naturalWidth) faults.push(`has no picture ${image.getAttribute("src")}`);
+        if (!image.naturalWidth) faults.push(`has no image ${image.getAttribute("src")}`);
     }
     const [red, green, blue] = getComputedStyle(document.body).backgroundColor.match(/[0-9.]+/g).map(Number);
     return {faults, brightness: (red + green + blue) / 3 / 255};
@@ -188,7 +188,7 @@ WHOLE = """<html><head><link rel="icon" href="data:,"><meta name="viewport" cont
     ("fault", "told", "count"),
     [
         ("", "", 0),
-        ('<img src="none.png">', "has no picture none.png", 6),  # in four views, the answer, the console
+        ('<img src="none.png">', "has no image none.png", 6),  # in four views, the answer, the console
         ('<div style="width: 600px">wide</div>', "phone, light: is 6", 4),
         ('</article><div style="overflow: auto"><article><p style="width: 600px">in its column', "juts out", 2),
         ('<div style="overflow: hidden"><p style="width: 600px">cut</p></div>', "juts out", 2),

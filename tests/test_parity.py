@@ -18,7 +18,7 @@ SMALL = TinyViTConfig(
 CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
-def picture(batch: int, height: int, width: int) -> torch.Tensor:
+def image(batch: int, height: int, width: int) -> torch.Tensor:
     """The input of the recorded outputs."""
     b = torch.arange(batch, dtype=torch.float64).view(-1, 1, 1, 1)
     c = torch.arange(3, dtype=torch.float64).view(1, -1, 1, 1)
@@ -34,7 +34,7 @@ class TestRecorded:
         expected = load_file(shared(f"reference/official_tiny_{size}_outputs.safetensors"))
         model = TinyViT.from_config(SMALL, pretrained=shared(f"reference/official_tiny.{suffix}"))
         assert not model.training
-        x = picture(2, size, size)
+        x = image(2, size, size)
         torch.testing.assert_close(model(x), expected["logits"], **CLOSE)
         x = model.patch_embed(x)
         torch.testing.assert_close(x, expected["patch_embed"], **CLOSE)
@@ -47,7 +47,7 @@ class TestRecorded:
         expected = load_file(shared("reference/timm_tiny_{}x{}_outputs.safetensors".format(*size)))
         model = TinyViT.from_config(pretrained=shared("reference/timm_tiny.safetensors"))
         assert model.config.replace(drop_path_rate=0.0) == SMALL
-        x = picture(1, *size)
+        x = image(1, *size)
         torch.testing.assert_close(model(x), expected["logits"], **CLOSE)
         for number, features in enumerate(model.forward_intermediates(x)):
             torch.testing.assert_close(features, expected[f"stage{number}"], **CLOSE)
@@ -58,14 +58,14 @@ class TestRecorded:
         assert model.config.mobile_sam
         assert model.config.img_size == 1024
         with torch.inference_mode():
-            embedding = model(picture(1, 1024, 1024))
+            embedding = model(image(1, 1024, 1024))
         torch.testing.assert_close(embedding[:, :, ::4, ::4], expected["embedding_every_4th"], **CLOSE)
         torch.testing.assert_close(embedding.mean().view(1), expected["mean"], **CLOSE)
         torch.testing.assert_close(embedding.std().view(1), expected["std"], **CLOSE)
 
 
 def kornia_network(variant: str, **kwargs) -> KorniaTinyViT:
-    """kornia's network with weights that make the output depend on the picture and on every table."""
+    """kornia's network with weights that make the output depend on the image and on every table."""
     torch.manual_seed(0)
     model = KorniaTinyViT.from_config(variant, **kwargs)
     with torch.no_grad():
@@ -98,8 +98,8 @@ class TestKornia:
         theirs = kornia_network(variant, **kwargs)
         ours = TinyViT.from_config(variant, **kwargs).eval()
         ours.load_state_dict(theirs.state_dict(), strict=True)
-        # Two pictures: with one, kornia's input gradient is wrong, as TestOnePicture shows.
-        x = picture(1 if name == "mobile_sam" else 2, size, size)
+        # Two images: with one, kornia's input gradient is wrong, as TestOneImage shows.
+        x = image(1 if name == "mobile_sam" else 2, size, size)
         ours_x, theirs_x = (x.clone().requires_grad_() for _ in range(2))
         out, expected = ours(ours_x), theirs(theirs_x)
         assert expected.std() > 0.05
@@ -124,7 +124,7 @@ class TestKornia:
         theirs = kornia_network("5m").train()
         ours = TinyViT.from_config("5m").train()
         ours.load_state_dict(theirs.state_dict())
-        x = picture(4, 224, 224)
+        x = image(4, 224, 224)
         out, expected = ours(x), theirs(x)
         torch.testing.assert_close(out, expected, **CLOSE)
         for _network, result in ((ours, out), (theirs, expected)):
@@ -149,18 +149,18 @@ class TestKornia:
             torch.testing.assert_close(ours.state_dict()[key], value)
 
 
-class TestOnePicture:
+class TestOneImage:
     def test_input_gradient(self):
-        """The gradient of one picture is right, against a difference quotient in float64.
+        """The gradient of one image is right, against a difference quotient in float64.
 
         torch 2.13's batch norm in evaluation mode returns a wrong input gradient on the CPU when the batch has one
-        picture and the gradient comes in channels-last, as from kornia's mean over tokens. ConvBN does not use
+        image and the gradient comes in channels-last, as from kornia's mean over tokens. ConvBN does not use
         it there.
         """
         ours = TinyViT.from_config("5m").eval()
         ours.load_state_dict(kornia_network("5m").state_dict())
         ours.double()
-        x = picture(1, 64, 64).double().requires_grad_()
+        x = image(1, 64, 64).double().requires_grad_()
         direction = torch.randn(x.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
         (gradient,) = torch.autograd.grad(ours(x)[0, 3], x)
         with torch.no_grad():

@@ -25,7 +25,7 @@ PACKAGED = ["chelsea.png", "horse.png", "rocket.jpg"]
 LANDSCAPES = ["000000000009.jpg", "000000000025.jpg", "000000000061.jpg"]
 PORTRAITS = ["000000000036.jpg", "000000000049.jpg", "000000000086.jpg"]  # the last one is grey
 
-#: Nothing changes a square picture of the right size, so that what is left can be seen alone.
+#: Nothing changes a square image of the right size, so that what is left can be seen alone.
 NEUTRAL = {
     "crop_scale": (1.0, 1.0),
     "crop_ratio": (1.0, 1.0),
@@ -60,7 +60,7 @@ def in_two_passes(photo: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def levels(count: int, size: int = 32) -> torch.Tensor:
-    """Plain pictures, each of its own brightness, so that a mixture tells its parts."""
+    """Plain images, each of its own brightness, so that a mixture tells its parts."""
     return (0.1 + 0.8 * torch.arange(count) / max(count - 1, 1)).view(-1, 1, 1, 1).repeat(1, 3, size, size)
 
 
@@ -113,7 +113,7 @@ class TestEvaluationPipeline:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         torch.testing.assert_close(EvaluationPipeline(64, 1.0)(x), (x - mean) / std)
 
-    def test_plain_pictures_stay_plain(self):
+    def test_plain_images_stay_plain(self):
         out = EvaluationPipeline(48, **UNIT)(torch.full((1, 3, 37, 91), 0.3))
         torch.testing.assert_close(out, torch.full((1, 3, 48, 48), 0.3))
 
@@ -177,7 +177,7 @@ class TestExceptions:
             (torch.rand(1, 3, 0, 8), ValueError, "must have pixels; got 0x8"),
         ],
     )
-    def test_pictures(self, images, error, message):
+    def test_images(self, images, error, message):
         for function in (check_images, EvaluationPipeline(8), lambda x: TrainingPipeline(8)(x, torch.zeros(1))):
             with pytest.raises(error, match=message):
                 function(images)
@@ -211,7 +211,7 @@ class TestExceptions:
 
     @pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(2, 1), torch.tensor(0)])
     def test_labels(self, labels):
-        with pytest.raises(ValueError, match="Expected 2 labels, one a picture; got the shape"):
+        with pytest.raises(ValueError, match="Expected 2 labels, one an image; got the shape"):
             TrainingPipeline(32, 10)(torch.rand(2, 3, 32, 32), labels)
 
 
@@ -230,7 +230,7 @@ class TestTrainingPipeline:
             torch.testing.assert_close(targets.sum(1), torch.ones(batch))
 
     @pytest.mark.parametrize("changes", [{"cutmix": 1.0}, {"mixup": 1.0}, {"mixup": 1.0, "cutmix": 1.0}])
-    def test_no_pictures(self, changes):
+    def test_no_images(self, changes):
         images, targets = TrainingPipeline(32, 7, **changes)(torch.rand(0, 3, 40, 40), torch.zeros(0).long())
         assert images.shape == (0, 3, 32, 32)
         assert targets.shape == (0, 7)
@@ -270,12 +270,12 @@ class TestTrainingPipeline:
             assert preset != "in1k" or not torch.equal(first, other)
         assert not torch.equal(results[0][0], results[2][0])
 
-    def test_every_picture_is_changed_alone(self):
+    def test_every_image_is_changed_alone(self):
         torch.manual_seed(0)
         for field, value in {"crop_scale": (0.1, 0.5), "policy": "rand", "color_jitter": 0.9, "erasing": 1.0}.items():
             x = torch.rand(1, 3, 32, 32).expand(6, -1, -1, -1)
             out, _ = TrainingPipeline(32, 7, **NEUTRAL | {field: value})(x, torch.arange(6))
-            assert len({picture.sum().item() for picture in out}) > 1, field
+            assert len({image.sum().item() for image in out}) > 1, field
 
     def test_flip(self):
         torch.manual_seed(0)
@@ -321,7 +321,7 @@ class TestMixing:
 
     @pytest.mark.parametrize("changes", [{"mixup": 1.0}, {"cutmix": 1.0}], ids=["mixup", "cutmix"])
     @pytest.mark.parametrize("seed", range(5))
-    def test_the_target_is_what_the_picture_holds(self, changes, seed):
+    def test_the_target_is_what_the_image_holds(self, changes, seed):
         torch.manual_seed(seed)
         x, out, targets = self.mix(**changes)
         brightness = targets @ x.mean((1, 2, 3))
@@ -329,7 +329,7 @@ class TestMixing:
         assert (targets.sum(1) - 1).abs().max() < 1e-6
         assert ((targets > 0).sum(1) > 1).sum() >= self.COUNT // 2
 
-    def test_mixup_mixes_whole_pictures(self):
+    def test_mixup_mixes_whole_images(self):
         torch.manual_seed(0)
         x = torch.rand(self.COUNT, 3, 32, 32)
         out, targets = TrainingPipeline(32, self.COUNT, **UNIT, **NEUTRAL, mixup=0.8)(x, torch.arange(self.COUNT))
@@ -341,11 +341,11 @@ class TestMixing:
         changed = (out != x).all(1)
         own = targets.diagonal()
         torch.testing.assert_close(changed.float().mean((1, 2)), 1 - own)
-        for picture, mask, target in zip(out, changed, targets.fill_diagonal_(0), strict=True):
+        for image, mask, target in zip(out, changed, targets.fill_diagonal_(0), strict=True):
             if mask.any():
                 rows, columns = mask.any(1).nonzero(), mask.any(0).nonzero()
                 assert mask.sum() == (rows.max() - rows.min() + 1) * (columns.max() - columns.min() + 1)
-                assert torch.equal(picture[:, mask], x[target.argmax(), :, 0, :1].expand(3, mask.sum()))
+                assert torch.equal(image[:, mask], x[target.argmax(), :, 0, :1].expand(3, mask.sum()))
 
     @pytest.mark.parametrize("alpha", [0.2, 1.0, 5.0])
     def test_mixup_draws_from_beta(self, alpha):
@@ -366,7 +366,7 @@ class TestMixing:
         for _ in range(40):
             out, targets = pipeline(x, torch.arange(self.COUNT))
             torch.testing.assert_close(out.mean((1, 2, 3)), targets @ x.mean((1, 2, 3)), atol=1e-4, rtol=0)
-            cut += out.flatten(1).std(1).max().item() > 1e-3  # mixup of plain pictures leaves them plain
+            cut += out.flatten(1).std(1).max().item() > 1e-3  # mixup of plain images leaves them plain
         assert 8 < cut < 32
 
 

@@ -125,10 +125,10 @@ class TestPredict:
         assert segmenter.predict([]) == []
 
     def test_equals_the_largest_logit(self, segmenter):
-        picture = torch.rand(3, 50, 77)
-        logits = segmenter(resize_images(picture[None], *fitted_size(50, 77, segmenter.config.backbone)))
+        image = torch.rand(3, 50, 77)
+        logits = segmenter(resize_images(image[None], *fitted_size(50, 77, segmenter.config.backbone)))
         wanted = torch.nn.functional.interpolate(logits, (50, 77), mode="bilinear").argmax(1)[0]
-        assert torch.equal(segmenter.predict(picture)[0], wanted)
+        assert torch.equal(segmenter.predict(image)[0], wanted)
         assert wanted.unique().numel() > 1
 
     def test_many_classes(self):
@@ -139,15 +139,15 @@ class TestPredict:
         assert found.max() > 16
 
     @pytest.mark.parametrize(
-        ("picture", "error"), [("gone.png", FileNotFoundError), (torch.rand(1, 40, 40), ValueError), (3, TypeError)]
+        ("image", "error"), [("gone.png", FileNotFoundError), (torch.rand(1, 40, 40), ValueError), (3, TypeError)]
     )
-    def test_exceptions(self, segmenter, picture, error):
+    def test_exceptions(self, segmenter, image, error):
         with pytest.raises(error):
-            segmenter.predict([picture])
+            segmenter.predict([image])
 
     @pytest.mark.parametrize("size", [(480, 640), (12000, 900), (3000, 4000), (40, 40)])
     def test_fitted_size(self, size):
-        """Windows of 7 tokens tile no picture of 512 pixels, so sides are multiples of 32."""
+        """Windows of 7 tokens tile no image of 512 pixels, so sides are multiples of 32."""
         height, width = fitted_size(*size, TinyViTConfig(img_size=512))
         assert (height % 32, width % 32) == (0, 0)
         assert height * width == pytest.approx(512**2, rel=0.1)

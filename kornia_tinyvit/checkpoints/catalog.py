@@ -43,10 +43,10 @@ class PretrainedWeights:
         name: what to pass as ``pretrained``.
         trained_on: data and labels it learned from.
         num_classes: classes of its head.
-        img_size: side in pixels of the pictures it was trained on last.
+        img_size: side in pixels of the images it was trained on last.
         urls: where the file lies, best first; empty for weights that come with the package.
         fallback: the same weights in timm's layout, tried when none of ``urls`` answers.
-        top1: top-1 accuracy in per cent on the classes' test pictures, where known.
+        top1: top-1 accuracy in per cent on the classes' test images, where known.
         top5: top-5 accuracy in per cent, likewise.
         asset: file name inside the package.
         mobile_sam: the file holds MobileSAM's image encoder.
@@ -234,7 +234,7 @@ def default_weights(variant: str, img_size: int | None = None) -> PretrainedWeig
 
     Args:
         variant: a named variant.
-        img_size: side in pixels of the pictures to come; at 384 and 512 there is a 21m made for them.
+        img_size: side in pixels of the images to come; at 384 and 512 there is a 21m made for them.
     """
     entries = list_pretrained(variant)
     fitting = [weights for weights in entries if weights.name.startswith("in1k_") and weights.name[5:].isdigit()]

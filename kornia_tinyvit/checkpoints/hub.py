@@ -41,7 +41,7 @@ _ELSEWHERE = ("num_classes", "use_checkpoint", "mobile_sam")  # told by labels, 
 #: What the fields of a network's configuration are called in transformers.
 TRANSFORMERS_NAMES = {each.name: each.name for each in dataclasses.fields(TinyViTConfig) if each.name not in _ELSEWHERE}
 TRANSFORMERS_NAMES |= {"img_size": "image_size", "in_chans": "num_channels"}
-# The size of the picture is part of timm's preprocessing.
+# The size of the image is part of timm's preprocessing.
 _NO_TENSORS = ("img_size", "drop_rate", "drop_path_rate", "activation")
 #: The arguments of timm's TinyVit that decide its tensors.
 _TIMM_ARGUMENTS = tuple(name for name in TRANSFORMERS_NAMES if name not in _NO_TENSORS)

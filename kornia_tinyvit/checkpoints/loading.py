@@ -182,7 +182,7 @@ def open_pretrained(
     Args:
         pretrained: ``True``, a name of the catalog, a path, a URL, or a checkpoint that was read before.
         config: the variant or configuration that was asked for, if one was.
-        img_size: side in pixels of the pictures to come, which may choose between weights.
+        img_size: side in pixels of the images to come, which may choose between weights.
 
     Returns:
         The checkpoint. Its configuration is the asked one where that was a whole configuration, else the published one
@@ -228,7 +228,7 @@ def load_checkpoint(
         model: a :class:`~kornia_tinyvit.TinyViT`.
         source: path, URL, state dict, or what :func:`~kornia_tinyvit.checkpoints.read_checkpoint` returned.
         window_adaptation: how a bias table follows another window: ``"interpolate"`` (bicubic), when the windows scale
-            with the picture, or ``"cut"``, when they are clipped and a token's neighbours stay where they are.
+            with the image, or ``"cut"``, when they are clipped and a token's neighbours stay where they are.
 
     Returns:
         What was adapted and what was left out.

@@ -25,7 +25,7 @@ __all__ = ["app", "main"]
 
 app = typer.Typer(
     name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify and segment pictures, find objects; train, distil, contract, "
+    help="TinyViT for kornia and PyTorch: classify and segment images, find objects; train, distil, contract, "
     "evaluate and export networks.",
     no_args_is_help=True,
     add_completion=False,
@@ -48,7 +48,7 @@ def main() -> None:
     except (MemoryError, RuntimeError) as error:
         if not _lacks_memory(error):
             raise
-        print("Error: The memory does not suffice; try fewer pictures at a time, or smaller ones.", file=sys.stderr)
+        print("Error: The memory does not suffice; try fewer images at a time, or smaller ones.", file=sys.stderr)
         raise SystemExit(1) from None
 
 

@@ -17,7 +17,7 @@ from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.export import Method
 from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, build_network, refuse_idle
 from kornia_tinyvit.cli.tables import print_table
-from kornia_tinyvit.deploy.benchmark import DTYPES, Benchmark, Row, read_pictures
+from kornia_tinyvit.deploy.benchmark import DTYPES, Benchmark, Row, read_images
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.measurement import describe_machine
 
@@ -32,12 +32,12 @@ def benchmark(
     device: Device = "cpu",
     engines: Annotated[str, typer.Option(help="Which engines, with commas between them.")] = ",".join(ENGINES),
     dtypes: Annotated[str, typer.Option(help=f"Which of {', '.join(DTYPES)}.")] = "float32,bfloat16,int8",
-    batch_sizes: Annotated[str, typer.Option(help="Pictures at a time, with commas between them.")] = "1,16",
+    batch_sizes: Annotated[str, typer.Option(help="Images at a time, with commas between them.")] = "1,16",
     repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each; their median is told.")] = 15,
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch takes, one a core.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled pictures, as for 'evaluate', to calibrate int8 on and judge by."),
+        typer.Option(help="Labelled images, as for 'evaluate', to calibrate int8 on and judge by."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many of them to judge by.")] = 1000,
     method: Annotated[Method, typer.Option(help="What to run.")] = Method.forward,
@@ -48,7 +48,7 @@ def benchmark(
 ) -> None:
     """Measure in turn how fast engines run a network here, and how far its answers stay the same.
 
-    Without --variant and --pretrained it is the network in the package. It gets normalised pictures from memory.
+    Without --variant and --pretrained it is the network in the package. It gets normalised images from memory.
     """
     if data is None:
         refuse_idle(context, ("limit",), "without --data")
@@ -67,11 +67,11 @@ def benchmark(
         classifier = build_network(ImageClassifier, variant, False, device, img_size)
     else:
         classifier = build_classifier(variant, pretrained, device, img_size)
-    pictures = None if data is None else read_pictures(classifier, data, limit)
+    images = None if data is None else read_images(classifier, data, limit)
     for row in rows:
-        if row.dtype == "int8" and pictures is None:
-            row.refused = "int8 is calibrated on pictures: give --data"
-    bench = Benchmark(classifier.model, method.value, pictures, judged=not random)
+        if row.dtype == "int8" and images is None:
+            row.refused = "int8 is calibrated on images: give --data"
+    bench = Benchmark(classifier.model, method.value, images, judged=not random)
     bench.measure(rows, repetitions, progress=not as_json and sys.stdout.isatty())
     machine = describe_machine(device, tuned)
     report = {
@@ -112,8 +112,8 @@ def _numbers(text: str) -> list[int]:
 def _show(rows: list[Row], bench: Benchmark) -> None:
     columns = {
         "ms": ("ms", ".2f"),
-        "per s": ("pictures_per_second", ".0f"),
-        "peak %": ("peak_share", ".0f"),
+        "per s": ("images_per_second", ".0f"),
+        "peak %": ("peak_fraction", ".0f"),
         "warm-up s": ("warmup_s", ".1f"),
     }
     if bench.top1 is not None:
@@ -128,7 +128,7 @@ def _show(rows: list[Row], bench: Benchmark) -> None:
     for row in {(row.engine, row.dtype): row for row in rows if row.refused}.values():
         print(f"{row.engine} {row.dtype}: {row.refused}")
     peaks = ", ".join(f"{name} {_number(peak, '.0f')}" for name, peak in bench.peaks.items())
-    print(f"{bench.flops / 1e9:.2f} GFLOP a picture; GFLOP/s of large matrix products: {peaks}")
+    print(f"{bench.flops / 1e9:.2f} GFLOP an image; GFLOP/s of large matrix products: {peaks}")
     if bench.top1 is not None:
         print(f"top-1 of the network as it is: {bench.top1:.2f} %")
 

@@ -14,7 +14,7 @@ from kornia_tinyvit.cli.tables import print_table
 
 
 def classify(
-    photos: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    photos: Annotated[list[Path], typer.Argument(help="Image files.")],
     top_k: Annotated[int, typer.Option(help="How many classes to name.")] = 5,
     variant: Variant = None,
     pretrained: Pretrained = None,

@@ -39,11 +39,11 @@ class From(StrEnum):
 class ContractRequest(shared.TrainingRequest):
     """The options of ``contract``."""
 
-    data: Annotated[Path, typer.Argument(help="Pictures: class folders, parquet files or tar files, as for 'train'.")]
+    data: Annotated[Path, typer.Argument(help="Images: class folders, parquet files or tar files, as for 'train'.")]
     max_parameters: Amount = None
     max_macs: Amount = None
-    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one picture, in --engine.")] = None
-    min_throughput: Annotated[float | None, typer.Option(help="Pictures a second in batches, in --engine.")] = None
+    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one image, in --engine.")] = None
+    min_throughput: Annotated[float | None, typer.Option(help="Images a second in batches, in --engine.")] = None
     max_memory: Amount = None
     steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8
     refine: Annotated[
@@ -58,11 +58,11 @@ class ContractRequest(shared.TrainingRequest):
     start: Annotated[
         From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
     ] = From.inherit
-    store: Annotated[Path | None, typer.Option(help="Soft labels of these pictures to learn from.")] = None
+    store: Annotated[Path | None, typer.Option(help="Soft labels of these images to learn from.")] = None
     recipe: shared.RecipeName = "in1k"
     epochs: Annotated[int, typer.Option(min=1, help="Epochs that each candidate is trained for.")] = 1
     hold_out: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the pictures to measure on where there is no --validation.")
+        float, typer.Option(min=0, max=1, help="Share of the images to measure on where there is no --validation.")
     ] = 0.01
     out: shared.Out = Path("runs/contract")
     processes: Annotated[int, typer.Option(min=1, help="Candidates that are trained at a time.")] = 1
@@ -71,7 +71,7 @@ class ContractRequest(shared.TrainingRequest):
         str, typer.Option("--dtype", help=f"Type that the engine computes in: {', '.join(DTYPES)}.")
     ] = "float32"
     device: Device = "cpu"
-    engine_batch: Annotated[int, typer.Option(min=1, help="Pictures at a time for the throughput.")] = 16
+    engine_batch: Annotated[int, typer.Option(min=1, help="Images at a time for the throughput.")] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -120,7 +120,7 @@ def contract(context: typer.Context, asked: ContractRequest) -> None:
         objective, replays = StoredLabels(opened, samples.augmentation), shared.whole_epochs(opened, recipe.epochs)
         if opened.manifest.num_classes != images.num_classes:
             raise ValueError(
-                f"The teacher knows {opened.manifest.num_classes} classes, but the pictures have {images.num_classes}."
+                f"The teacher knows {opened.manifest.num_classes} classes, but the images have {images.num_classes}."
             )
     evaluate = contraction.ProxyTraining(
         samples, measured, recipe, out / "training", objective, asked.start.value, replays, asked.seed,
@@ -158,7 +158,7 @@ def _split(
     if validation is not None:
         return images, validation
     if asked.store is not None:
-        raise ValueError("A store holds labels of all the pictures, so none can be held out: give --validation.")
+        raise ValueError("A store holds labels of all the images, so none can be held out: give --validation.")
     return images.split(max(1, round(asked.hold_out * len(images))))
 
 

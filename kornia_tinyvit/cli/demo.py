@@ -21,7 +21,7 @@ _HOST, _SAM = "127.0.0.1", "mobile_sam"
 
 def demo(
     context: typer.Context,
-    photos: Annotated[list[Path] | None, typer.Argument(help="Picture files. Default: those in the package.")] = None,
+    photos: Annotated[list[Path] | None, typer.Argument(help="Image files. Default: those in the package.")] = None,
     out: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("demo"),
     variant: Variant = None,
     pretrained: Pretrained = None,
@@ -57,7 +57,7 @@ def demo(
             raise FileNotFoundError(f"There is no file {sam} for --sam.")
         missing = [path for path in photos if not path.is_file()]
         if missing:
-            raise FileNotFoundError(f"There is no picture {missing[0]}.")
+            raise FileNotFoundError(f"There is no image {missing[0]}.")
         classifier = build_classifier(variant, pretrained, device, tta=True)
         # A script's empty variable means the default: an empty address would listen to the whole network.
         serve(classifier, sam, device, photos, host or _HOST, port)

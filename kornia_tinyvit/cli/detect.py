@@ -18,9 +18,9 @@ from kornia_tinyvit.visualization import draw_detections, save_image
 
 
 def detect(
-    photos: Annotated[list[Path], typer.Argument(help="Picture files.")],
+    photos: Annotated[list[Path], typer.Argument(help="Image files.")],
     checkpoint: Annotated[Path, typer.Option(help="A detector's file, such as 'train --task detection' writes.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures with boxes and detections.json.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder for the images with boxes and detections.json.")] = Path(
         "detections"
     ),
     threshold: Annotated[float, typer.Option(min=0, max=0.999, help="Least score of what is told.")] = 0.3,

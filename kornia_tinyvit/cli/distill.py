@@ -30,7 +30,7 @@ distill = typer.Typer(
     help="Store a teacher's soft labels once, check them, and train students on them.", no_args_is_help=True
 )
 
-Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Pictures at a time.")]
+Batch = Annotated[int, typer.Option("--batch-size", min=1, help="Images at a time.")]
 PATIENCE = 1800.0  # seconds without the next shard after which a teacher is taken for dead
 
 
@@ -116,7 +116,7 @@ class CheckRequest(StoreRequest):
 @command
 def check(context: typer.Context, asked: CheckRequest) -> None:
     """Recompute a sample of the stored records with the teacher and tell the largest difference."""
-    # Of pictures that could not be read the store says so, too; any other record of theirs does not pass.
+    # Of images that could not be read the store says so, too; any other record of theirs does not pass.
     samples = asked.samples(find_recipe(asked.recipe, img_size=asked.img_size), "skip")
     teacher, told_of_teacher = asked.load_teacher()
     opened = LabelStore(asked.store)
@@ -149,7 +149,7 @@ class TrainRequest(shared.LoopRequest):
         int | None,
         typer.Option(min=1, help="Stored epochs to replay in turn, waiting for those that a teacher is still writing."),
     ] = None
-    hard_share: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels.")] = 0.0
+    hard_weight: Annotated[float, typer.Option(min=0, max=1, help="Weight of the true labels.")] = 0.0
 
 
 @distill.command()
@@ -160,11 +160,11 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
     The augmentation has to be the one the labels were stored with: the same recipe, seed and size. A training with
     more epochs than are stored replays them again. With --replays it may start while the teacher still writes.
     """
-    replays, hard_share = asked.replays, asked.hard_share
+    replays, hard_weight = asked.replays, asked.hard_weight
     if (asked.store is None) == (asked.teacher is None):
         raise ValueError("Give either the folder of a store or --teacher.")
-    if asked.teacher is not None and (hard_share or replays is not None):
-        raise ValueError("--hard-share and --replays belong to a store; leave them out with --teacher.")
+    if asked.teacher is not None and (hard_weight or replays is not None):
+        raise ValueError("--hard-weight and --replays belong to a store; leave them out with --teacher.")
     recipe = asked.find_recipe(asked.recipe)
     samples = asked.samples(recipe, asked.on_broken)
     objective: StoredLabels | OnlineTeacher
@@ -175,15 +175,15 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
             shown = list(range(replays))
         else:  # a training that is resumed keeps its epochs, though its store may have grown since
             shown = (RunFolder(asked.out).begun() or {}).get("replays") or shared.whole_epochs(opened, recipe.epochs)
-        objective = StoredLabels(opened, samples.augmentation, hard_share, patience=0 if replays is None else PATIENCE)
+        objective = StoredLabels(opened, samples.augmentation, hard_weight, patience=0 if replays is None else PATIENCE)
         classes = opened.manifest.num_classes
     else:
         network = load_teacher(str(asked.teacher))
         objective, classes = OnlineTeacher(network, asked.dtype), _count_classes(network, samples)
-    if (hard_share or asked.validation is not None) and samples.images.num_classes != classes:
+    if (hard_weight or asked.validation is not None) and samples.images.num_classes != classes:
         raise ValueError(
             f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "
-            "beside what it says: leave out --hard-share and --validation."
+            "beside what it says: leave out --hard-weight and --validation."
         )
     names = samples.images.class_names
     asked.train(

@@ -37,7 +37,7 @@ from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, 
 IMAGENET_22K = 21841
 
 
-#: What to do about pictures that cannot be decoded.
+#: What to do about images that cannot be decoded.
 OnBroken = StrEnum("OnBroken", ("stop", "skip"))
 
 
@@ -58,9 +58,9 @@ class EvaluateRequest:
     img_size: options.ImgSize = None
     device: options.Device = "cpu"
     tta: options.Augmented = False
-    batch_size: Annotated[int, typer.Option(min=1, help="Pictures at a time; masks are predicted one by one.")] = 64
-    limit: Annotated[int | None, typer.Option(min=1, help="Use so many pictures, drawn with a fixed seed.")] = None
-    workers: Annotated[int, typer.Option(min=0, help="Processes that read pictures.")] = 0
+    batch_size: Annotated[int, typer.Option(min=1, help="Images at a time; masks are predicted one by one.")] = 64
+    limit: Annotated[int | None, typer.Option(min=1, help="Use so many images, drawn with a fixed seed.")] = None
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read images.")] = 0
     per_class: Annotated[
         bool, typer.Option("--per-class", help="Tell the top-1 accuracy, or the IoU, of each class.")
     ] = False
@@ -70,7 +70,7 @@ class EvaluateRequest:
         None
     )
     linear: Annotated[Path | None, typer.Option(help="Also train a linear classifier on the features of this.")] = None
-    on_broken: Annotated[OnBroken, typer.Option(help="What to do about pictures that cannot be read.")] = OnBroken.stop
+    on_broken: Annotated[OnBroken, typer.Option(help="What to do about images that cannot be read.")] = OnBroken.stop
     split: Annotated[str, typer.Option(help="Semantic, promptable, detection: which part of the data.")] = "val"
     min_area: MinArea = 1
     as_json: options.Json = False
@@ -82,7 +82,7 @@ class EvaluateRequest:
 
 
 _FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
-# Masks are predicted a picture at a time.
+# Masks are predicted an image at a time.
 _IDLE = {
     TaskName.classification: ("split", "min_area"),
     TaskName.semantic: (*_FOR_CLASSIFIERS, "batch_size", "min_area"),
@@ -93,7 +93,7 @@ _IDLE = {
 
 @command
 def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
-    """Measure the accuracy on labelled pictures."""
+    """Measure the accuracy on labelled images."""
     options.refuse_idle(context, _IDLE[asked.task], f"with --task {asked.task}")
     open_both, describe, show = _TASKS[asked.task]
     network, images = open_both(asked)
@@ -103,8 +103,8 @@ def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
     broken = evaluate_network(module, evaluator, asked.workers, progress=not asked.as_json)
     found = evaluator.counts.compute()
     if asked.task is TaskName.promptable and not found["instances"]:
-        raise ValueError(f"None of {len(images)} pictures has an object of at least {asked.min_area} pixels.")
-    report = {"pictures": len(images) - len(broken), **describe(found, network, asked)}
+        raise ValueError(f"None of {len(images)} images has an object of at least {asked.min_area} pixels.")
+    report = {"images": len(images) - len(broken), **describe(found, network, asked)}
     if asked.knn is not None or asked.linear is not None:
         report |= _probe(network, images, asked, broken)
     if asked.as_json:
@@ -168,18 +168,18 @@ def _describe_classes(found: Evaluation, network: ImageClassifier, asked: Evalua
     names = network.class_names
     report: dict[str, Any] = {"top1": round(found.top1, 2), f"top{found.top_k}": round(found.top5, 2)}
     if asked.per_class:
-        rows = zip(names, found.class_pictures.tolist(), found.per_class.tolist(), strict=True)
+        rows = zip(names, found.class_images.tolist(), found.per_class.tolist(), strict=True)
         report["per_class"] = [
-            {"class": name, "pictures": count, "top1": round(top1, 2)} for name, count, top1 in rows if count
+            {"class": name, "images": count, "top1": round(top1, 2)} for name, count, top1 in rows if count
         ]
     if asked.confusion:
         report["confusion"] = [
-            {"class": names[truth], "taken_for": names[answer], "pictures": count}
+            {"class": names[truth], "taken_for": names[answer], "images": count}
             for truth, answer, count in found.confusions()
         ]
     if asked.calibration:
         bins = [
-            {"pictures": int(count), "score": round(score, 2), "top1": round(top1, 2)}
+            {"images": int(count), "score": round(score, 2), "top1": round(top1, 2)}
             for count, score, top1 in found.calibration_bins.tolist()
             if count
         ]
@@ -260,7 +260,7 @@ def _features(
 
 
 def _targets_in(training: ClassificationDataset, images: ClassificationDataset, labels: Tensor) -> Tensor:
-    """Return the classes of pictures as indices of the training data's classes: by name where both tell names."""
+    """Return the classes of images as indices of the training data's classes: by name where both tell names."""
     if training.class_names is None or images.class_names is None:
         return labels
     unknown = sorted(set(images.class_names) - set(training.class_names))
@@ -271,12 +271,12 @@ def _targets_in(training: ClassificationDataset, images: ClassificationDataset, 
 
 def _show_classes(report: dict[str, Any]) -> None:
     if "per_class" in report:
-        rows = [(row["class"], row["pictures"], f"{row['top1']:.2f}") for row in report["per_class"]]
-        print_table(("class", "pictures", "top-1"), rows)
+        rows = [(row["class"], row["images"], f"{row['top1']:.2f}") for row in report["per_class"]]
+        print_table(("class", "images", "top-1"), rows)
     shares = [f"{name.replace('top', 'top-')} {report[name]:.2f} %" for name in report if name.startswith("top")]
-    print(f"{report['pictures']} pictures: {', '.join(shares)}")
+    print(f"{report['images']} images: {', '.join(shares)}")
     for row in report.get("confusion", []):
-        print(f"{row['class']} taken for {row['taken_for']}: {row['pictures']}")
+        print(f"{row['class']} taken for {row['taken_for']}: {row['images']}")
     if "calibration" in report:
         print(f"expected calibration error {report['calibration']['error']:.2f} %")
     for name, title in (("knn", "nearest neighbours"), ("linear", "linear classifier")):
@@ -289,14 +289,14 @@ def _show_pixels(report: dict[str, Any]) -> None:
         rows = [(row["class"], row["pixels"], f"{row['iou']:.2f}") for row in report["per_class"]]
         print_table(("class", "pixels", "IoU"), rows)
     print(
-        f"{report['pictures']} pictures: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
+        f"{report['images']} images: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
         f"classes, pixel accuracy {report['pixel_accuracy']:.2f} %"
     )
 
 
 def _show_objects(report: dict[str, Any]) -> None:
     print(
-        f"{report['pictures']} pictures, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % from a "
+        f"{report['images']} images, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % from a "
         f"box each, {report['point_iou']:.2f} % from a point each"
     )
 
@@ -305,7 +305,7 @@ def _show_boxes(report: dict[str, Any]) -> None:
     if "per_class" in report:
         print_table(("class", "mAP"), [(name, f"{value:.2f}") for name, value in report["per_class"].items()])
     print(
-        f"{report['pictures']} pictures, {report['objects']} objects: mAP {report['map']:.2f} %, "
+        f"{report['images']} images, {report['objects']} objects: mAP {report['map']:.2f} %, "
         f"at an overlap of 50 % {report['map50']:.2f} %, of 75 % {report['map75']:.2f} %"
     )
 

@@ -21,7 +21,7 @@ from kornia_tinyvit.model import TinyViT
 Method = StrEnum("Method", ("forward", "forward_features", "forward_intermediates"))
 
 
-#: What pictures are made of.
+#: What images are made of.
 Pixels = StrEnum("Pixels", ("normalized", "unit", "uint8"))
 
 
@@ -38,7 +38,7 @@ def export(
         typer.Option(help="What comes in: normalized (the default), unit (0 to 1; the default of photos) or uint8."),
     ] = None,
     method: Annotated[Method, typer.Option(help="What the graph returns.")] = Method.forward,
-    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take pictures of any size.")] = False,
+    dynamic_size: Annotated[bool, typer.Option("--dynamic-size", help="Take images of any size.")] = False,
     opset: Annotated[int | None, typer.Option(help="Version of ONNX's operators. Default: 20.")] = None,
     compiled: Annotated[bool, typer.Option("--compiled", help="Compile a .pt2 for this kind of machine.")] = False,
     as_json: Json = False,
@@ -71,7 +71,7 @@ def export(
         return
     outputs = ", ".join(_shape(shape) for shape in report["outputs"])
     taken = f"{_shape(report['input'])} {report['dtype']}, {report['pixels']}"
-    print(f"{out}: {report['bytes'] / 1e6:.1f} MB, from pictures {taken}, to {outputs}")
+    print(f"{out}: {report['bytes'] / 1e6:.1f} MB, from images {taken}, to {outputs}")
 
 
 def _build(
@@ -90,7 +90,7 @@ def _build(
 def _describe(model: nn.Module, **settings: Any) -> dict[str, Any]:
     """Return shapes of input and outputs; sizes that are left open are letters, and outputs those of the usual size."""
     task = ExportTask(model, **settings)
-    images = task.pictures(1, task.size)
+    images = task.example_images(1, task.size)
     sides = ("H", "W") if task.dynamic_size else task.size
     return {
         "method": task.graph.method,

@@ -27,7 +27,7 @@ ImgSize = Annotated[int | None, typer.Option(help="Side in pixels to run at. Def
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and a closer look (3 times the work).")]
 
-MinArea = Annotated[int, typer.Option(min=1, help="Promptable: leave out objects of fewer pixels of their picture.")]
+MinArea = Annotated[int, typer.Option(min=1, help="Promptable: leave out objects of fewer pixels of their image.")]
 
 
 Network = TypeVar("Network", bound=nn.Module)

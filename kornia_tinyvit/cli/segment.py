@@ -33,7 +33,7 @@ Prompts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def segment(
-    photo: Annotated[Path, typer.Argument(help="Picture file.")],
+    photo: Annotated[Path, typer.Argument(help="Image file.")],
     point: Annotated[
         list[str] | None,
         typer.Option(help="x,y on the object, or x,y,0 off it; several describe one object. In pixels of the photo."),
@@ -66,8 +66,8 @@ def segment(
     prompts = _parse(point or [], box or [], everything)
     pixels = read_pixels(photo)
     sam = _build(variant, checkpoint, device, _parse_size(img_size))
-    picture = to_pil(pixels)
-    found = _everything(sam, picture) if everything else _prompted(sam, picture, prompts)
+    image = to_pil(pixels)
+    found = _everything(sam, image) if everything else _prompted(sam, image, prompts)
     written = _write(out, photo, pixels, found, prompts, mask_format)
     if as_json:
         rows = [{name: value for name, value in each.items() if name != "segmentation"} for each in found]
@@ -127,9 +127,9 @@ def _build(variant: str | None, checkpoint: str | None, device: str, size: int |
         raise CheckpointError(f"{error} On the command line that is --checkpoint FILE.") from error
 
 
-def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
+def _everything(sam: MobileSAM, image: Image.Image) -> Found:
     # Encoded, because hundreds of masks of a large photo do not fit into memory.
-    masks = sam.generate_masks(picture, output_mode="coco_rle")
+    masks = sam.generate_masks(image, output_mode="coco_rle")
     return [
         {
             "segmentation": mask.segmentation,
@@ -143,11 +143,11 @@ def _everything(sam: MobileSAM, picture: Image.Image) -> Found:
     ]
 
 
-def _prompted(sam: MobileSAM, picture: Image.Image, prompts: Prompts) -> Found:
+def _prompted(sam: MobileSAM, image: Image.Image, prompts: Prompts) -> Found:
     points, labels, boxes = prompts
     if points is not None and labels is not None:
         points, labels = points[None], labels[None]
-    best = sam.predict_best(sam.embed(picture), points, labels, boxes)
+    best = sam.predict_best(sam.embed(image), points, labels, boxes)
     masks = best.masks()[:, 0].cpu()
     found = []
     for mask, corners, score in zip(masks, mask_boxes(masks).long().tolist(), best.scores[:, 0].tolist(), strict=True):

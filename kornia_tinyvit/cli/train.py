@@ -28,7 +28,7 @@ Frozen = StrEnum("Frozen", ("image_encoder", "prompt_encoder"))
 
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
-    TaskName.promptable: ("freeze", "prompts", "box_share", "min_area"),
+    TaskName.promptable: ("freeze", "prompts", "box_fraction", "min_area"),
     TaskName.detection: ("queries",),
 }
 
@@ -40,7 +40,7 @@ class TrainRequest(shared.LoopRequest):
     data: Annotated[
         Path,
         typer.Argument(
-            help="Pictures: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
+            help="Images: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
             "a folder with images and masks, or a YAML file that names those of train and val and the classes. "
             "Promptable: a folder with images and masks or labels, or a YAML file that names images and instances. "
             "Detection: the YAML file of a YOLO data set, a JSON file of COCO's, or a folder with one of them."
@@ -49,7 +49,7 @@ class TrainRequest(shared.LoopRequest):
     task: Annotated[
         TaskName,
         typer.Option(
-            help="classification: a class a picture; semantic: a class a pixel; promptable: MobileSAM, on a mask for "
+            help="classification: a class an image; semantic: a class a pixel; promptable: MobileSAM, on a mask for "
             "each object; detection: boxes, by RT-DETR."
         ),
     ] = TaskName.classification
@@ -64,17 +64,17 @@ class TrainRequest(shared.LoopRequest):
     freeze: Annotated[
         list[Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
     ] = None
-    prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of a picture to ask for each time.")] = 8
-    box_share: Annotated[
+    prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of an image to ask for each time.")] = 8
+    box_fraction: Annotated[
         float, typer.Option(min=0, max=1, help="Promptable: share of boxes among the prompts; the others are points.")
     ] = 0.5
     min_area: MinArea = 1
-    queries: Annotated[int, typer.Option(min=1, help="Detection: how many objects a picture may show.")] = 300
+    queries: Annotated[int, typer.Option(min=1, help="Detection: how many objects an image may show.")] = 300
 
 
 @command
 def train(context: typer.Context, asked: TrainRequest) -> None:
-    """Train a network on labelled pictures; start it with torchrun or accelerate launch for several GPUs."""
+    """Train a network on labelled images; start it with torchrun or accelerate launch for several GPUs."""
     idle = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not asked.task for name in names)
     refuse_idle(context, idle, f"with --task {asked.task}")
     if asked.validation is None:
@@ -84,8 +84,8 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
     task, model, samples, objective, validation = _PLANS[asked.task](asked, recipe)
     images = samples.images
     if not asked.as_json:
-        missing = (*getattr(images, "without_mask", ()), *getattr(images, "without_picture", ()))
-        print_names("Left out, since their pictures or masks are missing", missing)
+        missing = (*getattr(images, "without_mask", ()), *getattr(images, "without_image", ()))
+        print_names("Left out, since their images or masks are missing", missing)
         print_names("Boxes left out", getattr(images, "left_out", ()))
     asked.train(
         model,
@@ -132,7 +132,7 @@ def _plan_segmenter(asked: TrainRequest, recipe: Recipe) -> _Plan:
 def _plan_promptable(asked: TrainRequest, recipe: Recipe) -> _Plan:
     images = asked.drawn(InstanceDataset.open(asked.data, "train", asked.min_area))
     augmentation = _augment(
-        asked, recipe, training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_share)
+        asked, recipe, training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_fraction)
     )
     sam = asked.network(training.build_sam, recipe, scaled=False)  # windows are MobileSAM's own at every size
     held_out = asked.validation

@@ -25,8 +25,8 @@ from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
 
 RecipeName = Annotated[str, typer.Option("--recipe", help=f"{', '.join(RECIPES)}.")]
 Epochs = Annotated[int | None, typer.Option(min=1, help="Epochs. Default: the recipe's.")]
-Workers = Annotated[int, typer.Option(min=0, help="Processes that read pictures.")]
-OnBroken = Annotated[str, typer.Option(help="What to do at a picture that cannot be read: stop or skip.")]
+Workers = Annotated[int, typer.Option(min=0, help="Processes that read images.")]
+OnBroken = Annotated[str, typer.Option(help="What to do at an image that cannot be read: stop or skip.")]
 Out = Annotated[Path, typer.Option(help="Folder for weights, metrics and state; the same one goes on after a stop.")]
 
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
@@ -39,12 +39,12 @@ class DataRequest:
 
     data: Annotated[
         Path,
-        typer.Argument(help="Pictures: class folders, parquet files of the Hugging Face hub, or tar files."),
+        typer.Argument(help="Images: class folders, parquet files of the Hugging Face hub, or tar files."),
     ]
     img_size: Annotated[int | None, typer.Option(min=32, help="Side in pixels. Default: the recipe's.")] = None
     seed: Annotated[int, typer.Option(min=0, help="Seed of the order and the augmentation.")] = 0
     precision: Annotated[str, typer.Option(help="no, bf16 or fp16.")] = "no"
-    limit: Annotated[int | None, typer.Option(min=2, help="Use so many pictures, drawn with a fixed seed.")] = None
+    limit: Annotated[int | None, typer.Option(min=2, help="Use so many images, drawn with a fixed seed.")] = None
     as_json: Json = False
 
     def __post_init__(self) -> None:
@@ -77,14 +77,12 @@ class TrainingRequest(DataRequest):
         str, typer.Option(help="1m, 5m, 11m or 21m; or a file, for a network like the one it holds.")
     ] = "5m"
     out: Out
-    validation: Annotated[Path | None, typer.Option(help="Pictures to measure the accuracy on after each epoch.")] = (
-        None
-    )
+    validation: Annotated[Path | None, typer.Option(help="Images to measure the accuracy on after each epoch.")] = None
     pretrained: Annotated[str | None, typer.Option(help="Weights to start from: a name, a path or a URL.")] = None
     epochs: Epochs = None
     batch_size: Annotated[int | None, typer.Option(min=2, help="Global batch. Default: the recipe's.")] = None
     process_batch: Annotated[
-        int | None, typer.Option(min=2, help="Pictures at a time; gradients add up to the batch.")
+        int | None, typer.Option(min=2, help="Images at a time; gradients add up to the batch.")
     ] = None
     base_lr: Annotated[float | None, typer.Option(help="Learning rate for a batch of 512.")] = None
     cpu: Annotated[bool, typer.Option("--cpu", help="Stay on the CPU where there is a GPU.")] = False

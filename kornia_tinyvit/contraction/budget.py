@@ -23,7 +23,7 @@ from kornia_tinyvit.model import TinyViT
 
 __all__ = ["Bench", "Budget", "Costs", "count"]
 
-#: Costs by name: ``parameters``, ``macs``, ``memory`` in bytes, ``latency_ms``, ``throughput`` in pictures a second.
+#: Costs by name: ``parameters``, ``macs``, ``memory`` in bytes, ``latency_ms``, ``throughput`` in images a second.
 Costs = dict[str, float]
 
 
@@ -33,10 +33,10 @@ class Budget:
 
     Args:
         max_parameters: weights, the head's included.
-        max_macs: multiply-accumulates for one picture: half of what :mod:`torch.utils.flop_counter` counts.
-        max_latency_ms: median milliseconds for one picture, in the engine of a :class:`Bench`.
-        min_throughput: pictures a second in batches, in that engine.
-        max_memory: bytes of the weights and of what is held at once on the way of one picture, see :func:`count`.
+        max_macs: multiply-accumulates for one image: half of what :mod:`torch.utils.flop_counter` counts.
+        max_latency_ms: median milliseconds for one image, in the engine of a :class:`Bench`.
+        min_throughput: images a second in batches, in that engine.
+        max_memory: bytes of the weights and of what is held at once on the way of one image, see :func:`count`.
 
     Raises:
         ValueError: if there is no limit, or one is not positive.
@@ -95,7 +95,7 @@ class Bench:
         engine: engine of :func:`~kornia_tinyvit.deploy.optimize`; ``"auto"`` for the fastest that is installed.
         dtype: type to compute in.
         device: where to run.
-        batch_size: pictures at a time for the throughput; the latency is that of one picture.
+        batch_size: images at a time for the throughput; the latency is that of one image.
         repetitions: timed runs; their median counts.
 
     Raises:
@@ -138,7 +138,7 @@ class Bench:
         steps = {}
         for name in wanted:
             images = torch.randn(batches[name], config.in_chans, *_square(config, 1), device=self.device)
-            # int8 takes the ranges of its numbers from pictures; which ones they are does not change the time.
+            # int8 takes the ranges of its numbers from images; which ones they are does not change the time.
             calibration = [images] if self.dtype == torch.int8 else []
             run = optimize(network, self.engine, self.dtype, example=images, calibration=calibration)
             steps[name] = as_step(run, images)
@@ -151,12 +151,12 @@ def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
     """Count what a network costs on any machine, without building it.
 
     Args:
-        config: the network; pictures have its ``img_size``.
+        config: the network; images have its ``img_size``.
         dtype: type of the weights and maps, for the memory.
 
     Returns:
-        ``parameters``; ``macs`` for one picture; and ``memory``: bytes of the weights and of the maps that plain
-        PyTorch holds at once, at the worst place of the way of one picture. Engines plan their memory otherwise, but
+        ``parameters``; ``macs`` for one image; and ``memory``: bytes of the weights and of the maps that plain
+        PyTorch holds at once, at the worst place of the way of one image. Engines plan their memory otherwise, but
         the widest place is the same.
 
     Raises:
@@ -184,8 +184,8 @@ _Part = tuple[Any, ...]  # class, its arguments, shape of its input
 
 def _parts(config: TinyViTConfig) -> Iterator[tuple[_Part, int]]:
     """Yield what the network is made of, and how often: a search meets the same blocks again and again."""
-    activation, pictures = config.activation, (1, config.in_chans, *_square(config, 1))
-    yield (PatchEmbed, (config.in_chans, config.embed_dims[0], activation), pictures), 1
+    activation, images = config.activation, (1, config.in_chans, *_square(config, 1))
+    yield (PatchEmbed, (config.in_chans, config.embed_dims[0], activation), images), 1
     for stage, (dim, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
         shape = (1, dim, *_square(config, config.stage_strides[stage]))
         if stage == 0:

@@ -34,7 +34,7 @@ class ProxyTraining:
     It can be pickled, so that :func:`contract` can run it in several processes. A training that was killed goes on.
 
     Args:
-        samples: the pictures to train on, and their augmentation.
+        samples: the images to train on, and their augmentation.
         validation: others, to measure the accuracy on.
         recipe: the training; a few epochs are usual.
         folder: where trainings in progress keep their state; each one's is removed at its end.
@@ -44,8 +44,8 @@ class ProxyTraining:
             :func:`~kornia_tinyvit.contraction.inherit`; ``"fresh"`` with random ones.
         replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
         seed: seed of random first weights.
-        process_batch: pictures at a time; gradients add up to the recipe's batch.
-        workers: processes that read pictures, for each candidate.
+        process_batch: images at a time; gradients add up to the recipe's batch.
+        workers: processes that read images, for each candidate.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         cpu: stay on the CPU.
 
@@ -93,7 +93,7 @@ class ProxyTraining:
             parent: the trained network it was contracted from, if there is one.
 
         Returns:
-            Its top-1 on the validation pictures in per cent, and the trained network.
+            Its top-1 on the validation images in per cent, and the trained network.
         """
         torch.manual_seed(self.seed)
         source = parent if self.start == "inherit" else None
@@ -114,7 +114,7 @@ class ProxyTraining:
             precision=self.precision,
             cpu=self.cpu,
         )
-        assert result.score is not None  # noqa: S101 - there are validation pictures
+        assert result.score is not None  # noqa: S101 - there are validation images
         trained = TinyViT.from_config(pretrained=result.best)
         shutil.rmtree(out)
         return result.score, trained

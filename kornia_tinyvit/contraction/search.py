@@ -235,7 +235,7 @@ class _Search:
         self.check_budget(
             self._measured("smallest", smallest(self.seed, self.space), {})["costs"],
             "The budget {limits} cannot be met: the smallest network of the space has {costs}. "
-            "Give a larger budget, a smaller picture size, or a space that goes further.",
+            "Give a larger budget, a smaller image size, or a space that goes further.",
         )
 
     def neighbours(self, current: Candidate, limit: float) -> tuple[list[TinyViTConfig], float]:

@@ -30,17 +30,17 @@ VERSION = 1
 
 # Every purpose has its own stream of random words, so that changing one leaves the draws of the others alone.
 _STREAMS = {"crop": 1, "flip": 2, "policy": 3, "jitter": 4, "erasing": 5, "erasing_box": 6, "mixing": 7}
-_CPU_CHUNK = 8  # pictures at a time: larger batches fall out of the processor's cache
+_CPU_CHUNK = 8  # images at a time: larger batches fall out of the processor's cache
 
 
 class ReplayableAugmentation(nn.Module):
-    """Augment pictures so that the same sample of the same epoch always comes out the same.
+    """Augment images so that the same sample of the same epoch always comes out the same.
 
     Nothing else has a say: not the batch's size or its other members, not the number of workers, threads or
     processes, not where a run was resumed, not the global random numbers. On one device the pixels are equal bit for
     bit; on another one a small fraction of them differs by rounding.
 
-    It is used in three steps: :meth:`draw` the decisions for a batch, :meth:`crop` each picture where it is decoded,
+    It is used in three steps: :meth:`draw` the decisions for a batch, :meth:`crop` each image where it is decoded,
     then call the module on the crops. :class:`~kornia_tinyvit.data.ReplayedSamples` does the first two in the
     workers of a data loader.
 
@@ -50,14 +50,14 @@ class ReplayableAugmentation(nn.Module):
             :class:`~kornia_tinyvit.preprocessing.TrainingPreset`. RandAugment has the magnitudes of the originals'
             ``rand-m9-mstd0.5-inc1``; erased boxes are filled with noise.
         seed: seed of everything, in [0, 2**64).
-        num_samples: how many samples the data has; needed to mix pictures, whose pairs are neighbours in the epoch's
+        num_samples: how many samples the data has; needed to mix images, whose pairs are neighbours in the epoch's
             order.
         mean: channel means to subtract, for values in [0, 1].
         std: channel deviations to divide by.
         **changes: fields of the preset to replace.
 
     Raises:
-        ValueError: if a setting is unknown or out of its range, or pictures are to be mixed without ``num_samples``.
+        ValueError: if a setting is unknown or out of its range, or images are to be mixed without ``num_samples``.
 
     Example:
         >>> augment = ReplayableAugmentation(32, "distill", seed=7)
@@ -89,7 +89,7 @@ class ReplayableAugmentation(nn.Module):
         self.seed = seed
         self.mixes = bool(self.preset.mixup or self.preset.cutmix)
         if self.mixes and num_samples is None:
-            raise ValueError("Mixing pictures needs num_samples: the pairs are neighbours in the epoch's order.")
+            raise ValueError("Mixing images needs num_samples: the pairs are neighbours in the epoch's order.")
         self.order = EpochOrder(num_samples or 1, seed)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -99,7 +99,7 @@ class ReplayableAugmentation(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return everything but the seed that decides what comes out, as JSON's types."""
         described = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.preset).items()}
-        del described["label_smoothing"]  # which changes targets, not pictures
+        del described["label_smoothing"]  # which changes targets, not images
         mean, std = ([round(value, 6) for value in buffer.tolist()] for buffer in (self.mean, self.std))
         return {"version": VERSION, "img_size": self.img_size, **described, "mean": mean, "std": std}
 
@@ -140,28 +140,28 @@ class ReplayableAugmentation(nn.Module):
             pasted=pasted,
         )
 
-    def crop(self, picture: Tensor, draws: Draws, row: int) -> Tensor:
-        """Cut a sample's box out of its picture and resize it: bicubic, antialiased, in 8 bits.
+    def crop(self, image: Tensor, draws: Draws, row: int) -> Tensor:
+        """Cut a sample's box out of its image and resize it: bicubic, antialiased, in 8 bits.
 
         Args:
-            picture: 8-bit picture :math:`(C, H, W)` of any size.
+            image: 8-bit image :math:`(C, H, W)` of any size.
             draws: what :meth:`draw` returned.
-            row: the picture's row in it.
+            row: the image's row in it.
 
         Returns:
-            8-bit picture :math:`(C, S, S)`.
+            8-bit image :math:`(C, S, S)`.
 
         Raises:
-            TypeError: if the picture is not one of 8 bits.
+            TypeError: if the image is not one of 8 bits.
         """
-        if picture.dtype != torch.uint8 or picture.ndim != 3:
+        if image.dtype != torch.uint8 or image.ndim != 3:
             raise TypeError(
-                f"crop takes an 8-bit picture (C, H, W); got {picture.dtype} {tuple(picture.shape)}. "
+                f"crop takes an 8-bit image (C, H, W); got {image.dtype} {tuple(image.shape)}. "
                 "Read it with kornia_tinyvit.images.read_pixels."
             )
-        height, width = picture.shape[-2:]
+        height, width = image.shape[-2:]
         top, left, rows, columns = drawing.crop_box(draws.crop[row], height, width, self.preset)
-        cut = picture[None, :, top : top + rows, left : left + columns]
+        cut = image[None, :, top : top + rows, left : left + columns]
         # 8-bit resizing is the same on all processors and for any number of threads; floating point is not.
         size = (self.img_size, self.img_size)
         return F.interpolate(cut, size, mode="bicubic", antialias=True)[0]
@@ -170,14 +170,14 @@ class ReplayableAugmentation(nn.Module):
         """Change, normalise and mix the crops of a batch on their device.
 
         Args:
-            crops: 8-bit pictures :math:`(B, 3, S, S)` from :meth:`crop`.
+            crops: 8-bit images :math:`(B, 3, S, S)` from :meth:`crop`.
             draws: what :meth:`draw` returned for them.
 
         Returns:
-            Normalised pictures :math:`(B, 3, S, S)`, float32.
+            Normalised images :math:`(B, 3, S, S)`, float32.
 
         Raises:
-            TypeError: if ``crops`` are not 8-bit pictures.
+            TypeError: if ``crops`` are not 8-bit images.
             ValueError: if they are not as many as were drawn for, or a mixed sample's partner is not beside it.
         """
         if crops.dtype != torch.uint8:
@@ -191,7 +191,7 @@ class ReplayableAugmentation(nn.Module):
             return crops.float()
         chunk = _CPU_CHUNK if crops.device.type == "cpu" else len(draws)
         parts = [slice(start, start + chunk) for start in range(0, len(draws), chunk)]
-        with torch.autocast(crops.device.type, enabled=False):  # whoever trains in 16 bits gets the same pictures
+        with torch.autocast(crops.device.type, enabled=False):  # whoever trains in 16 bits gets the same images
             images = torch.cat([self._change(crops[part], draws, part) for part in parts])
             return self._mix(images, draws) if self.mixes else images
 
@@ -212,7 +212,7 @@ class ReplayableAugmentation(nn.Module):
         return hard * (1 - smoothing) + smoothing / num_classes
 
     def extra_repr(self) -> str:
-        """Show what decides the pictures."""
+        """Show what decides the images."""
         return f"img_size={self.img_size}, seed={self.seed}, {self.preset}"
 
     # Decisions, in numpy on the CPU.

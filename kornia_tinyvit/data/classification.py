@@ -58,7 +58,7 @@ class ClassificationDataset(ImageDataset[int]):
             )
         contents = _read(path)
         if not contents.targets:
-            raise ValueError(f"{path} holds no pictures in class folders such as {path}/cat/1.jpg.")
+            raise ValueError(f"{path} holds no images in class folders such as {path}/cat/1.jpg.")
         return cls(contents)
 
     @property

@@ -11,7 +11,7 @@ from typing import Any
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_json
-from kornia_tinyvit.data.folders import Files, pictures_below
+from kornia_tinyvit.data.folders import Files, images_below
 from kornia_tinyvit.data.masks import Instances, Masks, fill_rings
 from kornia_tinyvit.ops.rle import decode_rle
 
@@ -48,7 +48,7 @@ def read_boxes(path: Path, folder: Path | None = None) -> Contents:
         collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image)) for image, annotations in there
     ]
     names = tuple(name for _, name in categories)
-    return Contents(_files(folder, there), boxes, names, tuple(left_out), without_picture=missing)
+    return Contents(_files(folder, there), boxes, names, tuple(left_out), without_image=missing)
 
 
 def read_masks(path: Path, folder: Path) -> Contents:
@@ -67,8 +67,8 @@ def read_masks(path: Path, folder: Path) -> Contents:
     there, missing = _sort(path, content, folder)
     labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in there]
     listed = {folder / image["file_name"] for image in content["images"]}
-    others = sorted(file.relative_to(folder).as_posix() for file in pictures_below(folder) if file not in listed)
-    return Contents(_files(folder, there), labels, without_mask=tuple(others), without_picture=missing)
+    others = sorted(file.relative_to(folder).as_posix() for file in images_below(folder) if file not in listed)
+    return Contents(_files(folder, there), labels, without_mask=tuple(others), without_image=missing)
 
 
 def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
@@ -91,7 +91,7 @@ def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
     known_ids = {image["id"] for image in content["images"]}
     for each in content["annotations"]:
         if each["image_id"] not in known_ids:
-            raise ValueError(f"{path}: annotation {each.get('id')} is of picture {each['image_id']}, not listed.")
+            raise ValueError(f"{path}: annotation {each.get('id')} is of image {each['image_id']}, not listed.")
     return content
 
 
@@ -103,7 +103,7 @@ def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[l
     there = [image for image in content["images"] if (folder / image["file_name"]).is_file()]
     missing = [image["file_name"] for image in content["images"] if not (folder / image["file_name"]).is_file()]
     if not there:
-        raise FileNotFoundError(f"No picture of {path} is in {folder}: {', '.join(missing[:5])}.")
+        raise FileNotFoundError(f"No image of {path} is in {folder}: {', '.join(missing[:5])}.")
     return [(image, of_image[image["id"]]) for image in there], tuple(missing)
 
 
@@ -120,7 +120,7 @@ def _find_folder(path: Path, images: list[_Entry]) -> Path:
         if any((folder / image["file_name"]).is_file() for image in images):
             return folder
     raise FileNotFoundError(
-        f"The pictures of {path}, such as {images[0]['file_name'] if images else 'none'}, are in none of "
+        f"The images of {path}, such as {images[0]['file_name'] if images else 'none'}, are in none of "
         f"{', '.join(map(str, folders))}."
     )
 
@@ -153,7 +153,7 @@ def _masks(segmentation: Any, size: tuple[int, int]) -> Masks:
         return [fill_rings([list(zip(ring[::2], ring[1::2], strict=True)) for ring in segmentation], size)]
     stated = segmentation["size"]
     if stated != list(size):  # before so many pixels are made
-        raise ValueError(f"a mask of the size {str(stated)[:60]} lies on a picture of {list(size)}, height and width")
+        raise ValueError(f"a mask of the size {str(stated)[:60]} lies on an image of {list(size)}, height and width")
     return [decode_rle({"size": list(size), "counts": segmentation["counts"]})]
 
 

@@ -51,7 +51,7 @@ class Contents:
         class_names: names of the classes in the order of their indices, where the format states them.
         left_out: a sentence for each label that has no effect.
         without_mask: names of images without labels, which are left out.
-        without_picture: names of labels without an image, which are left out.
+        without_image: names of labels without an image, which are left out.
     """
 
     images: ImageFiles
@@ -59,7 +59,7 @@ class Contents:
     class_names: tuple[str, ...] | None = None
     left_out: tuple[str, ...] = ()
     without_mask: tuple[str, ...] = ()
-    without_picture: tuple[str, ...] = ()
+    without_image: tuple[str, ...] = ()
 
 
 class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
@@ -72,7 +72,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         num_classes: how many classes there are.
         left_out: a sentence for each label that has no effect.
         without_mask: names of images without labels, which are left out.
-        without_picture: names of labels without an image, which are left out.
+        without_image: names of labels without an image, which are left out.
     """
 
     class_names: tuple[str, ...] | None
@@ -84,7 +84,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         self.class_names = contents.class_names
         self.num_classes = len(contents.class_names or ())
         self.left_out = contents.left_out
-        self.without_mask, self.without_picture = contents.without_mask, contents.without_picture
+        self.without_mask, self.without_image = contents.without_mask, contents.without_image
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -120,7 +120,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
             ValueError: if there are not as many.
         """
         if not 0 < count <= len(self):
-            raise ValueError(f"Cannot draw {count} of {len(self)} pictures.")
+            raise ValueError(f"Cannot draw {count} of {len(self)} images.")
         return self._part(self._shuffled(seed)[:count])
 
     def split(self, count: int, seed: int = 0) -> tuple[Self, Self]:
@@ -130,7 +130,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
             ValueError: if there are not more images than that.
         """
         if not 0 < count < len(self):
-            raise ValueError(f"Cannot hold out {count} of {len(self)} pictures and keep some.")
+            raise ValueError(f"Cannot hold out {count} of {len(self)} images and keep some.")
         order = self._shuffled(seed)
         return self._part(order[count:]), self._part(order[:count])
 
@@ -179,12 +179,12 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
             with self._images.open(row) as file:
                 image = read(file)
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no picture {place} any more.") from None
+            raise FileNotFoundError(f"There is no image {place} any more.") from None
         except (ValueError, OSError) as error:
             reason = error.__cause__ or error
             if isinstance(reason, UnidentifiedImageError):  # which would name an object in memory
                 reason = ValueError("Pillow does not know its format")
-            raise BrokenImageError(f"{place} is not a picture that can be read: {reason}") from error
+            raise BrokenImageError(f"{place} is not an image that can be read: {reason}") from error
         return image, self._target(self._targets[index], (image.shape[1], image.shape[2]), place)
 
 
@@ -203,7 +203,7 @@ def check_size(place: str, size: tuple[int, int], stated: tuple[int, int] | None
     if stated not in (None, size):
         raise BrokenImageError(
             f"{place} is {size[1]}x{size[0]} pixels upright, but {label} {stated[1]}x{stated[0]}; labels have the size "
-            "of their picture as it is shown."
+            "of their image as it is shown."
         )
 
 
@@ -237,4 +237,4 @@ def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> Non
     """
     if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
         others = sorted(set(ours) ^ set(theirs))[:5]
-        raise ValueError(f"The validation pictures have other classes than the network: {', '.join(others)}.")
+        raise ValueError(f"The validation images have other classes than the network: {', '.join(others)}.")

@@ -25,7 +25,7 @@ class DetectionDataset(ImageDataset[Objects]):
         class_names: names of the classes in the order of their indices.
         num_classes: how many there are.
         left_out: a sentence for each box that was left out, with its file.
-        without_picture: labels whose image is missing.
+        without_image: labels whose image is missing.
 
     Raises:
         ValueError: if there is no object, or no class.
@@ -39,7 +39,7 @@ class DetectionDataset(ImageDataset[Objects]):
             raise ValueError(f"{source} names no classes.")
         if not any(len(boxes.labels) for boxes in self._targets):
             raise ValueError(
-                f"{source} has no object on its {len(self)} pictures; {len(self.left_out)} boxes have no area."
+                f"{source} has no object on its {len(self)} images; {len(self.left_out)} boxes have no area."
             )
 
     @classmethod

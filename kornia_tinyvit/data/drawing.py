@@ -45,7 +45,7 @@ class Draws:
         erased: box that noise covers: top, left, height and width in pixels, all 0 for none, :math:`(B, 4)`.
         noise: key of that noise, :math:`(B,)`.
         partners: the samples they are mixed with, themselves for none, :math:`(B,)`.
-        share: weight of the partner's picture in mixup, 0 for none, :math:`(B,)`.
+        share: weight of the partner's image in mixup, 0 for none, :math:`(B,)`.
         pasted: box of the partner that cutmix pastes, as ``erased``, :math:`(B, 4)`.
     """
 
@@ -140,7 +140,7 @@ def crop_box(tries: NDArray[np.float64], height: int, width: int, preset: Traini
 
 
 def erased_box(tries: NDArray[np.float64], size: int) -> NDArray[np.int64]:
-    """Return for each row the first box that is smaller than the picture, :math:`(B, 4)`, or zeros."""
+    """Return for each row the first box that is smaller than the image, :math:`(B, 4)`, or zeros."""
     columns, rows = _sides(tries, size * size, _ERASED_AREA, _ERASED_RATIO)  # whose ratio is of height over width
     fits = (rows < size) & (columns < size)
     first = fits.argmax(1)[:, None]

@@ -50,13 +50,13 @@ def read_class_folders(root: Path) -> Contents:
     labels: list[int] = []
     names: list[str] = []
     for label, class_name in enumerate(class_names):
-        files = sorted(pictures_below(root / class_name), key=lambda file: file.parts)
+        files = sorted(images_below(root / class_name), key=lambda file: file.parts)
         names += [file.relative_to(root).as_posix() for file in files]
         labels += [label] * len(files)
     return Contents(Files(root, names), labels, tuple(class_names))
 
 
-def pictures_below(folder: Path) -> Iterator[Path]:
+def images_below(folder: Path) -> Iterator[Path]:
     """Return the files below a folder whose names end as those of images do; hidden ones are left out."""
     known = Image.registered_extensions()
     for parent, folders, files in os.walk(folder):
@@ -76,11 +76,11 @@ def files_by_stem(folder: Path) -> dict[str, str]:
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     files: dict[str, str] = {}
-    for file in sorted(pictures_below(folder)):
+    for file in sorted(images_below(folder)):
         name = file.relative_to(folder)
         stem = name.with_suffix("").as_posix()
         if stem in files:
-            raise ValueError(f"{folder} holds both {files[stem]} and {name.as_posix()}; a picture has one file.")
+            raise ValueError(f"{folder} holds both {files[stem]} and {name.as_posix()}; an image has one file.")
         files[stem] = name.as_posix()
     return files
 

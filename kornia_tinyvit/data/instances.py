@@ -39,7 +39,7 @@ class InstanceDataset(ImageDataset[Tensor]):
     Attributes:
         class_names: ``None``: classes are not read.
         without_mask: names of images that have no labels.
-        without_picture: names of labels that have no image.
+        without_image: names of labels that have no image.
     """
 
     def __init__(self, contents: Contents, min_area: int = 1) -> None:
@@ -81,8 +81,8 @@ class InstanceDataset(ImageDataset[Tensor]):
             return cls(yolo.read_outlines(yolo.find_pairs(path, described, split), path), min_area)
         if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():
             raise ValueError(
-                f"{path} does not tell where the pictures and instances of {split!r} are; expected a section '{split}' "
-                "with 'images' and 'instances', or the folder of the pictures."
+                f"{path} does not tell where the images and instances of {split!r} are; expected a section '{split}' "
+                "with 'images' and 'instances', or the folder of the images."
             )
         root = path.parent / str(described.get("path") or ".")
         return cls(_read(root / section["images"], root / section["instances"]), min_area)
@@ -96,7 +96,7 @@ class InstanceDataset(ImageDataset[Tensor]):
         """
         rows = [row for row in range(len(self)) if len(self.read(row)[1])]
         if not rows:
-            raise ValueError(f"None of {len(self)} pictures has an instance of at least {self.min_area} pixels.")
+            raise ValueError(f"None of {len(self)} images has an instance of at least {self.min_area} pixels.")
         return self._part(rows)
 
     def _target(self, stored: Instances, size: tuple[int, int], place: str) -> Tensor:
@@ -140,5 +140,5 @@ def _read(images: Path, instances: Path) -> Contents:
     unused = sorted(texts - {pair.labels for pair in pairs})
     return replace(
         yolo.read_outlines(pairs, images),
-        without_picture=tuple(file.relative_to(instances).as_posix() for file in unused),
+        without_image=tuple(file.relative_to(instances).as_posix() for file in unused),
     )

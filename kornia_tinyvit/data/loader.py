@@ -29,11 +29,11 @@ class Batch(NamedTuple):
     """Samples as the workers hand them over.
 
     Attributes:
-        crops: 8-bit pictures :math:`(B, 3, S, S)`, for :class:`ReplayableAugmentation`.
+        crops: 8-bit images :math:`(B, 3, S, S)`, for :class:`ReplayableAugmentation`.
         labels: class indices :math:`(B,)`.
-        valid: 1 for samples whose picture could be read, 0 for broken ones, :math:`(B,)`.
+        valid: 1 for samples whose image could be read, 0 for broken ones, :math:`(B,)`.
         draws: what was drawn for them.
-        broken: names of the pictures that could not be read.
+        broken: names of the images that could not be read.
     """
 
     crops: Tensor
@@ -44,12 +44,12 @@ class Batch(NamedTuple):
 
 
 class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
-    """Pictures decoded and augmented as an epoch demands, a whole batch at a time.
+    """Images decoded and augmented as an epoch demands, a whole batch at a time.
 
     Args:
-        images: the pictures.
+        images: the images.
         augmentation: what changes them; its seed decides the order.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey picture in its place, which
+        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey image in its place, which
             is marked as not valid and named.
 
     Attributes:
@@ -121,7 +121,7 @@ def read_unless_broken(read: Callable[[int], Sample], index: int, skip_broken: b
 
 
 class ReplayedSamples(KeyedSamples[Batch]):
-    """Labelled pictures, decoded and cropped; the rest of the augmentation is done on the device.
+    """Labelled images, decoded and cropped; the rest of the augmentation is done on the device.
 
     See :class:`KeyedSamples` for the arguments: a :class:`~kornia_tinyvit.data.ClassificationDataset` and a
     :class:`ReplayableAugmentation`.
@@ -140,7 +140,7 @@ class ReplayedSamples(KeyedSamples[Batch]):
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what a store's :class:`~kornia_tinyvit.distillation.Manifest` says about the pictures shown."""
+        """Return what a store's :class:`~kornia_tinyvit.distillation.Manifest` says about the images shown."""
         return {
             "num_samples": len(self),
             "seed": self.augmentation.seed,
@@ -149,7 +149,7 @@ class ReplayedSamples(KeyedSamples[Batch]):
         }
 
     def inputs(self, batch: Batch, device: torch.device) -> Tensor:
-        """Return the augmented pictures :math:`(B, 3, S, S)` of a batch on a device."""
+        """Return the augmented images :math:`(B, 3, S, S)` of a batch on a device."""
         return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.draws)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
@@ -232,10 +232,10 @@ def replay_loader(samples: Any, batches: Any, workers: int = 0) -> DataLoader[An
         samples: the data: :class:`ReplayedSamples`, another that makes a batch of a list of keys, or a data set of
             which a batch is a list of samples.
         batches: lists of keys: of (epoch, sample), or of what the data takes.
-        workers: processes that read pictures; 0 reads them in this one.
+        workers: processes that read images; 0 reads them in this one.
 
     Raises:
-        BrokenImageError: while it is iterated over, if a picture cannot be decoded and may not be skipped.
+        BrokenImageError: while it is iterated over, if an image cannot be decoded and may not be skipped.
         OSError: then, if a file cannot be read.
     """
     return _Loader(

@@ -63,7 +63,7 @@ def pair_masks(images: Path, masks: Path) -> Contents:
     stems = sorted(found.keys() & labelled.keys())
     if not stems:
         raise ValueError(
-            f"No picture of {images} has a mask of its name in {masks}: {len(found)} pictures, {len(labelled)} "
+            f"No image of {images} has a mask of its name in {masks}: {len(found)} images, {len(labelled)} "
             "masks. They are matched by their paths without the ending, such as street/1.jpg and street/1.png."
         )
     smeared = [labelled[stem] for stem in stems if labelled[stem].lower().endswith(_SMEARED)]
@@ -73,7 +73,7 @@ def pair_masks(images: Path, masks: Path) -> Contents:
         Files(images, [found[stem] for stem in stems]),
         [masks / labelled[stem] for stem in stems],
         without_mask=tuple(found[stem] for stem in sorted(found.keys() - labelled.keys())),
-        without_picture=tuple(labelled[stem] for stem in sorted(labelled.keys() - found.keys())),
+        without_image=tuple(labelled[stem] for stem in sorted(labelled.keys() - found.keys())),
     )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from kornia_tinyvit.data.datasets import Contents
-from kornia_tinyvit.data.folders import Files, pictures_below
+from kornia_tinyvit.data.folders import Files, images_below
 from kornia_tinyvit.data.masks import Instances, Masks, read_ids
 
 
@@ -25,13 +25,13 @@ def read_objects(folder: Path) -> Contents:
     names: list[str] = []
     labels: list[Instances] = []
     without_mask: list[str] = []
-    without_picture: list[str] = []
+    without_image: list[str] = []
     for sample in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        images, masks = (sorted(pictures_below(sample / kind)) for kind in ("images", "masks"))
+        images, masks = (sorted(images_below(sample / kind)) for kind in ("images", "masks"))
         if len(images) > 1:
             raise ValueError(f"{sample / 'images'} holds {len(images)} images; expected one, whose objects are masks.")
         if not images:
-            without_picture.append(sample.name)
+            without_image.append(sample.name)
         elif not masks:
             without_mask.append(sample.name)
         else:
@@ -39,9 +39,7 @@ def read_objects(folder: Path) -> Contents:
             labels.append(Instances(tuple(masks), _read_object))
     if not names:
         raise ValueError(f"No folder in {folder} has both an image in 'images' and masks in 'masks'.")
-    return Contents(
-        Files(folder, names), labels, without_mask=tuple(without_mask), without_picture=tuple(without_picture)
-    )
+    return Contents(Files(folder, names), labels, without_mask=tuple(without_mask), without_image=tuple(without_image))
 
 
 def _read_object(path: Path, _: tuple[int, int]) -> Masks:

@@ -37,7 +37,7 @@ def apply_to(
     operator: Callable[..., Tensor],
     strengths: NDArray[np.float32] | None = None,
 ) -> None:
-    """Replace the chosen ones among 8-bit pictures, in place."""
+    """Replace the chosen ones among 8-bit images, in place."""
     if not chosen.any():
         return
     rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
@@ -156,7 +156,7 @@ def box_mask(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: NDArray[np.int64], keys: NDArray[np.int64]) -> Tensor:
-    """Fill boxes of normalised pictures with noise of mean 0 and deviation 1."""
+    """Fill boxes of normalised images with noise of mean 0 and deviation 1."""
     erases = np.flatnonzero(boxes[:, 2])
     if len(erases) == 0:
         return images

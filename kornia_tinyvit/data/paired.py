@@ -1,4 +1,4 @@
-"""Pictures that are changed together with something that lies on them, such as a mask or boxes."""
+"""Images that are changed together with something that lies on them, such as a mask or boxes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _STREAM = 8  # of random words; those below are the order's and the replayed aug
 
 
 class PairedAugmentation:
-    """Crop, flip and recolour a picture by kornia, and let what lies on it follow.
+    """Crop, flip and recolour an image by kornia, and let what lies on it follow.
 
     What comes out is a function of the seed, the epoch, the sample and its files, whatever the batch, the workers or
     the place where a training was resumed. A subclass says what follows, and how.
@@ -41,7 +41,7 @@ class PairedAugmentation:
         ValueError: if the preset holds what cannot be done to pairs, or a field is unknown.
     """
 
-    #: What follows the picture, as :meth:`describe` says it.
+    #: What follows the image, as :meth:`describe` says it.
     kind: ClassVar[str]
     #: Number of the formulas, raised when something would come out differently.
     version: ClassVar[int] = 1
@@ -80,22 +80,22 @@ class PairedAugmentation:
         }
 
     def _apply(self, pixels: Tensor, partner: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return an 8-bit picture :math:`(3, S, S)` of one, :math:`(1, 3, H, W)`, and what followed it."""
+        """Return an 8-bit image :math:`(3, S, S)` of one, :math:`(1, 3, H, W)`, and what followed it."""
         with _drawn_for(self.seed, epoch, index):
             changed, partner = self._change(pixels.float() / 255, partner)
         return to_uint8(changed[0]), partner
 
-    def _reduce(self, picture: Tensor) -> Tensor:
-        """Return a picture :math:`(1, 3, h, w)` at the size at which its smallest crops still have the final size.
+    def _reduce(self, image: Tensor) -> Tensor:
+        """Return an image :math:`(1, 3, h, w)` at the size at which its smallest crops still have the final size.
 
         kornia's crops are resized without antialiasing, so that a photo of a phone would come out as sparse samples.
         """
-        height, width = picture.shape[-2:]
+        height, width = image.shape[-2:]
         factor = min(1.0, self.img_size / math.sqrt(self.preset.crop_scale[0] * height * width))
         size = max(1, round(height * factor)), max(1, round(width * factor))
         if size == (height, width):
-            return picture[None]
-        return F.interpolate(picture[None], size, mode="bilinear", antialias=True, align_corners=False)
+            return image[None]
+        return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
 
 
 @contextmanager
@@ -107,10 +107,10 @@ def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
 
 
 class PairedSamples(KeyedSamples[Batch_co]):
-    """Pictures with what lies on them, decoded and augmented; the network takes the crops in [0, 1]."""
+    """Images with what lies on them, decoded and augmented; the network takes the crops in [0, 1]."""
 
     def inputs(self, batch: Any, device: torch.device) -> Any:
-        """Return the pictures :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
+        """Return the images :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
         return batch.crops.to(device, non_blocking=True).float() / 255
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch_co:

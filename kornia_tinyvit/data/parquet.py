@@ -21,9 +21,9 @@ class _Rows:
     def __init__(self, files: list[Path]) -> None:
         self.files = files
         columns = [_read_columns(file) for file in files]
-        self.pictures = [pictures for pictures, _ in columns]
+        self.images = [images for images, _ in columns]
         self.labels = [label for _, labels in columns for label in labels]
-        self.ends = list(accumulate(len(pictures) for pictures in self.pictures))
+        self.ends = list(accumulate(len(images) for images in self.images))
 
     def __reduce__(self) -> tuple[type[_Rows], tuple[list[Path]]]:
         return _Rows, (self.files,)  # reading again is cheaper than sending gigabytes
@@ -34,7 +34,7 @@ class _Rows:
 
     def _content(self, index: int) -> Any:
         piece, row = self._row(index)
-        return self.pictures[piece][row].as_buffer()
+        return self.images[piece][row].as_buffer()
 
     def name(self, index: int) -> str:
         piece, row = self._row(index)
@@ -73,7 +73,7 @@ def read_parquet(files: list[Path]) -> Contents:
 
 
 def _read_columns(path: Path) -> tuple[Any, list[int]]:
-    """Return the pictures of a file, a chunked array of binary values, and its labels."""
+    """Return the images of a file, a chunked array of binary values, and its labels."""
     with optional_imports("Parquet files need pyarrow", "'kornia-tinyvit[train]'"):
         import pyarrow as pa
         import pyarrow.compute as pc
@@ -82,8 +82,8 @@ def _read_columns(path: Path) -> tuple[Any, list[int]]:
         file = pq.ParquetFile(path, memory_map=True)
         column = next((name for name in _IMAGE_COLUMNS if name in file.schema_arrow.names), _IMAGE_COLUMNS[0])
         table = file.read(columns=[f"{column}.bytes", "label"])
-        pictures, labels = pc.struct_field(table[column], "bytes"), table["label"]
-        pc.binary_length(pictures)  # refuses a column of anything else
+        images, labels = pc.struct_field(table[column], "bytes"), table["label"]
+        pc.binary_length(images)  # refuses a column of anything else
     except (pa.ArrowException, OSError, TypeError, KeyError) as error:
         raise ValueError(
             f"{path} is no parquet file with a column image or img (structs with bytes) and a column label: {error}"
@@ -94,7 +94,7 @@ def _read_columns(path: Path) -> tuple[Any, list[int]]:
     for row, label in enumerate(values):
         if label is None or label < 0:
             raise ValueError(
-                f"{path} row {row} has the label {label}; expected a class index from 0. The test pictures of some "
-                f"data sets have no labels; take the validation pictures."
+                f"{path} row {row} has the label {label}; expected a class index from 0. The test images of some "
+                f"data sets have no labels; take the validation images."
             )
-    return pictures, values
+    return images, values

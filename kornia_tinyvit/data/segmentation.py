@@ -39,7 +39,7 @@ class SegmentationDataset(ImageDataset[Tensor]):
         ids: the id of each class.
         ignored: ids of pixels without a label.
         without_mask: names of images that have no mask.
-        without_picture: names of masks that have no image.
+        without_image: names of masks that have no image.
     """
 
     class_names: tuple[str, ...]
@@ -95,7 +95,7 @@ class SegmentationDataset(ImageDataset[Tensor]):
             ignored = {*ignored, *described.get("ignored", ())}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} does not tell where the pictures and masks of {split!r} are; expected a section "
+                f"{path} does not tell where the images and masks of {split!r} are; expected a section "
                 f"'{split}' with 'images' and 'masks', and ids that are left out as a list 'ignored'."
             ) from error
         if classes is None:

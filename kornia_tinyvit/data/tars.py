@@ -62,9 +62,9 @@ class Archive:
 
     def __init__(self, path: Path) -> None:
         if path.name.lower().endswith(COMPRESSED):
-            raise ValueError(f"{path} is compressed, so pictures cannot be read from its middle; unpack it to a .tar.")
+            raise ValueError(f"{path} is compressed, so images cannot be read from its middle; unpack it to a .tar.")
         self.stem = path.stem
-        self.pictures: dict[str, tuple[int, int]] = {}
+        self.images: dict[str, tuple[int, int]] = {}
         self.folders: set[tuple[str, ...]] = set()
         self._spans: dict[str, tuple[int, int]] = {}
         self._known = Image.registered_extensions()
@@ -76,7 +76,7 @@ class Archive:
 
     def _index(self, tar: tarfile.TarFile, prefix: tuple[str, ...] = (), start: int = 0) -> None:
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # they would take a kilobyte for each picture
+            tar.members = []  # type: ignore[attr-defined]  # they would take a kilobyte for each image
             parts = prefix + tuple(part for part in PurePosixPath(member.name).parts if part not in ("/", "."))
             if not parts or any(part.startswith(".") for part in parts):
                 continue
@@ -96,7 +96,7 @@ class Archive:
         elif not (member.islnk() and member.linkname in self._spans):  # tar stores a file's second name as a link
             return
         source = member.linkname if member.islnk() else member.name
-        self.pictures["/".join(parts)] = self._spans[source]
+        self.images["/".join(parts)] = self._spans[source]
         if len(parts) > 1:
             self.folders.add(parts[:-1])
 
@@ -107,7 +107,7 @@ _Classes = tuple[Iterable[str], dict[str, str]]
 
 def by_archive(archive: Archive) -> _Classes:
     """Take each archive for a class."""
-    return [archive.stem], dict.fromkeys(archive.pictures, archive.stem)
+    return [archive.stem], dict.fromkeys(archive.images, archive.stem)
 
 
 def by_folder(archive: Archive) -> _Classes:
@@ -115,7 +115,7 @@ def by_folder(archive: Archive) -> _Classes:
     folders = archive.folders
     whole = len({folder[0] for folder in folders}) == 1 and any(len(folder) > 1 for folder in folders)
     depth = 1 if whole else 0
-    parts = {file: PurePosixPath(file).parts for file in archive.pictures}
+    parts = {file: PurePosixPath(file).parts for file in archive.images}
     return (
         [folder[depth] for folder in folders if len(folder) > depth],
         {file: way[depth] for file, way in parts.items() if len(way) > depth + 1},
@@ -135,7 +135,7 @@ def read_tars(paths: list[Path], classes: Callable[[Archive], _Classes]) -> Cont
         known, class_of = classes(archive)
         names.update(known)
         for file, class_name in class_of.items():
-            span = _Span(number, file, *archive.pictures[file])
+            span = _Span(number, file, *archive.images[file])
             found.append((class_name, PurePosixPath(file).parts, span))
     found.sort()
     class_names = tuple(sorted(names))

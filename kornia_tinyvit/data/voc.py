@@ -52,7 +52,7 @@ def read_boxes(folder: Path, split: str) -> Contents:
         boxes.append(collect_boxes(_boxes(trees[file], file, class_names), left_out, _size(trees[file], file)))
     files = Files(folder / "JPEGImages", [images[stem] for stem in there])
     missing = tuple(stem for stem in stems if stem not in images)
-    return Contents(files, boxes, tuple(class_names), tuple(left_out), without_picture=missing)
+    return Contents(files, boxes, tuple(class_names), tuple(left_out), without_image=missing)
 
 
 def _parse(file: Path) -> ET.Element:

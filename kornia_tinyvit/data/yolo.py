@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_description, read_text
-from kornia_tinyvit.data.folders import Files, pictures_below
+from kornia_tinyvit.data.folders import Files, images_below
 from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_rings
 
 _TOLERANCE = 1e-3  # by which fractions of an image may leave [0, 1]: files round them
@@ -86,7 +86,7 @@ def pair_folders(images: Path, labels: Path) -> list[Pair]:
     """Return the images of a folder, and where another one has their labels."""
     if not images.is_dir():
         raise FileNotFoundError(f"There is no folder {images}.")
-    files = sorted(pictures_below(images))
+    files = sorted(images_below(images))
     names = [file.relative_to(images) for file in files]
     return [
         Pair(file, name.as_posix(), (labels / name).with_suffix(".txt"))
@@ -106,7 +106,7 @@ def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pai
     pairs: list[Pair] = []
     for entry in entries:
         if not isinstance(entry, str):
-            raise ValueError(f"{path} has {str(entry)[:60]} as {split!r}; expected folders or files of pictures.")
+            raise ValueError(f"{path} has {str(entry)[:60]} as {split!r}; expected folders or files of images.")
         pairs += _find_entry(root, entry)
     return pairs
 
@@ -125,7 +125,7 @@ def _find_entry(root: Path, entry: str) -> Iterator[Pair]:
                     raise FileNotFoundError(f"{found} lists {line.strip()}, which is not there.")
                 yield Pair(image, line.strip(), _labels_beside(image.with_suffix(".txt")))
     else:
-        raise FileNotFoundError(f"There are no pictures {stated}, nor {found}.")
+        raise FileNotFoundError(f"There are no images {stated}, nor {found}.")
 
 
 def _labels_beside(path: Path) -> Path:
@@ -145,7 +145,7 @@ def _files(pairs: list[Pair]) -> Files:
 def _require_labels(pairs: list[Pair], source: object) -> None:
     if not any(pair.labels.is_file() for pair in pairs):
         raise ValueError(
-            f"None of the {len(pairs)} pictures of {source} has a file of labels; those of images/a.jpg are looked for "
+            f"None of the {len(pairs)} images of {source} has a file of labels; those of images/a.jpg are looked for "
             "as labels/a.txt."
         )
 
@@ -184,7 +184,7 @@ def _parse_line(line: str, place: str, num_classes: float) -> _Label:
         raise ValueError(f"{place} has the class {label:g}; there are {num_classes} classes, from 0.")
     if min(numbers) < -_TOLERANCE or max(numbers) > 1 + _TOLERANCE:
         raise ValueError(
-            f"{place} has values outside of [0, 1]: {line!r}; expected shares of the picture's sides, not pixels."
+            f"{place} has values outside of [0, 1]: {line!r}; expected shares of the image's sides, not pixels."
         )
     if outline:
         return _Label(place, int(label), list(zip(numbers[::2], numbers[1::2], strict=True)))

@@ -1,4 +1,4 @@
-"""How far a faster network is from the one it replaces, told by pictures rather than by hope."""
+"""How far a faster network is from the one it replaces, told by images rather than by hope."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ Outputs = Tensor | Sequence[Tensor]
 class Agreement:
     r"""What :func:`compare` measures.
 
-    Relative errors are those of a picture's whole output, ``norm(c - r) / norm(r)`` in the Euclidean norm; where there
+    Relative errors are those of an image's whole output, ``norm(c - r) / norm(r)`` in the Euclidean norm; where there
     are several maps, of each.
 
     Args:
-        pictures: how many were compared.
+        images: how many were compared.
         top1_reference: right answers of the reference in per cent; ``None`` without labels or logits.
         top1_candidate: those of the candidate.
-        agreement: pictures in per cent for which both put the same class first; ``None`` without logits.
+        agreement: images in per cent for which both put the same class first; ``None`` without logits.
         largest_error: the largest relative error.
         mean_error: the mean of the relative errors.
     """
 
-    pictures: int
+    images: int
     top1_reference: float | None
     top1_candidate: float | None
     agreement: float | None
@@ -43,16 +43,16 @@ def compare(
     candidate: Callable[[Tensor], Outputs],
     batches: Iterable[Tensor | tuple[Tensor, Tensor]],
 ) -> Agreement:
-    """Run two versions of a network on the same pictures and measure how well they agree.
+    """Run two versions of a network on the same images and measure how well they agree.
 
     Args:
-        reference: maps pictures :math:`(B, C, H, W)` to logits :math:`(B, classes)`, to a map :math:`(B, C', H', W')`
+        reference: maps images :math:`(B, C, H, W)` to logits :math:`(B, classes)`, to a map :math:`(B, C', H', W')`
             or to several.
-        candidate: maps the same pictures to the same shapes, in any floating point precision.
-        batches: pictures, or pairs of pictures and class indices :math:`(B,)`.
+        candidate: maps the same images to the same shapes, in any floating point precision.
+        batches: images, or pairs of images and class indices :math:`(B,)`.
 
     Raises:
-        ValueError: if there are no pictures, only some have labels, or the outputs differ in number or shape.
+        ValueError: if there are no images, only some have labels, or the outputs differ in number or shape.
 
     Example:
         >>> half = compare(lambda x: x.mean((2, 3)), lambda x: x.half().mean((2, 3)), [torch.rand(8, 3, 4, 4)])
@@ -60,23 +60,23 @@ def compare(
         (100.0, True)
     """
     errors, answers, labels = [], [], []
-    pictures = labelled = 0
+    count = labelled = 0
     for batch in batches:
         images, classes = (batch, None) if isinstance(batch, Tensor) else batch
         expected, found = _maps(reference(images)), _maps(candidate(images))
         if [output.shape for output in expected] != [output.shape for output in found]:
             raise ValueError(f"The outputs differ in shape: expected {_shapes(expected)}; got {_shapes(found)}.")
-        pictures += len(images)
+        count += len(images)
         errors += [_relative_errors(*pair) for pair in zip(expected, found, strict=True)]
         if _are_logits(expected):
             answers.append(torch.stack([expected[0].argmax(1), found[0].argmax(1)]))
         if classes is not None:
             labelled += len(images)
             labels.append(classes.cpu())
-    if not pictures:
-        raise ValueError("There are no pictures to compare on.")
-    if labelled not in {0, pictures}:
-        raise ValueError(f"Only {labelled} of {pictures} pictures have labels; give all of them one, or none.")
+    if not count:
+        raise ValueError("There are no images to compare on.")
+    if labelled not in {0, count}:
+        raise ValueError(f"Only {labelled} of {count} images have labels; give all of them one, or none.")
     every = torch.cat(errors)
     agreement = top1_reference = top1_candidate = None
     if answers:
@@ -85,7 +85,7 @@ def compare(
         if labels:
             truth = torch.cat(labels)
             top1_reference, top1_candidate = _per_cent(first == truth), _per_cent(second == truth)
-    return Agreement(pictures, top1_reference, top1_candidate, agreement, float(every.max()), float(every.mean()))
+    return Agreement(count, top1_reference, top1_candidate, agreement, float(every.max()), float(every.mean()))
 
 
 def as_list(outputs: Outputs) -> list[Tensor]:
@@ -106,7 +106,7 @@ def _are_logits(outputs: list[Tensor]) -> bool:
 
 
 def _relative_errors(expected: Tensor, found: Tensor) -> Tensor:
-    """Return the relative error of each picture; infinity where the reference is zero and the candidate is not."""
+    """Return the relative error of each image; infinity where the reference is zero and the candidate is not."""
     difference, size = (found - expected).flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1)
     return torch.where(difference == 0, 0.0, difference / size)
 

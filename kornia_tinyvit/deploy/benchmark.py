@@ -13,26 +13,26 @@ from torch import Tensor
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.graph import draw_pictures
+from kornia_tinyvit.deploy.graph import draw_images
 from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved, matrix_peak
 from kornia_tinyvit.deploy.optimization import DTYPES as KNOWN_DTYPES
 from kornia_tinyvit.deploy.optimization import Candidates, Optimized
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
 
-__all__ = ["DTYPES", "Benchmark", "LabelledPictures", "Row", "read_pictures"]
+__all__ = ["DTYPES", "Benchmark", "LabelledImages", "Row", "read_images"]
 
 #: The types that engines compute in, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KNOWN_DTYPES}
 
 
 @dataclass(frozen=True)
-class LabelledPictures:
-    """Pictures as a network takes them, some to calibrate int8 on and others to judge it by.
+class LabelledImages:
+    """Images as a network takes them, some to calibrate int8 on and others to judge it by.
 
     Args:
-        calibration: pictures :math:`(K, C, S, S)`.
-        images: other pictures :math:`(N, C, S, S)`.
+        calibration: images :math:`(K, C, S, S)`.
+        images: other images :math:`(N, C, S, S)`.
         labels: their classes :math:`(N,)`.
     """
 
@@ -49,32 +49,30 @@ class LabelledPictures:
             yield self.images[start : start + size], self.labels[start : start + size]
 
 
-def read_pictures(
-    classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256
-) -> LabelledPictures:
-    """Read labelled pictures and prepare them for a classifier's network, drawn with a fixed seed.
+def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256) -> LabelledImages:
+    """Read labelled images and prepare them for a classifier's network, drawn with a fixed seed.
 
     Args:
         classifier: whose preprocessing is applied, and whose classes the labels become.
         data: what :class:`~kornia_tinyvit.data.classification.ClassificationDataset` takes.
-        limit: how many pictures to judge by, at most.
+        limit: how many images to judge by, at most.
         calibration: how many others to calibrate on, at most; of a small data set half of it.
 
     Raises:
-        ValueError: if there are fewer than two pictures, or they have classes that the network does not know.
+        ValueError: if there are fewer than two images, or they have classes that the network does not know.
     """
     dataset = ClassificationDataset.open(data).with_classes(classifier.class_names)
     if len(dataset) < 2:
-        raise ValueError(f"{data} has one picture; calibrating and judging take at least one each.")
+        raise ValueError(f"{data} has one image; calibrating and judging take at least one each.")
     if dataset.num_classes > len(classifier.class_names):
         raise ValueError(f"The data has {dataset.num_classes} classes, the network {len(classifier.class_names)}.")
     kept = min(calibration, len(dataset) // 2)
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: kept + limit].tolist()
     prepare = classifier.preprocessing
     device = next(classifier.parameters()).device
-    pictures = torch.cat([prepare(dataset[row][0][None].to(device)) for row in rows])
+    photos = torch.cat([prepare(dataset[row][0][None].to(device)) for row in rows])
     labels = torch.tensor([dataset.labels[row] for row in rows[kept:]])
-    return LabelledPictures(pictures[:kept], pictures[kept:], labels)
+    return LabelledImages(photos[:kept], photos[kept:], labels)
 
 
 @dataclass
@@ -89,8 +87,8 @@ class Row:
     batch: int
     refused: str | None = None
     ms: float | None = None
-    pictures_per_second: float | None = None
-    peak_share: float | None = None
+    images_per_second: float | None = None
+    peak_fraction: float | None = None
     warmup_s: float | None = None
     agreement: float | None = None
     error: float | None = None
@@ -103,24 +101,24 @@ class Benchmark:
     Args:
         network: the network.
         method: which of its methods.
-        pictures: what to calibrate int8 on and to judge by.
+        images: what to calibrate int8 on and to judge by.
         judged: whether to judge.
 
     Attributes:
-        flops: floating point operations for a picture.
+        flops: floating point operations for an image.
         peaks: what :func:`~kornia_tinyvit.deploy.measurement.matrix_peak` returned for the types that were measured.
         top1: right answers of the network itself in per cent; ``None`` if nothing was judged by classes.
     """
 
     def __init__(
-        self, network: TinyViT, method: str = "forward", pictures: LabelledPictures | None = None, judged: bool = True
+        self, network: TinyViT, method: str = "forward", photos: LabelledImages | None = None, judged: bool = True
     ) -> None:
         self.network = network
         self.method = method
-        self.pictures = pictures
-        self.judged = judged and pictures is not None
+        self.photos = photos
+        self.judged = judged and photos is not None
         self.device = next(network.parameters()).device
-        self.flops = count_flops(getattr(network, method), draw_pictures(network.config).to(self.device))
+        self.flops = count_flops(getattr(network, method), draw_images(network.config).to(self.device))
         self.peaks: dict[str, float | None] = {}
         self.top1: float | None = None
 
@@ -132,12 +130,12 @@ class Benchmark:
             repetitions: timed runs of each.
             progress: show which row is made ready.
         """
-        calibration = () if self.pictures is None else self.pictures.calibration.split(16)
+        calibration = () if self.photos is None else self.photos.calibration.split(16)
         candidates = Candidates(self.network, self.method, calibration=calibration)
         with progress_bar(progress) as bar:
             task = bar.add_task("", total=len(rows))
             for batch, group in itertools.groupby(rows, key=lambda row: row.batch):
-                images = draw_pictures(self.network.config, batch).to(self.device)
+                images = draw_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
                     bar.update(task, description=f"{row.engine} {row.dtype}, batch {batch}")
@@ -159,8 +157,8 @@ class Benchmark:
             row.refused = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None
         row.warmup_s = fast.warmup_s
-        if self.judged and self.pictures is not None:
-            found = compare(getattr(self.network, self.method), fast, self.pictures.batches(row.batch))
+        if self.judged and self.photos is not None:
+            found = compare(getattr(self.network, self.method), fast, self.photos.batches(row.batch))
             row.agreement, row.error, row.top1 = found.agreement, found.mean_error, found.top1_candidate
             self.top1 = found.top1_reference
         return fast
@@ -170,5 +168,5 @@ class Benchmark:
             self.peaks[row.dtype] = matrix_peak(DTYPES[row.dtype], self.device)
         peak = self.peaks[row.dtype]
         row.ms = 1000 * seconds
-        row.pictures_per_second = row.batch / seconds
-        row.peak_share = None if peak is None else 100 * row.batch * self.flops / seconds / 1e9 / peak
+        row.images_per_second = row.batch / seconds
+        row.peak_fraction = None if peak is None else 100 * row.batch * self.flops / seconds / 1e9 / peak

@@ -23,13 +23,13 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 class Engine(ABC):
-    """A graph made ready for pictures of one shape; those of other shapes it takes too, if not as fast.
+    """A graph made ready for images of one shape; those of other shapes it takes too, if not as fast.
 
     Args:
         graph: what to run; it is left as it is.
-        example: pictures of the shape to be fast at, on the device to run on.
+        example: images of the shape to be fast at, on the device to run on.
         dtype: type to compute in, one of :meth:`dtypes`.
-        calibration: pictures as the graph takes them, batch by batch, to find the ranges of int8 on.
+        calibration: images as the graph takes them, batch by batch, to find the ranges of int8 on.
     """
 
     name: ClassVar[str]
@@ -43,7 +43,7 @@ class Engine(ABC):
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Outputs:
-        """Map pictures :math:`(B, C, H, W)` to what the graph returns."""
+        """Map images :math:`(B, C, H, W)` to what the graph returns."""
 
     @classmethod
     def missing(cls) -> str | None:

@@ -16,8 +16,8 @@ from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.onnx import check_opset, to_onnx, write_onnx
-from kornia_tinyvit.deploy.formats.program import check_program, trace_pictures, write_program
-from kornia_tinyvit.deploy.graph import Pixels, build_graph, draw_pictures, find_network
+from kornia_tinyvit.deploy.formats.program import check_program, trace_images, write_program
+from kornia_tinyvit.deploy.graph import Pixels, build_graph, draw_images, find_network
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.version import __version__
@@ -101,10 +101,10 @@ class ExportTask:
         method: ``"forward"``, ``"forward_features"`` or ``"forward_intermediates"``.
         pixels: what comes in: ``"normalized"``, ``"unit"`` (floats in [0, 1]) or ``"uint8"``, see
             :func:`~kornia_tinyvit.deploy.build_graph`.
-        img_size: side or (height, width) of the pictures. A network's is its own resolution if left out; a
+        img_size: side or (height, width) of the images. A network's is its own resolution if left out; a
             classifier's graph then takes photos of any size.
-        dynamic_batch: take any number of pictures; otherwise one.
-        dynamic_size: take pictures of any size; ``img_size`` is then only an example.
+        dynamic_batch: take any number of images; otherwise one.
+        dynamic_size: take images of any size; ``img_size`` is then only an example.
         class_names: names of the classes to store; a classifier has its own.
 
     Attributes:
@@ -149,7 +149,7 @@ class ExportTask:
 
     def program(self) -> ExportedProgram:
         """Trace the graph."""
-        return trace_pictures(self.graph, self.pictures(1, self.size), self.dynamic_batch, self.dynamic_size)
+        return trace_images(self.graph, self.example_images(1, self.size), self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
         """Describe the network and its input, as JSON by key."""
@@ -184,20 +184,20 @@ class ExportTask:
         return path
 
     def _compare(self, run: Callable[[Tensor], Any], tolerance: float) -> None:
-        """Compare with the graph, at two numbers of pictures and two sizes where they are open."""
+        """Compare with the graph, at two numbers of images and two sizes where they are open."""
         height, width = self.size
         sizes = [(height, width), (height + 37, width + 10)] if self.dynamic_size else [(height, width)]
         for batch in (1, 3) if self.dynamic_batch else (1,):
             for size in sizes:
-                images = self.pictures(batch, size)
+                images = self.example_images(batch, size)
                 with torch.inference_mode():
                     expected, found = as_list(self.graph(images)), as_list(run(images))
                 for name, want, have in zip(self.outputs, expected, found, strict=True):
                     refuse_difference(name, want, have, tolerance)
 
-    def pictures(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """Draw pictures :math:`(B, C, H, W)` as the graph takes them."""
-        images = draw_pictures(self.config, batch, size, self.graph.pixels)
+    def example_images(self, batch: int, size: tuple[int, int]) -> Tensor:
+        """Draw images :math:`(B, C, H, W)` as the graph takes them."""
+        images = draw_images(self.config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 

@@ -1,4 +1,4 @@
-"""The graph that an engine runs: a folded network between the pictures that a user has and the results of the model."""
+"""The graph that an engine runs: a folded network between the images that a user has and the results of the model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.classification import ImageClassifier, View
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.formats.onnx import to_onnx
-from kornia_tinyvit.deploy.formats.program import trace_pictures
+from kornia_tinyvit.deploy.formats.program import trace_images
 from kornia_tinyvit.deploy.photos import PhotoResize
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
@@ -21,9 +21,9 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "draw_pictures", "find_network"]
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "draw_images", "find_network"]
 
-#: What comes in: pictures that are normalised, floats in [0, 1], or levels of 8 bits.
+#: What comes in: images that are normalised, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
 #: The methods of a network that a graph can run.
 METHODS = ("forward", "forward_features", "forward_intermediates")
@@ -39,7 +39,7 @@ class InferenceGraph(nn.Module):
         method: which of its methods.
         pixels: what comes in.
         mean: what to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` if they are normalised.
-        resize: what turns photos of any size into pictures of the network's; ``None`` if they are such pictures.
+        resize: what turns photos of any size into images of the network's; ``None`` if they are such images.
         views: test-time augmentation of :class:`~kornia_tinyvit.ImageClassifier`.
     """
 
@@ -74,20 +74,20 @@ class InferenceGraph(nn.Module):
         return copied
 
     def to_onnx(self, images: Tensor, dynamic_size: bool) -> onnx.ModelProto:
-        """Translate the graph for any number of pictures of a size. It is kept in ``translated``: do not change it.
+        """Translate the graph for any number of images of a size. It is kept in ``translated``: do not change it.
 
         Args:
-            images: pictures :math:`(B, C, H, W)`.
+            images: images :math:`(B, C, H, W)`.
             dynamic_size: for any height and width instead of theirs.
         """
         key = None if dynamic_size else tuple(images.shape[2:])
         if key not in self.translated:
-            program = trace_pictures(self, images.cpu(), dynamic_size=dynamic_size)
+            program = trace_images(self, images.cpu(), dynamic_size=dynamic_size)
             self.translated[key] = to_onnx(program, OPSET)
         return self.translated[key]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Map pictures :math:`(B, C, H, W)` to what the model returns, in float32; a list becomes a tuple."""
+        """Map images :math:`(B, C, H, W)` to what the model returns, in float32; a list becomes a tuple."""
         out = self._run(images)
         for view in self.views:
             out = cast("Tensor", out) + cast("Tensor", self._run(view(images)))
@@ -120,19 +120,19 @@ def find_network(model: nn.Module, advice: str = "") -> TinyViT:
     raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
 
 
-def draw_pictures(
+def draw_images(
     config: TinyViTConfig, batch: int = 1, size: tuple[int, int] | None = None, pixels: Pixels = "normalized"
 ) -> Tensor:
-    """Draw pictures: rough patterns with noise, which networks tell apart better than noise alone.
+    """Draw images: rough patterns with noise, which networks tell apart better than noise alone.
 
     Args:
         config: the network that takes them.
-        batch: how many; the same number gives the same pictures.
+        batch: how many; the same number gives the same images.
         size: height and width; the network's resolution if left out.
         pixels: what they are made of.
 
     Returns:
-        Pictures :math:`(B, C, H, W)`, float32 or uint8.
+        Images :math:`(B, C, H, W)`, float32 or uint8.
     """
     generator = torch.Generator().manual_seed(batch)
     size = size or (config.img_size, config.img_size)
@@ -145,11 +145,11 @@ def draw_pictures(
 
 
 def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:
-    """Fold a model and put before it what its pictures need.
+    """Fold a model and put before it what its images need.
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph starts from
-            photos of any size; or any module of one picture batch that holds a TinyViT.
+            photos of any size; or any module of one image batch that holds a TinyViT.
         method: ``"forward"``, or for a TinyViT ``"forward_features"`` or ``"forward_intermediates"``.
         pixels: what comes in: ``"normalized"`` (what a TinyViT takes), ``"unit"`` (floats in [0, 1], what a classifier
             takes) or ``"uint8"`` (integers from 0 to 255).

@@ -145,7 +145,7 @@ def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
 
     Args:
         module: a network in plain PyTorch, or its method; engines may run operators that torch does not count.
-        images: pictures :math:`(B, C, H, W)`; the operations are those of the whole batch.
+        images: images :math:`(B, C, H, W)`; the operations are those of the whole batch.
     """
     # torch counts fused attention on the CPU only in recent versions, and the products that it is made of in all.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -154,7 +154,7 @@ def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
 
 
 def as_step(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
-    """Return what runs a network on pictures and waits until their device has done so, for :func:`interleaved`."""
+    """Return what runs a network on images and waits until their device has done so, for :func:`interleaved`."""
 
     def step() -> object:
         out = run(images)

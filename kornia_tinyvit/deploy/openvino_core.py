@@ -34,7 +34,7 @@ def openvino_core() -> openvino.Core:
 
 
 def cpu_settings(precision: str) -> dict[str, Any]:
-    """Return how a network is compiled for few pictures at a time: ``"f32"`` or ``"bf16"``, on PyTorch's threads.
+    """Return how a network is compiled for few images at a time: ``"f32"`` or ``"bf16"``, on PyTorch's threads.
 
     OpenVINO would bind its threads to processors, counted from the first one in each process: two processes of one
     thread, such as a server's workers, would share one processor and leave the others idle.

@@ -18,7 +18,7 @@ from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES, Engine
-from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, draw_pictures, find_network
+from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, draw_images, find_network
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 
@@ -37,7 +37,7 @@ class Choice:
         engine: name of the engine.
         dtype: type it computes in.
         ms: median milliseconds for the example; ``None`` if it was not measured.
-        agreement: how far it is from the model in PyTorch; ``None`` without pictures to judge by.
+        agreement: how far it is from the model in PyTorch; ``None`` without images to judge by.
         refused: why it was not a candidate for the fastest; ``None`` if it was.
     """
 
@@ -71,7 +71,7 @@ class Optimized(nn.Module):
         self.engine = engine
         self.dtype = dtype
         self.config = getattr(graph.network, "config", None)
-        # Tells where pictures are taken, and in which type, to those who ask a network's parameters for it.
+        # Tells where images are taken, and in which type, to those who ask a network's parameters for it.
         self.place = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
         self.pixels = graph.pixels
         self.choices: tuple[Choice, ...] = ()
@@ -82,14 +82,14 @@ class Optimized(nn.Module):
         self.warmup_s = time.perf_counter() - began
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Map pictures :math:`(B, C, H, W)` of any size to what the model returns for them.
+        """Map images :math:`(B, C, H, W)` of any size to what the model returns for them.
 
         Args:
-            images: pictures as ``pixels`` of :func:`optimize` says, on its device. Those of the example's
+            images: images as ``pixels`` of :func:`optimize` says, on its device. Those of the example's
                 shape are the fastest; the first of another shape may wait for the engine to get ready for it.
 
         Raises:
-            TypeError: if the pictures are of another type.
+            TypeError: if the images are of another type.
             ValueError: if their shape is not the one above, or they are on another device.
             RuntimeError: if a gradient is asked for.
         """
@@ -117,13 +117,13 @@ class Optimized(nn.Module):
         wanted = "uint8" if self.pixels == "uint8" else "floating point"
         if not isinstance(images, Tensor) or (images.dtype == torch.uint8) != (wanted == "uint8"):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"This network was optimized for {wanted} pictures ({self.pixels}); got {got}.")
+            raise TypeError(f"This network was optimized for {wanted} images ({self.pixels}); got {got}.")
         if images.ndim != 4 or images.shape[1] != self._channels or min(images.shape[2:]) < 1:
-            raise ValueError(f"Pictures must be (B, {self._channels}, H, W); got {tuple(images.shape)}.")
+            raise ValueError(f"Images must be (B, {self._channels}, H, W); got {tuple(images.shape)}.")
         if images.device != self.place.device:
-            raise ValueError(f"This network was optimized for {self.place.device}; got pictures on {images.device}.")
+            raise ValueError(f"This network was optimized for {self.place.device}; got images on {images.device}.")
         if images.requires_grad and torch.is_grad_enabled():
-            raise RuntimeError("An optimized network has no gradients; call the model itself, or detach the pictures.")
+            raise RuntimeError("An optimized network has no gradients; call the model itself, or detach the images.")
 
 
 class Candidates:
@@ -156,11 +156,11 @@ class Candidates:
             able = ", ".join(map(str, dtypes)) or "nothing"
             return f"engine {engine!r} runs {able} on this {device.type}, not {dtype}"
         if dtype == torch.int8 and not self.calibration:
-            return "int8 needs pictures to find its ranges on: calibration=..."
+            return "int8 needs images to find its ranges on: calibration=..."
         return None
 
     def make(self, engine: str, dtype: torch.dtype, example: Tensor) -> Optimized:
-        """Make the model fast by an engine in a type for pictures like the example.
+        """Make the model fast by an engine in a type for images like the example.
 
         Raises:
             ValueError: if the engine does not run the type here.
@@ -169,8 +169,8 @@ class Candidates:
         refused = self.refusal(engine, dtype, example.device)
         if refused:
             raise (ImportError if ENGINES[engine].missing() else ValueError)(refused)
-        pictures = [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
-        return Optimized(self.graph, engine, dtype, example, pictures)
+        images = [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
+        return Optimized(self.graph, engine, dtype, example, images)
 
 
 @overload
@@ -195,21 +195,21 @@ def optimize(
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`; or a module of one
-            picture batch that holds a TinyViT.
+            image batch that holds a TinyViT.
         engine: ``"eager"``, ``"inductor"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` or several names measure
             what is installed and take the fastest whose results are within ``tolerance``.
         dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.int8``, or on a GPU ``torch.float16``; ``None`` lets the
             measurement choose. What an engine does not support on this machine is refused.
-        example: pictures of the shape to be fast at, on the device to run on; if left out, one picture of the model's
+        example: images of the shape to be fast at, on the device to run on; if left out, one image of the model's
             resolution.
         method: for a TinyViT also ``"forward_features"`` or ``"forward_intermediates"``.
         pixels: what comes in: ``"normalized"``, ``"unit"`` or ``"uint8"``, see
             :func:`~kornia_tinyvit.deploy.build_graph`.
-        calibration: batches of pictures, as the result will be called with; with labels :math:`(B,)`, pairs. int8
+        calibration: batches of images, as the result will be called with; with labels :math:`(B,)`, pairs. int8
             takes the ranges of its numbers from them, and candidates of ``"auto"`` are judged by them. 100 to 300
-            ordinary pictures are enough.
-        tolerance: for ``"auto"``: the largest share of the calibration pictures whose best class may change; for maps,
-            the largest mean relative error. Without pictures only float32 is tried.
+            ordinary images are enough.
+        tolerance: for ``"auto"``: the largest share of the calibration images whose best class may change; for maps,
+            the largest mean relative error. Without images only float32 is tried.
         tune_allocator: keep freed memory in this process, see :func:`~kornia_tinyvit.allocator.keep_memory`; it matters
             for ``"eager"`` and ``"inductor"`` on a CPU.
 
@@ -246,8 +246,8 @@ def optimize(
             views=model.views,
         ).eval()
     if example is None:
-        inner = find_network(model, "; give it an example of its pictures")
-        example = draw_pictures(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
+        inner = find_network(model, "; give it an example of its images")
+        example = draw_images(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
     names = _names(engine)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None; got {dtype!r}.")
@@ -275,18 +275,18 @@ def _names(engine: str | Sequence[str]) -> list[str]:
 def _fastest(
     candidates: Candidates, names: Sequence[str], dtypes: Sequence[torch.dtype], example: Tensor, tolerance: float
 ) -> Optimized:
-    """Make all candidates, judge them by the pictures, measure them in turn and return the fastest that will do."""
-    pictures = candidates.calibration
+    """Make all candidates, judge them by the images, measure them in turn and return the fastest that will do."""
+    images = candidates.calibration
     make = functools.cache(lambda engine, dtype: candidates.make(engine, dtype, example))
     made: dict[tuple[str, torch.dtype], Optimized] = {}
     choices: dict[tuple[str, torch.dtype], Choice] = {}
     for key in itertools.product(names, dtypes):
         refused, agreement = candidates.refusal(*key, example.device), None
-        if refused is None and key[1] != torch.float32 and not pictures:
-            refused = "there are no pictures to judge it by: calibration=..."
+        if refused is None and key[1] != torch.float32 and not images:
+            refused = "there are no images to judge it by: calibration=..."
         if refused is None:
             candidate = make(*key)
-            agreement = compare(make("eager", torch.float32), candidate, pictures) if pictures else None
+            agreement = compare(make("eager", torch.float32), candidate, images) if images else None
             refused = None if agreement is None else _disagreement(agreement, tolerance)
             if refused is None:
                 made[key] = candidate
@@ -305,7 +305,7 @@ def _fastest(
 def _disagreement(found: Agreement, tolerance: float) -> str | None:
     if found.agreement is not None:
         changed = 1 - found.agreement / 100
-        return f"the best class of {changed:.1%} of the pictures changes" if changed > tolerance else None
+        return f"the best class of {changed:.1%} of the images changes" if changed > tolerance else None
     return f"the mean relative error is {found.mean_error:.2g}" if found.mean_error > tolerance else None
 
 

@@ -91,7 +91,7 @@ def distillation_loss(
     classes: Tensor,
     probabilities: Tensor,
     labels: Tensor | None = None,
-    hard_share: float = 0.0,
+    hard_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
     """Mix :func:`soft_target_cross_entropy` with the cross-entropy of the true labels.
@@ -100,28 +100,28 @@ def distillation_loss(
         logits: the student's, :math:`(B, C)`.
         classes: indices of the stored classes, :math:`(B, K)`.
         probabilities: their probabilities, :math:`(B, K)`.
-        labels: class indices :math:`(B,)` or targets :math:`(B, C)`; needed where ``hard_share`` is not 0.
-        hard_share: weight of the labels in [0, 1]; the paper has 0.
+        labels: class indices :math:`(B,)` or targets :math:`(B, C)`; needed where ``hard_weight`` is not 0.
+        hard_weight: weight of the labels in [0, 1]; the paper has 0.
         reduction: ``"mean"`` over the batch or ``"none"``.
 
     Raises:
-        ValueError: if ``hard_share`` is out of its range, or labels are missing.
+        ValueError: if ``hard_weight`` is out of its range, or labels are missing.
     """
-    if not 0 <= hard_share <= 1:
-        raise ValueError(f"hard_share must be in [0, 1]; got {hard_share!r}.")
+    if not 0 <= hard_weight <= 1:
+        raise ValueError(f"hard_weight must be in [0, 1]; got {hard_weight!r}.")
     soft = soft_target_cross_entropy(logits, classes, probabilities, reduction)
-    if not hard_share:
+    if not hard_weight:
         return soft
     if labels is None:
-        raise ValueError("hard_share needs the labels.")
-    return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_share)
+        raise ValueError("hard_weight needs the labels.")
+    return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_weight)
 
 
 class OnlineTeacher:
     """Cross-entropy against all of what a teacher says at every step.
 
     Args:
-        teacher: maps the augmented pictures to logits; it is put into evaluation mode and follows them to their device.
+        teacher: maps the augmented images to logits; it is put into evaluation mode and follows them to their device.
         autocast: data type it computes in; ``None`` for its own.
     """
 
@@ -148,21 +148,21 @@ class StoredLabels:
     Args:
         store: the labels, of the epochs that are replayed.
         augmentation: what the batches are augmented with, for mixed labels.
-        hard_share: weight of the true labels beside them; the paper has 0.
+        hard_weight: weight of the true labels beside them; the paper has 0.
         patience: seconds to wait for records that a teacher is still writing before they are reported missing.
     """
 
     def __init__(
-        self, store: LabelStore, augmentation: ReplayableAugmentation, hard_share: float = 0.0, patience: float = 0.0
+        self, store: LabelStore, augmentation: ReplayableAugmentation, hard_weight: float = 0.0, patience: float = 0.0
     ) -> None:
         self.store = store
         self.augmentation = augmentation
-        self.hard_share = hard_share
+        self.hard_weight = hard_weight
         self.patience = patience
 
     def describe(self) -> dict[str, Any]:
         """Return its kind, whose labels they are, and the share of the true ones."""
-        return {"kind": "stored labels", "teacher": self.store.manifest.teacher, "hard_share": self.hard_share}
+        return {"kind": "stored labels", "teacher": self.store.manifest.teacher, "hard_weight": self.hard_weight}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.
@@ -174,9 +174,9 @@ class StoredLabels:
         classes, probabilities, checksums = self._read(batch.draws)
         _check_replay(self.store, batch.draws, checksums)
         hard = None
-        if self.hard_share:
+        if self.hard_weight:
             hard = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1]).to(outputs.device)
-        return distillation_loss(outputs, classes, probabilities, hard, self.hard_share, reduction="none")
+        return distillation_loss(outputs, classes, probabilities, hard, self.hard_weight, reduction="none")
 
     def _read(self, draws: Draws) -> Records:
         deadline = time.monotonic() + self.patience
@@ -217,7 +217,7 @@ class FeatureRegression:
         _check_replay(self.store, batch.draws, checksums)
         if outputs.shape != features.shape:
             raise StoreError(
-                f"The student returns {tuple(outputs.shape[1:])} for a picture, but {self.store.path} holds "
+                f"The student returns {tuple(outputs.shape[1:])} for an image, but {self.store.path} holds "
                 f"{tuple(features.shape[1:])}."
             )
         return (outputs.float() - features.to(outputs.device, torch.float32)).square().flatten(1).mean(1)

@@ -30,7 +30,7 @@ class SavedRecords:
         written: records written.
         present: records that were there already.
         locked: shards that other processes are writing, and which were left to them.
-        broken: names of pictures that could not be read and got an even distribution.
+        broken: names of images that could not be read and got an even distribution.
     """
 
     written: int
@@ -75,11 +75,11 @@ def save_records(
     Args:
         store: a :class:`~kornia_tinyvit.distillation.LabelStore` or
             :class:`~kornia_tinyvit.distillation.FeatureStore`.
-        teacher: maps normalised pictures to logits, or to features for a feature store.
+        teacher: maps normalised images to logits, or to features for a feature store.
         samples: the data and its augmentation.
         epochs: which epochs to fill.
-        batch_size: pictures at a time; it changes nothing in what is stored but for rounding in the teacher.
-        workers: processes that read pictures.
+        batch_size: images at a time; it changes nothing in what is stored but for rounding in the teacher.
+        workers: processes that read images.
         autocast: data type to compute in; ``None`` for the teacher's own.
         progress: called with the number of records that are done.
     """
@@ -149,7 +149,7 @@ def check_records(
         teacher: the network that is supposed to have made it.
         samples: the data and its augmentation.
         records: how many records to recompute, spread over the stored epochs; mixed samples bring their partners along.
-        batch_size: pictures at a time.
+        batch_size: images at a time.
         seed: seed of the choice.
         autocast: data type to compute in, that of the saving; ``None`` for the teacher's own.
 
@@ -185,7 +185,7 @@ def check_records(
 def _batches(
     augmentation: ReplayableAugmentation, epoch: int, samples: NDArray[np.int64], batch_size: int
 ) -> list[list[Key]]:
-    """Cut samples into batches; where pictures are mixed, each brings its partner along, beside it."""
+    """Cut samples into batches; where images are mixed, each brings its partner along, beside it."""
     if augmentation.mixes:
         order = augmentation.order
         pairs = np.unique(order.positions(epoch, samples) // 2)

@@ -20,16 +20,16 @@ __all__ = ["Teacher", "load_teacher"]
 
 
 class Teacher(nn.Module):
-    """A network behind the pictures of its students: it resizes and normalises them as it was trained with.
+    """A network behind the images of its students: it resizes and normalises them as it was trained with.
 
     Args:
-        network: takes pictures :math:`(B, 3, H, W)` and returns logits :math:`(B, C)` or features, or an object with
+        network: takes images :math:`(B, 3, H, W)` and returns logits :math:`(B, C)` or features, or an object with
             ``logits``, as the networks of transformers do.
         name: what a store's manifest calls it.
-        img_size: side in pixels it wants pictures resized to (bicubic); ``None`` takes the student's.
+        img_size: side in pixels it wants images resized to (bicubic); ``None`` takes the student's.
         mean: channel means it was trained with; ``None`` for the student's normalisation.
         std: the deviations to the means.
-        student_mean: channel means that the pictures which arrive were normalised with.
+        student_mean: channel means that the images which arrive were normalised with.
         student_std: the deviations to them.
     """
 
@@ -61,7 +61,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map the students' normalised pictures :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
+        """Map the students' normalised images :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
         size = self.img_size
         if size is not None and tuple(images.shape[-2:]) != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -75,14 +75,14 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
-        """Return its name, a checksum of its weights and what it does to pictures, for a store's manifest."""
+        """Return its name, a checksum of its weights and what it does to images, for a store's manifest."""
         offset, scale = ([round(value, 6) for value in each.tolist()] for each in (self.offset, self.scale))
         weights = {"name": self.name, "checksum": checksum(self.network)}
         return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return where a network wants its pictures; a wrapper of another runtime, which holds no tensors, on the CPU."""
+    """Return where a network wants its images; a wrapper of another runtime, which holds no tensors, on the CPU."""
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
@@ -99,7 +99,7 @@ def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "c
     """Build a teacher.
 
     Args:
-        source: an ``nn.Module`` that takes pictures with ImageNet's normalisation; ``"file.py:function"``, whose
+        source: an ``nn.Module`` that takes images with ImageNet's normalisation; ``"file.py:function"``, whose
             function returns one; ``"timm:NAME"``, which downloads timm's weights; ``"transformers:NAME"`` for an image
             classifier of the Hugging Face hub or a folder; or weights of TinyViT: a path with its configuration inside
             (:func:`~kornia_tinyvit.save_checkpoint`) or ``"VARIANT/NAME"`` of

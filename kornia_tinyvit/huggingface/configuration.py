@@ -24,8 +24,8 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
     them. The classes are transformers' ``num_labels``, ``id2label`` and ``label2id``.
 
     Args:
-        image_size: side in pixels of the square picture the network is meant for; it runs at any size.
-        num_channels: channels of the picture.
+        image_size: side in pixels of the square image the network is meant for; it runs at any size.
+        num_channels: channels of the image.
         embed_dims: channels of the four stages.
         depths: blocks of the four stages.
         num_heads: attention heads of the four stages; the first entry is ignored.

@@ -39,12 +39,12 @@ print(len(segment("photo.jpg")["masks"]))""",
 }
 
 _NETWORK = """It is a {tinyvit}
-of {parameters:.1f} million parameters{variant} for pictures of {size} x {size} pixels; it runs at other sizes, too."""
+of {parameters:.1f} million parameters{variant} for images of {size} x {size} pixels; it runs at other sizes, too."""
 _ABOUT = {
-    "image-classification": "This model names what a picture shows. " + _NETWORK,
-    "image-feature-extraction": "This model turns a picture into features. " + _NETWORK,
+    "image-classification": "This model names what an image shows. " + _NETWORK,
+    "image-feature-extraction": "This model turns an image into features. " + _NETWORK,
     "mask-generation": """This is MobileSAM ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289)): it segments what
-prompts point at, and everything in a picture. It has {parameters:.1f} million parameters; its encoder is a
+prompts point at, and everything in an image. It has {parameters:.1f} million parameters; its encoder is a
 {tinyvit}{variant} for inputs of {size} x {size} pixels.""",
 }
 

@@ -139,7 +139,7 @@ class TinyVitPreTrainedModel(PreTrainedModel):
             init.zeros_(cast("Tensor", module.num_batches_tracked))
 
     def _prepare(self, pixel_values: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Give pictures :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse.
+        """Give images :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse.
 
         Raises:
             ValueError: if attentions are asked for and the implementation computes none.
@@ -181,10 +181,10 @@ class TinyVitModel(TinyVitPreTrainedModel):
 
     @capture_outputs
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BaseModelOutputWithPooling | tuple[Tensor, ...]:
-        r"""Compute the features of pictures.
+        r"""Compute the features of images.
 
         Args:
-            pixel_values: normalised pictures :math:`(B, C, H, W)`, :math:`H, W \ge 32`, in any floating point type.
+            pixel_values: normalised images :math:`(B, C, H, W)`, :math:`H, W \ge 32`, in any floating point type.
             **kwargs: ``output_hidden_states``, ``output_attentions`` and ``return_dict``, by default the
                 configuration's.
 
@@ -194,7 +194,7 @@ class TinyVitModel(TinyVitPreTrainedModel):
             the four stages; ``attentions``, the weights :math:`(B \cdot windows, heads, N, N)` of each attention.
 
         Raises:
-            TypeError: if the pictures are not a floating point tensor.
+            TypeError: if the images are not a floating point tensor.
             ValueError: if their shape is another, or attentions are asked for and the implementation has none.
         """
         features = self.network.forward_features(self._prepare(pixel_values, kwargs))
@@ -226,10 +226,10 @@ class TinyVitForImageClassification(TinyVitPreTrainedModel):
     def forward(
         self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Any
     ) -> ImageClassifierOutput | tuple[Tensor, ...]:
-        """Classify pictures.
+        """Classify images.
 
         Args:
-            pixel_values: pictures as :meth:`TinyVitModel.forward` takes them.
+            pixel_values: images as :meth:`TinyVitModel.forward` takes them.
             labels: classes :math:`(B,)` for a cross-entropy; :math:`(B, classes)` in {0, 1}, floating point, for the
                 loss of several labels, or any numbers for a regression. The configuration's ``problem_type`` says
                 which it is; without one, transformers tells it from the labels at the first call.
@@ -274,7 +274,7 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
         r"""Return the maps that the configuration chooses.
 
         Args:
-            pixel_values: pictures as :meth:`TinyVitModel.forward` takes them.
+            pixel_values: images as :meth:`TinyVitModel.forward` takes them.
             **kwargs: as :meth:`TinyVitModel.forward` takes them.
 
         Returns:

@@ -1,4 +1,4 @@
-"""Pictures into what a network takes, as transformers does it: :class:`TinyVitImageProcessor`."""
+"""Images into what a network takes, as transformers does it: :class:`TinyVitImageProcessor`."""
 
 from __future__ import annotations
 
@@ -52,17 +52,17 @@ class TinyVitImageProcessor(BaseImageProcessor):
     r"""The evaluation of :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline` as an image processor.
 
     It takes files and URLs, PIL images, arrays and tensors: one, lists of any sizes, or batches :math:`(B, C, H, W)`.
-    Levels of 8 bits are divided by 255; floating point pictures are in [0, 1], as kornia's are. Tensors stay on their
-    device and have gradients. Grey arrays are repeated for a network of colour pictures.
+    Levels of 8 bits are divided by 255; floating point images are in [0, 1], as kornia's are. Tensors stay on their
+    device and have gradients. Grey arrays are repeated for a network of colour images.
 
     Args:
-        do_resize: resize and crop; otherwise the pictures of a call must have one size.
+        do_resize: resize and crop; otherwise the images of a call must have one size.
         size: ``{"height": S, "width": S}`` of what comes out.
-        do_center_crop: resize the short side to ``S / crop_pct`` and crop the centre; otherwise the whole picture is
+        do_center_crop: resize the short side to ``S / crop_pct`` and crop the centre; otherwise the whole image is
             resized to ``size`` whatever its aspect ratio, as the networks from 384 pixels on are evaluated.
         crop_pct: share of the resized short side that the crop keeps, in (0, 1].
         resample: Pillow's number of the interpolation: 3 (bicubic), 2 (bilinear) or 0 (nearest).
-        do_rescale: divide levels by 255. Without it whole numbers are refused; floating point pictures never change.
+        do_rescale: divide levels by 255. Without it whole numbers are refused; floating point images never change.
         do_normalize: subtract the mean and divide by the deviation.
         image_mean: channel means, for values in [0, 1]; as many as the network has channels.
         image_std: channel deviations.
@@ -113,10 +113,10 @@ class TinyVitImageProcessor(BaseImageProcessor):
         return "kornia"
 
     def preprocess(self, images: Any, **kwargs: Any) -> BatchFeature:
-        """Prepare pictures.
+        """Prepare images.
 
         Args:
-            images: one picture or several.
+            images: one image or several.
             **kwargs: other values than the processor's own for this call; ``device`` for where to work;
                 ``input_data_format``, ``"channels_first"`` or ``"channels_last"``, where an array's shape leaves that
                 open; ``return_tensors="np"`` for arrays instead of tensors.
@@ -125,21 +125,21 @@ class TinyVitImageProcessor(BaseImageProcessor):
             ``pixel_values`` :math:`(B, C, S, S)`.
 
         Raises:
-            TypeError: if something is no picture, or has numbers of another kind.
+            TypeError: if something is no image, or has numbers of another kind.
             ValueError: if a shape is wrong, or a setting out of its range.
         """
         validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
         settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
         settings = self._standardize_kwargs(**settings)
-        pictures = _flatten(images)
-        if pictures:
-            tensors = [_to_tensor(picture, settings) for picture in pictures]
+        singles = _flatten(images)
+        if singles:
+            tensors = [_to_tensor(image, settings) for image in singles]
             same = len({tensor.shape for tensor in tensors}) == 1
             batches = [torch.stack(tensors)] if same else [tensor[None] for tensor in tensors]
         elif isinstance(images, Tensor):
             batches = [images]  # a batch of none, which keeps its channels
         else:
-            raise ValueError("Got no pictures; an empty batch is a tensor (0, C, H, W).")
+            raise ValueError("Got no images; an empty batch is a tensor (0, C, H, W).")
         done = torch.cat([_evaluate(batch, settings) for batch in batches])
         if settings["return_tensors"] is not None and TensorType(settings["return_tensors"]) == TensorType.NUMPY:
             return BatchFeature({"pixel_values": done.detach().cpu().numpy()})
@@ -152,52 +152,52 @@ class TinyVitImageProcessor(BaseImageProcessor):
 
 
 def _flatten(images: Any) -> list[Any]:
-    """Return single pictures; what is no list and no batch is one."""
+    """Return single images; what is no list and no batch is one."""
     if isinstance(images, (list, tuple)):
-        return [picture for each in images for picture in _flatten(each)]
+        return [image for each in images for image in _flatten(each)]
     if isinstance(images, (str, Path)):
         return [load_image(str(images))]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
-def _to_tensor(picture: Any, settings: dict[str, Any]) -> Tensor:
-    """Return a picture :math:`(C, H, W)` in [0, 1]."""
+def _to_tensor(image: Any, settings: dict[str, Any]) -> Tensor:
+    """Return an image :math:`(C, H, W)` in [0, 1]."""
     channels = len(settings["image_mean"])
-    if isinstance(picture, Image.Image):
-        tensor = to_image(picture, channels)
-    elif isinstance(picture, (Tensor, np.ndarray)):
-        tensor = _scale(picture if isinstance(picture, Tensor) else torch.tensor(picture), settings["do_rescale"])
-        if isinstance(picture, np.ndarray) and tensor.numel() and tensor.max() > 1:
+    if isinstance(image, Image.Image):
+        tensor = to_image(image, channels)
+    elif isinstance(image, (Tensor, np.ndarray)):
+        tensor = _scale(image if isinstance(image, Tensor) else torch.tensor(image), settings["do_rescale"])
+        if isinstance(image, np.ndarray) and tensor.numel() and tensor.max() > 1:
             raise ValueError(
-                f"Floating point pictures are in [0, 1]; got {tensor.max():.4g}. Divide levels by 255, or pass uint8."
+                f"Floating point images are in [0, 1]; got {tensor.max():.4g}. Divide levels by 255, or pass uint8."
             )
         tensor = _channels_first(tensor, channels, settings["input_data_format"])
     else:
-        raise TypeError(f"A picture is a file, a PIL image, an array or a tensor; got {type(picture).__name__}.")
+        raise TypeError(f"An image is a file, a PIL image, an array or a tensor; got {type(image).__name__}.")
     if tensor.shape[0] == 1:
         tensor = tensor.expand(channels, -1, -1)
     return tensor if settings["device"] is None else tensor.to(settings["device"])
 
 
-def _scale(picture: Tensor, do_rescale: bool) -> Tensor:
-    if picture.is_floating_point():
-        return picture
-    if picture.dtype != torch.uint8 or not do_rescale:
+def _scale(image: Tensor, do_rescale: bool) -> Tensor:
+    if image.is_floating_point():
+        return image
+    if image.dtype != torch.uint8 or not do_rescale:
         told = "" if do_rescale else " and do_rescale=False, which leaves only the latter"
-        raise TypeError(f"Pictures are uint8 or floating point in [0, 1]; got {picture.dtype}{told}.")
-    return picture.float() / 255
+        raise TypeError(f"Images are uint8 or floating point in [0, 1]; got {image.dtype}{told}.")
+    return image.float() / 255
 
 
-def _channels_first(picture: Tensor, channels: int, layout: str | ChannelDimension | None) -> Tensor:
-    if picture.ndim == 2:
-        return picture[None]
-    if picture.ndim != 3:
-        raise ValueError(f"A picture must be (C, H, W), (H, W, C) or (H, W); got {tuple(picture.shape)}.")
+def _channels_first(image: Tensor, channels: int, layout: str | ChannelDimension | None) -> Tensor:
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim != 3:
+        raise ValueError(f"An image must be (C, H, W), (H, W, C) or (H, W); got {tuple(image.shape)}.")
     if layout is None:
-        if not {channels, 1} & {picture.shape[0], picture.shape[2]}:
-            raise ValueError(f"A picture must have {channels} channels, or 1; got {tuple(picture.shape)}.")
-        layout = ChannelDimension.FIRST if picture.shape[0] in (channels, 1) else ChannelDimension.LAST
-    return picture.movedim(-1, 0) if ChannelDimension(layout) == ChannelDimension.LAST else picture
+        if not {channels, 1} & {image.shape[0], image.shape[2]}:
+            raise ValueError(f"An image must have {channels} channels, or 1; got {tuple(image.shape)}.")
+        layout = ChannelDimension.FIRST if image.shape[0] in (channels, 1) else ChannelDimension.LAST
+    return image.movedim(-1, 0) if ChannelDimension(layout) == ChannelDimension.LAST else image
 
 
 def _evaluate(images: Tensor, settings: dict[str, Any]) -> Tensor:

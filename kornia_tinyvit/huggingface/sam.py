@@ -101,7 +101,7 @@ class TinyVitSamConfig(SamConfig):
 
     Args:
         vision_config: a :class:`TinyVitSamVisionConfig` or its values; the published 5m if left out.
-        prompt_encoder_config: values of transformers' ``SamPromptEncoderConfig``; its picture size follows the encoder.
+        prompt_encoder_config: values of transformers' ``SamPromptEncoderConfig``; its image size follows the encoder.
         mask_decoder_config: values of transformers' ``SamMaskDecoderConfig``.
         **kwargs: fields of transformers' ``SamConfig``.
     """
@@ -146,17 +146,17 @@ class TinyVitSamVisionEncoder(TinyVitPreTrainedModel):
 
     @capture_outputs(tie_last_hidden_states=False)
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> SamVisionEncoderOutput | tuple[Tensor, ...]:
-        """Embed pictures.
+        """Embed images.
 
         Args:
-            pixel_values: pictures :math:`(B, 3, S, S)` as the image processor makes them.
+            pixel_values: images :math:`(B, 3, S, S)` as the image processor makes them.
             **kwargs: ``output_hidden_states``, ``output_attentions`` and ``return_dict``.
 
         Returns:
             ``last_hidden_state``, the embedding :math:`(B, 256, S/16, S/16)`, and what was asked for.
 
         Raises:
-            TypeError: if the pictures are not a floating point tensor.
+            TypeError: if the images are not a floating point tensor.
             ValueError: if their shape is another, or attentions are asked for and the implementation has none.
         """
         return SamVisionEncoderOutput(last_hidden_state=self.network(self._prepare(pixel_values, kwargs)))

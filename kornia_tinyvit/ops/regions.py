@@ -26,7 +26,7 @@ def remove_small_regions(
     """Fill small holes of a mask, or drop its small islands, as segment-anything does with OpenCV.
 
     Pixels that touch at a corner belong together, in the mask and in its background alike. Background at the border
-    of the picture counts as a hole too. If every island is small, the largest stays.
+    of the image counts as a hole too. If every island is small, the largest stays.
 
     Args:
         mask: boolean :math:`(H, W)`.
@@ -90,7 +90,7 @@ def _join(runs: _Runs) -> Integers:
 def _largest(runs: _Runs, region: Integers, areas: Integers) -> int:
     """Return the largest region; of several, the one that OpenCV numbers first.
 
-    OpenCV goes through the picture in blocks of 2x2 pixels, row of blocks after row of blocks.
+    OpenCV goes through the image in blocks of 2x2 pixels, row of blocks after row of blocks.
     """
     rows, columns = np.divmod(runs.starts, runs.stride)
     candidates = np.flatnonzero(areas[region] == areas.max())

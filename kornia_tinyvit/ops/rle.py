@@ -66,7 +66,7 @@ def decode_rle(rle: RLE) -> NDArray[np.bool_]:
         Boolean array :math:`(H, W)`.
 
     Raises:
-        ValueError: if it is no such mask, the runs do not fill the picture, or the text is not one of COCO's.
+        ValueError: if it is no such mask, the runs do not fill the image, or the text is not one of COCO's.
 
     Example:
         >>> decode_rle({"size": [2, 3], "counts": "2111"}).astype(int)

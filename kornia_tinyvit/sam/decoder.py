@@ -1,4 +1,4 @@
-"""SAM's mask decoder for many prompts over one picture: the same numbers, from a third of the arithmetic."""
+"""SAM's mask decoder for many prompts over one image: the same numbers, from a third of the arithmetic."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 __all__ = ["FoldedMaskDecoder", "PreparedImage", "PromptedImage", "SharingMaskDecoder"]
 
-# Prompts decoded together. On a CPU the tokens of few pictures stay in its caches; a GPU wants more work at a time.
+# Prompts decoded together. On a CPU the tokens of few images stay in its caches; a GPU wants more work at a time.
 CPU_CHUNK, CHUNK = 8, 64
 BAND = 8  # rows of the embedding upscaled together, for the same reason
 UPSCALING = 4  # cells of a mask along a cell of the embedding
@@ -24,7 +24,7 @@ UPSCALING = 4  # cells of a mask along a cell of the embedding
 
 @dataclass(frozen=True)
 class PreparedImage:
-    """What all prompts over one picture share, made by :meth:`FoldedMaskDecoder.prepare`.
+    """What all prompts over one image share, made by :meth:`FoldedMaskDecoder.prepare`.
 
     With :math:`S = hw` cells, :math:`H` heads of depth :math:`d`, and :math:`B` 1, or the number of prompts if each
     has a dense embedding of its own:
@@ -32,11 +32,11 @@ class PreparedImage:
     Args:
         size: height and width of the embedding in cells.
         tokens: embedding with the dense prompt added, :math:`(B, S, C)`.
-        keys: of the first attention from the prompts to the picture, :math:`(B, H, d, S)`.
+        keys: of the first attention from the prompts to the image, :math:`(B, H, d, S)`.
         values: of the same attention, :math:`(B, H, S, d)`.
-        queries: of the first attention from the picture to the prompts, :math:`(B, H, d, S)`.
-        position_keys: what the position adds to the keys of each later attention to the picture, :math:`(1, H, d, S)`.
-        position_queries: what it adds to the queries of each later attention from the picture, of the same shape.
+        queries: of the first attention from the image to the prompts, :math:`(B, H, d, S)`.
+        position_keys: what the position adds to the keys of each later attention to the image, :math:`(1, H, d, S)`.
+        position_queries: what it adds to the queries of each later attention from the image, of the same shape.
     """
 
     size: tuple[int, int]
@@ -50,11 +50,11 @@ class PreparedImage:
 
 @dataclass(frozen=True)
 class PromptedImage:
-    """What the decoder's transformer makes of a picture and :math:`P` prompts.
+    """What the decoder's transformer makes of an image and :math:`P` prompts.
 
     Args:
         size: height and width of the embedding in cells.
-        tokens: the picture's tokens, :math:`(P, S, C)`.
+        tokens: the image's tokens, :math:`(P, S, C)`.
         mask_tokens: tokens of the masks, :math:`(P, M, C)`.
         iou: predicted quality of the masks, :math:`(P, M)`.
     """
@@ -66,10 +66,10 @@ class PromptedImage:
 
 
 class FoldedMaskDecoder(nn.Module):
-    r"""Run a kornia ``MaskDecoder`` on many prompts over one picture, for inference.
+    r"""Run a kornia ``MaskDecoder`` on many prompts over one image, for inference.
 
     Calling it is calling the decoder, with the same results but for rounding. Prompts have few tokens :math:`N`, the
-    picture thousands, so each projection of the picture is moved to the prompts' side, where it is small:
+    image thousands, so each projection of the image is moved to the prompts' side, where it is small:
     :math:`q (W k)^T = (q W) k^T` for the keys and queries, :math:`a (k W) = (a k) W` for the values and outputs. What
     comes before the first exchange is the same for all prompts and computed once.
 
@@ -80,7 +80,7 @@ class FoldedMaskDecoder(nn.Module):
 
     Args:
         decoder: the decoder.
-        dtype: precision of the work on the picture's side; the prompts' side keeps that of the parameters. ``None`` is
+        dtype: precision of the work on the image's side; the prompts' side keeps that of the parameters. ``None`` is
             the parameters' too. ``torch.bfloat16`` takes two thirds of the time on a CPU that multiplies it, and moves
             logits by some per cent.
 
@@ -109,7 +109,7 @@ class FoldedMaskDecoder(nn.Module):
         """Predict masks, as ``MaskDecoder.forward`` does.
 
         Args:
-            image_embeddings: embedding of one picture, :math:`(1, C, h, w)`, of any height and width.
+            image_embeddings: embedding of one image, :math:`(1, C, h, w)`, of any height and width.
             image_pe: its positional encoding, of the same shape.
             sparse_prompt_embeddings: embeddings of points and boxes, :math:`(P, N, C)`; :math:`P` and :math:`N` may
                 be 0.
@@ -147,10 +147,10 @@ class FoldedMaskDecoder(nn.Module):
         return torch.cat(masks), torch.cat(iou)
 
     def prepare(self, image_embeddings: Tensor, image_pe: Tensor, dense_prompt_embeddings: Tensor) -> PreparedImage:
-        """Compute what all prompts over a picture share.
+        """Compute what all prompts over an image share.
 
         Args:
-            image_embeddings: embedding of the picture, :math:`(1, C, h, w)`.
+            image_embeddings: embedding of the image, :math:`(1, C, h, w)`.
             image_pe: its positional encoding, of the same shape.
             dense_prompt_embeddings: embedding of no mask, or of the mask that all prompts share,
                 :math:`(1, C, h, w)`; or one for each of the prompts that will be asked together, :math:`(P, C, h, w)`.
@@ -182,40 +182,40 @@ class FoldedMaskDecoder(nn.Module):
         )
 
     def prompt(self, image: PreparedImage, sparse_prompt_embeddings: Tensor) -> PromptedImage:
-        """Let prompts and picture exchange what they know, and predict the quality of the masks.
+        """Let prompts and image exchange what they know, and predict the quality of the masks.
 
         Memory grows with the prompts, by some :math:`2 S (C + HN)` numbers each.
 
         Args:
-            image: the picture, prepared.
+            image: the image, prepared.
             sparse_prompt_embeddings: embeddings of points and boxes, :math:`(P, N, C)`.
 
         Raises:
             RuntimeError: if gradients would be wanted.
-            ValueError: if the picture was prepared for another number of prompts.
+            ValueError: if the image was prepared for another number of prompts.
         """
         self._refuse_gradients(image.tokens, sparse_prompt_embeddings)
         prompts = len(sparse_prompt_embeddings)
         if len(image.tokens) not in {1, prompts}:
             raise ValueError(
-                f"The picture was prepared for {len(image.tokens)} dense prompts; got {prompts} sparse ones."
+                f"The image was prepared for {len(image.tokens)} dense prompts; got {prompts} sparse ones."
             )
         decoder, transformer = self.decoder, cast("TwoWayTransformer", self.decoder.transformer)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         identity = torch.cat([own.expand(prompts, -1, -1), sparse_prompt_embeddings], 1)
-        tokens, picture = identity, image.tokens
+        tokens, image_tokens = identity, image.tokens
         for index, layer in enumerate(cast("Iterable[TwoWayAttentionBlock]", transformer.layers)):
-            tokens, picture = _exchange(layer, index, image, tokens, identity, picture)
+            tokens, image_tokens = _exchange(layer, index, image, tokens, identity, image_tokens)
         final = transformer.final_attn_token_to_image
-        tokens = tokens + _attend_to_image(final, tokens + identity, picture, image.position_keys[-1])
+        tokens = tokens + _attend_to_image(final, tokens + identity, image_tokens, image.position_keys[-1])
         tokens = transformer.norm_final_attn(tokens)
         mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
-        return PromptedImage(image.size, picture, mask_tokens, decoder.iou_prediction_head(tokens[:, 0]))
+        return PromptedImage(image.size, image_tokens, mask_tokens, decoder.iou_prediction_head(tokens[:, 0]))
 
     def upscale(
         self, prompted: PromptedImage, prompts: Iterable[int] | None = None, cells: tuple[int, int] | None = None
     ) -> Tensor:
-        """Compute the masks of some prompts, where the picture is.
+        """Compute the masks of some prompts, where the image is.
 
         Args:
             prompted: what :meth:`prompt` returned.
@@ -286,9 +286,14 @@ class SharingMaskDecoder(MaskDecoder):
 
 
 def _exchange(
-    layer: TwoWayAttentionBlock, index: int, image: PreparedImage, tokens: Tensor, identity: Tensor, picture: Tensor
+    layer: TwoWayAttentionBlock,
+    index: int,
+    image: PreparedImage,
+    tokens: Tensor,
+    identity: Tensor,
+    image_tokens: Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """Run one layer of the two-way transformer on prompts :math:`(P, N, C)` and picture :math:`(P, S, C)`."""
+    """Run one layer of the two-way transformer on prompts :math:`(P, N, C)` and image :math:`(P, S, C)`."""
     if layer.skip_first_layer_pe:
         tokens = layer.self_attn(tokens, tokens, tokens)
     else:
@@ -298,15 +303,15 @@ def _exchange(
     if index == 0:
         seen = _attend_to_shared(to_image, tokens + identity, image.keys, image.values)
     else:
-        seen = _attend_to_image(to_image, tokens + identity, picture, image.position_keys[index - 1])
+        seen = _attend_to_image(to_image, tokens + identity, image_tokens, image.position_keys[index - 1])
     tokens = layer.norm2(tokens + seen)
     tokens = layer.norm3(tokens + layer.mlp(tokens))
     keys = _scaled(from_image, from_image.k_proj(tokens + identity))
     if index == 0:
         scores = _times(keys, image.queries)
     else:
-        scores = _scores(keys, from_image.q_proj, picture, image.position_queries[index - 1])
-    return tokens, _update(picture, scores, from_image, tokens, layer.norm4)
+        scores = _scores(keys, from_image.q_proj, image_tokens, image.position_queries[index - 1])
+    return tokens, _update(image_tokens, scores, from_image, tokens, layer.norm4)
 
 
 def _upscale(
@@ -344,10 +349,10 @@ def _attend_to_shared(attention: Attention, queries: Tensor, keys: Tensor, value
     return _merge(attention, _times(weights, values))
 
 
-def _attend_to_image(attention: Attention, queries: Tensor, picture: Tensor, position: Tensor) -> Tensor:
-    """Let prompts :math:`(P, N, C)` attend to a picture :math:`(P, S, C)` whose keys and values are never computed."""
-    scores = _scores(_scaled(attention, attention.q_proj(queries)), attention.k_proj, picture, position)
-    mixed = scores.softmax(-1).flatten(1, 2) @ picture
+def _attend_to_image(attention: Attention, queries: Tensor, image_tokens: Tensor, position: Tensor) -> Tensor:
+    """Let prompts :math:`(P, N, C)` attend to an image :math:`(P, S, C)` whose keys and values are never computed."""
+    scores = _scores(_scaled(attention, attention.q_proj(queries)), attention.k_proj, image_tokens, position)
+    mixed = scores.softmax(-1).flatten(1, 2) @ image_tokens
     mixed = mixed.to(queries.dtype).unflatten(1, scores.shape[1:3])
     # The weights of the softmax sum to one, so the bias of the values comes through as it is.
     heads = attention.num_heads
@@ -355,21 +360,23 @@ def _attend_to_image(attention: Attention, queries: Tensor, picture: Tensor, pos
     return _merge(attention, seen + attention.v_proj.bias.view(heads, 1, -1))
 
 
-def _update(picture: Tensor, scores: Tensor, attention: Attention, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
-    """Let the picture take from the prompts what its scores :math:`(P, H, N, S)` ask for; returns :math:`(P, S, C)`."""
+def _update(image_tokens: Tensor, scores: Tensor, attention: Attention, tokens: Tensor, norm: nn.LayerNorm) -> Tensor:
+    """Let the image take from the prompts what its scores :math:`(P, H, N, S)` ask for; returns :math:`(P, S, C)`."""
     heads = attention.num_heads
     values = _heads(attention.v_proj(tokens), attention)
     written = _times(values, attention.out_proj.weight.mT.unflatten(0, (heads, -1)).unsqueeze(0))
     written = written + attention.out_proj.bias / heads  # each head's weights sum to one
     weights = scores.softmax(2).flatten(1, 2).mT
-    picture = torch.baddbmm(picture.expand(len(tokens), -1, -1), weights, written.flatten(1, 2).to(picture.dtype))
-    return _normalize(picture, norm)
+    image_tokens = torch.baddbmm(
+        image_tokens.expand(len(tokens), -1, -1), weights, written.flatten(1, 2).to(image_tokens.dtype)
+    )
+    return _normalize(image_tokens, norm)
 
 
-def _scores(prompts: Tensor, projection: nn.Linear, picture: Tensor, position: Tensor) -> Tensor:
-    """Return the scores :math:`(P, H, N, S)` of prompts :math:`(P, H, N, d)` and a picture with its position added."""
+def _scores(prompts: Tensor, projection: nn.Linear, image_tokens: Tensor, position: Tensor) -> Tensor:
+    """Return the scores :math:`(P, H, N, S)` of prompts :math:`(P, H, N, d)` and an image with its position added."""
     folded = _times(prompts, projection.weight.unflatten(0, (prompts.shape[1], -1)).unsqueeze(0))
-    scores = folded.flatten(1, 2).to(picture.dtype) @ picture.mT
+    scores = folded.flatten(1, 2).to(image_tokens.dtype) @ image_tokens.mT
     return scores.unflatten(1, prompts.shape[1:3]).add_(_times(prompts, position))
 
 
@@ -397,7 +404,7 @@ def _merge(attention: Attention, x: Tensor) -> Tensor:
 def _check_image(image_embeddings: Tensor, image_pe: Tensor, dense: Tensor, channels: int) -> None:
     shape = tuple(image_embeddings.shape)
     if len(shape) != 4 or shape[:2] != (1, channels):
-        raise ValueError(f"FoldedMaskDecoder takes the embedding (1, {channels}, h, w) of one picture; got {shape}.")
+        raise ValueError(f"FoldedMaskDecoder takes the embedding (1, {channels}, h, w) of one image; got {shape}.")
     if tuple(image_pe.shape) != shape:
         raise ValueError(f"The positional encoding must be {shape}, as the embedding; got {tuple(image_pe.shape)}.")
     if dense.shape[1:] != image_embeddings.shape[1:]:

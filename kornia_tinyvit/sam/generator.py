@@ -121,7 +121,7 @@ class MaskGenerator:
         output_mode: what ``segmentation`` is. ``"binary_mask"``: an array, a byte a pixel, so 8 MB each for a photo of
             3840x2160; ``"coco_rle"``: runs as text, some kilobytes; ``"uncompressed_rle"``: runs as a list, some tens
             of kilobytes.
-        dtype: precision of the decoder's work on the picture. ``torch.bfloat16`` is faster on hardware that has it;
+        dtype: precision of the decoder's work on the image. ``torch.bfloat16`` is faster on hardware that has it;
             masks near a threshold may come or go, and borders move.
         batch_size: photos that the encoder sees at a time.
 

@@ -61,7 +61,7 @@ class MobileSAM(Sam):
 
     def __init__(self, image_encoder: TinyViT, img_size: int | tuple[int, int] | None = None) -> None:
         if not image_encoder.config.mobile_sam or image_encoder.config.in_chans != 3:
-            raise ValueError("MobileSAM needs an encoder of colour pictures built with mobile_sam=True.")
+            raise ValueError("MobileSAM needs an encoder of colour images built with mobile_sam=True.")
         size = _check_size(image_encoder.config.img_size if img_size is None else img_size)
         super().__init__(image_encoder, _build_prompt_encoder(size), _build_mask_decoder())  # type: ignore[arg-type]
         self.img_size = size

@@ -42,10 +42,10 @@ class TrainingResult:
 
     Attributes:
         steps: steps of the optimizer.
-        score: what the kept weights reach on the validation pictures in per cent; ``None`` without them.
+        score: what the kept weights reach on the validation images in per cent; ``None`` without them.
         best: file of the weights with the best score; without validation that of the last ones.
         last: file of the last weights.
-        broken: names of pictures that could not be read.
+        broken: names of images that could not be read.
         seconds: time spent, over all restarts.
         is_main_process: whether this is the process that wrote the files.
         measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.base.Task.measure`.
@@ -103,19 +103,19 @@ def train(
 
     Args:
         model: the network.
-        samples: the pictures and their augmentation.
+        samples: the images and their augmentation.
         objective: the loss, such as :class:`~kornia_tinyvit.training.Labels` or a loss of distillation.
         recipe: the hyperparameters.
         out: folder for what comes out.
         task: what the network is trained for, which decides how it is measured and written.
-        validation: pictures to measure the network on, such as :class:`~kornia_tinyvit.data.ClassificationDataset`.
+        validation: images to measure the network on, such as :class:`~kornia_tinyvit.data.ClassificationDataset`.
         validate_every: epochs from one measurement to the next; the last one is always measured.
         replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
         class_names: names to write into the checkpoints.
         origin: where the first weights come from, such as a seed or a file's name, for ``run.json``: the same folder
             with another origin is refused.
-        process_batch: pictures of one process at a time; gradients are accumulated up to the recipe's batch.
-        workers: processes that read pictures, for each process.
+        process_batch: images of one process at a time; gradients are accumulated up to the recipe's batch.
+        workers: processes that read images, for each process.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
         save_minutes: time between two saved states; one is saved after each epoch, too.
         log_every: steps between two lines of metrics.
@@ -124,13 +124,13 @@ def train(
 
     Raises:
         ValueError: if the batches do not divide, the augmentation has another size than the recipe, ``out`` holds
-            another training or is written by another process, or the validation pictures have other classes.
+            another training or is written by another process, or the validation images have other classes.
         FloatingPointError: if the loss is no longer finite.
         MissingExtraError: if accelerate is missing.
     """
     if samples.augmentation.img_size != recipe.img_size:
         raise ValueError(
-            f"The augmentation makes pictures of {samples.augmentation.img_size} pixels, but the recipe has "
+            f"The augmentation makes images of {samples.augmentation.img_size} pixels, but the recipe has "
             f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
         )
     if validation is not None:
@@ -157,7 +157,7 @@ def train(
                 if training.done % (log_every * training.accumulate) and inside:
                     continue
                 line = training.log_metrics(per_epoch)
-                bar.update(shown, rate=f"{line['images_per_s']:.0f} pictures/s", loss=f"loss {line['loss']:.4f}")
+                bar.update(shown, rate=f"{line['images_per_s']:.0f} images/s", loss=f"loss {line['loss']:.4f}")
                 if not inside:
                     due = validation is not None and (epoch % validate_every == 0 or epoch == recipe.epochs)
                     training.end_epoch(epoch, validation, due, class_names, workers)
@@ -291,7 +291,7 @@ class _Training:
             with self.accelerator.autocast():
                 outputs = self.model(images)
             losses = self.objective(outputs, images, batch)
-            # Broken pictures count with no loss: any split of a global batch over processes gives the same.
+            # Broken images count with no loss: any split of a global batch over processes gives the same.
             loss = (losses * batch.valid.to(device)).mean()
             self.accelerator.backward(loss / self.accumulate)
         self.losses.append(loss.detach())
@@ -315,8 +315,8 @@ class _Training:
                 f"The loss is {loss} at step {self.step}. Lower the learning rate; the last saved state is kept."
             )
         now = time.perf_counter()
-        pictures = len(self.losses) * self.process_batch * self.accelerator.num_processes
-        rate = round(pictures / max(now - self.taken, 1e-9), 1)
+        images = len(self.losses) * self.process_batch * self.accelerator.num_processes
+        rate = round(images / max(now - self.taken, 1e-9), 1)
         self.losses, self.taken = [], now
         lr = self.optimizer.param_groups[-1]["lr"]
         return self._log({"epoch": round(self.done / per_epoch, 4), "loss": loss, "lr": lr, "images_per_s": rate})
@@ -396,11 +396,11 @@ def _average_name(process: int) -> str:
 
 
 def _split_batch(whole: int, processes: int, process_batch: int | None) -> tuple[int, int]:
-    """Return the pictures of a process at a time and how many such batches make a step."""
+    """Return the images of a process at a time and how many such batches make a step."""
     process_batch = process_batch or whole // processes
     if process_batch * processes == 0 or whole % (process_batch * processes):
         raise ValueError(
-            f"The global batch of {whole} is no multiple of {process_batch} pictures on each of {processes} "
+            f"The global batch of {whole} is no multiple of {process_batch} images on each of {processes} "
             "processes; choose another batch_size or process_batch."
         )
     return process_batch, whole // (process_batch * processes)

@@ -1,4 +1,4 @@
-"""The published trainings, and one for small pictures, by name."""
+"""The published trainings, and one for small images, by name."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Recipe:
     """How a network is trained.
 
     Args:
-        img_size: side of the pictures in pixels.
+        img_size: side of the images in pixels.
         epochs: passes over the data.
         warmup_epochs: first epochs in which the learning rate rises linearly.
         batch_size: global batch, over all processes and accumulated steps.
@@ -84,12 +84,12 @@ _FINE = Recipe(
 )  # fmt: skip
 _LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
 
-#: Trainings of arXiv:2207.10666 and its code, and two for pictures of 32 pixels shown at 64: ``"cifar10"`` from
-#: labels, ``"cifar10_distill"`` from a teacher, who also knows what to say about a picture pasted into another.
+#: Trainings of arXiv:2207.10666 and its code, and two for images of 32 pixels shown at 64: ``"cifar10"`` from
+#: labels, ``"cifar10_distill"`` from a teacher, who also knows what to say about an image pasted into another.
 #: ``"semantic"`` fine-tunes a segmenter; as in SegFormer's (arXiv:2105.15203) the decoder learns ten times as fast as
 #: the first layers. ``"promptable"`` fine-tunes MobileSAM on masks of one's own, with MedSAM's learning rate of 1e-4
 #: and its weight decay (arXiv:2304.12306), and SAM's layer decay. ``"detection"`` is RT-DETR's (arXiv:2304.08069): 1e-4
-#: for 16 pictures at a time, 72 epochs, and a moving average of the weights; its backbone, too, learns ten times as
+#: for 16 images at a time, 72 epochs, and a moving average of the weights; its backbone, too, learns ten times as
 #: slowly at its beginning.
 RECIPES: dict[str, Recipe] = {
     "in1k": Recipe(drop_path={"21m": 0.2}),

@@ -49,7 +49,7 @@ def draw_overlay(
         boxes: :math:`(K, 4)`, left, top, right and bottom in pixels.
 
     Returns:
-        The picture, of the photo's size.
+        The image, of the photo's size.
 
     Raises:
         ValueError: if the photo or a mask has another shape.
@@ -62,8 +62,8 @@ def draw_overlay(
         if mask.shape != image.shape[1:]:
             raise ValueError(f"A mask must be {tuple(image.shape[1:])}; got {tuple(mask.shape)}.")
         _tint(canvas, mask.cpu(), 255 * torch.tensor(_color(index)), line)
-    picture = to_pil(canvas)
-    draw = ImageDraw.Draw(picture)
+    drawn = to_pil(canvas)
+    draw = ImageDraw.Draw(drawn)
     for box in [] if boxes is None else boxes.tolist():
         draw.rectangle(box, outline="black", width=line + 2)
         draw.rectangle(box, outline=_BOX, width=line)
@@ -72,7 +72,7 @@ def draw_overlay(
         for (x, y), label in zip(points.tolist(), [1] * len(points) if labels is None else labels, strict=True):
             place = (x - radius, y - radius, x + radius, y + radius)
             draw.ellipse(place, fill=_ON if label else _OFF, outline="white", width=line)
-    return picture
+    return drawn
 
 
 @torch.inference_mode()
@@ -85,11 +85,11 @@ def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool
         scores: whether to tell the scores, too.
 
     Returns:
-        The picture, of the photo's size.
+        The image, of the photo's size.
     """
-    picture = to_pil(image)
-    draw, line = ImageDraw.Draw(picture), max(2, round(max(picture.size) / 250))
-    font = ImageFont.load_default(max(10, round(max(picture.size) / 40)))
+    drawn = to_pil(image)
+    draw, line = ImageDraw.Draw(drawn), max(2, round(max(drawn.size) / 250))
+    font = ImageFont.load_default(max(10, round(max(drawn.size) / 40)))
     colors = distinct_colors(1 + max((each.index for each in detections), default=0))
     for each in reversed(detections):
         color = tuple((colors[each.index] * 255).int().tolist())
@@ -100,15 +100,15 @@ def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool
         draw.rectangle((place[0] - line, place[1] - line, place[2] + line, place[3] + line), fill=color)
         dark = colors[each.index].mean() > 0.6
         draw.text((left + line, top + line), text, fill="black" if dark else "white", font=font)
-    return picture
+    return drawn
 
 
 def save_image(path: str | Path, image: Image.Image) -> None:
-    """Write a picture in the format that the name's ending tells, or as PNG where it has none.
+    """Write an image in the format that the name's ending tells, or as PNG where it has none.
 
     Args:
         path: the file to write; its folder is made.
-        image: the picture.
+        image: the image.
 
     Raises:
         OSError: if it cannot be written; what was there before stays.
@@ -120,11 +120,11 @@ def save_image(path: str | Path, image: Image.Image) -> None:
 
 
 def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
-    """Write pictures of one width below one another.
+    """Write images of one width below one another.
 
     Args:
         path: the file to write; its folder is made.
-        rows: the pictures from above, one at least.
+        rows: the images from above, one at least.
     """
     save_image(path, Image.fromarray(np.concatenate([np.asarray(row.convert("RGB")) for row in rows])))
 

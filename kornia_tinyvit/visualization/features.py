@@ -26,10 +26,10 @@ def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = Non
     """Return how strongly each pixel moves a class: the gradient of its logit with respect to the pixels.
 
     Args:
-        classifier: maps pictures to logits, such as an :class:`~kornia_tinyvit.ImageClassifier`.
-        images: pictures :math:`(B, C, H, W)` in [0, 1].
+        classifier: maps images to logits, such as an :class:`~kornia_tinyvit.ImageClassifier`.
+        images: images :math:`(B, C, H, W)` in [0, 1].
         classes: class indices :math:`(B,)`; the most likely ones if left out.
-        blur: deviation of the Gaussian that smooths the map, as a share of the picture's longer side.
+        blur: deviation of the Gaussian that smooths the map, as a share of the image's longer side.
 
     Returns:
         Maps :math:`(B, 1, H, W)` in [0, 1], the largest over the channels, each scaled by its 99th percentile.
@@ -52,11 +52,11 @@ def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = Non
 
 
 def blur_size(sigma: float, images: Tensor) -> int:
-    """Return the side of a Gaussian's kernel: two deviations to each side, odd, and no larger than the pictures.
+    """Return the side of a Gaussian's kernel: two deviations to each side, odd, and no larger than the images.
 
     Args:
         sigma: standard deviation in pixels.
-        images: pictures :math:`(B, C, H, W)`.
+        images: images :math:`(B, C, H, W)`.
     """
     return min(2 * math.ceil(2 * sigma) + 1, *(side - 1 + side % 2 for side in images.shape[-2:]))
 
@@ -68,14 +68,14 @@ def feature_colors(features: Tensor) -> Tensor:
         features: maps :math:`(B, C, H, W)` with :math:`C \ge 3`; the components are shared by the batch.
 
     Returns:
-        Pictures :math:`(B, 3, H, W)` in [0, 1]; the strongest component is red.
+        Images :math:`(B, 3, H, W)` in [0, 1]; the strongest component is red.
     """
     cells = features.detach().float().movedim(1, -1).flatten(0, 2)
     cells = cells - cells.mean(0)
     _, _, components = torch.linalg.svd(cells, full_matrices=False)
     axes = torch.zeros(3, cells.shape[1], device=cells.device)
     axes[: min(3, len(components))] = components[:3]
-    # The sign of a component is arbitrary: the largest entry is made positive, so that a picture repeats.
+    # The sign of a component is arbitrary: the largest entry is made positive, so that an image repeats.
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     colors = cells @ (axes * torch.where(largest < 0, -1.0, 1.0)).T
     colors = colors.unflatten(0, (features.shape[0], *features.shape[2:])).movedim(-1, 1)
@@ -84,10 +84,10 @@ def feature_colors(features: Tensor) -> Tensor:
 
 
 def overlay_heat(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
-    """Lay a heat map over dimmed grey pictures.
+    """Lay a heat map over dimmed grey images.
 
     Args:
-        images: pictures :math:`(B, 3, H, W)` in [0, 1].
+        images: images :math:`(B, 3, H, W)` in [0, 1].
         heat: maps :math:`(B, 1, H, W)` in [0, 1].
         opacity: share of the colour where the heat is highest.
     """
@@ -97,13 +97,13 @@ def overlay_heat(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
 
 
 def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
-    r"""Return the maps of the four stages for whole pictures, their shorter side at four times the resolution.
+    r"""Return the maps of the four stages for whole images, their shorter side at four times the resolution.
 
     That shows more than the few cells that the classifier itself looks at.
 
     Args:
         classifier: the network to look into; images are resized and normalized as its ``model.preprocessing`` says.
-        images: pictures :math:`(B, C, H, W)` in [0, 1].
+        images: images :math:`(B, C, H, W)` in [0, 1].
 
     Returns:
         Maps :math:`(B, C_i, H_i, W_i)`, the finest first.
@@ -117,6 +117,6 @@ def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
 
 
 def _percentile(values: Tensor, share: float) -> Tensor:
-    """Return the percentile of each picture's channel, shaped to broadcast over it."""
+    """Return the percentile of each image's channel, shaped to broadcast over it."""
     flat = values.flatten(2).sort(2).values
     return flat[..., round(share * (flat.shape[2] - 1)), None, None]

@@ -24,7 +24,7 @@ _TITLE = 48
 
 
 def demo_augmentations() -> dict[str, nn.Module]:
-    """Return the three kornia augmentations that the demo shows, by name; each always changes a picture alike."""
+    """Return the three kornia augmentations that the demo shows, by name; each always changes an image alike."""
     return {
         "flip and turn": K.ImageSequential(
             K.RandomHorizontalFlip(p=1.0), K.RandomRotation((12.0, 12.0), p=1.0, resample="bilinear")
@@ -44,21 +44,21 @@ def save_sheet(
     views: dict[str, nn.Module] | None = None,
     top_k: int = 5,
 ) -> list[Prediction]:
-    """Draw one picture's sheet: predictions, augmented views with theirs, saliency and the features of the stages.
+    """Draw one image's sheet: predictions, augmented views with theirs, saliency and the features of the stages.
 
-    The features are those of the whole picture with its shorter side at four times the network's resolution, which
+    The features are those of the whole image with its shorter side at four times the network's resolution, which
     shows more than the few cells that the classifier itself looks at.
 
     Args:
         path: the PNG file to write.
         classifier: the network to look into.
-        image: picture :math:`(3, H, W)` in [0, 1].
+        image: image :math:`(3, H, W)` in [0, 1].
         title: what to write above.
         views: augmentations to show by name; :func:`demo_augmentations` if left out.
         top_k: how many predictions to list.
 
     Returns:
-        The predictions for the picture itself.
+        The predictions for the image itself.
     """
     views = demo_augmentations() if views is None else views
     batch = image.unsqueeze(0)
@@ -89,7 +89,7 @@ class _Sheet:
 
     Args:
         columns: tiles side by side, in two rows.
-        aspect: height over width of the pictures.
+        aspect: height over width of the images.
         title: what to write above.
     """
 
@@ -102,12 +102,12 @@ class _Sheet:
         self.draw.text((_GAP, _GAP), title, fill="black", font=ImageFont.load_default(20))
 
     def draw_tile(self, row: int, column: int, image: Tensor, name: str, note: str) -> None:
-        """Put a picture :math:`(3, H, W)` whole into a tile, its name below on the left and a note on the right."""
+        """Put an image :math:`(3, H, W)` whole into a tile, its name below on the left and a note on the right."""
         left, top = self._corner(row, column)
         scale = min(side / pixels for side, pixels in zip(self.tile, (image.shape[2], image.shape[1]), strict=True))
         width, height = (max(1, round(pixels * scale)) for pixels in (image.shape[2], image.shape[1]))
-        picture = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
-        self.canvas.paste(picture, (left + (self.tile[0] - width) // 2, top + (self.tile[1] - height) // 2))
+        resized = to_pil(image).resize((width, height), Image.Resampling.BICUBIC)
+        self.canvas.paste(resized, (left + (self.tile[0] - width) // 2, top + (self.tile[1] - height) // 2))
         below = top + self.tile[1] + 4
         self.draw.text((left, below), name, fill="#555555", font=self.font)
         self.draw.text((left + _TILE, below), note, fill="black", font=self.font, anchor="ra")

@@ -43,7 +43,7 @@ SLIDERS = {
     "blur": (0.0, 12.0, 0.25),
     "noise": (0.0, 0.5, 0.01),
 }
-BUTTONS: list[Any] = ["download", "fullscreen"]  # without the one that shares pictures with a public site
+BUTTONS: list[Any] = ["download", "fullscreen"]  # without the one that shares images with a public site
 ON, OFF, BOX = "on the object", "off the object", "corner of a box"
 
 WAITING = 32  # visitors' requests that wait for their turn; more are refused
@@ -235,7 +235,7 @@ def _classify_tab(classifier: ImageClassifier) -> Tab:
 def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
     with gr.Row():
         with gr.Column(min_width=260):
-            picture = _drawn("changed", "the changed photo", elem_id="changed")
+            image = _drawn("changed", "the changed photo", elem_id="changed")
             table = gr.HTML(elem_id="scores")
         with gr.Column(min_width=260):
             sliders = [
@@ -252,9 +252,9 @@ def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
         return changed, score_table(rows)
 
     moved = [slider.change for slider in sliders]
-    gr.on(moved, _telling(show), [photo, *sliders], [picture, table], trigger_mode="always_last", **TINYVIT)
+    gr.on(moved, _telling(show), [photo, *sliders], [image, table], trigger_mode="always_last", **TINYVIT)
     reset.click(lambda: [getattr(Changes, name) for name in SLIDERS], None, sliders, **QUIET)
-    return show, sliders, [picture, table]
+    return show, sliders, [image, table]
 
 
 def score_table(rows: Sequence[Row]) -> str:
@@ -274,7 +274,7 @@ def score_table(rows: Sequence[Row]) -> str:
 def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
     marks = gr.State(Marks())
     kind = gr.Radio([ON, OFF, BOX], value=ON, label="a click marks", elem_id="kind")
-    picture = _drawn("masks", "the photo with what was found", elem_id="masks")
+    image = _drawn("masks", "the photo with what was found", elem_id="masks")
     status = gr.Markdown(ON_MARKS, elem_id="told")
     clear = gr.Button("Clear", size="sm")
     with gr.Row(equal_height=True):
@@ -282,7 +282,7 @@ def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
         everything = gr.Button("Everything", variant="primary", scale=1, min_width=120, elem_id="everything")
 
     def show(photo: Photo | None) -> tuple[Image.Image | None, Marks, str]:
-        return None if photo is None else photo.picture, Marks(), ON_MARKS
+        return None if photo is None else photo.image, Marks(), ON_MARKS
 
     def click(photo: Photo, marks: Marks, kind: str, event: gr.SelectData) -> tuple[Image.Image, Marks, str]:
         x, y = event.index
@@ -300,8 +300,8 @@ def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
         found, told = views.segment_everything(load_sam(), photo, side)
         return found, Marks(), told
 
-    outputs = [picture, marks, status]
-    picture.select(_telling(click), [photo, marks, kind], outputs, **SAM)
+    outputs = [image, marks, status]
+    image.select(_telling(click), [photo, marks, kind], outputs, **SAM)
     everything.click(_telling(find), [photo, side], outputs, **SAM)
     clear.click(show, photo, outputs, **QUIET)
     return show, [], outputs
@@ -316,6 +316,6 @@ def _features_tab(classifier: ImageClassifier) -> Tab:
 
     def show(photo: Photo | None) -> list[Any]:
         drawn = [(None, "stage")] * 4 if photo is None else views.show_features(classifier, photo)
-        return [gr.update(value=picture, label=about) for picture, about in drawn]
+        return [gr.update(value=image, label=about) for image, about in drawn]
 
     return show, [], tiles

@@ -1,4 +1,4 @@
-"""What the page shows: functions from a photo to pictures and numbers, without the page."""
+"""What the page shows: functions from a photo to images and numbers, without the page."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ __all__ = [
 
 #: Largest file in bytes that the page takes.
 MAX_BYTES = 20 * 2**20
-#: Largest picture in pixels that the page takes; larger ones are refused before they are decoded.
+#: Largest image in pixels that the page takes; larger ones are refused before they are decoded.
 MAX_PIXELS = 40_000_000
 
 SIDE = 1024  # longer side that photos are kept with: what MobileSAM sees, and more than classifiers do
@@ -52,21 +52,21 @@ class Photo:
     """A photo as the page keeps it for a visitor.
 
     Args:
-        picture: its pixels, RGB, at most 1,024 a side.
+        image: its pixels, RGB, at most 1,024 a side.
         embedding: what MobileSAM's encoder saw of it, once it was asked.
     """
 
-    picture: Image.Image
+    image: Image.Image
     embedding: ImageEmbedding | None = field(default=None, repr=False)
 
-    def image(self, model: nn.Module) -> Tensor:
+    def tensor(self, model: nn.Module) -> Tensor:
         """Return the photo as a batch :math:`(1, 3, H, W)` in [0, 1] on the device of a network."""
-        return to_image(self.picture)[None].to(next(model.parameters()).device)
+        return to_image(self.image)[None].to(next(model.parameters()).device)
 
     def embed(self, sam: MobileSAM) -> ImageEmbedding:
         """Return what the encoder sees of the photo, which it is asked only once."""
         if self.embedding is None:
-            self.embedding = sam.embed(self.picture)
+            self.embedding = sam.embed(self.image)
         return self.embedding
 
 
@@ -74,20 +74,20 @@ def open_photo(path: str | Path, max_pixels: int = MAX_PIXELS) -> Photo:
     """Read a photo that somebody brought, and make it small enough to play with.
 
     Args:
-        path: the file. Of an animation the first picture is taken.
+        path: the file. Of an animation the first image is taken.
         max_pixels: the most pixels that are decoded.
 
     Raises:
-        ValueError: if it is no picture, is damaged, or has too many pixels; the file is told by its name alone.
+        ValueError: if it is no image, is damaged, or has too many pixels; the file is told by its name alone.
     """
     path = Path(path)
     try:
         pixels = read_pixels(path, max_pixels=max_pixels)
     except (ValueError, OSError) as error:
         raise ValueError(str(error).replace(str(path), path.name)) from error
-    picture = to_pil(pixels)
-    picture.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
-    return Photo(picture)
+    image = to_pil(pixels)
+    image.thumbnail((SIDE, SIDE), Image.Resampling.BICUBIC)
+    return Photo(image)
 
 
 def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[dict[str, float], Image.Image]:
@@ -101,7 +101,7 @@ def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[
     Returns:
         Scores in [0, 1] by label, the best first, and the photo in grey under the saliency of the best.
     """
-    image = photo.image(classifier)
+    image = photo.tensor(classifier)
     (found,) = classifier.predict(image, top_k)
     names = _names(classifier)
     heat = saliency(classifier, image)
@@ -134,16 +134,16 @@ class Changes:
 
 
 def augment(images: Tensor, changes: Changes) -> Tensor:
-    """Change pictures by kornia's augmentations, each with the one strength that is asked for.
+    """Change images by kornia's augmentations, each with the one strength that is asked for.
 
-    The noise is the same whenever it is drawn, so that a picture changes by what was changed alone.
+    The noise is the same whenever it is drawn, so that an image changes by what was changed alone.
 
     Args:
-        images: pictures :math:`(B, 3, H, W)` in [0, 1].
+        images: images :math:`(B, 3, H, W)` in [0, 1].
         changes: the strengths.
 
     Returns:
-        Pictures of the same shape in [0, 1]; what came in where nothing is to be changed.
+        Images of the same shape in [0, 1]; what came in where nothing is to be changed.
     """
     thin = min(images.shape[-2:]) == 1  # a line has no perspective
     for name, value in vars(changes).items():
@@ -168,7 +168,7 @@ def _step(name: str, value: float, images: Tensor) -> tuple[K.AugmentationBase2D
 
 
 def _corners(images: Tensor, perspective: float) -> Tensor:
-    """Return where the corners of pictures go, clockwise from the upper left, :math:`(B, 4, 2)`."""
+    """Return where the corners of images go, clockwise from the upper left, :math:`(B, 4, 2)`."""
     bottom, right = (side - 1.0 for side in images.shape[-2:])
     cut = min(abs(perspective), 0.98) * bottom / 2  # an edge without length has no way back
     left_cut, right_cut = (0.0, cut) if perspective > 0 else (cut, 0.0)
@@ -191,7 +191,7 @@ def compare(
     Returns:
         The changed photo, and rows of a label and its score in [0, 1] before and after, the highest first.
     """
-    image = photo.image(classifier)
+    image = photo.tensor(classifier)
     changed = augment(image, changes)
     before, after = classifier(torch.cat([image, changed])).float().softmax(1)
     names = _names(classifier)
@@ -210,16 +210,16 @@ def show_features(classifier: ImageClassifier, photo: Photo) -> list[tuple[Image
         photo: the photo.
 
     Returns:
-        For each stage its picture, with the cells as squares, and a line about its map.
+        For each stage its image, with the cells as squares, and a line about its map.
     """
     drawn = []
-    for number, features in enumerate(stage_features(classifier, photo.image(classifier)), 1):
-        picture = to_pil(feature_colors(features)[0])
-        scale = max(1, round(TILE / max(picture.size)))
-        size = (picture.width * scale, picture.height * scale)
+    for number, features in enumerate(stage_features(classifier, photo.tensor(classifier)), 1):
+        image = to_pil(feature_colors(features)[0])
+        scale = max(1, round(TILE / max(image.size)))
+        size = (image.width * scale, image.height * scale)
         channels, height, width = features.shape[1:]
         about = f"stage {number}: {channels} channels of {height} x {width} cells"
-        drawn.append((picture.resize(size, Image.Resampling.NEAREST), about))
+        drawn.append((image.resize(size, Image.Resampling.NEAREST), about))
     return drawn
 
 
@@ -289,7 +289,7 @@ def draw_marks(photo: Photo, marks: Marks, masks: Sequence[Tensor] = ()) -> Imag
         boxes = torch.tensor([[x - 2, y - 2, x + 2, y + 2]])
     if points is not None and labels is not None:
         points, labels = points[0], labels[0]
-    return draw_overlay(to_pixels(photo.picture), masks, points, labels, boxes)
+    return draw_overlay(to_pixels(photo.image), masks, points, labels, boxes)
 
 
 def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) -> tuple[Image.Image, str]:
@@ -308,7 +308,7 @@ def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) 
     masks.sort(key=lambda mask: mask.area, reverse=True)
     decoded = (torch.from_numpy(decode_rle(cast("RLE", mask.segmentation))) for mask in masks)
     told = f"Found {len(masks)} {'mask' if len(masks) == 1 else 'masks'} at {points_per_side**2} points."
-    return draw_overlay(to_pixels(photo.picture), decoded), told
+    return draw_overlay(to_pixels(photo.image), decoded), told
 
 
 def _prompts(marks: Marks) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

@@ -138,7 +138,7 @@ class TestForeignFiles:
             torch.save({"model": named, "epoch": 3}, path)
         found = read_checkpoint(path)
         assert found.layout == layout
-        # No tensor tells the picture's size; the last map of a published network is one window, 3 tokens here.
+        # No tensor tells the image's size; the last map of a published network is one window, 3 tokens here.
         assert found.config == tiny.config.replace(img_size=96)
         model = TinyViT.from_config(pretrained=path)
         assert not model.training
@@ -316,7 +316,7 @@ class TestChannels:
         for channel in range(channels):
             torch.testing.assert_close(new[:, channel], old[:, channel % 3] * 3 / channels)
 
-    def test_a_picture_twice(self, tiny, images):
+    def test_a_image_twice(self, tiny, images):
         load_checkpoint(model := fresh(in_chans=6), tiny.state_dict())
         twice = torch.cat([images, images], 1)
         torch.testing.assert_close(model.eval()(twice), tiny(images), rtol=1e-4, atol=1e-5)

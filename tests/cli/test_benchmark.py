@@ -44,12 +44,12 @@ class TestBenchmark:
         measured, refused, *others = report["rows"]
         assert [(row["batch"], row["dtype"]) for row in others] == [(1, "float32"), (1, "int8")]
         assert (measured["engine"], measured["dtype"], measured["batch"]) == ("eager", "float32", 2)
-        assert measured["pictures_per_second"] == pytest.approx(2000 / measured["ms"])
+        assert measured["images_per_second"] == pytest.approx(2000 / measured["ms"])
         share = 100 * 2 * report["gflop"] / (measured["ms"] / 1000) / report["peak_gflops"]["float32"]
-        assert measured["peak_share"] == pytest.approx(share)
+        assert measured["peak_fraction"] == pytest.approx(share)
         assert measured["warmup_s"] > 0
         assert measured["agreement"] is measured["top1"] is None
-        assert refused["refused"] == "int8 is calibrated on pictures: give --data"
+        assert refused["refused"] == "int8 is calibrated on images: give --data"
         assert refused["ms"] is None
         assert report["machine"]["threads"] == torch.get_num_threads()
         assert report["machine"]["allocator"] == "as it comes"

@@ -83,9 +83,9 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["{tmp}/gone.jpg", "--pretrained", "{weights}"], "There is no picture {tmp}/gone.jpg"),
-            (["{tmp}/notes.jpg", "--pretrained", "{weights}"], "{tmp}/notes.jpg is not a picture that can be read"),
-            (["{tmp}", "--pretrained", "{weights}"], "{tmp} is not a picture that can be read"),
+            (["{tmp}/gone.jpg", "--pretrained", "{weights}"], "There is no image {tmp}/gone.jpg"),
+            (["{tmp}/notes.jpg", "--pretrained", "{weights}"], "{tmp}/notes.jpg is not an image that can be read"),
+            (["{tmp}", "--pretrained", "{weights}"], "{tmp} is not an image that can be read"),
             (["{photo}", "--variant", "6m"], "no TinyViT variant '6m'; choose one of 1m, 5m, 11m, 21m"),
             (["{photo}", "--pretrained", "{weights}", "--variant", "6m"], "no TinyViT variant '6m'"),
             (["{photo}", "--pretrained", "{weights}", "--variant", "5m"], "{weights}"),
@@ -100,7 +100,7 @@ class TestErrors:
         ],
     )
     def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
-        (tmp_path / "notes.jpg").write_text("no picture")
+        (tmp_path / "notes.jpg").write_text("no image")
         known = {"tmp": tmp_path, "weights": weights, "photo": PHOTOS[0]}
         arguments = [argument.format(**known) for argument in arguments]
         assert message.format(**known) in error_of(capfd, monkeypatch, "classify", *arguments)
@@ -122,7 +122,7 @@ class TestProcess:
     def test_mistakes(self, weights, tmp_path):
         done = self.process("classify", str(tmp_path / "gone.jpg"), "--pretrained", weights)
         assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"Error: There is no picture {tmp_path / 'gone.jpg'}.\n"
+        assert done.stderr == f"Error: There is no image {tmp_path / 'gone.jpg'}.\n"
 
     def test_no_network(self, tmp_path):
         url = "http://weights.invalid/tiny.safetensors"

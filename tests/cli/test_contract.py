@@ -19,14 +19,14 @@ from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
 from tests.helpers import error_of, json_lines, run
-from tests.scenes import CLASSES, make_pictures
+from tests.scenes import CLASSES, make_images
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_pictures(tmp_path / "data")
+    return make_images(tmp_path / "data")
 
 
 @pytest.fixture
@@ -171,7 +171,7 @@ class TestContract:
         options = ("--max-parameters", "28k", "--store", str(store), "--json")
         held_out = error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", *options))
         assert "none can be held out: give --validation" in held_out
-        validation = make_pictures(tmp_path / "val", each=2, seed=5)
+        validation = make_images(tmp_path / "val", each=2, seed=5)
         told = json.loads(run(*command(folder, seed, tmp_path / "out", *options, "--validation", str(validation))))
         assert told["path"][-1]["costs"]["parameters"] <= 28e3
         assert journal(tmp_path / "out")[0]["evaluation"]["objective"]["kind"] == "stored labels"

@@ -69,10 +69,10 @@ class TestErrors:
         error = error_of(capfd, monkeypatch, "demo", *map(str, photos), "--out", str(out), "--pretrained", weights)
         assert "would replace a photo or another sheet" in error
 
-    def test_no_picture(self, weights, tmp_path, capfd, monkeypatch):
-        (tmp_path / "notes.jpg").write_text("no picture")
+    def test_no_image(self, weights, tmp_path, capfd, monkeypatch):
+        (tmp_path / "notes.jpg").write_text("no image")
         arguments = (str(tmp_path / "notes.jpg"), "--out", str(tmp_path / "demo"), "--pretrained", weights)
-        assert "notes.jpg is not a picture that can be read" in error_of(capfd, monkeypatch, "demo", *arguments)
+        assert "notes.jpg is not an image that can be read" in error_of(capfd, monkeypatch, "demo", *arguments)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
@@ -81,7 +81,7 @@ class TestErrors:
             (["--host", "0.0.0.0"], "--host would do nothing without --web; leave it out"),
             (["--sam", "mobile_sam"], "--sam would do nothing without --web; leave it out"),
             (["--web", "--out", "demo"], "--out would do nothing with --web; leave it out"),
-            (["--web", "gone.png"], "There is no picture gone.png"),
+            (["--web", "gone.png"], "There is no image gone.png"),
             (["--web", "--sam", "gone.safetensors"], "There is no file gone.safetensors for --sam"),
             (["--web", "--host", "203.0.113.7", "--port", "0"], "Port 0 of 203.0.113.7 cannot be used"),
             (["--web", "--device", "toaster"], "'toaster' cannot be used here"),

@@ -48,7 +48,7 @@ class TestDetect:
             assert {each["label"] for each in row["detections"]} <= set(NAMES)
             assert Image.open(row["drawn"]).size == (row["width"], row["height"]) == Image.open(photo).size
 
-    def test_pictures_with_boxes(self, weights, tmp_path):
+    def test_images_with_boxes(self, weights, tmp_path):
         run("detect", str(PHOTO), "--checkpoint", weights, "--threshold", "0", "--out", str(tmp_path))
         drawn, photo = (np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "chelsea.png", PHOTO))
         assert (drawn != photo).any()
@@ -118,7 +118,7 @@ class TestTrain:
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
     )
     def test_two_processes(self, tmp_path):
-        """They share the pictures, some without objects, and three validation pictures between them."""
+        """They share the images, some without objects, and three validation images between them."""
         data = scenes.make_boxes(tmp_path / "data", 4)
         validation = scenes.make_boxes(tmp_path / "val", 3, seed=1)
         launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
@@ -161,7 +161,7 @@ class TestEvaluate:
         found = evaluate(TinyViTDetector.from_config(pretrained=own), images)
         assert told.pop("per_class").keys() == {"disc", "box"}
         assert told == pytest.approx(found.to_dict(), abs=1e-3)
-        assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["pictures"] == 2
+        assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["images"] == 2
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
@@ -177,12 +177,12 @@ class TestEvaluate:
         assert sizes == [64, 96]
         assert "another architecture" in error_of(capfd, monkeypatch, *self.command(data, own, "--variant", "5m"))
 
-    def test_text_and_broken_pictures(self, own, tmp_path, capfd, monkeypatch):
+    def test_text_and_broken_images(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
         damage(data / "images" / "01.png")
         assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, own, "--json"))
         printed = run(*self.command(data, own, "--on-broken", "skip", "--per-class"))
-        assert "2 pictures, 2 objects: mAP " in printed
+        assert "2 images, 2 objects: mAP " in printed
         assert "left out: 1, such as 01.png" in printed
         assert "disc" in printed
 

@@ -15,7 +15,7 @@ from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.distillation import LabelStore, estimated_size
 from tests.helpers import error_of, json_lines, run
-from tests.scenes import CLASSES, damage, make_pictures
+from tests.scenes import CLASSES, damage, make_images
 
 TEACHER = """
 import torch
@@ -51,7 +51,7 @@ FAST = ("--batch-size", "8", "--workers", "0", "--variant", "1m")
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_pictures(tmp_path / "data", each=4)
+    return make_images(tmp_path / "data", each=4)
 
 
 @pytest.fixture
@@ -79,13 +79,13 @@ def test_whole_journey(folder, tmp_path, teacher):
     assert "0 records written, 24 were there." in save(folder, store, teacher)
     check = run("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL)
     assert check.startswith("24 records recomputed: largest difference 0.000")
-    validation = make_pictures(tmp_path / "val", each=2, seed=5)
+    validation = make_images(tmp_path / "val", each=2, seed=5)
     train = ("distill", "train", str(folder), str(store), *SMALL, *FAST, "--epochs", "2", "--out", str(out))
     result = json.loads(run(*train, "--validation", str(validation), "--json"))
     assert result["steps"] == 2
     assert result["best"] == str(out / "best.safetensors")
     report = json.loads(run("evaluate", str(validation), "--pretrained", result["best"], "--json"))
-    assert report["pictures"] == 6
+    assert report["images"] == 6
     assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
     lines = json_lines(out / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [1, 1, 2, 2]
@@ -124,11 +124,11 @@ class TestSave:
         options = ("--teacher", bare, *SMALL, "--json")
         assert json.loads(run("distill", "check", str(folder), str(tmp_path / "store"), *options))["good"] is True
 
-    def test_broken_pictures(self, folder, tmp_path, teacher, capfd, monkeypatch):
+    def test_broken_images(self, folder, tmp_path, teacher, capfd, monkeypatch):
         damage(folder / "green" / "01.png")
         given = ("--teacher", teacher, *SMALL, "--epochs", "1", "--top-k", "2", "--workers", "0", "--json")
         error = error_of(capfd, monkeypatch, "distill", "save", str(folder), str(tmp_path / "a"), *given)
-        assert "green/01.png is not a picture" in error
+        assert "green/01.png is not an image" in error
         printed = save(folder, tmp_path / "store", teacher, "--on-broken", "skip", epochs=1)
         assert "Could not be read: 1, such as green/01.png" in printed
         report = json.loads(
@@ -153,7 +153,7 @@ class TestSave:
             (("--top-k", "9"), "--top-k is at most the 3 classes of the teacher; got 9"),
             (("--device", "toaster"), "The device 'toaster' cannot be used"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
-            (("--limit", "13"), "Cannot draw 13 of 12 pictures"),
+            (("--limit", "13"), "Cannot draw 13 of 12 images"),
         ],
     )
     def test_errors(self, folder, tmp_path, teacher, capfd, monkeypatch, options, message):
@@ -246,10 +246,10 @@ class TestTrain:
         error = error_of(capfd, monkeypatch, *self.command(folder, tmp_path, str(store), *SMALL))
         assert "holds no whole epoch; kornia-tinyvit distill save" in error
 
-    def test_hard_share_changes_the_loss(self, folder, store, tmp_path):
+    def test_hard_weight_changes_the_loss(self, folder, store, tmp_path):
         curves = []
         for share in ("0", "0.5"):
-            options = (str(store), *SMALL, "--epochs", "1", "--hard-share", share)
+            options = (str(store), *SMALL, "--epochs", "1", "--hard-weight", share)
             run(*self.command(folder, tmp_path / share, *options))
             line = (tmp_path / share / "out" / "metrics.jsonl").read_text().splitlines()[0]
             curves.append(json.loads(line)["loss"])

@@ -24,7 +24,7 @@ def weights(tiny, tmp_path) -> str:
 
 @pytest.fixture
 def photos() -> list[Image.Image]:
-    """Pictures of several sizes that the small network does not take for one class alone."""
+    """Images of several sizes that the small network does not take for one class alone."""
     generator = torch.Generator().manual_seed(0)
     photos = []
     for number in range(12):
@@ -51,7 +51,7 @@ def expected_accuracy(weights, data, labels, **changes):
 
 @pytest.fixture
 def truth(weights, folder) -> list[int]:
-    """Move the pictures so that some, and not all, lie in the folder that the network would choose."""
+    """Move the images so that some, and not all, lie in the folder that the network would choose."""
     classifier = ImageClassifier.from_config(pretrained=weights)
     for number, path in enumerate(sorted(folder.rglob("*.png"))):
         if number % 2:
@@ -67,13 +67,13 @@ class TestFolder:
     def test_classes_are_matched_by_name(self, weights, folder, truth, batch_size):
         report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--batch-size", batch_size, "--json"))
         expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
-        assert report == {"pictures": 12, **expected}
+        assert report == {"images": 12, **expected}
         assert 40 < expected["top1"] < 100
 
     def test_text(self, weights, folder, truth):
         expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
         output = run("evaluate", str(folder), "--pretrained", weights)
-        assert output.strip() == f"12 pictures: top-1 {expected['top1']:.2f} %, top-5 {expected['top5']:.2f} %"
+        assert output.strip() == f"12 images: top-1 {expected['top1']:.2f} %, top-5 {expected['top5']:.2f} %"
 
     @pytest.mark.parametrize(
         ("options", "changes"),
@@ -82,34 +82,34 @@ class TestFolder:
     def test_options(self, weights, folder, truth, options, changes):
         report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json", *options))
         assert report == {
-            "pictures": 12,
+            "images": 12,
             **expected_accuracy(weights, ClassificationDataset.open(folder), truth, **changes),
         }
 
-    @pytest.mark.parametrize(("limit", "pictures"), [("1", 1), ("7", 7), ("1000", 12)])
-    def test_limit(self, weights, folder, limit, pictures):
+    @pytest.mark.parametrize(("limit", "images"), [("1", 1), ("7", 7), ("1000", 12)])
+    def test_limit(self, weights, folder, limit, images):
         arguments = ("evaluate", str(folder), "--pretrained", weights, "--limit", limit, "--json")
         report = json.loads(run(*arguments))
-        assert report["pictures"] == pictures
-        assert json.loads(run(*arguments)) == report  # the same pictures each time
+        assert report["images"] == images
+        assert json.loads(run(*arguments)) == report  # the same images each time
 
     def test_workers(self, weights, folder):
         arguments = ("evaluate", str(folder), "--pretrained", weights, "--json")
         assert json.loads(run(*arguments, "--workers", "1")) == json.loads(run(*arguments))
 
     @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_a_broken_picture_is_one_sentence(self, weights, folder, workers, capfd, monkeypatch):
+    def test_a_broken_image_is_one_sentence(self, weights, folder, workers, capfd, monkeypatch):
         (folder / "cat" / "a.png").write_bytes(b"nothing")
         options = ("--pretrained", weights, "--workers", workers, "--json")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
-        assert re.fullmatch(r"Error: \S+cat/a\.png is not a picture that can be read: Pillow .*\n", error)
+        assert re.fullmatch(r"Error: \S+cat/a\.png is not an image that can be read: Pillow .*\n", error)
 
     def test_other_names_count_by_position(self, weights, folder):
         for number, name in enumerate(FOLDERS):
             (folder / name).rename(folder / f"class {number}")
         data = ClassificationDataset.open(folder)
         result = CliRunner().invoke(app, ["evaluate", str(folder), "--pretrained", weights, "--json"])
-        assert json.loads(result.stdout) == {"pictures": 12, **expected_accuracy(weights, data, data.labels)}
+        assert json.loads(result.stdout) == {"images": 12, **expected_accuracy(weights, data, data.labels)}
         assert "knows none of the data's 3 classes by name; taking them for the first of its 10" in result.stderr
 
 
@@ -117,7 +117,7 @@ class TestMeasures:
     """The other numbers that the command tells when asked."""
 
     def answers(self, weights, folder):
-        """The classes of the pictures and what the network takes them for, by name."""
+        """The classes of the images and what the network takes them for, by name."""
         classifier = ImageClassifier.from_config(pretrained=weights)
         data = ClassificationDataset.open(folder)
         found = classifier.predict([data[number][0] for number in range(len(data))], top_k=1)
@@ -132,21 +132,21 @@ class TestMeasures:
         assert [row["class"] for row in rows] == [name for name in CIFAR if name in labels]
         for row in rows:
             own = [answer for label, answer in zip(labels, answers, strict=True) if label == row["class"]]
-            assert row["pictures"] == len(own)
+            assert row["images"] == len(own)
             assert row["top1"] == round(100 * own.count(row["class"]) / len(own), 2)
         printed = cells(run("evaluate", str(folder), "--pretrained", weights, "--per-class"))
         for row in rows:
-            wanted = [row["class"], str(row["pictures"]), f"{row['top1']:.2f}"]
+            wanted = [row["class"], str(row["images"]), f"{row['top1']:.2f}"]
             assert wanted in [[cell for cell in line if cell] for line in printed]
 
     def test_confusion(self, weights, folder, truth):
         labels, answers, _ = self.answers(weights, folder)
         pairs = Counter(pair for pair in zip(labels, answers, strict=True) if pair[0] != pair[1])
         rows = self.report(weights, folder, "--confusion")["confusion"]
-        assert {(row["class"], row["taken_for"]): row["pictures"] for row in rows} == dict(pairs)
-        assert [row["pictures"] for row in rows] == sorted(pairs.values(), reverse=True)
+        assert {(row["class"], row["taken_for"]): row["images"] for row in rows} == dict(pairs)
+        assert [row["images"] for row in rows] == sorted(pairs.values(), reverse=True)
         output = run("evaluate", str(folder), "--pretrained", weights, "--confusion").strip().splitlines()
-        assert output[1] == f"{rows[0]['class']} taken for {rows[0]['taken_for']}: {rows[0]['pictures']}"
+        assert output[1] == f"{rows[0]['class']} taken for {rows[0]['taken_for']}: {rows[0]['images']}"
         assert len(output) == 1 + len(rows)
 
     def test_calibration(self, weights, folder, truth):
@@ -157,12 +157,12 @@ class TestMeasures:
         error = 100 * sum(abs(sum(gaps)) for gaps in bins.values()) / len(labels)
         calibration = self.report(weights, folder, "--calibration")["calibration"]
         assert calibration["error"] == pytest.approx(error, abs=0.01)
-        assert [each["pictures"] for each in calibration["bins"]] == [len(bins[key]) for key in sorted(bins)]
+        assert [each["images"] for each in calibration["bins"]] == [len(bins[key]) for key in sorted(bins)]
         output = run("evaluate", str(folder), "--pretrained", weights, "--calibration")
         assert f"expected calibration error {calibration['error']:.2f} %" in output
 
     def test_features_of_training_data(self, weights, photos, tmp_path):
-        """Three kinds of pictures that a network with any weights tells apart."""
+        """Three kinds of images that a network with any weights tells apart."""
         for split, shift in (("train", 0), ("test", 7)):
             for number, name in enumerate(("cat", "dog", "frog")):
                 (tmp_path / split / name).mkdir(parents=True)
@@ -190,7 +190,7 @@ class TestMeasures:
         assert "The training data has no classes frog, truck" in error
 
     @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_broken_pictures_are_skipped(self, weights, folder, truth, workers):
+    def test_broken_images_are_skipped(self, weights, folder, truth, workers):
         broken = folder / "cat" / "a.png"
         broken.write_bytes(b"nothing")
         (folder / "truck" / "b.png").write_bytes(b"")
@@ -203,19 +203,19 @@ class TestMeasures:
         broken.unlink()
         (folder / "truck" / "b.png").unlink()
         assert report == self.report(weights, folder)
-        assert report["pictures"] == 12
+        assert report["images"] == 12
 
-    def test_nothing_but_broken_pictures(self, weights, folder, capfd, monkeypatch):
+    def test_nothing_but_broken_images(self, weights, folder, capfd, monkeypatch):
         for path in folder.rglob("*.png"):
             path.write_bytes(b"nothing")
         options = ("--pretrained", weights, "--json", "--on-broken", "skip")
-        assert "No pictures were evaluated" in error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
+        assert "No images were evaluated" in error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
 
 
 class TestImageNet22k:
     @pytest.fixture
     def large(self, tiny, tmp_path) -> str:
-        """A network that takes every picture for the class 281 of ImageNet-1k, a tabby, or for one outside of it."""
+        """A network that takes every image for the class 281 of ImageNet-1k, a tabby, or for one outside of it."""
         tiny.reset_classifier(21841)
         torch.nn.init.zeros_(tiny.head.weight)
         torch.nn.init.zeros_(tiny.head.bias)
@@ -230,7 +230,7 @@ class TestImageNet22k:
             photos[0].save(tmp_path / "data" / name / "1.png")
         output = CliRunner().invoke(app, ["evaluate", str(tmp_path / "data"), "--pretrained", large, "--confusion"])
         assert output.exit_code == 0, output.output
-        assert "2 pictures: top-1 50.00 %" in output.stdout
+        assert "2 images: top-1 50.00 %" in output.stdout
         assert "goldfish taken for tabby: 1" in output.stdout
         assert "taking the 1000 of ImageNet-1k" in output.stderr
 
@@ -258,7 +258,7 @@ class TestParquet:
         pq.write_table(pa.table({"image": images, "label": labels}), path)
         report = json.loads(run("evaluate", str(path), "--pretrained", weights, "--json"))
         expected = expected_accuracy(weights, ClassificationDataset.open(path), labels)
-        assert report == {"pictures": 12, **expected}
+        assert report == {"images": 12, **expected}
         assert 60 < expected["top1"] <= 100
 
 
@@ -267,7 +267,7 @@ class TestErrors:
         ("data", "message"),
         [
             ("gone", "There is no data set"),
-            ("empty", "holds no pictures in class folders"),
+            ("empty", "holds no images in class folders"),
             ("notes.parquet", "is no parquet file"),
         ],
     )
@@ -291,10 +291,10 @@ class TestErrors:
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
         assert "The data has a class 10, but the network knows 10" in error
 
-    def test_damaged_picture(self, weights, folder, capfd, monkeypatch):
+    def test_damaged_image(self, weights, folder, capfd, monkeypatch):
         (folder / "cat" / "01.png").write_bytes(b"nothing")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
-        assert "01.png is not a picture that can be read" in error
+        assert "01.png is not an image that can be read" in error
 
     @pytest.mark.parametrize("option", ["--limit", "--batch-size"])
     def test_counts_start_at_one(self, folder, option):

@@ -35,7 +35,7 @@ class TestSemantic:
         told = json.loads(run(*self.command(data, segmenter, "--json", "--per-class")))
         rows = told.pop("per_class")
         assert told == {
-            "pictures": 3,
+            "images": 3,
             "classes_present": 3,
             "mean_iou": round(wanted.mean_iou, 2),
             "pixel_accuracy": round(wanted.pixel_accuracy, 2),
@@ -48,7 +48,7 @@ class TestSemantic:
         data = make_scenes(tmp_path / "data", 3)
         printed = run(*self.command(data, segmenter, "--per-class", "--limit", "2"))
         assert [word for line in printed.splitlines() for word in line.split()[:1] if word in NAMES] == list(NAMES)
-        assert "2 pictures: mean IoU " in printed.strip().splitlines()[-1]
+        assert "2 images: mean IoU " in printed.strip().splitlines()[-1]
 
     def test_split(self, tmp_path, segmenter):
         for split, seed in (("train", 0), ("val", 5)):
@@ -66,7 +66,7 @@ class TestSemantic:
         damage(data / "images" / "01.png")
         assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, segmenter, "--json"))
         told = json.loads(run(*self.command(data, segmenter, "--json", "--on-broken", "skip")))
-        assert (told["pictures"], told["broken"]) == (2, ["01.png"])
+        assert (told["images"], told["broken"]) == (2, ["01.png"])
 
     def test_errors(self, tmp_path, segmenter, capfd, monkeypatch):
         data = make_scenes(tmp_path / "data", 2)
@@ -87,14 +87,14 @@ class TestPromptable:
         wanted = evaluate(lively_sam(), InstanceDataset.open(data))
         told = json.loads(run(*self.command(data, sam, "--json", "--workers", "1")))
         rounded = {name: round(value, 2) for name, value in wanted.items()}
-        assert told == {"pictures": 2, **rounded}
+        assert told == {"images": 2, **rounded}
         assert told["instances"] == 4
 
     def test_text(self, tmp_path, sam):
         data = make_instances(tmp_path / "data", 3)
         damage(data / "masks" / "01.png")
         last, broken = run(*self.command(data, sam, "--on-broken", "skip")).strip().splitlines()[-2:]
-        assert last.startswith("2 pictures, 4 objects: mean IoU ")
+        assert last.startswith("2 images, 4 objects: mean IoU ")
         assert last.endswith("% from a point each")
         assert broken == "Could not be read and were left out: 1, such as 01.png"
 
@@ -105,5 +105,5 @@ class TestPromptable:
         assert told[0]["box_iou"] != told[1]["box_iou"]
         assert [each["instances"] for each in told] == [4, 4, 2]
         error = error_of(capfd, monkeypatch, *self.command(data, sam, "--json", "--min-area", "2000"))
-        assert "None of 2 pictures has an object of at least 2000 pixels" in error
+        assert "None of 2 images has an object of at least 2000 pixels" in error
         assert "--per-class would do nothing" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))

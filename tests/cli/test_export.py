@@ -51,7 +51,7 @@ class TestOnnx:
         options = ("--photos", "--pixels", "uint8", "--opset", "18", "--img-size", "96")
         output = run("export", str(out), "--pretrained", weights, *options)
         assert output.startswith(f"{out}: ")
-        assert output.endswith(" MB, from pictures (B, 3, H, W) uint8, uint8, to (B, 10)\n")
+        assert output.endswith(" MB, from images (B, 3, H, W) uint8, uint8, to (B, 10)\n")
         photo = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8)
         (found,) = runtime.InferenceSession(str(out)).run(None, {"images": photo.numpy()})
         classifier = ImageClassifier.from_config(pretrained=weights, img_size=96)

@@ -187,10 +187,10 @@ class TestErrors:
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
-        ("photo", "message"), [("gone.png", "There is no picture"), ("notes.png", "is not a picture that can be read")]
+        ("photo", "message"), [("gone.png", "There is no image"), ("notes.png", "is not an image that can be read")]
     )
     def test_photo(self, weights, tmp_path, capfd, monkeypatch, photo, message):
-        (tmp_path / "notes.png").write_text("no picture")
+        (tmp_path / "notes.png").write_text("no image")
         assert message in error_of(capfd, monkeypatch, "segment", str(tmp_path / photo), "--checkpoint", weights, *BOX)
 
     def test_no_weights(self, capfd, monkeypatch, tmp_path):

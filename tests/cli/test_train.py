@@ -16,14 +16,14 @@ from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
 from tests.helpers import error_of, run
-from tests.scenes import CLASSES, NAMES, damage, make_instances, make_pictures, make_scenes
+from tests.scenes import CLASSES, NAMES, damage, make_images, make_instances, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_pictures(tmp_path / "data", each=4)
+    return make_images(tmp_path / "data", each=4)
 
 
 def command(folder, tmp_path, *options):
@@ -36,7 +36,7 @@ def recorded(tmp_path):
 
 class TestTrain:
     def test_json(self, folder, tmp_path):
-        validation = make_pictures(tmp_path / "val", each=2, seed=5)
+        validation = make_images(tmp_path / "val", each=2, seed=5)
         told = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
         assert told.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
         assert (told["steps"], told["broken"], told["is_main_process"]) == (1, [], True)
@@ -58,10 +58,10 @@ class TestTrain:
         assert last.endswith("best.safetensors")
         assert run(*command(folder, tmp_path, "--validation", str(folder))).strip().splitlines()[-1] == last
 
-    def test_broken_pictures(self, folder, tmp_path, capfd, monkeypatch):
+    def test_broken_images(self, folder, tmp_path, capfd, monkeypatch):
         damage(folder / "green" / "01.png")
         options = ("--batch-size", "12", "--json")
-        assert "green/01.png is not a picture" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
+        assert "green/01.png is not an image" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
         printed = run(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
         assert "Could not be read and were left out: 1, such as green/01.png" in printed
         told = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
@@ -95,7 +95,7 @@ class TestTrain:
             (("--variant", "9m"), "There is no TinyViT variant '9m'"),
             (("--batch-size", "14"), "12 samples, fewer than a global batch of 14"),
             (("--batch-size", "7"), "even batch_size"),
-            (("--process-batch", "3"), "no multiple of 3 pictures"),
+            (("--process-batch", "3"), "no multiple of 3 images"),
             (("--precision", "fp7"), "fp7"),
             (("--pretrained", "nothing"), "nothing"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
@@ -162,7 +162,7 @@ class TestPromptable:
     def test_json(self, tmp_path):
         data, validation = make_instances(tmp_path / "data", 2), make_instances(tmp_path / "val", 2, seed=9)
         options = ("--validation", str(validation), "--freeze", "image_encoder", "--freeze", "prompt_encoder",
-                   "--pretrained", "cifar10", "--min-area", "100", "--prompts", "3", "--box-share", "0.75",
+                   "--pretrained", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
                    "--json")  # fmt: skip
         told = json.loads(run(*self.command(data, tmp_path, *options)))
         assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
@@ -176,7 +176,7 @@ class TestPromptable:
         asked = recorded(tmp_path)
         assert asked["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
         assert asked["augmentation"]["prompting"]["instances"] == 3
-        assert asked["augmentation"]["prompting"]["box_share"] == 0.75
+        assert asked["augmentation"]["prompting"]["box_fraction"] == 0.75
         assert asked["objective"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
 
     def test_text(self, tmp_path):
@@ -223,7 +223,7 @@ class TestBuildStudent:
         assert not torch.equal(one.head.weight, other.head.weight)
         assert one.training
 
-    def test_windows_grow_with_larger_pictures(self):
+    def test_windows_grow_with_larger_images(self):
         recipe = find_recipe("224_to_384")
         student = build_student("1m", "cifar10", recipe, 10, 0, True)
         assert student.config.window_sizes == (48, 48, 24, 12)
@@ -237,7 +237,7 @@ class TestBuildStudent:
         student = build_student("1m", str(file), find_recipe(recipe), 10, 0, False)
         assert student.config.window_sizes == (8, 8, 4, 2)
 
-    def test_windows_fit_smaller_pictures(self):
+    def test_windows_fit_smaller_images(self):
         recipe = find_recipe("cifar10")
         assert build_student("5m", None, recipe, 10, 0, False).config.window_sizes == (7, 7, 4, 2)
         assert build_student("1m", "cifar10", recipe, 10, 0, False).config.window_sizes == (8, 8, 4, 2)

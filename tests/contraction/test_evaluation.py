@@ -14,7 +14,7 @@ from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabels
 from kornia_tinyvit.training import find_recipe
 from tests.contraction.conftest import SMALL
-from tests.scenes import make_pictures, samples_of
+from tests.scenes import make_images, samples_of
 
 RECIPE = find_recipe("cifar10", img_size=32, epochs=2, batch_size=8, base_lr=0.05, ema_decay=0.5)
 
@@ -22,8 +22,8 @@ RECIPE = find_recipe("cifar10", img_size=32, epochs=2, batch_size=8, base_lr=0.0
 class TestProxyTraining:
     @pytest.fixture
     def proxy(self, tmp_path) -> ProxyTraining:
-        samples = samples_of(make_pictures(tmp_path / "data"), preset="small")
-        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=4, seed=5))
+        samples = samples_of(make_images(tmp_path / "data"), preset="small")
+        validation = ClassificationDataset.open(make_images(tmp_path / "val", each=4, seed=5))
         return ProxyTraining(samples, validation, RECIPE, tmp_path / "training", cpu=True)
 
     def test_trains(self, proxy, parent):

@@ -127,11 +127,11 @@ class TestInherit:
             inherit(parent, SMALL.replace(**change))
 
     def test_learns_faster_than_from_scratch_on_cifar10(self):
-        pictures = ClassificationDataset.open(shared("data/cifar10/test.parquet")).sample(320)
+        photos = ClassificationDataset.open(shared("data/cifar10/test.parquet")).sample(320)
         whole = TinyViT.from_config("1m", pretrained="cifar10")
         prepare = EvaluationPipeline(whole.config.img_size)
-        images = torch.cat([prepare(pictures[row][0][None]) for row in range(len(pictures))])
-        labels = torch.tensor(pictures.labels)
+        images = torch.cat([prepare(photos[row][0][None]) for row in range(len(photos))])
+        labels = torch.tensor(photos.labels)
         smaller = whole.config.replace(embed_dims=(32, 64, 96, 128), num_heads=(1, 2, 3, 4), mlp_ratio=3.0)
         losses = []
         for start in ("inherit", "fresh"):
@@ -142,7 +142,7 @@ class TestInherit:
 
 
 def fit(model: TinyViT, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Learn from all but 128 pictures in a few steps, and return the loss on those."""
+    """Learn from all but 128 images in a few steps, and return the loss on those."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for rows in torch.arange(128, len(labels)).split(32):
         optimizer.zero_grad()

@@ -31,8 +31,8 @@ def build(name, seed=11, **changes):
     return ReplayableAugmentation(SIZE, preset, seed=seed, num_samples=SAMPLES, **{**PRESETS[name], **changes})
 
 
-class Pictures:
-    """Pictures of many sizes, made from their number."""
+class Images:
+    """Images of many sizes, made from their number."""
 
     labels = tuple(index % 10 for index in range(SAMPLES))
 
@@ -46,14 +46,14 @@ class Pictures:
         return (127.5 + 127 * torch.stack(waves)).to(torch.uint8), self.labels[index]
 
     def name(self, index):
-        return f"picture {index}"
+        return f"image {index}"
 
 
 def replay(augment, epoch, batches, workers=0):
     """CRC-32 of every sample's pixels, and the checksums of its parameters, by sample."""
     keys = [[(epoch, int(index)) for index in batch] for batch in batches]
     pixels, parameters = {}, {}
-    for batch in replay_loader(ReplayedSamples(Pictures(), augment), keys, workers):
+    for batch in replay_loader(ReplayedSamples(Images(), augment), keys, workers):
         images = augment(batch.crops, batch.draws).numpy()
         for row, index in enumerate(batch.draws.indices.tolist()):
             pixels[index] = zlib.crc32(images[row].tobytes())
@@ -155,7 +155,7 @@ class TestInvariance:
         output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
         assert eval(output) == expected
 
-    def test_epoch_and_seed_change_every_picture(self, recorded):
+    def test_epoch_and_seed_change_every_image(self, recorded):
         name, order, (pixels, parameters) = recorded
         for augment, epoch in ((build(name), 4), (build(name, seed=12), 3)):
             order = EpochOrder(SAMPLES, augment.seed).permutation(epoch)
@@ -172,7 +172,7 @@ class TestInvariance:
                 return function(*args, **(kwargs or {}))
 
         augment = build(name)
-        batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, index) for index in order[:32].tolist()])
+        batch = ReplayedSamples(Images(), augment).__getitems__([(3, index) for index in order[:32].tolist()])
         with Refuse():
             augment(batch.crops, augment.draw(3, batch.draws.indices))
 
@@ -333,8 +333,8 @@ class TestOperators:
     """Against Pillow, which the originals use."""
 
     @pytest.fixture
-    def picture(self):
-        return Pictures().read(5)[0]
+    def photo(self):
+        return Images().read(5)[0]
 
     @pytest.mark.parametrize(
         ("name", "magnitude", "reference"),
@@ -353,9 +353,9 @@ class TestOperators:
             ("sharpness", 1.9, lambda image: ImageEnhance.Sharpness(image).enhance(1.9)),
         ],
     )
-    def test_intensity(self, picture, name, magnitude, reference):
-        ours = OPERATORS[name](picture[None], torch.tensor([magnitude]))[0]
-        theirs = torch.from_numpy(np.array(reference(Image.fromarray(picture.permute(1, 2, 0).numpy()))))
+    def test_intensity(self, photo, name, magnitude, reference):
+        ours = OPERATORS[name](photo[None], torch.tensor([magnitude]))[0]
+        theirs = torch.from_numpy(np.array(reference(Image.fromarray(photo.permute(1, 2, 0).numpy()))))
         difference = (ours.int() - theirs.permute(2, 0, 1).int()).abs()
         assert difference.max() <= 1  # Pillow truncates in places where we round
 
@@ -365,8 +365,8 @@ class TestOperators:
         assert out == [min(255, level + 90) if level < 128 else level for level in range(256)]
 
     def test_auto_contrast(self):
-        picture = (torch.rand(1, 3, 8, 8) * 60 + 50).to(torch.uint8)
-        out = OPERATORS["auto_contrast"](picture, torch.zeros(1)).flatten(2)
+        photo = (torch.rand(1, 3, 8, 8) * 60 + 50).to(torch.uint8)
+        out = OPERATORS["auto_contrast"](photo, torch.zeros(1)).flatten(2)
         assert out.amin(2).tolist() == [[0, 0, 0]]
         assert out.amax(2).min() >= 254
         flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
@@ -377,26 +377,26 @@ class TestOperators:
         assert sorted(flat_out[1, 0].unique().tolist()) == [0, 255]
 
     def test_translation_and_shear_move_where_they_say(self):
-        picture = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)
-        picture[:, :, 10, 5] = 250
-        moved = OPERATORS["translate_x"](picture, torch.tensor([0.2]))[0, 0]
+        photo = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)
+        photo[:, :, 10, 5] = 250
+        moved = OPERATORS["translate_x"](photo, torch.tensor([0.2]))[0, 0]
         assert moved[10, 1] == 250
         assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean colour
-        sheared = OPERATORS["shear_y"](picture, torch.tensor([0.0]))
-        assert torch.equal(sheared, picture)
+        sheared = OPERATORS["shear_y"](photo, torch.tensor([0.0]))
+        assert torch.equal(sheared, photo)
 
     def test_rotation_by_a_quarter(self):
-        picture = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
-        turned = OPERATORS["rotate"](picture, torch.tensor([90.0]))
-        assert torch.equal(turned, picture.rot90(1, (2, 3))) or torch.equal(turned, picture.rot90(-1, (2, 3)))
+        photo = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
+        turned = OPERATORS["rotate"](photo, torch.tensor([90.0]))
+        assert torch.equal(turned, photo.rot90(1, (2, 3))) or torch.equal(turned, photo.rot90(-1, (2, 3)))
 
     @pytest.mark.parametrize("name", OPERATIONS)
     def test_rows_do_not_see_each_other(self, name):
-        pictures = torch.stack([module.F.interpolate(Pictures().read(i)[0][None], (33, 35))[0] for i in range(9)])
+        photos = torch.stack([module.F.interpolate(Images().read(i)[0][None], (33, 35))[0] for i in range(9)])
         magnitudes = torch.tensor([1.0, 2.0, 3.0, 0.4, 1.5, 2.5, 0.1, 1.9, 2.2])
-        whole = OPERATORS[name](pictures, magnitudes)
+        whole = OPERATORS[name](photos, magnitudes)
         for row in range(9):
-            assert torch.equal(OPERATORS[name](pictures[row : row + 1], magnitudes[row : row + 1])[0], whole[row])
+            assert torch.equal(OPERATORS[name](photos[row : row + 1], magnitudes[row : row + 1])[0], whole[row])
 
     def test_noise(self):
         noise = make_noise(torch.arange(64), torch.zeros(64, 3, 20, 20))
@@ -415,25 +415,25 @@ class TestPixels:
             crop_ratio=(1.0, 1.0),
         )  # fmt: skip
         draws = augment.draw(0, [0, 1])
-        picture = torch.randint(256, (3, 24, 24), dtype=torch.uint8)
-        crops = torch.stack([augment.crop(picture, draws, row) for row in range(2)])
-        assert torch.equal(crops[0], picture)
+        photo = torch.randint(256, (3, 24, 24), dtype=torch.uint8)
+        crops = torch.stack([augment.crop(photo, draws, row) for row in range(2)])
+        assert torch.equal(crops[0], photo)
         images = augment(crops, draws)
-        plain = (picture / 255 - augment.mean[:, None, None]) / augment.std[:, None, None]
+        plain = (photo / 255 - augment.mean[:, None, None]) / augment.std[:, None, None]
         for row, (top, left, height, width) in enumerate(draws.erased.tolist()):
             inside = torch.zeros(24, 24, dtype=torch.bool)
             inside[top : top + height, left : left + width] = True
             assert torch.allclose(images[row][:, ~inside], plain[:, ~inside], atol=1e-6)
             assert (images[row][:, inside] != plain[:, inside]).float().mean() > 0.9
 
-    def test_mixed_pictures_and_labels_agree(self):
+    def test_mixed_images_and_labels_agree(self):
         settings = {"policy": None, "color_jitter": 0.0, "flip": 0.0, "erasing": 0.0}
         augment = ReplayableAugmentation(
             16, "in1k", num_samples=40, mean=(0.0,) * 3, std=(1.0,) * 3, label_smoothing=0.0, **settings
         )
         order = augment.order.permutation(0)
         draws = augment.draw(0, order)
-        # The picture of an even position is black and of an odd one white, so its mean is the share of the white one.
+        # The image of an even position is black and of an odd one white, so its mean is the share of the white one.
         crops = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
         crops[1::2] = 255
         images = augment(crops, draws)
@@ -456,7 +456,7 @@ class TestPixels:
         code = (
             "from tests.data.test_augmentation import *\n"
             "augment = build('in1k')\norder = EpochOrder(SAMPLES, 11).permutation(3)\n"
-            "batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, int(i)) for i in order])\n"
+            "batch = ReplayedSamples(Images(), augment).__getitems__([(3, int(i)) for i in order])\n"
             "torch.save((batch.crops, augment(batch.crops, batch.draws), batch.draws.checksums().tolist()), {!r})"
         )
         results = []
@@ -475,7 +475,7 @@ class TestPixels:
         for name in PRESETS:
             order = EpochOrder(SAMPLES, 11).permutation(3)[:64]
             augment = build(name)
-            batch = ReplayedSamples(Pictures(), augment).__getitems__([(3, index) for index in order.tolist()])
+            batch = ReplayedSamples(Images(), augment).__getitems__([(3, index) for index in order.tolist()])
             here = augment(batch.crops, batch.draws)
             there = build(name).cuda()(batch.crops.cuda(), batch.draws).cpu()
             assert ((here - there).abs() > 1e-3).float().mean() < 1e-3
@@ -492,10 +492,10 @@ class TestExceptions:
         with pytest.raises(ValueError, match="needs num_samples"):
             ReplayableAugmentation(32, mixup=0.8)
 
-    def test_pictures(self):
+    def test_images(self):
         augment = ReplayableAugmentation(16)
         draws = augment.draw(0, [0, 1])
-        with pytest.raises(TypeError, match=r"8-bit picture \(C, H, W\); got torch.float32"):
+        with pytest.raises(TypeError, match=r"8-bit image \(C, H, W\); got torch.float32"):
             augment.crop(torch.rand(3, 8, 8), draws, 0)
         with pytest.raises(TypeError, match="8-bit crops"):
             augment(torch.rand(2, 3, 16, 16), draws)

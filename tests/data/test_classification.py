@@ -19,20 +19,20 @@ from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pixels
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]
 
 
-def picture(shade: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
+def photo(shade: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
     return Image.new("RGB", size, (shade, 0, 255 - shade))
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes, one of them with pictures in a folder of its own, among files that are no pictures."""
+    """Three classes, one of them with images in a folder of its own, among files that are no images."""
     root = tmp_path / "pets"
     for number, name in enumerate(("dog/2.png", "dog/10.JPG", "ant/1.png", "cat/young/1.png", "cat/0.bmp")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
-        picture(40 * number, (8 + number, 6)).save(root / name)
+        photo(40 * number, (8 + number, 6)).save(root / name)
     (root / "readme.txt").write_text("no class")
-    (root / "dog" / "labels.csv").write_text("no picture")
-    picture(255).save(root / "outside.png")
+    (root / "dog" / "labels.csv").write_text("no image")
+    photo(255).save(root / "outside.png")
     return root
 
 
@@ -44,12 +44,12 @@ def pack(root, path, files, top=""):
     return path
 
 
-def write_parquet(path, pictures, labels, column="image"):
+def write_parquet(path, photos, labels, column="image"):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     images = []
-    for each in pictures:
+    for each in photos:
         buffer = io.BytesIO()
         each.save(buffer, "PNG")
         images.append({"bytes": buffer.getvalue(), "path": None})
@@ -77,21 +77,21 @@ class TestFolder:
     def test_hidden_files(self, folder):
         (folder / "cat" / ".thumbnails").mkdir()
         for name in (".thumbnails/0.png", "._0.png"):
-            picture(0).save(folder / "cat" / name)
+            photo(0).save(folder / "cat" / name)
         (folder / ".cache").mkdir()
-        picture(0).save(folder / ".cache" / "1.png")
+        photo(0).save(folder / ".cache" / "1.png")
         data = ClassificationDataset.open(folder)
         assert [data.name(index) for index in range(len(data))] == FILES
         assert data.class_names == ("ant", "cat", "dog")
 
-    def test_class_without_pictures(self, folder):
+    def test_class_without_images(self, folder):
         (folder / "bee").mkdir()
         data = ClassificationDataset.open(folder)
         assert data.class_names == ("ant", "bee", "cat", "dog")
         assert data.labels == [0, 2, 2, 3, 3]
         assert data.num_classes == 4
 
-    def test_folder_named_like_a_picture(self, folder):
+    def test_folder_named_like_a_image(self, folder):
         (folder / "cat" / "album.png").mkdir()
         assert len(ClassificationDataset.open(folder)) == 5
 
@@ -101,7 +101,7 @@ class TestFolder:
         shutil.move(folder.parent / "dog.tar", folder)
         assert ClassificationDataset.open(folder).labels == [0, 1, 1, 2, 2]
 
-    def test_deep_picture(self, folder):
+    def test_deep_image(self, folder):
         levels = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
         Image.fromarray(levels).save(folder / "ant" / "1.png")
         data = ClassificationDataset.open(folder)
@@ -111,31 +111,31 @@ class TestFolder:
     def test_text_path(self, folder):
         assert ClassificationDataset.open(str(folder)).labels == ClassificationDataset.open(folder).labels
 
-    def test_damaged_picture(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no picture")
+    def test_damaged_image(self, folder):
+        (folder / "ant" / "1.png").write_bytes(b"no image")
         for read in (ClassificationDataset.open(folder).__getitem__, ClassificationDataset.open(folder).read):
-            with pytest.raises(BrokenImageError, match=r"ant.1\.png is not a picture that can be read: Pillow does"):
+            with pytest.raises(BrokenImageError, match=r"ant.1\.png is not an image that can be read: Pillow does"):
                 read(0)
         (folder / "ant" / "1.png").write_bytes((folder / "dog" / "2.png").read_bytes()[:45])
-        with pytest.raises(BrokenImageError, match=r"ant.1\.png is not a picture that can be read"):
+        with pytest.raises(BrokenImageError, match=r"ant.1\.png is not an image that can be read"):
             ClassificationDataset.open(folder)[0]
 
-    def test_damaged_picture_in_a_worker(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no picture")
+    def test_damaged_image_in_a_worker(self, folder):
+        (folder / "ant" / "1.png").write_bytes(b"no image")
         with pytest.raises(BrokenImageError, match=r"ant.1\.png"):
             next(iter(DataLoader(ClassificationDataset.open(folder), 5, num_workers=1, collate_fn=collate)))
 
-    def test_vanished_picture(self, folder):
+    def test_vanished_image(self, folder):
         data = ClassificationDataset.open(folder)
         (folder / "ant" / "1.png").unlink()
-        with pytest.raises(FileNotFoundError, match=r"There is no picture .*ant.1\.png any more"):
+        with pytest.raises(FileNotFoundError, match=r"There is no image .*ant.1\.png any more"):
             data[0]
 
     def test_empty(self, tmp_path):
-        with pytest.raises(ValueError, match="holds no pictures in class folders"):
+        with pytest.raises(ValueError, match="holds no images in class folders"):
             ClassificationDataset.open(tmp_path)
         (tmp_path / "cat").mkdir()
-        with pytest.raises(ValueError, match="holds no pictures in class folders"):
+        with pytest.raises(ValueError, match="holds no images in class folders"):
             ClassificationDataset.open(tmp_path)
 
     def test_missing(self, tmp_path):
@@ -147,7 +147,7 @@ class TestPixels:
     @pytest.mark.parametrize("mode", ["1", "L", "LA", "P", "RGB", "RGBA", "CMYK", "YCbCr"])
     @pytest.mark.parametrize("channels", [1, 3, 4])
     def test_as_images(self, mode, channels):
-        shades = picture(200)
+        shades = photo(200)
         shades.putpixel((2, 3), (7, 90, 31))
         pixels = to_pixels(shades.convert(mode), channels)
         assert (pixels.dtype, pixels.shape) == (torch.uint8, (channels, 6, 8))
@@ -171,9 +171,9 @@ class TestPixels:
         assert torch.equal(pixels.float() / 255, read_image(tmp_path / "photo.png"))
 
     def test_the_file_keeps_its_pixels(self):
-        photo = picture(10)
-        to_pixels(photo).zero_()
-        assert photo.getpixel((0, 0)) == (10, 0, 245)
+        image = photo(10)
+        to_pixels(image).zero_()
+        assert image.getpixel((0, 0)) == (10, 0, 245)
 
     @pytest.mark.parametrize("mode", ["RGB", "I;16"])
     def test_no_mode_of_two_channels(self, mode):
@@ -181,7 +181,7 @@ class TestPixels:
             to_pixels(Image.new(mode, (2, 2)), 2)
 
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"There is no picture .*missing\.jpg"):
+        with pytest.raises(FileNotFoundError, match=r"There is no image .*missing\.jpg"):
             read_pixels(tmp_path / "missing.jpg")
 
 
@@ -189,8 +189,8 @@ class TestParquet:
     @pytest.mark.parametrize("column", ["image", "img"])
     def test_reads(self, tmp_path, column):
         pytest.importorskip("pyarrow")
-        pictures = [picture(10), picture(200, (5, 9)), picture(90)]
-        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", pictures, [3, 0, 3], column))
+        photos = [photo(10), photo(200, (5, 9)), photo(90)]
+        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", photos, [3, 0, 3], column))
         assert data.class_names is None
         assert data.labels == [3, 0, 3]
         assert len(data) == 3
@@ -210,7 +210,7 @@ class TestParquet:
 
     def test_no_parquet(self, tmp_path):
         pytest.importorskip("pyarrow")
-        whole = write_parquet(tmp_path / "whole.parquet", [picture(0)], [0]).read_bytes()
+        whole = write_parquet(tmp_path / "whole.parquet", [photo(0)], [0]).read_bytes()
         length = int.from_bytes(whole[-8:-4], "little")  # of the description at the end
         (tmp_path / "thrift.parquet").write_bytes(whole[: -8 - length] + bytes(length) + whole[-8:])
         with pytest.raises(ValueError, match=r"thrift\.parquet is no parquet file"):
@@ -232,9 +232,9 @@ class TestParquet:
 
     def test_pieces(self, tmp_path):
         pytest.importorskip("pyarrow")
-        pictures = [picture(20 * number, (5 + number, 6)) for number in range(7)]
-        write_parquet(tmp_path / "train-00001-of-00002.parquet", pictures[4:], [0, 1, 4])
-        write_parquet(tmp_path / "train-00000-of-00002.parquet", pictures[:4], [3, 0, 3, 2])
+        photos = [photo(20 * number, (5 + number, 6)) for number in range(7)]
+        write_parquet(tmp_path / "train-00001-of-00002.parquet", photos[4:], [0, 1, 4])
+        write_parquet(tmp_path / "train-00000-of-00002.parquet", photos[:4], [3, 0, 3, 2])
         (tmp_path / "README.md").write_text("about it")
         (tmp_path / ".train.parquet").write_text("half a download")
         data = ClassificationDataset.open(tmp_path)
@@ -250,7 +250,7 @@ class TestParquet:
     def test_pieces_of_two_splits(self, tmp_path):
         pytest.importorskip("pyarrow")
         for name in ("train-00000-of-00001", "test-00000-of-00001"):
-            write_parquet(tmp_path / f"{name}.parquet", [picture(0)], [0])
+            write_parquet(tmp_path / f"{name}.parquet", [photo(0)], [0])
         with pytest.raises(ValueError, match=r"holds parquet files of several splits \(test, train\)"):
             ClassificationDataset.open(tmp_path)
 
@@ -258,12 +258,12 @@ class TestParquet:
         pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
 
-        path = write_parquet(tmp_path / "test.parquet", [picture(number) for number in range(9)], list(range(9)))
+        path = write_parquet(tmp_path / "test.parquet", [photo(number) for number in range(9)], list(range(9)))
         pq.write_table(pq.read_table(path), path, row_group_size=2)
         data = ClassificationDataset.open(path)
         assert [data.read(index)[0][0, 0, 0].item() for index in range(9)] == list(range(9))
 
-    @pytest.mark.parametrize("content", [b"no picture", b"", None])
+    @pytest.mark.parametrize("content", [b"no image", b"", None])
     def test_damaged_row_is_named(self, tmp_path, content):
         pa = pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
@@ -274,7 +274,7 @@ class TestParquet:
             ClassificationDataset.open(tmp_path / "test.parquet").__getitem__,
             ClassificationDataset.open(tmp_path).read,
         ):
-            with pytest.raises(BrokenImageError, match=r"test\.parquet row 2 is not a picture that can be read"):
+            with pytest.raises(BrokenImageError, match=r"test\.parquet row 2 is not an image that can be read"):
                 read(2)
 
     @pytest.mark.parametrize(
@@ -289,14 +289,14 @@ class TestParquet:
     def test_no_class_indices(self, tmp_path, labels, message):
         pytest.importorskip("pyarrow")
         with pytest.raises(ValueError, match=rf"test\.parquet {message}"):
-            ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", [picture(0)] * 2, labels))
+            ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", [photo(0)] * 2, labels))
 
     def test_pickled(self, tmp_path):
         pytest.importorskip("pyarrow")
-        pictures = [Image.effect_noise((64, 64), 50) for _ in range(20)]
-        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", pictures, [1] * 20))
+        photos = [Image.effect_noise((64, 64), 50) for _ in range(20)]
+        data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", photos, [1] * 20))
         letter = pickle.dumps(data)
-        assert len(letter) < 2000  # the pictures do not travel
+        assert len(letter) < 2000  # the images do not travel
         assert torch.equal(pickle.loads(letter).read(7)[0], data.read(7)[0])
 
 
@@ -304,7 +304,7 @@ class TestTar:
     @pytest.mark.parametrize("top", ["", "./", "pets/", "./pets/", "/pets/"])
     def test_like_the_folder(self, folder, tmp_path, top):
         files = ["outside.png", "readme.txt", "dog/labels.csv", *reversed(FILES)]
-        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", files, top))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", files, top))
         expected = ClassificationDataset.open(folder)
         assert data.class_names == expected.class_names
         assert data.labels == expected.labels
@@ -312,19 +312,19 @@ class TestTar:
         for index, file in enumerate(FILES):
             assert torch.equal(data[index][0], expected[index][0])
             assert torch.equal(data.read(index)[0], expected.read(index)[0])
-            assert data.name(index) == f"pictures.tar: {top.strip('./') and 'pets/'}{file}"
+            assert data.name(index) == f"images.tar: {top.strip('./') and 'pets/'}{file}"
 
     def test_folders_of_the_archive(self, folder, tmp_path):
         (folder / "bee").mkdir()
         (folder / "cat" / "._0.bmp").write_text("what other systems leave")
-        with tarfile.open(tmp_path / "pictures.tar", "w") as tar:
+        with tarfile.open(tmp_path / "images.tar", "w") as tar:
             tar.add(folder, "pets")
-        data = ClassificationDataset.open(tmp_path / "pictures.tar")
+        data = ClassificationDataset.open(tmp_path / "images.tar")
         assert data.class_names == ("ant", "bee", "cat", "dog")
         assert data.labels == [0, 2, 2, 3, 3]
 
     def test_one_class(self, folder, tmp_path):
-        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", ["dog/2.png", "dog/10.JPG"]))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", ["dog/2.png", "dog/10.JPG"]))
         assert (data.class_names, data.labels) == (("dog",), [0, 0])
 
     def archives(self, folder, root):
@@ -355,7 +355,7 @@ class TestTar:
     def test_hard_links(self, folder, tmp_path):
         (folder / "dog" / "3.png").hardlink_to(folder / "dog" / "2.png")
         data = ClassificationDataset.open(
-            pack(folder, tmp_path / "pictures.tar", ["ant/1.png", "dog/2.png", "dog/3.png"])
+            pack(folder, tmp_path / "images.tar", ["ant/1.png", "dog/2.png", "dog/3.png"])
         )
         assert data.labels == [0, 1, 1]
         assert torch.equal(data.read(1)[0], data.read(2)[0])
@@ -363,39 +363,39 @@ class TestTar:
     def test_long_names(self, folder, tmp_path):
         long = f"dog/{'very ' * 40}long.png"
         shutil.copy(folder / "dog" / "2.png", folder / long)
-        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", [long, "dog/2.png", "ant/1.png"]))
-        assert data.name(2) == f"pictures.tar: {long}"
+        data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", [long, "dog/2.png", "ant/1.png"]))
+        assert data.name(2) == f"images.tar: {long}"
         assert torch.equal(data.read(2)[0], data.read(1)[0])
 
-    def test_damaged_picture_is_named(self, folder, tmp_path):
-        (folder / "cat" / "0.bmp").write_bytes(b"no picture")
-        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
-        with pytest.raises(BrokenImageError, match=r"pictures\.tar: cat/0\.bmp is not a picture"):
+    def test_damaged_image_is_named(self, folder, tmp_path):
+        (folder / "cat" / "0.bmp").write_bytes(b"no image")
+        data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", FILES))
+        with pytest.raises(BrokenImageError, match=r"images\.tar: cat/0\.bmp is not an image"):
             data.read(1)[0]
         data.read(2)[0]
 
     def test_shortened_archive(self, folder, tmp_path):
-        path = pack(folder, tmp_path / "pictures.tar", FILES)
+        path = pack(folder, tmp_path / "images.tar", FILES)
         data = ClassificationDataset.open(path)
         path.write_bytes(path.read_bytes()[:1000])
         with pytest.raises(BrokenImageError, match=r"2\.png is not .*: the tar file ends after 0 of its \d+ bytes"):
             data[4]
 
     def test_compressed(self, folder, tmp_path):
-        path = tmp_path / "pictures.tar.gz"
+        path = tmp_path / "images.tar.gz"
         with tarfile.open(path, "w:gz") as tar:
             tar.add(folder, "")
-        with pytest.raises(ValueError, match=r"pictures\.tar\.gz is compressed"):
+        with pytest.raises(ValueError, match=r"images\.tar\.gz is compressed"):
             ClassificationDataset.open(path)
-        with pytest.raises(ValueError, match=r"pictures\.tar is no tar file, or a compressed"):
-            ClassificationDataset.open(path.rename(tmp_path / "pictures.tar"))
+        with pytest.raises(ValueError, match=r"images\.tar is no tar file, or a compressed"):
+            ClassificationDataset.open(path.rename(tmp_path / "images.tar"))
 
-    def test_no_pictures(self, folder, tmp_path):
-        with pytest.raises(ValueError, match="holds no pictures in class folders"):
-            ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", ["readme.txt", "outside.png"]))
+    def test_no_images(self, folder, tmp_path):
+        with pytest.raises(ValueError, match="holds no images in class folders"):
+            ClassificationDataset.open(pack(folder, tmp_path / "images.tar", ["readme.txt", "outside.png"]))
 
     def test_processes_and_threads(self, folder, tmp_path):
-        data = ClassificationDataset.open(pack(folder, tmp_path / "pictures.tar", FILES))
+        data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", FILES))
         expected = [data.read(index)[0] for index in range(5)] * 20
         with ThreadPoolExecutor(4) as pool:
             found = list(pool.map(lambda index: data.read(index)[0], [0, 1, 2, 3, 4] * 20))
@@ -419,7 +419,7 @@ class TestFingerprint:
         for change in (
             lambda: (folder / "ant" / "1.png").rename(folder / "ant" / "2.png"),
             lambda: (folder / "ant" / "2.png").rename(folder / "cat" / "2.png"),
-            lambda: picture(5, (9, 9)).save(folder / "dog" / "2.png", compress_level=0),
+            lambda: photo(5, (9, 9)).save(folder / "dog" / "2.png", compress_level=0),
             (folder / "dog" / "2.png").unlink,
             (folder / "bee").mkdir,
         ):
@@ -428,7 +428,7 @@ class TestFingerprint:
         assert len(set(fingerprints)) == 6
 
     def test_nothing_is_decoded(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no picture")
+        (folder / "ant" / "1.png").write_bytes(b"no image")
         data = ClassificationDataset.open(folder)
         fingerprint = data.fingerprint()
         shutil.rmtree(folder)
@@ -436,13 +436,13 @@ class TestFingerprint:
 
     def test_tar_and_parquet(self, folder, tmp_path):
         pytest.importorskip("pyarrow")
-        tar = pack(folder, tmp_path / "pictures.tar", FILES)
-        rows = write_parquet(tmp_path / "test.parquet", [picture(1)] * 2, [0, 1])
+        tar = pack(folder, tmp_path / "images.tar", FILES)
+        rows = write_parquet(tmp_path / "test.parquet", [photo(1)] * 2, [0, 1])
         found = {ClassificationDataset.open(tar).fingerprint(), ClassificationDataset.open(rows).fingerprint()}
         (tmp_path / "moved").mkdir()
         for path in (tar, rows):
             assert ClassificationDataset.open(path.rename(tmp_path / "moved" / path.name)).fingerprint() in found
-        other = write_parquet(tmp_path / "test.parquet", [picture(1)] * 2, [1, 0])
+        other = write_parquet(tmp_path / "test.parquet", [photo(1)] * 2, [1, 0])
         assert ClassificationDataset.open(other).fingerprint() not in found
         assert len(found) == 2
 
@@ -450,8 +450,8 @@ class TestFingerprint:
 class TestCollate:
     def test_sizes_stay(self, folder):
         data = ClassificationDataset.open(folder)
-        pictures, labels = collate([data[4], data[0]])
-        assert [each.shape for each in pictures] == [(3, 6, 8), (3, 6, 10)]
+        photos, labels = collate([data[4], data[0]])
+        assert [each.shape for each in photos] == [(3, 6, 8), (3, 6, 10)]
         assert labels.tolist() == [2, 0]
         assert labels.dtype == torch.int64
 
@@ -459,12 +459,12 @@ class TestCollate:
     def test_loader(self, folder, workers):
         data = ClassificationDataset.open(folder)
         batches = list(DataLoader(data, 2, num_workers=workers, collate_fn=collate))
-        assert [len(pictures) for pictures, _ in batches] == [2, 2, 1]
+        assert [len(photos) for photos, _ in batches] == [2, 2, 1]
         assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
 
 
 class TestSample:
-    def test_same_pictures_and_classes(self, folder):
+    def test_same_images_and_classes(self, folder):
         data = ClassificationDataset.open(folder)
         drawn = data.sample(3, seed=1)
         assert len(drawn) == len(drawn.labels) == 3
@@ -497,7 +497,7 @@ class TestSample:
         names = [{each.name(row) for row in range(len(each))} for each in (rest, held_out, data)]
         assert names[0] | names[1] == names[2]
         assert rest.num_classes == held_out.num_classes == data.num_classes
-        with pytest.raises(ValueError, match="hold out 5 of 5 pictures and keep some"):
+        with pytest.raises(ValueError, match="hold out 5 of 5 images and keep some"):
             data.split(5)
 
 

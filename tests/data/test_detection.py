@@ -1,4 +1,4 @@
-"""Pictures with boxes: YOLO's and COCO's files, what is cut, left out and refused."""
+"""Images with boxes: YOLO's and COCO's files, what is cut, left out and refused."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ import torch
 
 from kornia_tinyvit.data import BrokenImageError, DetectionDataset
 from tests.conftest import shared
-from tests.scenes import ANIMALS, make_coco, write_coco, write_picture, write_voc, write_yolo
+from tests.scenes import ANIMALS, make_coco, write_coco, write_image, write_voc, write_yolo
 
 
 class TestYolo:
     def test_items(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5\n0 0.1 0.5 0.1 0.2\n\n", "b": ""}))
         assert (len(data), data.class_names, data.num_classes, data.left_out) == (2, ANIMALS, 3, ())
-        picture, objects = data[0]
-        assert (picture.shape, picture.dtype) == ((3, 20, 40), torch.float32)
+        image, objects = data[0]
+        assert (image.shape, image.dtype) == ((3, 20, 40), torch.float32)
         assert objects.boxes.tolist() == [[15, 5, 25, 15], pytest.approx([2, 8, 6, 12], abs=1e-5)]
         assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, False])
         assert objects.areas.tolist() == pytest.approx([100, 16])
         assert data.read(0)[0].dtype == torch.uint8
         assert [len(each) for each in data] == [2, 2]  # iterating ends
 
-    def test_pictures_without_objects(self, tmp_path):
+    def test_images_without_objects(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5", "b": "", "c": None}))
         for index in (1, 2):
             objects = data[index][1]
@@ -65,7 +65,7 @@ class TestYolo:
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(write_yolo(tmp_path, {"a": f"0 0.5 0.5 0.1 0.1\n{line}"}))
 
-    def test_lists_of_pictures(self, tmp_path):
+    def test_lists_of_images(self, tmp_path):
         yaml = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1", "b": "1 0.5 0.5 0.1 0.1"}, yaml="""
 path: .
 train: [first.txt, images/train]
@@ -79,7 +79,7 @@ names: [cat, dog]
         with pytest.raises(FileNotFoundError, match=r"first\.txt lists gone\.png"):
             DetectionDataset.open(yaml)
 
-    def test_pictures_one_folder_up(self, tmp_path):
+    def test_images_one_folder_up(self, tmp_path):
         write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"})
         (tmp_path / "boxes").mkdir()
         (tmp_path / "labels").rename(tmp_path / "boxes" / "labels")
@@ -102,9 +102,9 @@ names: [cat, dog]
             DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml))
 
     def test_no_labels_at_all(self, tmp_path):
-        with pytest.raises(ValueError, match="None of the 2 pictures of 'train'"):
+        with pytest.raises(ValueError, match="None of the 2 images of 'train'"):
             DetectionDataset.open(write_yolo(tmp_path, {"a": None, "b": None}))
-        with pytest.raises(ValueError, match="no object on its 1 pictures; 1 boxes have no area"):
+        with pytest.raises(ValueError, match="no object on its 1 images; 1 boxes have no area"):
             DetectionDataset.open(write_yolo(tmp_path / "more", {"a": "0 0.5 0.5 0 0"}))
 
     def test_no_text(self, tmp_path):
@@ -118,7 +118,7 @@ names: [cat, dog]
         [
             ("train: images/train\nnames: cat", "has the names cat; expected a list"),
             ("train: images/train\nnames: {0: cat, x: owl}", r"names the classes \[0, 'x'\]"),
-            ("train: 5\nnames: [cat]", "has 5 as 'train'; expected folders or files of pictures"),
+            ("train: 5\nnames: [cat]", "has 5 as 'train'; expected folders or files of images"),
             ("train: [images/train, 5]\nnames: [cat]", "has 5 as 'train'"),
         ],
     )
@@ -140,7 +140,7 @@ class TestCoco:
         assert Path(data.place(1)) == tmp_path / "val2017" / "b.png"
 
     @pytest.mark.parametrize("folder", ["images/val2017", "annotations"])
-    def test_places_of_the_pictures(self, tmp_path, folder):
+    def test_places_of_the_images(self, tmp_path, folder):
         assert len(DetectionDataset.open(write_coco(tmp_path, make_coco(), folder))) == 2
 
     def test_folders(self, tmp_path):
@@ -171,7 +171,7 @@ class TestCoco:
         ("change", "message"),
         [
             ({"category_id": 4}, r"json: annotation 1 has the category 4, which is none of the 2"),
-            ({"image_id": 8}, "annotation 1 is of picture 8, not listed"),
+            ({"image_id": 8}, "annotation 1 is of image 8, not listed"),
             ({"bbox": [1, 2, 3]}, r"annotation 1 of a\.png has the box \[1, 2, 3\]"),
             ({"bbox": [1, 2, float("nan"), 4]}, "has the box"),
             ({"bbox": None}, "has the box"),
@@ -228,20 +228,20 @@ class TestCoco:
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(path)
 
-    def test_missing_pictures(self, tmp_path):
+    def test_missing_images(self, tmp_path):
         path = write_coco(tmp_path, make_coco())
         (tmp_path / "val2017" / "b.png").unlink()
         data = DetectionDataset.open(path)
-        assert (len(data), data.without_picture) == (1, ("b.png",))
+        assert (len(data), data.without_image) == (1, ("b.png",))
         (tmp_path / "val2017" / "a.png").unlink()
         with pytest.raises(FileNotFoundError, match=r"such as a\.png"):
             DetectionDataset.open(path)
-        with pytest.raises(FileNotFoundError, match=r"No picture of .* is in"):
+        with pytest.raises(FileNotFoundError, match=r"No image of .* is in"):
             DetectionDataset.open(path, images=tmp_path)
 
-    def test_a_picture_of_another_size(self, tmp_path):
+    def test_a_image_of_another_size(self, tmp_path):
         data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
-        write_picture(tmp_path / "val2017" / "a.png", 20, 40)
+        write_image(tmp_path / "val2017" / "a.png", 20, 40)
         with pytest.raises(BrokenImageError, match=r"a\.png is 20x40 pixels upright, but its labels are for 40x20"):
             data[0]
 
@@ -299,12 +299,12 @@ class TestVoc:
         write_voc(tmp_path, {"a": ["cat 5 3 24 12"], "b": ["cat 5 3 24 12"]})
         (tmp_path / "JPEGImages" / "b.jpg").unlink()
         data = DetectionDataset.open(tmp_path)
-        assert (len(data), data.without_picture) == (1, ("b",))
+        assert (len(data), data.without_image) == (1, ("b",))
         (tmp_path / "Annotations" / "a.xml").unlink()
         with pytest.raises(FileNotFoundError, match=r"a\.xml, though .*train\.txt lists a"):
             DetectionDataset.open(tmp_path)
 
-    def test_a_picture_of_another_size(self, tmp_path):
+    def test_a_image_of_another_size(self, tmp_path):
         data = DetectionDataset.open(write_voc(tmp_path, {"a": ["cat 5 3 12 12"]}, size=(20, 40)))
         with pytest.raises(BrokenImageError, match=r"a\.jpg is 40x20 pixels upright, but its labels are for 20x40"):
             data[0]
@@ -313,17 +313,17 @@ class TestVoc:
     def test_blood_cells(self, split, count):
         data = DetectionDataset.open(shared("data/blood_cells"), split)
         assert (len(data), data.class_names) == (count, ("Platelets", "RBC", "WBC"))
-        assert (data.left_out, data.without_picture) == ((), ())
-        picture, objects = data[0]
-        assert picture.shape == (3, 480, 640)
+        assert (data.left_out, data.without_image) == ((), ())
+        image, objects = data[0]
+        assert image.shape == (3, 480, 640)
         assert (objects.boxes[:, 2:] > objects.boxes[:, :2]).all()
         assert (objects.boxes >= 0).all()
 
 
 class TestDataSet:
-    def test_broken_pictures(self, tmp_path):
+    def test_broken_images(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}))
-        Path(data.place(0)).write_bytes(b"no picture")
+        Path(data.place(0)).write_bytes(b"no image")
         with pytest.raises(BrokenImageError, match=r"a\.png"):
             data[0]
 
@@ -356,8 +356,8 @@ class TestDataSet:
     def test_coco128(self, split):
         data = DetectionDataset.open(shared("data/coco128/object_detection/config.yaml"), split)
         assert (len(data), data.num_classes, data.class_names[0], data.left_out) == (128, 80, "person", ())
-        picture, objects = data[0]
+        image, objects = data[0]
         assert len(objects.labels)
-        limits = torch.tensor([picture.shape[2], picture.shape[1]] * 2)
+        limits = torch.tensor([image.shape[2], image.shape[1]] * 2)
         assert (objects.boxes >= 0).all()
         assert (objects.boxes <= limits + 1e-3).all()

@@ -1,4 +1,4 @@
-"""Pictures with instances: polygons, run lengths and ids become masks, and what is refused."""
+"""Images with instances: polygons, run lengths and ids become masks, and what is refused."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ SIZE = (20, 30)  # height and width
 SQUARE = "3 0.2 0.2 0.5 0.2 0.5 0.6 0.2 0.6 0.2 0.2"
 
 
-def add_picture(root: Path, name: str = "a.png", size=SIZE) -> Path:
+def add_image(root: Path, name: str = "a.png", size=SIZE) -> Path:
     path = root / "images" / name
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size[::-1], "red").save(path)
@@ -59,13 +59,13 @@ class TestFormats:
         ids[2:5, 3:9], ids[10:15, 10:20], ids[0], ids[19] = 7, 300, 255, 40
         (tmp_path / "masks").mkdir()
         Image.fromarray(ids).save(tmp_path / "masks" / "a.png")
-        picture, masks = InstanceDataset.open(add_picture(tmp_path))[0]
-        assert (picture.shape, picture.dtype, float(picture[0].min())) == ((3, *SIZE), torch.float32, 1.0)
+        image, masks = InstanceDataset.open(add_image(tmp_path))[0]
+        assert (image.shape, image.dtype, float(image[0].min())) == ((3, *SIZE), torch.float32, 1.0)
         wanted = [box_mask(3, 2, 9, 5), box_mask(0, 19, 30, 20), box_mask(10, 10, 20, 15)]
         assert torch.equal(masks, torch.stack(wanted))
 
     def test_polygons(self, tmp_path):
-        data = InstanceDataset.open(add_labels(add_picture(tmp_path), SQUARE, "", "8 0.5 0 1 0 1 1"))
+        data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE, "", "8 0.5 0 1 0 1 1"))
         masks = data[0][1]
         assert (masks.dtype, masks.shape) == (torch.bool, (2, *SIZE))
         assert iou(masks[0], box_mask(6, 4, 16, 13)) > 0.95
@@ -75,14 +75,14 @@ class TestFormats:
         corners = ((0.1, 0.1), (0.6, 0.1), (0.3, 0.7))
         rings = [[(x, y), (x + 0.2, y), (x + 0.2, y + 0.2), (x, y + 0.2), (x, y)] for x, y in corners]
         numbers = " ".join(f"{number:.4f}" for ring in rings for corner in ring for number in corner)
-        masks = InstanceDataset.open(add_labels(add_picture(tmp_path, size=(100, 100)), f"1 {numbers}"))[0][1]
+        masks = InstanceDataset.open(add_labels(add_image(tmp_path, size=(100, 100)), f"1 {numbers}"))[0][1]
         wanted = sum(box_mask(*(round(100 * e) for e in (x, y, x + 0.2, y + 0.2)), (100, 100)) for x, y in corners) > 0
         assert iou(masks[0], wanted) > 0.9
         assert not masks[0, 40, 45]  # between the three
 
     @pytest.mark.parametrize("compressed", [False, True])
     def test_coco(self, tmp_path, compressed):
-        add_picture(add_picture(tmp_path), "empty.jpg")
+        add_image(add_image(tmp_path), "empty.jpg")
         ring = box_mask(2, 3, 12, 9)
         ring[5:7, 5:8] = False
         rle = encode_rle(ring)
@@ -94,7 +94,7 @@ class TestFormats:
         ]
         write_coco(tmp_path, {5: "a.png", 6: "empty.jpg", 7: "gone.jpg"}, *annotations)
         data = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
-        assert ([data.name(row) for row in range(2)], data.without_picture) == (["a.png", "empty.jpg"], ("gone.jpg",))
+        assert ([data.name(row) for row in range(2)], data.without_image) == (["a.png", "empty.jpg"], ("gone.jpg",))
         masks = data[0][1]
         assert torch.equal(masks[0], ring)
         assert torch.equal(masks[1], box_mask(6, 4, 16, 13) | box_mask(20, 2, 26, 7))  # corners' pixels included
@@ -114,20 +114,20 @@ class TestFormats:
         assert np.mean(inside) > 0.95
 
     def test_coco_images_that_differ_in_their_ending(self, tmp_path):
-        add_picture(add_picture(tmp_path), "a.jpg")
+        add_image(add_image(tmp_path), "a.jpg")
         annotation = {"image_id": 2, "segmentation": [[1, 1, 9, 1, 9, 9]]}
         write_coco(tmp_path, {1: "a.png", 2: "a.jpg"}, annotation)
         data = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
         assert [(data.name(row), len(data[row][1])) for row in range(2)] == [("a.png", 0), ("a.jpg", 1)]
 
     def test_box_lines_are_filled(self, tmp_path):
-        masks = InstanceDataset.open(add_labels(add_picture(tmp_path), "1 0.5 0.5 0.4 0.3"))[0][1]
+        masks = InstanceDataset.open(add_labels(add_image(tmp_path), "1 0.5 0.5 0.4 0.3"))[0][1]
         assert iou(masks[0], box_mask(9, 7, 22, 14)) == 1  # corners' pixels included
 
 
 def write_sample(root: Path, name: str, *boxes: tuple[int, int, int, int]) -> Path:
-    """Write a picture and a file for each of its objects."""
-    add_picture(root / name, f"{name}.png")
+    """Write an image and a file for each of its objects."""
+    add_image(root / name, f"{name}.png")
     for number, box in enumerate(boxes):
         path = root / name / "masks" / f"{number}.png"
         path.parent.mkdir(exist_ok=True)
@@ -140,8 +140,8 @@ class TestOneFilePerObject:
         write_sample(write_sample(tmp_path, "b", (2, 3, 9, 8), (5, 5, 20, 15), (0, 0, 0, 0)), "a", (1, 1, 2, 2))
         data = InstanceDataset.open(tmp_path)
         assert [data.name(row) for row in range(2)] == ["a/images/a.png", "b/images/b.png"]
-        picture, masks = data[1]
-        assert picture.shape == (3, *SIZE)
+        image, masks = data[1]
+        assert image.shape == (3, *SIZE)
         assert torch.equal(masks, torch.stack([box_mask(2, 3, 9, 8), box_mask(5, 5, 20, 15)]))  # that overlap
         assert len(InstanceDataset.open(tmp_path, min_area=2)[0][1]) == 0
 
@@ -156,7 +156,7 @@ class TestOneFilePerObject:
         (tmp_path / "b" / "masks").mkdir()
         (tmp_path / "c" / "masks").mkdir(parents=True)
         data = InstanceDataset.open(tmp_path)
-        assert (len(data), data.without_mask, data.without_picture) == (1, ("b",), ("c",))
+        assert (len(data), data.without_mask, data.without_image) == (1, ("b",), ("c",))
 
     def test_fingerprint(self, tmp_path):
         first = InstanceDataset.open(write_sample(tmp_path, "a", (1, 1, 5, 5))).fingerprint()
@@ -172,13 +172,13 @@ class TestOneFilePerObject:
         Image.new("L", (4, 4), 1).save(tmp_path / "a" / "masks" / "0.png")
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its masks are 4x4"):
             InstanceDataset.open(tmp_path)[0]
-        add_picture(tmp_path / "a", "other.png")
+        add_image(tmp_path / "a", "other.png")
         with pytest.raises(ValueError, match="holds 2 images; expected one"):
             InstanceDataset.open(tmp_path)
 
     def test_nuclei(self):
         data = InstanceDataset.open(shared("data/nuclei/one_file_per_object"))
-        assert (len(data), data.without_mask, data.without_picture) == (4, (), ())
+        assert (len(data), data.without_mask, data.without_image) == (4, (), ())
         assert [len(masks) for _, masks in data] == [12, 21, 25, 29]
         assert all((masks.sum(0) <= 1).all() for _, masks in data)  # none is counted twice
 
@@ -186,14 +186,14 @@ class TestOneFilePerObject:
 class TestOpen:
     def test_folders(self, tmp_path):
         for split in ("train", "val"):
-            add_picture(tmp_path, f"{split}/{split}.png")
+            add_image(tmp_path, f"{split}/{split}.png")
             add_labels(tmp_path, SQUARE, name=f"{split}/{split}.txt")
         assert [InstanceDataset.open(tmp_path, split).name(0) for split in ("train", "val")] == ["train.png", "val.png"]
         assert InstanceDataset.open(tmp_path, "other").name(0) == "train/train.png"  # there are no such parts
 
     @pytest.mark.parametrize("section", ["images", {"images": "images", "instances": "labels"}])
     def test_described(self, tmp_path, section):
-        add_labels(add_picture(tmp_path), SQUARE)
+        add_labels(add_image(tmp_path), SQUARE)
         (tmp_path / "data.json").write_text(json.dumps({"path": ".", "train": section}))
         assert len(InstanceDataset.open(tmp_path / "data.json")) == 1
         with pytest.raises(ValueError, match="instances of 'val'"):
@@ -202,23 +202,23 @@ class TestOpen:
     def test_labels_of_a_folder_without_images_in_its_path(self, tmp_path):
         """They lie beside the images, as those of boxes do."""
         (tmp_path / "data.json").write_text(json.dumps({"train": "photos"}))
-        with pytest.raises(FileNotFoundError, match="There are no pictures"):
+        with pytest.raises(FileNotFoundError, match="There are no images"):
             InstanceDataset.open(tmp_path / "data.json")
-        add_labels(add_picture(tmp_path), SQUARE)
+        add_labels(add_image(tmp_path), SQUARE)
         (tmp_path / "images").rename(tmp_path / "photos")
-        with pytest.raises(ValueError, match="None of the 1 pictures"):
+        with pytest.raises(ValueError, match="None of the 1 images"):
             InstanceDataset.open(tmp_path / "data.json")
         (tmp_path / "labels" / "a.txt").rename(tmp_path / "photos" / "a.txt")
         assert len(InstanceDataset.open(tmp_path / "data.json")[0][1]) == 1
 
     def test_what_is_left_out(self, tmp_path):
-        add_labels(add_picture(add_picture(tmp_path), "b.png"), SQUARE)
+        add_labels(add_image(add_image(tmp_path), "b.png"), SQUARE)
         add_labels(tmp_path, SQUARE, name="c.txt")
         data = InstanceDataset.open(tmp_path)
-        assert (len(data), data.without_mask, data.without_picture) == (1, ("b.png",), ("c.txt",))
+        assert (len(data), data.without_mask, data.without_image) == (1, ("b.png",), ("c.txt",))
 
     def test_small_instances(self, tmp_path):
-        add_labels(add_picture(tmp_path), SQUARE, "1 0 0 0.1 0 0.1 0.1")
+        add_labels(add_image(tmp_path), SQUARE, "1 0 0 0.1 0 0.1 0.1")
         areas = InstanceDataset.open(tmp_path)[0][1].flatten(1).sum(1).tolist()
         assert len(areas) == 2
         (kept,) = InstanceDataset.open(tmp_path, min_area=max(areas))[0][1]
@@ -229,7 +229,7 @@ class TestOpen:
 
     def test_part_and_fingerprint(self, tmp_path):
         for number in range(4):
-            add_labels(add_picture(tmp_path, f"{number}.png"), SQUARE, name=f"{number}.txt")
+            add_labels(add_image(tmp_path, f"{number}.png"), SQUARE, name=f"{number}.txt")
         data = InstanceDataset.open(tmp_path)
         assert data.fingerprint() == InstanceDataset.open(tmp_path).fingerprint()
         drawn = data.sample(2, seed=1)
@@ -240,7 +240,7 @@ class TestOpen:
         assert len({each.fingerprint() for each in (data, *others)}) == 5
 
     def test_coco_fingerprint(self, tmp_path):
-        add_picture(tmp_path)
+        add_image(tmp_path)
         prints = set()
         for right in (12, 13):
             write_coco(tmp_path, {1: "a.png"}, {"image_id": 1, "segmentation": [[2, 2, right, 2, right, 9]]})
@@ -251,28 +251,28 @@ class TestOpen:
 class TestRefusals:
     def test_runs_of_another_size(self, tmp_path):
         """Refused before masks of that size take the memory."""
-        add_picture(tmp_path)
+        add_image(tmp_path)
         runs = {"size": [60_000, 60_000], "counts": [3_600_000_000]}
         write_coco(tmp_path, {1: "a.png"}, {"image_id": 1, "segmentation": runs})
-        with pytest.raises(BrokenImageError, match=r"a mask of the size \[60000, 60000\] lies on a picture of"):
+        with pytest.raises(BrokenImageError, match=r"a mask of the size \[60000, 60000\] lies on an image of"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     @pytest.mark.parametrize(
         "segmentation", [[], [[]], [[1, 2, 3]], [[1, 2, float("nan"), 3, 4, 5]], "1 2", {"counts": [600]}, [1, 2, 3, 4]]
     )
     def test_false_segmentations(self, tmp_path, segmentation):
-        write_coco(add_picture(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": segmentation})
+        write_coco(add_image(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": segmentation})
         with pytest.raises(ValueError, match=r"annotation 0 of a\.png has the segmentation .* expected polygons"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
 
     def test_coco_states_another_size(self, tmp_path):
         annotation = {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}
-        write_coco(add_picture(tmp_path), {1: "a.png"}, annotation, size=(30, 20))
+        write_coco(add_image(tmp_path), {1: "a.png"}, annotation, size=(30, 20))
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its labels are for 20x30"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     def test_no_text(self, tmp_path):
-        add_labels(add_picture(tmp_path), SQUARE)
+        add_labels(add_image(tmp_path), SQUARE)
         (tmp_path / "labels" / "a.txt").write_bytes(b"\xff\xfe0 1")
         with pytest.raises(BrokenImageError, match=r"a\.txt is no text in UTF-8"):
             InstanceDataset.open(tmp_path)[0]
@@ -289,24 +289,24 @@ class TestRefusals:
         ],
     )
     def test_labels(self, tmp_path, line, message):
-        data = InstanceDataset.open(add_labels(add_picture(tmp_path), SQUARE, line))
+        data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE, line))
         with pytest.raises(BrokenImageError, match=rf"a\.png cannot be read: .*{message}"):
             data[0]
 
     def test_another_size(self, tmp_path):
-        (add_picture(tmp_path) / "masks").mkdir()
+        (add_image(tmp_path) / "masks").mkdir()
         Image.new("L", (10, 20), 1).save(tmp_path / "masks" / "a.png")
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its masks are 10x20"):
             InstanceDataset.open(tmp_path)[0]
 
-    def test_broken_picture(self, tmp_path):
-        data = InstanceDataset.open(add_labels(add_picture(tmp_path), SQUARE))
+    def test_broken_image(self, tmp_path):
+        data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE))
         damage(tmp_path / "images" / "a.png")
         with pytest.raises(BrokenImageError, match=r"a\.png"):
             data[0]
 
     def test_jpeg_masks(self, tmp_path):
-        (add_picture(tmp_path) / "masks").mkdir()
+        (add_image(tmp_path) / "masks").mkdir()
         Image.new("L", SIZE[::-1], 1).save(tmp_path / "masks" / "a.jpg")
         with pytest.raises(ValueError, match="smeared"):
             InstanceDataset.open(tmp_path)
@@ -323,20 +323,20 @@ class TestRefusals:
         ],
     )
     def test_no_coco(self, tmp_path, content, message):
-        (add_picture(tmp_path) / "coco.json").write_text(content)
+        (add_image(tmp_path) / "coco.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
 
     def test_nothing_there(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no data set"):
             InstanceDataset.open(tmp_path / "gone")
-        add_picture(tmp_path)
+        add_image(tmp_path)
         with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
             InstanceDataset.open(tmp_path)
         with pytest.raises(FileNotFoundError, match="no folder or file"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "labels")
         add_labels(tmp_path, SQUARE, name="other.txt")
-        with pytest.raises(ValueError, match=r"None of the 1 pictures of .*images has a file of labels"):
+        with pytest.raises(ValueError, match=r"None of the 1 images of .*images has a file of labels"):
             InstanceDataset.open(tmp_path)
         with pytest.raises(ValueError, match="min_area"):
             InstanceDataset.open(tmp_path, min_area=0)

@@ -13,12 +13,12 @@ from PIL import Image
 from kornia_tinyvit.data import EpochBatches, EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
-from tests.scenes import damage, make_pictures, samples_of
+from tests.scenes import damage, make_images, samples_of
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_pictures(tmp_path / "data")
+    return make_images(tmp_path / "data")
 
 
 def assert_equal_batches(one, other):
@@ -97,27 +97,27 @@ class TestReplayedSamples:
         assert len(samples) == 24
         assert_equal_batches(samples[4, 20], samples.__getitems__([(4, 20)]))
 
-    @pytest.mark.parametrize("content", [b"", b"no picture at all", None])
-    def test_broken_pictures(self, folder, content):
+    @pytest.mark.parametrize("content", [b"", b"no image at all", None])
+    def test_broken_images(self, folder, content):
         path = folder / "green" / "01.png"
         if content is None:
             content = path.read_bytes()[:-900]  # cut off in its middle
         path.write_bytes(content)
         index = 9
         keys = [(0, 1), (0, index), (0, 23)]
-        with pytest.raises(BrokenImageError, match=r"green/01\.png is not a picture"):
+        with pytest.raises(BrokenImageError, match=r"green/01\.png is not an image"):
             samples_of(folder).__getitems__(keys)
         batch = samples_of(folder, on_broken="skip").__getitems__(keys)
         assert batch.valid.tolist() == [1, 0, 1]
         assert batch.broken == ("green/01.png",)
         assert (batch.crops[1] == 128).all()
         path.unlink()
-        make_pictures(folder.parent / "whole")
+        make_images(folder.parent / "whole")
         (folder.parent / "whole" / "green" / "01.png").rename(path)
         whole = samples_of(folder).__getitems__(keys)
         assert torch.equal(batch.crops[::2], whole.crops[::2])
 
-    def test_a_picture_that_is_gone_stops_either_way(self, folder):
+    def test_a_image_that_is_gone_stops_either_way(self, folder):
         samples = samples_of(folder, on_broken="skip")
         (folder / "blue" / "00.png").unlink()
         with pytest.raises(FileNotFoundError, match=r"blue/00\.png"):
@@ -144,7 +144,7 @@ class TestReplayedSamples:
             said.append(str(caught.value))
         assert said[0] == said[1]
 
-    def test_grey_pictures_and_transparent_ones(self, folder):
+    def test_grey_images_and_transparent_ones(self, folder):
         buffer = io.BytesIO()
         Image.new("L", (50, 30), 77).save(buffer, "PNG")
         (folder / "blue" / "00.png").write_bytes(buffer.getvalue())

@@ -1,4 +1,4 @@
-"""Pictures with masks: how they are paired, what ids mean, and what is refused."""
+"""Images with masks: how they are paired, what ids mean, and what is refused."""
 
 from __future__ import annotations
 
@@ -42,9 +42,9 @@ class TestItems:
         data = opened(folder)
         assert (len(data), data.num_classes, data.ids) == (2, 3, (3, 7, 40))
         assert data.class_names == ("sky", "road", "tree")
-        picture, mask = data[0]
-        assert (picture.shape, picture.dtype) == ((3, 2, 3), torch.float32)
-        assert picture.max() <= 1
+        image, mask = data[0]
+        assert (image.shape, image.dtype) == ((3, 2, 3), torch.float32)
+        assert image.max() <= 1
         assert mask.tolist() == [[IGNORED, 0, 1], [IGNORED, 2, 2]]
         assert (mask.dtype, data.name(1)) == (torch.int64, "street/b.jpg")
         assert [len(each) for each in data] == [2, 2]  # iterating ends
@@ -94,7 +94,7 @@ class TestItems:
         write_pair(folder, "d", [[3]])
         data = opened(folder)
         assert (len(data), data.without_mask) == (1, ("a.jpg", "street/c.jpg"))
-        assert data.without_picture == ("street/b.png",)
+        assert data.without_image == ("street/b.png",)
 
     def test_sample(self, folder):
         for number in range(8):
@@ -151,7 +151,7 @@ class TestRefusals:
             opened(folder, {3: "sky", 7: "road"}, ignored=(0,))[0]
 
     @pytest.mark.parametrize("kind", ["images/a.jpg", "masks/a.png"])
-    @pytest.mark.parametrize("content", [b"", b"no picture", None])
+    @pytest.mark.parametrize("content", [b"", b"no image", None])
     def test_broken(self, folder, kind, content):
         file = folder / kind
         file.write_bytes(file.read_bytes()[:40] if content is None else content)
@@ -181,7 +181,7 @@ class TestRefusals:
             opened(folder)
 
     def test_nothing_in_common(self, folder):
-        with pytest.raises(ValueError, match=r"No picture of .*: 2 pictures, 1 masks"):
+        with pytest.raises(ValueError, match=r"No image of .*: 2 images, 1 masks"):
             SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "masks" / "street")
 
     def test_no_folder(self, folder):
@@ -233,7 +233,7 @@ class TestOpen:
 
 def test_coco128():
     data = SegmentationDataset.open(shared("data/coco128/semantic_segmentation/config.yaml"))
-    assert (len(data), data.num_classes, len(data.without_mask), data.without_picture) == (100, 129, 28, ())
-    picture, mask = data[0]
-    assert picture.shape[1:] == mask.shape
+    assert (len(data), data.num_classes, len(data.without_mask), data.without_image) == (100, 129, 28, ())
+    image, mask = data[0]
+    assert image.shape[1:] == mask.shape
     assert 0 <= mask[mask != IGNORED].min() <= mask.max() < 129

@@ -8,7 +8,7 @@ from kornia_tinyvit.deploy.accuracy import Agreement, compare
 
 @pytest.fixture
 def logits():
-    """Logits of five pictures of four classes."""
+    """Logits of five images of four classes."""
     return torch.tensor(
         [[3.0, 0.0, 0.0, 0.0], [0.0, 4.0, 0.0, 0.0], [0.0, 0.0, 5.0, 0.0], [2.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 2.0]]
     )
@@ -18,13 +18,13 @@ def as_images(logits):
     return logits.view(-1, 4, 1, 1)
 
 
-def read(pictures):
-    return pictures.flatten(1)
+def read(images):
+    return images.flatten(1)
 
 
-def swap_last(pictures):
-    """Exchange the two largest logits of a batch's last picture."""
-    output = pictures.flatten(1).clone()
+def swap_last(images):
+    """Exchange the two largest logits of a batch's last image."""
+    output = images.flatten(1).clone()
     output[-1, 2:] = output[-1, 2:].flip(0)
     return output
 
@@ -38,7 +38,7 @@ class TestCompare:
     def test_counts_over_batches(self, logits, sizes):
         labels = torch.tensor([0, 1, 2, 1, 3])
         batches = list(zip(as_images(logits).split(sizes), labels.split(sizes), strict=True))
-        result = compare(read, lambda pictures: read(pictures) * 1.5, batches)
+        result = compare(read, lambda images: read(images) * 1.5, batches)
         assert result == Agreement(5, 80.0, 80.0, 100.0, pytest.approx(0.5), pytest.approx(0.5))
 
     def test_wrong_class(self, logits):
@@ -52,7 +52,7 @@ class TestCompare:
         assert (result.top1_reference, result.top1_candidate, result.agreement) == (None, None, 80.0)
 
     def test_low_precision(self, logits):
-        result = compare(read, lambda pictures: read(pictures + 0.3).bfloat16() - 0.3, [as_images(logits)])
+        result = compare(read, lambda images: read(images + 0.3).bfloat16() - 0.3, [as_images(logits)])
         assert 0 < result.mean_error < 1e-2
         assert result.agreement == 100.0
 
@@ -67,7 +67,7 @@ class TestCompare:
         assert (single.agreement, single.mean_error) == (None, pytest.approx(2.0))
 
     def test_broken_candidate(self, logits):
-        broken = compare(read, lambda pictures: read(pictures) * math.nan, [as_images(logits)])
+        broken = compare(read, lambda images: read(images) * math.nan, [as_images(logits)])
         assert math.isnan(broken.largest_error)
         zero = compare(lambda x: 0 * read(x), read, [as_images(logits)])
         assert zero.largest_error == math.inf
@@ -80,12 +80,12 @@ class TestCompare:
         assert not seen[0].requires_grad
 
     def test_errors(self, logits):
-        pictures = as_images(logits)
-        with pytest.raises(ValueError, match="no pictures"):
+        images = as_images(logits)
+        with pytest.raises(ValueError, match="no images"):
             compare(read, read, [])
         with pytest.raises(ValueError, match=r"expected \(5, 4\); got \(5, 3\)"):
-            compare(read, lambda x: read(x)[:, :3], [pictures])
+            compare(read, lambda x: read(x)[:, :3], [images])
         with pytest.raises(ValueError, match="differ in shape"):
-            compare(lambda x: [x, x], lambda x: [x], [pictures])
+            compare(lambda x: [x, x], lambda x: [x], [images])
         with pytest.raises(ValueError, match="Only 5 of 10"):
-            compare(read, read, [(pictures, torch.zeros(5, dtype=torch.long)), pictures])
+            compare(read, read, [(images, torch.zeros(5, dtype=torch.long)), images])

@@ -3,10 +3,10 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit import ImageClassifier
-from kornia_tinyvit.deploy.benchmark import read_pictures
+from kornia_tinyvit.deploy.benchmark import read_images
 
 
-class TestReadPictures:
+class TestReadImages:
     @pytest.fixture
     def folder(self, tmp_path):
         for number in range(8):
@@ -17,20 +17,20 @@ class TestReadPictures:
 
     def test_calibration_is_not_judged_by(self, tiny, folder):
         classifier = ImageClassifier(tiny)
-        found = read_pictures(classifier, folder, 3)
+        found = read_images(classifier, folder, 3)
         assert (len(found.calibration), len(found.images), len(found.labels)) == (4, 3, 3)
         shades = torch.cat([found.calibration, found.images])[:, 0, 32, 32]
         assert len(shades.unique()) == 7
         for image, label in zip(found.images, found.labels.tolist(), strict=True):
             number = round(float(image[0, 32, 32] * 0.229 + 0.485) * 255 / 30)
             assert label == 6 - number % 2
-        again = read_pictures(classifier, folder, 3)
+        again = read_images(classifier, folder, 3)
         assert torch.equal(again.images, found.images)
 
     def test_errors(self, tiny, folder):
         classifier = ImageClassifier(tiny)
         (folder / "unicorn").mkdir()
         with pytest.raises(ValueError, match="does not know the classes"):
-            read_pictures(classifier, folder, 3)
+            read_images(classifier, folder, 3)
         with pytest.raises(FileNotFoundError):
-            read_pictures(classifier, folder / "gone", 3)
+            read_images(classifier, folder / "gone", 3)

@@ -22,7 +22,7 @@ def model() -> TinyViT:
     return liven(TinyViT(**SHALLOW))
 
 
-def pictures(*shape: int) -> torch.Tensor:
+def photos(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
@@ -51,7 +51,7 @@ def engines(model):
         if ENGINES[name].missing():
             pytest.skip(ENGINES[name].missing())
         if name not in made:
-            made[name] = ENGINES[name](build_graph(model), pictures(*SHAPES[0]), torch.float32)
+            made[name] = ENGINES[name](build_graph(model), photos(*SHAPES[0]), torch.float32)
         return made[name]
 
     return make
@@ -61,19 +61,19 @@ class TestSameResults:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
     def test_any_batch_and_size(self, engines, model, name, shape):
-        images = pictures(*shape)
+        images = photos(*shape)
         torch.testing.assert_close(engines(name)(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
     def test_results_outlive_the_next_call(self, engines, name):
-        first = engines(name)(pictures(2, 3, 64, 64))
+        first = engines(name)(photos(2, 3, 64, 64))
         kept = first.clone()
-        engines(name)(10 * pictures(2, 3, 64, 64))
+        engines(name)(10 * photos(2, 3, 64, 64))
         assert torch.equal(first, kept)
 
     @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
     def test_threads(self, engines, model, name):
-        engine, images = engines(name), [pictures(2, 3, 64, 64) * scale for scale in (1, 2, 3, 4)]
+        engine, images = engines(name), [photos(2, 3, 64, 64) * scale for scale in (1, 2, 3, 4)]
         found: dict[int, list[torch.Tensor]] = {}
 
         def work(index: int) -> None:
@@ -91,7 +91,7 @@ class TestSameResults:
     def test_openvino_leaves_every_processor_to_its_threads(self, engines):
         if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
             pytest.skip("needs Linux and two processors")
-        engine, images, bound = engines("openvino"), pictures(2, 3, 64, 64), set()
+        engine, images, bound = engines("openvino"), photos(2, 3, 64, 64), set()
         worker = threading.Thread(target=lambda: [engine(images) for _ in range(20)])
         worker.start()
         while worker.is_alive():
@@ -104,7 +104,7 @@ class TestSameResults:
         for name, engine in ENGINES.items():
             if name == "inductor" or engine.missing() or torch.bfloat16 not in engine.dtypes(CPU):
                 continue
-            images = pictures(2, 3, 64, 64)
+            images = photos(2, 3, 64, 64)
             found = engine(build_graph(model), images, torch.bfloat16)(images)
             assert found.dtype == torch.float32
             error = (found - model(images)).norm() / model(images).norm()
@@ -113,15 +113,15 @@ class TestSameResults:
     def test_inductor(self, model):
         if InductorEngine.missing():
             pytest.skip(InductorEngine.missing())
-        engine = InductorEngine(build_graph(model), pictures(2, 3, 32, 32), torch.float32)
-        images = pictures(2, 3, 32, 32)
+        engine = InductorEngine(build_graph(model), photos(2, 3, 32, 32), torch.float32)
+        images = photos(2, 3, 32, 32)
         torch.testing.assert_close(engine(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
 
 class TestFusedActivations:
     def test_exact_and_complete(self, model):
         folded = fold(model)
-        images = pictures(2, 3, 64, 64)
+        images = photos(2, 3, 64, 64)
         expected = folded(images)
         fuse_activations(folded)
         left = [name for name, module in folded.named_modules() if isinstance(module, nn.GELU)]
@@ -130,7 +130,7 @@ class TestFusedActivations:
 
     def test_other_activations_stay(self):
         folded = fold(liven(TinyViT(**SHALLOW | {"activation": nn.Hardswish})))
-        images = pictures(1, 3, 64, 64)
+        images = photos(1, 3, 64, 64)
         expected = folded(images)
         fuse_activations(folded)
         assert sum(isinstance(module, nn.Hardswish) for module in folded.modules()) > 10
@@ -161,7 +161,7 @@ class TestCuda:
     @pytest.mark.parametrize("name", ["eager", "inductor"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_same_results(self, model, name, dtype):
-        images = pictures(2, 3, 64, 64)
+        images = photos(2, 3, 64, 64)
         on_gpu = TinyViT(**SHALLOW).eval()
         on_gpu.load_state_dict(model.state_dict())
         on_gpu.cuda()

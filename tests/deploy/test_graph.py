@@ -28,7 +28,7 @@ class TestNetwork:
     def test_one_channel(self):
         model = liven(TinyViT(**TINY | {"in_chans": 1}))
         unit = torch.rand(1, 1, 64, 64)
-        expected = ImageClassifier(model)(unit)  # whose crop is not the whole picture
+        expected = ImageClassifier(model)(unit)  # whose crop is not the whole image
         prepared = ImageClassifier(model).preprocessing.resize_and_crop(unit)
         torch.testing.assert_close(build_graph(model, pixels="unit")(prepared), expected, atol=1e-4, rtol=1e-4)
 

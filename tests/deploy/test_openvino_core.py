@@ -17,8 +17,8 @@ from kornia_tinyvit.deploy import engines
 from kornia_tinyvit.deploy.graph import build_graph
 from tests.conftest import SHALLOW
 
-graph, pictures = build_graph(TinyViT(**SHALLOW).eval()), torch.rand(1, 3, 64, 64)
-first, second = (engines.OpenVinoEngine(graph, pictures, torch.float32) for _ in range(2))
+graph, images = build_graph(TinyViT(**SHALLOW).eval()), torch.rand(1, 3, 64, 64)
+first, second = (engines.OpenVinoEngine(graph, images, torch.float32) for _ in range(2))
 for name in ("first", "second"):
     del globals()[name]
     gc.collect()

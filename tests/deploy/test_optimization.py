@@ -61,7 +61,7 @@ class TestSignatureAndResults:
         unit = eager(model, pixels="unit")(levels / 255)
         torch.testing.assert_close(eager(model, pixels="uint8")(levels), unit, atol=1e-4, rtol=1e-4)
 
-    def test_no_pictures(self, model, images):
+    def test_no_images(self, model, images):
         assert eager(model)(images[:0]).shape == (0, 7)
         maps = eager(model, method="forward_intermediates")(images[:0])
         assert [tuple(each.shape) for each in maps] == [tuple(e.shape) for e in model.forward_intermediates(images[:0])]
@@ -76,12 +76,12 @@ class TestSignatureAndResults:
 
 
 class TestInt8:
-    def test_labelled_pictures_and_other_sizes(self, model, images):
+    def test_labelled_images_and_other_sizes(self, model, images):
         labelled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
         fast = optimize(model, "onnxruntime", torch.int8, calibration=labelled)
         for size in (64, 96):  # the second makes the engine calibrate again
-            pictures = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
-            error = (fast(pictures) - model(pictures)).norm() / model(pictures).norm()
+            images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
+            error = (fast(images) - model(images)).norm() / model(images).norm()
             assert 1e-4 < error < 0.3
 
 
@@ -120,7 +120,7 @@ class TestAuto:
         assert fast.dtype == torch.bfloat16
         told = {choice.dtype: choice for choice in fast.choices}
         assert told[torch.bfloat16].ms == 1000
-        assert told[torch.bfloat16].agreement.pictures == 8
+        assert told[torch.bfloat16].agreement.images == 8
         assert "not torch.int8" in told[torch.int8].refused
         # The same, where bfloat16 is judged to be too far off.
         monkeypatch.setattr(
@@ -150,10 +150,10 @@ class TestAuto:
         assert sum(choice.refused is None for choice in fast.choices) >= 3
         assert counts == {"fold": 1, "to_onnx": 1}
 
-    def test_without_pictures_nothing_is_judged(self, model):
+    def test_without_images_nothing_is_judged(self, model):
         fast = optimize(model, "eager", None, tune_allocator=False)
         assert fast.dtype == torch.float32
-        assert all("pictures" in choice.refused for choice in fast.choices if choice.dtype == torch.bfloat16)
+        assert all("images" in choice.refused for choice in fast.choices if choice.dtype == torch.bfloat16)
 
     def test_tolerance_of_maps(self, model, images, monkeypatch):
         monkeypatch.setattr(optimizing, "DTYPES", (torch.bfloat16,))
@@ -170,7 +170,7 @@ class TestRefusals:
             optimize(model, "eager", torch.float64)
         with pytest.raises(ValueError, match=r"not torch\.int8"):
             optimize(model, "eager", torch.int8)
-        with pytest.raises(ValueError, match="needs pictures"):
+        with pytest.raises(ValueError, match="needs images"):
             optimize(model, "onnxruntime", torch.int8)
         with pytest.raises(ValueError, match="give it an example"):
             optimize(nn.Conv2d(3, 3, 1), "eager")
@@ -180,9 +180,9 @@ class TestRefusals:
         with pytest.raises(ImportError, match="pip install"):
             optimize(model, "openvino")
 
-    def test_pictures(self, model, images):
+    def test_images(self, model, images):
         fast = eager(model)
-        with pytest.raises(TypeError, match=r"floating point pictures .*got torch.uint8"):
+        with pytest.raises(TypeError, match=r"floating point images .*got torch.uint8"):
             fast(images.byte())
         with pytest.raises(TypeError, match="got list"):
             fast([images])

@@ -11,7 +11,7 @@ from tests.conftest import shared
 FRACTIONS = st.sampled_from([None, 0.875, 0.3, 1.0, "auto"])
 
 
-def pictures(*shape: int) -> torch.Tensor:
+def images(*shape: int) -> torch.Tensor:
     """Half noise, half black and white, where the kernel overshoots and is clamped."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
     return torch.where(torch.arange(shape[-1]) % 5 < 3, noise, noise.round())
@@ -25,7 +25,7 @@ class TestPhotoResize:
     @example(48, 61, 48, 1.0)  # one side is not resized
     def test_equals_the_pipeline(self, height, width, size, crop_fraction):
         pipeline = EvaluationPipeline(size, crop_fraction)
-        x = pictures(2, 3, height, width)
+        x = images(2, 3, height, width)
         found = PhotoResize(pipeline)(x)
         torch.testing.assert_close(found, pipeline.resize_and_crop(x), atol=1e-4, rtol=0)
 
@@ -43,7 +43,7 @@ class TestPhotoResize:
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_dtype(self, dtype):
         pipeline = EvaluationPipeline(32)
-        x = pictures(1, 3, 50, 40).to(dtype)
+        x = images(1, 3, 50, 40).to(dtype)
         found = PhotoResize(pipeline)(x)
         assert found.dtype == dtype
         torch.testing.assert_close(found, pipeline.resize_and_crop(x))
@@ -66,11 +66,11 @@ class TestExport:
     @pytest.mark.parametrize("size", [(480, 640), (95, 64), (33, 90), (32, 32), (20, 31), (35, 32), (37, 32)])
     def test_any_size(self, exported, size):
         pipeline, program = exported
-        x = pictures(3, 3, *size)
+        x = images(3, 3, *size)
         torch.testing.assert_close(program(x), pipeline.resize_and_crop(x), atol=1e-4, rtol=0)
 
     def test_towers_differ_by_the_order_alone(self, exported):
         # The pipeline takes their height first. Without black and white nothing is clamped and both orders agree.
         pipeline, program = exported
-        x = 0.3 + 0.4 * pictures(2, 3, 400, 60)
+        x = 0.3 + 0.4 * images(2, 3, 400, 60)
         torch.testing.assert_close(program(x), pipeline.resize_and_crop(x), atol=1e-4, rtol=0)

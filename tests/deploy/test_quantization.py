@@ -12,7 +12,7 @@ from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
 from kornia_tinyvit.deploy.openvino_core import openvino_core, without_telemetry
-from kornia_tinyvit.deploy.quantization import CALIBRATION_PICTURES, quantize_onnx, quantize_openvino
+from kornia_tinyvit.deploy.quantization import CALIBRATION_IMAGES, quantize_onnx, quantize_openvino
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.folding import fold
 from kornia_tinyvit.images import read_image
@@ -123,7 +123,7 @@ class TestOnnxRuntime:
         assert quantized.graph.input == model.graph.input
         assert quantized.graph.output == model.graph.output
 
-    def test_data_beside_the_file_and_other_batches_of_the_same_pictures(self, graph, onnx_int8, crops, tmp_path):
+    def test_data_beside_the_file_and_other_batches_of_the_same_images(self, graph, onnx_int8, crops, tmp_path):
         apart = tmp_path / "apart.onnx"
         onnx.save(onnx.load(graph), apart, save_as_external_data=True, location="weights.bin", size_threshold=0)
         assert (tmp_path / "weights.bin").stat().st_size > apart.stat().st_size
@@ -165,16 +165,16 @@ class TestOpenvino:
 
 
 class TestCifar10:
-    """A sample of the test pictures; the table in the documentation is of all of them."""
+    """A sample of the test images; the table in the documentation is of all of them."""
 
     @pytest.mark.parametrize("engine", ["onnxruntime", "openvino"])
     def test_top1(self, network, graph, engine):
         classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
 
         def batches(name, count):
-            pictures = ClassificationDataset.open(shared(f"data/cifar10/{name}.parquet")).sample(count)
+            photos = ClassificationDataset.open(shared(f"data/cifar10/{name}.parquet")).sample(count)
             for start in range(0, count, 100):
-                items = [pictures[row] for row in range(start, min(start + 100, count))]
+                items = [photos[row] for row in range(start, min(start + 100, count))]
                 images = classifier.preprocessing(torch.stack([image for image, _ in items]))
                 yield images, torch.tensor([label for _, label in items])
 
@@ -184,8 +184,8 @@ class TestCifar10:
         else:
             candidate = run_openvino(quantize_openvino(openvino_core().read_model(graph), calibration))
         result = compare(network, candidate, batches("test", 1000))
-        assert result.pictures == 1000
-        assert result.top1_candidate >= result.top1_reference - 1  # half a point is 5 of these pictures
+        assert result.photos == 1000
+        assert result.top1_candidate >= result.top1_reference - 1  # half a point is 5 of these images
         assert result.agreement >= 97.5
 
 
@@ -193,19 +193,17 @@ class TestErrors:
     @pytest.fixture(params=["onnxruntime", "openvino"])
     def quantize(self, request, graph):
         if request.param == "onnxruntime":
-            return lambda pictures: quantize_onnx(graph, pictures)
-        return lambda pictures: quantize_openvino(openvino_core().read_model(graph), pictures)
+            return lambda photos: quantize_onnx(graph, photos)
+        return lambda photos: quantize_openvino(openvino_core().read_model(graph), photos)
 
-    def test_pictures(self, quantize):
+    def test_images(self, quantize):
         with pytest.raises(ValueError, match="none"):
             quantize([])
-        with pytest.raises(
-            ValueError, match=r"takes pictures \(B, 3, 96, 96\); got calibration pictures \(2, 3, 32, 96\)"
-        ):
+        with pytest.raises(ValueError, match=r"takes images \(B, 3, 96, 96\); got calibration images \(2, 3, 32, 96\)"):
             quantize([torch.rand(2, 3, 32, 96)])
-        with pytest.raises(ValueError, match=r"got calibration pictures \(3, 96, 96\)"):
+        with pytest.raises(ValueError, match=r"got calibration images \(3, 96, 96\)"):
             quantize(torch.rand(2, 3, 96, 96))
-        with pytest.raises(TypeError, match="of float32; got calibration pictures of uint8"):
+        with pytest.raises(TypeError, match="of float32; got calibration images of uint8"):
             quantize([torch.zeros(2, 3, 96, 96, dtype=torch.uint8)])
         with pytest.raises(TypeError, match="as tensors; got ndarray"):
             quantize([np.zeros((2, 3, 96, 96), np.float32)])
@@ -220,13 +218,13 @@ class TestErrors:
             quantize_onnx(graph, [crops[0]])
 
 
-def test_endless_pictures(graph):
+def test_endless_images(graph):
     taken = []
 
-    def pictures():
+    def photos():
         while True:
             taken.append(50)
             yield torch.rand(50, 3, 96, 96)
 
-    quantize_onnx(graph, pictures())
-    assert sum(taken) <= CALIBRATION_PICTURES + 50
+    quantize_onnx(graph, photos())
+    assert sum(taken) <= CALIBRATION_IMAGES + 50

@@ -145,9 +145,9 @@ class TestDistillationLoss:
 
     def test_refused(self, sparse):
         with pytest.raises(ValueError, match="needs the labels"):
-            distillation_loss(torch.randn(6, 12), *sparse, hard_share=0.5)
+            distillation_loss(torch.randn(6, 12), *sparse, hard_weight=0.5)
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
-            distillation_loss(torch.randn(6, 12), *sparse, hard_share=1.5)
+            distillation_loss(torch.randn(6, 12), *sparse, hard_weight=1.5)
 
 
 class TestStoredLabels:
@@ -163,7 +163,7 @@ class TestStoredLabels:
         augmentation = augment(preset)
         batch = batch_of(augmentation)
         write(store, batch, targets)
-        loss = StoredLabels(store, augmentation, hard_share=share)(outputs, None, batch)
+        loss = StoredLabels(store, augmentation, hard_weight=share)(outputs, None, batch)
         soft = F.cross_entropy(outputs, restored(targets), reduction="none")
         expected = (1 - share) * soft + share * Labels(augmentation)(outputs, None, batch)
         assert torch.allclose(loss, expected, atol=1e-5)
@@ -221,7 +221,7 @@ class TestFeatureRegression:
         assert torch.allclose(loss, torch.tensor([0.0, 1, 4, 9, 0.25, 1]))
 
     def test_another_shape(self, features):
-        with pytest.raises(StoreError, match=r"returns \(4, 4\) for a picture, but .*features holds \(4, 2, 2\)"):
+        with pytest.raises(StoreError, match=r"returns \(4, 4\) for an image, but .*features holds \(4, 2, 2\)"):
             FeatureRegression(features)(torch.zeros(6, 4, 4), None, batch_of(augment()))
 
     def test_another_augmentation(self, features):
@@ -267,7 +267,7 @@ class TestOnlineTeacher:
         assert torch.allclose(whole, half, atol=0.05)
         assert not np.allclose(whole.detach(), half.detach(), atol=1e-7)
 
-    def test_the_teacher_comes_to_the_pictures(self, teacher):
+    def test_the_teacher_comes_to_the_images(self, teacher):
         """It is built on the CPU and follows the training to its device."""
         asked = []
         teacher.to = lambda device: asked.append(device) or nn.Module.to(teacher, device)

@@ -21,7 +21,7 @@ from kornia_tinyvit.distillation import (
     save_records,
     saving,
 )
-from tests.scenes import damage, make_pictures, samples_of
+from tests.scenes import damage, make_images, samples_of
 
 SIZE, NUM_CLASSES, TOP_K = 16, 9, 4
 
@@ -62,7 +62,7 @@ def make_store(path, samples, shard_records=8, **changes):
 
 
 def expected(samples, epoch, teacher=None):
-    """Return what a teacher says about all pictures in one batch, in the order of the epoch."""
+    """Return what a teacher says about all images in one batch, in the order of the epoch."""
     order = samples.order.permutation(epoch)
     batch = samples.__getitems__([(epoch, index) for index in order.tolist()])
     with torch.no_grad():
@@ -83,7 +83,7 @@ def assert_complete(store, samples, epochs):
 
 @pytest.fixture
 def folder(tmp_path):
-    return make_pictures(tmp_path / "data", each=9, size=24)  # 27: the last shard is not full, the last pair is none
+    return make_images(tmp_path / "data", each=9, size=24)  # 27: the last shard is not full, the last pair is none
 
 
 PROCESSES = multiprocessing.get_context("forkserver")
@@ -210,10 +210,10 @@ class TestSaveRecords:
             with store.writer(0, shard):
                 pass
 
-    def test_broken_pictures(self, folder, tmp_path):
+    def test_broken_images(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         damage(folder / "red" / "08.png")
-        with pytest.raises(BrokenImageError, match=r"\.png is not a picture"):
+        with pytest.raises(BrokenImageError, match=r"\.png is not an image"):
             save_records(make_store(tmp_path / "a", small_samples(folder)), Network(), small_samples(folder), [0])
         samples = small_samples(folder, on_broken="skip")
         store = make_store(tmp_path / "b", samples)
@@ -300,7 +300,7 @@ class TestCheckRecords:
         assert report.records == 16
         assert report.largest < 6e-4
 
-    def test_broken_pictures_are_even_here_too(self, folder, tmp_path):
+    def test_broken_images_are_even_here_too(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         samples = small_samples(folder, on_broken="skip")
         store = make_store(tmp_path / "store", samples)

@@ -1,4 +1,4 @@
-"""Where teachers come from, and that they see pictures as they were trained to."""
+"""Where teachers come from, and that they see images as they were trained to."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
 
 
 class Raw(nn.Module):
-    """Returns the pictures it is shown, in an object as transformers does if asked to."""
+    """Returns the images it is shown, in an object as transformers does if asked to."""
 
     def __init__(self, wrapped: bool = False) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ class TestLoadTeacher:
         assert teacher.describe() == load_teacher(f"{file}:build").describe()
 
     def test_a_teacher_that_a_file_returns_is_told_apart(self, tmp_path):
-        """What it does to pictures is in the manifest, not hidden inside another teacher."""
+        """What it does to images is in the manifest, not hidden inside another teacher."""
         told = []
         for size in (96, 112):
             (tmp_path / "made.py").write_text(

@@ -18,7 +18,7 @@ import typer
 from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.cli import app, main
 from kornia_tinyvit.cli.distill import distill
-from tests.fuzz.data import a_picture, valid
+from tests.fuzz.data import a_image, valid
 from tests.fuzz.files import contents
 from tests.fuzz.harness import Refused, Target, broken_promise, mutate
 
@@ -100,7 +100,7 @@ def a_place(rng: random.Random, folder: Path) -> str:
         return rng.choice(("/proc/none", "/dev/null", "/dev/null/x", "\0", "x" * 5000, "", ".", "/dev/full"))
     if kind == 2:
         path.mkdir()
-        return str(a_picture(rng, path))
+        return str(a_image(rng, path))
     if kind == 3:
         path = path.with_suffix(rng.choice((".yaml", ".json", ".tar", ".parquet", ".txt")))
         path.write_bytes(mutate(rng, b'{"train": "images", "val": "images", "names": ["a"]}'))

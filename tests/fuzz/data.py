@@ -1,4 +1,4 @@
-"""Hostile pictures, masks, labels and archives."""
+"""Hostile images, masks, labels and archives."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def _chunk(name: bytes, content: bytes) -> bytes:
     return struct.pack(">I", len(content)) + name + content + struct.pack(">I", zlib.crc32(name + content))
 
 
-def a_picture(rng: random.Random, folder: Path) -> Path:
-    """Write a picture, whole or not; return its path, whose ending may lie."""
+def a_image(rng: random.Random, folder: Path) -> Path:
+    """Write an image, whole or not; return its path, whose ending may lie."""
     mode, suffix = rng.choice(KINDS)
     how = rng.randrange(10)
     if how == 0:
@@ -91,7 +91,7 @@ def a_picture(rng: random.Random, folder: Path) -> Path:
         content = animated(rng.choice(ANIMATED))
     elif how == 2:
         content = rng.choice(
-            (b"", b"\0", b"no picture\n" * 20, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"<svg/>")
+            (b"", b"\0", b"no image\n" * 20, b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"II*\0", b"<svg/>")
         )
     elif how == 3:
         content = _with_exif(rng)
@@ -113,20 +113,20 @@ def _with_exif(rng: random.Random) -> bytes:
     return mutate(rng, file.getvalue(), 80) if rng.random() < 0.5 else file.getvalue()
 
 
-def picture_files(rng: random.Random, folder: Path) -> None:
-    path, channels = a_picture(rng, folder), rng.choice((1, 3, 3, 4))
+def image_files(rng: random.Random, folder: Path) -> None:
+    path, channels = a_image(rng, folder), rng.choice((1, 3, 3, 4))
     x = read_image(path, channels)
     assert x.dtype == torch.float32
     assert x.shape[0] == channels, f"{x.shape[0]} channels"
     assert x.numel() == 0 or (x.min() >= 0 and x.max() <= 1), f"values from {x.min()} to {x.max()}"
     pixels = read_pixels(path, channels)
     assert pixels.dtype == torch.uint8
-    assert pixels.shape == x.shape, "two sizes of one picture"
-    assert x.numel() == 0 or (pixels / 255 - x).abs().max() <= 0.503 / 255, "two pictures of one file"
+    assert pixels.shape == x.shape, "two sizes of one image"
+    assert x.numel() == 0 or (pixels / 255 - x).abs().max() <= 0.503 / 255, "two images of one file"
 
 
-def pictures_for_networks(rng: random.Random, folder: Path) -> None:
-    path = a_picture(rng, folder)
+def images_for_networks(rng: random.Random, folder: Path) -> None:
+    path = a_image(rng, folder)
     which = rng.randrange(3)
     if which == 0:
         assert len(ImageClassifier(network()).predict(path)[0]) == 5
@@ -142,7 +142,7 @@ def labelled_folder(rng: random.Random, folder: Path) -> None:
     if kind == 0:
         for name in ("cat", "dog"):
             (folder / "data" / name).mkdir(parents=True)
-            a_picture(rng, folder / "data" / name)
+            a_image(rng, folder / "data" / name)
         path = folder / "data"
     elif kind == 1:
         path = folder / "a.tar"
@@ -303,9 +303,9 @@ def mask_files(rng: random.Random, folder: Path) -> None:
 
 
 TARGETS = (
-    Target("picture files", picture_files),
-    Target("pictures for networks", pictures_for_networks),
-    Target("archives of pictures", labelled_folder),
+    Target("image files", image_files),
+    Target("images for networks", images_for_networks),
+    Target("archives of images", labelled_folder),
     Target("YOLO's labels", yolo_labels),
     Target("COCO's labels", coco_labels),
     Target("masks", mask_files),

@@ -1,4 +1,4 @@
-"""Hostile configurations, pictures and prompts for the networks."""
+"""Hostile configurations, images and prompts for the networks."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def from_config(rng: random.Random, folder: Path) -> None:
         TinyViT.from_config(rng.choice((BASE, BASE, BASE, "9m", "", None)), **asked)
 
 
-def pictures(rng: random.Random, channels: int = 3) -> Tensor:
+def photos(rng: random.Random, channels: int = 3) -> Tensor:
     """Return a tensor of any shape, type and layout."""
     sides = (0, 1, 5, 31, 32, 33, 40, 63, 64, 65, 97, rng.choice((32, 700)))
     shape = [
@@ -117,7 +117,7 @@ def pictures(rng: random.Random, channels: int = 3) -> Tensor:
 
 def forward(rng: random.Random, folder: Path) -> None:
     channels = rng.choice((1, 3, 3, 4))
-    model, x = network(channels), pictures(rng, channels)
+    model, x = network(channels), photos(rng, channels)
     if x.dtype in (torch.float16, torch.bfloat16, torch.float64):
         model = _cast(channels, x.dtype)
     found = model(x)
@@ -157,7 +157,7 @@ def reset_classifier(rng: random.Random, folder: Path) -> None:
 def predict(rng: random.Random, folder: Path) -> None:
     classifier = ImageClassifier(network())
     settings = {name: a_thing(rng) for name in ("top_k", "batch_size") if rng.random() < 0.3}
-    images: Any = pictures(rng) if rng.random() < 0.6 else [pictures(rng) for _ in range(3)]
+    images: Any = photos(rng) if rng.random() < 0.6 else [photos(rng) for _ in range(3)]
     if rng.random() < 0.2:
         images = rng.choice((a_thing(rng), [a_thing(rng)], iter([]), [None], str(folder / "none.png"), folder))
     for found in classifier.predict(images, **settings):
@@ -166,7 +166,7 @@ def predict(rng: random.Random, folder: Path) -> None:
 
 def detect(rng: random.Random, folder: Path) -> None:
     settings = {name: a_thing(rng) for name in ("confidence_threshold", "batch_size") if rng.random() < 0.3}
-    images: Any = pictures(rng) if rng.random() < 0.6 else [pictures(rng) for _ in range(2)]
+    images: Any = photos(rng) if rng.random() < 0.6 else [photos(rng) for _ in range(2)]
     detector().predict(images, **settings)
 
 
@@ -175,7 +175,7 @@ def evaluation_pipeline(rng: random.Random, folder: Path) -> None:
     if settings.get("img_size", 0) in (2**16, 2**31, 2**31 - 1, 2**32, 2**63, 2**64, 10**30):
         settings["img_size"] = 16
     size = settings.setdefault("img_size", rng.choice((1, 16, 33)))
-    pipeline, x = EvaluationPipeline(**settings), pictures(rng)
+    pipeline, x = EvaluationPipeline(**settings), photos(rng)
     assert pipeline(x).shape == (x.shape[0], 3, size, size)
 
 
@@ -258,7 +258,7 @@ TARGETS = (
     Target("configurations", configuration, typed=True),
     Target("configurations in JSON", configuration_from_json),
     Target("from_config", from_config, typed=True),
-    Target("pictures for the network", forward, typed=True),
+    Target("images for the network", forward, typed=True),
     Target("reset_classifier", reset_classifier, typed=True),
     Target("ImageClassifier.predict", predict, typed=True),
     Target("TinyViTDetector.predict", detect, typed=True),

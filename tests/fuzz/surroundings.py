@@ -177,7 +177,7 @@ def downloads(rng: random.Random, folder: Path) -> None:
         server.server_close()
 
 
-def _pictures(rng: random.Random, count: int) -> list[Tensor]:
+def _images(rng: random.Random, count: int) -> list[Tensor]:
     return [torch.rand(3, rng.randrange(32, 80), rng.randrange(32, 80)) for _ in range(count)]
 
 
@@ -192,10 +192,10 @@ def threads(rng: random.Random, folder: Path) -> None:
     classifier = ImageClassifier(network())
     engine = _engine(rng.choice(("eager", "eager", "onnxruntime")))
     works: list[tuple[Any, list[Any]]] = [
-        (network(), [picture[None] for picture in _pictures(rng, 8)]),
-        (lambda picture: [each.index for each in classifier.predict(picture)[0]], _pictures(rng, 8)),
-        (lambda picture: sam().embed(picture).features, _pictures(rng, 3)),
-        (lambda picture: detector()([picture])[1], _pictures(rng, 4)),
+        (network(), [image[None] for image in _images(rng, 8)]),
+        (lambda image: [each.index for each in classifier.predict(image)[0]], _images(rng, 8)),
+        (lambda image: sam().embed(image).features, _images(rng, 3)),
+        (lambda image: detector()([image])[1], _images(rng, 4)),
         (engine, [torch.rand(rng.choice((1, 1, 2)), 3, 64, 64) for _ in range(8)]),
     ]
     work, inputs = rng.choice(works)
@@ -214,7 +214,7 @@ def threads(rng: random.Random, folder: Path) -> None:
 
 
 class Prepared(torch.utils.data.Dataset[Tensor]):
-    """Pictures that a worker prepares and shows to a network."""
+    """Images that a worker prepares and shows to a network."""
 
     def __init__(self, with_network: bool) -> None:
         self.prepare = EvaluationPipeline(32)
@@ -224,9 +224,9 @@ class Prepared(torch.utils.data.Dataset[Tensor]):
         return 4
 
     def __getitem__(self, index: int) -> Tensor:
-        picture = self.prepare(torch.rand(1, 3, 40, 50, generator=torch.Generator().manual_seed(index)))
+        image = self.prepare(torch.rand(1, 3, 40, 50, generator=torch.Generator().manual_seed(index)))
         with torch.no_grad():
-            return (picture if self.network is None else self.network(picture))[0]
+            return (image if self.network is None else self.network(image))[0]
 
 
 def workers(rng: random.Random, folder: Path) -> None:

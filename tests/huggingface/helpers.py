@@ -13,7 +13,7 @@ from tests.conftest import TINY, liven
 
 
 def tiny_network(**changes) -> TinyViT:
-    """A network of 30 thousand weights in evaluation mode, whose outputs depend on the picture."""
+    """A network of 30 thousand weights in evaluation mode, whose outputs depend on the image."""
     torch.manual_seed(0)
     return liven(TinyViT(**(TINY | changes)))
 

@@ -170,8 +170,8 @@ class TestDevices:
             empty = type(model)(model.config)
         assert {parameter.device.type for parameter in empty.parameters()} == {"meta"}
         empty.load_state_dict(model.state_dict(), assign=True)
-        pictures = torch.rand(1, 3, 64, 64)
-        assert torch.equal(first(empty.eval(), pictures), first(model, pictures))
+        images = torch.rand(1, 3, 64, 64)
+        assert torch.equal(first(empty.eval(), images), first(model, images))
 
     def test_deep_copy(self, model, images):
         again = copy.deepcopy(model)

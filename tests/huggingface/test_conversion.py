@@ -63,16 +63,16 @@ class TestNetworks:
 class TestCheckpoints:
     def test_catalog(self):
         model = from_checkpoint("cifar10", "1m")
-        pictures = torch.rand(2, 3, 64, 64)
-        assert torch.equal(model(pictures).logits, TinyViT.from_config("1m", pretrained="cifar10")(pictures))
+        images = torch.rand(2, 3, 64, 64)
+        assert torch.equal(model(images).logits, TinyViT.from_config("1m", pretrained="cifar10")(images))
         assert model.config.label2id["horse"] == 7
 
     @pytest.mark.parametrize("layout", ["official_tiny.pth", "official_tiny.safetensors", "timm_tiny.safetensors"])
     def test_layouts(self, layout):
         path = shared(f"reference/{layout}")
-        pictures = torch.rand(1, 3, 64, 64)
-        wanted = TinyViT.from_config(pretrained=path).eval()(pictures)
-        assert torch.equal(from_checkpoint(path)(pictures).logits, wanted)
+        images = torch.rand(1, 3, 64, 64)
+        wanted = TinyViT.from_config(pretrained=path).eval()(images)
+        assert torch.equal(from_checkpoint(path)(images).logits, wanted)
 
     def test_the_package_reads_the_folder(self, images, tmp_path):
         """What transformers has trained is a checkpoint as any other."""
@@ -150,7 +150,7 @@ class TestTimm:
         for name in ("config.json", "model.safetensors"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "timm" / name).read_bytes()
 
-    def test_squeezed_pictures(self, tmp_path):
+    def test_squeezed_images(self, tmp_path):
         network = tiny_network()
         network.preprocessing = Preprocessing(64, None)
         write_timm_folder(network, tmp_path / "timm")

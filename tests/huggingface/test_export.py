@@ -9,7 +9,7 @@ from tests.huggingface.helpers import tiny_classifier
 
 
 class Logits(torch.nn.Module):
-    """The model as a function of pictures alone, as exporters want it."""
+    """The model as a function of images alone, as exporters want it."""
 
     def __init__(self, model: torch.nn.Module) -> None:
         super().__init__()
@@ -22,22 +22,22 @@ class Logits(torch.nn.Module):
 def test_program():
     model = tiny_classifier()
     model.set_attn_implementation("eager")
-    pictures = torch.rand(2, 3, 64, 64)
-    program = torch.export.export(model, (pictures,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
-    found = program.module()(torch.cat([pictures, pictures[:1]]))
-    torch.testing.assert_close(found.logits[:2], model(pictures).logits, rtol=1e-4, atol=1e-5)
+    images = torch.rand(2, 3, 64, 64)
+    program = torch.export.export(model, (images,), dynamic_shapes=[{0: torch.export.Dim.AUTO}])
+    found = program.module()(torch.cat([images, images[:1]]))
+    torch.testing.assert_close(found.logits[:2], model(images).logits, rtol=1e-4, atol=1e-5)
 
 
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")
     model, path = tiny_classifier(), tmp_path / "model.onnx"
-    pictures = torch.rand(2, 3, 64, 64)
+    images = torch.rand(2, 3, 64, 64)
     # With gradients, torch cannot take its fused attention apart (2.13).
     with torch.no_grad():
         torch.onnx.export(
             Logits(model).eval(),
-            (pictures,),
+            (images,),
             path,
             dynamo=True,
             input_names=["pixel_values"],

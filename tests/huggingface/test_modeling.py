@@ -18,8 +18,8 @@ def stem(network: TinyViT, images: Tensor) -> Tensor:
 class TestEqualsTheNetwork:
     @pytest.mark.parametrize("size", [(64, 64), (96, 64), (45, 71)])
     def test_logits(self, size):
-        pictures = torch.rand(2, 3, *size)
-        assert torch.equal(tiny_classifier()(pictures).logits, tiny_network()(pictures))
+        images = torch.rand(2, 3, *size)
+        assert torch.equal(tiny_classifier()(images).logits, tiny_network()(images))
 
     def test_logits_in_training(self, images):
         assert torch.equal(tiny_classifier().train()(images).logits, tiny_network().train()(images))
@@ -50,7 +50,7 @@ class TestEqualsTheNetwork:
     def test_bfloat16(self, images):
         model = tiny_classifier().to(torch.bfloat16)
         wanted = tiny_network().to(torch.bfloat16)(images.bfloat16())
-        assert torch.equal(model(images).logits, wanted)  # float32 pictures are cast
+        assert torch.equal(model(images).logits, wanted)  # float32 images are cast
 
 
 class TestOutputs:
@@ -123,7 +123,7 @@ class TestAttention:
 
 class TestRefusals:
     def test_integers(self):
-        with pytest.raises(TypeError, match="TinyViT takes floating point pictures"):
+        with pytest.raises(TypeError, match="TinyViT takes floating point images"):
             tiny_classifier()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
     def test_too_small(self):

@@ -48,15 +48,15 @@ class TestSameResults:
     def test_grey_and_many_channels(self, photo):
         for channels in (1, 5):
             preprocessing = default_preprocessing(TinyViTConfig(in_chans=channels))
-            pictures = torch.rand(2, channels, 70, 90)
-            found = TinyVitImageProcessor.from_preprocessing(preprocessing)(pictures)["pixel_values"]
-            assert torch.equal(found, EvaluationPipeline.from_preprocessing(preprocessing)(pictures))
+            images = torch.rand(2, channels, 70, 90)
+            found = TinyVitImageProcessor.from_preprocessing(preprocessing)(images)["pixel_values"]
+            assert torch.equal(found, EvaluationPipeline.from_preprocessing(preprocessing)(images))
         grey = TinyVitImageProcessor.from_preprocessing(default_preprocessing(TinyViTConfig(in_chans=1)))
         assert grey(photo)["pixel_values"].shape[1] == 1
 
 
 class TestKinds:
-    def test_one_picture_of_every_kind(self, processor, photo):
+    def test_one_image_of_every_kind(self, processor, photo):
         levels = np.array(photo)
         wanted = processor(photo)["pixel_values"]
         assert wanted.shape == (1, 3, 64, 64)
@@ -77,33 +77,33 @@ class TestKinds:
             assert torch.equal(processor(kind)["pixel_values"], wanted), type(kind)
 
     def test_different_sizes(self, processor):
-        pictures = [torch.rand(3, 50, 90), torch.rand(3, 120, 70), np.zeros((80, 80, 3), np.uint8)]
-        together = processor(pictures)["pixel_values"]
+        images = [torch.rand(3, 50, 90), torch.rand(3, 120, 70), np.zeros((80, 80, 3), np.uint8)]
+        together = processor(images)["pixel_values"]
         assert together.shape == (3, 3, 64, 64)
-        for one, picture in zip(together, pictures, strict=True):
-            assert torch.equal(one, processor(picture)["pixel_values"][0])
+        for one, image in zip(together, images, strict=True):
+            assert torch.equal(one, processor(image)["pixel_values"][0])
 
     def test_batches(self, processor):
-        pictures = torch.rand(4, 3, 50, 90)
-        assert torch.equal(processor(pictures)["pixel_values"], processor(list(pictures))["pixel_values"])
+        images = torch.rand(4, 3, 50, 90)
+        assert torch.equal(processor(images)["pixel_values"], processor(list(images))["pixel_values"])
         assert processor(torch.rand(0, 3, 50, 90))["pixel_values"].shape == (0, 3, 64, 64)
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
     def test_modes(self, processor, photo, mode):
-        picture = Image.fromarray(np.full((70, 90), 40000, np.uint16)) if mode == "I;16" else photo.convert(mode)
-        assert torch.equal(processor(picture)["pixel_values"], processor(to_image(picture))["pixel_values"])
+        image = Image.fromarray(np.full((70, 90), 40000, np.uint16)) if mode == "I;16" else photo.convert(mode)
+        assert torch.equal(processor(image)["pixel_values"], processor(to_image(image))["pixel_values"])
 
     def test_grey_arrays(self, processor):
         grey = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
         wanted = processor(np.repeat(grey[..., None], 3, -1))["pixel_values"]
-        for picture in (grey, grey[None], grey[..., None]):
-            assert torch.equal(processor(picture)["pixel_values"], wanted)
+        for image in (grey, grey[None], grey[..., None]):
+            assert torch.equal(processor(image)["pixel_values"], wanted)
 
     def test_ambiguous_shape(self, processor):
-        picture = np.zeros((3, 40, 3), np.uint8)
-        picture[0] = 255
-        first = processor(picture)["pixel_values"]
-        last = processor(picture, input_data_format="channels_last")["pixel_values"]
+        image = np.zeros((3, 40, 3), np.uint8)
+        image[0] = 255
+        first = processor(image)["pixel_values"]
+        last = processor(image, input_data_format="channels_last")["pixel_values"]
         assert not torch.equal(first, last)
 
     def test_arrays_come_out(self, processor, photo):
@@ -114,14 +114,14 @@ class TestKinds:
 
 class TestTensors:
     def test_gradients_reach_the_pixels(self, processor):
-        pictures = torch.rand(2, 3, 80, 60, requires_grad=True)
-        processor(pictures, return_tensors="pt")["pixel_values"].square().sum().backward()
-        assert (pictures.grad != 0).float().mean() > 0.6  # all but what is cropped
+        images = torch.rand(2, 3, 80, 60, requires_grad=True)
+        processor(images, return_tensors="pt")["pixel_values"].square().sum().backward()
+        assert (images.grad != 0).float().mean() > 0.6  # all but what is cropped
 
     def test_gradcheck(self):
         processor = TinyVitImageProcessor(size=4, image_mean=[0.5], image_std=[0.5])
-        pictures = 0.2 + 0.6 * torch.rand(1, 1, 6, 7, dtype=torch.float64)
-        assert gradcheck(lambda x: processor(x)["pixel_values"], pictures.requires_grad_())
+        images = 0.2 + 0.6 * torch.rand(1, 1, 6, 7, dtype=torch.float64)
+        assert gradcheck(lambda x: processor(x)["pixel_values"], images.requires_grad_())
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
     def test_precision_is_kept(self, processor, dtype):
@@ -167,7 +167,7 @@ class TestSettings:
 
 class TestRefusals:
     @pytest.mark.parametrize(
-        ("picture", "error", "message"),
+        ("image", "error", "message"),
         [
             (np.full((40, 40, 3), 200.0), ValueError, r"are in \[0, 1\]; got 200\. Divide"),
             (np.zeros((40, 40, 5), np.uint8), ValueError, "must have 3 channels, or 1"),
@@ -178,13 +178,13 @@ class TestRefusals:
             ),
             (torch.zeros(1, 1, 3, 40, 40), ValueError, r"must be \(C, H, W\)"),
             (torch.zeros(3, 0, 40), ValueError, "must have pixels"),
-            ({"image": 1}, TypeError, "A picture is a file, a PIL image, an array or a tensor; got dict"),
-            ([], ValueError, "Got no pictures"),
+            ({"image": 1}, TypeError, "An image is a file, a PIL image, an array or a tensor; got dict"),
+            ([], ValueError, "Got no images"),
         ],
     )
-    def test_pictures(self, processor, picture, error, message):
+    def test_images(self, processor, image, error, message):
         with pytest.raises(error, match=message):
-            processor(picture)
+            processor(image)
 
     @pytest.mark.parametrize(
         ("settings", "message"),

@@ -102,7 +102,7 @@ class TestMasks:
         (wanted,) = sam.predict_masks(sam.embed(photo), boxes=box, masks=before)
         torch.testing.assert_close(found, wanted.low_res_logits, rtol=1e-4, atol=1e-5)
 
-    def test_pictures(self, sam, processor, photo):
+    def test_images(self, sam, processor, photo):
         """Both resize as the originals do."""
         inputs, _ = sam.preprocess(photo)
         torch.testing.assert_close(processor(photo, return_tensors="pt")["pixel_values"].float(), inputs)
@@ -116,15 +116,15 @@ class TestMasks:
         """The reference's encoder, in a whole model, through a file of transformers."""
         encoder = TinyViT.from_config(pretrained=shared("reference/mobilesam_tiny_encoder.safetensors"))
         sam = MobileSAM(encoder, 1024).eval()
-        pictures = torch.rand(1, 3, 1024, 1024)
+        images = torch.rand(1, 3, 1024, 1024)
         with torch.no_grad():
-            assert torch.equal(from_mobile_sam(sam).get_image_embeddings(pictures), encoder.eval()(pictures))
+            assert torch.equal(from_mobile_sam(sam).get_image_embeddings(images), encoder.eval()(images))
 
 
 class TestOutputs:
     def test_of_the_encoder(self, model):
-        pictures = torch.rand(1, 3, SIZE, SIZE)
-        outputs = model.vision_encoder(pictures, output_hidden_states=True)
+        images = torch.rand(1, 3, SIZE, SIZE)
+        outputs = model.vision_encoder(images, output_hidden_states=True)
         assert [tuple(each.shape[1:]) for each in outputs.hidden_states] == [
             (16, 32, 32),
             (16, 32, 32),
@@ -133,7 +133,7 @@ class TestOutputs:
             (32, 8, 8),
         ]
         with pytest.raises(ValueError, match="'sdpa' has no weights"):
-            model.vision_encoder(pictures, output_attentions=True)
+            model.vision_encoder(images, output_attentions=True)
 
     def test_eager(self, sam, processor, photo):
         model = from_mobile_sam(sam)

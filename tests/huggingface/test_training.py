@@ -15,15 +15,15 @@ from tests.huggingface.helpers import tiny_backbone, tiny_classifier
 
 
 class Colors(Dataset):
-    """Pictures whose class is which third of them is bright."""
+    """Images whose class is which third of them is bright."""
 
     def __len__(self) -> int:
         return 24
 
     def __getitem__(self, index: int) -> dict[str, object]:
-        picture = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
-        picture[index % 3] += 1.0
-        return {"pixel_values": picture, "labels": index % 3}
+        image = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
+        image[index % 3] += 1.0
+        return {"pixel_values": image, "labels": index % 3}
 
 
 class TestProblemTypes:

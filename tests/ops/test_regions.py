@@ -22,7 +22,7 @@ def flood(mask):
     return regions
 
 
-def picture(regions, shape):
+def image(regions, shape):
     mask = np.zeros(shape, dtype=bool)
     for region in regions:
         mask[tuple(np.array(sorted(region)).T)] = True
@@ -37,12 +37,12 @@ def test_flooding_agrees(shape, density):
     holes = [region for region in flood(~mask) if len(region) < min_area]
     filled, changed = remove_small_regions(mask, min_area, "holes")
     assert changed == bool(holes)
-    np.testing.assert_array_equal(filled, mask | picture(holes, shape))
+    np.testing.assert_array_equal(filled, mask | image(holes, shape))
     islands = flood(mask)
     large = [region for region in islands if len(region) >= min_area] or [max(islands, key=len)]
     cleaned, changed = remove_small_regions(mask, min_area, "islands")
     assert changed == any(len(region) < min_area for region in islands)
-    np.testing.assert_array_equal(cleaned, picture(large, shape))
+    np.testing.assert_array_equal(cleaned, image(large, shape))
 
 
 def test_long_winding_region():

@@ -47,7 +47,7 @@ def build_network() -> MobileSAM:
             tensor.copy_(1.5 * noise / fan_in**0.5)
         elif tensor.is_floating_point() and "running" not in name:
             tensor.copy_(name.endswith("weight") + 0.1 * noise)
-    # As trained networks, it shall draw masks of large pieces: the picture counts, and the pixels of a cell agree.
+    # As trained networks, it shall draw masks of large pieces: the image counts, and the pixels of a cell agree.
     sam.image_encoder.neck[3].weight.mul_(CONTRAST)
     for layer in sam.mask_decoder.output_upscaling[::3]:
         layer.weight.copy_(layer.weight[..., :1, :1].expand_as(layer.weight))
@@ -55,7 +55,7 @@ def build_network() -> MobileSAM:
 
 
 def draw_photo() -> np.ndarray:
-    """Return a picture of waves, rectangles and noise, uint8 (150, 200, 3)."""
+    """Return an image of waves, rectangles and noise, uint8 (150, 200, 3)."""
     rows, columns = np.mgrid[:150, :200]
     waves = np.stack([np.sin(rows / 9) + np.cos(columns / 13), np.sin((rows + columns) / 17), np.cos(rows / 23)], -1)
     photo = 110 + 40 * waves

@@ -188,7 +188,7 @@ class TestParts:
         sparse, dense = ask(prompt_encoder, "points", count=20)
         with torch.no_grad():
             FoldedMaskDecoder(decoder)(features, prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True)
-        assert max(seen) <= module.CPU_CHUNK * 20  # never the tokens of the picture for each prompt
+        assert max(seen) <= module.CPU_CHUNK * 20  # never the tokens of the image for each prompt
         assert 3 <= seen.count(tokens) <= 4
 
 
@@ -225,8 +225,8 @@ class TestExceptions:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"image_embeddings": torch.zeros(2, CHANNELS, *CELLS)}, "one picture"),
-            ({"image_embeddings": torch.zeros(1, 16, *CELLS)}, "one picture"),
+            ({"image_embeddings": torch.zeros(2, CHANNELS, *CELLS)}, "one image"),
+            ({"image_embeddings": torch.zeros(1, 16, *CELLS)}, "one image"),
             ({"image_pe": torch.zeros(1, CHANNELS, 9, 6)}, "positional encoding"),
             ({"dense_prompt_embeddings": torch.zeros(5, CHANNELS, 9, 6)}, "Dense prompts"),
             ({"dense_prompt_embeddings": torch.zeros(4, CHANNELS, *CELLS)}, "Sparse prompts"),

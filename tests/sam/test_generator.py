@@ -230,9 +230,9 @@ class TestSeveralPhotos:
 
 class TestEmbedding:
     def test_same_masks_without_the_encoder(self, sam, photo, tmp_path, monkeypatch):
-        pictures = [Image.fromarray(photo), Image.fromarray(photo[:90])]
-        expected = [sam.generate_masks(picture, **FEW) for picture in pictures]
-        path = sam.embed(pictures, batch_size=1).save(tmp_path / "photos.safetensors")
+        images = [Image.fromarray(photo), Image.fromarray(photo[:90])]
+        expected = [sam.generate_masks(image, **FEW) for image in images]
+        path = sam.embed(images, batch_size=1).save(tmp_path / "photos.safetensors")
         monkeypatch.setattr(type(sam.image_encoder), "forward", None)  # is not to be called
         for masks, alone in zip(sam.generate_masks(ImageEmbedding.load(path), **FEW), expected, strict=True):
             assert [mask.bbox for mask in masks] == [mask.bbox for mask in alone]

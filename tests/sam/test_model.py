@@ -169,7 +169,7 @@ class TestSmoke:
     def test_other_encoder(self):
         with pytest.raises(ValueError, match="built with mobile_sam=True"):
             MobileSAM(TinyViT(**TINY))
-        with pytest.raises(ValueError, match="encoder of colour pictures"):
+        with pytest.raises(ValueError, match="encoder of colour images"):
             MobileSAM(TinyViT(**TINY, mobile_sam=True, in_chans=1))
         with pytest.raises(ValueError, match="no TinyViT variant '6m'"):
             MobileSAM.from_config("6m")
@@ -415,7 +415,7 @@ class TestPreprocessing:
             (torch.full((3, 8, 8), math.nan), ValueError, "The photo holds NaN or infinity"),
             (torch.full((3, 8, 8), math.inf), ValueError, "The photo holds NaN or infinity"),
             ([3], TypeError, "A photo is a tensor, an array, a path or a PIL image; got int"),
-            ("gone.jpg", FileNotFoundError, "There is no picture gone.jpg"),
+            ("gone.jpg", FileNotFoundError, "There is no image gone.jpg"),
         ],
     )
     def test_refused(self, sam, photo, error, message):

@@ -32,7 +32,7 @@ from kornia_tinyvit.training import Labels, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
-from tests.scenes import CLASSES, damage, make_pictures
+from tests.scenes import CLASSES, damage, make_images
 from tests.training.runs import Interrupted, losses, metrics
 
 RECIPE = Recipe(
@@ -41,12 +41,12 @@ RECIPE = Recipe(
 )  # fmt: skip
 EASY = replace(RECIPE, base_lr=0.5, min_lr=0.05, changes={"erasing": 0.0, "color_jitter": 0.0, "label_smoothing": 0.0})
 FROZEN = replace(RECIPE, frozen_batch_norm=True)
-STEPS = 3  # of an epoch of the 24 pictures
+STEPS = 3  # of an epoch of the 24 images
 
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    return make_pictures(tmp_path / "data")
+    return make_images(tmp_path / "data")
 
 
 def make_model(**changes) -> TinyViT:
@@ -134,7 +134,7 @@ def spy():
 
 class TestWhatComesOut:
     def test_it_learns(self, folder, tmp_path):
-        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=5, seed=9))
+        validation = ClassificationDataset.open(make_images(tmp_path / "val", each=5, seed=9))
         recipe = replace(EASY, epochs=8, warmup_epochs=1)
         result = fit(folder, tmp_path / "out", recipe, validation=validation)
         curve = losses(tmp_path / "out")
@@ -146,7 +146,7 @@ class TestWhatComesOut:
 
     def test_metrics(self, folder, tmp_path):
         out = tmp_path / "out"
-        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=3, seed=9))
+        validation = ClassificationDataset.open(make_images(tmp_path / "val", each=3, seed=9))
         result = fit(folder, out, validation=validation, log_every=2)
         lines = metrics(out)
         told = [(line["step"], line["epoch"], "loss" in line) for line in lines]
@@ -202,13 +202,13 @@ class TestWhatComesOut:
         assert accuracy(result.last, validation) == pytest.approx(top1[-1], abs=1e-3)
 
     def test_validation_equals_a_direct_one(self, folder, tmp_path):
-        validation = ClassificationDataset.open(make_pictures(tmp_path / "val", each=7, seed=9, size=36))
-        result = fit(folder, tmp_path / "out", validation=validation, process_batch=4)  # 21 pictures, 6 batches
+        validation = ClassificationDataset.open(make_images(tmp_path / "val", each=7, seed=9, size=36))
+        result = fit(folder, tmp_path / "out", validation=validation, process_batch=4)  # 21 images, 6 batches
         assert result.top1 == pytest.approx(accuracy(result.best, validation), abs=1e-4)
         assert metrics(tmp_path / "out")[-1]["top5"] == 100  # of three classes
 
     def test_other_validation_classes(self, folder, tmp_path):
-        data = make_pictures(tmp_path / "val", each=1)
+        data = make_images(tmp_path / "val", each=1)
         (data / "green").rename(data / "yellow")
         with pytest.raises(ValueError, match="other classes than the network: green, yellow"):
             fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data))
@@ -221,7 +221,7 @@ class TestWhatComesOut:
 def accuracy(path, images) -> float:
     network, prepare = weights(path), EvaluationPipeline(32)
     with torch.no_grad():
-        right = [int(network(prepare(picture[None])).argmax()) == label for picture, label in
+        right = [int(network(prepare(image[None])).argmax()) == label for image, label in
                  (images[row] for row in range(len(images)))]  # fmt: skip
     return 100 * sum(right) / len(right)
 
@@ -329,7 +329,7 @@ class TestSteps:
         assert len(calls) == STEPS * 5
 
     def test_drop_path_is_drawn_anew_at_each_step(self, folder, tmp_path):
-        """With a learning rate of next to nothing, the same pictures give other losses in each epoch."""
+        """With a learning rate of next to nothing, the same images give other losses in each epoch."""
         recipe = replace(FROZEN, base_lr=1e-12, min_lr=1e-12, epochs=3, batch_size=24)
         for name, rate in (("same", 0.0), ("other", 0.5)):
             fit(folder, tmp_path / name, recipe, make_model(drop_path_rate=rate), replays=[0])
@@ -392,7 +392,7 @@ class TestRefusals:
         with pytest.raises(ValueError, match=message):
             fit(folder, tmp_path / "out", process_batch=batch)
 
-    def test_too_few_pictures(self, folder, tmp_path):
+    def test_too_few_images(self, folder, tmp_path):
         with pytest.raises(ValueError, match="24 samples, fewer than a global batch of 32"):
             fit(folder, tmp_path / "out", replace(RECIPE, batch_size=32))
 
@@ -406,7 +406,7 @@ class TestRefusals:
             fit(folder, out, model=make_model(drop_path_rate=0.1))
         with pytest.raises(ValueError, match=r"augmentation\.flip"):
             fit(folder, out, replace(RECIPE, changes=RECIPE.changes | {"flip": 0.1}))
-        make_pictures(tmp_path / "more", seed=5)
+        make_images(tmp_path / "more", seed=5)
         with pytest.raises(ValueError, match="data: "):
             fit(tmp_path / "more", out)
         assert (out / "metrics.jsonl").read_text() == before
@@ -439,7 +439,7 @@ class TestRefusals:
         assert_same_run(out, tmp_path / "undisturbed")
 
 
-class TestBrokenPictures:
+class TestBrokenImages:
     def test_stop(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         with pytest.raises(BrokenImageError, match=r"green/02\.png"):
@@ -460,7 +460,7 @@ class TestBrokenPictures:
         assert fit(folder, tmp_path / "out", recipe, on_broken="skip").broken == names
 
     def test_they_have_no_say(self, folder, tmp_path):
-        """Losses and gradients are those of the other pictures."""
+        """Losses and gradients are those of the other images."""
         recipe = replace(FROZEN, epochs=1, batch_size=24)
         for number, name in enumerate(("first", "second")):
             damage(folder / "red" / "03.png")
@@ -469,7 +469,7 @@ class TestBrokenPictures:
             fit(folder, tmp_path / name, recipe, model, lambda _, weight=weight: weight, on_broken="skip")
         assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
-    def test_nothing_but_broken_pictures_in_a_batch(self, folder, tmp_path):
+    def test_nothing_but_broken_images_in_a_batch(self, folder, tmp_path):
         for path in folder.rglob("*.png"):
             damage(path)
         result = fit(folder, tmp_path / "out", on_broken="skip")
@@ -477,7 +477,7 @@ class TestBrokenPictures:
         assert len(result.broken) == 24
 
     def test_in_validation(self, folder, tmp_path):
-        data = make_pictures(tmp_path / "val", each=3, seed=9)
+        data = make_images(tmp_path / "val", each=3, seed=9)
         damage(data / "green" / "00.png")
         with pytest.raises(BrokenImageError, match=r"green/00\.png"):
             fit(folder, tmp_path / "stopped", validation=ClassificationDataset.open(data), process_batch=2)
@@ -549,7 +549,7 @@ class TestResuming:
     @pytest.mark.parametrize("save_minutes", [0, 10], ids=["each step", "each epoch"])
     def test_killed(self, folder, tmp_path, save_minutes):
         """Killed in the middle of epochs again and again, the training tells the same as one that was left alone."""
-        make_pictures(tmp_path / "val", each=3, seed=9)
+        make_images(tmp_path / "val", each=3, seed=9)
         out, chance = tmp_path / "out", random.Random(3)
         reached = []
         for target in (2, 6, 9) if save_minutes == 0 else (7, 10):
@@ -656,7 +656,7 @@ def test_without_tensorboard(folder, tmp_path, monkeypatch):
 def test_progress_bar(folder, tmp_path, capsys):
     fit(folder, tmp_path / "out", replace(RECIPE, epochs=1), progress=True)
     shown = capsys.readouterr().out
-    for part in ("training", "100 %", "pictures/s", f"loss {losses(tmp_path / 'out')[-1]:.4f}", "0:00:00"):
+    for part in ("training", "100 %", "images/s", f"loss {losses(tmp_path / 'out')[-1]:.4f}", "0:00:00"):
         assert part in shown
     fit(folder, tmp_path / "quiet", replace(RECIPE, epochs=1))
     assert capsys.readouterr().out == ""
@@ -751,7 +751,7 @@ def assert_alike(one, other):
 @needs_gloo
 def test_sharded_processes_equal_one(folder, tmp_path):
     """FSDP2, whose average each process keeps of its own part; and two go on where two were stopped."""
-    make_pictures(tmp_path / "val", each=7, seed=9)
+    make_images(tmp_path / "val", each=7, seed=9)
     run_twice(SHARDED, folder, tmp_path, **FSDP2)
     shared_run(folder, tmp_path / "one")
     for name in ("two", "stopped"):
@@ -760,9 +760,9 @@ def test_sharded_processes_equal_one(folder, tmp_path):
 
 @needs_gloo
 def test_two_processes_equal_one(folder, tmp_path):
-    """Losses, accuracy, weights and names of broken pictures; and one process goes on where two were stopped."""
+    """Losses, accuracy, weights and names of broken images; and one process goes on where two were stopped."""
     damage(folder / "red" / "02.png")
-    data = make_pictures(tmp_path / "val", each=7, seed=9)  # 17 and a broken one: in the end shares of 2 and none
+    data = make_images(tmp_path / "val", each=7, seed=9)  # 17 and a broken one: in the end shares of 2 and none
     damage(data / "blue" / "05.png")
     for name in ("04.png", "05.png", "06.png"):
         (data / "red" / name).unlink()

@@ -44,8 +44,8 @@ class TestMasks:
         outside = ~square(10, 20, 15)
         assert (drawn[:, outside] == 128).all()
 
-    def test_contour_of_a_large_picture(self):
-        """Its width grows with the picture; it is what lies so near to the outside, across, down or diagonally."""
+    def test_contour_of_a_large_image(self):
+        """Its width grows with the image; it is what lies so near to the outside, across, down or diagonally."""
         mask = torch.zeros(40, 2000, dtype=torch.bool)
         mask[5:35, 100:1900] = mask[0:20, 300:320] = True
         mask[18, 900] = False
@@ -62,7 +62,7 @@ class TestMasks:
         assert torch.equal(pixels_of(GREY, [torch.zeros(60, 80, dtype=torch.bool)]), GREY)
         assert torch.equal(pixels_of(GREY, []), GREY)
 
-    def test_whole_picture(self):
+    def test_whole_image(self):
         drawn = pixels_of(GREY, [torch.ones(60, 80, dtype=torch.bool)])
         assert (drawn != 128).any(0).all()
 

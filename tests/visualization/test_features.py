@@ -40,17 +40,17 @@ class TestSaliency:
 
     def test_where_the_gradient_is(self):
         images = 0.1 + 0.9 * torch.rand(2, 3, 40, 60)
-        images[0, :, :4, :6] = 1  # the first picture's larger logit is the first, the second's the second
+        images[0, :, :4, :6] = 1  # the first image's larger logit is the first, the second's the second
         images[0, :, -4:, -6:] = 0.1
         images[1, :, :4, :6] = 0.1
         images[1, :, -4:, -6:] = 1
         heat = saliency(Corner(), images)
         assert heat[0, 0, 1, 1] == 1
         assert heat[1, 0, -2, -2] == 1
-        for picture, top, left in ((heat[0, 0], 0, 0), (heat[1, 0], 34, 52)):
+        for image, top, left in ((heat[0, 0], 0, 0), (heat[1, 0], 34, 52)):
             elsewhere = torch.ones(40, 60, dtype=torch.bool)
             elsewhere[top : top + 6, left : left + 8] = False  # two pixels of blur around the corner
-            assert (picture[elsewhere] == 0).all()
+            assert (image[elsewhere] == 0).all()
 
     def test_classes(self):
         images = torch.rand(2, 3, 40, 60)

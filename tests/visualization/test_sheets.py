@@ -21,7 +21,7 @@ def classifier(tiny) -> ImageClassifier:
 
 
 class TestDemoAugmentations:
-    def test_always_change_a_picture(self):
+    def test_always_change_a_image(self):
         image = read_image(ASSETS / "photos" / "horse.png")[None]
         changed = [view(image) for view in demo_augmentations().values()]
         assert len(changed) == 3

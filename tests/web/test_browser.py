@@ -103,10 +103,10 @@ class Visit:
         self.page.locator("#photo input[type=file]").set_input_files(path)
 
     def wait_until_drawn(self, place: str) -> None:
-        """Wait until a place has pictures, and all of them their pixels."""
+        """Wait until a place has images, and all of them their pixels."""
         script = """place => {
-            const pictures = [...document.querySelectorAll(place + " img")];
-            return pictures.length > 0 && pictures.every(each => each.naturalWidth > 0);
+            const images = [...document.querySelectorAll(place + " img")];
+            return images.length > 0 && images.every(each => each.naturalWidth > 0);
         }"""
         self.page.wait_for_function(script, arg=place)
 
@@ -130,11 +130,11 @@ def test_visit(chromium, address, reached):
 
         visit.open_tab("Augment")
         visit.page.locator("#scores tbody tr").first.wait_for()
-        before, picture = visit.look("#scores tbody", "innerText"), visit.look("#changed img", "src")
+        before, image = visit.look("#scores tbody", "innerText"), visit.look("#changed img", "src")
         visit.page.get_by_role("slider", name=re.compile("contrast")).fill("2.5")
         after = visit.wait_for_change("#scores tbody", "innerText", before)
         assert re.findall(r"\S+%", after) != re.findall(r"\S+%", before)
-        visit.wait_for_change("#changed img", "src", picture)
+        visit.wait_for_change("#changed img", "src", image)
         visit.page.get_by_role("button", name="Reset", exact=True).click()
         visit.page.wait_for_function("old => document.querySelector('#scores tbody').innerText === old", arg=before)
 
@@ -170,13 +170,13 @@ def test_visit(chromium, address, reached):
 
 def test_refusals(chromium, address, tmp_path):
     """A text, a bomb and a large file are refused in sentences, and the page goes on."""
-    (tmp_path / "<b>notes.png").write_text("no picture")
+    (tmp_path / "<b>notes.png").write_text("no image")
     Image.new("1", (8000, 6000)).save(tmp_path / "bomb.png")
     (tmp_path / "large.png").write_bytes(bytes(21 * 2**20))
     with Visit(chromium, address) as visit:
         for name, sentence in (
-            ("<b>notes.png", "notes.png is not a picture that can be read"),
-            ("bomb.png", "bomb.png is not a picture that can be read: it has 8000x6000 pixels"),
+            ("<b>notes.png", "notes.png is not an image that can be read"),
+            ("bomb.png", "bomb.png is not an image that can be read: it has 8000x6000 pixels"),
             ("large.png", "maximum allowed size of 20"),
         ):
             visit.upload(tmp_path / name)
@@ -189,7 +189,7 @@ def test_refusals(chromium, address, tmp_path):
 
 
 def test_files_of_the_machine_are_out_of_reach(address, tmp_path):
-    """A request made by hand for a picture that nobody uploaded."""
+    """A request made by hand for an image that nobody uploaded."""
     Image.new("RGB", (50, 50)).save(tmp_path / "private.png")
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)

@@ -58,4 +58,4 @@ def test_weights_that_cannot_be_had(monkeypatch):
 
 
 def test_sentences_are_no_markup():
-    assert page._sentence(ValueError("<img src=x>\n is no picture")) == "&lt;img src=x&gt; is no picture"
+    assert page._sentence(ValueError("<img src=x>\n is no image")) == "&lt;img src=x&gt; is no image"

@@ -50,31 +50,31 @@ def gradient(width: int, height: int) -> Image.Image:
 
 class TestOpenPhoto:
     def test_pixels(self):
-        assert np.array_equal(open_photo(CAT).picture, Image.open(CAT).convert("RGB"))
+        assert np.array_equal(open_photo(CAT).image, Image.open(CAT).convert("RGB"))
 
     @pytest.mark.parametrize(("size", "kept"), [((3000, 1500), (1024, 512)), ((20, 4000), (5, 1024)), ((1, 1), (1, 1))])
     def test_size(self, tmp_path, size, kept):
         gradient(*size).save(tmp_path / "photo.png")
-        assert open_photo(tmp_path / "photo.png").picture.size == kept
+        assert open_photo(tmp_path / "photo.png").image.size == kept
 
     @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "jpg"), ("I;16", "png"), ("RGBA", "png"), ("P", "gif")])
     def test_kinds(self, tmp_path, mode, kind):
-        picture = Image.linear_gradient("L")
+        photo = Image.linear_gradient("L")
         if mode == "I;16":
-            picture = Image.fromarray(np.asarray(picture, dtype=np.uint16) * 257)
-        picture.convert(mode).save(tmp_path / f"photo.{kind}")
-        read = np.asarray(open_photo(tmp_path / f"photo.{kind}").picture).astype(int)
+            photo = Image.fromarray(np.asarray(photo, dtype=np.uint16) * 257)
+        photo.convert(mode).save(tmp_path / f"photo.{kind}")
+        read = np.asarray(open_photo(tmp_path / f"photo.{kind}").image).astype(int)
         expected = np.asarray(Image.linear_gradient("L").convert("RGB")).astype(int)
         assert abs(read - expected).max() <= 2
 
     def test_first_of_an_animation(self, tmp_path):
         frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
         frames[0].save(tmp_path / "photo.gif", save_all=True, append_images=frames[1:])
-        assert open_photo(tmp_path / "photo.gif").picture.getpixel((4, 4)) == (255, 0, 0)
+        assert open_photo(tmp_path / "photo.gif").image.getpixel((4, 4)) == (255, 0, 0)
 
     def test_text(self, tmp_path):
-        (tmp_path / "notes.png").write_text("no picture")
-        with pytest.raises(ValueError, match=r"^notes\.png is not a picture that can be read") as refused:
+        (tmp_path / "notes.png").write_text("no image")
+        with pytest.raises(ValueError, match=r"^notes\.png is not an image that can be read") as refused:
             open_photo(tmp_path / "notes.png")
         assert str(tmp_path) not in str(refused.value)
 
@@ -82,7 +82,7 @@ class TestOpenPhoto:
         whole = io.BytesIO()
         gradient(400, 300).save(whole, "JPEG")
         (tmp_path / "half.jpg").write_bytes(whole.getvalue()[:1500])
-        with pytest.raises(ValueError, match=r"^half\.jpg is not a picture that can be read"):
+        with pytest.raises(ValueError, match=r"^half\.jpg is not an image that can be read"):
             open_photo(tmp_path / "half.jpg")
 
     def test_too_many_pixels(self, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ class TestExplain:
         scores, heat = explain(classifier, photo, top_k=3)
         (expected,) = classifier.predict(CAT, top_k=3)
         assert list(scores.values()) == pytest.approx([each.score for each in expected])
-        assert heat.size == photo.picture.size
+        assert heat.size == photo.image.size
         assert np.asarray(heat).std() > 0
 
     def test_names_of_two_classes(self, classifier, photo):
@@ -125,7 +125,7 @@ class TestAugment:
         ],
     )
     def test_each(self, name, value):
-        """Changes the picture, always alike, and stays in range; and tells all there are."""
+        """Changes the image, always alike, and stays in range; and tells all there are."""
         images = torch.rand(1, 3, 20, 30)
         changed = augment(images, Changes(**{name: value}))
         assert changed.shape == images.shape
@@ -154,9 +154,9 @@ class TestAugment:
 
 class TestCompare:
     def test_scores(self, classifier, photo):
-        picture, rows = compare(classifier, photo, Changes(brightness=0.5), top_k=7)
+        changed, rows = compare(classifier, photo, Changes(brightness=0.5), top_k=7)
         scores, _ = explain(classifier, photo, top_k=7)
-        darker, _ = explain(classifier, Photo(picture), top_k=7)
+        darker, _ = explain(classifier, Photo(changed), top_k=7)
         assert {label: before for label, before, _ in rows} == pytest.approx(scores, rel=1e-3)
         assert {label: after for label, _, after in rows} == pytest.approx(darker, rel=2e-2)  # it was rounded to levels
         highest = [max(scores) for _, *scores in rows]
@@ -172,10 +172,10 @@ class TestFeatures:
             "stage 3: 24 channels of 16 x 25",
             "stage 4: 32 channels of 8 x 13",
         ]
-        for picture, about in drawn:
+        for image, about in drawn:
             height, width = map(int, re.findall(r"(\d+) x (\d+)", about)[0])
-            assert (picture.width % width, picture.height % height) == (0, 0)
-            assert 300 < picture.width < 700
+            assert (image.width % width, image.height % height) == (0, 0)
+            assert 300 < image.width < 700
 
 
 class TestMarks:
@@ -207,15 +207,15 @@ class TestSegment:
         segment_marks(sam, photo, Marks(((200, 150, 1),)))
         segment_marks(sam, photo, Marks(box=(10, 10, 300, 200)))
         segment_everything(sam, photo, 2)
-        assert calls == [photo.picture]
+        assert calls == [photo.image]
 
     def test_mask(self, sam, photo):
-        picture, told = segment_marks(sam, photo, Marks(((200, 150, 1), (20, 280, 0))))
+        overlay, told = segment_marks(sam, photo, Marks(((200, 150, 1), (20, 280, 0))))
         points, labels = torch.tensor([[[200.0, 150.0], [20.0, 280.0]]]), torch.tensor([[1, 0]])
         (found,) = sam.predict_masks(sam.embed(CAT), points, labels, multimask_output=False)
         share = found.masks().float().mean().item()
         assert told == f"The mask covers {share:.1%} of the photo; predicted IoU {found.scores.item():.2f}."
-        changed = (np.asarray(picture) != np.asarray(photo.picture)).any(2)
+        changed = (np.asarray(overlay) != np.asarray(photo.image)).any(2)
         assert changed.mean() == pytest.approx(share, abs=0.02)
 
     def test_nothing_marked(self, sam, photo):
@@ -226,6 +226,6 @@ class TestSegment:
         whole = MobileSAM.generate_masks
         easy = {"pred_iou_thresh": -1e9, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
         monkeypatch.setattr(MobileSAM, "generate_masks", lambda self, image, **more: whole(self, image, **easy, **more))
-        picture, told = segment_everything(sam, photo, 2)
+        overlay, told = segment_everything(sam, photo, 2)
         assert re.fullmatch(r"Found \d+ masks at 4 points\.", told)
-        assert (np.asarray(picture) != np.asarray(photo.picture)).any()
+        assert (np.asarray(overlay) != np.asarray(photo.image)).any()

@@ -18,7 +18,7 @@ from torch.export import Dim, ExportedProgram
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
 
-__all__ = ["check_program", "has_compiler", "quiet", "trace", "trace_pictures", "write_program"]
+__all__ = ["check_program", "has_compiler", "quiet", "trace", "trace_images", "write_program"]
 
 
 def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str, Collection[int]]) -> ExportedProgram:
@@ -32,7 +32,7 @@ def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str
         open_dims: the dimensions that may be of any size, of the inputs that have some.
 
     Returns:
-        The program, with inputs and outputs of the shapes of the graph's; :func:`trace_pictures` is for pictures
+        The program, with inputs and outputs of the shapes of the graph's; :func:`trace_images` is for images
         :math:`(B, C, H, W)`.
     """
     shapes = tuple(dict.fromkeys(open_dims.get(name, ()), Dim.DYNAMIC) for name in inputs)
@@ -42,15 +42,15 @@ def trace(graph: nn.Module, inputs: Mapping[str, Tensor], open_dims: Mapping[str
         return torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=shapes, **deferred)
 
 
-def trace_pictures(
+def trace_images(
     graph: nn.Module, images: Tensor, dynamic_batch: bool = True, dynamic_size: bool = False
 ) -> ExportedProgram:
-    """Trace a graph of one picture batch.
+    """Trace a graph of one image batch.
 
     Args:
         graph: what to trace.
-        images: pictures :math:`(B, C, H, W)` of the sizes that stay closed.
-        dynamic_batch: take any number of pictures; otherwise :math:`B`.
+        images: images :math:`(B, C, H, W)` of the sizes that stay closed.
+        dynamic_batch: take any number of images; otherwise :math:`B`.
         dynamic_size: take any height and width.
     """
     batch, channels, height, width = images.shape
@@ -81,7 +81,7 @@ def check_program(path: Path, compiled: bool) -> None:
 def write_program(
     program: ExportedProgram, path: Path, metadata: Mapping[str, str], compiled: bool
 ) -> Callable[[Tensor], Any]:
-    """Write a program, load it again and return it as a function of pictures.
+    """Write a program, load it again and return it as a function of images.
 
     Args:
         program: what :func:`trace` returned.

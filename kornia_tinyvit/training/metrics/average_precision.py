@@ -18,19 +18,19 @@ from kornia_tinyvit.training.metrics.counts import Counts
 
 __all__ = ["BoxMetrics", "DetectionScores"]
 
-_COUNTED = 100  # detections of a picture, the surest, as COCO counts them
+_COUNTED = 100  # detections of an image, the surest, as COCO counts them
 _MEASURES = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "recall")
 _ROW = 6  # class, score, left, top, width, height
 
 
 @dataclass(frozen=True)
 class DetectionScores:
-    """What a detector does on pictures with boxes, in per cent, as cocodataset.org, "Detection evaluation", has it.
+    """What a detector does on images with boxes, in per cent, as cocodataset.org, "Detection evaluation", has it.
 
     A mean is NaN where nothing was to be found.
 
     Args:
-        pictures: how many were looked at.
+        images: how many were looked at.
         objects: how many there were to find.
         map: mean over classes and over overlaps (IoU) of 50, 55, ..., 95 % of the average precision.
         map50: the same at an overlap of 50 %.
@@ -38,11 +38,11 @@ class DetectionScores:
         map_small: ``map`` for objects below 32 x 32 pixels.
         map_medium: ``map`` for those between.
         map_large: ``map`` for those from 96 x 96 pixels on.
-        recall: mean share of objects that are found, with 100 detections a picture.
+        recall: mean share of objects that are found, with 100 detections an image.
         per_class: ``map`` of each class, :math:`(K,)`; NaN for classes that do not occur.
     """
 
-    pictures: int
+    images: int
     objects: int
     map: float
     map50: float
@@ -60,13 +60,13 @@ class DetectionScores:
 
 
 class BoxMetrics(Counts):
-    """Collect what was found on pictures, so that it adds up over processes, and compare it with what is there.
+    """Collect what was found on images, so that it adds up over processes, and compare it with what is there.
 
-    Each picture has a place of its own for its size and its 100 surest detections. That of a picture that another
+    Each image has a place of its own for its size and its 100 surest detections. That of an image that another
     process looked at is zero.
 
     Args:
-        images: the pictures and their boxes.
+        images: the images and their boxes.
     """
 
     def __init__(self, images: DetectionDataset) -> None:
@@ -75,13 +75,13 @@ class BoxMetrics(Counts):
         self._sizes, self._found = self.parts
 
     def update(self, index: int, found: Tensor, height: int, width: int) -> None:
-        """Add a picture.
+        """Add an image.
 
         Args:
-            index: number of the picture.
+            index: number of the image.
             found: what kornia's post-processing tells of it, :math:`(D, 6)`: class, score, left, top, width and
                 height in pixels.
-            height: rows of the picture.
+            height: rows of the image.
             width: its columns.
         """
         best = found[found[:, 1].argsort(descending=True)[:_COUNTED]]
@@ -90,7 +90,7 @@ class BoxMetrics(Counts):
         self._found[index, : len(best)] = best.detach().to("cpu", torch.float32)
 
     def compute(self) -> DetectionScores:
-        """Return the measures over all pictures so far.
+        """Return the measures over all images so far.
 
         Raises:
             ValueError: if none was looked at.
@@ -98,7 +98,7 @@ class BoxMetrics(Counts):
         """
         seen = [index for index in range(len(self.images)) if self._sizes[index].all()]
         if not seen:
-            raise ValueError("No pictures were evaluated.")
+            raise ValueError("No images were evaluated.")
         truth: list[dict[str, Any]] = []
         results: list[list[float]] = []
         for index in seen:
@@ -116,7 +116,7 @@ class BoxMetrics(Counts):
         scores, per_class = _evaluate(dataset, results)
         objects = sum(not each["iscrowd"] for each in truth)
         named = dict(zip(_MEASURES, scores.tolist(), strict=True))
-        return DetectionScores(pictures=len(seen), objects=objects, **named, per_class=per_class)
+        return DetectionScores(images=len(seen), objects=objects, **named, per_class=per_class)
 
 
 def _evaluate(truth: dict[str, Any], results: list[list[float]]) -> tuple[Tensor, Tensor]:

@@ -17,28 +17,28 @@ CONFUSION_CLASSES = 2048  # the table of ImageNet-22k would take 4 GB
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network does on labelled pictures. Shares are in per cent.
+    """What a network does on labelled images. Shares are in per cent.
 
     Args:
-        pictures: how many were seen.
+        images: how many were seen.
         top1: share whose class has the highest logit.
         top5: share whose class is among the ``top_k`` highest logits.
         top_k: 5, or the number of classes where that is smaller.
-        class_pictures: pictures of each class, :math:`(C,)`, int64.
-        per_class: top-1 of each class, :math:`(C,)`, float64; NaN where there are no pictures.
-        confusion: pictures :math:`(C, C)`, int64, by their class (row) and the class they were taken for (column);
+        class_images: images of each class, :math:`(C,)`, int64.
+        per_class: top-1 of each class, :math:`(C,)`, float64; NaN where there are no images.
+        confusion: images :math:`(C, C)`, int64, by their class (row) and the class they were taken for (column);
             ``None`` for more than 2048 classes.
         calibration_error: expected calibration error over 15 bins of equal width (arXiv:1706.04599): how far the
-            probability of the best class is from the share of right answers, on average over the pictures.
-        calibration_bins: :math:`(15, 3)`, float64: pictures, mean probability of the best class and top-1 of each bin,
-            the last two in per cent and NaN where there are no pictures.
+            probability of the best class is from the share of right answers, on average over the images.
+        calibration_bins: :math:`(15, 3)`, float64: images, mean probability of the best class and top-1 of each bin,
+            the last two in per cent and NaN where there are no images.
     """
 
-    pictures: int
+    images: int
     top1: float
     top5: float
     top_k: int
-    class_pictures: Tensor
+    class_images: Tensor
     per_class: Tensor
     confusion: Tensor | None
     calibration_error: float
@@ -122,25 +122,25 @@ class Metrics(Counts):
             ValueError: if there were none.
         """
         hits, seen, correct, bins, cells = self.parts
-        pictures = int(seen.sum())
-        if not pictures:
-            raise ValueError("No pictures were evaluated.")
+        images = int(seen.sum())
+        if not images:
+            raise ValueError("No images were evaluated.")
         number, confidence, right = bins.unbind(1)
         return Evaluation(
-            pictures=pictures,
-            top1=100 * float(correct.sum()) / pictures,
-            top5=100 * float(hits) / pictures,
+            images=images,
+            top1=100 * float(correct.sum()) / images,
+            top5=100 * float(hits) / images,
             top_k=self.top_k,
-            class_pictures=seen.long(),
+            class_images=seen.long(),
             per_class=100 * correct / seen,
             confusion=cells.long() if cells.numel() else None,
-            calibration_error=100 * float((confidence - right).abs().sum()) / pictures,
+            calibration_error=100 * float((confidence - right).abs().sum()) / images,
             calibration_bins=torch.stack([number, 100 * confidence / number, 100 * right / number], 1),
         )
 
 
 def _fill_bins(bins: Tensor, confidence: Tensor, right: Tensor) -> None:
-    """Add pictures to the bins :math:`(15, 3)` of their number, sum of confidences and right answers."""
+    """Add images to the bins :math:`(15, 3)` of their number, sum of confidences and right answers."""
     # Bin i holds what is in (i / 15, (i + 1) / 15].
     index = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
     bins.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, right.double()], 1))

@@ -17,11 +17,11 @@ _SIMILARITIES = 2**25  # that are held at a time, 128 MB
 
 
 def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what a network's head sees of pictures: its normalised pooled features.
+    """Return what a network's head sees of images: its normalised pooled features.
 
     Args:
         model: the network; its mode and its weights stay as they are.
-        batches: normalised pictures :math:`(B, C, H, W)` and their classes :math:`(B,)`.
+        batches: normalised images :math:`(B, C, H, W)` and their classes :math:`(B,)`.
 
     Returns:
         Features :math:`(N, D)`, float32, and classes :math:`(N,)`, both in main memory.
@@ -37,7 +37,7 @@ def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -
             features.append(found.float().cpu())
             labels.append(classes.cpu().long())
     if not features:
-        raise ValueError("There are no pictures to take features of.")
+        raise ValueError("There are no images to take features of.")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -49,7 +49,7 @@ def k_nearest_neighbours(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Classify by the most similar training pictures, as InstDisc (arXiv:1805.01978) and DINO (arXiv:2104.14294) do.
+    """Classify by the most similar training images, as InstDisc (arXiv:1805.01978) and DINO (arXiv:2104.14294) do.
 
     Each of the ``k`` neighbours votes for its class with the weight :math:`e^{s / T}` of its cosine similarity
     :math:`s`.
@@ -58,7 +58,7 @@ def k_nearest_neighbours(
         train_features: :math:`(N, D)`.
         train_labels: class indices :math:`(N,)`.
         features: those to classify, :math:`(M, D)`.
-        k: neighbours; at most all training pictures.
+        k: neighbours; at most all training images.
         temperature: the :math:`T`.
         num_classes: one more than the largest label if left out.
 
@@ -66,7 +66,7 @@ def k_nearest_neighbours(
         The votes :math:`(M, C)`, at least 0, divided by :math:`e^{1 / T}`.
 
     Raises:
-        ValueError: if there are no training pictures, or ``k`` or ``temperature`` is not positive.
+        ValueError: if there are no training images, or ``k`` or ``temperature`` is not positive.
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"k and temperature must be positive; got {k} and {temperature}.")
@@ -91,7 +91,7 @@ def linear_probe(
 ) -> nn.Linear:
     """Train a linear classifier on frozen features: logistic regression by L-BFGS, as CLIP's probes (arXiv:2103.00020).
 
-    It starts at zero and takes all pictures at each step, so the result does not depend on chance. The features are
+    It starts at zero and takes all images at each step, so the result does not depend on chance. The features are
     standardised for the training, and that is folded into the layer.
 
     Args:
@@ -105,7 +105,7 @@ def linear_probe(
         A layer that takes features :math:`(*, D)` as they are.
 
     Raises:
-        ValueError: if there are no training pictures, or a label is no class.
+        ValueError: if there are no training images, or a label is no class.
     """
     _check_pairs(train_features, train_labels)
     if int(train_labels.min()) < 0 or int(train_labels.max()) >= num_classes:

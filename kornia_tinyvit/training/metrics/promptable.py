@@ -11,7 +11,7 @@ __all__ = ["PromptMetrics", "mask_ious"]
 
 
 class PromptMetrics(Counts):
-    """Collect how well prompts find their masks, in sums that add up over pictures and processes.
+    """Collect how well prompts find their masks, in sums that add up over images and processes.
 
     Example:
         >>> metrics = PromptMetrics()

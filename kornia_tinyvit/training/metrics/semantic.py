@@ -15,12 +15,12 @@ __all__ = ["PixelMetrics", "Segmentation"]
 
 @dataclass(frozen=True)
 class Segmentation:
-    """What a segmenter does on pictures with masks. Shares are in per cent, pixels without a label left out.
+    """What a segmenter does on images with masks. Shares are in per cent, pixels without a label left out.
 
     Args:
         pixels: how many pixels were compared.
         pixel_accuracy: share of pixels of the right class.
-        mean_iou: mean over the classes that the masks hold, of intersection over union over all pictures together.
+        mean_iou: mean over the classes that the masks hold, of intersection over union over all images together.
         per_class: that intersection over union of each class, :math:`(K,)`, float64; NaN where no mask holds it.
         class_pixels: pixels of each class in the masks, :math:`(K,)`, int64.
         confusion: pixels :math:`(K, K)`, int64, by their class (row) and the class they were taken for (column).
@@ -40,9 +40,9 @@ class Segmentation:
 
 
 class PixelMetrics(Counts):
-    """Collect what :class:`Segmentation` needs, in counts that add up over pictures and processes.
+    """Collect what :class:`Segmentation` needs, in counts that add up over images and processes.
 
-    :func:`kornia.metrics.mean_iou` takes each picture for itself and counts absent classes as right.
+    :func:`kornia.metrics.mean_iou` takes each image for itself and counts absent classes as right.
 
     Args:
         num_classes: classes of the network.
@@ -65,7 +65,7 @@ class PixelMetrics(Counts):
         self.num_classes = num_classes
 
     def update(self, classes: Tensor, masks: Tensor) -> None:
-        """Add pictures.
+        """Add images.
 
         Args:
             classes: predicted class indices of any shape, such as :math:`(B, H, W)`.
@@ -85,7 +85,7 @@ class PixelMetrics(Counts):
         self.parts[0] += count_pairs(truth, answers, self.num_classes).cpu()
 
     def compute(self) -> Segmentation:
-        """Return the measures over all pictures so far.
+        """Return the measures over all images so far.
 
         Raises:
             ValueError: if no pixel had a label.

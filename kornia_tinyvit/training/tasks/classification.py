@@ -74,7 +74,7 @@ class AccuracyEvaluator(Evaluator):
 
 
 class Classification(Task):
-    """One class a picture: top-1 and top-5 in per cent of :class:`ClassificationDataset`."""
+    """One class an image: top-1 and top-5 in per cent of :class:`ClassificationDataset`."""
 
     measure = "top1"
     may_lack_classes = True
@@ -86,8 +86,8 @@ class Classification(Task):
         settings = _validated(samples)
         pipeline = EvaluationPipeline.from_preprocessing(settings).to(options["device"])
 
-        def prepare(pictures: list[Tensor]) -> Tensor:
-            return torch.cat([pipeline(picture[None]) for picture in pictures])
+        def prepare(raw: list[Tensor]) -> Tensor:
+            return torch.cat([pipeline(image[None]) for image in raw])
 
         return AccuracyEvaluator(images, config.num_classes, prepare, **options)
 

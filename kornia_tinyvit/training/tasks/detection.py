@@ -1,4 +1,4 @@
-"""Training detectors: pictures and boxes changed together, transformers' loss, and what a detector is measured by."""
+"""Training detectors: images and boxes changed together, transformers' loss, and what a detector is measured by."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ _SMALLEST = 1.0  # side in pixels below which a box says nothing
 
 
 class BoxedBatch(NamedTuple):
-    """Pictures and boxes as the workers hand them over, augmented.
+    """Images and boxes as the workers hand them over, augmented.
 
     Attributes:
-        crops: 8-bit pictures :math:`(B, 3, S, S)`.
-        boxes: for each picture centre, width and height as shares of its sides, :math:`(N_i, 4)`.
-        labels: for each picture class indices :math:`(N_i,)`.
-        valid: 1 for samples whose picture could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the pictures that could not be read.
+        crops: 8-bit images :math:`(B, 3, S, S)`.
+        boxes: for each image centre, width and height as shares of its sides, :math:`(N_i, 4)`.
+        labels: for each image class indices :math:`(N_i,)`.
+        valid: 1 for samples whose image could be read, 0 for broken ones, :math:`(B,)`.
+        broken: names of the images that could not be read.
     """
 
     crops: Tensor
@@ -50,7 +50,7 @@ class BoxedBatch(NamedTuple):
 
 
 class BoxAugmentation(PairedAugmentation):
-    """Crop, flip and recolour a picture by kornia; its boxes follow and are cut at the border.
+    """Crop, flip and recolour an image by kornia; its boxes follow and are cut at the border.
 
     Objects of which a crop holds less than 30 % of the box are left out, and so are crowds. See
     :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the usual preset is ``"detection"``.
@@ -60,22 +60,22 @@ class BoxAugmentation(PairedAugmentation):
     usual_preset = "detection"
     data_key = "bbox_xyxy"
 
-    def __call__(self, picture: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
         """Change a sample.
 
         Args:
-            picture: 8-bit picture :math:`(3, H, W)` on the CPU.
+            image: 8-bit image :math:`(3, H, W)` on the CPU.
             objects: what it shows.
             epoch: number of the epoch.
             index: number of the sample.
 
         Returns:
-            8-bit picture :math:`(3, S, S)`, boxes :math:`(N, 4)`, centre, width and height as shares of its side, and
+            8-bit image :math:`(3, S, S)`, boxes :math:`(N, 4)`, centre, width and height as shares of its side, and
             class indices :math:`(N,)`.
         """
         kept = ~objects.crowds
-        pixels, boxes, labels = self._reduce(picture), objects.boxes[kept], objects.labels[kept]
-        down, across = (new / old for new, old in zip(pixels.shape[-2:], picture.shape[-2:], strict=True))
+        pixels, boxes, labels = self._reduce(image), objects.boxes[kept], objects.labels[kept]
+        down, across = (new / old for new, old in zip(pixels.shape[-2:], image.shape[-2:], strict=True))
         boxes = boxes * boxes.new_tensor([across, down, across, down])
         # To kornia a coordinate is the middle of a pixel, here its left or upper edge.
         crop, moved = self._apply(pixels, boxes[None] - 0.5, epoch, index)
@@ -101,14 +101,14 @@ def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
 
 
 class BoxedSamples(PairedSamples[BoxedBatch]):
-    """Pictures and boxes decoded and augmented as an epoch demands, a whole batch at a time.
+    """Images and boxes decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.data.DetectionDataset` and a :class:`BoxAugmentation`.
     """
 
     def inputs(self, batch: BoxedBatch, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return the pictures of a batch that could be read, :math:`(B, 3, S, S)` in [0, 1], and their objects.
+        """Return the images of a batch that could be read, :math:`(B, 3, S, S)` in [0, 1], and their objects.
 
         If none could be read, all are returned: the processes of a training must all call their network.
         """
@@ -128,7 +128,7 @@ class BoxedSamples(PairedSamples[BoxedBatch]):
 
 
 class DetectorTraining(nn.Module):
-    """A detector on its way: transformers' RT-DETR, which takes pictures in [0, 1] and normalises them itself.
+    """A detector on its way: transformers' RT-DETR, which takes images in [0, 1] and normalises them itself.
 
     Args:
         detector: the detector to begin with; its weights are copied.
@@ -228,7 +228,7 @@ class DetectionLoss:
         return {"kind": "boxes", **{name: getattr(self.config, name) for name in names}}
 
     def __call__(self, outputs: dict[str, Any], images: Any, batch: BoxedBatch) -> Tensor:
-        """Return the losses :math:`(B,)`: for each picture that of the batch."""
+        """Return the losses :math:`(B,)`: for each image that of the batch."""
         from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
         logits, boxes = outputs["logits"].float(), outputs["boxes"].float()

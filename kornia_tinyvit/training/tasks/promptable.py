@@ -222,9 +222,9 @@ class MaskLoss:
         return {"kind": "masks", "focal": self.focal, "dice": self.dice, "iou": self.iou}
 
     def __call__(self, outputs: tuple[Tensor, Tensor], images: Prompts, batch: PromptedBatch) -> Tensor:
-        """Return the losses :math:`(B,)`, weighted sums over a picture's prompts.
+        """Return the losses :math:`(B,)`, weighted sums over an image's prompts.
 
-        A mean over them would let the one object of a picture, which needs no prompt to be found, count as much as all
+        A mean over them would let the one object of an image, which needs no prompt to be found, count as much as all
         objects of another.
         """
         logits, scores = (each.float() for each in outputs)

@@ -46,16 +46,16 @@ class Prompts(NamedTuple):
 
 
 class PromptedBatch(NamedTuple):
-    """Pictures, masks and prompts as the workers hand them over.
+    """Images, masks and prompts as the workers hand them over.
 
     Attributes:
         crops: 8-bit inputs :math:`(B, 3, S, S)`.
         masks: what the prompts should find, bool :math:`(P, S, S)`.
         weights: what each prompt counts, :math:`(P,)`: one part of as many as are asked for at most, so that all
-            objects count alike; 0 for those that stand for a picture without an instance.
+            objects count alike; 0 for those that stand for an image without an instance.
         prompts: the prompts, still without their images.
         valid: 1 for samples whose files could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the pictures that could not be read.
+        broken: names of the images that could not be read.
     """
 
     crops: Tensor
@@ -71,8 +71,8 @@ class Prompting:
     """How prompts are drawn from masks.
 
     Args:
-        instances: how many instances of a picture are asked for, drawn anew each time; all if it has no more.
-        box_share: probability that a prompt is a box; otherwise it is points.
+        instances: how many instances of an image are asked for, drawn anew each time; all if it has no more.
+        box_fraction: probability that a prompt is a box; otherwise it is points.
         points: numbers of points on the object, of which one is drawn.
         jitter: standard deviation of the noise on a box's edges, as a share of its width or height.
         max_jitter: the most that an edge moves, in pixels of an input of 1024; SAM (arXiv:2304.02643, appendix A) has
@@ -83,24 +83,24 @@ class Prompting:
     """
 
     instances: int = 8
-    box_share: float = 0.5
+    box_fraction: float = 0.5
     points: tuple[int, ...] = (1, 3)
     jitter: float = 0.1
     max_jitter: float = 20.0
 
     def __post_init__(self) -> None:
-        fits = self.instances >= 1 and 0 <= self.box_share <= 1 and min(self.jitter, self.max_jitter) >= 0
+        fits = self.instances >= 1 and 0 <= self.box_fraction <= 1 and min(self.jitter, self.max_jitter) >= 0
         if not fits or not self.points or min(self.points) < 1:
             raise ValueError(
-                "Prompting needs instances >= 1, box_share in [0, 1], numbers of points from 1 up and a jitter that is "
+                "Prompting needs instances >= 1, box_fraction in [0, 1], numbers of points from 1 up and a jitter that is "
                 f"not negative; got {self}."
             )
 
 
 class PromptAugmentation(MaskAugmentation):
-    """Put a picture into a network's input as MobileSAM does, change it with its masks, and draw prompts from these.
+    """Put an image into a network's input as MobileSAM does, change it with its masks, and draw prompts from these.
 
-    A picture is resized as a whole into the upper left corner of a square, whose rest is padding; of this square
+    An image is resized as a whole into the upper left corner of a square, whose rest is padding; of this square
     :class:`~kornia_tinyvit.training.MaskAugmentation` makes the input. So with ``crop_scale=(1, 1)`` and
     ``crop_ratio=(1, 1)`` the network is trained on just what it will be asked.
 
@@ -129,37 +129,37 @@ class PromptAugmentation(MaskAugmentation):
         prompting = dataclasses.asdict(self.prompting) | {"points": list(self.prompting.points), "version": VERSION}
         return told | {"kind": "prompts", "prompting": prompting}
 
-    def sample(self, picture: Tensor, masks: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor, Prompts]:
+    def sample(self, image: Tensor, masks: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor, Prompts]:
         """Make a sample.
 
         Args:
-            picture: 8-bit picture :math:`(3, H, W)` on the CPU.
+            image: 8-bit image :math:`(3, H, W)` on the CPU.
             masks: its instances, bool :math:`(N, H, W)`.
             epoch: number of the epoch.
             index: number of the sample.
 
         Returns:
             8-bit input :math:`(3, S, S)`, the masks that were drawn and are still seen :math:`(P, S, S)`, maybe none,
-            and a prompt for each, without images and of picture 0.
+            and a prompt for each, without images and of image 0.
         """
         generator = torch.Generator().manual_seed(keyed_seed(self.seed, epoch, index, _STREAM))
         drawn = torch.randperm(len(masks), generator=generator)[: self.prompting.instances]
-        # Without any, the picture still needs something to be moved along with it.
+        # Without any, the image still needs something to be moved along with it.
         chosen = masks[drawn] if len(drawn) else masks.new_zeros(1, *masks.shape[1:])
-        crop, moved = self(*self._letterbox(picture, chosen), epoch, index)
+        crop, moved = self(*self._letterbox(image, chosen), epoch, index)
         seen = moved[moved.flatten(1).any(1)]
         return crop, seen, self._draw(seen, generator)
 
-    def _letterbox(self, picture: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Resize a picture into the corner of a square so large that the smallest crops have the input's size."""
+    def _letterbox(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
+        """Resize an image into the corner of a square so large that the smallest crops have the input's size."""
         side = round(self.img_size / self.preset.crop_scale[0] ** 0.5)
-        geometry = Geometry.fit((picture.shape[1], picture.shape[2]), (side, side))
+        geometry = Geometry.fit((image.shape[1], image.shape[2]), (side, side))
         height, width = geometry.input_size
         shares = F.interpolate(
             masks[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False
         )
         square = torch.tensor(_PADDING, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-        square[:, :height, :width] = resize_photo(picture, geometry.input_size)
+        square[:, :height, :width] = resize_photo(image, geometry.input_size)
         return square, F.pad(shares[0] >= 0.5, (0, side - width, 0, side - height))
 
     def _draw(self, masks: Tensor, generator: torch.Generator) -> Prompts:
@@ -172,7 +172,7 @@ class PromptAugmentation(MaskAugmentation):
         # Noise of some deviations can turn a box of a few pixels inside out.
         sound = ((moved[:, 2:] - moved[:, :2]) >= 1).all(1, keepdim=True)
         counts = torch.tensor(asked.points)[torch.randint(len(asked.points), (len(masks),), generator=generator)]
-        is_box = torch.rand(len(masks), generator=generator) < asked.box_share
+        is_box = torch.rand(len(masks), generator=generator) < asked.box_fraction
         points = [mask.nonzero()[torch.randint(int(mask.sum()), (most,), generator=generator)] for mask in masks]
         return Prompts(
             images=torch.empty(0),
@@ -184,7 +184,7 @@ class PromptAugmentation(MaskAugmentation):
 
 
 class PromptedSamples(PairedSamples[PromptedBatch]):
-    """Pictures decoded, augmented and asked about as an epoch demands, a whole batch at a time.
+    """Images decoded, augmented and asked about as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: an
     :class:`~kornia_tinyvit.data.InstanceDataset` and a :class:`PromptAugmentation`.

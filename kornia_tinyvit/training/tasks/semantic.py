@@ -1,4 +1,4 @@
-"""Training segmenters: pictures and masks changed together, the loss, and what a segmenter is measured by."""
+"""Training segmenters: images and masks changed together, the loss, and what a segmenter is measured by."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ __all__ = [
 
 
 class MaskedBatch(NamedTuple):
-    """Pictures and masks as the workers hand them over, augmented.
+    """Images and masks as the workers hand them over, augmented.
 
     Attributes:
-        crops: 8-bit pictures :math:`(B, 3, S, S)`.
+        crops: 8-bit images :math:`(B, 3, S, S)`.
         masks: class indices :math:`(B, S, S)`, or :data:`~kornia_tinyvit.data.segmentation.IGNORED`.
         valid: 1 for samples whose files could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the pictures that could not be read.
+        broken: names of the images that could not be read.
     """
 
     crops: Tensor
@@ -43,7 +43,7 @@ class MaskedBatch(NamedTuple):
 
 
 class MaskAugmentation(PairedAugmentation):
-    """Crop, flip and recolour a picture and its mask by kornia; the mask is moved alike and never blended.
+    """Crop, flip and recolour an image and its mask by kornia; the mask is moved alike and never blended.
 
     See :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the usual preset is
     ``"semantic"``.
@@ -53,19 +53,19 @@ class MaskAugmentation(PairedAugmentation):
     usual_preset = "semantic"
     data_key = "mask"
 
-    def __call__(self, picture: Tensor, mask: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+    def __call__(self, image: Tensor, mask: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Change a sample.
 
         Args:
-            picture: 8-bit picture :math:`(3, H, W)` on the CPU.
+            image: 8-bit image :math:`(3, H, W)` on the CPU.
             mask: its class indices :math:`(H, W)`, or several masks :math:`(N, H, W)`.
             epoch: number of the epoch.
             index: number of the sample.
 
         Returns:
-            8-bit picture :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
+            8-bit image :math:`(3, S, S)` and mask :math:`(S, S)`, or masks :math:`(N, S, S)`.
         """
-        pixels, labels = self._reduce(picture), mask.reshape(1, -1, *mask.shape[-2:]).float()
+        pixels, labels = self._reduce(image), mask.reshape(1, -1, *mask.shape[-2:]).float()
         if labels.shape[-2:] != pixels.shape[-2:]:
             labels = F.interpolate(labels, pixels.shape[-2:], mode="nearest-exact")
         crop, labels = self._apply(pixels, labels, epoch, index)
@@ -73,7 +73,7 @@ class MaskAugmentation(PairedAugmentation):
 
 
 class MaskedSamples(PairedSamples[MaskedBatch]):
-    """Pictures and masks decoded and augmented as an epoch demands, a whole batch at a time.
+    """Images and masks decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.data.SegmentationDataset` and a :class:`MaskAugmentation`.
@@ -89,7 +89,7 @@ class MaskedSamples(PairedSamples[MaskedBatch]):
 
 
 class PixelLabels:
-    """Cross-entropy of the classes of pixels, the weighted mean over those of a picture that have a label.
+    """Cross-entropy of the classes of pixels, the weighted mean over those of an image that have a label.
 
     Args:
         label_smoothing: share of the target that is spread over all classes.
@@ -106,7 +106,7 @@ class PixelLabels:
         return {"kind": "pixel labels", "label_smoothing": self.label_smoothing, "class_weights": weights}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: MaskedBatch) -> Tensor:
-        """Return the losses :math:`(B,)` of logits :math:`(B, K, S, S)`; 0 for a picture without labels."""
+        """Return the losses :math:`(B,)` of logits :math:`(B, K, S, S)`; 0 for an image without labels."""
         masks = batch.masks.to(outputs.device, non_blocking=True)
         # Classes last, as the network's memory has them: three times as fast on a CPU.
         scores = outputs.float().movedim(1, -1).flatten(0, -2)
@@ -122,10 +122,10 @@ class PixelLabels:
 def balanced_weights(images: SegmentationDataset, power: float = 0.5) -> Tensor:
     """Return weights that make up for rare classes: median frequency balancing (arXiv:1411.4734), to a power.
 
-    The frequency of a class is its share of the labelled pixels of the pictures that show it. All masks are read.
+    The frequency of a class is its share of the labelled pixels of the images that show it. All masks are read.
 
     Args:
-        images: the pictures to train on.
+        images: the images to train on.
         power: 1 as in the paper, which makes the smallest things loud; 0 for none.
 
     Returns:
@@ -157,8 +157,8 @@ class PixelEvaluator(Evaluator):
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:
         """Count pixels; a sample is an index with an image :math:`(3, H, W)` in [0, 1] and a mask :math:`(H, W)`."""
         size = self.config.img_size
-        picture, mask = samples[0][1] if samples else (torch.zeros(3, size, size), None)
-        classes = class_maps(network, picture[None].to(self.device), self.config)
+        image, mask = samples[0][1] if samples else (torch.zeros(3, size, size), None)
+        classes = class_maps(network, image[None].to(self.device), self.config)
         if mask is not None:
             self.counts.update(classes[0], mask)
 

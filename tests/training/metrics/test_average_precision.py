@@ -14,7 +14,7 @@ from tests.scenes import make_coco, write_coco, write_yolo
 
 @pytest.fixture
 def images(tmp_path) -> DetectionDataset:
-    """Pictures of 40 x 20 pixels: two cats, an owl, and nothing."""
+    """Images of 40 x 20 pixels: two cats, an owl, and nothing."""
     labels = {"a": "0 0.25 0.5 0.25 0.5\n0 0.75 0.5 0.25 0.5", "b": "2 0.5 0.5 0.5 0.5", "c": ""}
     return DetectionDataset.open(write_yolo(tmp_path, labels))
 
@@ -34,7 +34,7 @@ class TestScores:
     def test_everything_right(self, images):
         scores = measure(images, RIGHT).compute()
         assert (scores.map, scores.map50, scores.map75, scores.recall) == pytest.approx((100, 100, 100, 100))
-        assert (scores.pictures, scores.objects) == (3, 3)
+        assert (scores.images, scores.objects) == (3, 3)
         assert scores.per_class[[0, 2]].tolist() == pytest.approx([100, 100])
         assert scores.per_class[1].isnan()
         assert scores.map_small == pytest.approx(100)
@@ -66,8 +66,8 @@ class TestScores:
 
     def test_only_what_was_looked_at_counts(self, images):
         scores = measure(images, {1: RIGHT[1]}).compute()
-        assert (scores.pictures, scores.objects, scores.map) == (1, 1, pytest.approx(100))
-        with pytest.raises(ValueError, match="No pictures"):
+        assert (scores.images, scores.objects, scores.map) == (1, 1, pytest.approx(100))
+        with pytest.raises(ValueError, match="No images"):
             BoxMetrics(images).compute()
 
     def test_crowds_do_not_count(self, tmp_path):
@@ -76,7 +76,7 @@ class TestScores:
         scores = measure(data, found).compute()
         assert (scores.objects, scores.map) == (1, pytest.approx(100))
 
-    def test_at_most_a_hundred_a_picture(self, images):
+    def test_at_most_a_hundred_a_image(self, images):
         noise = [[0, 0.95, 0, 0, 1, 1]] * 100
         scores = measure(images, RIGHT | {0: RIGHT[0] + noise}).compute()
         assert scores.per_class[0] == 0
@@ -89,7 +89,7 @@ class TestCounts:
         whole.load_state(torch.stack([part.state().double() for part in parts]).sum(0))
         assert whole.compute().to_dict() == measure(images, RIGHT).compute().to_dict()
 
-    def test_another_number_of_pictures(self, images):
+    def test_another_number_of_images(self, images):
         with pytest.raises(ValueError, match="Expected 1806 counts; got 5"):
             BoxMetrics(images).load_state(torch.zeros(5))
 

@@ -14,7 +14,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def outputs():
-    """Logits of 200 pictures of 7 classes, right a little more often than by chance, and no picture of class 6."""
+    """Logits of 200 images of 7 classes, right a little more often than by chance, and no image of class 6."""
     labels = torch.randint(6, (200,), generator=generator())
     return torch.randn(200, 7, generator=generator(1)) + 2 * F.one_hot(labels, 7), labels
 
@@ -33,13 +33,13 @@ class TestMetrics:
         found = measure(logits, labels, batch).compute()
         order = logits.argsort(1, descending=True).tolist()
         rows = list(zip(order, labels.tolist(), strict=True))
-        assert (found.pictures, found.top_k) == (200, 5)
+        assert (found.images, found.top_k) == (200, 5)
         assert found.top1 == sum(row[0] == label for row, label in rows) / 2
         assert found.top5 == sum(label in row[:5] for row, label in rows) / 2
         assert 50 < found.top1 < found.top5 < 100
         for truth in range(7):
             own = [row[0] for row, label in rows if label == truth]
-            assert found.class_pictures[truth] == len(own)
+            assert found.class_images[truth] == len(own)
             assert found.confusion[truth].tolist() == [own.count(answer) for answer in range(7)]
             share = 100 * own.count(truth) / len(own) if own else math.nan
             assert found.per_class[truth].item() == pytest.approx(share, nan_ok=True)
@@ -82,7 +82,7 @@ class TestMetrics:
         assert torch.equal(summed.compute().confusion, whole.compute().confusion)
         assert whole.state().dtype == torch.float64
         whole.state().zero_()
-        assert whole.compute().pictures == 200
+        assert whole.compute().images == 200
 
     def test_confusions(self):
         answers = [(0, 1)] * 3 + [(2, 1)] * 5 + [(1, 0)] + [(1, 1)] * 9
@@ -117,11 +117,11 @@ class TestMetrics:
         logits, labels = outputs
         metrics = measure(logits.bfloat16(), labels)
         metrics.update(logits[:0], labels[:0])
-        assert metrics.compute().pictures == 200
+        assert metrics.compute().images == 200
 
     def test_refused(self):
         metrics = Metrics(3)
-        with pytest.raises(ValueError, match="No pictures were evaluated"):
+        with pytest.raises(ValueError, match="No images were evaluated"):
             metrics.compute()
         with pytest.raises(ValueError, match="The data has a class 3, but the network knows 3"):
             metrics.update(torch.zeros(2, 3), torch.tensor([0, 3]))

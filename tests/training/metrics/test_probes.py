@@ -24,7 +24,7 @@ class TestFeatures:
         assert not features.requires_grad
 
     def test_none(self, tiny):
-        with pytest.raises(ValueError, match="There are no pictures"):
+        with pytest.raises(ValueError, match="There are no images"):
             extract_features(tiny, [])
 
 
@@ -49,7 +49,7 @@ class TestNearestNeighbours:
         monkeypatch.setattr("kornia_tinyvit.training.metrics.probes._SIMILARITIES", 60)
         torch.testing.assert_close(k_nearest_neighbours(known * 9, labels, features / 7), whole)
 
-    def test_fewer_pictures_than_neighbours(self):
+    def test_fewer_images_than_neighbours(self):
         votes = k_nearest_neighbours(torch.eye(3), torch.tensor([2, 0, 1]), torch.eye(3), k=20, temperature=0.01)
         assert votes.argmax(1).tolist() == [2, 0, 1]
         assert torch.isfinite(votes).all()

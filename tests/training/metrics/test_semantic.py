@@ -8,7 +8,7 @@ from kornia_tinyvit.training import PixelMetrics
 
 
 class TestMetrics:
-    def test_one_picture_equals_kornia(self):
+    def test_one_image_equals_kornia(self):
         classes, masks = torch.randint(0, 4, (2, 1, 30, 20), generator=torch.Generator().manual_seed(0))
         metrics = PixelMetrics(4)
         metrics.update(classes, masks)

@@ -1,4 +1,4 @@
-"""Training detectors: boxes follow their pictures, nothing to find is no error, and it learns and goes on."""
+"""Training detectors: boxes follow their images, nothing to find is no error, and it learns and goes on."""
 
 from __future__ import annotations
 
@@ -52,12 +52,12 @@ class TestAugmentation:
     def test_boxes_follow_what_is_painted(self, size):
         height, width = size
         left, top, right, bottom = (round(width * 0.4), round(height * 0.35), round(width * 0.7), round(height * 0.6))
-        picture = torch.zeros(3, height, width, dtype=torch.uint8)
-        picture[:, top:bottom, left:right] = 255
+        image = torch.zeros(3, height, width, dtype=torch.uint8)
+        image[:, top:bottom, left:right] = 255
         augmentation = BoxAugmentation(64, crop_scale=(0.5, 1.0), color_jitter=0.0)
         seen = []
         for epoch in range(12):
-            crop, boxes, labels = augmentation(picture, objects_of([[left, top, right, bottom]], [2]), epoch, 0)
+            crop, boxes, labels = augmentation(image, objects_of([[left, top, right, bottom]], [2]), epoch, 0)
             rows, columns = ((crop[0] > 127).any(dim).nonzero().flatten() for dim in (1, 0))
             if len(labels):
                 assert labels.tolist() == [2]
@@ -69,31 +69,31 @@ class TestAugmentation:
         assert max(seen) - min(seen) > 5  # crops and flips differ
 
     def test_flips_are_exact(self):
-        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
-        picture[:, 10:20, 4:30] = 255
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        image[:, 10:20, 4:30] = 255
         augmentation = BoxAugmentation(64, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0, flip=1.0)
-        crop, boxes, _ = augmentation(picture, objects_of([[4, 10, 30, 20]]), 0, 0)
+        crop, boxes, _ = augmentation(image, objects_of([[4, 10, 30, 20]]), 0, 0)
         assert (crop[0] > 127).any(0).nonzero().flatten()[[0, -1]].tolist() == [34, 59]
         assert (64 * boxes[0]).tolist() == pytest.approx([47, 15, 26, 10], abs=0.02)
 
     def test_it_is_a_function_of_the_key(self):
-        picture = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
+        image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
         objects = objects_of([[10, 10, 40, 30], [0, 0, 69, 49]])
         augmentation = BoxAugmentation(32, seed=3)
-        first = augmentation(picture, objects, 2, 5)
+        first = augmentation(image, objects, 2, 5)
         torch.rand(7)
-        again = BoxAugmentation(32, seed=3)(picture, objects, 2, 5)
+        again = BoxAugmentation(32, seed=3)(image, objects, 2, 5)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         for epoch, index, seed in ((3, 5, 3), (2, 6, 3), (2, 5, 4)):
-            other = BoxAugmentation(32, seed=seed)(picture, objects, epoch, index)
+            other = BoxAugmentation(32, seed=seed)(image, objects, epoch, index)
             assert not torch.equal(first[0], other[0])
 
     def test_what_is_cut_away_is_left_out(self):
         augmentation = BoxAugmentation(64, crop_scale=(0.05, 0.06), flip=0.0, color_jitter=0.0)
-        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         corners = [[0, 0, 16, 16], [48, 0, 64, 16], [0, 48, 16, 64], [48, 48, 64, 64], [0, 0, 64, 64]]
         for epoch in range(10):
-            _, boxes, labels = augmentation(picture, objects_of(corners), epoch, 0)
+            _, boxes, labels = augmentation(image, objects_of(corners), epoch, 0)
             assert len(labels) < 3
             assert 4 not in labels  # of the whole a crop holds 6 %
             low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
@@ -101,12 +101,12 @@ class TestAugmentation:
             assert (high < 1 + 1e-6).all()
 
     def test_crowds_and_nothing(self):
-        picture = torch.zeros(3, 64, 64, dtype=torch.uint8)
+        image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         augmentation = BoxAugmentation(64, crop_scale=(0.9, 1.0))
         objects = objects_of([[5, 5, 50, 50], [9, 9, 40, 40]], crowds=[True, False])
-        _, boxes, labels = augmentation(picture, objects, 0, 0)
+        _, boxes, labels = augmentation(image, objects, 0, 0)
         assert (boxes.shape, labels.tolist()) == ((1, 4), [1])
-        crop, boxes, labels = augmentation(picture, objects_of([]), 0, 0)
+        crop, boxes, labels = augmentation(image, objects_of([]), 0, 0)
         assert (crop.shape, boxes.shape, labels.shape) == ((3, 64, 64), (0, 4), (0,))
 
     def test_presets(self):
@@ -130,7 +130,7 @@ class TestSamples:
         assert (images.shape, images.dtype) == ((3, 3, 64, 64), torch.float32)
         assert objects[1]["boxes"] is batch.boxes[1]
 
-    def test_broken_pictures(self, folder):
+    def test_broken_images(self, folder):
         damage(folder / "images" / "01.png")
         with pytest.raises(BrokenImageError, match=r"01\.png"):
             self.samples(folder)[(0, 1)]
@@ -263,7 +263,7 @@ class TestTraining:
         )
         assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6) for name in first)
 
-    def test_broken_pictures(self, folder, tmp_path):
+    def test_broken_images(self, folder, tmp_path):
         damage(folder / "images" / "04.png")
         with pytest.raises(BrokenImageError, match=r"04\.png"):
             fit(folder, tmp_path / "out")
@@ -281,7 +281,7 @@ class TestTraining:
 
 
 class TestEvaluator:
-    def test_processes_without_pictures(self, folder):
+    def test_processes_without_images(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
         evaluator = BoxEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
         assert evaluator.add(detector, []) == []

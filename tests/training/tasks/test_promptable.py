@@ -94,10 +94,10 @@ class TestPrompting:
                 assert mask[rows, columns].all()
         assert (asked.points.shape, masks.shape[1:]) == ((3, 4, 2), (64, 64))
 
-    def test_masks_follow_the_picture(self):
-        picture = self.masks().any(0).expand(3, -1, -1).to(torch.uint8) * 255
+    def test_masks_follow_the_image(self):
+        image = self.masks().any(0).expand(3, -1, -1).to(torch.uint8) * 255
         for changes in (WHOLE, {"color_jitter": 0.0}):
-            crop, masks, _ = PromptAugmentation(64, seed=2, **changes).sample(picture, self.masks(), 0, 3)
+            crop, masks, _ = PromptAugmentation(64, seed=2, **changes).sample(image, self.masks(), 0, 3)
             assert ((crop[0] > 127) == masks.any(0)).float().mean() > 0.97
 
     def test_whole_photos_are_what_inference_sees(self):
@@ -124,11 +124,11 @@ class TestPrompting:
         assert (moved[..., 2:] > moved[..., :2]).all()
 
     def test_shares_of_kinds(self):
-        counts = torch.cat([self.draw(index, prompting=Prompting(box_share=0.6))[2].counts for index in range(80)])
+        counts = torch.cat([self.draw(index, prompting=Prompting(box_fraction=0.6))[2].counts for index in range(80)])
         assert sorted(set(counts.tolist())) == [0, 1, 3]
         assert (counts == 0).float().mean() == pytest.approx(0.6, abs=0.1)
         for share, wanted in ((0.0, {2}), (1.0, {0})):
-            asked = Prompting(box_share=share, points=(2,))
+            asked = Prompting(box_fraction=share, points=(2,))
             assert set(self.draw(prompting=asked)[2].counts.tolist()) == wanted
 
     def test_some_of_many_instances(self):
@@ -147,16 +147,16 @@ class TestPrompting:
             assert not torch.equal(first[2].boxes, other[2].boxes)
 
     @pytest.mark.parametrize(
-        "wrong", [{"instances": 0}, {"box_share": 1.5}, {"points": ()}, {"points": (0,)}, {"jitter": -1.0}]
+        "wrong", [{"instances": 0}, {"box_fraction": 1.5}, {"points": ()}, {"points": (0,)}, {"jitter": -1.0}]
     )
     def test_exceptions(self, wrong):
         with pytest.raises(ValueError, match="Prompting needs"):
             Prompting(**wrong)
 
     def test_described(self):
-        described = PromptAugmentation(64, prompting=Prompting(box_share=0.25)).describe()
+        described = PromptAugmentation(64, prompting=Prompting(box_fraction=0.25)).describe()
         assert json.loads(json.dumps(described))["prompting"] == described["prompting"]
-        assert (described["kind"], described["prompting"]["box_share"]) == ("prompts", 0.25)
+        assert (described["kind"], described["prompting"]["box_fraction"]) == ("prompts", 0.25)
 
 
 class TestSamples:
@@ -414,7 +414,7 @@ class TestTraining:
         few, model = images.sample(4), make_sam()
         before = evaluate(copy.deepcopy(model).eval(), few)
         recipe = replace(RECIPE, epochs=2, warmup_epochs=0.2, base_lr=0.25, clip_norm=0.5, changes=WHOLE)
-        samples = samples_of(data, prompting=Prompting(box_share=1.0, jitter=0.0), **WHOLE)
+        samples = samples_of(data, prompting=Prompting(box_fraction=1.0, jitter=0.0), **WHOLE)
         result = fit(data, tmp_path / "out", recipe, model=model, samples=samples, focal=2.0, log_every=10)
         found = evaluate(MobileSAM.from_config(pretrained=result.last), few)
         assert before["box_iou"] < 45
@@ -467,7 +467,7 @@ class TestTraining:
         one, two = (losses(tmp_path / size) for size in ("4", "2"))
         assert one == pytest.approx(two, rel=1e-4)
 
-    def test_broken_pictures(self, folder, tmp_path):
+    def test_broken_images(self, folder, tmp_path):
         damage(folder / "masks" / "02.png")
         val = make_instances(tmp_path / "val", 2, seed=20)
         damage(val / "images" / "01.png")

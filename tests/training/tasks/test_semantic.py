@@ -1,4 +1,4 @@
-"""Training segmenters: pictures and masks change together, unlabelled pixels have no say, and it learns and goes on."""
+"""Training segmenters: images and masks change together, unlabelled pixels have no say, and it learns and goes on."""
 
 from __future__ import annotations
 
@@ -68,30 +68,30 @@ def assert_same_run(out, other):
 
 class TestAugmentation:
     def scene(self):
-        """A picture whose colour tells the class of each pixel, so that the mask can be read from it."""
+        """An image whose colour tells the class of each pixel, so that the mask can be read from it."""
         y, x = torch.meshgrid(torch.arange(50), torch.arange(70), indexing="ij")
         mask = (x > 30).long() + (y > 28).long() * 2
         return (mask * 60 + 30).to(torch.uint8).expand(3, 50, 70), mask
 
     @pytest.mark.parametrize("size", [24, 32, 64])
-    def test_masks_follow_pictures(self, size):
-        picture, mask = self.scene()
+    def test_masks_follow_images(self, size):
+        image, mask = self.scene()
         augment = MaskAugmentation(size, seed=3, color_jitter=0.0)
         seen = set()
         for index in range(40):
-            crop, moved = augment(picture, mask, 0, index)
+            crop, moved = augment(image, mask, 0, index)
             assert (crop.shape, moved.shape) == ((3, size, size), (size, size))
             told = ((crop[0].float() - 30) / 60).round().long()
-            assert (told == moved).float().mean() > 1 - 2.5 / size  # but at edges, where the picture is blended
+            assert (told == moved).float().mean() > 1 - 2.5 / size  # but at edges, where the image is blended
             seen.add(bool(moved[:, 0].float().mean() > moved[:, -1].float().mean()))
         assert len(seen) == 2  # some are mirrored
 
     @pytest.mark.parametrize("flip", [0.0, 1.0])
     def test_flip(self, flip):
-        picture, mask = self.scene()
+        image, mask = self.scene()
         augment = MaskAugmentation(50, crop_scale=(0.7, 1.0), color_jitter=0.0, flip=flip)
         for index in range(10):
-            crop, moved = augment(picture, mask, 0, index)
+            crop, moved = augment(image, mask, 0, index)
             left, right = (moved[0, column] < moved[0, -1 - column] for column in (0, -1))
             assert (bool(left), bool(right)) == ((False, True) if flip else (True, False))
             assert bool(crop[0, 0, 0] < crop[0, 0, -1]) == (not flip)
@@ -104,24 +104,24 @@ class TestAugmentation:
             assert set(moved.unique().tolist()) == {-100, 154}
 
     def test_colours_change_and_masks_do_not(self):
-        picture, mask = self.scene()
+        image, mask = self.scene()
         plain, coloured = (MaskAugmentation(40, seed=2, color_jitter=each) for each in (0.0, 0.5))
-        (one, first), (other, second) = (each(picture, mask, 1, 4) for each in (plain, coloured))
+        (one, first), (other, second) = (each(image, mask, 1, 4) for each in (plain, coloured))
         assert torch.equal(first, second)
         assert (one.float() - other.float()).abs().mean() > 5
 
     def test_replayed(self):
-        picture, mask = self.scene()
+        image, mask = self.scene()
         torch.manual_seed(5)
         state = torch.get_rng_state()
-        first = MaskAugmentation(32, seed=1)(picture, mask, 3, 7)
+        first = MaskAugmentation(32, seed=1)(image, mask, 3, 7)
         assert torch.equal(torch.get_rng_state(), state)
         torch.rand(3)
         augment = MaskAugmentation(32, seed=1)
-        augment(picture, mask, 0, 0)
-        assert all(torch.equal(*pair) for pair in zip(first, augment(picture, mask, 3, 7), strict=True))
-        for other in (augment(picture, mask, 4, 7), augment(picture, mask, 3, 8),
-                      MaskAugmentation(32, seed=2)(picture, mask, 3, 7)):  # fmt: skip
+        augment(image, mask, 0, 0)
+        assert all(torch.equal(*pair) for pair in zip(first, augment(image, mask, 3, 7), strict=True))
+        for other in (augment(image, mask, 4, 7), augment(image, mask, 3, 8),
+                      MaskAugmentation(32, seed=2)(image, mask, 3, 7)):  # fmt: skip
             assert not torch.equal(first[0], other[0])
 
     @pytest.mark.parametrize("preset", ["in1k", "small"])
@@ -197,7 +197,7 @@ class TestPixelLabels:
     def test_balanced_weights(self, folder):
         images = SegmentationDataset.open(folder)
         counts = torch.stack([mask[mask >= 0].bincount(minlength=3) for _, mask in images]).double()
-        frequency = counts.sum(0) / counts.sum()  # all pictures show all classes
+        frequency = counts.sum(0) / counts.sum()  # all images show all classes
         found = balanced_weights(images, 1.0)
         assert (found.double() * frequency).tolist() == pytest.approx([frequency.median().item()] * 3)
         assert torch.allclose(balanced_weights(images), found.sqrt())
@@ -205,7 +205,7 @@ class TestPixelLabels:
 
 
 class TestTraining:
-    def test_it_learns_two_pictures(self, tmp_path):
+    def test_it_learns_two_images(self, tmp_path):
         data = make_scenes(tmp_path / "data", 2)
         recipe = replace(
             RECIPE, epochs=80, base_lr=1.5, img_size=64, changes={"crop_scale": (0.8, 1.0), "color_jitter": 0.0}
@@ -253,7 +253,7 @@ class TestTraining:
         one, two = (losses(tmp_path / size) for size in ("4", "2"))
         assert one == pytest.approx(two, rel=1e-4)
 
-    def test_broken_pictures(self, folder, tmp_path):
+    def test_broken_images(self, folder, tmp_path):
         damage(folder / "masks" / "02.png")
         with pytest.raises(BrokenImageError, match=r"02\.png"):
             fit(folder, tmp_path / "stopped")
