@@ -99,7 +99,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     images = (
-        InstanceDataset.open(args.images, min_area=args.min_area, instances=args.instances)
+        InstanceDataset.open(args.photos, min_area=args.min_area, instances=args.instances)
         .with_instances()
         .sample(args.images)
     )

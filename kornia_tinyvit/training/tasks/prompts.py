@@ -92,8 +92,8 @@ class Prompting:
         fits = self.instances >= 1 and 0 <= self.box_fraction <= 1 and min(self.jitter, self.max_jitter) >= 0
         if not fits or not self.points or min(self.points) < 1:
             raise ValueError(
-                "Prompting needs instances >= 1, box_fraction in [0, 1], numbers of points from 1 up and a jitter that is "
-                f"not negative; got {self}."
+                "Prompting needs instances >= 1, box_fraction in [0, 1], points >= 1 and jitter >= 0; "
+                f"got {self}."
             )
 
 
