@@ -6,7 +6,7 @@
 networks    each engine and type at 224, batch 1 and 16
 mobile_sam  MobileSAM's encoder at 1024
 photos      from file to label over 1000 JPEG photos (--photos; fewer are repeated)
-accuracy    of the network in the package on labelled images (--data)
+accuracy    of the network in the package on labeled images (--data)
 
 The rows of a group run in turn in one process, with the memory allocator as it comes and tuned (see
 docs/guides/allocator.rst); medians are told. "over ours" is the time over that of ours in the same engine and type,
@@ -98,7 +98,7 @@ def make(row: tuple[str, str, str], variant: str, images: Tensor, calibration: l
 
 
 def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, calibration: list[Tensor]) -> Run:
-    """Export as a user of torch.onnx does, with a free batch, and run it with the settings and quantisers of ours."""
+    """Export as a user of torch.onnx does, with a free batch, and run it with the settings and quantizers of ours."""
     two = torch.cat([images, images])[:2]
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.onnx.export(model, (two,), dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
@@ -150,7 +150,7 @@ def measure_networks(task: dict) -> dict:
 
 
 def decode_kornia(path: Path) -> Tensor:
-    """Decode with kornia-rs (libjpeg-turbo), which leaves grey photos grey; those are rare, and Pillow's."""
+    """Decode with kornia-rs (libjpeg-turbo), which leaves gray photos gray; those are rare, and Pillow's."""
     import kornia_rs.io
 
     pixels = torch.from_numpy(kornia_rs.io.read_image_jpegturbo(str(path)))
@@ -247,7 +247,7 @@ def absent(engine: str, dtype: str) -> str | None:
 
 
 def measure_accuracy(task: dict) -> dict:
-    """Judge each engine and type of the network in the package by labelled images."""
+    """Judge each engine and type of the network in the package by labeled images."""
     classifier = ImageClassifier.from_config("1m", pretrained="cifar10").eval()
     model, found = classifier.model, read_images(classifier, task["data"], task["limit"])
     batches = list(zip(found.images.split(50), found.labels.split(50), strict=True))
@@ -344,7 +344,7 @@ def main() -> None:
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
     parser.add_argument("--variants", default="5m", help="for the networks, with commas between them")
     parser.add_argument("--photos", help="folder of JPEG photos")
-    parser.add_argument("--data", help="labelled images of CIFAR-10's classes, as 'evaluate' takes them")
+    parser.add_argument("--data", help="labeled images of CIFAR-10's classes, as 'evaluate' takes them")
     parser.add_argument("--quick", action="store_true", help="few repetitions and images")
     parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="both")
     parser.add_argument("--threads", type=int, default=2)

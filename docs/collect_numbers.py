@@ -139,7 +139,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             f"{OUTPUTS}/evaluate_more.txt",
             (
                 ("its expected calibration error", "{} %", f"calibration error {N} %"),
-                ("nearest neighbours on its features", "top-1 {} %", f"nearest neighbours[^\n]*top-1 {N} %"),
+                ("nearest neighbors on its features", "top-1 {} %", f"nearest neighbors[^\n]*top-1 {N} %"),
                 ("a linear classifier on its features", "top-1 {} %", f"linear classifier[^\n]*top-1 {N} %"),
             ),
         ),

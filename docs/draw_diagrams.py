@@ -187,7 +187,7 @@ def draw_mobile_sam(config: TinyViTConfig) -> Diagram:
     cells, low = side // STRIDE, side // 4
     diagram.heading("Once for a photo")
     diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
-    diagram.step("Resize, normalise, pad", f"the longer side becomes {side} pixels", shape=size(config.in_chans, side))
+    diagram.step("Resize, normalize, pad", f"the longer side becomes {side} pixels", shape=size(config.in_chans, side))
     diagram.step(
         "TinyViT 5m",
         "the last merging keeps the size of the map",
@@ -217,7 +217,7 @@ def draw_detector(config: DetectorConfig) -> Diagram:
     sides = [backbone.img_size // stride for stride in strides]
     diagram = Diagram("The detector: from a photo to boxes")
     diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
-    diagram.step("Resize to a square, normalise", shape=size(backbone.in_chans, backbone.img_size))
+    diagram.step("Resize to a square, normalize", shape=size(backbone.in_chans, backbone.img_size))
     diagram.step(
         "TinyViT 5m",
         f"maps of the stages 2, 3 and 4: strides {strides[0]}, {strides[1]}, {strides[2]}",
@@ -254,7 +254,7 @@ def draw_segmenter(config: SegmenterConfig) -> Diagram:
     diagram = Diagram("The semantic segmenter: from an image to a class for each pixel")
     diagram.step("Image", shape=size(backbone.in_chans, backbone.img_size))
     diagram.step(
-        "Normalise, TinyViT 5m",
+        "Normalize, TinyViT 5m",
         "maps of the four stages",
         shape="\n".join(size(c, side) for c, side in zip(backbone.embed_dims, sides, strict=True)),
         color=ATTENTION,

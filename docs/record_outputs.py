@@ -4,7 +4,7 @@
 
 FOLDER holds `test.parquet` and `train.parquet` with CIFAR-10's images in the Hugging Face layout; without it, the
 accuracies that are shown stay as they were. The sheet of the cat becomes the image of the model's page, in 256
-colours. The table of the recipes is written from the code, those of the numbers from what was recorded
+colors. The table of the recipes is written from the code, those of the numbers from what was recorded
 (`collect_numbers.py`). With names, only those outputs are written; each of `distill_check` and `distill_train` needs
 `distill_save` before it.
 """
@@ -115,7 +115,7 @@ def write_mobile_sam(path: Path) -> None:
 
 
 def write_small(sheet: Image.Image, path: Path) -> None:
-    """Write an image in 256 colours, a third of the bytes."""
+    """Write an image in 256 colors, a third of the bytes."""
     sheet.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 

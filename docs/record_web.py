@@ -23,7 +23,7 @@ COMMAND = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0
 
 
 def photograph(page: Page) -> bytes:
-    """Turn the cat and take its colour away, and wait until the page shows it."""
+    """Turn the cat and take its color away, and wait until the page shows it."""
     page.locator("#labels").filter(has_text="cat").wait_for()
     page.get_by_role("tab", name="Augment").click()
     shown = "#scores tbody"
@@ -48,7 +48,7 @@ def main() -> None:
             taken = photograph(page)
             browser.close()
         process.terminate()
-    # 256 colours are a quarter of the file.
+    # 256 colors are a quarter of the file.
     Image.open(io.BytesIO(taken)).convert("RGB").quantize(256).save(IMAGE, optimize=True)
 
 

@@ -1,11 +1,11 @@
-"""Attack a photo through the whole classifier: gradients reach the pixels, past resizing and normalisation.
+"""Attack a photo through the whole classifier: gradients reach the pixels, past resizing and normalization.
 
     python examples/adversarial.py [PHOTO] --epsilon 4 --target dog --out attack
 
 Projected gradient descent (Madry et al., arXiv:1706.06083) changes no channel of a pixel by more than epsilon of 255
 levels, either away from the photo's class or towards `--target`. The result is rounded to 8 bits before it is judged,
 since that is what a file can hold. Written are `attacked.png`, and `sheet.png` with, from left to right, the photo, its
-saliency, the perturbation (grey is none), the attacked photo and its saliency. An attack that fails says so.
+saliency, the perturbation (gray is none), the attacked photo and its saliency. An attack that fails says so.
 """
 
 from __future__ import annotations

@@ -2,9 +2,9 @@
 
     python examples/augment_and_classify.py [PHOTO ...] --out augmented.png
 
-Augmentation, resizing, normalisation and network are one `nn.Sequential` of tensors on one device, CUDA where there is
+Augmentation, resizing, normalization and network are one `nn.Sequential` of tensors on one device, CUDA where there is
 one, so an image never goes back to the CPU in between. Each photo is classified as it is and in changed copies. The
-contact sheet has a row a photo: the photo framed grey, then its copies, green where the answer stayed and red where
+contact sheet has a row a photo: the photo framed gray, then its copies, green where the answer stayed and red where
 it changed.
 """
 
@@ -42,7 +42,7 @@ def build_augmentations(size: int) -> nn.Module:
 
 
 def frame(image: Tensor, color: tuple[float, float, float], width: int = 4) -> Tensor:
-    """Return an image (3, H, W) inside a border of one colour."""
+    """Return an image (3, H, W) inside a border of one color."""
     _, height, length = image.shape
     framed = image.new_tensor(color).view(3, 1, 1).repeat(1, height + 2 * width, length + 2 * width)
     framed[:, width:-width, width:-width] = image

@@ -50,7 +50,7 @@ class PyramidBackbone(nn.Module):
         self.pyramid = FeaturePyramidNetwork(list(network.feature_channels), out_channels, LastLevelMaxPool())
 
     def forward(self, images: Tensor) -> dict[str, Tensor]:
-        """Turn normalised images (B, 3, H, W) into maps (B, C, H/s, W/s) for s = 4, 8, 16, 32 and 64."""
+        """Turn normalized images (B, 3, H, W) into maps (B, C, H/s, W/s) for s = 4, 8, 16, 32 and 64."""
         maps = self.network.forward_intermediates(images)
         return self.pyramid(OrderedDict((str(stage), each) for stage, each in enumerate(maps)))
 

@@ -35,7 +35,7 @@ FROZEN_BLOCKS = 4  # of 21, with the stem: a quarter of a step's time is theirs,
 
 
 class Teacher(nn.Module):
-    """EfficientNet-Lite2 behind the input of its students: images of any size, normalised as ImageNet's."""
+    """EfficientNet-Lite2 behind the input of its students: images of any size, normalized as ImageNet's."""
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
@@ -49,7 +49,7 @@ class Teacher(nn.Module):
         self.to(memory_format=torch.channels_last)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images (B, 3, H, W), normalised with ImageNet's statistics, to logits (B, 10)."""
+        """Map images (B, 3, H, W), normalized with ImageNet's statistics, to logits (B, 10)."""
         images = F.interpolate(images, (IMG_SIZE, IMG_SIZE), mode="bicubic", antialias=True)
         std, mean = torch.tensor(IMAGENET_STD), torch.tensor(IMAGENET_MEAN)
         # From (p - mean) / std to (p - 127/255) / (128/255), what its authors trained it with.

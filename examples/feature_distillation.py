@@ -68,7 +68,7 @@ class Photos:
         return hashlib.sha256(told.encode()).hexdigest()[:16]
 
     def squares(self, side: int) -> Tensor:
-        """Return all photos as the networks take them in the test: the middle square, normalised, (N, 3, S, S)."""
+        """Return all photos as the networks take them in the test: the middle square, normalized, (N, 3, S, S)."""
         prepare = EvaluationPipeline(side)
         return torch.cat([prepare(read_image(file)[None]) for file in self.files])
 
@@ -77,7 +77,7 @@ class DenseTeacher(nn.Module):
     """Stands in for SAM's image encoder: a stage of the network in the package as maps (B, 256, H/16, W/16).
 
     Each channel of the stage is brought to mean 0 and deviation 1 over the training photos, the channels are turned
-    into 256 by a fixed random matrix with orthonormal columns, which keeps all angles, and every cell is normalised
+    into 256 by a fixed random matrix with orthonormal columns, which keeps all angles, and every cell is normalized
     over its channels, as at the end of SAM's encoder.
 
     Attributes:
@@ -100,14 +100,14 @@ class DenseTeacher(nn.Module):
         self.eval()
 
     def maps(self, images: Tensor) -> Tensor:
-        """Return the stage's maps of normalised images (B, 3, H, W), averaged to the student's cells."""
+        """Return the stage's maps of normalized images (B, 3, H, W), averaged to the student's cells."""
         self.asked += len(images)
         cells = tuple(side // STRIDE for side in images.shape[-2:])
         images = F.interpolate(images, scale_factor=ZOOM, mode="bicubic")
         return F.adaptive_avg_pool2d(self.network.forward_intermediates(images)[STAGE], cells)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map normalised images (B, 3, H, W) to features (B, 256, H/16, W/16)."""
+        """Map normalized images (B, 3, H, W) to features (B, 256, H/16, W/16)."""
         maps = F.conv2d((self.maps(images) - self.mean) / self.deviation, self.projection)
         return F.layer_norm(maps.movedim(1, -1), (CHANNELS,)).movedim(-1, 1)
 
@@ -150,7 +150,7 @@ def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: i
 
 @torch.inference_mode()
 def features(network: nn.Module, images: Tensor, device: str) -> Tensor:
-    """Return a network's maps of normalised images, in evaluation mode."""
+    """Return a network's maps of normalized images, in evaluation mode."""
     network = network.to(device).eval()
     return torch.cat([network(part.to(device)).cpu() for part in images.split(32)])
 
@@ -172,9 +172,9 @@ def draw(path: Path, images: Tensor, teacher: Tensor, student: Tensor, side: int
     """Write a PNG with a row for each photo: the photo, the teacher's features, the student's."""
     prepare = EvaluationPipeline(images.shape[-1])
     photos = denormalize(images, prepare.mean, prepare.std).clamp(0, 1)
-    # In one batch, so that the same colour is the same direction for both.
+    # In one batch, so that the same color is the same direction for both.
     colors = feature_colors(torch.cat([teacher, student])).chunk(2)
-    # Nearest neighbours show the cells as they are.
+    # Nearest neighbors show the cells as they are.
     tiles = [F.interpolate(tile, (side, side), mode="nearest") for tile in (photos, *colors)]
     sheet = make_grid(torch.stack(tiles, 1).flatten(0, 1), n_row=3, padding=6)
     path.parent.mkdir(parents=True, exist_ok=True)

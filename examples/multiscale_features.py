@@ -5,7 +5,7 @@
 Detectors and segmenters read a backbone at several strides. `forward_intermediates` returns one map a stage, and
 `feature_channels` and `feature_strides` say what to build on them; here a feature pyramid (Lin et al.,
 arXiv:1612.03144) whose weights are random, since only its shapes and gradients are shown. For each size a PNG is
-written with the photo and the stages' strongest components as colours.
+written with the photo and the stages' strongest components as colors.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def main() -> None:
         print(f"  gradients reach {sum(touched)} of {len(touched)} weights of the stages")
         backbone.zero_grad()
 
-        # Nearest neighbours show the cells as they are; small images are enlarged to be looked at.
+        # Nearest neighbors show the cells as they are; small images are enlarged to be looked at.
         zoom = max(1, 256 // height)
         tiles = [image, *(feature_colors(features) for features in maps)]
         tiles = [F.interpolate(tile, (zoom * height, zoom * width), mode="nearest") for tile in tiles]

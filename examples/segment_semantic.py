@@ -5,7 +5,7 @@
 DATA is a YAML file that names the folders of images and masks of `train` and `val` and what the ids in the masks
 mean, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`: killed
 and started again it goes on. Then it measures the images it was trained on and all those of `val`, and draws some of
-both: photo, truth, prediction and the names of the colours.
+both: photo, truth, prediction and the names of the colors.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ class TinyViTEncoder(nn.Module):
         self.out_channels = (backbone.config.in_chans, 0, *backbone.feature_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map normalised images (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
+        """Map normalized images (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
         batch, _, height, width = x.shape
         nothing = x.new_empty(batch, 0, (height + 1) // 2, (width + 1) // 2)
         return [x, nothing, *self.backbone.forward_intermediates(x)]
@@ -90,7 +90,7 @@ class Unet(nn.Module):
         self.segmentation_head = nn.Conv2d(channels, classes, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map normalised images (B, 3, H, W) to logits (B, K, H, W)."""
+        """Map normalized images (B, 3, H, W) to logits (B, K, H, W)."""
         return self.segmentation_head(self.decoder(self.encoder(x)))
 
 
@@ -101,7 +101,7 @@ def conv(before: int, after: int) -> nn.Sequential:
 
 
 def load(images: SegmentationDataset, size: int) -> tuple[Tensor, Tensor]:
-    """Return all images, normalised, and their masks, squeezed into squares."""
+    """Return all images, normalized, and their masks, squeezed into squares."""
     photos, masks = [], []
     for photo, mask in images:
         photos.append(F.interpolate(photo[None], (size, size), mode="bilinear", antialias=True))

@@ -136,7 +136,7 @@ class Squares(nn.Module):
 class TinyViTDetector(BackboneNetwork):
     """RT-DETR (arXiv:2304.08069), kornia's, on the maps of a :class:`~kornia_tinyvit.TinyViT` at strides 8, 16 and 32.
 
-    It takes images in [0, 1] of any size, shows them as squares to the network and normalises them itself, so it
+    It takes images in [0, 1] of any size, shows them as squares to the network and normalizes them itself, so it
     stands behind kornia's augmentations, and gradients reach the pixels. The backbone's norm, which its maps do
     without, is frozen. kornia's classes infer only: training happens in transformers' RT-DETR, which has the same
     weights; see :mod:`kornia_tinyvit.huggingface.rt_detr`.
@@ -174,7 +174,7 @@ class TinyViTDetector(BackboneNetwork):
         self, backbone: TinyViT, *, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__(backbone, num_classes=num_classes, class_names=class_names, **options)
-        _initialise(self.decoder)
+        _initialize(self.decoder)
         self.squares = Squares(backbone.config.img_size)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
@@ -185,7 +185,7 @@ class TinyViTDetector(BackboneNetwork):
                 the device of the network.
 
         Returns:
-            Logits :math:`(B, Q, K)`, whose sigmoid is the confidence, and boxes :math:`(B, Q, 4)`: centre, width and
+            Logits :math:`(B, Q, K)`, whose sigmoid is the confidence, and boxes :math:`(B, Q, 4)`: center, width and
             height as shares of the image's sides.
 
         Raises:
@@ -263,7 +263,7 @@ class TinyViTDetector(BackboneNetwork):
 
 
 @torch.no_grad()
-def _initialise(head: RTDETRHead) -> None:
+def _initialize(head: RTDETRHead) -> None:
     """Give a head first weights as RT-DETR's authors do (lyuwenyu/RT-DETR, ``rtdetr_decoder.py``).
 
     kornia's class has torch's everywhere. Scores begin low, since nearly all queries show nothing (the prior of
@@ -279,10 +279,10 @@ def _initialise(head: RTDETRHead) -> None:
         nn.init.zeros_(corners.layers[-1].bias)
     for module in head.modules():
         if isinstance(module, MultiScaleDeformableAttention):
-            _initialise_attention(module)
+            _initialize_attention(module)
 
 
-def _initialise_attention(attention: MultiScaleDeformableAttention) -> None:
+def _initialize_attention(attention: MultiScaleDeformableAttention) -> None:
     angles = torch.arange(attention.num_heads) * (2 * math.pi / attention.num_heads)
     ring = torch.stack([angles.cos(), angles.sin()], -1)
     ring = ring / ring.abs().max(-1, keepdim=True)[0]

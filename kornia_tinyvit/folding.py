@@ -62,14 +62,14 @@ def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[nn.LayerNorm
 def fold_normalization(
     conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], levels: float
 ) -> tuple[nn.Conv2d, Tensor]:
-    """Return the first convolution for images that are not normalised yet, and what to subtract from them.
+    """Return the first convolution for images that are not normalized yet, and what to subtract from them.
 
     The deviations go into the weights. The mean is still subtracted, in the pass over the pixels that a conversion
-    from integers takes anyway, because then the zeros that pad the map mean what they meant before: the mean colour.
+    from integers takes anyway, because then the zeros that pad the map mean what they meant before: the mean color.
     In the bias it would be wrong along the edges, and in bfloat16 large terms would cancel.
 
     Args:
-        conv: a convolution of normalised images.
+        conv: a convolution of normalized images.
         mean: channel means, for values in [0, 1].
         std: channel deviations.
         levels: the largest value of a pixel: 1 for floats in [0, 1], 255 for uint8.
@@ -113,7 +113,7 @@ def fold_key_and_value_biases(
 class FoldedAttention(nn.Module):
     r"""Window attention over the tokens of a whole map, with everything constant folded away.
 
-    Only real tokens are normalised and projected. What fills the last windows of a map that they do not divide are
+    Only real tokens are normalized and projected. What fills the last windows of a map that they do not divide are
     zeros behind the projections: a padded token of the original is a zero vector, its key and value are the biases of
     the projections, and those are folded away.
 

@@ -65,7 +65,7 @@ def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
 
     Args:
         path: the file, or an open one.
-        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        channels: 1 for gray, 3 for color, 4 for color and opacity.
 
     Returns:
         The image :math:`(C, H, W)`, float32 in [0, 1].
@@ -82,7 +82,7 @@ def read_pixels(path: str | Path | BinaryIO, channels: int = 3, max_pixels: int 
 
     Args:
         path: the file, or an open one.
-        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        channels: 1 for gray, 3 for color, 4 for color and opacity.
         max_pixels: refuse an image of more pixels before it is decoded; a small file may hold a very large one.
 
     Returns:
@@ -118,7 +118,7 @@ def to_image(image: Image.Image, channels: int = 3) -> Tensor:
 
     Args:
         image: the image, in any mode.
-        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        channels: 1 for gray, 3 for color, 4 for color and opacity.
 
     Raises:
         ValueError: if there is no mode of that many channels.
@@ -131,7 +131,7 @@ def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
 
     Args:
         image: the image, in any mode.
-        channels: 1 for grey, 3 for colour, 4 for colour and opacity.
+        channels: 1 for gray, 3 for color, 4 for color and opacity.
 
     Raises:
         ValueError: if there is no mode of that many channels.

@@ -23,9 +23,9 @@ TORCH_2_7 = hasattr(_CONFIG, "backed_size_oblivious")
 
 
 class ConvBN(nn.Module):
-    """A convolution without bias followed by batch normalisation.
+    """A convolution without bias followed by batch normalization.
 
-    While the normalisation uses its running statistics (evaluation, or frozen statistics in training) both are one
+    While the normalization uses its running statistics (evaluation, or frozen statistics in training) both are one
     affine map, so they run as one convolution whose weights are folded at every call: exact, differentiable, and with
     nothing kept that a later change of the weights could leave behind. Hooks on ``c`` and ``bn`` therefore fire in
     training only.
@@ -184,7 +184,7 @@ class Attention(nn.Module):
 
 
 class Mlp(nn.Module):
-    """Layer normalisation, a linear layer, the activation, and a linear layer back.
+    """Layer normalization, a linear layer, the activation, and a linear layer back.
 
     Args:
         dim: channels of the tokens.
@@ -225,7 +225,7 @@ def _any_number_of_windows() -> AbstractContextManager[None]:
 
 
 class TinyViTBlock(nn.Module):
-    """Window attention, a depthwise convolution that lets neighbouring windows talk, and an MLP.
+    """Window attention, a depthwise convolution that lets neighboring windows talk, and an MLP.
 
     Args:
         dim: channels of the map.

@@ -74,7 +74,7 @@ class Stage(nn.Module):
 class TinyViT(nn.Module):
     """TinyViT (arXiv:2207.10666): a convolutional stage, then three stages of window attention.
 
-    The network takes normalised images of any height and width from 32 pixels up and is differentiable from the
+    The network takes normalized images of any height and width from 32 pixels up and is differentiable from the
     pixels to the logits. Its ``state_dict`` has the names and shapes of the official release, which are also those of
     ``kornia.models.tiny_vit.TinyViT``. :meth:`from_config` builds the published variants; the arguments here are those
     of :class:`TinyViTConfig`, in kornia's order.
@@ -214,11 +214,11 @@ class TinyViT(nn.Module):
         r"""Classify images, or embed them for MobileSAM.
 
         Args:
-            x: normalised images :math:`(B, C_{in}, H, W)`, floating point, :math:`H, W \ge 32`; for the published
-                weights, values in [0, 1] normalised with ImageNet's mean and standard deviation.
+            x: normalized images :math:`(B, C_{in}, H, W)`, floating point, :math:`H, W \ge 32`; for the published
+                weights, values in [0, 1] normalized with ImageNet's mean and standard deviation.
 
         Returns:
-            Logits :math:`(B, classes)`; without a head (``num_classes=0``) the normalised pooled features
+            Logits :math:`(B, classes)`; without a head (``num_classes=0``) the normalized pooled features
             :math:`(B, C)`; with ``mobile_sam=True`` the embedding :math:`(B, 256, H/16, W/16)`.
 
         Raises:
@@ -258,7 +258,7 @@ class TinyViT(nn.Module):
 
         Args:
             features: map :math:`(B, C, H, W)`.
-            pre_logits: return the normalised pooled features :math:`(B, C)` instead of the logits.
+            pre_logits: return the normalized pooled features :math:`(B, C)` instead of the logits.
         """
         pooled = self.norm_head(features.mean((2, 3)))
         return pooled if pre_logits else self.head(pooled)
@@ -335,7 +335,7 @@ class TinyViT(nn.Module):
         if not x.is_floating_point():
             raise TypeError(
                 f"TinyViT takes floating point images; got {x.dtype}. Convert them with x.float() / 255 and "
-                "normalise them, or use ImageClassifier, which does both."
+                "normalize them, or use ImageClassifier, which does both."
             )
         if x.ndim != 4 or x.shape[1] != self.config.in_chans:
             raise ValueError(
@@ -391,7 +391,7 @@ def _build_neck(dim: int) -> nn.Sequential:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialise linear layers as the official code does; torch's defaults already serve the others."""
+    """Initialize linear layers as the official code does; torch's defaults already serve the others."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

@@ -32,7 +32,7 @@ __all__ = [
     "resize_images",
 ]
 
-#: Channel means of ImageNet's images in [0, 1], which every published checkpoint is normalised with.
+#: Channel means of ImageNet's images in [0, 1], which every published checkpoint is normalized with.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 #: Channel deviations of ImageNet's images in [0, 1].
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -137,9 +137,9 @@ class Preprocessing:
 
 
 class EvaluationPipeline(nn.Module):
-    """Resize, crop and normalise images as a network is evaluated.
+    """Resize, crop and normalize images as a network is evaluated.
 
-    With a crop the short side is resized to ``img_size / crop_fraction`` and the centre is cropped; without one the
+    With a crop the short side is resized to ``img_size / crop_fraction`` and the center is cropped; without one the
     whole image is resized to the square. Bicubic and bilinear resizing are antialiased and agree with Pillow's
     within 1e-2.
 
@@ -184,7 +184,7 @@ class EvaluationPipeline(nn.Module):
         return cls(**vars(preprocessing))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images :math:`(B, C, H, W)` in [0, 1] to normalised ones :math:`(B, C, S, S)`.
+        """Map images :math:`(B, C, H, W)` in [0, 1] to normalized ones :math:`(B, C, S, S)`.
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
@@ -267,7 +267,7 @@ class TrainingPreset:
         flip: probability of a horizontal flip.
         policy: ``"rand"`` for RandAugment, ``"trivial"`` for TrivialAugment, or ``None``.
         color_jitter: strength of brightness, contrast and saturation changes.
-        erasing: probability of erasing a rectangle, which becomes the mean colour.
+        erasing: probability of erasing a rectangle, which becomes the mean color.
         mixup: parameter of mixup's Beta distribution; 0 leaves it out.
         cutmix: parameter of cutmix's Beta distribution; 0 leaves it out. With both, each batch draws one of them.
         mix_probability: probability that a batch (here) or a pair (in a replayed augmentation) is mixed at all.
@@ -288,7 +288,7 @@ class TrainingPreset:
 
 #: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
 #: milder, for images of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
-#: ``"semantic"`` is for images whose pixels are labelled, ``"promptable"`` for those with a mask for each object,
+#: ``"semantic"`` is for images whose pixels are labeled, ``"promptable"`` for those with a mask for each object,
 #: ``"detection"`` for those with boxes.
 TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
@@ -327,9 +327,9 @@ def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPres
 
 
 class TrainingPipeline(nn.Module):
-    """Augment and normalise a batch of images and turn its labels into soft targets.
+    """Augment and normalize a batch of images and turn its labels into soft targets.
 
-    Crop, flip, RandAugment or TrivialAugment, colour jitter, normalisation, erasing, and mixup or cutmix, all by
+    Crop, flip, RandAugment or TrivialAugment, color jitter, normalization, erasing, and mixup or cutmix, all by
     kornia, in this order and on the device of the images. RandAugment has kornia's magnitudes for ``n=2, m=9``.
 
     Args:
@@ -379,7 +379,7 @@ class TrainingPipeline(nn.Module):
             labels: class indices :math:`(B,)`.
 
         Returns:
-            Normalised images :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
+            Normalized images :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
             :func:`torch.nn.functional.cross_entropy`.
 
         Raises:

@@ -83,7 +83,7 @@ class MlpDecoder(nn.Module):
 class SemanticSegmenter(BackboneNetwork):
     """A :class:`~kornia_tinyvit.TinyViT` whose four stages say of each pixel which class it belongs to.
 
-    Like :class:`~kornia_tinyvit.ImageClassifier` it takes images in [0, 1] and normalises them itself, so it stands
+    Like :class:`~kornia_tinyvit.ImageClassifier` it takes images in [0, 1] and normalizes them itself, so it stands
     behind kornia's augmentations, and gradients reach the pixels. :meth:`forward` takes images at the size they have;
     :meth:`predict` looks at them at the size the network is meant for and answers at theirs. The backbone's norm, head
     and neck, which its stages do without, are frozen.

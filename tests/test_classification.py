@@ -77,7 +77,7 @@ class TestForward:
             with pytest.raises(ValueError, match="1, 3 or 4 channels, not 6; pass tensors instead"):
                 classifier.predict(PHOTOS)
 
-    def test_grey_images_come_from_colour_files(self):
+    def test_gray_images_come_from_color_files(self):
         torch.manual_seed(0)
         classifier = ImageClassifier(liven(TinyViT(**TINY, in_chans=1)))
         assert classifier.predict(PHOTOS[0]) == classifier.predict(read_image(PHOTOS[0], 1))

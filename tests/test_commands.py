@@ -22,7 +22,7 @@ from tests.test_documents import PAGES, ROOT, code_blocks
 OUTPUTS = ROOT / "docs" / "guides" / "outputs"
 
 with pytest.MonkeyPatch.context() as patched:
-    patched.syspath_prepend(str(ROOT / "docs"))  # as for a script, which may import its neighbours
+    patched.syspath_prepend(str(ROOT / "docs"))  # as for a script, which may import its neighbors
     RECORD = runpy.run_path(str(ROOT / "docs" / "record_outputs.py"))
 
 OTHER_PAGES = [ROOT / "CONTRIBUTING.md", ROOT / "RELEASE.md", ROOT / "examples" / "README.md"]

@@ -246,7 +246,7 @@ def test_mistakes_are_told(tmp_path, command, complaint):
 
 
 def write_parquet(path: Path, count: int, seed: int) -> None:
-    """Write images in CIFAR-10's layout whose colour tells the class."""
+    """Write images in CIFAR-10's layout whose color tells the class."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 

@@ -67,8 +67,8 @@ class TestReadImage:
         Image.fromarray(pixels).save(tmp_path / f"deep.{suffix}")
         image = read_image(tmp_path / f"deep.{suffix}", channels)
         assert image.shape == (channels, 6, 8)
-        grey = torch.from_numpy(pixels / 65535).float()
-        torch.testing.assert_close(image[:3], grey.expand(min(channels, 3), 6, 8))
+        gray = torch.from_numpy(pixels / 65535).float()
+        torch.testing.assert_close(image[:3], gray.expand(min(channels, 3), 6, 8))
         assert (image[3:] == 1).all()
 
     def test_channels(self, photo, tmp_path):
@@ -79,10 +79,10 @@ class TestReadImage:
         assert self.corners(image[:3]) == [self.RED, self.GREEN, self.BLUE, self.WHITE]
         assert torch.equal(read_image(tmp_path / "photo.png"), image[:3])
         weights = torch.tensor([0.299, 0.587, 0.114]).view(3, 1, 1)
-        grey = read_image(tmp_path / "photo.png", 1)
-        assert (grey - (image[:3] * weights).sum(0)).abs().max() < 1 / 255
+        gray = read_image(tmp_path / "photo.png", 1)
+        assert (gray - (image[:3] * weights).sum(0)).abs().max() < 1 / 255
 
-    def test_two_tones_and_transparent_grey(self):
+    def test_two_tones_and_transparent_gray(self):
         bits = Image.new("1", (4, 2), 1)
         assert torch.equal(to_image(bits), torch.ones(3, 2, 4))
         assert to_image(Image.new("LA", (4, 2), (51, 0)), 1).unique().tolist() == pytest.approx([0.2])

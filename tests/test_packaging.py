@@ -38,7 +38,7 @@ def build(what: str, source: Path, out: Path) -> Path:
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """The source distribution of this checkout, unpacked, and the wheel that is built from it."""
     if int(version("setuptools").split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77, which knows licence expressions: pip install -U setuptools")
+        pytest.skip("needs setuptools 77, which knows license expressions: pip install -U setuptools")
     folder = tmp_path_factory.mktemp("packaging")
     ignore = shutil.ignore_patterns(*UNPUBLISHED, ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, folder / "checkout", ignore=ignore)
@@ -57,11 +57,11 @@ def test_wheel_is_small_and_typed_and_whole(built):
     assert wheel.stat().st_size < 10e6
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        licences = [name for name in archive.namelist() if name.endswith("dist-info/licenses/LICENSE")]
+        licenses = [name for name in archive.namelist() if name.endswith("dist-info/licenses/LICENSE")]
     here = {path for path in PACKAGE.rglob("*") if path.is_file() and path.suffix not in (".pyc", ".pyo")}
     assert names == {path.relative_to(ROOT).as_posix() for path in here}
     assert {"kornia_tinyvit/py.typed", *(path.relative_to(ROOT).as_posix() for path in ASSETS.glob("*.*"))} <= names
-    assert licences
+    assert licenses
 
 
 def test_source_distribution_can_be_tested(built):

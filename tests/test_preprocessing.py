@@ -23,7 +23,7 @@ from tests.conftest import shared
 
 PACKAGED = ["chelsea.png", "horse.png", "rocket.jpg"]
 LANDSCAPES = ["000000000009.jpg", "000000000025.jpg", "000000000061.jpg"]
-PORTRAITS = ["000000000036.jpg", "000000000049.jpg", "000000000086.jpg"]  # the last one is grey
+PORTRAITS = ["000000000036.jpg", "000000000049.jpg", "000000000086.jpg"]  # the last one is gray
 
 #: Nothing changes a square image of the right size, so that what is left can be seen alone.
 NEUTRAL = {
@@ -108,7 +108,7 @@ class TestEvaluationPipeline:
         assert out.shape == (batch, channels, size, size)
         assert ((out >= -2e-6) & (out <= 1 + 2e-6)).all()
 
-    def test_normalises(self):
+    def test_normalizes(self):
         x = torch.rand(2, 3, 64, 64)
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         torch.testing.assert_close(EvaluationPipeline(64, 1.0)(x), (x - mean) / std)
@@ -189,7 +189,7 @@ class TestExceptions:
             ({"crop_fraction": 0.0}, r"crop_fraction in \(0, 1\]"),
             ({"crop_fraction": 1.2}, "got 224 and 1.2"),
             ({"crop_fraction": math.nan}, "crop_fraction"),
-            ({"crop_fraction": "centre"}, "or 'auto'; got 224 and 'centre'"),
+            ({"crop_fraction": "center"}, "or 'auto'; got 224 and 'center'"),
             ({"mean": (0.5,)}, "as many entries"),
         ],
     )
@@ -252,7 +252,7 @@ class TestTrainingPipeline:
         _, targets = TrainingPipeline(32, 4, **NEUTRAL | {"label_smoothing": 0.2})(levels(2), torch.tensor([2, 0]))
         torch.testing.assert_close(targets, torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]]))
 
-    def test_normalises(self):
+    def test_normalizes(self):
         x = torch.rand(2, 3, 32, 32)
         out, targets = TrainingPipeline(32, 4, **NEUTRAL)(x, torch.tensor([3, 1]))
         torch.testing.assert_close(out, EvaluationPipeline(32, 1.0)(x), atol=1e-5, rtol=1e-5)
@@ -285,7 +285,7 @@ class TestTrainingPipeline:
         assert ((out == x).flatten(1).all(1) ^ flipped).all()
         assert 8 < flipped.sum() < 32
 
-    def test_erases_to_the_mean_colour(self):
+    def test_erases_to_the_mean_color(self):
         torch.manual_seed(0)
         x = levels(8) + 0.05
         out, _ = TrainingPipeline(32, 8, **NEUTRAL | {"erasing": 1.0})(x, torch.arange(8))

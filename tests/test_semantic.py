@@ -43,7 +43,7 @@ class TestForward:
         assert logits.shape == (batch, 3, *size)
         assert logits.isfinite().all()
 
-    def test_it_normalises(self, segmenter, images):
+    def test_it_normalizes(self, segmenter, images):
         maps = segmenter.backbone.forward_intermediates(
             (images - segmenter.mean[:, None, None]) / segmenter.std[:, None, None]
         )

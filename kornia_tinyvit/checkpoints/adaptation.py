@@ -38,7 +38,7 @@ def adapt_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adap
 def adapt_input(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> None:
     """Let the first convolution answer an image of other channels as it answered the ones it knows.
 
-    One channel stands for a grey image, which had the same values in all channels: their weights add up. More
+    One channel stands for a gray image, which had the same values in all channels: their weights add up. More
     channels repeat the known ones, scaled so that the sum over equal channels stays.
     """
     old, new = state_dict.get(STEM), target.get(STEM)

@@ -50,7 +50,7 @@ class PretrainedWeights:
         top5: top-5 accuracy in per cent, likewise.
         asset: file name inside the package.
         mobile_sam: the file holds MobileSAM's image encoder.
-        licence: licence of the weights.
+        license: license of the weights.
     """
 
     variant: str
@@ -64,7 +64,7 @@ class PretrainedWeights:
     top5: float | None = None
     asset: str | None = None
     mobile_sam: bool = False
-    licence: str = "MIT"
+    license: str = "MIT"
 
     @property
     def config(self) -> TinyViTConfig:
@@ -187,7 +187,7 @@ CATALOG: tuple[PretrainedWeights, ...] = (
         num_classes=10,
         img_size=96,
         asset="tiny_vit_1m_cifar10.safetensors",
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
     *_family("5m", (80.7, 95.6), (79.1, 94.8)),
     PretrainedWeights(
@@ -201,7 +201,7 @@ CATALOG: tuple[PretrainedWeights, ...] = (
             "https://github.com/ChaoningZhang/MobileSAM/raw/master/weights/mobile_sam.pt",
         ),
         mobile_sam=True,
-        licence="Apache-2.0",
+        license="Apache-2.0",
     ),
     *_family("11m", (83.2, 96.5), (81.5, 95.8)),
     *_family("21m", (84.8, 97.3), (83.1, 96.5)),

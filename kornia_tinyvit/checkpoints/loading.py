@@ -228,7 +228,7 @@ def load_checkpoint(
         model: a :class:`~kornia_tinyvit.TinyViT`.
         source: path, URL, state dict, or what :func:`~kornia_tinyvit.checkpoints.read_checkpoint` returned.
         window_adaptation: how a bias table follows another window: ``"interpolate"`` (bicubic), when the windows scale
-            with the image, or ``"cut"``, when they are clipped and a token's neighbours stay where they are.
+            with the image, or ``"cut"``, when they are clipped and a token's neighbors stay where they are.
 
     Returns:
         What was adapted and what was left out.

@@ -37,7 +37,7 @@ def benchmark(
     threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch takes, one a core.")] = None,
     data: Annotated[
         Path | None,
-        typer.Option(help="Labelled images, as for 'evaluate', to calibrate int8 on and judge by."),
+        typer.Option(help="Labeled images, as for 'evaluate', to calibrate int8 on and judge by."),
     ] = None,
     limit: Annotated[int, typer.Option(min=1, help="How many of them to judge by.")] = 1000,
     method: Annotated[Method, typer.Option(help="What to run.")] = Method.forward,
@@ -48,7 +48,7 @@ def benchmark(
 ) -> None:
     """Measure in turn how fast engines run a network here, and how far its answers stay the same.
 
-    Without --variant and --pretrained it is the network in the package. It gets normalised images from memory.
+    Without --variant and --pretrained it is the network in the package. It gets normalized images from memory.
     """
     if data is None:
         refuse_idle(context, ("limit",), "without --data")

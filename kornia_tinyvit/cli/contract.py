@@ -18,7 +18,7 @@ from kornia_tinyvit.cli.options import Device, parse_device, refuse_idle
 from kornia_tinyvit.cli.requests import command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.contraction import Candidate, SearchResult
-from kornia_tinyvit.contraction.neighbours import read_factor
+from kornia_tinyvit.contraction.neighbors import read_factor
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES

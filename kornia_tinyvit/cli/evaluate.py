@@ -30,7 +30,7 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.evaluation import begin_evaluation
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, Evaluation, select_classes
-from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbours, linear_probe
+from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbors, linear_probe
 from kornia_tinyvit.training.metrics.semantic import Segmentation
 from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
 
@@ -93,7 +93,7 @@ _IDLE = {
 
 @command
 def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
-    """Measure the accuracy on labelled images."""
+    """Measure the accuracy on labeled images."""
     options.refuse_idle(context, _IDLE[asked.task], f"with --task {asked.task}")
     open_both, describe, show = _TASKS[asked.task]
     network, images = open_both(asked)
@@ -232,7 +232,7 @@ def _probe(
                 broken += unread
                 counted.add(training.fingerprint())
         if name == "knn":
-            answers = k_nearest_neighbours(*known[path], features, num_classes=training.num_classes)
+            answers = k_nearest_neighbors(*known[path], features, num_classes=training.num_classes)
         else:
             answers = linear_probe(*known[path], training.num_classes)(features)
         top1[name] = round(100 * float((answers.argmax(1) == targets).double().mean()), 2)
@@ -279,7 +279,7 @@ def _show_classes(report: dict[str, Any]) -> None:
         print(f"{row['class']} taken for {row['taken_for']}: {row['images']}")
     if "calibration" in report:
         print(f"expected calibration error {report['calibration']['error']:.2f} %")
-    for name, title in (("knn", "nearest neighbours"), ("linear", "linear classifier")):
+    for name, title in (("knn", "nearest neighbors"), ("linear", "linear classifier")):
         if name in report:
             print(f"{title} on the features: top-1 {report[name]:.2f} %")
 

@@ -31,7 +31,7 @@ def export(
     pretrained: Pretrained = None,
     img_size: ImgSize = None,
     photos: Annotated[
-        bool, typer.Option("--photos", help="Start from photos of any size: the graph resizes, crops and normalises.")
+        bool, typer.Option("--photos", help="Start from photos of any size: the graph resizes, crops and normalizes.")
     ] = False,
     pixels: Annotated[
         Pixels | None,

@@ -12,7 +12,7 @@ __all__ = ["print_names", "print_table"]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1, notes: int = 0) -> None:
-    """Print a table; names and numbers stand as they are, without markup or colour.
+    """Print a table; names and numbers stand as they are, without markup or color.
 
     Args:
         columns: headings.

@@ -74,7 +74,7 @@ class TrainRequest(shared.LoopRequest):
 
 @command
 def train(context: typer.Context, asked: TrainRequest) -> None:
-    """Train a network on labelled images; start it with torchrun or accelerate launch for several GPUs."""
+    """Train a network on labeled images; start it with torchrun or accelerate launch for several GPUs."""
     idle = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not asked.task for name in names)
     refuse_idle(context, idle, f"with --task {asked.task}")
     if asked.validation is None:

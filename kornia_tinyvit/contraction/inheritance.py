@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
-from kornia_tinyvit.contraction.neighbours import check_contracted
+from kornia_tinyvit.contraction.neighbors import check_contracted
 from kornia_tinyvit.folding import fold_batch_norm
 from kornia_tinyvit.layers import Attention, ConvBN, MBConv, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT

@@ -25,7 +25,7 @@ _UNITS = {
 def save_search(path: str | Path, result: SearchResult) -> None:
     """Plot the networks that a search evaluated, a panel for each cost that the budget limits.
 
-    Grey: evaluated networks. Blue: those that were kept, from the seed to the winner. Red: the Pareto front. Dashed:
+    Gray: evaluated networks. Blue: those that were kept, from the seed to the winner. Red: the Pareto front. Dashed:
     the limit. Costs are on a logarithmic scale.
 
     Args:

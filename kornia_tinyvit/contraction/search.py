@@ -13,7 +13,7 @@ from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.contraction.budget import Bench, Budget, Costs
 from kornia_tinyvit.contraction.journal import Journal
-from kornia_tinyvit.contraction.neighbours import Space, check_contracted, contractions, expansions, smallest
+from kornia_tinyvit.contraction.neighbors import Space, check_contracted, contractions, expansions, smallest
 from kornia_tinyvit.contraction.result import Candidate, SearchResult
 from kornia_tinyvit.contraction.workers import Evaluate, open_workers, run_evaluations
 from kornia_tinyvit.distillation.teachers import checksum
@@ -88,7 +88,7 @@ def contract(
         for step in range(1, steps + 1):
             limit = first * (1 - step / steps)
             while budget.excess(current.costs) > limit:
-                met, reached = search.neighbours(current, limit)
+                met, reached = search.neighbors(current, limit)
                 current = search.advance(met, search.weights_of(current), f"step {step} of {steps}", reached)
         return search.result()
 
@@ -238,8 +238,8 @@ class _Search:
             "Give a larger budget, a smaller image size, or a space that goes further.",
         )
 
-    def neighbours(self, current: Candidate, limit: float) -> tuple[list[TinyViTConfig], float]:
-        """Return the neighbours that meet a constraint, or a milder one where none does, and the constraint."""
+    def neighbors(self, current: Candidate, limit: float) -> tuple[list[TinyViTConfig], float]:
+        """Return the neighbors that meet a constraint, or a milder one where none does, and the constraint."""
         excess = self.budget.excess(current.costs)
         for halvings in range(_HALVINGS):
             reached = excess - (excess - limit) / 2**halvings

@@ -50,7 +50,7 @@ class ReplayableAugmentation(nn.Module):
             :class:`~kornia_tinyvit.preprocessing.TrainingPreset`. RandAugment has the magnitudes of the originals'
             ``rand-m9-mstd0.5-inc1``; erased boxes are filled with noise.
         seed: seed of everything, in [0, 2**64).
-        num_samples: how many samples the data has; needed to mix images, whose pairs are neighbours in the epoch's
+        num_samples: how many samples the data has; needed to mix images, whose pairs are neighbors in the epoch's
             order.
         mean: channel means to subtract, for values in [0, 1].
         std: channel deviations to divide by.
@@ -89,7 +89,7 @@ class ReplayableAugmentation(nn.Module):
         self.seed = seed
         self.mixes = bool(self.preset.mixup or self.preset.cutmix)
         if self.mixes and num_samples is None:
-            raise ValueError("Mixing images needs num_samples: the pairs are neighbours in the epoch's order.")
+            raise ValueError("Mixing images needs num_samples: the pairs are neighbors in the epoch's order.")
         self.order = EpochOrder(num_samples or 1, seed)
         self.register_buffer("mean", torch.tensor(mean), persistent=False)
         self.register_buffer("std", torch.tensor(std), persistent=False)
@@ -167,14 +167,14 @@ class ReplayableAugmentation(nn.Module):
         return F.interpolate(cut, size, mode="bicubic", antialias=True)[0]
 
     def forward(self, crops: Tensor, draws: Draws) -> Tensor:
-        """Change, normalise and mix the crops of a batch on their device.
+        """Change, normalize and mix the crops of a batch on their device.
 
         Args:
             crops: 8-bit images :math:`(B, 3, S, S)` from :meth:`crop`.
             draws: what :meth:`draw` returned for them.
 
         Returns:
-            Normalised images :math:`(B, 3, S, S)`, float32.
+            Normalized images :math:`(B, 3, S, S)`, float32.
 
         Raises:
             TypeError: if ``crops`` are not 8-bit images.
@@ -207,7 +207,7 @@ class ReplayableAugmentation(nn.Module):
         if self.mixes:
             pasted = draws.pasted[:, 2] * draws.pasted[:, 3] / self.img_size**2
             share = torch.from_numpy((draws.share + pasted).astype(np.float32)).to(hard)[:, None]
-            hard = hard * (1 - share) + _swap_neighbours(hard) * share
+            hard = hard * (1 - share) + _swap_neighbors(hard) * share
         smoothing = self.preset.label_smoothing
         return hard * (1 - smoothing) + smoothing / num_classes
 
@@ -258,18 +258,18 @@ class ReplayableAugmentation(nn.Module):
         return operators.erase(normalized, draws.erased[rows], draws.noise[rows])
 
     def _mix(self, images: Tensor, draws: Draws) -> Tensor:
-        if not np.array_equal(_swap_neighbours(torch.from_numpy(draws.indices)).numpy(), draws.partners):
+        if not np.array_equal(_swap_neighbors(torch.from_numpy(draws.indices)).numpy(), draws.partners):
             raise ValueError(
-                "Mixed samples must come in the pairs (0, 1), (2, 3), ... of the epoch's order, neighbours in one "
+                "Mixed samples must come in the pairs (0, 1), (2, 3), ... of the epoch's order, neighbors in one "
                 "batch; EpochBatches keeps them together."
             )
-        other = _swap_neighbours(images)
+        other = _swap_neighbors(images)
         share = torch.from_numpy(draws.share).to(images)[:, None, None, None]
         images = images * (1 - share) + other * share
         return torch.where(operators.box_mask(draws.pasted, images), other, images)
 
 
-def _swap_neighbours(rows: Tensor) -> Tensor:
+def _swap_neighbors(rows: Tensor) -> Tensor:
     """Exchange the rows 0 and 1, 2 and 3, ...; an odd last one stays."""
     even = len(rows) // 2 * 2
     return torch.cat([rows[:even].unflatten(0, (-1, 2)).flip(1).flatten(0, 1), rows[even:]])

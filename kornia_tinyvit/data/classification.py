@@ -1,4 +1,4 @@
-"""Labelled images from class folders, tar files or the Hugging Face hub's parquet files."""
+"""Labeled images from class folders, tar files or the Hugging Face hub's parquet files."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class ClassificationDataset(ImageDataset[int]):
 
         Raises:
             FileNotFoundError: if there is no such path.
-            ValueError: if there are no labelled images in it, or a label is not a class index.
+            ValueError: if there are no labeled images in it, or a label is not a class index.
             MissingExtraError: if a parquet file is asked for without pyarrow.
         """
         path = Path(path)

@@ -16,7 +16,7 @@ from kornia_tinyvit.data.masks import Instances, Masks, fill_rings
 from kornia_tinyvit.ops.rle import decode_rle
 
 _Entry = dict[str, Any]
-_Labelled = tuple[_Entry, list[_Entry]]  # an image and its annotations
+_Labeled = tuple[_Entry, list[_Entry]]  # an image and its annotations
 
 
 def read_boxes(path: Path, folder: Path | None = None) -> Contents:
@@ -95,7 +95,7 @@ def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
     return content
 
 
-def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labelled], tuple[str, ...]]:
+def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labeled], tuple[str, ...]]:
     """Return the images that are there with their annotations, and the names of those that are missing."""
     of_image: dict[Any, list[_Entry]] = defaultdict(list)
     for each in content["annotations"]:
@@ -107,7 +107,7 @@ def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[l
     return [(image, of_image[image["id"]]) for image in there], tuple(missing)
 
 
-def _files(folder: Path, there: list[_Labelled]) -> Files:
+def _files(folder: Path, there: list[_Labeled]) -> Files:
     return Files(folder, [image["file_name"] for image, _ in there])
 
 

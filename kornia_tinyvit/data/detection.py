@@ -52,7 +52,7 @@ class DetectionDataset(ImageDataset[Objects]):
                 - a YAML file as Ultralytics writes them. It names the classes as ``names``, and for each split a folder
                   of images, a text file that lists some, or several of them, relative to ``path``, which is relative to
                   the file. The labels of ``images/a.jpg`` are in ``labels/a.txt``: ``class x y width height`` per line,
-                  the centre and the size as fractions of the image, or a class and the corners of an outline. An image
+                  the center and the size as fractions of the image, or a class and the corners of an outline. An image
                   without such a file shows no objects. A folder of images that is missing is looked for one folder up;
                 - a JSON file as COCO has them. Class indices follow the order of the categories' ids. Its images lie
                   beside it, or, if it is ``annotations/instances_NAME.json``, in ``NAME`` or ``images/NAME`` beside

@@ -17,7 +17,7 @@ from kornia_tinyvit.preprocessing import TrainingPreset
 
 __all__ = ["Draws"]
 
-ATTEMPTS = 10  # boxes tried before the random crop falls back to the centre and erasing to nothing, as in the originals
+ATTEMPTS = 10  # boxes tried before the random crop falls back to the center and erasing to nothing, as in the originals
 _LEVELS = 64  # steps between two magnitudes of a policy; rounding makes them equal on all processors
 
 # Magnitudes are those of timm's "rand-m9-mstd0.5-inc1", the recipe of the paper: level 9, spread 0.5, at most 10.
@@ -126,7 +126,7 @@ def _sides(
 
 
 def crop_box(tries: NDArray[np.float64], height: int, width: int, preset: TrainingPreset) -> tuple[int, int, int, int]:
-    """Return top, left, height and width of the first try that fits, or of the largest centre crop (torchvision's)."""
+    """Return top, left, height and width of the first try that fits, or of the largest center crop (torchvision's)."""
     rows, columns = _sides(tries, height * width, preset.crop_scale, preset.crop_ratio)
     fits = np.flatnonzero((columns >= 1) & (columns <= width) & (rows >= 1) & (rows <= height))
     if len(fits):
@@ -154,12 +154,12 @@ def erased_box(tries: NDArray[np.float64], size: int) -> NDArray[np.int64]:
 def pasted_box(
     share: NDArray[np.float64], top: NDArray[np.float64], left: NDArray[np.float64], size: int
 ) -> NDArray[np.int64]:
-    """Return cutmix's boxes (arXiv:1905.04899) around uniform centres, cut at the border, :math:`(B, 4)`."""
+    """Return cutmix's boxes (arXiv:1905.04899) around uniform centers, cut at the border, :math:`(B, 4)`."""
     side = np.floor(size * np.sqrt(share))
     edges = []
-    for centre in (np.floor(top * size), np.floor(left * size)):
-        start = np.clip(centre - side // 2, 0, size)
-        edges.append((start, np.clip(centre + side // 2, 0, size) - start))
+    for center in (np.floor(top * size), np.floor(left * size)):
+        start = np.clip(center - side // 2, 0, size)
+        edges.append((start, np.clip(center + side // 2, 0, size) - start))
     (rows_from, rows), (columns_from, columns) = edges
     return np.stack([rows_from, columns_from, rows, columns], axis=1).astype(np.int64)
 

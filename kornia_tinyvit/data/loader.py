@@ -49,7 +49,7 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
     Args:
         images: the images.
         augmentation: what changes them; its seed decides the order.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a grey image in its place, which
+        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a gray image in its place, which
             is marked as not valid and named.
 
     Attributes:
@@ -77,7 +77,7 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
     def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
         """Return the samples of keys (epoch, sample)."""
 
-    def _grey(self) -> Tensor:
+    def _gray(self) -> Tensor:
         """Return what stands for an image that cannot be read."""
         side = self.augmentation.img_size
         return torch.full((3, side, side), 128, dtype=torch.uint8)
@@ -121,7 +121,7 @@ def read_unless_broken(read: Callable[[int], Sample], index: int, skip_broken: b
 
 
 class ReplayedSamples(KeyedSamples[Batch]):
-    """Labelled images, decoded and cropped; the rest of the augmentation is done on the device.
+    """Labeled images, decoded and cropped; the rest of the augmentation is done on the device.
 
     See :class:`KeyedSamples` for the arguments: a :class:`~kornia_tinyvit.data.ClassificationDataset` and a
     :class:`ReplayableAugmentation`.
@@ -157,7 +157,7 @@ class ReplayedSamples(KeyedSamples[Batch]):
         indices = [index for _, index in keys]
         draws = self.augmentation.draw(keys[0][0], indices)
         crops, valid, broken = self._gather(
-            keys, self.images.read, lambda found, row: self.augmentation.crop(found[0], draws, row), self._grey()
+            keys, self.images.read, lambda found, row: self.augmentation.crop(found[0], draws, row), self._gray()
         )
         labels = torch.tensor([self.images.labels[index] for index in indices])
         return Batch(torch.stack(crops), labels, valid, draws, broken)

@@ -59,21 +59,21 @@ def pair_masks(images: Path, masks: Path) -> Contents:
         FileNotFoundError: if there is no such folder.
         ValueError: if there is no pair, two files claim one name, or masks are JPEG files.
     """
-    found, labelled = files_by_stem(images), files_by_stem(masks)
-    stems = sorted(found.keys() & labelled.keys())
+    found, labeled = files_by_stem(images), files_by_stem(masks)
+    stems = sorted(found.keys() & labeled.keys())
     if not stems:
         raise ValueError(
-            f"No image of {images} has a mask of its name in {masks}: {len(found)} images, {len(labelled)} "
+            f"No image of {images} has a mask of its name in {masks}: {len(found)} images, {len(labeled)} "
             "masks. They are matched by their paths without the ending, such as street/1.jpg and street/1.png."
         )
-    smeared = [labelled[stem] for stem in stems if labelled[stem].lower().endswith(_SMEARED)]
+    smeared = [labeled[stem] for stem in stems if labeled[stem].lower().endswith(_SMEARED)]
     if smeared:
         raise ValueError(f"{masks} holds JPEG masks such as {smeared[0]}, whose ids are smeared; use PNG.")
     return Contents(
         Files(images, [found[stem] for stem in stems]),
-        [masks / labelled[stem] for stem in stems],
-        without_mask=tuple(found[stem] for stem in sorted(found.keys() - labelled.keys())),
-        without_image=tuple(labelled[stem] for stem in sorted(labelled.keys() - found.keys())),
+        [masks / labeled[stem] for stem in stems],
+        without_mask=tuple(found[stem] for stem in sorted(found.keys() - labeled.keys())),
+        without_image=tuple(labeled[stem] for stem in sorted(labeled.keys() - found.keys())),
     )
 
 

@@ -64,9 +64,9 @@ def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean grey, as Pillow does; the mean of 8-bit greys is exact in any order of summation."""
-    grey = rgb_to_grayscale(images).sum((1, 2, 3), dtype=torch.int64)
-    mean = (grey.float() / images[0, 0].numel()).round()[:, None, None, None] / 255
+    """Blend with the mean gray, as Pillow does; the mean of 8-bit grays is exact in any order of summation."""
+    gray = rgb_to_grayscale(images).sum((1, 2, 3), dtype=torch.int64)
+    mean = (gray.float() / images[0, 0].numel()).round()[:, None, None, None] / 255
     factor = factor[:, None, None, None]
     return to_uint8(to_floats(images) * factor + mean * (1 - factor))
 
@@ -105,12 +105,12 @@ def _shift(images: Tensor, magnitudes: Tensor, row: int, column: int) -> Tensor:
 
 
 def _warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Sample uint8 images bilinearly where an affine map points; what lies outside is ImageNet's mean colour.
+    """Sample uint8 images bilinearly where an affine map points; what lies outside is ImageNet's mean color.
 
     Args:
         images: images :math:`(b, 3, H, W)`.
         matrix: maps where a pixel goes to where it is from, :math:`(b, 2, 3)`. Coordinates go from -1 to 1 over the
-            image, about its centre.
+            image, about its center.
     """
     height, width = images.shape[-2:]
     x = ((2 * torch.arange(width, device=images.device) + 1) / width - 1)[None, None, :]
@@ -156,7 +156,7 @@ def box_mask(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: NDArray[np.int64], keys: NDArray[np.int64]) -> Tensor:
-    """Fill boxes of normalised images with noise of mean 0 and deviation 1."""
+    """Fill boxes of normalized images with noise of mean 0 and deviation 1."""
     erases = np.flatnonzero(boxes[:, 2])
     if len(erases) == 0:
         return images

@@ -117,12 +117,12 @@ class EpochOrder:
         return self._positions[indices]
 
     def partners(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return with which sample each is mixed: its neighbour in the pairs (0, 1), (2, 3), ... of the order.
+        """Return with which sample each is mixed: its neighbor in the pairs (0, 1), (2, 3), ... of the order.
 
         The last sample of an odd number has none and is its own partner.
         """
-        neighbours = self.positions(epoch, indices) ^ 1
-        return np.where(neighbours < self.num_samples, self._permutation[neighbours % self.num_samples], indices)
+        neighbors = self.positions(epoch, indices) ^ 1
+        return np.where(neighbors < self.num_samples, self._permutation[neighbors % self.num_samples], indices)
 
     def _prepare(self, epoch: int) -> None:
         if epoch == self._epoch:

@@ -24,7 +24,7 @@ _STREAM = 8  # of random words; those below are the order's and the replayed aug
 
 
 class PairedAugmentation:
-    """Crop, flip and recolour an image by kornia, and let what lies on it follow.
+    """Crop, flip and recolor an image by kornia, and let what lies on it follow.
 
     What comes out is a function of the seed, the epoch, the sample and its files, whatever the batch, the workers or
     the place where a training was resumed. A subclass says what follows, and how.

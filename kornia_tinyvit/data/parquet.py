@@ -1,4 +1,4 @@
-"""Labelled images in parquet files, as the Hugging Face hub writes them."""
+"""Labeled images in parquet files, as the Hugging Face hub writes them."""
 
 from __future__ import annotations
 

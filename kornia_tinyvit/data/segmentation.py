@@ -20,7 +20,7 @@ __all__ = ["IGNORED", "SegmentationDataset"]
 IGNORED = -100
 
 _UNKNOWN = -1
-_UNLABELLED = ("unlabeled", "unlabelled", "void", "ignore", "ignored")
+_UNLABELLED = ("unlabeled", "unlabeled", "void", "ignore", "ignored")
 
 Classes = Mapping[int, str] | Sequence[str]
 

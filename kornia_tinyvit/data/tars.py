@@ -1,4 +1,4 @@
-"""Labelled images in tar files, read where they lie: nothing is unpacked."""
+"""Labeled images in tar files, read where they lie: nothing is unpacked."""
 
 from __future__ import annotations
 

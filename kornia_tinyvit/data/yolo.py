@@ -43,7 +43,7 @@ def read_boxes(path: Path, split: str) -> Contents:
 
     The file names the classes as ``names``, and for each split a folder of images, a text file that lists some, or
     several of them, relative to ``path``, which is relative to the file. The labels of ``images/a.jpg`` are in
-    ``labels/a.txt``: ``class x y width height`` per line, the centre and the size as fractions of the image, or a class
+    ``labels/a.txt``: ``class x y width height`` per line, the center and the size as fractions of the image, or a class
     and the corners of an outline. An image without such a file shows no objects. A folder of images that is missing is
     looked for one folder up, where several sets of labels may share it.
 
@@ -76,10 +76,10 @@ def read_outlines(pairs: list[Pair], source: Path) -> Contents:
         ValueError: if no image has one.
     """
     _require_labels(pairs, source)
-    labelled = [pair for pair in pairs if pair.labels.is_file()]
-    labels = [Instances((pair.labels,), _read_masks) for pair in labelled]
+    labeled = [pair for pair in pairs if pair.labels.is_file()]
+    labels = [Instances((pair.labels,), _read_masks) for pair in labeled]
     without = tuple(pair.name for pair in pairs if not pair.labels.is_file())
-    return Contents(_files(labelled), labels, without_mask=without)
+    return Contents(_files(labeled), labels, without_mask=without)
 
 
 def pair_folders(images: Path, labels: Path) -> list[Pair]:

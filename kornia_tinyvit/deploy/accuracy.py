@@ -60,7 +60,7 @@ def compare(
         (100.0, True)
     """
     errors, answers, labels = [], [], []
-    count = labelled = 0
+    count = labeled = 0
     for batch in batches:
         images, classes = (batch, None) if isinstance(batch, Tensor) else batch
         expected, found = _maps(reference(images)), _maps(candidate(images))
@@ -71,12 +71,12 @@ def compare(
         if _are_logits(expected):
             answers.append(torch.stack([expected[0].argmax(1), found[0].argmax(1)]))
         if classes is not None:
-            labelled += len(images)
+            labeled += len(images)
             labels.append(classes.cpu())
     if not count:
         raise ValueError("There are no images to compare on.")
-    if labelled not in {0, count}:
-        raise ValueError(f"Only {labelled} of {count} images have labels; give all of them one, or none.")
+    if labeled not in {0, count}:
+        raise ValueError(f"Only {labeled} of {count} images have labels; give all of them one, or none.")
     every = torch.cat(errors)
     agreement = top1_reference = top1_candidate = None
     if answers:

@@ -20,14 +20,14 @@ from kornia_tinyvit.deploy.optimization import Candidates, Optimized
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
 
-__all__ = ["DTYPES", "Benchmark", "LabelledImages", "Row", "read_images"]
+__all__ = ["DTYPES", "Benchmark", "LabeledImages", "Row", "read_images"]
 
 #: The types that engines compute in, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KNOWN_DTYPES}
 
 
 @dataclass(frozen=True)
-class LabelledImages:
+class LabeledImages:
     """Images as a network takes them, some to calibrate int8 on and others to judge it by.
 
     Args:
@@ -49,8 +49,8 @@ class LabelledImages:
             yield self.images[start : start + size], self.labels[start : start + size]
 
 
-def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256) -> LabelledImages:
-    """Read labelled images and prepare them for a classifier's network, drawn with a fixed seed.
+def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256) -> LabeledImages:
+    """Read labeled images and prepare them for a classifier's network, drawn with a fixed seed.
 
     Args:
         classifier: whose preprocessing is applied, and whose classes the labels become.
@@ -72,7 +72,7 @@ def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calib
     device = next(classifier.parameters()).device
     photos = torch.cat([prepare(dataset[row][0][None].to(device)) for row in rows])
     labels = torch.tensor([dataset.labels[row] for row in rows[kept:]])
-    return LabelledImages(photos[:kept], photos[kept:], labels)
+    return LabeledImages(photos[:kept], photos[kept:], labels)
 
 
 @dataclass
@@ -111,7 +111,7 @@ class Benchmark:
     """
 
     def __init__(
-        self, network: TinyViT, method: str = "forward", photos: LabelledImages | None = None, judged: bool = True
+        self, network: TinyViT, method: str = "forward", photos: LabeledImages | None = None, judged: bool = True
     ) -> None:
         self.network = network
         self.method = method

@@ -37,7 +37,7 @@ def export_onnx(
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT` or an :class:`~kornia_tinyvit.ImageClassifier`, whose graph takes raw
-            photos, resizing and normalisation inside; or a module that holds a TinyViT.
+            photos, resizing and normalization inside; or a module that holds a TinyViT.
         path: the file to write; its folder is made.
         opset: version of the operators: from 20 on Gelu is one of them, from 23 on Attention.
         tolerance: largest difference to accept, of outputs whose values are up to 1, else in proportion.

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "draw_images", "find_network"]
 
-#: What comes in: images that are normalised, floats in [0, 1], or levels of 8 bits.
+#: What comes in: images that are normalized, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
 #: The methods of a network that a graph can run.
 METHODS = ("forward", "forward_features", "forward_intermediates")
@@ -38,7 +38,7 @@ class InferenceGraph(nn.Module):
         network: the folded network.
         method: which of its methods.
         pixels: what comes in.
-        mean: what to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` if they are normalised.
+        mean: what to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` if they are normalized.
         resize: what turns photos of any size into images of the network's; ``None`` if they are such images.
         views: test-time augmentation of :class:`~kornia_tinyvit.ImageClassifier`.
     """

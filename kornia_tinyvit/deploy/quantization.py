@@ -1,9 +1,9 @@
-"""Static quantisation to 8-bit integers after training, calibrated on the user's images.
+"""Static quantization to 8-bit integers after training, calibrated on the user's images.
 
-The quantisers run the network on some images, note the range of every tensor they quantise, and write the ranges into
+The quantizers run the network on some images, note the range of every tensor they quantize, and write the ranges into
 the graph. How much accuracy that costs is not known before :func:`~kornia_tinyvit.deploy.accuracy.compare` tells it.
 
-Convolutions stay floats. Quantised as well, the embedded network puts another class first for 1.2 to 1.4 % of the test
+Convolutions stay floats. Quantized as well, the embedded network puts another class first for 1.2 to 1.4 % of the test
 images of CIFAR-10 instead of 0.4 %, and is no faster where the processor has matrix units: what the integers save
 goes into the conversions around them.
 """
@@ -36,7 +36,7 @@ __all__ = ["CALIBRATION_IMAGES", "quantize_onnx", "quantize_openvino"]
 #: How many images a calibration looks at; the accuracy is the same from about 64 on.
 CALIBRATION_IMAGES = 256
 
-# nncf averages the extremes of the batches, and those of single images are too narrow: with every layer quantised,
+# nncf averages the extremes of the batches, and those of single images are too narrow: with every layer quantized,
 # logits are off by 4.3 % then, and by 2.3 % with batches of 16.
 _BATCH = 16
 # A batch of 16 holds as many pixels at 256; larger images come in smaller batches, so that their maps fit in memory.
@@ -46,7 +46,7 @@ _MAX_BYTES = 2**30
 
 
 def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor]) -> onnx.ModelProto:
-    """Quantise the linear layers of an ONNX graph for ONNX Runtime, with a scale for each output channel.
+    """Quantize the linear layers of an ONNX graph for ONNX Runtime, with a scale for each output channel.
 
     Everything else stays in float32.
 
@@ -57,7 +57,7 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor])
             so shuffle images that are sorted by class.
 
     Returns:
-        The graph with pairs of QuantizeLinear and DequantizeLinear around what is quantised. It takes and returns what
+        The graph with pairs of QuantizeLinear and DequantizeLinear around what is quantized. It takes and returns what
         the float graph does. The same images give the same graph.
 
     Raises:
@@ -70,13 +70,13 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor])
         from onnxruntime.quantization import QuantType, quantize_static
         from onnxruntime.quantization.quant_utils import add_pre_process_metadata
     graph = onnx.ModelProto()
-    # Loaded, data beside the file is part of the graph; the quantiser would look for it in its own folder.
+    # Loaded, data beside the file is part of the graph; the quantizer would look for it in its own folder.
     graph.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
     taken = _onnx_input(graph)
     feeds = iter([{taken.name: batch} for batch in _calibration_batches(images, taken)])
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
     # The exporter has inferred the shapes, and ONNX Runtime's preparation, which fails on the Attention operator, gains
-    # nothing. Without the mark the quantiser warns through logging.warning, which configures the root logger.
+    # nothing. Without the mark the quantizer warns through logging.warning, which configures the root logger.
     add_pre_process_metadata(graph)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.onnx"
@@ -99,7 +99,7 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor])
 
 
 def quantize_openvino(model: openvino.Model, images: Iterable[Tensor]) -> openvino.Model:
-    """Quantise the linear layers of an OpenVINO model with nncf, activations smoothed and biases corrected.
+    """Quantize the linear layers of an OpenVINO model with nncf, activations smoothed and biases corrected.
 
     Everything else stays in the precision that the compiler is told.
 

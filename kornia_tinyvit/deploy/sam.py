@@ -36,8 +36,8 @@ def export_mobile_sam(
     r"""Write ``encoder.onnx``, to run once a photo, and ``decoder.onnx``, to run at every prompt.
 
     The encoder's input is ``images`` :math:`(1, 3, H', W')`, uint8: a photo resized to the ``input_size`` of
-    :meth:`Geometry.fit`, as large as it can be with its aspect ratio. Normalisation and padding are inside, since what
-    pads is the mean colour, which 8 bits cannot hold. Its output is ``image_embeddings``
+    :meth:`Geometry.fit`, as large as it can be with its aspect ratio. Normalization and padding are inside, since what
+    pads is the mean color, which 8 bits cannot hold. Its output is ``image_embeddings``
     :math:`(1, 256, h/16, w/16)`, for the network's input of :math:`h \times w` pixels.
 
     The decoder has the inputs and outputs of segment-anything's ONNX export (``segment_anything/utils/onnx.py``), all
@@ -136,7 +136,7 @@ class _DecoderGraph(nn.Module):
 
     def _sparse(self, coords: Tensor, labels: Tensor) -> Tensor:
         """Embed points and corners :math:`(P, N, C)`; where no point is, its place does not count."""
-        # Points are whole pixels, whose centres are half a pixel on.
+        # Points are whole pixels, whose centers are half a pixel on.
         places = self.prompt_encoder.pe_layer.forward_with_coords(coords + 0.5, self.img_size)
         labels = labels.unsqueeze(-1)
         is_kind = labels == torch.arange(len(self.kinds), device=labels.device) + _LABELS["none"]

@@ -193,7 +193,7 @@ class FeatureRegression:
     """Mean squared error against the features of a store, as MobileSAM's decoupled distillation has it.
 
     A student whose neck ends in a layer norm, as MobileSAM's does, begins with features of mean square 1, and so with
-    an error near 2 for a teacher normalised alike; it needs some hundred steps to fall below that of a constant.
+    an error near 2 for a teacher normalized alike; it needs some hundred steps to fall below that of a constant.
 
     Args:
         store: the features, of the epochs that are replayed.

@@ -75,7 +75,7 @@ def save_records(
     Args:
         store: a :class:`~kornia_tinyvit.distillation.LabelStore` or
             :class:`~kornia_tinyvit.distillation.FeatureStore`.
-        teacher: maps normalised images to logits, or to features for a feature store.
+        teacher: maps normalized images to logits, or to features for a feature store.
         samples: the data and its augmentation.
         epochs: which epochs to fill.
         batch_size: images at a time; it changes nothing in what is stored but for rounding in the teacher.

@@ -480,7 +480,7 @@ class FeatureStore(RecordStore):
             row = int(good.logical_not().nonzero()[0])
             raise StoreError(
                 f"The features of sample {samples[row]} reach {largest[row]:.6g}; float16 holds finite values up to "
-                f"{_MAX_HALF:.0f}. Scale or normalise them first."
+                f"{_MAX_HALF:.0f}. Scale or normalize them first."
             )
         return {"features": values.half().cpu().numpy()}
 

@@ -20,16 +20,16 @@ __all__ = ["Teacher", "load_teacher"]
 
 
 class Teacher(nn.Module):
-    """A network behind the images of its students: it resizes and normalises them as it was trained with.
+    """A network behind the images of its students: it resizes and normalizes them as it was trained with.
 
     Args:
         network: takes images :math:`(B, 3, H, W)` and returns logits :math:`(B, C)` or features, or an object with
             ``logits``, as the networks of transformers do.
         name: what a store's manifest calls it.
         img_size: side in pixels it wants images resized to (bicubic); ``None`` takes the student's.
-        mean: channel means it was trained with; ``None`` for the student's normalisation.
+        mean: channel means it was trained with; ``None`` for the student's normalization.
         std: the deviations to the means.
-        student_mean: channel means that the images which arrive were normalised with.
+        student_mean: channel means that the images which arrive were normalized with.
         student_std: the deviations to them.
     """
 
@@ -53,7 +53,7 @@ class Teacher(nn.Module):
         ours_mean, ours_std = torch.tensor(student_mean), torch.tensor(student_std)
         theirs_mean = ours_mean if mean is None else torch.tensor(mean)
         theirs_std = ours_std if std is None else torch.tensor(std)
-        # From (p - a) / b to (p - c) / d is one normalisation: (x - (c - a) / b) / (d / b).
+        # From (p - a) / b to (p - c) / d is one normalization: (x - (c - a) / b) / (d / b).
         self.register_buffer("offset", (theirs_mean - ours_mean) / ours_std, persistent=False)
         self.register_buffer("scale", theirs_std / ours_std, persistent=False)
         # Decided once: asking the buffers at every step would wait for the GPU.
@@ -61,7 +61,7 @@ class Teacher(nn.Module):
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map the students' normalised images :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
+        """Map the students' normalized images :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
         size = self.img_size
         if size is not None and tuple(images.shape[-2:]) != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -99,7 +99,7 @@ def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "c
     """Build a teacher.
 
     Args:
-        source: an ``nn.Module`` that takes images with ImageNet's normalisation; ``"file.py:function"``, whose
+        source: an ``nn.Module`` that takes images with ImageNet's normalization; ``"file.py:function"``, whose
             function returns one; ``"timm:NAME"``, which downloads timm's weights; ``"transformers:NAME"`` for an image
             classifier of the Hugging Face hub or a folder; or weights of TinyViT: a path with its configuration inside
             (:func:`~kornia_tinyvit.save_checkpoint`) or ``"VARIANT/NAME"`` of

@@ -114,8 +114,8 @@ def model_card(name: str, model: PreTrainedModel, weights: PretrainedWeights | N
         The page, with its header.
     """
     task = _task(model)
-    licence = None if weights is None else weights.licence.lower()
-    header = ModelCardData(license=licence, library_name="transformers", pipeline_tag=task, tags=list(TAGS))
+    license = None if weights is None else weights.license.lower()
+    header = ModelCardData(license=license, library_name="transformers", pipeline_tag=task, tags=list(TAGS))
     vision = getattr(model.config, "vision_config", model.config)
     about = _ABOUT[task].format(
         tinyvit="TinyViT ([arXiv:2207.10666](https://arxiv.org/abs/2207.10666))",
@@ -140,7 +140,7 @@ def _facts(model: PreTrainedModel, weights: PretrainedWeights | None) -> str:
         facts.append(f"- Classes: {model.config.num_labels}")
     if weights is not None:
         facts.append(f"- Trained on: {weights.trained_on}")
-        facts.append(f"- Licence of the weights: {weights.licence}")
+        facts.append(f"- License of the weights: {weights.license}")
         if weights.top1 is not None and weights.top5 is not None:
             facts.append(f"- Accuracy as published: top-1 {weights.top1:.1f} %, top-5 {weights.top5:.1f} %")
     return "\n".join(facts) or "What it was trained on is not recorded."

@@ -100,7 +100,7 @@ def build_network(network: TinyViTConfig, config: Any) -> TinyViT:
 
 
 class TinyVitPreTrainedModel(PreTrainedModel):
-    """What the models have in common: loading, saving, initialisation and what they support."""
+    """What the models have in common: loading, saving, initialization and what they support."""
 
     config: TinyVitConfig
     config_class = TinyVitConfig
@@ -122,7 +122,7 @@ class TinyVitPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialise what no file held, as :class:`~kornia_tinyvit.TinyViT` does, and leave loaded tensors be."""
+        """Initialize what no file held, as :class:`~kornia_tinyvit.TinyViT` does, and leave loaded tensors be."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
@@ -184,13 +184,13 @@ class TinyVitModel(TinyVitPreTrainedModel):
         r"""Compute the features of images.
 
         Args:
-            pixel_values: normalised images :math:`(B, C, H, W)`, :math:`H, W \ge 32`, in any floating point type.
+            pixel_values: normalized images :math:`(B, C, H, W)`, :math:`H, W \ge 32`, in any floating point type.
             **kwargs: ``output_hidden_states``, ``output_attentions`` and ``return_dict``, by default the
                 configuration's.
 
         Returns:
             ``last_hidden_state``, the last map :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`;
-            ``pooler_output``, its normalised mean :math:`(B, C)`; ``hidden_states``, the map of the stem and those of
+            ``pooler_output``, its normalized mean :math:`(B, C)`; ``hidden_states``, the map of the stem and those of
             the four stages; ``attentions``, the weights :math:`(B \cdot windows, heads, N, N)` of each attention.
 
         Raises:

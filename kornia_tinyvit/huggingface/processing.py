@@ -53,12 +53,12 @@ class TinyVitImageProcessor(BaseImageProcessor):
 
     It takes files and URLs, PIL images, arrays and tensors: one, lists of any sizes, or batches :math:`(B, C, H, W)`.
     Levels of 8 bits are divided by 255; floating point images are in [0, 1], as kornia's are. Tensors stay on their
-    device and have gradients. Grey arrays are repeated for a network of colour images.
+    device and have gradients. Gray arrays are repeated for a network of color images.
 
     Args:
         do_resize: resize and crop; otherwise the images of a call must have one size.
         size: ``{"height": S, "width": S}`` of what comes out.
-        do_center_crop: resize the short side to ``S / crop_pct`` and crop the centre; otherwise the whole image is
+        do_center_crop: resize the short side to ``S / crop_pct`` and crop the center; otherwise the whole image is
             resized to ``size`` whatever its aspect ratio, as the networks from 384 pixels on are evaluated.
         crop_pct: share of the resized short side that the crop keeps, in (0, 1].
         resample: Pillow's number of the interpolation: 3 (bicubic), 2 (bilinear) or 0 (nearest).
@@ -201,7 +201,7 @@ def _channels_first(image: Tensor, channels: int, layout: str | ChannelDimension
 
 
 def _evaluate(images: Tensor, settings: dict[str, Any]) -> Tensor:
-    """Resize, crop and normalise a batch :math:`(B, C, H, W)`."""
+    """Resize, crop and normalize a batch :math:`(B, C, H, W)`."""
     mean, std = torch.tensor(settings["image_mean"]), torch.tensor(settings["image_std"])
     check_images(images, len(mean))
     if settings["do_resize"]:

@@ -84,7 +84,7 @@ _JOINED = re.compile(r"self_attn\.in_proj_(weight|bias)$")  # queries, keys and 
 def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDetection:
     """Return transformers' RT-DETR with a copy of a detector's weights.
 
-    It takes normalised squares as ``pixel_values``, their sides multiples of 32. Its backbone is a
+    It takes normalized squares as ``pixel_values``, their sides multiples of 32. Its backbone is a
     :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
 
     Args:

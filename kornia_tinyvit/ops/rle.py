@@ -119,7 +119,7 @@ def _find_lengths(pixels: NDArray[np.bool_]) -> NDArray[np.int64]:
     height, width = pixels.shape
     if not pixels.size:
         return np.zeros(1, dtype=np.int64)
-    # Comparing neighbours row by row and sorting the few changes is faster than transposing all pixels.
+    # Comparing neighbors row by row and sorting the few changes is faster than transposing all pixels.
     change = np.empty_like(pixels, order="C")
     change[1:] = pixels[1:] != pixels[:-1]
     change[0, 1:] = pixels[0, 1:] != pixels[-1, :-1]

@@ -221,7 +221,7 @@ class FoldedMaskDecoder(nn.Module):
             prompted: what :meth:`prompt` returned.
             prompts: indices of the prompts; ``None`` for all.
             cells: rows and columns of the embedding, from the top left, whose masks are wanted; ``None`` for all. The
-                upscaling looks at no neighbours, so they are exact up to their edges.
+                upscaling looks at no neighbors, so they are exact up to their edges.
 
         Returns:
             Logits of all masks of those prompts, the single one first, :math:`(P', M, 4h', 4w')`.
@@ -331,7 +331,7 @@ def _upscale(
 
 
 def _normalize(x: Tensor, norm: nn.LayerNorm | LayerNorm2d) -> Tensor:
-    """Normalise over the last dimension, in the precision of the input."""
+    """Normalize over the last dimension, in the precision of the input."""
     return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 

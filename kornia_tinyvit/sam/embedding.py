@@ -68,7 +68,7 @@ class Geometry:
     def map_points(self, points: Tensor) -> Tensor:
         """Map points :math:`(*, 2)`, x and y in pixels of the photo, to the input, as segment-anything does.
 
-        That is a multiplication by the ratio of the sides. kornia's ``VisualPrompter`` lets a point mark the centre of
+        That is a multiplication by the ratio of the sides. kornia's ``VisualPrompter`` lets a point mark the center of
         a pixel instead, which is up to half a pixel of the input away.
         """
         height, width = (new / old for new, old in zip(self.input_size, self.original_size, strict=True))

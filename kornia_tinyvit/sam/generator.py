@@ -303,9 +303,9 @@ class _Crop:
 
 
 def _grid(side: int) -> Tensor:
-    """Return the centres of a square's cells, row after row, :math:`(side^2, 2)`."""
-    centres = torch.from_numpy(np.linspace(1 / (2 * side), 1 - 1 / (2 * side), side))
-    return torch.stack([centres.repeat(side), centres.repeat_interleave(side)], 1)
+    """Return the centers of a square's cells, row after row, :math:`(side^2, 2)`."""
+    centers = torch.from_numpy(np.linspace(1 / (2 * side), 1 - 1 / (2 * side), side))
+    return torch.stack([centers.repeat(side), centers.repeat_interleave(side)], 1)
 
 
 def _crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[Box, int]]:

@@ -23,9 +23,9 @@ __all__ = ["PIXEL_MEAN", "PIXEL_STD", "Photo", "list_photos", "open_photo", "pre
 #: [0, 1].
 Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
-#: Channel means that every SAM is normalised with, for values in [0, 1].
+#: Channel means that every SAM is normalized with, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-#: Channel standard deviations that every SAM is normalised with, for values in [0, 1].
+#: Channel standard deviations that every SAM is normalized with, for values in [0, 1].
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
@@ -57,7 +57,7 @@ def open_photo(image: Photo) -> Tensor:
     if not image.is_floating_point():
         raise TypeError(f"Photos must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}. A grey one needs .expand(3, -1, -1).")
+        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}. A gray one needs .expand(3, -1, -1).")
     if not image.isfinite().all():
         raise ValueError("The photo holds NaN or infinity.")
     return image
@@ -66,7 +66,7 @@ def open_photo(image: Photo) -> Tensor:
 def prepare_photo(
     pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Geometry]:
-    """Resize a photo as a whole, normalise it and pad it; see :meth:`MobileSAM.preprocess`.
+    """Resize a photo as a whole, normalize it and pad it; see :meth:`MobileSAM.preprocess`.
 
     Args:
         pixels: photo :math:`(3, H, W)`, uint8 or floating point in [0, 1].

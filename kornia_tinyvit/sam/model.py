@@ -61,7 +61,7 @@ class MobileSAM(Sam):
 
     def __init__(self, image_encoder: TinyViT, img_size: int | tuple[int, int] | None = None) -> None:
         if not image_encoder.config.mobile_sam or image_encoder.config.in_chans != 3:
-            raise ValueError("MobileSAM needs an encoder of colour images built with mobile_sam=True.")
+            raise ValueError("MobileSAM needs an encoder of color images built with mobile_sam=True.")
         size = _check_size(image_encoder.config.img_size if img_size is None else img_size)
         super().__init__(image_encoder, _build_prompt_encoder(size), _build_mask_decoder())  # type: ignore[arg-type]
         self.img_size = size
@@ -121,7 +121,7 @@ class MobileSAM(Sam):
         return self.image_encoder.config  # type: ignore[return-value]
 
     def preprocess(self, images: Photo | Sequence[Photo]) -> tuple[Tensor, tuple[Geometry, ...]]:
-        """Resize photos as a whole, normalise them, and pad them below and on the right with zeros.
+        """Resize photos as a whole, normalize them, and pad them below and on the right with zeros.
 
         Files and PIL images are resized by Pillow in 8 bits, bilinear with antialiasing, exactly as the predictors of
         segment-anything and MobileSAM do (``ResizeLongestSide.apply_image``). Tensors are resized by torch in floating

@@ -25,9 +25,9 @@ _ON, _OFF, _BOX = "#19c37d", "#e5383b", "#ffffff"
 
 
 def distinct_colors(count: int) -> Tensor:
-    """Return colours that can be told apart, :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
+    """Return colors that can be told apart, :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
 
-    Hues are a golden ratio of the circle apart, which leaves no two neighbours alike however many there are.
+    Hues are a golden ratio of the circle apart, which leaves no two neighbors alike however many there are.
     """
     return torch.tensor([_color(index) for index in range(count)]).reshape(count, 3)
 
@@ -77,7 +77,7 @@ def draw_overlay(
 
 @torch.inference_mode()
 def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
-    """Draw boxes with their names on a photo, each class in a colour of its own.
+    """Draw boxes with their names on a photo, each class in a color of its own.
 
     Args:
         image: photo :math:`(3, H, W)` in [0, 1].

@@ -62,7 +62,7 @@ def blur_size(sigma: float, images: Tensor) -> int:
 
 
 def feature_colors(features: Tensor) -> Tensor:
-    r"""Show maps of many channels as colour: their first three principal components over all their cells.
+    r"""Show maps of many channels as color: their first three principal components over all their cells.
 
     Args:
         features: maps :math:`(B, C, H, W)` with :math:`C \ge 3`; the components are shared by the batch.
@@ -84,16 +84,16 @@ def feature_colors(features: Tensor) -> Tensor:
 
 
 def overlay_heat(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
-    """Lay a heat map over dimmed grey images.
+    """Lay a heat map over dimmed gray images.
 
     Args:
         images: images :math:`(B, 3, H, W)` in [0, 1].
         heat: maps :math:`(B, 1, H, W)` in [0, 1].
-        opacity: share of the colour where the heat is highest.
+        opacity: share of the color where the heat is highest.
     """
     colormap = ApplyColorMap(ColorMap("plasma", num_colors=256, device=images.device, dtype=images.dtype))
-    grey = images.mean(1, keepdim=True).expand_as(images) * 0.6
-    return torch.lerp(grey, colormap(heat), opacity * heat)
+    gray = images.mean(1, keepdim=True).expand_as(images) * 0.6
+    return torch.lerp(gray, colormap(heat), opacity * heat)
 
 
 def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:

@@ -69,7 +69,7 @@ ON_MARKS = (
 )
 ON_FEATURES = (
     "What the four stages hold, from fine to coarse: the three strongest principal components of the channels as "
-    "red, green and blue. Cells of like colour look alike to the network."
+    "red, green and blue. Cells of like color look alike to the network."
 )
 STYLE = """
 table.scores { width: 100%; border-collapse: collapse; border: none !important; }

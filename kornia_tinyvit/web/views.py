@@ -99,7 +99,7 @@ def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[
         top_k: how many classes to name; at most all of them.
 
     Returns:
-        Scores in [0, 1] by label, the best first, and the photo in grey under the saliency of the best.
+        Scores in [0, 1] by label, the best first, and the photo in gray under the saliency of the best.
     """
     image = photo.tensor(classifier)
     (found,) = classifier.predict(image, top_k)
@@ -115,8 +115,8 @@ class Changes:
     Args:
         brightness: from 0, black, to 2, white; 1 changes nothing.
         contrast: factor from 0 on.
-        saturation: factor from 0, grey, on.
-        hue: turn of the colour circle in [-0.5, 0.5].
+        saturation: factor from 0, gray, on.
+        hue: turn of the color circle in [-0.5, 0.5].
         rotation: degrees, to the left.
         perspective: share of the height that the right edge loses, or if negative the left edge, in [-1, 1].
         blur: deviation of the Gaussian in pixels.
@@ -203,7 +203,7 @@ def compare(
 
 @torch.inference_mode()
 def show_features(classifier: ImageClassifier, photo: Photo) -> list[tuple[Image.Image, str]]:
-    """Draw what the four stages of a network hold, the principal components of their channels as colour.
+    """Draw what the four stages of a network hold, the principal components of their channels as color.
 
     Args:
         classifier: the network, in evaluation mode.

@@ -60,7 +60,7 @@ class TestPublished:
         assert list(weights.urls) == [*mirror, f"{ORIGINAL}{file}.pth"]
         assert weights.fallback == TIMM.format(timm)
         assert weights.asset_path is None
-        assert weights.licence == "MIT"
+        assert weights.license == "MIT"
 
     def test_facts(self, variant, name, file, mirrored, timm, size, classes, top1, top5):
         weights = find_weights(variant, name)
@@ -85,7 +85,7 @@ class TestOthers:
         assert weights.urls[1].endswith("/weights/mobile_sam.pt")
         assert weights.config == TinyViTConfig.from_variant("5m", img_size=1024, mobile_sam=True)
         assert weights.class_names is None
-        assert weights.licence == "Apache-2.0"
+        assert weights.license == "Apache-2.0"
 
     def test_embedded(self):
         weights = find_weights("1m", "cifar10")

@@ -302,10 +302,10 @@ class TestHead:
 
 
 class TestChannels:
-    def test_grey(self, tiny, images):
+    def test_gray(self, tiny, images):
         report = load_checkpoint(model := fresh(in_chans=1), tiny.state_dict())
-        grey = images[:, :1]
-        torch.testing.assert_close(model.eval()(grey), tiny(grey.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
+        gray = images[:, :1]
+        torch.testing.assert_close(model.eval()(gray), tiny(gray.expand(-1, 3, -1, -1)), rtol=1e-4, atol=1e-5)
         assert report.adapted == ("the first convolution takes 1 channel instead of 3",)
         assert report.complete
 
@@ -558,7 +558,7 @@ class TestRefusedMetadata:
             ("7", "configuration that cannot be used"),
             ("null", "configuration that cannot be used"),
             ("[" * 100_000, "configuration that cannot be used"),
-            ({"colour": 1}, "no field colour"),
+            ({"color": 1}, "no field color"),
             ({"activation": "system"}, "torch.nn has no activation 'system'"),
             ({"activation": "init"}, "torch.nn has no activation 'init'"),
             ({"activation": "Parameter"}, "torch.nn has no activation 'Parameter'"),

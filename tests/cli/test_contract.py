@@ -162,12 +162,12 @@ class TestContract:
             time.sleep(0.05)
 
     def test_stored_labels(self, folder, seed, tmp_path, capfd, monkeypatch):
-        (tmp_path / "colours.py").write_text(TEACHER)
-        store, teacher = tmp_path / "store", f"{tmp_path}/colours.py:build"
+        (tmp_path / "colors.py").write_text(TEACHER)
+        store, teacher = tmp_path / "store", f"{tmp_path}/colors.py:build"
         recipe = ("--recipe", "cifar10", "--img-size", "32")
         save = ("distill", "save", str(folder), str(store), "--teacher", teacher, *recipe, "--workers", "0")
         run(*save, "--epochs", "1", "--top-k", "2", "--json")
-        os.unlink(tmp_path / "colours.py")  # no teacher runs
+        os.unlink(tmp_path / "colors.py")  # no teacher runs
         options = ("--max-parameters", "28k", "--store", str(store), "--json")
         held_out = error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", *options))
         assert "none can be held out: give --validation" in held_out

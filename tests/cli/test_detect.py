@@ -80,7 +80,7 @@ class TestDetect:
 
 
 class TestDrawing:
-    def test_boxes_and_colours(self):
+    def test_boxes_and_colors(self):
         found = make_detector().predict(torch.rand(3, 60, 80), 0.0)[:1][0][:2]
         plain = torch.full((3, 60, 80), 0.5)
         assert np.array_equal(np.asarray(draw_detections(plain, [])), np.full((60, 80, 3), 128))

@@ -23,7 +23,7 @@ from torch import nn
 
 SEED = 0
 
-class Colours(nn.Module):
+class Colors(nn.Module):
     def __init__(self):
         super().__init__()
         torch.manual_seed(SEED)
@@ -33,7 +33,7 @@ class Colours(nn.Module):
         return images.mean((2, 3)).flip(1) * self.scale
 
 def build():
-    return Colours()
+    return Colors()
 """
 BARE = """
 from torch import nn
@@ -56,8 +56,8 @@ def folder(tmp_path) -> Path:
 
 @pytest.fixture
 def teacher(tmp_path) -> str:
-    (tmp_path / "colours.py").write_text(TEACHER)
-    return f"{tmp_path}/colours.py:build"
+    (tmp_path / "colors.py").write_text(TEACHER)
+    return f"{tmp_path}/colors.py:build"
 
 
 def save(folder, store, teacher, *options, epochs=2):
@@ -113,7 +113,7 @@ class TestSave:
         }  # fmt: skip
         opened = LabelStore(tmp_path / "store")
         assert opened.epochs == [0, 1]
-        assert opened.manifest.teacher["name"] == "colours.py:build"
+        assert opened.manifest.teacher["name"] == "colors.py:build"
         assert (opened.read(0, range(12)).probabilities.float().sum(1) > 0.5).all()
 
     def test_a_teacher_without_weights(self, folder, tmp_path):
@@ -137,7 +137,7 @@ class TestSave:
         assert report["good"] is True
 
     def test_another_teacher_for_the_same_store(self, folder, store, teacher, tmp_path, capfd, monkeypatch):
-        file = tmp_path / "colours.py"
+        file = tmp_path / "colors.py"
         file.write_text(TEACHER.replace("SEED = 0", "SEED = 1"))
         given = ("--teacher", teacher, *SMALL, "--epochs", "2", "--top-k", "2", "--json")
         error = error_of(capfd, monkeypatch, "distill", "save", str(folder), str(store), *given)
@@ -178,7 +178,7 @@ class TestCheck:
         assert 0 < report["mean"] <= report["largest"] < 1e-3
 
     def test_another_teacher(self, folder, store, teacher, tmp_path, capfd, monkeypatch):
-        (tmp_path / "colours.py").write_text(TEACHER.replace("SEED = 0", "SEED = 1"))
+        (tmp_path / "colors.py").write_text(TEACHER.replace("SEED = 0", "SEED = 1"))
         given = ("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL, "--json")
         assert "teacher.checksum" in error_of(capfd, monkeypatch, *given)
 

@@ -18,7 +18,7 @@ class TestPretrained:
         catalog = list_pretrained(variant)
         assert [(row["variant"], row["name"]) for row in rows] == [(each.variant, each.name) for each in catalog]
         for row, each in zip(rows, catalog, strict=True):
-            assert (row["img_size"], row["top1"], row["licence"]) == (each.img_size, each.top1, each.licence)
+            assert (row["img_size"], row["top1"], row["license"]) == (each.img_size, each.top1, each.license)
             assert tuple(row["urls"]) == each.urls
 
     def test_table(self, variant):
@@ -29,7 +29,7 @@ class TestPretrained:
         for line, each in zip(rows, catalog, strict=True):
             if each.top1 is not None:
                 assert line[3:6] == [str(each.num_classes), f"{each.top1:.1f}", f"{each.top5:.1f}"]
-            assert each.licence in " ".join(line)
+            assert each.license in " ".join(line)
             assert each.trained_on in " ".join(line)
 
 

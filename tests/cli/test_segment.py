@@ -109,7 +109,7 @@ class TestSegment:
 
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
     def test_kinds_of_files(self, weights, tmp_path, mode):
-        """Grey, with opacity, with a palette: as the same pixels in three channels."""
+        """Gray, with opacity, with a palette: as the same pixels in three channels."""
         photo = Image.open(PHOTO).convert(mode)
         photo.save(tmp_path / "photo.png")
         photo.convert("RGB").save(tmp_path / "same.png")

@@ -381,7 +381,7 @@ class TestOperators:
         photo[:, :, 10, 5] = 250
         moved = OPERATORS["translate_x"](photo, torch.tensor([0.2]))[0, 0]
         assert moved[10, 1] == 250
-        assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean colour
+        assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean color
         sheared = OPERATORS["shear_y"](photo, torch.tensor([0.0]))
         assert torch.equal(sheared, photo)
 
@@ -409,7 +409,7 @@ class TestOperators:
 
 
 class TestPixels:
-    def test_normalised_and_erased(self):
+    def test_normalized_and_erased(self):
         augment = ReplayableAugmentation(
             24, "distill", policy=None, color_jitter=0.0, flip=0.0, erasing=1.0, crop_scale=(1.0, 1.0),
             crop_ratio=(1.0, 1.0),
@@ -506,7 +506,7 @@ class TestExceptions:
         augment = build("in1k")
         order = augment.order.permutation(0)
         for rows in (order[[0, 2]], order[1:3], order[:1]):
-            with pytest.raises(ValueError, match="neighbours in one batch"):
+            with pytest.raises(ValueError, match="neighbors in one batch"):
                 augment(torch.zeros(len(rows), 3, SIZE, SIZE, dtype=torch.uint8), augment.draw(0, rows))
 
     def test_describe_tells_what_changes_pixels(self):

@@ -144,7 +144,7 @@ class TestReplayedSamples:
             said.append(str(caught.value))
         assert said[0] == said[1]
 
-    def test_grey_images_and_transparent_ones(self, folder):
+    def test_gray_images_and_transparent_ones(self, folder):
         buffer = io.BytesIO()
         Image.new("L", (50, 30), 77).save(buffer, "PNG")
         (folder / "blue" / "00.png").write_bytes(buffer.getvalue())

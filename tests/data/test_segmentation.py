@@ -158,7 +158,7 @@ class TestRefusals:
         with pytest.raises(BrokenImageError, match=kind.split("/")[1]):
             opened(folder)[0]
 
-    def test_colour_mask(self, folder):
+    def test_color_mask(self, folder):
         Image.new("RGB", (3, 2)).save(folder / "masks" / "a.png")
         with pytest.raises(BrokenImageError, match=r"a\.png is no mask: it has the mode RGB"):
             opened(folder)[0]

@@ -58,12 +58,12 @@ class TestCompare:
 
     def test_maps(self):
         images = torch.rand(3, 2, 8, 8)
-        labelled = [(images, torch.zeros(3, dtype=torch.long))]
-        several = compare(lambda x: [x, x[:, :, ::2]], lambda x: [x, 1.1 * x[:, :, ::2]], labelled)
+        labeled = [(images, torch.zeros(3, dtype=torch.long))]
+        several = compare(lambda x: [x, x[:, :, ::2]], lambda x: [x, 1.1 * x[:, :, ::2]], labeled)
         assert several.agreement is several.top1_reference is several.top1_candidate is None
         assert several.largest_error == pytest.approx(0.1)
         assert several.mean_error == pytest.approx(0.05)
-        single = compare(lambda x: x, lambda x: -x, labelled)
+        single = compare(lambda x: x, lambda x: -x, labeled)
         assert (single.agreement, single.mean_error) == (None, pytest.approx(2.0))
 
     def test_broken_candidate(self, logits):

@@ -76,9 +76,9 @@ class TestSignatureAndResults:
 
 
 class TestInt8:
-    def test_labelled_images_and_other_sizes(self, model, images):
-        labelled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
-        fast = optimize(model, "onnxruntime", torch.int8, calibration=labelled)
+    def test_labeled_images_and_other_sizes(self, model, images):
+        labeled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
+        fast = optimize(model, "onnxruntime", torch.int8, calibration=labeled)
         for size in (64, 96):  # the second makes the engine calibrate again
             images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
             error = (fast(images) - model(images)).norm() / model(images).norm()

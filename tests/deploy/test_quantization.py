@@ -47,7 +47,7 @@ def graph(network, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def crops():
-    """Normalised pieces of the demonstration photos, 48 to calibrate with and 80 others."""
+    """Normalized pieces of the demonstration photos, 48 to calibrate with and 80 others."""
     generator = torch.Generator().manual_seed(0)
     photos = [read_image(path) for path in sorted(PHOTOS.glob("*.[jp][pn]g"))]
     pieces = []
@@ -58,8 +58,8 @@ def crops():
         piece = photo[None, :, top : top + side, left : left + side]
         pieces.append(F.interpolate(piece, size=(96, 96), mode="area"))
     pipeline = ImageClassifier.from_config("1m", pretrained="cifar10").preprocessing
-    normalised = (torch.cat(pieces) - pipeline.mean.view(1, 3, 1, 1)) / pipeline.std.view(1, 3, 1, 1)
-    return normalised[:48], normalised[48:]
+    normalized = (torch.cat(pieces) - pipeline.mean.view(1, 3, 1, 1)) / pipeline.std.view(1, 3, 1, 1)
+    return normalized[:48], normalized[48:]
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ class TestOnnxRuntime:
     def test_agrees(self, network, onnx_int8, crops):
         result = compare(network, run_onnx(onnx_int8), crops[1].split(40))
         assert result.agreement >= 95
-        assert 1e-3 < result.mean_error < 0.05  # it is quantised, and well
+        assert 1e-3 < result.mean_error < 0.05  # it is quantized, and well
 
     def test_linear_layers_are_integers(self, graph, onnx_int8):
         weights = {tensor.name: tensor for tensor in onnx_int8.graph.initializer}

@@ -32,34 +32,34 @@ class Raw(nn.Module):
         return types.SimpleNamespace(logits=images) if self.wrapped else images
 
 
-def normalise(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
+def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
     return (images - torch.tensor(mean)[:, None, None]) / torch.tensor(std)[:, None, None]
 
 
 class TestTeacher:
-    def test_its_own_normalisation(self, images):
+    def test_its_own_normalization(self, images):
         teacher = Teacher(Raw(), "raw", mean=MEAN, std=STD)
-        assert torch.allclose(teacher(normalise(images)), normalise(images, MEAN, STD), atol=1e-5)
+        assert torch.allclose(teacher(normalize(images)), normalize(images, MEAN, STD), atol=1e-5)
 
     @pytest.mark.parametrize(("mean", "std"), [(MEAN, None), (None, STD)])
-    def test_half_of_a_normalisation(self, images, mean, std):
+    def test_half_of_a_normalization(self, images, mean, std):
         teacher = Teacher(Raw(), "raw", mean=mean, std=std)
-        wanted = normalise(images, mean or IMAGENET_MEAN, std or IMAGENET_STD)
-        assert torch.allclose(teacher(normalise(images)), wanted, atol=1e-5)
+        wanted = normalize(images, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+        assert torch.allclose(teacher(normalize(images)), wanted, atol=1e-5)
 
     def test_other_students(self, images):
         teacher = Teacher(Raw(), "raw", mean=MEAN, std=STD, student_mean=(0.1, 0.2, 0.3), student_std=(1, 2, 3))
-        shown = normalise(images, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
-        assert torch.allclose(teacher(shown), normalise(images, MEAN, STD), atol=1e-5)
+        shown = normalize(images, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
+        assert torch.allclose(teacher(shown), normalize(images, MEAN, STD), atol=1e-5)
 
-    def test_the_students_normalisation_is_left_alone(self, images):
+    def test_the_students_normalization_is_left_alone(self, images):
         assert torch.equal(Teacher(Raw(), "raw")(images), images)
 
     @pytest.mark.parametrize("size", [32, 96])
     def test_its_own_size(self, images, size):
         teacher = Teacher(Raw(), "raw", size, MEAN, STD)
         resized = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
-        assert torch.allclose(teacher(normalise(images)), normalise(resized, MEAN, STD), atol=1e-4)
+        assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)
         right = torch.rand(1, 3, size, size)
         assert torch.allclose(Teacher(Raw(), "raw", size)(right), right)
 
@@ -213,7 +213,7 @@ class TestLoadTeacher:
         assert asked == [("vit_large.mine", True)]
         assert (teacher.name, teacher.img_size) == ("timm:vit_large.mine", 48)
         resized = F.interpolate(images, (48, 48), mode="bicubic", antialias=True)
-        assert torch.allclose(teacher(normalise(images)), normalise(resized, MEAN, STD), atol=1e-4)
+        assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)
 
     @pytest.mark.parametrize(
         "processor",
@@ -238,4 +238,4 @@ class TestLoadTeacher:
         assert asked == ["someone/vit", "someone/vit"]
         assert (teacher.name, teacher.img_size) == ("transformers:someone/vit", 48)
         resized = F.interpolate(images, (48, 48), mode="bicubic", antialias=True)
-        assert torch.allclose(teacher(normalise(images)), normalise(resized, MEAN, STD), atol=1e-4)
+        assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)

@@ -55,7 +55,7 @@ def valid(mode: str, suffix: str) -> bytes:
 
 @cache
 def animated(suffix: str) -> bytes:
-    frames = [Image.new("RGB", (WIDTH, HEIGHT), colour) for colour in ("red", "green", "blue")]
+    frames = [Image.new("RGB", (WIDTH, HEIGHT), color) for color in ("red", "green", "blue")]
     file = io.BytesIO()
     frames[0].save(file, Image.registered_extensions()["." + suffix], save_all=True, append_images=frames[1:])
     return file.getvalue()
@@ -136,7 +136,7 @@ def images_for_networks(rng: random.Random, folder: Path) -> None:
         sam().embed(path)
 
 
-def labelled_folder(rng: random.Random, folder: Path) -> None:
+def labeled_folder(rng: random.Random, folder: Path) -> None:
     """Class folders, tar and parquet files."""
     kind = rng.randrange(3)
     if kind == 0:
@@ -305,7 +305,7 @@ def mask_files(rng: random.Random, folder: Path) -> None:
 TARGETS = (
     Target("image files", image_files),
     Target("images for networks", images_for_networks),
-    Target("archives of images", labelled_folder),
+    Target("archives of images", labeled_folder),
     Target("YOLO's labels", yolo_labels),
     Target("COCO's labels", coco_labels),
     Target("masks", mask_files),

@@ -9,7 +9,7 @@ do not apply, for the reasons given:
 - offloading to the processor or the disk, and splitting between devices: a convolution and its norm are folded at every
   call, so the hooks that would fetch their weights do not fire. ``_no_split_modules`` keeps the network in one piece,
   which has 85 MB at most; a test here shows that. Tensor parallelism likewise;
-- initialisation with a configured range: the initialisation is the network's own, and is tested as such;
+- initialization with a configured range: the initialization is the network's own, and is tested as such;
 - remote code: the classes come from an installed package.
 
 The checks of problem types, gradient checkpointing, training and export are in the files beside this one.
@@ -99,8 +99,8 @@ class TestFiles:
         assert model(torch.rand(1, 3, 64, 64)).logits.shape == (1, 4)
         assert torch.equal(model.tinyvit.network.norm_head.weight, tiny_classifier().tinyvit.network.norm_head.weight)
 
-    def test_missing_weights_are_initialised(self, tmp_path):
-        """Whatever a file lacks gets the value of the initialisation, never memory that nobody wrote."""
+    def test_missing_weights_are_initialized(self, tmp_path):
+        """Whatever a file lacks gets the value of the initialization, never memory that nobody wrote."""
         tiny_classifier().save_pretrained(tmp_path)
         path = tmp_path / "model.safetensors"
         save_file({"classifier.bias": load_file(path)["classifier.bias"]}, path, {"format": "pt"})

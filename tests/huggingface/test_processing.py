@@ -45,14 +45,14 @@ class TestSameResults:
         found = TinyVitImageProcessor.from_preprocessing(weights.preprocessing)(photo)["pixel_values"]
         assert torch.equal(found, EvaluationPipeline.from_preprocessing(weights.preprocessing)(to_image(photo)[None]))
 
-    def test_grey_and_many_channels(self, photo):
+    def test_gray_and_many_channels(self, photo):
         for channels in (1, 5):
             preprocessing = default_preprocessing(TinyViTConfig(in_chans=channels))
             images = torch.rand(2, channels, 70, 90)
             found = TinyVitImageProcessor.from_preprocessing(preprocessing)(images)["pixel_values"]
             assert torch.equal(found, EvaluationPipeline.from_preprocessing(preprocessing)(images))
-        grey = TinyVitImageProcessor.from_preprocessing(default_preprocessing(TinyViTConfig(in_chans=1)))
-        assert grey(photo)["pixel_values"].shape[1] == 1
+        gray = TinyVitImageProcessor.from_preprocessing(default_preprocessing(TinyViTConfig(in_chans=1)))
+        assert gray(photo)["pixel_values"].shape[1] == 1
 
 
 class TestKinds:
@@ -93,10 +93,10 @@ class TestKinds:
         image = Image.fromarray(np.full((70, 90), 40000, np.uint16)) if mode == "I;16" else photo.convert(mode)
         assert torch.equal(processor(image)["pixel_values"], processor(to_image(image))["pixel_values"])
 
-    def test_grey_arrays(self, processor):
-        grey = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
-        wanted = processor(np.repeat(grey[..., None], 3, -1))["pixel_values"]
-        for image in (grey, grey[None], grey[..., None]):
+    def test_gray_arrays(self, processor):
+        gray = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
+        wanted = processor(np.repeat(gray[..., None], 3, -1))["pixel_values"]
+        for image in (gray, gray[None], gray[..., None]):
             assert torch.equal(processor(image)["pixel_values"], wanted)
 
     def test_ambiguous_shape(self, processor):

@@ -158,11 +158,11 @@ class TestOutput:
         for mask in sam.generate_masks(photo, **FEW, crop_n_layers=layers):
             assert mask.segmentation.shape == size
 
-    def test_grey(self, sam, photo, tmp_path):
-        grey = Image.fromarray(photo).convert("L")
-        grey.save(tmp_path / "grey.png")
-        expected = sam.generate_masks(np.repeat(np.array(grey)[..., None], 3, 2), **FEW, output_mode="coco_rle")
-        for form in (grey, tmp_path / "grey.png"):
+    def test_gray(self, sam, photo, tmp_path):
+        gray = Image.fromarray(photo).convert("L")
+        gray.save(tmp_path / "gray.png")
+        expected = sam.generate_masks(np.repeat(np.array(gray)[..., None], 3, 2), **FEW, output_mode="coco_rle")
+        for form in (gray, tmp_path / "gray.png"):
             found = sam.generate_masks(form, **FEW, output_mode="coco_rle")
             assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 

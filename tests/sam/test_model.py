@@ -169,7 +169,7 @@ class TestSmoke:
     def test_other_encoder(self):
         with pytest.raises(ValueError, match="built with mobile_sam=True"):
             MobileSAM(TinyViT(**TINY))
-        with pytest.raises(ValueError, match="encoder of colour images"):
+        with pytest.raises(ValueError, match="encoder of color images"):
             MobileSAM(TinyViT(**TINY, mobile_sam=True, in_chans=1))
         with pytest.raises(ValueError, match="no TinyViT variant '6m'"):
             MobileSAM.from_config("6m")
@@ -386,9 +386,9 @@ class TestPreprocessing:
             inputs, (found,) = sam.preprocess(tmp_path / name)
             assert found == geometry
             assert torch.equal(inputs, expected)
-        upright.convert("L").save(tmp_path / "grey.png")
+        upright.convert("L").save(tmp_path / "gray.png")
         Image.merge("RGB", [upright.convert("L")] * 3).save(tmp_path / "same.png")
-        assert torch.equal(sam.preprocess(tmp_path / "grey.png")[0], sam.preprocess(tmp_path / "same.png")[0])
+        assert torch.equal(sam.preprocess(tmp_path / "gray.png")[0], sam.preprocess(tmp_path / "same.png")[0])
 
     @pytest.mark.parametrize("size", [(300, 1), (1, 300), (1, 1), (3, 12000), (12000, 300)])
     def test_extreme_shapes(self, sam, size):

@@ -372,7 +372,7 @@ class TestSteps:
         train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)
         curve = losses(tmp_path / "out")
         assert np.mean(curve[-3:]) < 0.6 * np.mean(curve[:3])
-        assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # since each is told its neighbour
+        assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # since each is told its neighbor
 
     def test_a_processor_keeps_its_memory(self, folder, tmp_path, monkeypatch):
         calls = []

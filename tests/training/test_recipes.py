@@ -100,8 +100,8 @@ class TestFindRecipe:
     def test_unknown(self):
         with pytest.raises(ValueError, match="no recipe 'in2k'; choose one of in1k, in22k_distill"):
             find_recipe("in2k")
-        with pytest.raises(ValueError, match="no field colour, learning_rate"):
-            find_recipe("in1k", learning_rate=1, colour=2)
+        with pytest.raises(ValueError, match="no field color, learning_rate"):
+            find_recipe("in1k", learning_rate=1, color=2)
 
     @pytest.mark.parametrize(
         "changes",

@@ -89,8 +89,8 @@ class TestPrompts:
         assert green[1] > max(green[0], green[2])
         assert red[0] > max(red[1], red[2])
         assert (drawn != 128).any(0).sum() < 200
-        unlabelled = pixels_of(GREY, [], points=places)
-        assert torch.equal(unlabelled[:, 10, 60], drawn[:, 30, 20])
+        unlabeled = pixels_of(GREY, [], points=places)
+        assert torch.equal(unlabeled[:, 10, 60], drawn[:, 30, 20])
 
     @pytest.mark.parametrize("box", [[10.0, 20.0, 50.0, 40.0], [10.0, 20.0, 10.5, 20.5], [-20.0, -20.0, 200.0, 40.0]])
     def test_boxes(self, box):

@@ -146,16 +146,16 @@ class TestStageFeatures:
 
 
 class TestOverlay:
-    def test_heat_covers_the_grey(self):
+    def test_heat_covers_the_gray(self):
         images = torch.rand(2, 3, 8, 10)
         heat = torch.zeros(2, 1, 8, 10)
         heat[..., 5:] = 1
         laid = overlay_heat(images, heat)
         assert laid.shape == images.shape
         assert ((laid >= 0) & (laid <= 1)).all()
-        grey = images.mean(1, keepdim=True).expand_as(images) * 0.6
-        torch.testing.assert_close(laid[..., :5], grey[..., :5])
-        color = (laid - 0.25 * grey)[..., 5:] / 0.75
+        gray = images.mean(1, keepdim=True).expand_as(images) * 0.6
+        torch.testing.assert_close(laid[..., :5], gray[..., :5])
+        color = (laid - 0.25 * gray)[..., 5:] / 0.75
         torch.testing.assert_close(color, color[:1, :, :1, :1].expand_as(color))
-        assert color.std(1).mean() > 0.1  # a colour, and no grey
-        torch.testing.assert_close(overlay_heat(images, heat, opacity=0.0), grey)
+        assert color.std(1).mean() > 0.1  # a color, and no gray
+        torch.testing.assert_close(overlay_heat(images, heat, opacity=0.0), gray)

@@ -116,7 +116,7 @@ def has_compiler() -> bool:
 
 @contextlib.contextmanager
 def quiet(below: int = logging.ERROR) -> Iterator[None]:
-    """Keep exporters and quantisers from reporting deprecations, what torch lacks of torchvision, and their progress.
+    """Keep exporters and quantizers from reporting deprecations, what torch lacks of torchvision, and their progress.
 
     Args:
         below: level of logging below which no logger writes.

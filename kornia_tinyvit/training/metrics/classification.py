@@ -17,7 +17,7 @@ CONFUSION_CLASSES = 2048  # the table of ImageNet-22k would take 4 GB
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What a network does on labelled images. Shares are in per cent.
+    """What a network does on labeled images. Shares are in per cent.
 
     Args:
         images: how many were seen.

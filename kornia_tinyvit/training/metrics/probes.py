@@ -1,4 +1,4 @@
-"""What the features of a network are worth without its head: nearest neighbours and linear probes."""
+"""What the features of a network are worth without its head: nearest neighbors and linear probes."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 
-__all__ = ["extract_features", "k_nearest_neighbours", "linear_probe"]
+__all__ = ["extract_features", "k_nearest_neighbors", "linear_probe"]
 
 _SIMILARITIES = 2**25  # that are held at a time, 128 MB
 
 
 def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what a network's head sees of images: its normalised pooled features.
+    """Return what a network's head sees of images: its normalized pooled features.
 
     Args:
         model: the network; its mode and its weights stay as they are.
-        batches: normalised images :math:`(B, C, H, W)` and their classes :math:`(B,)`.
+        batches: normalized images :math:`(B, C, H, W)` and their classes :math:`(B,)`.
 
     Returns:
         Features :math:`(N, D)`, float32, and classes :math:`(N,)`, both in main memory.
@@ -41,7 +41,7 @@ def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -
     return torch.cat(features), torch.cat(labels)
 
 
-def k_nearest_neighbours(
+def k_nearest_neighbors(
     train_features: Tensor,
     train_labels: Tensor,
     features: Tensor,
@@ -51,14 +51,14 @@ def k_nearest_neighbours(
 ) -> Tensor:
     """Classify by the most similar training images, as InstDisc (arXiv:1805.01978) and DINO (arXiv:2104.14294) do.
 
-    Each of the ``k`` neighbours votes for its class with the weight :math:`e^{s / T}` of its cosine similarity
+    Each of the ``k`` neighbors votes for its class with the weight :math:`e^{s / T}` of its cosine similarity
     :math:`s`.
 
     Args:
         train_features: :math:`(N, D)`.
         train_labels: class indices :math:`(N,)`.
         features: those to classify, :math:`(M, D)`.
-        k: neighbours; at most all training images.
+        k: neighbors; at most all training images.
         temperature: the :math:`T`.
         num_classes: one more than the largest label if left out.
 
@@ -92,7 +92,7 @@ def linear_probe(
     """Train a linear classifier on frozen features: logistic regression by L-BFGS, as CLIP's probes (arXiv:2103.00020).
 
     It starts at zero and takes all images at each step, so the result does not depend on chance. The features are
-    standardised for the training, and that is folded into the layer.
+    standardized for the training, and that is folded into the layer.
 
     Args:
         train_features: :math:`(N, D)`.

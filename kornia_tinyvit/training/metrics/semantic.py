@@ -77,8 +77,8 @@ class PixelMetrics(Counts):
         if classes.shape != masks.shape:
             raise ValueError(f"Expected masks of the shape {tuple(classes.shape)}; got {tuple(masks.shape)}.")
         masks = masks.to(classes.device)
-        labelled = masks != IGNORED
-        truth, answers = masks[labelled], classes[labelled]
+        labeled = masks != IGNORED
+        truth, answers = masks[labeled], classes[labeled]
         for name, found in (("Masks", truth), ("Predictions", answers)):
             if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
                 raise ValueError(f"{name} hold {int(found.max())}; expected classes in [0, {self.num_classes}).")
@@ -94,7 +94,7 @@ class PixelMetrics(Counts):
         right, truth = confusion.diagonal(), confusion.sum(1)
         pixels = int(truth.sum())
         if not pixels:
-            raise ValueError("No labelled pixels were evaluated.")
+            raise ValueError("No labeled pixels were evaluated.")
         union = truth + confusion.sum(0) - right
         per_class = torch.where(truth > 0, 100 * right / union, torch.nan)
         return Segmentation(

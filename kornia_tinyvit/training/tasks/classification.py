@@ -45,7 +45,7 @@ class Labels:
 
 
 class AccuracyEvaluator(Evaluator):
-    """A single measurement of a classifier on labelled images.
+    """A single measurement of a classifier on labeled images.
 
     Args:
         images: the data set, with the classes of the network.

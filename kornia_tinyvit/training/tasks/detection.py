@@ -36,7 +36,7 @@ class BoxedBatch(NamedTuple):
 
     Attributes:
         crops: 8-bit images :math:`(B, 3, S, S)`.
-        boxes: for each image centre, width and height as shares of its sides, :math:`(N_i, 4)`.
+        boxes: for each image center, width and height as shares of its sides, :math:`(N_i, 4)`.
         labels: for each image class indices :math:`(N_i,)`.
         valid: 1 for samples whose image could be read, 0 for broken ones, :math:`(B,)`.
         broken: names of the images that could not be read.
@@ -50,7 +50,7 @@ class BoxedBatch(NamedTuple):
 
 
 class BoxAugmentation(PairedAugmentation):
-    """Crop, flip and recolour an image by kornia; its boxes follow and are cut at the border.
+    """Crop, flip and recolor an image by kornia; its boxes follow and are cut at the border.
 
     Objects of which a crop holds less than 30 % of the box are left out, and so are crowds. See
     :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the usual preset is ``"detection"``.
@@ -70,7 +70,7 @@ class BoxAugmentation(PairedAugmentation):
             index: number of the sample.
 
         Returns:
-            8-bit image :math:`(3, S, S)`, boxes :math:`(N, 4)`, centre, width and height as shares of its side, and
+            8-bit image :math:`(3, S, S)`, boxes :math:`(N, 4)`, center, width and height as shares of its side, and
             class indices :math:`(N,)`.
         """
         kept = ~objects.crowds
@@ -91,7 +91,7 @@ def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
         side: side of the square.
 
     Returns:
-        Centre, width and height :math:`(N, 4)`, and whether enough is left of each, :math:`(N,)`.
+        Center, width and height :math:`(N, 4)`, and whether enough is left of each, :math:`(N,)`.
     """
     inside = boxes.clamp(0, side)
     low, high = inside[:, :2], inside[:, 2:]
@@ -118,7 +118,7 @@ class BoxedSamples(PairedSamples[BoxedBatch]):
         return images, objects
 
     def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._grey(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
+        return self._gray(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
 
     def _collate(
         self, samples: list[tuple[Tensor, Tensor, Tensor]], valid: Tensor, broken: tuple[str, ...]
@@ -128,7 +128,7 @@ class BoxedSamples(PairedSamples[BoxedBatch]):
 
 
 class DetectorTraining(nn.Module):
-    """A detector on its way: transformers' RT-DETR, which takes images in [0, 1] and normalises them itself.
+    """A detector on its way: transformers' RT-DETR, which takes images in [0, 1] and normalizes them itself.
 
     Args:
         detector: the detector to begin with; its weights are copied.
@@ -164,7 +164,7 @@ class DetectorTraining(nn.Module):
 
         Args:
             inputs: squares :math:`(B, 3, S, S)` in [0, 1]; or such squares, and for each its ``boxes``
-                :math:`(N_i, 4)`, centre, width and height as shares of its sides, and ``class_labels``
+                :math:`(N_i, 4)`, center, width and height as shares of its sides, and ``class_labels``
                 :math:`(N_i,)`.
 
         Returns:
@@ -209,7 +209,7 @@ _DENOISING = "denoising_class_embed"
 
 
 class DetectionLoss:
-    """RT-DETR's loss, transformers': varifocal scores, box distance and generalised IoU of matched queries.
+    """RT-DETR's loss, transformers': varifocal scores, box distance and generalized IoU of matched queries.
 
     It counts every layer of the decoder, the encoder's own guesses and the denoising queries. It is one number for a
     batch, the sum over its objects divided by how many there are; with several processes or accumulated batches each

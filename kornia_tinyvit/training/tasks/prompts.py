@@ -24,14 +24,14 @@ __all__ = ["PromptAugmentation", "PromptedBatch", "PromptedSamples", "Prompting"
 VERSION = 1
 
 _STREAM = 9  # of random words; those below are the order's, the replayed augmentation's and the masks'
-_PADDING = tuple(round(255 * level) for level in PIXEL_MEAN)  # which normalisation makes zeros of, as at inference
+_PADDING = tuple(round(255 * level) for level in PIXEL_MEAN)  # which normalization makes zeros of, as at inference
 
 
 class Prompts(NamedTuple):
     """What the network is asked: inputs of :math:`S` pixels, and :math:`P` prompts over them.
 
     Attributes:
-        images: inputs :math:`(B, 3, S, S)`, normalised.
+        images: inputs :math:`(B, 3, S, S)`, normalized.
         photo: which of them each prompt is about, :math:`(P,)`.
         boxes: left, top, right and bottom in pixels of the input, :math:`(P, 4)`.
         points: points on the object, x and y in pixels of the input, :math:`(P, N, 2)`.
@@ -92,8 +92,7 @@ class Prompting:
         fits = self.instances >= 1 and 0 <= self.box_fraction <= 1 and min(self.jitter, self.max_jitter) >= 0
         if not fits or not self.points or min(self.points) < 1:
             raise ValueError(
-                "Prompting needs instances >= 1, box_fraction in [0, 1], points >= 1 and jitter >= 0; "
-                f"got {self}."
+                f"Prompting needs instances >= 1, box_fraction in [0, 1], points >= 1 and jitter >= 0; got {self}."
             )
 
 
@@ -191,7 +190,7 @@ class PromptedSamples(PairedSamples[PromptedBatch]):
     """
 
     def inputs(self, batch: PromptedBatch, device: torch.device) -> Prompts:
-        """Return the prompts of a batch with their normalised inputs, on a device."""
+        """Return the prompts of a batch with their normalized inputs, on a device."""
         tensors = [each.to(device, non_blocking=True) for each in batch.prompts[1:]]
         pixels = batch.crops.to(device, non_blocking=True).float() / 255
         return Prompts(normalize(pixels, pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)), *tensors)
@@ -200,7 +199,7 @@ class PromptedSamples(PairedSamples[PromptedBatch]):
         return self.augmentation.sample(*read, epoch, index)
 
     def _blank(self) -> tuple[Tensor, Tensor, Prompts]:
-        return self._grey(), torch.empty(0), Prompts(*[torch.empty(0)] * 5)
+        return self._gray(), torch.empty(0), Prompts(*[torch.empty(0)] * 5)
 
     def _collate(
         self, samples: list[tuple[Tensor, Tensor, Prompts]], valid: Tensor, broken: tuple[str, ...]

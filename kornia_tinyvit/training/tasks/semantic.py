@@ -43,7 +43,7 @@ class MaskedBatch(NamedTuple):
 
 
 class MaskAugmentation(PairedAugmentation):
-    """Crop, flip and recolour an image and its mask by kornia; the mask is moved alike and never blended.
+    """Crop, flip and recolor an image and its mask by kornia; the mask is moved alike and never blended.
 
     See :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the usual preset is
     ``"semantic"``.
@@ -80,7 +80,7 @@ class MaskedSamples(PairedSamples[MaskedBatch]):
     """
 
     def _blank(self) -> tuple[Tensor, Tensor]:
-        crop = self._grey()
+        crop = self._gray()
         return crop, torch.full(crop.shape[-2:], IGNORED)
 
     def _collate(self, samples: list[tuple[Tensor, Tensor]], valid: Tensor, broken: tuple[str, ...]) -> MaskedBatch:
@@ -122,7 +122,7 @@ class PixelLabels:
 def balanced_weights(images: SegmentationDataset, power: float = 0.5) -> Tensor:
     """Return weights that make up for rare classes: median frequency balancing (arXiv:1411.4734), to a power.
 
-    The frequency of a class is its share of the labelled pixels of the images that show it. All masks are read.
+    The frequency of a class is its share of the labeled pixels of the images that show it. All masks are read.
 
     Args:
         images: the images to train on.

@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbours, linear_probe
+from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbors, linear_probe
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -28,12 +28,12 @@ class TestFeatures:
             extract_features(tiny, [])
 
 
-class TestNearestNeighbours:
+class TestNearestNeighbors:
     def test_by_hand(self):
         known = torch.randn(50, 6, generator=generator())
         labels = torch.randint(4, (50,), generator=generator(1))
         features = torch.randn(9, 6, generator=generator(2))
-        votes = k_nearest_neighbours(known, labels, features, k=7, temperature=0.5, num_classes=5)
+        votes = k_nearest_neighbors(known, labels, features, k=7, temperature=0.5, num_classes=5)
         assert votes.shape == (9, 5)
         for row, feature in zip(votes, features, strict=True):
             similarity = F.cosine_similarity(known, feature[None])
@@ -45,20 +45,20 @@ class TestNearestNeighbours:
     def test_pieces_and_length_do_not_matter(self, monkeypatch):
         known, features = torch.randn(30, 4, generator=generator()), torch.randn(11, 4, generator=generator(1))
         labels = torch.arange(30) % 3
-        whole = k_nearest_neighbours(known, labels, features)
+        whole = k_nearest_neighbors(known, labels, features)
         monkeypatch.setattr("kornia_tinyvit.training.metrics.probes._SIMILARITIES", 60)
-        torch.testing.assert_close(k_nearest_neighbours(known * 9, labels, features / 7), whole)
+        torch.testing.assert_close(k_nearest_neighbors(known * 9, labels, features / 7), whole)
 
-    def test_fewer_images_than_neighbours(self):
-        votes = k_nearest_neighbours(torch.eye(3), torch.tensor([2, 0, 1]), torch.eye(3), k=20, temperature=0.01)
+    def test_fewer_images_than_neighbors(self):
+        votes = k_nearest_neighbors(torch.eye(3), torch.tensor([2, 0, 1]), torch.eye(3), k=20, temperature=0.01)
         assert votes.argmax(1).tolist() == [2, 0, 1]
         assert torch.isfinite(votes).all()
 
     def test_refused(self):
         with pytest.raises(ValueError, match="k and temperature must be positive; got 0"):
-            k_nearest_neighbours(torch.eye(3), torch.arange(3), torch.eye(3), k=0)
+            k_nearest_neighbors(torch.eye(3), torch.arange(3), torch.eye(3), k=0)
         with pytest.raises(ValueError, match="Got 3 training features and 2 labels"):
-            k_nearest_neighbours(torch.eye(3), torch.arange(2), torch.eye(3))
+            k_nearest_neighbors(torch.eye(3), torch.arange(2), torch.eye(3))
 
 
 class TestLinearProbe:

@@ -52,7 +52,7 @@ class TestMetrics:
 
     def test_exceptions(self):
         metrics = PixelMetrics(3)
-        with pytest.raises(ValueError, match="No labelled pixels"):
+        with pytest.raises(ValueError, match="No labeled pixels"):
             metrics.compute()
         with pytest.raises(ValueError, match="at least 1"):
             PixelMetrics(0)

@@ -1,4 +1,4 @@
-"""Training segmenters: images and masks change together, unlabelled pixels have no say, and it learns and goes on."""
+"""Training segmenters: images and masks change together, unlabeled pixels have no say, and it learns and goes on."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def assert_same_run(out, other):
 
 class TestAugmentation:
     def scene(self):
-        """An image whose colour tells the class of each pixel, so that the mask can be read from it."""
+        """An image whose color tells the class of each pixel, so that the mask can be read from it."""
         y, x = torch.meshgrid(torch.arange(50), torch.arange(70), indexing="ij")
         mask = (x > 30).long() + (y > 28).long() * 2
         return (mask * 60 + 30).to(torch.uint8).expand(3, 50, 70), mask
@@ -103,10 +103,10 @@ class TestAugmentation:
             moved = augment(torch.zeros(3, 300, 400, dtype=torch.uint8), mask, 0, index)[1]
             assert set(moved.unique().tolist()) == {-100, 154}
 
-    def test_colours_change_and_masks_do_not(self):
+    def test_colors_change_and_masks_do_not(self):
         image, mask = self.scene()
-        plain, coloured = (MaskAugmentation(40, seed=2, color_jitter=each) for each in (0.0, 0.5))
-        (one, first), (other, second) = (each(image, mask, 1, 4) for each in (plain, coloured))
+        plain, colored = (MaskAugmentation(40, seed=2, color_jitter=each) for each in (0.0, 0.5))
+        (one, first), (other, second) = (each(image, mask, 1, 4) for each in (plain, colored))
         assert torch.equal(first, second)
         assert (one.float() - other.float()).abs().mean() > 5
 
@@ -176,7 +176,7 @@ class TestPixelLabels:
         assert not logits.grad[0, :, :2].any()
         assert logits.grad[0, :, 2:].all()
 
-    def test_nothing_labelled(self):
+    def test_nothing_labeled(self):
         logits = torch.randn(1, 3, 4, 5, requires_grad=True)
         loss = PixelLabels()(logits, logits, self.batch(torch.full((1, 4, 5), IGNORED)))
         loss.sum().backward()

@@ -55,7 +55,7 @@ class Space:
 
 
 def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
-    """Return the neighbours of a network: for each factor, the network contracted by one step, two steps and so on.
+    """Return the neighbors of a network: for each factor, the network contracted by one step, two steps and so on.
 
     Args:
         config: the network.
@@ -73,7 +73,7 @@ def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[Tiny
 
 
 def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
-    """Return the neighbours on the way back: for each factor, the network with one step of it more, two and so on.
+    """Return the neighbors on the way back: for each factor, the network with one step of it more, two and so on.
 
     Args:
         config: the network.
