@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import ReplayableAugmentation, ReplayedSamples
-from kornia_tinyvit.distillation import FeatureRegression, FeatureStore, Manifest, Teacher, save_records
+from kornia_tinyvit.distillation import FeatureStore, Manifest, StoredFeatureLoss, Teacher, save_records
 from kornia_tinyvit.images import read_image, read_pixels
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import Recipe, train
@@ -203,7 +203,7 @@ def train_student(
     result = train(
         student,
         samples,
-        FeatureRegression(store),
+        StoredFeatureLoss(store),
         args.recipe,
         out,
         replays=list(range(args.stored)),

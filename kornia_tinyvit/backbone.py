@@ -14,7 +14,7 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
-from kornia_tinyvit.checkpoints.adaptation import refuse_misfits
+from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.loading import PREPROCESSING_KEY, read_preprocessing
 from kornia_tinyvit.checkpoints.tensors import read_metadata, read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, name_classes
@@ -283,7 +283,7 @@ def _check_parts(
     if not wanted:
         raise CheckpointError(f"{path} carries a configuration of another network. Nothing was loaded.")
     for name, wants in wanted.items():
-        refuse_misfits(weights.get(name, {}), wants, f"The {name} in {path}")
+        check_state_dict(weights.get(name, {}), wants, f"The {name} in {path}")
     return {name: weights[name] for name in wanted}
 
 

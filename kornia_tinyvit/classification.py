@@ -13,7 +13,7 @@ from kornia.geometry.transform import hflip
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint
-from kornia_tinyvit.checkpoints.catalog import usual_names
+from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.images import ImageInput, read_batches
 from kornia_tinyvit.layers import evaluating
@@ -118,7 +118,7 @@ class ImageClassifier(nn.Module):
         """
         model = TinyViT.from_config(config, pretrained=pretrained, **kwargs)
         if class_names is None and not model.training:
-            class_names = model.class_names or usual_names(model.config.num_classes)
+            class_names = model.class_names or default_class_names(model.config.num_classes)
         classifier = cls(model, class_names=class_names, views=views)
         return classifier.train(model.training)
 

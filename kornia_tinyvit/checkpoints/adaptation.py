@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, list_some
 
-__all__ = ["HEAD", "STEM", "WindowAdaptation", "adapt_head", "adapt_input", "adapt_windows", "refuse_misfits"]
+__all__ = ["HEAD", "STEM", "WindowAdaptation", "adapt_head", "adapt_input", "adapt_windows", "check_state_dict"]
 
 STEM = "patch_embed.seq.0.c.weight"
 HEAD = ("head.weight", "head.bias")
@@ -76,7 +76,7 @@ def adapt_windows(
     adapted.extend(f"bias tables {verb} from windows of {before} to {after} tokens" for before, after in changes)
 
 
-def refuse_misfits(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
+def check_state_dict(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], source: str) -> None:
     """Refuse tensors that a network cannot take, before it is touched.
 
     Args:

@@ -21,12 +21,12 @@ __all__ = [
     "ASSETS",
     "CATALOG",
     "PretrainedWeights",
+    "default_class_names",
     "default_weights",
     "find_weights",
     "imagenet_1k_in_22k",
     "imagenet_classes",
     "list_pretrained",
-    "usual_names",
 ]
 
 #: The folder of the package with weights, photos and the names of classes.
@@ -87,7 +87,7 @@ class PretrainedWeights:
     @property
     def class_names(self) -> tuple[str, ...] | None:
         """The names of the classes, where the package has them and the file itself does not."""
-        return None if self.mobile_sam else usual_names(self.num_classes)
+        return None if self.mobile_sam else default_class_names(self.num_classes)
 
     @property
     def asset_path(self) -> Path | None:
@@ -101,7 +101,7 @@ def imagenet_classes() -> tuple[str, ...]:
     return tuple((ASSETS / "imagenet_1k_classes.txt").read_text(encoding="utf-8").splitlines())
 
 
-def usual_names(num_classes: int) -> tuple[str, ...] | None:
+def default_class_names(num_classes: int) -> tuple[str, ...] | None:
     """Return ImageNet-1k's names for weights of 1000 classes without names, which are always that."""
     return imagenet_classes() if num_classes == 1000 else None
 

@@ -22,7 +22,7 @@ from kornia_tinyvit.checkpoints.adaptation import (
     adapt_head,
     adapt_input,
     adapt_windows,
-    refuse_misfits,
+    check_state_dict,
 )
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, read_hub_folder
@@ -165,7 +165,7 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
     config = _config_from_shapes(state_dict, stored or base, name)
     config = config if hub.img_size is None else config.replace(img_size=hub.img_size)
     if stored is not None:
-        _refuse_false_config(stored, config, name)
+        _check_stored_config(stored, config, name)
         config = stored
     others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
     preprocessing = read_preprocessing({**own.preprocessing, **hub.preprocessing}, config, name)
@@ -260,7 +260,7 @@ def load_checkpoint(
     head_reset = adapt_head(state_dict, target, adapted)
     adapt_input(state_dict, target, adapted)
     adapt_windows(state_dict, target, window_adaptation, adapted)
-    refuse_misfits(state_dict, target, found.source)
+    check_state_dict(state_dict, target, found.source)
     empty = any(tensor.is_meta for tensor in target.values())
     if empty:  # nothing to copy into: the tensors themselves become the network's, in its precision
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
@@ -390,7 +390,7 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
         raise CheckpointError(f"{source} is no TinyViT that can be built: {error}") from error
 
 
-def _refuse_false_config(stored: TinyViTConfig, told: TinyViTConfig, source: str) -> None:
+def _check_stored_config(stored: TinyViTConfig, told: TinyViTConfig, source: str) -> None:
     """Refuse a stored configuration that the tensors contradict: building it could take any amount of memory."""
     told = told.replace(
         img_size=stored.img_size,
@@ -414,13 +414,13 @@ def _follow(config: str | TinyViTConfig | None, found: Checkpoint) -> Checkpoint
     """Hold a checkpoint to what was asked for: a variant decides the architecture, a configuration everything."""
     asked = _configuration(config)
     if asked is not None:
-        _refuse_other_architecture(asked, found)
+        _check_architecture(asked, found)
     if not isinstance(config, TinyViTConfig):
         return found
     return replace(found, config=config, preprocessing=found.preprocessing_for(config))
 
 
-def _refuse_other_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
+def _check_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
     # The first stage has no heads, whatever its entry says.
     expected = expected.replace(num_heads=(found.config.num_heads[0], *expected.num_heads[1:]))
     differences = [

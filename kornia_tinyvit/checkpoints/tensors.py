@@ -89,7 +89,7 @@ def fetch_weights(weights: PretrainedWeights) -> Path:
 
 def _download(urls: list[str], file_name: str | None = None, tried: Sequence[str] = ()) -> Path:
     try:
-        return Path(download_file_from_url(urls, file_name=file_name, validate=_refuse_torn))
+        return Path(download_file_from_url(urls, file_name=file_name, validate=_check_download))
     except (RuntimeError, OSError, ValueError) as error:
         places = "\n  ".join([*tried, *urls])
         raise CheckpointError(
@@ -98,7 +98,7 @@ def _download(urls: list[str], file_name: str | None = None, tried: Sequence[str
         ) from error
 
 
-def _refuse_torn(path: str) -> None:
+def _check_download(path: str) -> None:
     """Refuse a download that is no whole archive, so that it does not stay in the cache.
 
     A pickle, torch's format before 1.6, has no index at its end to tell by; reading it will.

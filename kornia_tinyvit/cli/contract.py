@@ -22,7 +22,7 @@ from kornia_tinyvit.contraction.neighbors import read_factor
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.benchmark import DTYPES
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.distillation.losses import StoredLabels
+from kornia_tinyvit.distillation.losses import StoredLabelLoss
 from kornia_tinyvit.model import TinyViT
 
 Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
@@ -117,7 +117,7 @@ def contract(context: typer.Context, asked: ContractRequest) -> None:
     objective, replays = None, None
     if asked.store is not None:
         opened = shared.open_labels(asked.store, samples)
-        objective, replays = StoredLabels(opened, samples.augmentation), shared.whole_epochs(opened, recipe.epochs)
+        objective, replays = StoredLabelLoss(opened, samples.augmentation), shared.whole_epochs(opened, recipe.epochs)
         if opened.manifest.num_classes != images.num_classes:
             raise ValueError(
                 f"The teacher knows {opened.manifest.num_classes} classes, but the images have {images.num_classes}."

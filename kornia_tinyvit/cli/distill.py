@@ -16,7 +16,7 @@ from kornia_tinyvit.cli.options import Device, parse_device
 from kornia_tinyvit.cli.requests import command
 from kornia_tinyvit.cli.tables import print_names
 from kornia_tinyvit.data.loader import ReplayedSamples
-from kornia_tinyvit.distillation.losses import OnlineTeacher, StoredLabels
+from kornia_tinyvit.distillation.losses import OnlineDistillationLoss, StoredLabelLoss
 from kornia_tinyvit.distillation.manifest import Manifest, estimated_size, readable_size
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore
@@ -167,7 +167,7 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
         raise ValueError("--hard-weight and --replays belong to a store; leave them out with --teacher.")
     recipe = asked.find_recipe(asked.recipe)
     samples = asked.samples(recipe, asked.on_broken)
-    objective: StoredLabels | OnlineTeacher
+    objective: StoredLabelLoss | OnlineDistillationLoss
     shown = None
     if asked.store is not None:
         opened = shared.open_labels(asked.store, samples)
@@ -175,11 +175,13 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
             shown = list(range(replays))
         else:  # a training that is resumed keeps its epochs, though its store may have grown since
             shown = (RunFolder(asked.out).begun() or {}).get("replays") or shared.whole_epochs(opened, recipe.epochs)
-        objective = StoredLabels(opened, samples.augmentation, hard_weight, patience=0 if replays is None else PATIENCE)
+        objective = StoredLabelLoss(
+            opened, samples.augmentation, hard_weight, patience=0 if replays is None else PATIENCE
+        )
         classes = opened.manifest.num_classes
     else:
         network = load_teacher(str(asked.teacher))
-        objective, classes = OnlineTeacher(network, asked.dtype), _count_classes(network, samples)
+        objective, classes = OnlineDistillationLoss(network, asked.dtype), _count_classes(network, samples)
     if (hard_weight or asked.validation is not None) and samples.images.num_classes != classes:
         raise ValueError(
             f"The data has {samples.images.num_classes} classes and the teacher {classes}, so labels cannot be used "

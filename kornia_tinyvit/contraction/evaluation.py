@@ -38,7 +38,7 @@ class ProxyTraining:
         validation: others, to measure the accuracy on.
         recipe: the training; a few epochs are usual.
         folder: where trainings in progress keep their state; each one's is removed at its end.
-        objective: what to learn, such as :class:`~kornia_tinyvit.distillation.StoredLabels`, which needs no teacher;
+        objective: what to learn, such as :class:`~kornia_tinyvit.distillation.StoredLabelLoss`, which needs no teacher;
             ``None`` for the labels.
         start: ``"inherit"`` begins with what is left of the parent's weights, see
             :func:`~kornia_tinyvit.contraction.inherit`; ``"fresh"`` with random ones.

@@ -1,29 +1,29 @@
 """Fast pretraining distillation: a teacher's soft labels stored once and replayed exactly (arXiv:2207.10666)."""
 
 from kornia_tinyvit.distillation.losses import (
-    FeatureRegression,
-    OnlineTeacher,
-    StoredLabels,
+    OnlineDistillationLoss,
+    StoredFeatureLoss,
+    StoredLabelLoss,
     distillation_loss,
     soft_target_cross_entropy,
 )
 from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size
-from kornia_tinyvit.distillation.saving import CheckReport, SavedRecords, check_records, save_records
+from kornia_tinyvit.distillation.saving import CheckReport, SaveReport, check_records, save_records
 from kornia_tinyvit.distillation.store import FeatureStore, LabelStore, MissingRecordsError, StoreMismatchError
 from kornia_tinyvit.distillation.teachers import Teacher, load_teacher
 
 __all__ = [
     "CheckReport",
-    "FeatureRegression",
     "FeatureStore",
     "LabelStore",
     "Manifest",
     "MissingRecordsError",
-    "OnlineTeacher",
-    "SavedRecords",
+    "OnlineDistillationLoss",
+    "SaveReport",
     "StoreError",
     "StoreMismatchError",
-    "StoredLabels",
+    "StoredFeatureLoss",
+    "StoredLabelLoss",
     "Teacher",
     "check_records",
     "distillation_loss",

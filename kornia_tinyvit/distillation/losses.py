@@ -24,9 +24,9 @@ from kornia_tinyvit.distillation.store import (
 from kornia_tinyvit.distillation.teachers import Teacher
 
 __all__ = [
-    "FeatureRegression",
-    "OnlineTeacher",
-    "StoredLabels",
+    "OnlineDistillationLoss",
+    "StoredFeatureLoss",
+    "StoredLabelLoss",
     "distillation_loss",
     "soft_target_cross_entropy",
 ]
@@ -117,7 +117,7 @@ def distillation_loss(
     return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_weight)
 
 
-class OnlineTeacher:
+class OnlineDistillationLoss:
     """Cross-entropy against all of what a teacher says at every step.
 
     Args:
@@ -142,7 +142,7 @@ class OnlineTeacher:
         return F.cross_entropy(outputs.float(), targets, reduction="none")
 
 
-class StoredLabels:
+class StoredLabelLoss:
     """Cross-entropy against the soft labels of a store.
 
     Args:
@@ -189,7 +189,7 @@ class StoredLabels:
                 time.sleep(1.0)
 
 
-class FeatureRegression:
+class StoredFeatureLoss:
     """Mean squared error against the features of a store, as MobileSAM's decoupled distillation has it.
 
     A student whose neck ends in a layer norm, as MobileSAM's does, begins with features of mean square 1, and so with

@@ -19,11 +19,11 @@ from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore, Records, RecordStore, ShardWriter
 from kornia_tinyvit.distillation.teachers import device_of
 
-__all__ = ["CheckReport", "SavedRecords", "check_records", "save_records"]
+__all__ = ["CheckReport", "SaveReport", "check_records", "save_records"]
 
 
 @dataclass(frozen=True)
-class SavedRecords:
+class SaveReport:
     """What a run of :func:`save_records` did.
 
     Attributes:
@@ -65,7 +65,7 @@ def save_records(
     workers: int = 0,
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda records: None,
-) -> SavedRecords:
+) -> SaveReport:
     """Let a teacher look at epochs of replayed samples and write down what is missing in a store.
 
     Any number of processes and machines may do this at once on a shared disk: each takes the shards that no other one
@@ -130,7 +130,7 @@ def save_records(
         if len(locked) == len(waiting):
             break
         waiting = locked
-    return SavedRecords(written, present, len(waiting), tuple(sorted(broken)))
+    return SaveReport(written, present, len(waiting), tuple(sorted(broken)))
 
 
 def check_records(

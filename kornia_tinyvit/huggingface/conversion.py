@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 from torch import nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint
-from kornia_tinyvit.checkpoints.catalog import usual_names
+from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.checkpoints.layouts import to_transformers
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
@@ -96,7 +96,7 @@ def from_checkpoint(
         'cat'
     """
     network = TinyViT.from_config(variant, pretrained=pretrained).eval()
-    return from_tinyvit(network, class_names or network.class_names or usual_names(network.config.num_classes))
+    return from_tinyvit(network, class_names or network.class_names or default_class_names(network.config.num_classes))
 
 
 def label_fields(names: Sequence[str] | None) -> dict[str, Any]:

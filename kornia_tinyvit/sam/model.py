@@ -14,7 +14,7 @@ from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
-from kornia_tinyvit.checkpoints.adaptation import refuse_misfits
+from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.layers import evaluating
@@ -104,7 +104,7 @@ class MobileSAM(Sam):
         model = cls(TinyViT.from_config(base.replace(mobile_sam=True, img_size=max(size))), size)
         if found is not None:
             parts = {name: x for name, x in model.state_dict().items() if not name.startswith(_ENCODER)}
-            refuse_misfits(found.others, parts, found.source)  # before the network is touched
+            check_state_dict(found.others, parts, found.source)  # before the network is touched
             load_checkpoint(model.image_encoder, found)
             model.load_state_dict(found.others, strict=False)
             model.eval()

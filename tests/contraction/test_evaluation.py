@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from kornia_tinyvit.contraction import ProxyTraining
 from kornia_tinyvit.data import ClassificationDataset
-from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabels
+from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
 from kornia_tinyvit.training import find_recipe
 from tests.contraction.conftest import SMALL
 from tests.scenes import make_images, samples_of
@@ -51,7 +51,7 @@ class TestProxyTraining:
         sure = F.one_hot(torch.tensor([samples.images.labels[row] for row in rows.tolist()]), 3).float()
         with LabelStore.create(tmp_path / "store", manifest) as store:
             store.write(0, rows, sure, draws.checksums())
-        objective = StoredLabels(LabelStore(tmp_path / "store"), samples.augmentation)
+        objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         learns = pickle.loads(pickle.dumps(replace(proxy, objective=objective, replays=[0])))
         assert learns.describe()["objective"]["kind"] == "stored labels"
         assert learns.describe() != proxy.describe()

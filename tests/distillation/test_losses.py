@@ -13,13 +13,13 @@ from torch import nn
 
 from kornia_tinyvit.data import Batch, ReplayableAugmentation
 from kornia_tinyvit.distillation import (
-    FeatureRegression,
     FeatureStore,
     LabelStore,
     Manifest,
     MissingRecordsError,
-    OnlineTeacher,
-    StoredLabels,
+    OnlineDistillationLoss,
+    StoredFeatureLoss,
+    StoredLabelLoss,
     StoreError,
     StoreMismatchError,
     distillation_loss,
@@ -150,11 +150,11 @@ class TestDistillationLoss:
             distillation_loss(torch.randn(6, 12), *sparse, hard_weight=1.5)
 
 
-class TestStoredLabels:
+class TestStoredLabelLoss:
     def test_equals_the_dense_loss(self, store, outputs, targets):
         batch = batch_of(augment())
         write(store, batch, targets)
-        loss = StoredLabels(store, augment())(outputs, None, batch)
+        loss = StoredLabelLoss(store, augment())(outputs, None, batch)
         assert torch.allclose(loss, F.cross_entropy(outputs, restored(targets), reduction="none"), atol=1e-5)
 
     @pytest.mark.parametrize("preset", ["finetune", "in1k"])
@@ -163,7 +163,7 @@ class TestStoredLabels:
         augmentation = augment(preset)
         batch = batch_of(augmentation)
         write(store, batch, targets)
-        loss = StoredLabels(store, augmentation, hard_weight=share)(outputs, None, batch)
+        loss = StoredLabelLoss(store, augmentation, hard_weight=share)(outputs, None, batch)
         soft = F.cross_entropy(outputs, restored(targets), reduction="none")
         expected = (1 - share) * soft + share * Labels(augmentation)(outputs, None, batch)
         assert torch.allclose(loss, expected, atol=1e-5)
@@ -175,12 +175,12 @@ class TestStoredLabels:
         write(store, batch_of(augment(), count=NUM_SAMPLES), targets.repeat(2, 1))
         batch = Batch(*batch_of(augment())[:3], other.draw(1, batch_of(augment()).draws.indices), ())
         with pytest.raises(StoreMismatchError, match=r"of 6 samples of epoch 1 are augmented otherwise.*distill save"):
-            StoredLabels(store, other)(outputs, None, batch)
+            StoredLabelLoss(store, other)(outputs, None, batch)
 
     def test_missing(self, store, outputs, targets):
         write(store, batch_of(augment(), count=4), targets[:4])
         with pytest.raises(MissingRecordsError, match="2 of 6 records"):
-            StoredLabels(store, augment())(outputs, None, batch_of(augment()))
+            StoredLabelLoss(store, augment())(outputs, None, batch_of(augment()))
 
     def test_patience(self, store, outputs, targets):
         """A record that comes later is waited for, and one that does not is missing in the end."""
@@ -196,14 +196,14 @@ class TestStoredLabels:
 
         thread = threading.Thread(target=later)
         thread.start()
-        loss = StoredLabels(reader, augment(), patience=60)(outputs, None, batch)
+        loss = StoredLabelLoss(reader, augment(), patience=60)(outputs, None, batch)
         thread.join()
         assert torch.allclose(loss, F.cross_entropy(outputs, restored(targets), reduction="none"), atol=1e-5)
         with pytest.raises(MissingRecordsError):
-            StoredLabels(reader, augment(), patience=0.01)(outputs, None, batch_of(augment(), start=6))
+            StoredLabelLoss(reader, augment(), patience=0.01)(outputs, None, batch_of(augment(), start=6))
 
 
-class TestFeatureRegression:
+class TestStoredFeatureLoss:
     @pytest.fixture
     def features(self, tmp_path):
         manifest = Manifest(num_samples=NUM_SAMPLES, seed=4, kind="features", shape=(4, 2, 2), shard_records=2)
@@ -217,21 +217,21 @@ class TestFeatureRegression:
         outputs = (
             torch.arange(6 * 16).view(6, 4, 2, 2) / 8.0 + torch.tensor([0.0, 1, -2, 3, 0.5, 1])[:, None, None, None]
         )
-        loss = FeatureRegression(features)(outputs, None, batch_of(augment()))
+        loss = StoredFeatureLoss(features)(outputs, None, batch_of(augment()))
         assert torch.allclose(loss, torch.tensor([0.0, 1, 4, 9, 0.25, 1]))
 
     def test_another_shape(self, features):
         with pytest.raises(StoreError, match=r"returns \(4, 4\) for an image, but .*features holds \(4, 2, 2\)"):
-            FeatureRegression(features)(torch.zeros(6, 4, 4), None, batch_of(augment()))
+            StoredFeatureLoss(features)(torch.zeros(6, 4, 4), None, batch_of(augment()))
 
     def test_another_augmentation(self, features):
         batch = batch_of(augment())
         drifted = batch._replace(draws=augment("small").draw(1, batch.draws.indices))
         with pytest.raises(StoreMismatchError, match="augmented otherwise"):
-            FeatureRegression(features)(torch.zeros(6, 4, 2, 2), None, drifted)
+            StoredFeatureLoss(features)(torch.zeros(6, 4, 2, 2), None, drifted)
 
 
-class TestOnlineTeacher:
+class TestOnlineDistillationLoss:
     @pytest.fixture
     def teacher(self):
         torch.manual_seed(0)
@@ -241,7 +241,7 @@ class TestOnlineTeacher:
 
     def test_equals_the_dense_loss(self, teacher, outputs):
         images = torch.randn(6, 3, SIZE, SIZE)
-        loss = OnlineTeacher(teacher)(outputs, images, None)
+        loss = OnlineDistillationLoss(teacher)(outputs, images, None)
         with torch.no_grad():
             expected = F.cross_entropy(outputs, teacher(images).softmax(1), reduction="none")
         assert torch.allclose(loss, expected, atol=1e-6)
@@ -251,17 +251,17 @@ class TestOnlineTeacher:
 
     def test_a_teacher_in_training_mode_neither_learns_nor_drifts(self, teacher, outputs):
         images = torch.randn(6, 3, SIZE, SIZE)
-        expected = OnlineTeacher(teacher)(outputs, images, None)
+        expected = OnlineDistillationLoss(teacher)(outputs, images, None)
         before = teacher[1].running_mean.clone()
-        assert torch.equal(OnlineTeacher(teacher.train())(outputs, images, None), expected)
+        assert torch.equal(OnlineDistillationLoss(teacher.train())(outputs, images, None), expected)
         assert torch.equal(teacher[1].running_mean, before)
 
     def test_lower_precision(self, teacher, outputs):
         kinds = []
         teacher[3].register_forward_hook(lambda module, inputs, output: kinds.append(output.dtype))
         images = torch.randn(6, 3, SIZE, SIZE)
-        whole = OnlineTeacher(teacher)(outputs, images, None)
-        half = OnlineTeacher(teacher, torch.bfloat16)(outputs, images, None)
+        whole = OnlineDistillationLoss(teacher)(outputs, images, None)
+        half = OnlineDistillationLoss(teacher, torch.bfloat16)(outputs, images, None)
         assert kinds == [torch.float32, torch.bfloat16]
         assert half.dtype == torch.float32
         assert torch.allclose(whole, half, atol=0.05)
@@ -271,5 +271,5 @@ class TestOnlineTeacher:
         """It is built on the CPU and follows the training to its device."""
         asked = []
         teacher.to = lambda device: asked.append(device) or nn.Module.to(teacher, device)
-        OnlineTeacher(teacher)(torch.zeros(6, NUM_CLASSES), torch.zeros(6, 3, SIZE, SIZE), None)
+        OnlineDistillationLoss(teacher)(torch.zeros(6, NUM_CLASSES), torch.zeros(6, 3, SIZE, SIZE), None)
         assert asked == [torch.device("cpu")]

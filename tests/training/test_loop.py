@@ -26,7 +26,7 @@ from torch.optim import optimizer as optimizers
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.data import ClassificationDataset, ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.data.datasets import BrokenImageError
-from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabels
+from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import Labels, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
@@ -367,7 +367,7 @@ class TestSteps:
                 wrong = (torch.tensor(samples.images.labels)[order.tolist()] + 1) % 3
                 draws = samples.augmentation.draw(epoch, order)
                 store.write(epoch, order, F.one_hot(wrong, 3).float(), draws.checksums())
-        objective = StoredLabels(LabelStore(tmp_path / "store"), samples.augmentation)
+        objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         recipe = replace(EASY, epochs=8)
         train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)
         curve = losses(tmp_path / "out")
