@@ -70,7 +70,7 @@ def benchmark(
     images = None if data is None else read_images(classifier, data, limit)
     for row in rows:
         if row.dtype == "int8" and images is None:
-            row.refused = "int8 is calibrated on images: give --data"
+            row.skipped = "int8 is calibrated on images: give --data"
     bench = Benchmark(classifier.model, method.value, images, judged=not random)
     bench.measure(rows, repetitions, progress=not as_json and sys.stdout.isatty())
     machine = describe_machine(device, tuned)
@@ -125,8 +125,8 @@ def _show(rows: list[Row], bench: Benchmark) -> None:
         for row in rows
     )
     print_table(["engine", "dtype", "batch", *columns], cells, left=2)
-    for row in {(row.engine, row.dtype): row for row in rows if row.refused}.values():
-        print(f"{row.engine} {row.dtype}: {row.refused}")
+    for row in {(row.engine, row.dtype): row for row in rows if row.skipped}.values():
+        print(f"{row.engine} {row.dtype}: {row.skipped}")
     peaks = ", ".join(f"{name} {_number(peak, '.0f')}" for name, peak in bench.peaks.items())
     print(f"{bench.flops / 1e9:.2f} GFLOP an image; GFLOP/s of large matrix products: {peaks}")
     if bench.top1 is not None:

@@ -129,7 +129,7 @@ def contract(context: typer.Context, asked: ContractRequest) -> None:
     network = asked.build(TinyViT.from_config, recipe, asked.seed, num_classes=images.num_classes)
     seeded = network if asked.pretrained else network.config
     options: dict[str, Any] = {
-        "space": contraction.Space(asked.min_depth, min_ratio=asked.min_ratio),
+        "space": contraction.SearchSpace(asked.min_depth, min_ratio=asked.min_ratio),
         "bench": bench,
         "processes": asked.processes,
         "progress": not asked.as_json,

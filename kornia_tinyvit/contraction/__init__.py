@@ -3,7 +3,7 @@
 from kornia_tinyvit.contraction.budget import Bench, Budget, count
 from kornia_tinyvit.contraction.evaluation import ProxyTraining
 from kornia_tinyvit.contraction.inheritance import inherit
-from kornia_tinyvit.contraction.neighbors import Space, contractions, expansions, smallest
+from kornia_tinyvit.contraction.neighbors import SearchSpace, contractions, expansions, smallest
 from kornia_tinyvit.contraction.plots import save_search
 from kornia_tinyvit.contraction.result import Candidate, SearchResult
 from kornia_tinyvit.contraction.search import contract, refine
@@ -14,7 +14,7 @@ __all__ = [
     "Candidate",
     "ProxyTraining",
     "SearchResult",
-    "Space",
+    "SearchSpace",
     "contract",
     "contractions",
     "count",

@@ -11,7 +11,7 @@ from typing import Any
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
-__all__ = ["Space", "contractions", "expansions", "smallest"]
+__all__ = ["SearchSpace", "contractions", "expansions", "smallest"]
 
 # What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
 _CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
@@ -23,7 +23,7 @@ _FACTORS += ["mbconv_expand_ratio", "mlp_ratio"]
 
 
 @dataclass(frozen=True)
-class Space:
+class SearchSpace:
     """How far each factor of a network may be contracted, and in which steps.
 
     The factors are those of arXiv:2207.10666, section 3.2: width and depth of each stage, window of each attention
@@ -54,7 +54,7 @@ class Space:
                 raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
 
 
-def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
+def contractions(config: TinyViTConfig, space: SearchSpace) -> dict[str, Iterator[TinyViTConfig]]:
     """Return the neighbors of a network: for each factor, the network contracted by one step, two steps and so on.
 
     Args:
@@ -65,14 +65,14 @@ def contractions(config: TinyViTConfig, space: Space) -> dict[str, Iterator[Tiny
         Lazily made configurations by the factor's name, such as ``"embed_dims[2]"`` or ``"mlp_ratio"``.
 
     Example:
-        >>> found = contractions(TinyViTConfig.from_variant("5m"), Space())
+        >>> found = contractions(TinyViTConfig.from_variant("5m"), SearchSpace())
         >>> [each.embed_dims for each in found["embed_dims[3]"]][:2]
         [(64, 128, 160, 288), (64, 128, 160, 256)]
     """
     return {factor: map(partial(_with, config, factor), _less(config, factor, space)) for factor in _FACTORS}
 
 
-def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> dict[str, Iterator[TinyViTConfig]]:
+def expansions(config: TinyViTConfig, within: TinyViTConfig, space: SearchSpace) -> dict[str, Iterator[TinyViTConfig]]:
     """Return the neighbors on the way back: for each factor, the network with one step of it more, two and so on.
 
     Args:
@@ -86,7 +86,7 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> di
 
     Example:
         >>> contracted = TinyViTConfig.from_variant("5m").replace(mlp_ratio=3.0, depths=(2, 2, 4, 2))
-        >>> found = expansions(contracted, TinyViTConfig.from_variant("5m"), Space())
+        >>> found = expansions(contracted, TinyViTConfig.from_variant("5m"), SearchSpace())
         >>> {name: len(list(chain)) for name, chain in found.items() if name in ("depths[2]", "mlp_ratio")}
         {'depths[2]': 2, 'mlp_ratio': 2}
     """
@@ -101,7 +101,7 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: Space) -> di
     return found
 
 
-def smallest(config: TinyViTConfig, space: Space) -> TinyViTConfig:
+def smallest(config: TinyViTConfig, space: SearchSpace) -> TinyViTConfig:
     """Return the network with every factor contracted as far as it goes."""
     for factor in _FACTORS:
         for least in _less(config, factor, space):
@@ -169,7 +169,7 @@ def _with(config: TinyViTConfig, factor: str, value: Any) -> TinyViTConfig:
     return config.replace(**fields)
 
 
-def _less(config: TinyViTConfig, factor: str, space: Space) -> Iterator[float]:
+def _less(config: TinyViTConfig, factor: str, space: SearchSpace) -> Iterator[float]:
     """Yield the values that a factor can be contracted to, the next first."""
     name, stage = read_factor(factor)
     value = _value(config, factor)

@@ -13,7 +13,7 @@ from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.contraction.budget import Bench, Budget, Costs
 from kornia_tinyvit.contraction.journal import Journal
-from kornia_tinyvit.contraction.neighbors import Space, check_contracted, contractions, expansions, smallest
+from kornia_tinyvit.contraction.neighbors import SearchSpace, check_contracted, contractions, expansions, smallest
 from kornia_tinyvit.contraction.result import Candidate, SearchResult
 from kornia_tinyvit.contraction.workers import Evaluate, open_workers, run_evaluations
 from kornia_tinyvit.distillation.teachers import checksum
@@ -34,7 +34,7 @@ def contract(
     out: str | Path,
     *,
     steps: int = 8,
-    space: Space | None = None,
+    space: SearchSpace | None = None,
     bench: Bench | None = None,
     processes: int = 1,
     progress: bool = False,
@@ -102,7 +102,7 @@ def refine(
     *,
     rounds: int = 2,
     candidates: int = 8,
-    space: Space | None = None,
+    space: SearchSpace | None = None,
     bench: Bench | None = None,
     processes: int = 1,
     progress: bool = False,
@@ -183,7 +183,7 @@ class _Search:
         budget: Budget,
         evaluate: Evaluate,
         out: str | Path,
-        space: Space | None,
+        space: SearchSpace | None,
         bench: Bench | None,
         processes: int,
         progress: bool,
@@ -196,7 +196,7 @@ class _Search:
         self.bar = stack.enter_context(progress_bar(progress))
         self.seed, self.network = _config_of(seed), seed if isinstance(seed, TinyViT) else None
         self.budget, self.evaluate, self.weights = budget, evaluate, out / "weights"
-        self.space, self.bench = space or Space(), bench or Bench()
+        self.space, self.bench = space or SearchSpace(), bench or Bench()
         self.candidates: dict[TinyViTConfig, Candidate] = {}
         self.kept: list[int] = []
         asked = {

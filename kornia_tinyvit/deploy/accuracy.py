@@ -25,7 +25,7 @@ class Agreement:
         top1_reference: right answers of the reference in per cent; ``None`` without labels or logits.
         top1_candidate: those of the candidate.
         agreement: images in per cent for which both put the same class first; ``None`` without logits.
-        largest_error: the largest relative error.
+        max_error: the largest relative error.
         mean_error: the mean of the relative errors.
     """
 
@@ -33,7 +33,7 @@ class Agreement:
     top1_reference: float | None
     top1_candidate: float | None
     agreement: float | None
-    largest_error: float
+    max_error: float
     mean_error: float
 
 
@@ -56,7 +56,7 @@ def compare(
 
     Example:
         >>> half = compare(lambda x: x.mean((2, 3)), lambda x: x.half().mean((2, 3)), [torch.rand(8, 3, 4, 4)])
-        >>> half.agreement, half.largest_error < 1e-3
+        >>> half.agreement, half.max_error < 1e-3
         (100.0, True)
     """
     errors, answers, labels = [], [], []

@@ -13,7 +13,7 @@ from torch import Tensor
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.graph import draw_images
+from kornia_tinyvit.deploy.graph import synthetic_images
 from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved, matrix_peak
 from kornia_tinyvit.deploy.optimization import DTYPES as KNOWN_DTYPES
 from kornia_tinyvit.deploy.optimization import Candidates, Optimized
@@ -85,7 +85,7 @@ class Row:
     engine: str
     dtype: str
     batch: int
-    refused: str | None = None
+    skipped: str | None = None
     ms: float | None = None
     images_per_second: float | None = None
     peak_fraction: float | None = None
@@ -118,7 +118,7 @@ class Benchmark:
         self.photos = photos
         self.judged = judged and photos is not None
         self.device = next(network.parameters()).device
-        self.flops = count_flops(getattr(network, method), draw_images(network.config).to(self.device))
+        self.flops = count_flops(getattr(network, method), synthetic_images(network.config).to(self.device))
         self.peaks: dict[str, float | None] = {}
         self.top1: float | None = None
 
@@ -135,7 +135,7 @@ class Benchmark:
         with progress_bar(progress) as bar:
             task = bar.add_task("", total=len(rows))
             for batch, group in itertools.groupby(rows, key=lambda row: row.batch):
-                images = draw_images(self.network.config, batch).to(self.device)
+                images = synthetic_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
                     bar.update(task, description=f"{row.engine} {row.dtype}, batch {batch}")
@@ -149,12 +149,12 @@ class Benchmark:
 
     def _make(self, row: Row, candidates: Candidates, images: Tensor) -> Optimized | None:
         """Make what a row measures, and judge it; a reason why it cannot be made is written into the row."""
-        if row.refused is not None:
+        if row.skipped is not None:
             return None
         try:
             fast = candidates.make(row.engine, DTYPES[row.dtype], images)
         except (ImportError, ValueError, RuntimeError) as error:  # an engine that fails must not lose the others' rows
-            row.refused = (str(error).strip() or type(error).__name__).splitlines()[0]
+            row.skipped = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None
         row.warmup_s = fast.warmup_s
         if self.judged and self.photos is not None:

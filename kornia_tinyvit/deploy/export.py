@@ -17,12 +17,12 @@ from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.onnx import check_opset, to_onnx, write_onnx
 from kornia_tinyvit.deploy.formats.program import check_program, trace_images, write_program
-from kornia_tinyvit.deploy.graph import Pixels, build_graph, draw_images, find_network
+from kornia_tinyvit.deploy.graph import Pixels, build_graph, find_network, synthetic_images
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.version import __version__
 
-__all__ = ["ExportError", "ExportTask", "describe", "export_onnx", "export_program", "refuse_difference"]
+__all__ = ["ExportError", "ExportTask", "check_difference", "describe", "export_onnx", "export_program"]
 
 
 def export_onnx(
@@ -193,11 +193,11 @@ class ExportTask:
                 with torch.inference_mode():
                     expected, found = as_list(self.graph(images)), as_list(run(images))
                 for name, want, have in zip(self.outputs, expected, found, strict=True):
-                    refuse_difference(name, want, have, tolerance)
+                    check_difference(name, want, have, tolerance)
 
     def example_images(self, batch: int, size: tuple[int, int]) -> Tensor:
         """Draw images :math:`(B, C, H, W)` as the graph takes them."""
-        images = draw_images(self.config, batch, size, self.graph.pixels)
+        images = synthetic_images(self.config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 
@@ -207,7 +207,7 @@ def describe(config: TinyViTConfig, **facts: Any) -> dict[str, str]:
     return {f"kornia_tinyvit.{key}": json.dumps(value) for key, value in facts.items()}
 
 
-def refuse_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
+def check_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
     """Refuse an output whose largest difference, of values up to 1, else in proportion, is above the tolerance.
 
     Args:

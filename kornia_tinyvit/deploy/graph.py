@@ -13,7 +13,7 @@ from kornia_tinyvit.classification import ImageClassifier, View
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.formats.onnx import to_onnx
 from kornia_tinyvit.deploy.formats.program import trace_images
-from kornia_tinyvit.deploy.photos import PhotoResize
+from kornia_tinyvit.deploy.resize import ResizeAndCrop
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
@@ -21,7 +21,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "draw_images", "find_network"]
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "find_network", "synthetic_images"]
 
 #: What comes in: images that are normalized, floats in [0, 1], or levels of 8 bits.
 Pixels = Literal["normalized", "unit", "uint8"]
@@ -120,7 +120,7 @@ def find_network(model: nn.Module, advice: str = "") -> TinyViT:
     raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
 
 
-def draw_images(
+def synthetic_images(
     config: TinyViTConfig, batch: int = 1, size: tuple[int, int] | None = None, pixels: Pixels = "normalized"
 ) -> Tensor:
     """Draw images: rough patterns with noise, which networks tell apart better than noise alone.
@@ -182,7 +182,7 @@ def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> In
     network, prepare = fold(model.model), model.preprocessing
     mean, resize = None, prepare
     if isinstance(prepare, EvaluationPipeline):
-        mean, resize = _fold_pixels(network, prepare.settings, pixels), PhotoResize(prepare, LEVELS[pixels])
+        mean, resize = _fold_pixels(network, prepare.settings, pixels), ResizeAndCrop(prepare, LEVELS[pixels])
     elif pixels == "uint8":
         raise ValueError("uint8 photos need the evaluation's own preprocessing; this classifier has another.")
     return InferenceGraph(network, method, pixels, mean, resize, model.views)

@@ -50,7 +50,7 @@ class Machine:
         threads: how many threads torch and the engines use.
         instructions: those of :data:`INSTRUCTIONS` that the processor has.
         versions: versions of Python and of those :data:`PACKAGES` that are installed.
-        allocator: ``"tuned"`` or ``"as it comes"``, see :func:`~kornia_tinyvit.allocator.keep_memory`.
+        allocator: ``"tuned"`` or ``"default"``, see :func:`~kornia_tinyvit.allocator.keep_memory`.
     """
 
     date: str
@@ -87,7 +87,7 @@ def describe_machine(device: str | torch.device = "cpu", allocator_tuned: bool =
         threads=torch.get_num_threads(),
         instructions=tuple(name for name in INSTRUCTIONS if name in flags),
         versions={"Python": platform.python_version(), **_versions()},
-        allocator="tuned" if tuned else "as it comes",
+        allocator="tuned" if tuned else "default",
     )
 
 

@@ -13,7 +13,7 @@ import torch
 if TYPE_CHECKING:
     import openvino
 
-__all__ = ["cpu_settings", "one_core", "openvino_core", "without_telemetry"]
+__all__ = ["cpu_settings", "openvino_core", "shared_core", "without_telemetry"]
 
 
 @functools.cache
@@ -48,7 +48,7 @@ def cpu_settings(precision: str) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def one_core() -> Iterator[None]:
+def shared_core() -> Iterator[None]:
     """Let code in here that asks OpenVINO for a core of its own, as nncf does, have :func:`openvino_core`."""
     import openvino
 

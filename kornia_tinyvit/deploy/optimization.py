@@ -18,7 +18,7 @@ from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES, Engine
-from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, draw_images, find_network
+from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, find_network, synthetic_images
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 
@@ -38,14 +38,14 @@ class Choice:
         dtype: type it computes in.
         ms: median milliseconds for the example; ``None`` if it was not measured.
         agreement: how far it is from the model in PyTorch; ``None`` without images to judge by.
-        refused: why it was not a candidate for the fastest; ``None`` if it was.
+        rejected: why it was not a candidate for the fastest; ``None`` if it was.
     """
 
     engine: str
     dtype: torch.dtype
     ms: float | None = None
     agreement: Agreement | None = None
-    refused: str | None = None
+    rejected: str | None = None
 
 
 class Optimized(nn.Module):
@@ -247,7 +247,7 @@ def optimize(
         ).eval()
     if example is None:
         inner = find_network(model, "; give it an example of its images")
-        example = draw_images(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
+        example = synthetic_images(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
     names = _names(engine)
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None; got {dtype!r}.")
@@ -290,9 +290,9 @@ def _fastest(
             refused = None if agreement is None else _disagreement(agreement, tolerance)
             if refused is None:
                 made[key] = candidate
-        choices[key] = Choice(*key, agreement=agreement, refused=refused)
+        choices[key] = Choice(*key, agreement=agreement, rejected=refused)
     if not made:
-        told = "; ".join(f"{each.engine} {each.dtype}: {each.refused}" for each in choices.values())
+        told = "; ".join(f"{each.engine} {each.dtype}: {each.rejected}" for each in choices.values())
         raise ValueError(f"No engine can do this within the tolerance: {told}")
     times = interleaved({key: as_step(candidate, example) for key, candidate in made.items()}, REPETITIONS)
     for key, seconds in times.items():

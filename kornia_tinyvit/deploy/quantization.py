@@ -24,7 +24,7 @@ import numpy as np
 from torch import Tensor
 
 from kornia_tinyvit.deploy.formats.program import quiet
-from kornia_tinyvit.deploy.openvino_core import one_core, without_telemetry
+from kornia_tinyvit.deploy.openvino_core import shared_core, without_telemetry
 from kornia_tinyvit.extras import optional_imports
 
 if TYPE_CHECKING:
@@ -119,7 +119,7 @@ def quantize_openvino(model: openvino.Model, images: Iterable[Tensor]) -> openvi
     with optional_imports("int8 for OpenVINO needs nncf", "'kornia-tinyvit[openvino]'"), without_telemetry():
         import nncf
     batches = _calibration_batches(images, _openvino_input(model))
-    with quiet(below=logging.WARNING), one_core():
+    with quiet(below=logging.WARNING), shared_core():
         return nncf.quantize(
             model,
             nncf.Dataset(batches),

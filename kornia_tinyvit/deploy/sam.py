@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.deploy.export import describe, refuse_difference
+from kornia_tinyvit.deploy.export import check_difference, describe
 from kornia_tinyvit.deploy.formats.onnx import Run, check_opset, to_onnx, write_onnx
 from kornia_tinyvit.deploy.formats.program import trace
 from kornia_tinyvit.deploy.graph import build_graph
@@ -249,7 +249,7 @@ def _check_encoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
         inputs = normalize(photo / 255, torch.tensor(PIXEL_MEAN), torch.tensor(PIXEL_STD))
         want = sam.image_encoder(F.pad(inputs, (0, width - size[1], 0, height - size[0])))
         (have,) = run({"images": photo.to(torch.uint8)})
-        refuse_difference("image_embeddings", want, have, tolerance)
+        check_difference("image_embeddings", want, have, tolerance)
 
 
 def _check_decoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
@@ -262,4 +262,4 @@ def _check_decoder(sam: MobileSAM, run: Run, tolerance: float) -> None:
         height, width = size.int().tolist()
         expected = [Geometry.fit((height, width), sam.img_size).restore(low), iou, low]
         for name, want, have in zip(_OUTPUTS, expected, run(inputs), strict=True):
-            refuse_difference(name, want, have, tolerance)
+            check_difference(name, want, have, tolerance)

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.contraction import Space, inherit, smallest
+from kornia_tinyvit.contraction import SearchSpace, inherit, smallest
 from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from tests.conftest import shared
@@ -108,9 +108,9 @@ class TestInherit:
         assert torch.equal(kept, attention.attention_biases[1:])
 
     def test_any_mixture(self, parent, images):
-        child = inherit(parent, smallest(SMALL, Space()))
+        child = inherit(parent, smallest(SMALL, SearchSpace()))
         assert child(images).shape == (2, 3)
-        assert child.config == smallest(SMALL, Space())
+        assert child.config == smallest(SMALL, SearchSpace())
 
     @pytest.mark.parametrize(
         ("change", "message"),

@@ -10,7 +10,7 @@ import torch
 
 from kornia_tinyvit import TinyViT, TinyViTConfig
 from kornia_tinyvit.config import VARIANTS
-from kornia_tinyvit.contraction import Bench, Budget, Space, contract, contractions, count, expansions, refine
+from kornia_tinyvit.contraction import Bench, Budget, SearchSpace, contract, contractions, count, expansions, refine
 from tests.conftest import TINY
 from tests.contraction.conftest import SMALL
 from tests.helpers import json_lines
@@ -63,7 +63,7 @@ class TestSearch:
             assert budget.holds(result.winner.costs)
             for before, after in itertools.pairwise(result.path):
                 assert after.parent == before.number
-                assert after.config in contractions(before.config, Space())[after.factor]
+                assert after.config in contractions(before.config, SearchSpace())[after.factor]
                 assert budget.excess(after.costs) < budget.excess(before.costs)
             seed = result.config
 
@@ -213,8 +213,8 @@ class TestRefine:
             before = result.candidates[after.parent].config
             given, _, taken = after.factor.partition(" for ")
             if taken:
-                before = next(contractions(before, Space())[taken])
-            assert after.config in expansions(before, SMALL, Space())[given]
+                before = next(contractions(before, SearchSpace())[taken])
+            assert after.config in expansions(before, SMALL, SearchSpace())[given]
 
     def test_the_last_kept_wins(self, tmp_path):
         """A network that the first round met and left may be what a later one goes on to: numbers are no order."""
@@ -233,7 +233,7 @@ class TestRefine:
         # A trade gives back as far as the budget holds.
         for each in all_of_them.evaluated[1:]:
             given = each.factor.split(" for ")[0]
-            further = next(expansions(each.config, SMALL, Space())[given], None)
+            further = next(expansions(each.config, SMALL, SearchSpace())[given], None)
             assert further is None or not BUDGET.holds(count(further))
 
     def test_the_best_there_is(self, tmp_path):

@@ -44,7 +44,7 @@ class TestCompare:
     def test_wrong_class(self, logits):
         result = compare(read, swap_last, [(as_images(logits), torch.tensor([0, 1, 2, 0, 3]))])
         assert (result.top1_reference, result.top1_candidate, result.agreement) == (100.0, 80.0, 80.0)
-        assert result.largest_error == pytest.approx(math.sqrt(2 / 5))
+        assert result.max_error == pytest.approx(math.sqrt(2 / 5))
         assert result.mean_error == pytest.approx(math.sqrt(2 / 5) / 5)
 
     def test_without_labels(self, logits):
@@ -61,17 +61,17 @@ class TestCompare:
         labeled = [(images, torch.zeros(3, dtype=torch.long))]
         several = compare(lambda x: [x, x[:, :, ::2]], lambda x: [x, 1.1 * x[:, :, ::2]], labeled)
         assert several.agreement is several.top1_reference is several.top1_candidate is None
-        assert several.largest_error == pytest.approx(0.1)
+        assert several.max_error == pytest.approx(0.1)
         assert several.mean_error == pytest.approx(0.05)
         single = compare(lambda x: x, lambda x: -x, labeled)
         assert (single.agreement, single.mean_error) == (None, pytest.approx(2.0))
 
     def test_broken_candidate(self, logits):
         broken = compare(read, lambda images: read(images) * math.nan, [as_images(logits)])
-        assert math.isnan(broken.largest_error)
+        assert math.isnan(broken.max_error)
         zero = compare(lambda x: 0 * read(x), read, [as_images(logits)])
-        assert zero.largest_error == math.inf
-        assert compare(lambda x: 0 * read(x), lambda x: 0 * read(x), [as_images(logits)]).largest_error == 0
+        assert zero.max_error == math.inf
+        assert compare(lambda x: 0 * read(x), lambda x: 0 * read(x), [as_images(logits)]).max_error == 0
 
     def test_no_gradients(self):
         network = torch.nn.Linear(4, 4)

@@ -8,7 +8,7 @@ from torch import nn
 
 from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
 from kornia_tinyvit.deploy import export
-from kornia_tinyvit.deploy.export import ExportError, export_onnx, export_program, refuse_difference
+from kornia_tinyvit.deploy.export import ExportError, check_difference, export_onnx, export_program
 from kornia_tinyvit.deploy.openvino_core import openvino_core
 from kornia_tinyvit.extras import MissingExtraError
 from tests.conftest import SHALLOW, liven
@@ -200,9 +200,9 @@ class TestRefusals:
 
     def test_shapes_and_nan(self):
         with pytest.raises(ExportError, match=r"\(1, 2\) instead of \(1, 3\)"):
-            refuse_difference("logits", torch.zeros(1, 3), torch.zeros(1, 2), 1e-4)
+            check_difference("logits", torch.zeros(1, 3), torch.zeros(1, 2), 1e-4)
         with pytest.raises(ExportError, match="by nan"):
-            refuse_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
+            check_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
 
     @pytest.mark.parametrize("opset", [17, 99])
     def test_opset(self, network, place, opset):

@@ -35,7 +35,7 @@ class TestMachine:
         if variable:
             monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
         told = describe_machine(allocator_tuned=tuned).allocator
-        assert told == ("tuned" if tuned or variable else "as it comes")
+        assert told == ("tuned" if tuned or variable else "default")
 
 
 class TestPeak:

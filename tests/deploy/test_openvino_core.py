@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from kornia_tinyvit.deploy.openvino_core import one_core, openvino_core, without_telemetry
+from kornia_tinyvit.deploy.openvino_core import openvino_core, shared_core, without_telemetry
 
 with without_telemetry():
     openvino = pytest.importorskip("openvino", reason="needs kornia-tinyvit[openvino]")
@@ -37,7 +37,7 @@ def test_signals_after_engines_that_ended():
 
 def test_one_core():
     own = openvino.Core
-    with one_core():
+    with shared_core():
         assert openvino.Core() is openvino_core()
     assert openvino.Core is own
     assert openvino_core() is openvino_core()

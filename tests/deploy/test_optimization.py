@@ -121,7 +121,7 @@ class TestAuto:
         told = {choice.dtype: choice for choice in fast.choices}
         assert told[torch.bfloat16].ms == 1000
         assert told[torch.bfloat16].agreement.images == 8
-        assert "not torch.int8" in told[torch.int8].refused
+        assert "not torch.int8" in told[torch.int8].rejected
         # The same, where bfloat16 is judged to be too far off.
         monkeypatch.setattr(
             optimizing, "_disagreement", lambda found, _: "too far" if found.mean_error > 1e-4 else None
@@ -131,7 +131,7 @@ class TestAuto:
 
     def test_measures(self, model, images):
         fast = optimize(model, ["eager", "onnxruntime"], example=images, tune_allocator=False)
-        measured = [choice for choice in fast.choices if choice.refused is None]
+        measured = [choice for choice in fast.choices if choice.rejected is None]
         assert {choice.engine for choice in measured} == {"eager", "onnxruntime"}
         assert fast.engine == measured[0].engine
         assert 0 < measured[0].ms <= measured[1].ms
@@ -147,13 +147,13 @@ class TestAuto:
         monkeypatch.setattr(graph, "to_onnx", counting(graph.to_onnx))
         settings = {"dtype": None, "calibration": [images], "tolerance": 1.0, "tune_allocator": False}
         fast = optimize(model, ["eager", "onnxruntime"], **settings)
-        assert sum(choice.refused is None for choice in fast.choices) >= 3
+        assert sum(choice.rejected is None for choice in fast.choices) >= 3
         assert counts == {"fold": 1, "to_onnx": 1}
 
     def test_without_images_nothing_is_judged(self, model):
         fast = optimize(model, "eager", None, tune_allocator=False)
         assert fast.dtype == torch.float32
-        assert all("images" in choice.refused for choice in fast.choices if choice.dtype == torch.bfloat16)
+        assert all("images" in choice.rejected for choice in fast.choices if choice.dtype == torch.bfloat16)
 
     def test_tolerance_of_maps(self, model, images, monkeypatch):
         monkeypatch.setattr(optimizing, "DTYPES", (torch.bfloat16,))

@@ -3,7 +3,7 @@ import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from kornia_tinyvit.deploy.photos import PhotoResize
+from kornia_tinyvit.deploy.resize import ResizeAndCrop
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from tests.conftest import shared
@@ -26,17 +26,17 @@ class TestPhotoResize:
     def test_equals_the_pipeline(self, height, width, size, crop_fraction):
         pipeline = EvaluationPipeline(size, crop_fraction)
         x = images(2, 3, height, width)
-        found = PhotoResize(pipeline)(x)
+        found = ResizeAndCrop(pipeline)(x)
         torch.testing.assert_close(found, pipeline.resize_and_crop(x), atol=1e-4, rtol=0)
 
     @pytest.mark.parametrize("shape", [(0, 3, 50, 40), (1, 1, 50, 40), (3, 4, 40, 50)])
     def test_cardinality(self, shape):
-        assert PhotoResize(EvaluationPipeline(32))(torch.rand(shape)).shape == (*shape[:2], 32, 32)
+        assert ResizeAndCrop(EvaluationPipeline(32))(torch.rand(shape)).shape == (*shape[:2], 32, 32)
 
     def test_levels(self):
         pipeline = EvaluationPipeline(32)
         x = torch.randint(256, (2, 3, 70, 90), dtype=torch.uint8)
-        found = PhotoResize(pipeline, levels=255)(x)
+        found = ResizeAndCrop(pipeline, levels=255)(x)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found / 255, pipeline.resize_and_crop(x / 255), atol=1e-5, rtol=0)
 
@@ -44,21 +44,21 @@ class TestPhotoResize:
     def test_dtype(self, dtype):
         pipeline = EvaluationPipeline(32)
         x = images(1, 3, 50, 40).to(dtype)
-        found = PhotoResize(pipeline)(x)
+        found = ResizeAndCrop(pipeline)(x)
         assert found.dtype == dtype
         torch.testing.assert_close(found, pipeline.resize_and_crop(x))
 
     def test_photo(self):
         pipeline = EvaluationPipeline(224)
         photo = read_image(shared("data/coco128/images/train2017/000000000009.jpg"))[None]
-        torch.testing.assert_close(PhotoResize(pipeline)(photo), pipeline.resize_and_crop(photo), atol=1e-4, rtol=0)
+        torch.testing.assert_close(ResizeAndCrop(pipeline)(photo), pipeline.resize_and_crop(photo), atol=1e-4, rtol=0)
 
 
 @pytest.fixture(scope="module", params=["auto", None])
 def exported(request):
     pipeline = EvaluationPipeline(32, request.param)
     sizes = dict.fromkeys((0, 2, 3), torch.export.Dim.DYNAMIC)
-    program = torch.export.export(PhotoResize(pipeline).eval(), (torch.rand(2, 3, 60, 81),), dynamic_shapes=(sizes,))
+    program = torch.export.export(ResizeAndCrop(pipeline).eval(), (torch.rand(2, 3, 60, 81),), dynamic_shapes=(sizes,))
     return pipeline, program.module()
 
 

@@ -7,12 +7,12 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 
-__all__ = ["PhotoResize"]
+__all__ = ["ResizeAndCrop"]
 
 _ROUNDING = 1e-6  # what a sum over pure white may exceed the range by, as in EvaluationPipeline
 
 
-class PhotoResize(nn.Module):
+class ResizeAndCrop(nn.Module):
     r"""The resizing and cropping of an :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline`, for export.
 
     Each direction is one matrix product with the weights of the antialiased kernel, computed from the size of
@@ -33,7 +33,7 @@ class PhotoResize(nn.Module):
         ValueError: if the interpolation is neither bicubic nor bilinear.
 
     Example:
-        >>> PhotoResize(EvaluationPipeline(224))(torch.rand(1, 3, 480, 640)).shape
+        >>> ResizeAndCrop(EvaluationPipeline(224))(torch.rand(1, 3, 480, 640)).shape
         torch.Size([1, 3, 224, 224])
     """
 
