@@ -23,8 +23,8 @@ from kornia_tinyvit.detection import Detection, TinyViTDetector
 from kornia_tinyvit.training import (
     DETECTION,
     BoxAugmentation,
-    BoxedSamples,
     DetectionLoss,
+    DetectionSamples,
     DetectorTraining,
     evaluate,
     find_recipe,
@@ -99,7 +99,7 @@ def main() -> None:
     model = DetectorTraining(detector, num_denoising=args.denoising)
     result = train(
         model,
-        BoxedSamples(images, BoxAugmentation(recipe.img_size, recipe.preset, **recipe.changes)),
+        DetectionSamples(images, BoxAugmentation(recipe.img_size, recipe.preset, **recipe.changes)),
         DetectionLoss(model),
         recipe,
         args.out,

@@ -26,8 +26,8 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,
     MaskAugmentation,
-    MaskedSamples,
-    PixelLabels,
+    SegmentationLoss,
+    SegmentationSamples,
     balanced_weights,
     evaluate,
     find_recipe,
@@ -119,11 +119,11 @@ def main() -> None:
         img_size=args.img_size,
         window_sizes="scale",
     )
-    samples = MaskedSamples(images, MaskAugmentation(recipe.img_size, recipe.preset, **recipe.changes))
+    samples = SegmentationSamples(images, MaskAugmentation(recipe.img_size, recipe.preset, **recipe.changes))
     result = train(
         segmenter,
         samples,
-        PixelLabels(class_weights=balanced_weights(images)),
+        SegmentationLoss(class_weights=balanced_weights(images)),
         recipe,
         args.out,
         task=SEMANTIC,

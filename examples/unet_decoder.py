@@ -28,8 +28,8 @@ from torch import Tensor, nn
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, SegmentationDataset
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
-from kornia_tinyvit.training import PixelMetrics
-from kornia_tinyvit.training.metrics.semantic import Segmentation
+from kornia_tinyvit.training import SegmentationMetrics
+from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 
 
 class TinyViTEncoder(nn.Module):
@@ -111,8 +111,8 @@ def load(images: SegmentationDataset, size: int) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def evaluate(network: Unet, photos: Tensor, masks: Tensor, classes: int) -> Segmentation:
-    metrics = PixelMetrics(classes)
+def evaluate(network: Unet, photos: Tensor, masks: Tensor, classes: int) -> SegmentationScores:
+    metrics = SegmentationMetrics(classes)
     for photo, mask in zip(photos.split(1), masks.split(1), strict=True):
         metrics.update(network.eval()(photo).argmax(1), mask)
     return metrics.compute()

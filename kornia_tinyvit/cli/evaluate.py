@@ -27,11 +27,11 @@ from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.semantic import SemanticSegmenter
-from kornia_tinyvit.training.evaluation import begin_evaluation
+from kornia_tinyvit.training.evaluation import create_evaluator
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
-from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, Evaluation, select_classes
+from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, ClassificationScores, select_classes
 from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbors, linear_probe
-from kornia_tinyvit.training.metrics.semantic import Segmentation
+from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
 
 IMAGENET_22K = 21841
@@ -99,7 +99,7 @@ def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
     network, images = open_both(asked)
     if asked.limit is not None:
         images = images.sample(min(asked.limit, len(images)))
-    module, evaluator = begin_evaluation(network, images, batch_size=asked.batch_size, skip_broken=asked.skip_broken)
+    module, evaluator = create_evaluator(network, images, batch_size=asked.batch_size, skip_broken=asked.skip_broken)
     broken = evaluate_network(module, evaluator, asked.workers, progress=not asked.as_json)
     found = evaluator.counts.compute()
     if asked.task is TaskName.promptable and not found["instances"]:
@@ -164,7 +164,7 @@ def _build_trained(kind: type[options.Network], name: str, asked: EvaluateReques
     return options.build_network(kind, asked.variant, asked.pretrained, asked.device, asked.img_size)
 
 
-def _describe_classes(found: Evaluation, network: ImageClassifier, asked: EvaluateRequest) -> dict[str, Any]:
+def _describe_classes(found: ClassificationScores, network: ImageClassifier, asked: EvaluateRequest) -> dict[str, Any]:
     names = network.class_names
     report: dict[str, Any] = {"top1": round(found.top1, 2), f"top{found.top_k}": round(found.top5, 2)}
     if asked.per_class:
@@ -187,7 +187,7 @@ def _describe_classes(found: Evaluation, network: ImageClassifier, asked: Evalua
     return report
 
 
-def _describe_pixels(found: Segmentation, network: SemanticSegmenter, asked: EvaluateRequest) -> dict[str, Any]:
+def _describe_pixels(found: SegmentationScores, network: SemanticSegmenter, asked: EvaluateRequest) -> dict[str, Any]:
     report: dict[str, Any] = {
         "classes_present": found.present,
         "mean_iou": round(found.mean_iou, 2),

@@ -113,19 +113,19 @@ def _plan_classifier(asked: TrainRequest, recipe: Recipe) -> _Plan:
     images = samples.images
     model = asked.network(TinyViT.from_config, recipe, num_classes=images.num_classes)
     validation = asked.validation_images(images.class_names)
-    return CLASSIFICATION, model, samples, training.Labels(samples.augmentation), validation
+    return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 
 
 def _plan_segmenter(asked: TrainRequest, recipe: Recipe) -> _Plan:
     images = asked.drawn(SegmentationDataset.open(asked.data, "train"))
-    samples = training.MaskedSamples(images, _augment(asked, recipe, training.MaskAugmentation), asked.on_broken)
+    samples = training.SegmentationSamples(images, _augment(asked, recipe, training.MaskAugmentation), asked.on_broken)
     model = asked.network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
     validation = None
     if asked.validation is not None:
         classes = dict(zip(images.ids, images.class_names, strict=True))
         validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
     weights = training.balanced_weights(images, asked.class_balance) if asked.class_balance else None
-    objective = training.PixelLabels(samples.augmentation.preset.label_smoothing, weights)
+    objective = training.SegmentationLoss(samples.augmentation.preset.label_smoothing, weights)
     return training.SEMANTIC, model, samples, objective, validation
 
 
@@ -144,7 +144,7 @@ def _plan_promptable(asked: TrainRequest, recipe: Recipe) -> _Plan:
 
 def _plan_detector(asked: TrainRequest, recipe: Recipe) -> _Plan:
     images = asked.drawn(DetectionDataset.open(asked.data, "train"))
-    samples = training.BoxedSamples(images, _augment(asked, recipe, training.BoxAugmentation), asked.on_broken)
+    samples = training.DetectionSamples(images, _augment(asked, recipe, training.BoxAugmentation), asked.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": asked.queries}
     detector = asked.network(TinyViTDetector.from_config, recipe, scaled=False, **options)  # its images are large
     model = training.DetectorTraining(detector)

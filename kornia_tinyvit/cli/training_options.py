@@ -177,7 +177,7 @@ class LoopRequest(TrainingRequest):
         if self.as_json:
             print(json.dumps(result.to_dict()))
             return
-        score = "" if result.score is None else f", {_TITLES[result.measure]} {result.score:.2f} %"
+        score = "" if result.score is None else f", {_TITLES[result.metric]} {result.score:.2f} %"
         print(f"{result.steps} steps in {result.seconds:.0f} s{score}: {result.best}")
         print_names("Could not be read and were left out", result.broken)
 

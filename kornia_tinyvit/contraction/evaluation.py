@@ -19,8 +19,8 @@ from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training.loop import train
 from kornia_tinyvit.training.recipes import Recipe
-from kornia_tinyvit.training.tasks.base import Objective
-from kornia_tinyvit.training.tasks.classification import Labels
+from kornia_tinyvit.training.tasks.base import Loss
+from kornia_tinyvit.training.tasks.classification import ClassificationLoss
 
 __all__ = ["ProxyTraining"]
 
@@ -57,7 +57,7 @@ class ProxyTraining:
     validation: ClassificationDataset
     recipe: Recipe
     folder: Path
-    objective: Objective | None = None
+    objective: Loss | None = None
     start: Start = "inherit"
     replays: list[int] | None = None
     seed: int = 0
@@ -119,5 +119,5 @@ class ProxyTraining:
         shutil.rmtree(out)
         return result.score, trained
 
-    def _objective(self) -> Objective:
-        return Labels(self.samples.augmentation) if self.objective is None else self.objective
+    def _objective(self) -> Loss:
+        return ClassificationLoss(self.samples.augmentation) if self.objective is None else self.objective

@@ -2,17 +2,17 @@
 
 from kornia_tinyvit.training.evaluation import evaluate
 from kornia_tinyvit.training.loop import TrainingResult, train
-from kornia_tinyvit.training.metrics.average_precision import BoxMetrics, DetectionScores
+from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics, DetectionScores
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics
-from kornia_tinyvit.training.metrics.semantic import PixelMetrics
+from kornia_tinyvit.training.metrics.semantic import SegmentationMetrics
 from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
-from kornia_tinyvit.training.tasks.base import Objective
-from kornia_tinyvit.training.tasks.classification import Labels
+from kornia_tinyvit.training.tasks.base import Loss
+from kornia_tinyvit.training.tasks.classification import ClassificationLoss
 from kornia_tinyvit.training.tasks.detection import (
     DETECTION,
     BoxAugmentation,
-    BoxedSamples,
     DetectionLoss,
+    DetectionSamples,
     DetectorTraining,
 )
 from kornia_tinyvit.training.tasks.promptable import PROMPTABLE, MaskLoss, PromptedSAM, build_sam
@@ -20,8 +20,8 @@ from kornia_tinyvit.training.tasks.prompts import PromptAugmentation, PromptedSa
 from kornia_tinyvit.training.tasks.semantic import (
     SEMANTIC,
     MaskAugmentation,
-    MaskedSamples,
-    PixelLabels,
+    SegmentationLoss,
+    SegmentationSamples,
     balanced_weights,
 )
 
@@ -31,24 +31,24 @@ __all__ = [
     "RECIPES",
     "SEMANTIC",
     "BoxAugmentation",
-    "BoxMetrics",
-    "BoxedSamples",
+    "ClassificationLoss",
     "DetectionLoss",
+    "DetectionMetrics",
+    "DetectionSamples",
     "DetectionScores",
     "DetectorTraining",
-    "Labels",
+    "Loss",
     "MaskAugmentation",
     "MaskLoss",
-    "MaskedSamples",
-    "Objective",
-    "PixelLabels",
-    "PixelMetrics",
     "PromptAugmentation",
     "PromptMetrics",
     "PromptedSAM",
     "PromptedSamples",
     "Prompting",
     "Recipe",
+    "SegmentationLoss",
+    "SegmentationMetrics",
+    "SegmentationSamples",
     "TrainingResult",
     "balanced_weights",
     "build_sam",

@@ -12,15 +12,15 @@ from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
-from kornia_tinyvit.training.metrics.classification import Evaluation
-from kornia_tinyvit.training.metrics.semantic import Segmentation
+from kornia_tinyvit.training.metrics.classification import ClassificationScores
+from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import Evaluator, Task, evaluate_network
-from kornia_tinyvit.training.tasks.classification import AccuracyEvaluator
+from kornia_tinyvit.training.tasks.classification import ClassificationEvaluator
 from kornia_tinyvit.training.tasks.detection import DETECTION
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM, PromptEvaluator
 from kornia_tinyvit.training.tasks.semantic import SEMANTIC
 
-__all__ = ["begin_evaluation", "evaluate"]
+__all__ = ["create_evaluator", "evaluate"]
 
 
 class _Options(TypedDict, total=False):
@@ -30,11 +30,15 @@ class _Options(TypedDict, total=False):
 
 
 @overload
-def evaluate(network: ImageClassifier, images: ClassificationDataset, **options: Unpack[_Options]) -> Evaluation: ...
+def evaluate(
+    network: ImageClassifier, images: ClassificationDataset, **options: Unpack[_Options]
+) -> ClassificationScores: ...
 
 
 @overload
-def evaluate(network: SemanticSegmenter, images: SegmentationDataset, **options: Unpack[_Options]) -> Segmentation: ...
+def evaluate(
+    network: SemanticSegmenter, images: SegmentationDataset, **options: Unpack[_Options]
+) -> SegmentationScores: ...
 
 
 @overload
@@ -57,8 +61,8 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
         progress: show a bar.
 
     Returns:
-        :class:`~kornia_tinyvit.training.metrics.classification.Evaluation` of a classifier,
-        :class:`~kornia_tinyvit.training.metrics.semantic.Segmentation` of a segmenter,
+        :class:`~kornia_tinyvit.training.metrics.classification.ClassificationScores` of a classifier,
+        :class:`~kornia_tinyvit.training.metrics.semantic.SegmentationScores` of a segmenter,
         :class:`~kornia_tinyvit.training.DetectionScores` of a detector. Of a MobileSAM a dictionary: how many
         ``instances`` there were, and the mean IoU in per cent of one tight box each, ``box_iou``, and of one point each
         at :func:`~kornia_tinyvit.ops.central_points`, ``point_iou``, for which the mask with the highest score counts.
@@ -69,12 +73,12 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
         BrokenImageError: if an image cannot be read.
         MissingExtraError: for detectors if pycocotools is missing.
     """
-    module, evaluator = begin_evaluation(network, images, batch_size=batch_size)
+    module, evaluator = create_evaluator(network, images, batch_size=batch_size)
     evaluate_network(module, evaluator, workers, progress)
     return evaluator.counts.compute()
 
 
-def begin_evaluation(network: nn.Module, images: Any, **options: Any) -> tuple[nn.Module, Evaluator]:
+def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[nn.Module, Evaluator]:
     """Return what :func:`evaluate_network` takes to measure a network on a data set.
 
     Args:
@@ -90,7 +94,7 @@ def begin_evaluation(network: nn.Module, images: Any, **options: Any) -> tuple[n
     match network:
         case ImageClassifier():
             known = images.with_classes(network.class_names)
-            return network, AccuracyEvaluator(known, len(network.class_names), list, **options)
+            return network, ClassificationEvaluator(known, len(network.class_names), list, **options)
         case SemanticSegmenter() | TinyViTDetector():
             task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
             task.check(images, network.config, network.class_names)

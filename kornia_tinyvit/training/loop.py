@@ -23,7 +23,7 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
-from kornia_tinyvit.training.tasks.base import Objective, Samples, Task, evaluate_network
+from kornia_tinyvit.training.tasks.base import Loss, Samples, Task, evaluate_network
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 from kornia_tinyvit.training.tasks.detection import DetectorTraining
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM
@@ -48,7 +48,7 @@ class TrainingResult:
         broken: names of images that could not be read.
         seconds: time spent, over all restarts.
         is_main_process: whether this is the process that wrote the files.
-        measure: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.base.Task.measure`.
+        metric: what the score is: the task's :attr:`~kornia_tinyvit.training.tasks.base.Task.metric`.
     """
 
     steps: int
@@ -58,24 +58,24 @@ class TrainingResult:
     broken: tuple[str, ...]
     seconds: float
     is_main_process: bool = True
-    measure: str = CLASSIFICATION.measure
+    metric: str = CLASSIFICATION.metric
 
     @property
     def top1(self) -> float | None:
         """The score of a classifier, its top-1 in per cent; ``None`` for other tasks."""
-        return self.score if self.measure == CLASSIFICATION.measure else None
+        return self.score if self.metric == CLASSIFICATION.metric else None
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as values that JSON can hold, the score under the name of its measure."""
         told = dataclasses.asdict(self) | {"best": str(self.best), "last": str(self.last)}
-        measure, score = told.pop("measure"), told.pop("score")
-        return {"steps": told.pop("steps"), measure: score, **told}
+        metric, score = told.pop("metric"), told.pop("score")
+        return {"steps": told.pop("steps"), metric: score, **told}
 
 
 def train(
     model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining,
     samples: Samples,
-    objective: Objective,
+    objective: Loss,
     recipe: Recipe,
     out: str | Path,
     *,
@@ -104,7 +104,7 @@ def train(
     Args:
         model: the network.
         samples: the images and their augmentation.
-        objective: the loss, such as :class:`~kornia_tinyvit.training.Labels` or a loss of distillation.
+        objective: the loss, such as :class:`~kornia_tinyvit.training.ClassificationLoss` or a loss of distillation.
         recipe: the hyperparameters.
         out: folder for what comes out.
         task: what the network is trained for, which decides how it is measured and written.
@@ -168,7 +168,7 @@ def train(
     accelerator.unwrap_model(training.model, keep_fp32_wrapper=False)  # gives the network its own forward back
     return TrainingResult(
         training.step, None if training.best < 0 else training.best, folder.weights("best"), folder.weights("last"),
-        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process, task.measure,
+        tuple(sorted(training.broken)), training.seconds, accelerator.is_main_process, task.metric,
     )  # fmt: skip
 
 
@@ -201,7 +201,7 @@ class _Training:
         accelerator: Accelerator,
         model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining,
         samples: Samples,
-        objective: Objective,
+        objective: Loss,
         recipe: Recipe,
         process_batch: int | None,
         task: Task,
@@ -332,8 +332,8 @@ class _Training:
                 names.append("best")
             elif due:
                 measures = self._evaluate(validation, workers)
-                if measures[self.task.measure] >= self.best:
-                    self.best = measures[self.task.measure]
+                if measures[self.task.metric] >= self.best:
+                    self.best = measures[self.task.metric]
                     names.append("best")
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:

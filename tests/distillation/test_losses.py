@@ -25,7 +25,7 @@ from kornia_tinyvit.distillation import (
     distillation_loss,
     soft_target_cross_entropy,
 )
-from kornia_tinyvit.training import Labels
+from kornia_tinyvit.training import ClassificationLoss
 
 NUM_SAMPLES, NUM_CLASSES, SIZE = 12, 6, 16
 
@@ -165,7 +165,7 @@ class TestStoredLabelLoss:
         write(store, batch, targets)
         loss = StoredLabelLoss(store, augmentation, hard_weight=share)(outputs, None, batch)
         soft = F.cross_entropy(outputs, restored(targets), reduction="none")
-        expected = (1 - share) * soft + share * Labels(augmentation)(outputs, None, batch)
+        expected = (1 - share) * soft + share * ClassificationLoss(augmentation)(outputs, None, batch)
         assert torch.allclose(loss, expected, atol=1e-5)
 
     @pytest.mark.parametrize(

@@ -28,7 +28,7 @@ from kornia_tinyvit.data import ClassificationDataset, ReplayableAugmentation, R
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
 from kornia_tinyvit.preprocessing import EvaluationPipeline
-from kornia_tinyvit.training import Labels, Recipe, loop, train
+from kornia_tinyvit.training import ClassificationLoss, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
@@ -62,7 +62,7 @@ def make_samples(folder, recipe=RECIPE, on_broken="stop") -> ReplayedSamples:
     return ReplayedSamples(images, augmentation, on_broken)
 
 
-class Spoiled(Labels):
+class Spoiled(ClassificationLoss):
     """Labels that do something before a batch."""
 
     def __init__(self, augmentation, before) -> None:
@@ -77,10 +77,10 @@ class Spoiled(Labels):
 
 def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", **options):
     samples = make_samples(folder, recipe, on_broken)
-    objective = Labels(samples.augmentation)
+    objective = ClassificationLoss(samples.augmentation)
     if before is not None:
         objective = Spoiled(samples.augmentation, before)
-        objective.__class__ = type("Labels", (Spoiled,), {})  # the name that run.json notes down
+        objective.__class__ = type("ClassificationLoss", (Spoiled,), {})  # the name that run.json notes down
     options = {"cpu": True, "log_every": 1, "class_names": CLASSES} | options
     return train(model or make_model(), samples, objective, recipe, out, **options)
 

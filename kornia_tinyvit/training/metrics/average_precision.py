@@ -16,7 +16,7 @@ from kornia_tinyvit.data.detection import DetectionDataset
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.training.metrics.counts import Counts
 
-__all__ = ["BoxMetrics", "DetectionScores"]
+__all__ = ["DetectionMetrics", "DetectionScores"]
 
 _COUNTED = 100  # detections of an image, the surest, as COCO counts them
 _MEASURES = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "recall")
@@ -59,7 +59,7 @@ class DetectionScores:
         return {name: None if math.isnan(value) else round(value, 4) for name, value in numbers.items()}
 
 
-class BoxMetrics(Counts):
+class DetectionMetrics(Counts):
     """Collect what was found on images, so that it adds up over processes, and compare it with what is there.
 
     Each image has a place of its own for its size and its 100 surest detections. That of an image that another

@@ -9,14 +9,14 @@ from torch import Tensor
 
 from kornia_tinyvit.training.metrics.counts import Counts, count_pairs
 
-__all__ = ["Evaluation", "Metrics", "select_classes"]
+__all__ = ["ClassificationMetrics", "ClassificationScores", "select_classes"]
 
 CALIBRATION_BINS = 15
 CONFUSION_CLASSES = 2048  # the table of ImageNet-22k would take 4 GB
 
 
 @dataclass(frozen=True)
-class Evaluation:
+class ClassificationScores:
     """What a network does on labeled images. Shares are in per cent.
 
     Args:
@@ -58,8 +58,8 @@ class Evaluation:
         return [(*divmod(cell, len(mistakes)), number) for cell, number in found if number]
 
 
-class Metrics(Counts):
-    """Collect what :class:`Evaluation` needs, batch by batch, in counts that add up over processes.
+class ClassificationMetrics(Counts):
+    """Collect what :class:`ClassificationScores` needs, batch by batch, in counts that add up over processes.
 
     Args:
         num_classes: classes of the logits.
@@ -68,7 +68,7 @@ class Metrics(Counts):
         ValueError: if there are no classes.
 
     Example:
-        >>> metrics = Metrics(3)
+        >>> metrics = ClassificationMetrics(3)
         >>> metrics.update(torch.tensor([[2.0, 0.0, 1.0], [0.0, 1.0, 2.0]]), torch.tensor([0, 1]))
         >>> metrics.compute().top1
         50.0
@@ -115,7 +115,7 @@ class Metrics(Counts):
         if cells.numel():
             cells += count_pairs(labels, best[:, 0], self.num_classes)
 
-    def compute(self) -> Evaluation:
+    def compute(self) -> ClassificationScores:
         """Return the measures over all batches so far.
 
         Raises:
@@ -126,7 +126,7 @@ class Metrics(Counts):
         if not images:
             raise ValueError("No images were evaluated.")
         number, confidence, right = bins.unbind(1)
-        return Evaluation(
+        return ClassificationScores(
             images=images,
             top1=100 * float(correct.sum()) / images,
             top5=100 * float(hits) / images,

@@ -1,4 +1,4 @@
-"""Metrics of semantic segmentation: intersection over union and pixel accuracy."""
+"""ClassificationMetrics of semantic segmentation: intersection over union and pixel accuracy."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from torch import Tensor
 from kornia_tinyvit.data.segmentation import IGNORED
 from kornia_tinyvit.training.metrics.counts import Counts, count_pairs
 
-__all__ = ["PixelMetrics", "Segmentation"]
+__all__ = ["SegmentationMetrics", "SegmentationScores"]
 
 
 @dataclass(frozen=True)
-class Segmentation:
+class SegmentationScores:
     """What a segmenter does on images with masks. Shares are in per cent, pixels without a label left out.
 
     Args:
@@ -39,8 +39,8 @@ class Segmentation:
         return int((self.class_pixels > 0).sum())
 
 
-class PixelMetrics(Counts):
-    """Collect what :class:`Segmentation` needs, in counts that add up over images and processes.
+class SegmentationMetrics(Counts):
+    """Collect what :class:`SegmentationScores` needs, in counts that add up over images and processes.
 
     :func:`kornia.metrics.mean_iou` takes each image for itself and counts absent classes as right.
 
@@ -51,7 +51,7 @@ class PixelMetrics(Counts):
         ValueError: if there are no classes.
 
     Example:
-        >>> metrics = PixelMetrics(3)
+        >>> metrics = SegmentationMetrics(3)
         >>> metrics.update(torch.tensor([[0, 1, 1, 2]]), torch.tensor([[0, 1, 0, -100]]))
         >>> found = metrics.compute()
         >>> round(found.mean_iou, 2), round(found.pixel_accuracy, 2)
@@ -84,7 +84,7 @@ class PixelMetrics(Counts):
                 raise ValueError(f"{name} hold {int(found.max())}; expected classes in [0, {self.num_classes}).")
         self.parts[0] += count_pairs(truth, answers, self.num_classes).cpu()
 
-    def compute(self) -> Segmentation:
+    def compute(self) -> SegmentationScores:
         """Return the measures over all images so far.
 
         Raises:
@@ -97,7 +97,7 @@ class PixelMetrics(Counts):
             raise ValueError("No labeled pixels were evaluated.")
         union = truth + confusion.sum(0) - right
         per_class = torch.where(truth > 0, 100 * right / union, torch.nan)
-        return Segmentation(
+        return SegmentationScores(
             pixels=pixels,
             pixel_accuracy=100 * float(right.sum()) / pixels,
             mean_iou=float(per_class.nanmean()),

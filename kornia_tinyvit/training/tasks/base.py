@@ -22,7 +22,7 @@ from kornia_tinyvit.training.metrics.counts import Counts
 
 __all__ = [
     "Evaluator",
-    "Objective",
+    "Loss",
     "ReadableItems",
     "Samples",
     "Task",
@@ -43,7 +43,7 @@ class Samples(Protocol):
         """Return what the network takes of a batch, on a device."""
 
 
-class Objective(Protocol):
+class Loss(Protocol):
     """A loss of each sample of a batch."""
 
     def describe(self) -> dict[str, Any]:
@@ -125,14 +125,14 @@ class Task:
     """A task that networks are trained for.
 
     Attributes:
-        measure: the name among :meth:`Evaluator.measures` of the number, the higher the better, that tells the best
+        metric: the name among :meth:`Evaluator.measures` of the number, the higher the better, that tells the best
             weights.
         evaluator_class: takes the validation data, the network's configuration and the options of :class:`Evaluator`.
         network_class: the network that is written.
         may_lack_classes: whether the validation data may know fewer classes than the network, whose last do not occur.
     """
 
-    measure: ClassVar[str]
+    metric: ClassVar[str]
     evaluator_class: ClassVar[Callable[..., Evaluator]]
     network_class: ClassVar[Any]
     may_lack_classes: ClassVar[bool] = False

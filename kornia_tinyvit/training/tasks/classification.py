@@ -18,13 +18,13 @@ from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import Batch, ReplayedSamples
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
-from kornia_tinyvit.training.metrics.classification import Metrics
+from kornia_tinyvit.training.metrics.classification import ClassificationMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
-__all__ = ["CLASSIFICATION", "AccuracyEvaluator", "Classification", "Labels"]
+__all__ = ["CLASSIFICATION", "ClassificationEvaluator", "ClassificationLoss", "ClassificationTask"]
 
 
-class Labels:
+class ClassificationLoss:
     """Cross-entropy of the labels, mixed and smoothed as the augmentation's preset says.
 
     Args:
@@ -44,7 +44,7 @@ class Labels:
         return F.cross_entropy(outputs.float(), targets.to(outputs.device), reduction="none")
 
 
-class AccuracyEvaluator(Evaluator):
+class ClassificationEvaluator(Evaluator):
     """A single measurement of a classifier on labeled images.
 
     Args:
@@ -57,7 +57,7 @@ class AccuracyEvaluator(Evaluator):
     def __init__(
         self, images: ClassificationDataset, num_classes: int, prepare: Callable[[list[Tensor]], Any], **options: Any
     ) -> None:
-        super().__init__(images, Metrics(num_classes), **options)
+        super().__init__(images, ClassificationMetrics(num_classes), **options)
         self.prepare = prepare
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, int]]]) -> None:
@@ -73,15 +73,15 @@ class AccuracyEvaluator(Evaluator):
         return {"top1": round(found.top1, 4), "top5": round(found.top5, 4)}
 
 
-class Classification(Task):
+class ClassificationTask(Task):
     """One class an image: top-1 and top-5 in per cent of :class:`ClassificationDataset`."""
 
-    measure = "top1"
+    metric = "top1"
     may_lack_classes = True
 
     def evaluator(
         self, images: ClassificationDataset, config: TinyViTConfig, samples: ReplayedSamples, **options: Any
-    ) -> AccuracyEvaluator:
+    ) -> ClassificationEvaluator:
         """Begin to count right answers."""
         settings = _validated(samples)
         pipeline = EvaluationPipeline.from_preprocessing(settings).to(options["device"])
@@ -89,7 +89,7 @@ class Classification(Task):
         def prepare(raw: list[Tensor]) -> Tensor:
             return torch.cat([pipeline(image[None]) for image in raw])
 
-        return AccuracyEvaluator(images, config.num_classes, prepare, **options)
+        return ClassificationEvaluator(images, config.num_classes, prepare, **options)
 
     def preprocessing(self, model: nn.Module, samples: ReplayedSamples) -> Preprocessing:
         """Return the statistics that the samples are normalized with, at the network's own size."""
@@ -118,4 +118,4 @@ def _validated(samples: ReplayedSamples) -> Preprocessing:
 
 
 #: The task of classifiers, which :func:`~kornia_tinyvit.training.train` takes if no other is named.
-CLASSIFICATION = Classification()
+CLASSIFICATION = ClassificationTask()

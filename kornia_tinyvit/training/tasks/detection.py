@@ -13,16 +13,16 @@ from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
 from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
-from kornia_tinyvit.training.metrics.average_precision import BoxMetrics
+from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
 __all__ = [
     "DETECTION",
     "BoxAugmentation",
-    "BoxEvaluator",
     "BoxedBatch",
-    "BoxedSamples",
+    "DetectionEvaluator",
     "DetectionLoss",
+    "DetectionSamples",
     "DetectionTask",
     "DetectorTraining",
 ]
@@ -100,7 +100,7 @@ def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return torch.cat([(low + high) / 2, high - low], 1), visible
 
 
-class BoxedSamples(PairedSamples[BoxedBatch]):
+class DetectionSamples(PairedSamples[BoxedBatch]):
     """Images and boxes decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
@@ -240,7 +240,7 @@ class DetectionLoss:
         return loss.expand(len(batch.valid))
 
 
-class BoxEvaluator(Evaluator):
+class DetectionEvaluator(Evaluator):
     """A single measurement of a detector on images with boxes.
 
     Args:
@@ -250,7 +250,7 @@ class BoxEvaluator(Evaluator):
     """
 
     def __init__(self, images: DetectionDataset, config: DetectorConfig, **options: Any) -> None:
-        super().__init__(images, BoxMetrics(images), **options)
+        super().__init__(images, DetectionMetrics(images), **options)
         self._squares = Squares(config.backbone.img_size)
         self._every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
@@ -272,8 +272,8 @@ class BoxEvaluator(Evaluator):
 class DetectionTask(Task):
     """Boxes and classes: COCO's mAP in per cent of :class:`DetectionDataset`."""
 
-    measure = "map"
-    evaluator_class = BoxEvaluator
+    metric = "map"
+    evaluator_class = DetectionEvaluator
     network_class = TinyViTDetector
 
     def load(self, network: TinyViTDetector, state: dict[str, Tensor]) -> None:

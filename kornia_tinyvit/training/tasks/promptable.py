@@ -33,8 +33,8 @@ __all__ = [
     "PROMPTABLE",
     "MaskLoss",
     "PromptEvaluator",
-    "Promptable",
     "PromptableConfig",
+    "PromptableTask",
     "PromptedSAM",
     "build_sam",
 ]
@@ -307,10 +307,10 @@ def _boxes_and_points(inputs: Tensor, geometry: Geometry, masks: Tensor) -> Prom
     return Prompts(*(each.to(inputs.device) for each in asked))
 
 
-class Promptable(Task):
+class PromptableTask(Task):
     """Masks of prompts: mean IoU in per cent of a box each, and of a point each, on :class:`InstanceDataset`."""
 
-    measure = "box_iou"
+    metric = "box_iou"
     evaluator_class = PromptEvaluator
 
     def check(self, images: InstanceDataset, config: PromptableConfig, class_names: Sequence[str] | None) -> None:
@@ -330,4 +330,4 @@ class Promptable(Task):
 
 
 #: The task of MobileSAM, for :func:`~kornia_tinyvit.training.train`.
-PROMPTABLE = Promptable()
+PROMPTABLE = PromptableTask()

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
 from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
 from kornia_tinyvit.semantic import SegmenterConfig, SemanticSegmenter, class_maps
-from kornia_tinyvit.training.metrics.semantic import PixelMetrics
+from kornia_tinyvit.training.metrics.semantic import SegmentationMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
 __all__ = [
     "SEMANTIC",
     "MaskAugmentation",
     "MaskedBatch",
-    "MaskedSamples",
-    "PixelEvaluator",
-    "PixelLabels",
-    "Semantic",
+    "SegmentationEvaluator",
+    "SegmentationLoss",
+    "SegmentationSamples",
+    "SegmentationTask",
     "balanced_weights",
 ]
 
@@ -72,7 +72,7 @@ class MaskAugmentation(PairedAugmentation):
         return crop, labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
 
 
-class MaskedSamples(PairedSamples[MaskedBatch]):
+class SegmentationSamples(PairedSamples[MaskedBatch]):
     """Images and masks decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
@@ -88,7 +88,7 @@ class MaskedSamples(PairedSamples[MaskedBatch]):
         return MaskedBatch(torch.stack(crops), torch.stack(masks), valid, broken)
 
 
-class PixelLabels:
+class SegmentationLoss:
     """Cross-entropy of the classes of pixels, the weighted mean over those of an image that have a label.
 
     Args:
@@ -141,7 +141,7 @@ def balanced_weights(images: SegmentationDataset, power: float = 0.5) -> Tensor:
     return weights.nan_to_num(1.0).float()
 
 
-class PixelEvaluator(Evaluator):
+class SegmentationEvaluator(Evaluator):
     """A single measurement of a segmenter on images with masks, one at a time since each has its own size.
 
     Args:
@@ -151,7 +151,7 @@ class PixelEvaluator(Evaluator):
     """
 
     def __init__(self, images: SegmentationDataset, config: SegmenterConfig, **options: Any) -> None:
-        super().__init__(images, PixelMetrics(config.num_classes), **options | {"batch_size": 1})
+        super().__init__(images, SegmentationMetrics(config.num_classes), **options | {"batch_size": 1})
         self.config = config.backbone
 
     def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:
@@ -168,13 +168,13 @@ class PixelEvaluator(Evaluator):
         return {"mean_iou": round(found.mean_iou, 4), "pixel_accuracy": round(found.pixel_accuracy, 4)}
 
 
-class Semantic(Task):
+class SegmentationTask(Task):
     """A class a pixel: mean intersection over union and pixel accuracy in per cent of :class:`SegmentationDataset`."""
 
-    measure = "mean_iou"
-    evaluator_class = PixelEvaluator
+    metric = "mean_iou"
+    evaluator_class = SegmentationEvaluator
     network_class = SemanticSegmenter
 
 
 #: The task of semantic segmenters, for :func:`~kornia_tinyvit.training.train`.
-SEMANTIC = Semantic()
+SEMANTIC = SegmentationTask()

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from kornia_tinyvit.data import DetectionDataset
-from kornia_tinyvit.training import BoxMetrics
+from kornia_tinyvit.training import DetectionMetrics
 from tests.scenes import make_coco, write_coco, write_yolo
 
 
@@ -24,7 +24,7 @@ RIGHT = {0: [[0, 0.9, 5, 5, 10, 10], [0, 0.8, 25, 5, 10, 10]], 1: [[2, 0.7, 10, 
 
 
 def measure(images, found, metrics=None):
-    metrics = metrics or BoxMetrics(images)
+    metrics = metrics or DetectionMetrics(images)
     for index, rows in found.items():
         metrics.update(index, torch.tensor(rows).reshape(-1, 6), 20, 40)
     return metrics
@@ -68,7 +68,7 @@ class TestScores:
         scores = measure(images, {1: RIGHT[1]}).compute()
         assert (scores.images, scores.objects, scores.map) == (1, 1, pytest.approx(100))
         with pytest.raises(ValueError, match="No images"):
-            BoxMetrics(images).compute()
+            DetectionMetrics(images).compute()
 
     def test_crowds_do_not_count(self, tmp_path):
         data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
@@ -85,13 +85,13 @@ class TestScores:
 class TestCounts:
     def test_parts_add_up(self, images):
         parts = [measure(images, {row: RIGHT[row]}) for row in range(3)]
-        whole = BoxMetrics(images)
+        whole = DetectionMetrics(images)
         whole.load_state(torch.stack([part.state().double() for part in parts]).sum(0))
         assert whole.compute().to_dict() == measure(images, RIGHT).compute().to_dict()
 
     def test_another_number_of_images(self, images):
         with pytest.raises(ValueError, match="Expected 1806 counts; got 5"):
-            BoxMetrics(images).load_state(torch.zeros(5))
+            DetectionMetrics(images).load_state(torch.zeros(5))
 
     def test_looking_again_replaces(self, images):
         metrics = measure(images, {0: RIGHT[1] * 2, 1: RIGHT[0], 2: RIGHT[0]})

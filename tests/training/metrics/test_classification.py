@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
-from kornia_tinyvit.training.metrics.classification import Metrics, select_classes
+from kornia_tinyvit.training.metrics.classification import ClassificationMetrics, select_classes
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -20,7 +20,7 @@ def outputs():
 
 
 def measure(logits, labels, batch=32):
-    metrics = Metrics(logits.shape[1])
+    metrics = ClassificationMetrics(logits.shape[1])
     for some, classes in zip(logits.split(batch), labels.split(batch), strict=True):
         metrics.update(some, classes)
     return metrics
@@ -76,7 +76,7 @@ class TestMetrics:
         logits, labels = outputs
         whole = measure(logits, labels)
         parts = [measure(logits[:77], labels[:77]), measure(logits[77:], labels[77:])]
-        summed = Metrics(7)
+        summed = ClassificationMetrics(7)
         summed.load_state(parts[0].state() + parts[1].state())
         torch.testing.assert_close(summed.state(), whole.state(), rtol=1e-12, atol=0)
         assert torch.equal(summed.compute().confusion, whole.compute().confusion)
@@ -86,7 +86,7 @@ class TestMetrics:
 
     def test_confusions(self):
         answers = [(0, 1)] * 3 + [(2, 1)] * 5 + [(1, 0)] + [(1, 1)] * 9
-        metrics = Metrics(3)
+        metrics = ClassificationMetrics(3)
         metrics.update(
             F.one_hot(torch.tensor([a for _, a in answers]), 3).float(), torch.tensor([t for t, _ in answers])
         )
@@ -105,7 +105,7 @@ class TestMetrics:
         assert found.confusion.tolist() == [[3]]
 
     def test_many_classes(self):
-        metrics = Metrics(21841)
+        metrics = ClassificationMetrics(21841)
         metrics.update(F.one_hot(torch.tensor([3, 21840]), 21841).float(), torch.tensor([3, 7]))
         found = metrics.compute()
         assert (found.top1, found.confusion) == (50, None)
@@ -120,7 +120,7 @@ class TestMetrics:
         assert metrics.compute().images == 200
 
     def test_refused(self):
-        metrics = Metrics(3)
+        metrics = ClassificationMetrics(3)
         with pytest.raises(ValueError, match="No images were evaluated"):
             metrics.compute()
         with pytest.raises(ValueError, match="The data has a class 3, but the network knows 3"):
@@ -130,9 +130,9 @@ class TestMetrics:
         with pytest.raises(ValueError, match=r"Expected logits \(B, 3\) and labels \(B,\); got \(2, 4\) and \(2,\)"):
             metrics.update(torch.zeros(2, 4), torch.tensor([0, 1]))
         with pytest.raises(ValueError, match="Expected 61 counts"):
-            metrics.load_state(Metrics(4).state())
+            metrics.load_state(ClassificationMetrics(4).state())
         with pytest.raises(ValueError, match="num_classes must be at least 1"):
-            Metrics(0)
+            ClassificationMetrics(0)
         assert metrics.state().sum() == 0
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from kornia_tinyvit.training import Labels
+from kornia_tinyvit.training import ClassificationLoss
 from tests.distillation.test_losses import SIZE, augment, batch_of
 
 
@@ -15,12 +15,12 @@ def outputs():
     return torch.randn(6, 6, generator=torch.Generator().manual_seed(1), requires_grad=True)
 
 
-class TestLabels:
+class TestClassificationLoss:
     def test_smoothing(self, outputs):
         augmentation = augment("finetune")
         batch = batch_of(augmentation)
         expected = F.cross_entropy(outputs, batch.labels, reduction="none", label_smoothing=0.1)
-        loss = Labels(augmentation)(outputs, None, batch)
+        loss = ClassificationLoss(augmentation)(outputs, None, batch)
         assert torch.allclose(loss, expected, atol=1e-6)
         assert loss.shape == (6,)
 
@@ -28,7 +28,7 @@ class TestLabels:
         augmentation = augment("finetune", label_smoothing=0.0)
         batch = batch_of(augmentation)
         expected = F.cross_entropy(outputs, batch.labels, reduction="none")
-        assert torch.allclose(Labels(augmentation)(outputs, None, batch), expected, atol=1e-6)
+        assert torch.allclose(ClassificationLoss(augmentation)(outputs, None, batch), expected, atol=1e-6)
 
     @pytest.mark.parametrize("changes", [{"cutmix": 0.0}, {"mixup": 0.0}, {}])
     def test_mixing(self, outputs, changes):
@@ -40,9 +40,9 @@ class TestLabels:
         weight = torch.from_numpy(share).float()
         expected = (1 - weight) * F.cross_entropy(outputs, batch.labels, reduction="none", label_smoothing=0.1)
         expected += weight * F.cross_entropy(outputs, partner, reduction="none", label_smoothing=0.1)
-        assert torch.allclose(Labels(augmentation)(outputs, None, batch), expected, atol=1e-5)
+        assert torch.allclose(ClassificationLoss(augmentation)(outputs, None, batch), expected, atol=1e-5)
 
     def test_lower_precision(self, outputs):
         augmentation = augment("finetune")
-        loss = Labels(augmentation)(outputs.bfloat16(), None, batch_of(augmentation))
+        loss = ClassificationLoss(augmentation)(outputs.bfloat16(), None, batch_of(augmentation))
         assert loss.dtype == torch.float32

@@ -15,15 +15,15 @@ from kornia_tinyvit.huggingface.rt_detr import from_rt_detr, network_of
 from kornia_tinyvit.training import (
     DETECTION,
     BoxAugmentation,
-    BoxedSamples,
     DetectionLoss,
+    DetectionSamples,
     DetectorTraining,
     Recipe,
     evaluate,
     train,
 )
 from kornia_tinyvit.training.tasks.base import evaluate_network
-from kornia_tinyvit.training.tasks.detection import BoxEvaluator
+from kornia_tinyvit.training.tasks.detection import DetectionEvaluator
 from tests.scenes import BOX_NAMES, damage, make_boxes, write_boxes
 from tests.test_detection import make_detector
 from tests.training.runs import Interrupted, Stopping, losses, metrics
@@ -117,7 +117,7 @@ class TestAugmentation:
 
 class TestSamples:
     def samples(self, folder, **options):
-        return BoxedSamples(DetectionDataset.open(folder), BoxAugmentation(64), **options)
+        return DetectionSamples(DetectionDataset.open(folder), BoxAugmentation(64), **options)
 
     def test_batches(self, folder):
         batch = self.samples(folder)[(0, 1)]
@@ -234,7 +234,7 @@ def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
         TinyViTDetector.from_config(make_detector().config, class_names=BOX_NAMES), num_denoising=6
     )
     augmentation = BoxAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes)
-    samples = BoxedSamples(DetectionDataset.open(folder), augmentation, on_broken)
+    samples = DetectionSamples(DetectionDataset.open(folder), augmentation, on_broken)
     options = {"cpu": True, "log_every": 1, "class_names": BOX_NAMES, "task": DETECTION} | options
     return train(model, samples, Stopping(DetectionLoss(model), stop_at), recipe, out, **options)
 
@@ -245,7 +245,7 @@ class TestTraining:
         result = fit(folder, tmp_path / "out", recipe, validation=DetectionDataset.open(folder), validate_every=12)
         curve = losses(tmp_path / "out")
         assert np.mean(curve[-9:]) < 0.9 * np.mean(curve[:9])
-        assert result.measure == "map"
+        assert result.metric == "map"
         kept = TinyViTDetector.from_config(pretrained=result.best)
         assert (kept.class_names, kept.training) == (BOX_NAMES, False)
         scores = evaluate(kept, DetectionDataset.open(folder), batch_size=4)
@@ -283,7 +283,7 @@ class TestTraining:
 class TestEvaluator:
     def test_processes_without_images(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
-        evaluator = BoxEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
+        evaluator = DetectionEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
         assert evaluator.add(detector, []) == []
         assert not evaluator.counts.state().any()
 
@@ -292,7 +292,7 @@ class TestEvaluator:
         detector, images = make_detector(), DetectionDataset.open(folder)
         found = []
         for size in (1, 5):
-            evaluator = BoxEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=size)
+            evaluator = DetectionEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=size)
             evaluate_network(detector, evaluator)
             found.append(evaluator.counts.state())
         assert found[0].reshape(-1)[:14].view(7, 2)[-1].tolist() == [90, 100]

@@ -17,9 +17,9 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
     SEMANTIC,
     MaskAugmentation,
-    MaskedSamples,
-    PixelLabels,
     Recipe,
+    SegmentationLoss,
+    SegmentationSamples,
     balanced_weights,
     evaluate,
     find_recipe,
@@ -46,13 +46,13 @@ def make_segmenter(**changes) -> SemanticSegmenter:
 
 
 def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", model=None, **options):
-    samples = MaskedSamples(
+    samples = SegmentationSamples(
         SegmentationDataset.open(folder),
         MaskAugmentation(recipe.img_size, recipe.preset, 1, **recipe.changes),
         on_broken,
     )
     options = {"cpu": True, "log_every": 1, "class_names": NAMES, "task": SEMANTIC} | options
-    return train(model or make_segmenter(), samples, Stopping(PixelLabels(), stop_at), recipe, out, **options)
+    return train(model or make_segmenter(), samples, Stopping(SegmentationLoss(), stop_at), recipe, out, **options)
 
 
 def assert_same_run(out, other):
@@ -137,7 +137,7 @@ class TestAugmentation:
 
 class TestSamples:
     def test_workers_change_nothing(self, folder):
-        samples = MaskedSamples(SegmentationDataset.open(folder), MaskAugmentation(32))
+        samples = SegmentationSamples(SegmentationDataset.open(folder), MaskAugmentation(32))
         keys = [[(0, 1), (0, 2)], [(1, 0), (1, 5)]]
         alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
         for one, other in zip(alone, helped, strict=True):
@@ -151,17 +151,17 @@ class TestSamples:
         damage(folder / "masks" / "02.png")
         images = SegmentationDataset.open(folder)
         with pytest.raises(BrokenImageError, match=r"02\.png"):
-            MaskedSamples(images, MaskAugmentation(32))[0, 2]
-        batch = MaskedSamples(images, MaskAugmentation(32), "skip").__getitems__([(0, 2), (0, 3)])
+            SegmentationSamples(images, MaskAugmentation(32))[0, 2]
+        batch = SegmentationSamples(images, MaskAugmentation(32), "skip").__getitems__([(0, 2), (0, 3)])
         assert (batch.valid.tolist(), batch.broken) == ([0, 1], ("02.png",))
         assert (batch.masks[0] == IGNORED).all()
 
     def test_on_broken(self, folder):
         with pytest.raises(ValueError, match="'stop' or 'skip'"):
-            MaskedSamples(SegmentationDataset.open(folder), MaskAugmentation(32), "ignore")
+            SegmentationSamples(SegmentationDataset.open(folder), MaskAugmentation(32), "ignore")
 
 
-class TestPixelLabels:
+class TestSegmentationLoss:
     def batch(self, masks):
         return MaskedBatch(torch.zeros(0), masks, torch.ones(len(masks)), ())
 
@@ -169,7 +169,7 @@ class TestPixelLabels:
         masks = torch.randint(0, 3, (2, 4, 5))
         masks[0, :2] = IGNORED
         logits = torch.randn(2, 3, 4, 5, requires_grad=True)
-        found = PixelLabels()(logits, logits, self.batch(masks))
+        found = SegmentationLoss()(logits, logits, self.batch(masks))
         wanted = [F.cross_entropy(logits[:1, :, 2:], masks[:1, 2:]), F.cross_entropy(logits[1:], masks[1:])]
         assert torch.allclose(found, torch.stack(wanted))
         found.sum().backward()
@@ -178,20 +178,20 @@ class TestPixelLabels:
 
     def test_nothing_labeled(self):
         logits = torch.randn(1, 3, 4, 5, requires_grad=True)
-        loss = PixelLabels()(logits, logits, self.batch(torch.full((1, 4, 5), IGNORED)))
+        loss = SegmentationLoss()(logits, logits, self.batch(torch.full((1, 4, 5), IGNORED)))
         loss.sum().backward()
         assert (loss.tolist(), bool(logits.grad.any())) == ([0], False)
 
     def test_smoothing(self):
         logits, masks = torch.randn(1, 3, 2, 2), torch.zeros(1, 2, 2, dtype=torch.long)
-        found = PixelLabels(0.3)(logits, logits, self.batch(masks))
+        found = SegmentationLoss(0.3)(logits, logits, self.batch(masks))
         assert found.item() == pytest.approx(F.cross_entropy(logits, masks, label_smoothing=0.3).item(), rel=1e-5)
 
     def test_weights(self):
         logits, masks = torch.randn(1, 3, 4, 4), torch.randint(0, 3, (1, 4, 4))
         masks[0, 0] = IGNORED
         weights = torch.tensor([1.0, 4.0, 0.5])
-        found = PixelLabels(class_weights=weights)(logits, logits, self.batch(masks))
+        found = SegmentationLoss(class_weights=weights)(logits, logits, self.batch(masks))
         assert found.item() == pytest.approx(F.cross_entropy(logits, masks, weights).item(), rel=1e-5)
 
     def test_balanced_weights(self, folder):
