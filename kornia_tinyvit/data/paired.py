@@ -6,19 +6,19 @@ import math
 from abc import abstractmethod
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import kornia.augmentation as K
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kornia_tinyvit.data.loader import Batch_co, Key, KeyedSamples
+from kornia_tinyvit.data.loader import Key, KeyedSamples
 from kornia_tinyvit.data.order import keyed_seed
 from kornia_tinyvit.images import to_uint8
 from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
 
-__all__ = ["PairedAugmentation", "PairedSamples"]
+__all__ = ["PairedAugmentation", "PairedBatch", "PairedSamples"]
 
 _STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
 
@@ -106,27 +106,47 @@ def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
         yield
 
 
-class PairedSamples(KeyedSamples[Batch_co]):
-    """Images with what lies on them, decoded and augmented; the network takes the crops in [0, 1]."""
+class PairedBatch(NamedTuple):
+    """Augmented images with their targets, as the workers of the loader return them.
 
-    def inputs(self, batch: Any, device: torch.device) -> Any:
+    Attributes:
+        images: uint8 images :math:`(B, 3, S, S)`.
+        targets: what the subclass of :class:`PairedSamples` collates for the task.
+        valid: 1 for samples whose files could be read, 0 for corrupt ones, :math:`(B,)`.
+        broken: names of the corrupt images.
+    """
+
+    images: Tensor
+    targets: Any
+    valid: Tensor
+    broken: tuple[str, ...]
+
+
+class PairedSamples(KeyedSamples[PairedBatch]):
+    """Images and their targets, decoded and augmented; the network takes the images in [0, 1]."""
+
+    def inputs(self, batch: PairedBatch, device: torch.device) -> Any:
         """Return the images :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
-        return batch.crops.to(device, non_blocking=True).float() / 255
+        return batch.images.to(device, non_blocking=True).float() / 255
 
-    def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
+    def __getitems__(self, keys: Sequence[Key]) -> PairedBatch:
         """Return the samples of keys (epoch, sample)."""
-        found = self._gather(keys, self.images.read, lambda read, row: self._augment(read, *keys[row]), self._blank())
-        return self._collate(*found)
+        blank = self._gray(), self._blank()
+        samples, valid, broken = self._gather(
+            keys, self.images.read, lambda read, row: self._augment(read, *keys[row]), blank
+        )
+        images, targets = zip(*samples, strict=True)
+        return PairedBatch(torch.stack(images), self._collate(targets), valid, broken)
 
-    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Any, ...]:
-        """Return a sample, augmented for an epoch."""
-        augmented: tuple[Any, ...] = self.augmentation(*read, epoch, index)
+    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Tensor, Any]:
+        """Return an image and its target, augmented for an epoch."""
+        augmented: tuple[Tensor, Any] = self.augmentation(*read, epoch, index)
         return augmented
 
     @abstractmethod
-    def _blank(self) -> tuple[Any, ...]:
-        """Return what stands for a sample that cannot be read."""
+    def _blank(self) -> Any:
+        """Return the target of an image that cannot be read."""
 
-    @abstractmethod
-    def _collate(self, samples: list[tuple[Any, ...]], valid: Tensor, broken: tuple[str, ...]) -> Batch_co:
-        """Return a batch of augmented samples."""
+    def _collate(self, targets: tuple[Any, ...]) -> Any:
+        """Return the targets of a batch; by default as a tuple."""
+        return targets

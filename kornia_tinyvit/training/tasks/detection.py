@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from kornia.enhance import normalize
@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
-from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
+from kornia_tinyvit.data.paired import PairedAugmentation, PairedBatch, PairedSamples
 from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
@@ -19,7 +19,6 @@ from kornia_tinyvit.training.tasks.base import Evaluator, Task
 __all__ = [
     "DETECTION",
     "BoxAugmentation",
-    "BoxedBatch",
     "DetectionEvaluator",
     "DetectionLoss",
     "DetectionSamples",
@@ -29,24 +28,6 @@ __all__ = [
 
 _VISIBLE = 0.3  # share of an object's box that a crop must hold for the object to count
 _SMALLEST = 1.0  # side in pixels below which a box says nothing
-
-
-class BoxedBatch(NamedTuple):
-    """Images and boxes as the workers hand them over, augmented.
-
-    Attributes:
-        crops: 8-bit images :math:`(B, 3, S, S)`.
-        boxes: for each image center, width and height as shares of its sides, :math:`(N_i, 4)`.
-        labels: for each image class indices :math:`(N_i,)`.
-        valid: 1 for samples whose image could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the images that could not be read.
-    """
-
-    crops: Tensor
-    boxes: tuple[Tensor, ...]
-    labels: tuple[Tensor, ...]
-    valid: Tensor
-    broken: tuple[str, ...]
 
 
 class BoxAugmentation(PairedAugmentation):
@@ -60,7 +41,7 @@ class BoxAugmentation(PairedAugmentation):
     usual_preset = "detection"
     data_key = "bbox_xyxy"
 
-    def __call__(self, image: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, Tensor, Tensor]:
+    def __call__(self, image: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Change a sample.
 
         Args:
@@ -70,8 +51,8 @@ class BoxAugmentation(PairedAugmentation):
             index: number of the sample.
 
         Returns:
-            8-bit image :math:`(3, S, S)`, boxes :math:`(N, 4)`, center, width and height as shares of its side, and
-            class indices :math:`(N,)`.
+            uint8 image :math:`(3, S, S)`, and its target: ``boxes`` :math:`(N, 4)`, center, width and height as
+            fractions of the side, and ``class_labels`` :math:`(N,)`.
         """
         kept = ~objects.crowds
         pixels, boxes, labels = self._reduce(image), objects.boxes[kept], objects.labels[kept]
@@ -80,7 +61,7 @@ class BoxAugmentation(PairedAugmentation):
         # To kornia a coordinate is the middle of a pixel, here its left or upper edge.
         crop, moved = self._apply(pixels, boxes[None] - 0.5, epoch, index)
         boxes, visible = _cut(moved[0] + 0.5, self.img_size)
-        return crop, boxes[visible] / self.img_size, labels[visible]
+        return crop, {"boxes": boxes[visible] / self.img_size, "class_labels": labels[visible]}
 
 
 def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
@@ -100,31 +81,24 @@ def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
     return torch.cat([(low + high) / 2, high - low], 1), visible
 
 
-class DetectionSamples(PairedSamples[BoxedBatch]):
+class DetectionSamples(PairedSamples):
     """Images and boxes decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.data.DetectionDataset` and a :class:`BoxAugmentation`.
     """
 
-    def inputs(self, batch: BoxedBatch, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
+    def inputs(self, batch: PairedBatch, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
         """Return the images of a batch that could be read, :math:`(B, 3, S, S)` in [0, 1], and their objects.
 
         If none could be read, all are returned: the processes of a training must all call their network.
         """
-        rows = [row for row, whole in enumerate(batch.valid.tolist()) if whole] or list(range(len(batch.valid)))
-        images = super().inputs(batch, device)[rows]
-        objects = [{"boxes": batch.boxes[row].to(device), "class_labels": batch.labels[row].to(device)} for row in rows]
-        return images, objects
+        rows = batch.valid.nonzero()[:, 0].tolist() or range(len(batch.valid))
+        objects = [{name: values.to(device) for name, values in batch.targets[row].items()} for row in rows]
+        return super().inputs(batch, device)[list(rows)], objects
 
-    def _blank(self) -> tuple[Tensor, Tensor, Tensor]:
-        return self._gray(), torch.zeros(0, 4), torch.zeros(0, dtype=torch.int64)
-
-    def _collate(
-        self, samples: list[tuple[Tensor, Tensor, Tensor]], valid: Tensor, broken: tuple[str, ...]
-    ) -> BoxedBatch:
-        crops, boxes, labels = zip(*samples, strict=True)
-        return BoxedBatch(torch.stack(crops), boxes, labels, valid, broken)
+    def _blank(self) -> dict[str, Tensor]:
+        return {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
 
 
 class DetectorTraining(nn.Module):
@@ -227,7 +201,7 @@ class DetectionLoss:
         names = ("weight_loss_vfl", "weight_loss_bbox", "weight_loss_giou", "num_denoising")
         return {"kind": "boxes", **{name: getattr(self.config, name) for name in names}}
 
-    def __call__(self, outputs: dict[str, Any], images: Any, batch: BoxedBatch) -> Tensor:
+    def __call__(self, outputs: dict[str, Any], images: Any, batch: PairedBatch) -> Tensor:
         """Return the losses :math:`(B,)`: for each image that of the batch."""
         from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 

@@ -17,6 +17,7 @@ from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.checkpoints import open_pretrained, save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig, WindowSizes
 from kornia_tinyvit.data.instances import InstanceDataset
+from kornia_tinyvit.data.paired import PairedBatch
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.preprocessing import Preprocessing
@@ -26,7 +27,7 @@ from kornia_tinyvit.sam.inputs import prepare_photo
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics, mask_ious
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
-from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
+from kornia_tinyvit.training.tasks.prompts import Prompts
 
 __all__ = [
     "FREEZABLE",
@@ -221,17 +222,17 @@ class MaskLoss:
         """Return its kind and the weights."""
         return {"kind": "masks", "focal": self.focal, "dice": self.dice, "iou": self.iou}
 
-    def __call__(self, outputs: tuple[Tensor, Tensor], images: Prompts, batch: PromptedBatch) -> Tensor:
+    def __call__(self, outputs: tuple[Tensor, Tensor], images: Prompts, batch: PairedBatch) -> Tensor:
         """Return the losses :math:`(B,)`, weighted sums over an image's prompts.
 
         A mean over them would let the one object of an image, which needs no prompt to be found, count as much as all
         objects of another.
         """
         logits, scores = (each.float() for each in outputs)
-        truth = batch.masks.to(logits.device, non_blocking=True)[:, None].float()
+        truth = batch.targets.masks.to(logits.device, non_blocking=True)[:, None].float()
         ambiguous = images.counts == 1
         losses = self._losses(logits, scores, truth, ambiguous)
-        weighted = losses * batch.weights.to(logits)
+        weighted = losses * batch.targets.weights.to(logits)
         return weighted.new_zeros(len(batch.valid)).index_add(0, images.photo, weighted)
 
     def _losses(self, logits: Tensor, scores: Tensor, truth: Tensor, ambiguous: Tensor) -> Tensor:

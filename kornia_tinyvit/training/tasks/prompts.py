@@ -12,13 +12,13 @@ from kornia.enhance import normalize
 from torch import Tensor
 
 from kornia_tinyvit.data.order import keyed_seed
-from kornia_tinyvit.data.paired import PairedSamples
+from kornia_tinyvit.data.paired import PairedBatch, PairedSamples
 from kornia_tinyvit.ops import mask_boxes
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.inputs import PIXEL_MEAN, PIXEL_STD, resize_photo
 from kornia_tinyvit.training.tasks.semantic import MaskAugmentation
 
-__all__ = ["PromptAugmentation", "PromptedBatch", "PromptedSamples", "Prompting", "Prompts"]
+__all__ = ["PromptAugmentation", "PromptTargets", "PromptedSamples", "Prompting", "Prompts"]
 
 #: Number of this module's formulas, raised when a prompt would come out differently.
 VERSION = 1
@@ -45,25 +45,19 @@ class Prompts(NamedTuple):
     counts: Tensor
 
 
-class PromptedBatch(NamedTuple):
-    """Images, masks and prompts as the workers hand them over.
+class PromptTargets(NamedTuple):
+    """Prompts of a batch and the masks that they ask for.
 
     Attributes:
-        crops: 8-bit inputs :math:`(B, 3, S, S)`.
-        masks: what the prompts should find, bool :math:`(P, S, S)`.
-        weights: what each prompt counts, :math:`(P,)`: one part of as many as are asked for at most, so that all
-            objects count alike; 0 for those that stand for an image without an instance.
-        prompts: the prompts, still without their images.
-        valid: 1 for samples whose files could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the images that could not be read.
+        prompts: the prompts, without their images.
+        masks: ground truth masks of the prompts, bool :math:`(P, S, S)`.
+        weights: weight of each prompt in the loss, :math:`(P,)`: 1 / :attr:`Prompting.instances`, which weighs all
+            objects equally, or 0 for the placeholder of an image without instances.
     """
 
-    crops: Tensor
+    prompts: Prompts
     masks: Tensor
     weights: Tensor
-    prompts: Prompts
-    valid: Tensor
-    broken: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -182,41 +176,35 @@ class PromptAugmentation(MaskAugmentation):
         )
 
 
-class PromptedSamples(PairedSamples[PromptedBatch]):
+class PromptedSamples(PairedSamples):
     """Images decoded, augmented and asked about as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: an
     :class:`~kornia_tinyvit.data.InstanceDataset` and a :class:`PromptAugmentation`.
     """
 
-    def inputs(self, batch: PromptedBatch, device: torch.device) -> Prompts:
+    def inputs(self, batch: PairedBatch, device: torch.device) -> Prompts:
         """Return the prompts of a batch with their normalized inputs, on a device."""
-        tensors = [each.to(device, non_blocking=True) for each in batch.prompts[1:]]
-        pixels = batch.crops.to(device, non_blocking=True).float() / 255
+        tensors = [each.to(device, non_blocking=True) for each in batch.targets.prompts[1:]]
+        pixels = super().inputs(batch, device)
         return Prompts(normalize(pixels, pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)), *tensors)
 
-    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Tensor, Tensor, Prompts]:
-        return self.augmentation.sample(*read, epoch, index)
+    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Tensor, PromptTargets]:
+        image, masks, prompts = self.augmentation.sample(*read, epoch, index)
+        if not len(masks):
+            return image, self._blank()
+        weights = torch.full((len(masks),), 1 / self.augmentation.prompting.instances)
+        return image, PromptTargets(prompts, masks, weights)
 
-    def _blank(self) -> tuple[Tensor, Tensor, Prompts]:
-        return self._gray(), torch.empty(0), Prompts(*[torch.empty(0)] * 5)
-
-    def _collate(
-        self, samples: list[tuple[Tensor, Tensor, Prompts]], valid: Tensor, broken: tuple[str, ...]
-    ) -> PromptedBatch:
-        crops, masks, prompts, weights = zip(*(self._weigh(*sample) for sample in samples), strict=True)
-        rows = [asked._replace(photo=asked.photo + row) for row, asked in enumerate(prompts)]
-        together = Prompts(*(torch.cat(column) for column in zip(*rows, strict=True)))
-        return PromptedBatch(torch.stack(crops), torch.cat(masks), torch.cat(weights), together, valid, broken)
-
-    def _weigh(self, crop: Tensor, masks: Tensor, asked: Prompts) -> tuple[Tensor, Tensor, Prompts, Tensor]:
-        """Return a sample with weights; without instances, a box around everything that does not count.
-
-        Every batch then asks something of the decoder, in all processes.
-        """
-        if len(masks):
-            return crop, masks, asked, torch.full((len(masks),), 1 / self.augmentation.prompting.instances)
+    def _blank(self) -> PromptTargets:
+        """Return a box around the whole input, of weight 0: each rank's decoder then runs for every batch."""
         side, most = self.augmentation.img_size, max(self.augmentation.prompting.points)
-        box, one = torch.tensor([[0.0, 0.0, side, side]]), torch.zeros(1, dtype=torch.int64)
-        asked = Prompts(torch.empty(0), one, box, torch.zeros(1, most, 2), one)
-        return crop, torch.zeros(1, side, side, dtype=torch.bool), asked, torch.zeros(1)
+        box, zero = torch.tensor([[0.0, 0.0, side, side]]), torch.zeros(1, dtype=torch.int64)
+        prompts = Prompts(torch.empty(0), zero, box, torch.zeros(1, most, 2), zero)
+        return PromptTargets(prompts, torch.zeros(1, side, side, dtype=torch.bool), torch.zeros(1))
+
+    def _collate(self, targets: tuple[PromptTargets, ...]) -> PromptTargets:
+        prompts, masks, weights = zip(*targets, strict=True)
+        rows = [each._replace(photo=each.photo + row) for row, each in enumerate(prompts)]
+        joined = Prompts(*(torch.cat(column) for column in zip(*rows, strict=True)))
+        return PromptTargets(joined, torch.cat(masks), torch.cat(weights))

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kornia_tinyvit.data.paired import PairedAugmentation, PairedSamples
+from kornia_tinyvit.data.paired import PairedAugmentation, PairedBatch, PairedSamples
 from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
 from kornia_tinyvit.semantic import SegmenterConfig, SemanticSegmenter, class_maps
 from kornia_tinyvit.training.metrics.semantic import SegmentationMetrics
@@ -17,29 +17,12 @@ from kornia_tinyvit.training.tasks.base import Evaluator, Task
 __all__ = [
     "SEMANTIC",
     "MaskAugmentation",
-    "MaskedBatch",
     "SegmentationEvaluator",
     "SegmentationLoss",
     "SegmentationSamples",
     "SegmentationTask",
     "balanced_weights",
 ]
-
-
-class MaskedBatch(NamedTuple):
-    """Images and masks as the workers hand them over, augmented.
-
-    Attributes:
-        crops: 8-bit images :math:`(B, 3, S, S)`.
-        masks: class indices :math:`(B, S, S)`, or :data:`~kornia_tinyvit.data.segmentation.IGNORED`.
-        valid: 1 for samples whose files could be read, 0 for broken ones, :math:`(B,)`.
-        broken: names of the images that could not be read.
-    """
-
-    crops: Tensor
-    masks: Tensor
-    valid: Tensor
-    broken: tuple[str, ...]
 
 
 class MaskAugmentation(PairedAugmentation):
@@ -72,20 +55,19 @@ class MaskAugmentation(PairedAugmentation):
         return crop, labels.reshape(*mask.shape[:-2], *labels.shape[-2:]).to(mask.dtype)
 
 
-class SegmentationSamples(PairedSamples[MaskedBatch]):
+class SegmentationSamples(PairedSamples):
     """Images and masks decoded and augmented as an epoch demands, a whole batch at a time.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.data.SegmentationDataset` and a :class:`MaskAugmentation`.
     """
 
-    def _blank(self) -> tuple[Tensor, Tensor]:
-        crop = self._gray()
-        return crop, torch.full(crop.shape[-2:], IGNORED)
+    def _blank(self) -> Tensor:
+        side = self.augmentation.img_size
+        return torch.full((side, side), IGNORED)
 
-    def _collate(self, samples: list[tuple[Tensor, Tensor]], valid: Tensor, broken: tuple[str, ...]) -> MaskedBatch:
-        crops, masks = zip(*samples, strict=True)
-        return MaskedBatch(torch.stack(crops), torch.stack(masks), valid, broken)
+    def _collate(self, targets: tuple[Tensor, ...]) -> Tensor:
+        return torch.stack(targets)
 
 
 class SegmentationLoss:
@@ -105,9 +87,9 @@ class SegmentationLoss:
         weights = None if self.class_weights is None else [round(each, 4) for each in self.class_weights.tolist()]
         return {"kind": "pixel labels", "label_smoothing": self.label_smoothing, "class_weights": weights}
 
-    def __call__(self, outputs: Tensor, images: Tensor, batch: MaskedBatch) -> Tensor:
+    def __call__(self, outputs: Tensor, images: Tensor, batch: PairedBatch) -> Tensor:
         """Return the losses :math:`(B,)` of logits :math:`(B, K, S, S)`; 0 for an image without labels."""
-        masks = batch.masks.to(outputs.device, non_blocking=True)
+        masks = batch.targets.to(outputs.device, non_blocking=True)
         # Classes last, as the network's memory has them: three times as fast on a CPU.
         scores = outputs.float().movedim(1, -1).flatten(0, -2)
         weights = scores.new_ones(scores.shape[1]) if self.class_weights is None else self.class_weights.to(scores)

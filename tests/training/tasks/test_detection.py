@@ -47,6 +47,11 @@ def objects_of(boxes, labels=None, crowds=None) -> Objects:
     )
 
 
+def augment(augmentation, image, objects, epoch=0, index=0) -> tuple:
+    crop, target = augmentation(image, objects, epoch, index)
+    return crop, target["boxes"], target["class_labels"]
+
+
 class TestAugmentation:
     @pytest.mark.parametrize("size", [(60, 90), (300, 200)])
     def test_boxes_follow_what_is_painted(self, size):
@@ -57,7 +62,8 @@ class TestAugmentation:
         augmentation = BoxAugmentation(64, crop_scale=(0.5, 1.0), color_jitter=0.0)
         seen = []
         for epoch in range(12):
-            crop, boxes, labels = augmentation(image, objects_of([[left, top, right, bottom]], [2]), epoch, 0)
+            objects = objects_of([[left, top, right, bottom]], [2])
+            crop, boxes, labels = augment(augmentation, image, objects, epoch)
             rows, columns = ((crop[0] > 127).any(dim).nonzero().flatten() for dim in (1, 0))
             if len(labels):
                 assert labels.tolist() == [2]
@@ -72,7 +78,7 @@ class TestAugmentation:
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         image[:, 10:20, 4:30] = 255
         augmentation = BoxAugmentation(64, crop_scale=(1.0, 1.0), crop_ratio=(1.0, 1.0), color_jitter=0.0, flip=1.0)
-        crop, boxes, _ = augmentation(image, objects_of([[4, 10, 30, 20]]), 0, 0)
+        crop, boxes, _ = augment(augmentation, image, objects_of([[4, 10, 30, 20]]))
         assert (crop[0] > 127).any(0).nonzero().flatten()[[0, -1]].tolist() == [34, 59]
         assert (64 * boxes[0]).tolist() == pytest.approx([47, 15, 26, 10], abs=0.02)
 
@@ -80,9 +86,9 @@ class TestAugmentation:
         image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
         objects = objects_of([[10, 10, 40, 30], [0, 0, 69, 49]])
         augmentation = BoxAugmentation(32, seed=3)
-        first = augmentation(image, objects, 2, 5)
+        first = augment(augmentation, image, objects, 2, 5)
         torch.rand(7)
-        again = BoxAugmentation(32, seed=3)(image, objects, 2, 5)
+        again = augment(BoxAugmentation(32, seed=3), image, objects, 2, 5)
         assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
         for epoch, index, seed in ((3, 5, 3), (2, 6, 3), (2, 5, 4)):
             other = BoxAugmentation(32, seed=seed)(image, objects, epoch, index)
@@ -93,7 +99,7 @@ class TestAugmentation:
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         corners = [[0, 0, 16, 16], [48, 0, 64, 16], [0, 48, 16, 64], [48, 48, 64, 64], [0, 0, 64, 64]]
         for epoch in range(10):
-            _, boxes, labels = augmentation(image, objects_of(corners), epoch, 0)
+            _, boxes, labels = augment(augmentation, image, objects_of(corners), epoch)
             assert len(labels) < 3
             assert 4 not in labels  # of the whole a crop holds 6 %
             low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
@@ -104,9 +110,9 @@ class TestAugmentation:
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         augmentation = BoxAugmentation(64, crop_scale=(0.9, 1.0))
         objects = objects_of([[5, 5, 50, 50], [9, 9, 40, 40]], crowds=[True, False])
-        _, boxes, labels = augmentation(image, objects, 0, 0)
+        _, boxes, labels = augment(augmentation, image, objects)
         assert (boxes.shape, labels.tolist()) == ((1, 4), [1])
-        crop, boxes, labels = augmentation(image, objects_of([]), 0, 0)
+        crop, boxes, labels = augment(augmentation, image, objects_of([]))
         assert (crop.shape, boxes.shape, labels.shape) == ((3, 64, 64), (0, 4), (0,))
 
     def test_presets(self):
@@ -121,14 +127,14 @@ class TestSamples:
 
     def test_batches(self, folder):
         batch = self.samples(folder)[(0, 1)]
-        assert (batch.crops.shape, batch.crops.dtype) == ((1, 3, 64, 64), torch.uint8)
+        assert (batch.images.shape, batch.images.dtype) == ((1, 3, 64, 64), torch.uint8)
         samples = self.samples(folder)
         batch = samples.__getitems__([(0, 0), (0, 1), (0, 2)])
-        assert [len(each) for each in batch.labels] == [len(each) for each in batch.boxes]
-        assert len(batch.labels[0]) == 0
+        assert all(len(each["class_labels"]) == len(each["boxes"]) for each in batch.targets)
+        assert len(batch.targets[0]["boxes"]) == 0
         images, objects = samples.inputs(batch, torch.device("cpu"))
         assert (images.shape, images.dtype) == ((3, 3, 64, 64), torch.float32)
-        assert objects[1]["boxes"] is batch.boxes[1]
+        assert objects[1]["boxes"] is batch.targets[1]["boxes"]
 
     def test_broken_images(self, folder):
         damage(folder / "images" / "01.png")
@@ -139,7 +145,7 @@ class TestSamples:
         assert (batch.valid.tolist(), batch.broken) == ([0, 1], ("01.png",))
         images, objects = samples.inputs(batch, torch.device("cpu"))
         assert len(images) == len(objects) == 1
-        torch.testing.assert_close(images[0], batch.crops[1] / 255)
+        torch.testing.assert_close(images[0], batch.images[1] / 255)
         images, _ = samples.inputs(samples[(0, 1)], torch.device("cpu"))
         assert len(images) == 1  # all are broken, and the network is called all the same
 
@@ -147,8 +153,9 @@ class TestSamples:
         keys = [[(0, 0), (0, 1)], [(1, 2), (1, 3)]]
         here, there = (list(replay_loader(self.samples(folder), keys, workers)) for workers in (0, 1))
         for one, other in zip(here, there, strict=True):
-            assert torch.equal(one.crops, other.crops)
-            assert all(torch.equal(a, b) for a, b in zip(one.boxes, other.boxes, strict=True))
+            assert torch.equal(one.images, other.images)
+            for first, second in zip(one.targets, other.targets, strict=True):
+                assert all(torch.equal(first[name], second[name]) for name in ("boxes", "class_labels"))
 
 
 class TestLoss:

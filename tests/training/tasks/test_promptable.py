@@ -18,6 +18,7 @@ from torch.autograd import gradcheck
 from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.data import BrokenImageError, InstanceDataset, replay_loader
+from kornia_tinyvit.data.paired import PairedBatch
 from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.training import (
     PROMPTABLE,
@@ -33,7 +34,7 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
-from kornia_tinyvit.training.tasks.prompts import PromptedBatch, Prompts
+from kornia_tinyvit.training.tasks.prompts import Prompts, PromptTargets
 from tests.conftest import TINY, liven
 from tests.scenes import damage, make_instances
 from tests.training.runs import Interrupted, Stopping, losses, metrics
@@ -100,11 +101,11 @@ class TestPrompting:
             crop, masks, _ = PromptAugmentation(64, seed=2, **changes).sample(image, self.masks(), 0, 3)
             assert ((crop[0] > 127) == masks.any(0)).float().mean() > 0.97
 
-    def test_whole_photos_are_what_inference_sees(self):
+    def test_whole_photos_are_what_inference_sees(self, folder):
         photo = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
         crop, masks, asked = PromptAugmentation(64, **WHOLE).sample(photo, self.masks(), 0, 0)
-        batch = PromptedBatch(crop[None], masks, torch.ones(3), asked, torch.ones(1), ())
-        found = PromptedSamples.inputs(None, batch, torch.device("cpu")).images[0]
+        batch = PairedBatch(crop[None], PromptTargets(asked, masks, torch.ones(3)), torch.ones(1), ())
+        found = samples_of(folder).inputs(batch, torch.device("cpu")).images[0]
         sam = make_sam()
         wanted, (geometry,) = sam.preprocess(Image.fromarray(photo.movedim(0, -1).numpy()))
         assert torch.allclose(found, wanted[0], atol=0.01)  # the padding is an 8-bit level, at most half a level off
@@ -165,28 +166,29 @@ class TestSamples:
         keys = [[(0, 1), (0, 2)], [(1, 0), (1, 3)]]
         alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
         for one, other in zip(alone, helped, strict=True):
-            assert torch.equal(one.crops, other.crops)
-            assert torch.equal(one.masks, other.masks)
-            assert all(torch.equal(*pair) for pair in zip(one.prompts, other.prompts, strict=True))
-        assert torch.equal(samples[0, 2].crops[0], alone[0].crops[1])
-        assert set(alone[0].prompts.photo.tolist()) == {0, 1}
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.targets.masks, other.targets.masks)
+            assert all(torch.equal(*pair) for pair in zip(one.targets.prompts, other.targets.prompts, strict=True))
+        assert torch.equal(samples[0, 2].images[0], alone[0].images[1])
+        assert set(alone[0].targets.prompts.photo.tolist()) == {0, 1}
         inputs = samples.inputs(alone[0], torch.device("cpu"))
         assert (inputs.images.dtype, inputs.images.shape) == (torch.float32, (2, 3, 64, 64))
-        assert torch.equal(inputs.boxes, alone[0].prompts.boxes)
+        assert torch.equal(inputs.boxes, alone[0].targets.prompts.boxes)
 
     def test_nothing_to_find(self, folder):
         Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "02.png")
         batch = samples_of(folder).__getitems__([(0, 2), (0, 3)])
-        assert (batch.valid.tolist(), batch.weights.tolist()[0], batch.prompts.photo.tolist()[0]) == ([1, 1], 0, 0)
-        assert set(batch.weights[1:].tolist()) == {1 / 8}  # of as many as may be asked for
-        assert batch.prompts.boxes[0].tolist() == [0, 0, 64, 64]
+        prompts, _, weights = batch.targets
+        assert (batch.valid.tolist(), weights[0].item(), prompts.photo[0].item()) == ([1, 1], 0, 0)
+        assert set(weights[1:].tolist()) == {1 / 8}  # 1 / Prompting.instances
+        assert prompts.boxes[0].tolist() == [0, 0, 64, 64]
 
     def test_broken(self, folder):
         damage(folder / "masks" / "02.png")
         with pytest.raises(BrokenImageError, match=r"02\.png"):
             samples_of(folder)[0, 2]
         batch = samples_of(folder, "skip").__getitems__([(0, 2), (0, 3)])
-        assert (batch.valid.tolist(), batch.broken, batch.weights.tolist()[0]) == ([0, 1], ("02.png",), 0)
+        assert (batch.valid.tolist(), batch.broken, batch.targets.weights[0].item()) == ([0, 1], ("02.png",), 0)
 
     def test_on_broken(self, folder):
         with pytest.raises(ValueError, match="'stop' or 'skip'"):
@@ -273,17 +275,21 @@ class TestNetwork:
 
 
 class TestMaskLoss:
-    def batch(self, prompts=3, photos=2) -> tuple[Prompts, PromptedBatch]:
+    def batch(self, prompts=3, photos=2) -> tuple[Prompts, PairedBatch]:
         masks = torch.zeros(prompts, 32, 32, dtype=torch.bool)
         for row in range(prompts):
             masks[row, 4 * row : 4 * row + 12, 8:24] = True
         photo = torch.tensor([0, 1, 1])[:prompts]
         asked = Prompts(torch.empty(photos, 0), photo, torch.zeros(prompts, 4), torch.zeros(prompts, 1, 2),
                         torch.zeros(prompts, dtype=torch.int64))  # fmt: skip
-        return asked, PromptedBatch(torch.empty(0), masks, torch.ones(prompts), asked, torch.ones(photos), ())
+        targets = PromptTargets(asked, masks, torch.ones(prompts))
+        return asked, PairedBatch(torch.empty(0), targets, torch.ones(photos), ())
+
+    def change(self, batch, **targets) -> PairedBatch:
+        return batch._replace(targets=batch.targets._replace(**targets))
 
     def logits(self, batch, scale=8.0):
-        small = F.interpolate(batch.masks[:, None].float(), (8, 8), mode="area")
+        small = F.interpolate(batch.targets.masks[:, None].float(), (8, 8), mode="area")
         return scale * (2 * small - 1).repeat(1, 4, 1, 1)
 
     def test_smaller_for_better_masks(self):
@@ -298,13 +304,15 @@ class TestMaskLoss:
     def test_by_hand(self):
         asked, batch = self.batch(1, 1)
         logits = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))  # of the size of the masks
-        truth = batch.masks[:, None].float()
+        truth = batch.targets.masks[:, None].float()
         p = logits.sigmoid()
         right = torch.where(truth > 0, p, 1 - p)
         focal = (torch.where(truth > 0, 0.25, 0.75) * (1 - right) ** 2 * -right.log()).mean((2, 3))
         dice = 1 - (2 * (p * truth).sum((2, 3)) + 1) / (p.sum((2, 3)) + truth.sum() + 1)
         masks = 20 * focal + dice
-        ious = ((logits > 0) & batch.masks[:, None]).sum((2, 3)) / ((logits > 0) | batch.masks[:, None]).sum((2, 3))
+        ious = ((logits > 0) & batch.targets.masks[:, None]).sum((2, 3)) / (
+            (logits > 0) | batch.targets.masks[:, None]
+        ).sum((2, 3))
         scores = torch.rand(1, 4)
         wanted = (masks[0, 0] + masks[0, 1:].min()) / 2 + (scores - ious).square().mean()
         assert MaskLoss()((logits, scores), asked, batch).item() == pytest.approx(wanted.item(), rel=1e-4)
@@ -334,16 +342,16 @@ class TestMaskLoss:
         asked, batch = self.batch()
         logits, scores = -self.logits(batch), torch.zeros(3, 4)
         losses = MaskLoss()((logits, scores), asked, batch)
-        alone = MaskLoss()((logits[1:2], scores[1:2]), *(
-            each._replace(**{key: getattr(each, key)[1:2] for key in keys})
-            for each, keys in ((asked, ("photo", "counts")), (batch, ("masks", "weights")))
-        ))  # fmt: skip
-        other = MaskLoss()((logits[2:], scores[2:]), *(
-            each._replace(**{key: getattr(each, key)[2:] for key in keys})
-            for each, keys in ((asked, ("photo", "counts")), (batch, ("masks", "weights")))
-        ))  # fmt: skip
+        alone, other = (
+            MaskLoss()(
+                (logits[rows], scores[rows]),
+                asked._replace(photo=asked.photo[rows], counts=asked.counts[rows]),
+                self.change(batch, masks=batch.targets.masks[rows], weights=batch.targets.weights[rows]),
+            )
+            for rows in (slice(1, 2), slice(2, None))
+        )
         assert losses[1].item() == pytest.approx((alone[1] + other[1]).item())
-        empty = MaskLoss()((logits, scores), asked, batch._replace(weights=torch.tensor([0.0, 1, 1])))
+        empty = MaskLoss()((logits, scores), asked, self.change(batch, weights=torch.tensor([0.0, 1, 1])))
         assert empty.tolist() == [0, losses[1].item()]
 
     def test_gradcheck(self):
@@ -353,7 +361,7 @@ class TestMaskLoss:
 
         class Double(MaskLoss):  # the loss itself works in single precision
             def __call__(self, logits, scores):
-                truth = batch.masks[:, None].double()
+                truth = batch.targets.masks[:, None].double()
                 return self._losses(logits, scores, truth, torch.tensor([True, False]))
 
         assert gradcheck(Double(), (logits, scores))

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.data import IGNORED, BrokenImageError, SegmentationDataset, replay_loader
+from kornia_tinyvit.data.paired import PairedBatch
 from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import (
@@ -25,7 +26,6 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
-from kornia_tinyvit.training.tasks.semantic import MaskedBatch
 from tests.conftest import TINY
 from tests.scenes import NAMES, damage, make_scenes
 from tests.training.runs import Interrupted, Stopping, losses, metrics
@@ -141,9 +141,9 @@ class TestSamples:
         keys = [[(0, 1), (0, 2)], [(1, 0), (1, 5)]]
         alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
         for one, other in zip(alone, helped, strict=True):
-            assert torch.equal(one.crops, other.crops)
-            assert torch.equal(one.masks, other.masks)
-        assert torch.equal(samples[0, 2].crops[0], alone[0].crops[1])
+            assert torch.equal(one.images, other.images)
+            assert torch.equal(one.targets, other.targets)
+        assert torch.equal(samples[0, 2].images[0], alone[0].images[1])
         inputs = samples.inputs(alone[0], torch.device("cpu"))
         assert (inputs.dtype, inputs.shape, bool(inputs.max() <= 1)) == (torch.float32, (2, 3, 32, 32), True)
 
@@ -154,7 +154,7 @@ class TestSamples:
             SegmentationSamples(images, MaskAugmentation(32))[0, 2]
         batch = SegmentationSamples(images, MaskAugmentation(32), "skip").__getitems__([(0, 2), (0, 3)])
         assert (batch.valid.tolist(), batch.broken) == ([0, 1], ("02.png",))
-        assert (batch.masks[0] == IGNORED).all()
+        assert (batch.targets[0] == IGNORED).all()
 
     def test_on_broken(self, folder):
         with pytest.raises(ValueError, match="'stop' or 'skip'"):
@@ -163,7 +163,7 @@ class TestSamples:
 
 class TestSegmentationLoss:
     def batch(self, masks):
-        return MaskedBatch(torch.zeros(0), masks, torch.ones(len(masks)), ())
+        return PairedBatch(torch.zeros(0), masks, torch.ones(len(masks)), ())
 
     def test_ignored_pixels_do_not_count(self):
         masks = torch.randint(0, 3, (2, 4, 5))
