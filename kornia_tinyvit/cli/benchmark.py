@@ -71,7 +71,7 @@ def benchmark(
     for row in rows:
         if row.dtype == "int8" and images is None:
             row.skipped = "int8 is calibrated on images: give --data"
-    bench = Benchmark(classifier.model, method.value, images, judged=not random)
+    bench = Benchmark(classifier.model, method.value, images, compared=not random)
     bench.measure(rows, repetitions, progress=not as_json and sys.stdout.isatty())
     machine = describe_machine(device, tuned)
     report = {
@@ -118,7 +118,7 @@ def _show(rows: list[Row], bench: Benchmark) -> None:
     }
     if bench.top1 is not None:
         columns |= {"agree %": ("agreement", ".2f"), "top-1 %": ("top1", ".2f")}
-    elif bench.judged:
+    elif bench.compared:
         columns["error"] = ("error", ".1e")
     cells = (
         [row.engine, row.dtype, row.batch, *(_number(getattr(row, name), form) for name, form in columns.values())]

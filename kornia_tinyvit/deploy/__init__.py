@@ -1,7 +1,7 @@
-"""Deployment: the same network, faster, in the runtime of your choice.
+"""Deployment: optimized inference with several engines, export and quantization.
 
 :func:`optimize` returns a callable with the model's signature and results; :func:`export_onnx` and
-:func:`export_program` write files that other runtimes load. Both start from a folded graph
+:func:`export_program` write files for other runtimes. All start from a folded graph
 (:func:`~kornia_tinyvit.folding.fold`).
 """
 

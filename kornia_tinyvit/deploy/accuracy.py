@@ -1,4 +1,4 @@
-"""How far a faster network is from the one it replaces, told by images rather than by hope."""
+"""Agreement of an optimized network with the original: relative errors, class agreement and top-1."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ Outputs = Tensor | Sequence[Tensor]
 
 @dataclass(frozen=True)
 class Agreement:
-    r"""What :func:`compare` measures.
+    r"""Results of :func:`compare`.
 
-    Relative errors are those of an image's whole output, ``norm(c - r) / norm(r)`` in the Euclidean norm; where there
-    are several maps, of each.
+    The relative error of an image is ``norm(c - r) / norm(r)`` of its whole output in the Euclidean norm; of several
+    feature maps, each has its own.
 
     Args:
-        images: how many were compared.
-        top1_reference: right answers of the reference in per cent; ``None`` without labels or logits.
-        top1_candidate: those of the candidate.
-        agreement: images in per cent for which both put the same class first; ``None`` without logits.
+        images: number of images.
+        top1_reference: top-1 accuracy of the reference in percent; ``None`` without labels or logits.
+        top1_candidate: top-1 accuracy of the candidate.
+        agreement: percentage of images with the same top-1 class; ``None`` without logits.
         max_error: the largest relative error.
-        mean_error: the mean of the relative errors.
+        mean_error: the mean relative error.
     """
 
     images: int
@@ -46,9 +46,9 @@ def compare(
     """Run two versions of a network on the same images and measure how well they agree.
 
     Args:
-        reference: maps images :math:`(B, C, H, W)` to logits :math:`(B, classes)`, to a map :math:`(B, C', H', W')`
-            or to several.
-        candidate: maps the same images to the same shapes, in any floating point precision.
+        reference: maps images :math:`(B, C, H, W)` to logits :math:`(B, classes)`, a feature map
+            :math:`(B, C', H', W')` or a sequence of feature maps.
+        candidate: maps the same images to outputs of the same shapes, in any floating-point precision.
         batches: images, or pairs of images and class indices :math:`(B,)`.
 
     Raises:
@@ -59,41 +59,40 @@ def compare(
         >>> half.agreement, half.max_error < 1e-3
         (100.0, True)
     """
-    errors, answers, labels = [], [], []
-    count = labeled = 0
+    errors: list[Tensor] = []
+    top1, labels, count = [], [], 0
     for batch in batches:
         images, classes = (batch, None) if isinstance(batch, Tensor) else batch
-        expected, found = _maps(reference(images)), _maps(candidate(images))
+        expected, found = _on_cpu(reference(images)), _on_cpu(candidate(images))
         if [output.shape for output in expected] != [output.shape for output in found]:
             raise ValueError(f"The outputs differ in shape: expected {_shapes(expected)}; got {_shapes(found)}.")
         count += len(images)
-        errors += [_relative_errors(*pair) for pair in zip(expected, found, strict=True)]
-        if _are_logits(expected):
-            answers.append(torch.stack([expected[0].argmax(1), found[0].argmax(1)]))
+        errors += map(_relative_errors, expected, found)
+        if len(expected) == 1 and expected[0].ndim == 2:
+            top1.append(torch.stack([expected[0].argmax(1), found[0].argmax(1)]))
         if classes is not None:
-            labeled += len(images)
-            labels.append(classes.cpu())
+            labels += classes.tolist()
     if not count:
         raise ValueError("There are no images to compare on.")
-    if labeled not in {0, count}:
-        raise ValueError(f"Only {labeled} of {count} images have labels; give all of them one, or none.")
-    every = torch.cat(errors)
+    if len(labels) not in {0, count}:
+        raise ValueError(f"Only {len(labels)} of {count} images have labels; label all images or none.")
     agreement = top1_reference = top1_candidate = None
-    if answers:
-        first, second = torch.cat(answers, 1)
-        agreement = _per_cent(first == second)
+    if top1:
+        first, second = torch.cat(top1, 1)
+        agreement = _percentage(first == second)
         if labels:
-            truth = torch.cat(labels)
-            top1_reference, top1_candidate = _per_cent(first == truth), _per_cent(second == truth)
-    return Agreement(count, top1_reference, top1_candidate, agreement, float(every.max()), float(every.mean()))
+            target = torch.tensor(labels)
+            top1_reference, top1_candidate = _percentage(first == target), _percentage(second == target)
+    max_error, mean_error = float(torch.cat(errors).max()), float(torch.cat(errors).mean())
+    return Agreement(count, top1_reference, top1_candidate, agreement, max_error, mean_error)
 
 
 def as_list(outputs: Outputs) -> list[Tensor]:
-    """Return the outputs of a network, a tensor :math:`(B, *)` or several, as a list."""
+    """Return the outputs of a network, one tensor :math:`(B, *)` or several, as a list."""
     return [outputs] if isinstance(outputs, Tensor) else list(outputs)
 
 
-def _maps(outputs: Outputs) -> list[Tensor]:
+def _on_cpu(outputs: Outputs) -> list[Tensor]:
     return [output.detach().cpu().double() for output in as_list(outputs)]
 
 
@@ -101,15 +100,11 @@ def _shapes(outputs: list[Tensor]) -> str:
     return ", ".join(str(tuple(output.shape)) for output in outputs)
 
 
-def _are_logits(outputs: list[Tensor]) -> bool:
-    return len(outputs) == 1 and outputs[0].ndim == 2
-
-
 def _relative_errors(expected: Tensor, found: Tensor) -> Tensor:
-    """Return the relative error of each image; infinity where the reference is zero and the candidate is not."""
+    """Return the relative error of each image; infinity where only the reference is zero."""
     difference, size = (found - expected).flatten(1).norm(dim=1), expected.flatten(1).norm(dim=1)
     return torch.where(difference == 0, 0.0, difference / size)
 
 
-def _per_cent(hits: Tensor) -> float:
+def _percentage(hits: Tensor) -> float:
     return 100 * int(hits.sum()) / len(hits)

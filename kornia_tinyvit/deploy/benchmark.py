@@ -1,4 +1,4 @@
-"""How fast engines run a network on this machine, and how far its answers stay the same."""
+"""Benchmark of a network: throughput, warm-up and agreement per engine, dtype and batch size."""
 
 from __future__ import annotations
 
@@ -22,18 +22,18 @@ from kornia_tinyvit.progress import progress_bar
 
 __all__ = ["DTYPES", "Benchmark", "LabeledImages", "Row", "read_images"]
 
-#: The types that engines compute in, by name.
+#: Dtypes of the engines, by name.
 DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in KNOWN_DTYPES}
 
 
 @dataclass(frozen=True)
 class LabeledImages:
-    """Images as a network takes them, some to calibrate int8 on and others to judge it by.
+    """Preprocessed images for the calibration of int8, and labeled ones for the evaluation.
 
     Args:
         calibration: images :math:`(K, C, S, S)`.
         images: other images :math:`(N, C, S, S)`.
-        labels: their classes :math:`(N,)`.
+        labels: class indices :math:`(N,)` of ``images``.
     """
 
     calibration: Tensor
@@ -41,45 +41,56 @@ class LabeledImages:
     labels: Tensor
 
     def batches(self, size: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Return batches :math:`(B, C, S, S)` with their classes :math:`(B,)`.
+        """Yield batches of images :math:`(B, C, S, S)` and class indices :math:`(B,)`.
 
-        All are full, as an engine may have to get ready for any other shape; a small set makes one smaller batch.
+        A partial last batch is left out, since an engine may need another warm-up for its shape; fewer images than
+        ``size`` make one smaller batch.
         """
         for start in range(0, max(len(self.images) - size, 0) + 1, size):
             yield self.images[start : start + size], self.labels[start : start + size]
 
 
 def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calibration: int = 256) -> LabeledImages:
-    """Read labeled images and prepare them for a classifier's network, drawn with a fixed seed.
+    """Read a random sample of labeled images, with a fixed seed, and preprocess it for a classifier.
 
     Args:
-        classifier: whose preprocessing is applied, and whose classes the labels become.
-        data: what :class:`~kornia_tinyvit.data.classification.ClassificationDataset` takes.
-        limit: how many images to judge by, at most.
-        calibration: how many others to calibrate on, at most; of a small data set half of it.
+        classifier: the classifier whose preprocessing and class names are used.
+        data: path for :meth:`~kornia_tinyvit.data.classification.ClassificationDataset.open`.
+        limit: maximum number of images for the evaluation.
+        calibration: maximum number of images for the calibration; at most half of the dataset is used.
 
     Raises:
-        ValueError: if there are fewer than two images, or they have classes that the network does not know.
+        ValueError: if there are fewer than two images, or classes that the classifier does not have.
     """
     dataset = ClassificationDataset.open(data).with_classes(classifier.class_names)
     if len(dataset) < 2:
-        raise ValueError(f"{data} has one image; calibrating and judging take at least one each.")
+        raise ValueError(f"{data} has one image; calibration and evaluation need at least one each.")
     if dataset.num_classes > len(classifier.class_names):
         raise ValueError(f"The data has {dataset.num_classes} classes, the network {len(classifier.class_names)}.")
     kept = min(calibration, len(dataset) // 2)
     rows = torch.randperm(len(dataset), generator=torch.Generator().manual_seed(0))[: kept + limit].tolist()
-    prepare = classifier.preprocessing
     device = next(classifier.parameters()).device
-    photos = torch.cat([prepare(dataset[row][0][None].to(device)) for row in rows])
+    images = torch.cat([classifier.preprocessing(dataset[row][0][None].to(device)) for row in rows])
     labels = torch.tensor([dataset.labels[row] for row in rows[kept:]])
-    return LabeledImages(photos[:kept], photos[kept:], labels)
+    return LabeledImages(images[:kept], images[kept:], labels)
 
 
 @dataclass
 class Row:
-    """An engine that runs a network in a type at a batch size: what it takes, or the reason why it does not run.
+    """Measurements of one engine, dtype and batch size, or the reason why there are none.
 
-    Shares are in per cent; the error is the mean relative one.
+    Args:
+        engine: name of the engine.
+        dtype: a name of :data:`DTYPES`.
+        batch: batch size.
+        skipped: why the combination was not measured; ``None`` if it was.
+        ms: median latency of a batch in milliseconds.
+        images_per_second: throughput.
+        peak_fraction: percentage of the :func:`~kornia_tinyvit.deploy.measurement.matrix_peak`.
+        warmup_s: seconds until the first output, see :class:`~kornia_tinyvit.deploy.Optimized`.
+        agreement: percentage of images with the network's own top-1 class.
+        error: mean relative error.
+        top1: top-1 accuracy in percent.
     """
 
     engine: str
@@ -96,72 +107,72 @@ class Row:
 
 
 class Benchmark:
-    """Measures a network in engines.
+    """Measures a network in several engines.
 
     Args:
         network: the network.
-        method: which of its methods.
-        images: what to calibrate int8 on and to judge by.
-        judged: whether to judge.
+        method: the method to run, see :func:`~kornia_tinyvit.deploy.optimize`.
+        images: images for the calibration of int8 and for the comparison with the network.
+        compared: whether to compare the outputs with the network's; it needs ``images``.
 
     Attributes:
-        flops: floating point operations for an image.
-        peaks: what :func:`~kornia_tinyvit.deploy.measurement.matrix_peak` returned for the types that were measured.
-        top1: right answers of the network itself in per cent; ``None`` if nothing was judged by classes.
+        flops: floating-point operations per image.
+        peaks: :func:`~kornia_tinyvit.deploy.measurement.matrix_peak` of each measured dtype.
+        top1: top-1 accuracy of the network itself in percent; ``None`` if it was not measured.
     """
 
     def __init__(
-        self, network: TinyViT, method: str = "forward", photos: LabeledImages | None = None, judged: bool = True
+        self, network: TinyViT, method: str = "forward", images: LabeledImages | None = None, compared: bool = True
     ) -> None:
         self.network = network
         self.method = method
-        self.photos = photos
-        self.judged = judged and photos is not None
+        self.images = images
+        self.compared = compared and images is not None
         self.device = next(network.parameters()).device
         self.flops = count_flops(getattr(network, method), synthetic_images(network.config).to(self.device))
         self.peaks: dict[str, float | None] = {}
         self.top1: float | None = None
 
     def measure(self, rows: Sequence[Row], repetitions: int = 15, progress: bool = False) -> None:
-        """Fill in rows, sorted by their batch size: those of one run in turn. Rows that are refused stay as they are.
+        """Fill in rows in place; rows of the same batch size are timed interleaved.
 
         Args:
-            rows: the rows.
+            rows: the rows, sorted by batch size. Those with ``skipped`` set are left out.
             repetitions: timed runs of each.
-            progress: show which row is made ready.
+            progress: show a progress bar.
         """
-        calibration = () if self.photos is None else self.photos.calibration.split(16)
+        calibration = () if self.images is None else self.images.calibration.split(16)
         candidates = Candidates(self.network, self.method, calibration=calibration)
         with progress_bar(progress) as bar:
             task = bar.add_task("", total=len(rows))
             for batch, group in itertools.groupby(rows, key=lambda row: row.batch):
-                images = synthetic_images(self.network.config, batch).to(self.device)
+                inputs = synthetic_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
                     bar.update(task, description=f"{row.engine} {row.dtype}, batch {batch}")
-                    fast = self._make(row, candidates, images)
-                    if fast is not None:
-                        steps[number] = as_step(fast, images)
+                    optimized = self._prepare(row, candidates, inputs)
+                    if optimized is not None:
+                        steps[number] = as_step(optimized, inputs)
                     bar.advance(task)
                 bar.update(task, description=f"timing, batch {batch}")
                 for number, seconds in interleaved(steps, repetitions).items():
                     self._fill_in(same[number], seconds)
 
-    def _make(self, row: Row, candidates: Candidates, images: Tensor) -> Optimized | None:
-        """Make what a row measures, and judge it; a reason why it cannot be made is written into the row."""
+    def _prepare(self, row: Row, candidates: Candidates, inputs: Tensor) -> Optimized | None:
+        """Optimize the network for a row and compare it; if that fails, set ``skipped`` and return ``None``."""
         if row.skipped is not None:
             return None
         try:
-            fast = candidates.make(row.engine, DTYPES[row.dtype], images)
-        except (ImportError, ValueError, RuntimeError) as error:  # an engine that fails must not lose the others' rows
+            optimized = candidates.make(row.engine, DTYPES[row.dtype], inputs)
+        except (ImportError, ValueError, RuntimeError) as error:  # the other engines are still measured
             row.skipped = (str(error).strip() or type(error).__name__).splitlines()[0]
             return None
-        row.warmup_s = fast.warmup_s
-        if self.judged and self.photos is not None:
-            found = compare(getattr(self.network, self.method), fast, self.photos.batches(row.batch))
+        row.warmup_s = optimized.warmup_s
+        if self.compared and self.images is not None:
+            found = compare(getattr(self.network, self.method), optimized, self.images.batches(row.batch))
             row.agreement, row.error, row.top1 = found.agreement, found.mean_error, found.top1_candidate
             self.top1 = found.top1_reference
-        return fast
+        return optimized
 
     def _fill_in(self, row: Row, seconds: float) -> None:
         if row.dtype not in self.peaks:

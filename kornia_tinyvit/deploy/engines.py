@@ -1,4 +1,4 @@
-"""What runs a graph: eager PyTorch, Inductor, ONNX Runtime and OpenVINO behind one interface."""
+"""Inference engines: eager PyTorch, Inductor, ONNX Runtime and OpenVINO behind one interface."""
 
 from __future__ import annotations
 
@@ -23,31 +23,38 @@ Outputs = Tensor | tuple[Tensor, ...]
 
 
 class Engine(ABC):
-    """A graph made ready for images of one shape; those of other shapes it takes too, if not as fast.
+    """A graph prepared for images of one shape; other shapes are supported, but may be slower.
 
     Args:
-        graph: what to run; it is left as it is.
-        example: images of the shape to be fast at, on the device to run on.
-        dtype: type to compute in, one of :meth:`dtypes`.
-        calibration: images as the graph takes them, batch by batch, to find the ranges of int8 on.
+        graph: the graph to run; it is not modified.
+        example: images :math:`(B, C, H, W)` of the shape to optimize for, on the device to run on.
+        dtype: dtype to compute in, one of :meth:`dtypes`.
+        calibration: batches of images for the calibration of int8.
     """
 
     name: ClassVar[str]
-    needs: ClassVar[tuple[str, ...]] = ()  # packages beside torch
+    needs: ClassVar[tuple[str, ...]] = ()  # packages besides torch
     extra: ClassVar[str] = ""
 
-    @abstractmethod
     def __init__(
         self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
-    ) -> None: ...
+    ) -> None:
+        self.graph = graph
+        self.dtype = dtype
+        self.calibration = calibration if dtype == torch.int8 else ()  # float engines keep no images
+        self.prepare(example)
+
+    @abstractmethod
+    def prepare(self, example: Tensor) -> None:
+        """Compile the graph for images like ``example``; called once by the constructor."""
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Outputs:
-        """Map images :math:`(B, C, H, W)` to what the graph returns."""
+        """Map images :math:`(B, C, H, W)` to the outputs of the graph."""
 
     @classmethod
     def missing(cls) -> str | None:
-        """Tell in a line what is missing on this machine to run the engine; ``None`` if nothing is."""
+        """Return a line that states which packages are not installed; ``None`` if all are."""
         absent = [package for package in cls.needs if importlib.util.find_spec(package) is None]
         if not absent:
             return None
@@ -56,18 +63,17 @@ class Engine(ABC):
     @classmethod
     @abstractmethod
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
-        """Return the types that the engine computes in on a device of this machine; none if it does not run there."""
+        """Return the dtypes that the engine supports on a device of this machine; empty if it does not run there."""
 
 
 class EagerEngine(Engine):
-    """PyTorch itself, operator by operator; on the CPU with oneDNN's operators that apply GELU as they write."""
+    """Eager PyTorch; on the CPU with oneDNN's fused GELU."""
 
     name = "eager"
 
-    def __init__(
-        self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
-    ) -> None:
-        self.graph = graph.with_dtype(dtype)
+    def prepare(self, example: Tensor) -> None:
+        """Cast a copy of the graph and fuse its activations."""
+        self.graph = self.graph.with_dtype(self.dtype)
         if example.device.type == "cpu" and torch.backends.mkldnn.is_available():
             fuse_activations(self.graph)
 
@@ -78,7 +84,7 @@ class EagerEngine(Engine):
 
     @classmethod
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
-        # Only types that are worth it: on a CPU bfloat16 needs instructions of its own.
+        # Without hardware support bfloat16 is slower than float32 on a CPU.
         if device.type == "cuda":
             return torch.float32, torch.bfloat16, torch.float16
         if device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported():
@@ -87,26 +93,26 @@ class EagerEngine(Engine):
 
 
 class InductorEngine(EagerEngine):
-    """``torch.compile`` with the weights frozen into the code.
+    """``torch.compile`` with frozen weights.
 
-    Compiling takes a minute or so, and seconds in a later process, which finds the compiled code in torch's cache
-    (``TORCHINDUCTOR_CACHE_DIR``). Each shape is compiled for itself at first; after a second one sizes are left open.
+    Compilation takes about a minute, and seconds in a later process, which finds the compiled code in torch's cache
+    (``TORCHINDUCTOR_CACHE_DIR``). The first shape is compiled with static shapes, a second one with dynamic shapes.
     """
 
     name = "inductor"
 
-    def __init__(
-        self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
-    ) -> None:
+    def prepare(self, example: Tensor) -> None:
+        """Wrap a copy of the graph in ``torch.compile``; the first call compiles it."""
         self.cudagraphs = example.device.type == "cuda"
         options: dict[str, Any] = {"freezing": True, **({"triton.cudagraphs": True} if self.cudagraphs else {})}
-        self.compiled = torch.compile(graph.with_dtype(dtype), options=options)
+        self.graph = self.graph.with_dtype(self.dtype)
+        self.compiled = torch.compile(self.graph, options=options)
 
     def __call__(self, images: Tensor) -> Outputs:
-        # Freezing asks for no_grad; in inference mode torch would compile a second time.
+        # Freezing needs no_grad; in inference mode torch would compile a second time.
         with torch.no_grad():
             out: Outputs = self.compiled(images)
-        if self.cudagraphs:  # whose next run overwrites the results of this one
+        if self.cudagraphs:  # the next run overwrites these outputs
             return out.clone() if isinstance(out, Tensor) else tuple(each.clone() for each in out)
         return out
 
@@ -117,48 +123,57 @@ class InductorEngine(EagerEngine):
         return "engine 'inductor' needs a C++ compiler such as g++, or CXX set to one"
 
 
-class OnnxRuntimeEngine(Engine):
+class StaticEngine(Engine):
+    """An engine that compiles the graph with static shapes for the example, and with dynamic shapes on demand."""
+
+    static_dims: ClassVar[slice]  # dimensions of an image batch that are static in the first compilation
+
+    def prepare(self, example: Tensor) -> None:
+        """Compile the graph for the static dimensions of ``example``."""
+        self.static_shape = example.shape[self.static_dims]
+        self.static = self.compile(example, dynamic=False)
+        self.dynamic: Any = None
+        self.lock = threading.Lock()
+
+    @abstractmethod
+    def compile(self, example: Tensor, dynamic: bool) -> Any:
+        """Compile the graph for images like ``example``, or of any batch and image size."""
+
+    def compiled_for(self, images: Tensor) -> Any:
+        """Return the compiled graph for images :math:`(B, C, H, W)`."""
+        if images.shape[self.static_dims] == self.static_shape:
+            return self.static
+        with self.lock:
+            if self.dynamic is None:
+                self.dynamic = self.compile(images, dynamic=True)
+        return self.dynamic
+
+
+class OnnxRuntimeEngine(StaticEngine):
     """ONNX Runtime on the CPU."""
 
     name = "onnxruntime"
     needs = ("onnx", "onnxscript", "onnxruntime")
     extra = "export"
-
-    def __init__(
-        self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
-    ) -> None:
-        self.graph = graph
-        self.calibration = calibration
-        self.dtype = dtype
-        self.size = tuple(example.shape[2:])
-        self.session = self._session(example, dynamic_size=False)
-        self.open_session: Any = None
-        self.lock = threading.Lock()
+    static_dims = slice(2, 4)  # a static image size saves a tenth of the time, a static batch size nothing
 
     def __call__(self, images: Tensor) -> Outputs:
-        outputs = self._session_for(images).run(None, {"images": images.detach().cpu().contiguous().numpy()})
-        return _results(outputs)
+        inputs = {"images": images.detach().cpu().contiguous().numpy()}
+        return _as_outputs(self.compiled_for(images).run(None, inputs))
 
-    def _session_for(self, images: Tensor) -> Any:
-        if tuple(images.shape[2:]) == self.size:
-            return self.session
-        with self.lock:
-            if self.open_session is None:
-                self.open_session = self._session(images, dynamic_size=True)
-                del self.graph, self.calibration  # there is nothing more to make of them
-        return self.open_session
-
-    def _session(self, example: Tensor, dynamic_size: bool) -> Any:
+    def compile(self, example: Tensor, dynamic: bool) -> Any:
+        """Return an inference session."""
         import onnxruntime
 
-        # Closed sizes are worth a tenth of the time; an open batch costs nothing.
-        model = self.graph.to_onnx(example, dynamic_size)
+        model = self.graph.to_onnx(example, dynamic)
         if self.dtype == torch.int8:
             model = quantize_onnx(model, self.calibration)
+        if dynamic:
+            del self.graph, self.calibration  # free their memory: both variants are compiled
         options = onnxruntime.SessionOptions()
         options.intra_op_num_threads = torch.get_num_threads()
         options.log_severity_level = 3
-        # Waiting threads that spin take the processor from everything else that the process does.
+        # Threads that spin while they wait take CPU time from the rest of the process.
         options.add_session_config_entry("session.force_spinning_stop", "1")
         return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
@@ -167,69 +182,58 @@ class OnnxRuntimeEngine(Engine):
         return (torch.float32, torch.int8) if device.type == "cpu" else ()
 
 
-class OpenVinoEngine(Engine):
+class OpenVinoEngine(StaticEngine):
     """OpenVINO on the CPU."""
 
     name = "openvino"
     needs = ("openvino", "nncf", "onnx", "onnxscript")
     extra = "openvino"
+    static_dims = slice(None)
 
-    def __init__(
-        self, graph: InferenceGraph, example: Tensor, dtype: torch.dtype, calibration: Iterable[Tensor] = ()
-    ) -> None:
+    def prepare(self, example: Tensor) -> None:
+        """Convert and quantize the graph once with dynamic shapes, which compile to any static shape without loss."""
         self.core = openvino_core()
-        # It cuts an open graph to a shape without loss, so the graph is traced once.
-        traced = graph.to_onnx(example, dynamic_size=True)
-        self.model = self.core.read_model(traced.SerializeToString())
-        if dtype == torch.int8:
-            self.model = quantize_openvino(self.model, calibration)
-        # What int8 leaves as floats is computed in the narrowest type there is.
-        narrow = dtype != torch.float32 and torch.bfloat16 in self.dtypes(example.device)
-        self.precision = "bf16" if narrow else "f32"
-        self.shape = tuple(example.shape)
-        self.compiled = self._compile(self.shape)
-        self.open_compiled: Any = None
-        self.lock = threading.Lock()
-        self.requests = threading.local()  # a request serves one thread at a time
+        self.model = self.core.read_model(self.graph.to_onnx(example, dynamic_size=True).SerializeToString())
+        if self.dtype == torch.int8:
+            self.model = quantize_openvino(self.model, self.calibration)
+        # In an int8 model the remaining floating-point operators run in bfloat16 where the CPU supports it.
+        low = self.dtype != torch.float32 and torch.bfloat16 in self.dtypes(example.device)
+        self.precision = "bf16" if low else "f32"
+        del self.graph, self.calibration  # free their memory
+        self.requests = threading.local()  # an infer request serves one thread at a time
+        super().prepare(example)
 
     def __call__(self, images: Tensor) -> Outputs:
+        compiled, requests = self.compiled_for(images), vars(self.requests)
+        key = str(compiled is self.static)
+        if key not in requests:
+            requests[key] = compiled.create_infer_request()
         pixels = images.detach().cpu().contiguous().numpy()
-        found = self._request_for(images).infer({0: pixels}, share_inputs=True)
-        return _results(found.values())
+        return _as_outputs(requests[key].infer({0: pixels}, share_inputs=True).values())
 
-    def _request_for(self, images: Tensor) -> Any:
-        key = "closed" if tuple(images.shape) == self.shape else "open"
-        request = getattr(self.requests, key, None)
-        if request is None:
-            with self.lock:
-                if key == "open" and self.open_compiled is None:
-                    self.open_compiled = self._compile(None)
-            request = (self.compiled if key == "closed" else self.open_compiled).create_infer_request()
-            setattr(self.requests, key, request)
-        return request
-
-    def _compile(self, shape: tuple[int, ...] | None) -> Any:
+    def compile(self, example: Tensor, dynamic: bool) -> Any:
+        """Return a compiled model."""
         model = self.model.clone()
-        if shape is not None:
-            model.reshape(list(shape))
+        if not dynamic:
+            model.reshape(list(example.shape))
         return self.core.compile_model(model, "CPU", cpu_settings(self.precision))
 
     @classmethod
     def dtypes(cls, device: torch.device) -> tuple[torch.dtype, ...]:
         if device.type != "cpu":
             return ()
-        able = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        return (torch.float32, *((torch.bfloat16,) if "BF16" in able else ()), torch.int8)
+        capabilities = openvino_core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+        return (torch.float32, *((torch.bfloat16,) if "BF16" in capabilities else ()), torch.int8)
 
 
-#: The engines by name, in the order in which they are told.
+#: Engines by name.
 ENGINES: dict[str, type[Engine]] = {
     engine.name: engine for engine in (EagerEngine, InductorEngine, OnnxRuntimeEngine, OpenVinoEngine)
 }
 
 
-class _Fused(nn.Module):
-    """A convolution or linear layer that applies GELU to its output as it writes it."""
+class _FusedGELU(nn.Module):
+    """A convolution or linear layer with a fused GELU."""
 
     def __init__(self, layer: nn.Conv2d | nn.Linear) -> None:
         super().__init__()
@@ -239,24 +243,24 @@ class _Fused(nn.Module):
         layer = self.layer
         if isinstance(layer, nn.Linear):
             return torch.ops.mkldnn._linear_pointwise(x, layer.weight, layer.bias, "gelu", [], "none")
-        sizes = (layer.padding, layer.stride, layer.dilation, layer.groups)
-        return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *sizes, "gelu", [], "none")
+        settings = (layer.padding, layer.stride, layer.dilation, layer.groups)
+        return torch.ops.mkldnn._convolution_pointwise(x, layer.weight, layer.bias, *settings, "gelu", [], "none")
 
 
 def fuse_activations(module: nn.Module) -> None:
-    """Join each convolution or linear layer of folded blocks with the GELU behind it, in place.
+    """Fuse each convolution or linear layer of folded blocks with the exact GELU after it, in place.
 
-    These are the operators that Inductor takes on the CPU; GELU on its own reads and writes the widest maps once more.
+    Inductor uses the same operators on the CPU. A separate GELU reads and writes the largest feature maps once more.
     """
     for parent in module.modules():
         for layer, act in (("conv1", "act1"), ("conv2", "act2"), ("fc1", "act"), ("0", "1")):
             first, second = getattr(parent, layer, None), getattr(parent, act, None)
             exact = isinstance(second, nn.GELU) and second.approximate == "none"
             if exact and isinstance(first, nn.Conv2d | nn.Linear):
-                setattr(parent, layer, _Fused(first))
+                setattr(parent, layer, _FusedGELU(first))
                 setattr(parent, act, nn.Identity())
 
 
-def _results(outputs: Iterable[np.ndarray]) -> Outputs:
+def _as_outputs(outputs: Iterable[np.ndarray]) -> Outputs:
     tensors = tuple(torch.from_numpy(output) for output in outputs)
     return tensors[0] if len(tensors) == 1 else tensors

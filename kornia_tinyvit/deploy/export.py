@@ -1,4 +1,4 @@
-"""Files that other runtimes load: a network is written, run in its new form and compared before it gets its name."""
+"""Export to ONNX and torch.export, compared with the network before a file is written."""
 
 from __future__ import annotations
 
@@ -28,28 +28,28 @@ __all__ = ["ExportError", "ExportTask", "check_difference", "describe", "export_
 def export_onnx(
     model: nn.Module, path: str | Path, *, opset: int = 20, tolerance: float = 1e-4, **settings: Any
 ) -> Path:
-    """Write a network to an ONNX file, folded, and compare it in ONNX Runtime with the network in PyTorch.
+    """Export a folded network to ONNX and compare its outputs in ONNX Runtime with the network's.
 
-    The input is called ``images``; outputs are ``logits``, ``features`` (without a head, or of ``forward_features``),
-    ``embedding`` (MobileSAM) or ``stage1`` to ``stage4`` (``forward_intermediates``). The file's metadata tell the
-    configuration, the method, what the input has to be and the names of the classes, as JSON under keys that begin
-    with ``kornia_tinyvit.``. The file is written beside its place and moved there when it has been checked.
+    The input is named ``images``; the outputs are ``logits``, ``features`` (without a head, or of
+    ``forward_features``), ``embedding`` (MobileSAM) or ``stage1`` to ``stage4`` (``forward_intermediates``). The
+    metadata properties hold the configuration, the method, the input format and the class names, as JSON under keys
+    with the prefix ``kornia_tinyvit.``. The file is written to a temporary name and renamed after the comparison.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT` or an :class:`~kornia_tinyvit.ImageClassifier`, whose graph takes raw
-            photos, resizing and normalization inside; or a module that holds a TinyViT.
-        path: the file to write; its folder is made.
-        opset: version of the operators: from 20 on Gelu is one of them, from 23 on Attention.
-        tolerance: largest difference to accept, of outputs whose values are up to 1, else in proportion.
-        **settings: what comes in and out: ``method``, ``pixels``, ``img_size``, ``dynamic_batch``, ``dynamic_size`` and
-            ``class_names`` of :class:`ExportTask`.
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph includes
+            resizing and normalization; or a module that contains a TinyViT.
+        path: the file to write; its folder is created.
+        opset: opset version: from 20 on Gelu is one operator, from 23 on Attention.
+        tolerance: maximum difference, relative to the largest absolute output or 1, whichever is larger.
+        **settings: ``method``, ``pixels``, ``img_size``, ``dynamic_batch``, ``dynamic_size`` and ``class_names`` of
+            :class:`ExportTask`.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: if the outputs differ, or the exporter cannot write the opset.
-        ValueError: if the opset is older than 18 or newer than the installed onnx, or a setting is unknown.
+        ExportError: if the outputs differ, or the exporter does not support the opset.
+        ValueError: if the opset is older than 18 or newer than the installed onnx supports, or a setting is invalid.
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
     """
     check_opset(opset)
@@ -66,25 +66,25 @@ def export_onnx(
 def export_program(
     model: nn.Module, path: str | Path, *, compiled: bool = False, tolerance: float = 1e-4, **settings: Any
 ) -> Path:
-    """Write a network as a program of torch.export, or compiled, load it again and compare it with the network.
+    """Export a folded network with torch.export, load it again and compare its outputs with the network's.
 
-    ``torch.export.load(path).module()`` reads a program back, ``torch._inductor.aoti_load_package(path)`` a compiled
-    one, which runs without Python as well. The metadata are those of :func:`export_onnx`: a program has
-    them in its extra file ``metadata.json``, a compiled one in its ``get_metadata()``.
+    ``torch.export.load(path).module()`` loads a program. ``torch._inductor.aoti_load_package(path)`` loads a compiled
+    one, which also runs without Python. The metadata of :func:`export_onnx` is stored in the extra file
+    ``metadata.json`` of a program, and returned by ``get_metadata()`` of a compiled one.
 
     Args:
-        model: as for :func:`export_onnx`.
-        path: the file to write, which has to end in ``.pt2``; its folder is made.
-        compiled: compile to machine code with AOTInductor, for the machine it runs on.
-        tolerance: as for :func:`export_onnx`.
-        **settings: those of :class:`ExportTask`.
+        model: see :func:`export_onnx`.
+        path: the file to write, which must end in ``.pt2``; its folder is created.
+        compiled: compile with AOTInductor for the machine it runs on.
+        tolerance: see :func:`export_onnx`.
+        **settings: settings of :class:`ExportTask`.
 
     Returns:
         The path.
 
     Raises:
-        ExportError: if the outputs differ, or there is no C++ compiler to compile with.
-        ValueError: if the path does not end in ``.pt2``, or a setting is unknown.
+        ExportError: if the outputs differ, or ``compiled`` is set and no C++ compiler is found.
+        ValueError: if the path does not end in ``.pt2``, or a setting is invalid.
     """
     check_program(Path(path), compiled)
     task = ExportTask(model, **settings)
@@ -94,24 +94,24 @@ def export_program(
 
 
 class ExportTask:
-    """What is exported, in whichever format: a graph, what goes in and what comes out.
+    """The graph, inputs and outputs of an export, independent of the format.
 
     Args:
-        model: the network, see :func:`export_onnx`.
+        model: see :func:`export_onnx`.
         method: ``"forward"``, ``"forward_features"`` or ``"forward_intermediates"``.
-        pixels: what comes in: ``"normalized"``, ``"unit"`` (floats in [0, 1]) or ``"uint8"``, see
+        pixels: pixel format of the input: ``"normalized"``, ``"unit"`` (floats in [0, 1]) or ``"uint8"``, see
             :func:`~kornia_tinyvit.deploy.build_graph`.
-        img_size: side or (height, width) of the images. A network's is its own resolution if left out; a
-            classifier's graph then takes photos of any size.
-        dynamic_batch: take any number of images; otherwise one.
-        dynamic_size: take images of any size; ``img_size`` is then only an example.
-        class_names: names of the classes to store; a classifier has its own.
+        img_size: side or (height, width) of the images. The default of a network is its own resolution; the default of
+            a classifier makes height and width dynamic.
+        dynamic_batch: make the batch size dynamic; otherwise it is 1.
+        dynamic_size: make height and width dynamic; ``img_size`` is then only an example.
+        class_names: class names to store; the default of a classifier is its own.
 
     Attributes:
         graph: the folded :class:`~kornia_tinyvit.deploy.graph.InferenceGraph`.
 
     Raises:
-        ValueError: if there is no TinyViT in the model, or a setting is not one that it can do.
+        ValueError: if the model contains no TinyViT, or does not support a setting.
     """
 
     def __init__(
@@ -124,11 +124,12 @@ class ExportTask:
         dynamic_size: bool = False,
         class_names: Sequence[str] | None = None,
     ) -> None:
-        network, photos = find_network(model, " to export"), isinstance(model, ImageClassifier)
+        network = find_network(model, " to export")
         self.config = config = network.config
         self.preprocessing, self.resizes = network.preprocessing, False
         if isinstance(model, ImageClassifier):
             class_names = model.class_names if class_names is None else class_names
+            dynamic_size = dynamic_size or img_size is None
             if isinstance(model.preprocessing, EvaluationPipeline):
                 self.preprocessing, self.resizes = model.preprocessing.settings, True
         self.class_names = check_class_names(class_names, config.num_classes)
@@ -136,11 +137,11 @@ class ExportTask:
         size = config.img_size if img_size is None else img_size
         self.size = (size, size) if isinstance(size, int) else size
         self.dynamic_batch = dynamic_batch
-        self.dynamic_size = dynamic_size or (photos and img_size is None)
+        self.dynamic_size = dynamic_size
 
     @property
     def outputs(self) -> list[str]:
-        """Names of what the graph returns."""
+        """Names of the outputs."""
         if self.graph.method == "forward_intermediates":
             return [f"stage{stage}" for stage in range(1, len(self.config.depths) + 1)]
         if self.graph.method == "forward" and self.config.mobile_sam:
@@ -152,31 +153,27 @@ class ExportTask:
         return trace_images(self.graph, self.example_images(1, self.size), self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
-        """Describe the network and its input, as JSON by key."""
-        told = {
-            "pixels": self.graph.pixels,
-            "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[self.graph.pixels],
-            "mean": self.preprocessing.mean,
-            "std": self.preprocessing.std,
-            "normalization_inside": self.graph.pixels != "normalized",
-            "img_size": self.preprocessing.img_size,
-            "crop_fraction": self.preprocessing.crop_fraction,
-            "interpolation": self.preprocessing.interpolation,
+        """Return the metadata properties of the network and its input, see :func:`describe`."""
+        pixels = self.graph.pixels
+        input_format = self.preprocessing.to_dict() | {
+            "pixels": pixels,
+            "range": {"normalized": None, "unit": [0, 1], "uint8": [0, 255]}[pixels],
+            "normalization_inside": pixels != "normalized",
             "resize_inside": self.resizes,
         }
         names = {} if self.class_names is None else {"class_names": self.class_names}
-        return describe(self.config, method=self.graph.method, input=told, **names)
+        return describe(self.config, method=self.graph.method, input=input_format, **names)
 
     def write(self, path: str | Path, write: Callable[[Path], Callable[[Tensor], Any]], tolerance: float) -> Path:
-        """Write a file beside its place, compare it with the graph and move it there.
+        """Write a file to a temporary name, compare it with the graph and rename it.
 
         Args:
-            path: the file; its folder is made.
-            write: writes the file that it is given and returns what runs it.
+            path: the file; its folder is created.
+            write: writes to the given path and returns the loaded export.
             tolerance: see :func:`export_onnx`.
 
         Raises:
-            ExportError: if an output differs; a file that was there before stays.
+            ExportError: if an output differs; an existing file at ``path`` is kept.
         """
         path = Path(path)
         with replacing(path, path.suffix) as temporary:
@@ -184,45 +181,45 @@ class ExportTask:
         return path
 
     def _compare(self, run: Callable[[Tensor], Any], tolerance: float) -> None:
-        """Compare with the graph, at two numbers of images and two sizes where they are open."""
+        """Compare an export with the graph, at two batch sizes and two image sizes where they are dynamic."""
         height, width = self.size
         sizes = [(height, width), (height + 37, width + 10)] if self.dynamic_size else [(height, width)]
         for batch in (1, 3) if self.dynamic_batch else (1,):
             for size in sizes:
                 images = self.example_images(batch, size)
                 with torch.inference_mode():
-                    expected, found = as_list(self.graph(images)), as_list(run(images))
-                for name, want, have in zip(self.outputs, expected, found, strict=True):
-                    check_difference(name, want, have, tolerance)
+                    outputs = as_list(self.graph(images)), as_list(run(images))
+                for name, expected, found in zip(self.outputs, *outputs, strict=True):
+                    check_difference(name, expected, found, tolerance)
 
     def example_images(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """Draw images :math:`(B, C, H, W)` as the graph takes them."""
+        """Return images :math:`(B, C, H, W)` in the pixel format of the graph."""
         images = synthetic_images(self.config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 
-def describe(config: TinyViTConfig, **facts: Any) -> dict[str, str]:
-    """Return the metadata of a file: the version, the configuration and more facts, as JSON by key."""
-    facts = {"version": __version__, "config": config.to_dict(), **facts}
-    return {f"kornia_tinyvit.{key}": json.dumps(value) for key, value in facts.items()}
+def describe(config: TinyViTConfig, **properties: Any) -> dict[str, str]:
+    """Return metadata properties: the package's version, the configuration and others, as JSON by key."""
+    properties = {"version": __version__, "config": config.to_dict(), **properties}
+    return {f"kornia_tinyvit.{key}": json.dumps(value) for key, value in properties.items()}
 
 
-def check_difference(name: str, want: Tensor, have: Tensor, tolerance: float) -> None:
-    """Refuse an output whose largest difference, of values up to 1, else in proportion, is above the tolerance.
+def check_difference(name: str, expected: Tensor, found: Tensor, tolerance: float) -> None:
+    """Raise an error if an output of an export differs from the network's.
 
     Args:
         name: name of the output.
-        want: what the network returned, :math:`(*)`.
-        have: what the export returned.
-        tolerance: the largest difference that is accepted.
+        expected: output of the network, of any shape.
+        found: output of the export.
+        tolerance: see :func:`export_onnx`.
 
     Raises:
-        ExportError: telling the output and the difference.
+        ExportError: if the shapes differ, or the difference is NaN or above the tolerance.
     """
-    if want.shape != have.shape:
-        raise ExportError(f"The export returns {name} of {tuple(have.shape)} instead of {tuple(want.shape)}.")
-    difference = float((have - want).abs().max() / want.abs().max().clamp(min=1))
-    if not difference <= tolerance:  # NaN is refused too
+    if expected.shape != found.shape:
+        raise ExportError(f"The export returns {name} of {tuple(found.shape)} instead of {tuple(expected.shape)}.")
+    difference = float((found - expected).abs().max() / expected.abs().max().clamp(min=1))
+    if not difference <= tolerance:  # also true for NaN
         raise ExportError(
             f"The export differs from the network by {difference:.2g} in {name}, more than {tolerance:.2g}; nothing "
             "was written."

@@ -1,4 +1,4 @@
-"""The graph that an engine runs: a folded network between the images that a user has and the results of the model."""
+"""Inference graphs: a folded network with its preprocessing, for engines and exporters."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ if TYPE_CHECKING:
 
 __all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "find_network", "synthetic_images"]
 
-#: What comes in: images that are normalized, floats in [0, 1], or levels of 8 bits.
+#: Pixel formats of the input: normalized floats, floats in [0, 1], or uint8.
 Pixels = Literal["normalized", "unit", "uint8"]
-#: The methods of a network that a graph can run.
+#: Methods of a network that a graph can run.
 METHODS = ("forward", "forward_features", "forward_intermediates")
-LEVELS = {"unit": 1.0, "uint8": 255.0}
-OPSET = 23  # as new as ONNX Runtime and OpenVINO know; it has Attention
+MAX_VALUES = {"unit": 1.0, "uint8": 255.0}
+OPSET = 23  # the newest that ONNX Runtime and OpenVINO support; it has Attention
 
 
 class InferenceGraph(nn.Module):
-    """A folded network with what stands before it, for an engine to run or to trace.
+    """A folded network with its preprocessing.
 
     Args:
         network: the folded network.
-        method: which of its methods.
-        pixels: what comes in.
-        mean: what to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` if they are normalized.
-        resize: what turns photos of any size into images of the network's; ``None`` if they are such images.
+        method: the method of the network to run, one of :data:`METHODS`.
+        pixels: the pixel format of the input.
+        mean: mean to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` for normalized pixels.
+        resize: preprocessing of images of any size; ``None`` if the input has the size for the network.
         views: test-time augmentation of :class:`~kornia_tinyvit.ImageClassifier`.
     """
 
     mean: Tensor | None
-    #: The graph in ONNX by height and width, ``None`` for any: engines translate it once for all their types.
-    translated: dict[tuple[int, ...] | None, onnx.ModelProto]
+    #: Cached ONNX graphs by (height, width), ``None`` for dynamic shapes; shared by the engines and their dtypes.
+    onnx_models: dict[tuple[int, ...] | None, onnx.ModelProto]
 
     def __init__(
         self,
@@ -64,30 +64,30 @@ class InferenceGraph(nn.Module):
         self.views = tuple(views)
         self.register_buffer("mean", mean)
         self.dtype = torch.float32
-        self.translated = {}
+        self.onnx_models = {}
 
     def with_dtype(self, dtype: torch.dtype) -> InferenceGraph:
-        """Return a copy whose network computes in a type; the mean is subtracted in float32 whatever it is."""
-        copied = copy.deepcopy(self, {id(self.translated): {}})
+        """Return a copy whose network computes in a dtype; the mean is always subtracted in float32."""
+        copied = copy.deepcopy(self, {id(self.onnx_models): {}})
         copied.dtype = dtype
         copied.network.to(dtype)
         return copied
 
     def to_onnx(self, images: Tensor, dynamic_size: bool) -> onnx.ModelProto:
-        """Translate the graph for any number of images of a size. It is kept in ``translated``: do not change it.
+        """Convert the graph to ONNX with a dynamic batch size; the result is cached and must not be modified.
 
         Args:
-            images: images :math:`(B, C, H, W)`.
-            dynamic_size: for any height and width instead of theirs.
+            images: example images :math:`(B, C, H, W)`.
+            dynamic_size: make height and width dynamic as well.
         """
         key = None if dynamic_size else tuple(images.shape[2:])
-        if key not in self.translated:
+        if key not in self.onnx_models:
             program = trace_images(self, images.cpu(), dynamic_size=dynamic_size)
-            self.translated[key] = to_onnx(program, OPSET)
-        return self.translated[key]
+            self.onnx_models[key] = to_onnx(program, OPSET)
+        return self.onnx_models[key]
 
     def forward(self, images: Tensor) -> Tensor | tuple[Tensor, ...]:
-        """Map images :math:`(B, C, H, W)` to what the model returns, in float32; a list becomes a tuple."""
+        """Map images :math:`(B, C, H, W)` to the outputs of the model, in float32; a list becomes a tuple."""
         out = self._run(images)
         for view in self.views:
             out = cast("Tensor", out) + cast("Tensor", self._run(view(images)))
@@ -108,36 +108,35 @@ def find_network(model: nn.Module, advice: str = "") -> TinyViT:
     """Return the TinyViT in a model.
 
     Args:
-        model: the model.
-        advice: how the error's sentence ends.
+        model: a TinyViT, or a module that contains one.
+        advice: end of the error message.
 
     Raises:
-        ValueError: if there is none.
+        ValueError: if the model contains no TinyViT.
     """
-    for module in model.modules():
-        if isinstance(module, TinyViT):
-            return module
-    raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
+    network = next((module for module in model.modules() if isinstance(module, TinyViT)), None)
+    if network is None:
+        raise ValueError(f"There is no TinyViT in this {type(model).__name__}{advice}.")
+    return network
 
 
 def synthetic_images(
     config: TinyViTConfig, batch: int = 1, size: tuple[int, int] | None = None, pixels: Pixels = "normalized"
 ) -> Tensor:
-    """Draw images: rough patterns with noise, which networks tell apart better than noise alone.
+    """Generate images of smooth patterns with noise, whose outputs differ more than those of noise alone.
 
     Args:
-        config: the network that takes them.
-        batch: how many; the same number gives the same images.
-        size: height and width; the network's resolution if left out.
-        pixels: what they are made of.
+        config: configuration of the network for the number of channels and the default size.
+        batch: batch size, which also seeds the generator.
+        size: height and width; ``config.img_size`` by default.
+        pixels: pixel format.
 
     Returns:
         Images :math:`(B, C, H, W)`, float32 or uint8.
     """
     generator = torch.Generator().manual_seed(batch)
-    size = size or (config.img_size, config.img_size)
     pattern = torch.rand(batch, config.in_chans, 5, 7, generator=generator)
-    pattern = nn.functional.interpolate(pattern, size, mode="bilinear")
+    pattern = nn.functional.interpolate(pattern, size or (config.img_size, config.img_size), mode="bilinear")
     unit = 0.8 * pattern + 0.2 * torch.rand(pattern.shape, generator=generator)
     if pixels == "uint8":
         return (unit * 255).round().to(torch.uint8)
@@ -145,31 +144,31 @@ def synthetic_images(
 
 
 def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:
-    """Fold a model and put before it what its images need.
+    """Fold a model and prepend its preprocessing.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph starts from
-            photos of any size; or any module of one image batch that holds a TinyViT.
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph takes images
+            of any size; or a module that contains a TinyViT and takes one image batch.
         method: ``"forward"``, or for a TinyViT ``"forward_features"`` or ``"forward_intermediates"``.
-        pixels: what comes in: ``"normalized"`` (what a TinyViT takes), ``"unit"`` (floats in [0, 1], what a classifier
-            takes) or ``"uint8"`` (integers from 0 to 255).
+        pixels: pixel format of the input: ``"normalized"`` (default of a TinyViT), ``"unit"`` (floats in [0, 1],
+            default of a classifier) or ``"uint8"`` (integers in [0, 255]).
 
     Returns:
         A module of one tensor :math:`(B, C, H, W)` that returns a tensor or a tuple of tensors in float32.
 
     Raises:
-        ValueError: if the method or the kind of pixels is unknown or not one that the model can do.
+        ValueError: if the method or the pixel format is unknown or not supported by the model.
     """
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if pixels is None:
         pixels = "unit" if isinstance(model, ImageClassifier) else "normalized"
-    if pixels not in ("normalized", *LEVELS):
+    if pixels not in ("normalized", *MAX_VALUES):
         raise ValueError(f"pixels must be normalized, unit or uint8; got {pixels!r}.")
     if isinstance(model, ImageClassifier):
         return _classifier_graph(model, method, pixels)
     if not isinstance(model, TinyViT) and (method != "forward" or pixels != "normalized"):
-        raise ValueError(f"Only a TinyViT has other methods or pixels; got a {type(model).__name__}.")
+        raise ValueError(f"Only a TinyViT supports other methods and pixel formats; got a {type(model).__name__}.")
     network, mean = fold(model), None
     if isinstance(network, TinyViT) and pixels != "normalized":
         mean = _fold_pixels(network, network.preprocessing, pixels)
@@ -178,18 +177,19 @@ def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None
 
 def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> InferenceGraph:
     if method != "forward" or pixels == "normalized":
-        raise ValueError("An ImageClassifier takes photos, unit or uint8, and has one method; pass its .model instead.")
+        raise ValueError("An ImageClassifier supports only forward with unit or uint8 images; pass its .model instead.")
     network, prepare = fold(model.model), model.preprocessing
     mean, resize = None, prepare
     if isinstance(prepare, EvaluationPipeline):
-        mean, resize = _fold_pixels(network, prepare.settings, pixels), ResizeAndCrop(prepare, LEVELS[pixels])
+        mean, resize = _fold_pixels(network, prepare.settings, pixels), ResizeAndCrop(prepare, MAX_VALUES[pixels])
     elif pixels == "uint8":
-        raise ValueError("uint8 photos need the evaluation's own preprocessing; this classifier has another.")
+        raise ValueError("uint8 images need an EvaluationPipeline; this classifier has other preprocessing.")
     return InferenceGraph(network, method, pixels, mean, resize, model.views)
 
 
 def _fold_pixels(network: TinyViT, preprocessing: Preprocessing, pixels: Pixels) -> Tensor:
+    """Fold the scale of the normalization into the first convolution, in place, and return the mean to subtract."""
     stem = cast("nn.Sequential", network.patch_embed.seq)
-    conv = cast("nn.Conv2d", stem[0])
-    stem[0], offset = fold_normalization(conv, preprocessing.mean, preprocessing.std, LEVELS[pixels])
-    return offset
+    conv, scale = cast("nn.Conv2d", stem[0]), MAX_VALUES[pixels]
+    stem[0], mean = fold_normalization(conv, preprocessing.mean, preprocessing.std, scale)
+    return mean

@@ -1,4 +1,4 @@
-"""OpenVINO, loaded so that it harms nothing else in the process."""
+"""One OpenVINO core per process, without telemetry and thread pinning."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ __all__ = ["cpu_settings", "openvino_core", "shared_core", "without_telemetry"]
 
 @functools.cache
 def openvino_core() -> openvino.Core:
-    """Return the process's only core, which is never given up.
+    """Return the only core of the process, which is never destroyed.
 
-    On processors with matrix units a core gives the thread that loads its CPU plugin a larger stack for signal
-    handlers, and puts the former one back when it ends. Cores that do not end in the reverse order of their beginning
-    leave the thread with a stack that is no longer there, and the next signal with a handler in Python, such as that of
-    a data loader's worker that ends, kills the process with a segmentation fault.
+    On processors with matrix units, a core enlarges the signal stack of the thread that loads its CPU plugin, and
+    restores the previous one on destruction. If cores are not destroyed in reverse order of creation, the thread is
+    left with a freed stack, and the next signal with a Python handler, such as the exit of a data loader's worker,
+    crashes the process with a segmentation fault.
 
     Raises:
         ImportError: if OpenVINO is not installed.
@@ -34,10 +34,13 @@ def openvino_core() -> openvino.Core:
 
 
 def cpu_settings(precision: str) -> dict[str, Any]:
-    """Return how a network is compiled for few images at a time: ``"f32"`` or ``"bf16"``, on PyTorch's threads.
+    """Return compilation settings for low latency with ``torch.get_num_threads()`` threads.
 
-    OpenVINO would bind its threads to processors, counted from the first one in each process: two processes of one
-    thread, such as a server's workers, would share one processor and leave the others idle.
+    CPU pinning is off: OpenVINO counts processors from the first one in each process, which would pin the single
+    threads of two processes, such as the workers of a server, to the same processor.
+
+    Args:
+        precision: ``"f32"`` or ``"bf16"``.
     """
     return {
         "INFERENCE_PRECISION_HINT": precision,
@@ -49,23 +52,23 @@ def cpu_settings(precision: str) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def shared_core() -> Iterator[None]:
-    """Let code in here that asks OpenVINO for a core of its own, as nncf does, have :func:`openvino_core`."""
+    """Let code in the block that creates an ``openvino.Core``, such as nncf, use :func:`openvino_core` instead."""
     import openvino
 
-    core, own = openvino_core(), openvino.Core
+    core, original = openvino_core(), openvino.Core
     openvino.Core = lambda: core
     try:
         yield
     finally:
-        openvino.Core = own
+        openvino.Core = original
 
 
 @contextlib.contextmanager
 def without_telemetry() -> Iterator[None]:
-    """Import openvino or nncf in here, and they do not report their use to Intel.
+    """Disable the telemetry of openvino and nncf, for the block that imports them first.
 
-    Otherwise they do so at their import, without asking, and write an identification into ``~/intel``. What they find
-    when they are first imported holds for the process.
+    Otherwise they report their use to Intel on import and write an identifier to ``~/intel``. The first import in the
+    process decides.
     """
     switches = {"CI": "true", "NNCF_CI": "1"}
     before = {name: os.environ.get(name) for name in switches}

@@ -1,4 +1,4 @@
-"""From a model to the fastest callable of the same kind: :func:`optimize`."""
+"""Optimized inference: :func:`optimize`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
-from kornia_tinyvit.deploy.engines import ENGINES, Engine
+from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, find_network, synthetic_images
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
@@ -25,7 +25,7 @@ from kornia_tinyvit.model import TinyViT
 __all__ = ["Choice", "Optimized", "optimize"]
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int8)
-#: Repetitions that ``engine="auto"`` measures each candidate with.
+#: Timed runs of each candidate of ``engine="auto"``.
 REPETITIONS = 15
 
 
@@ -35,10 +35,10 @@ class Choice:
 
     Args:
         engine: name of the engine.
-        dtype: type it computes in.
-        ms: median milliseconds for the example; ``None`` if it was not measured.
-        agreement: how far it is from the model in PyTorch; ``None`` without images to judge by.
-        rejected: why it was not a candidate for the fastest; ``None`` if it was.
+        dtype: dtype it computes in.
+        ms: median latency in milliseconds for the example; ``None`` if it was not measured.
+        agreement: agreement with the model in eager float32; ``None`` without calibration images.
+        rejected: why the candidate was not timed; ``None`` if it was.
     """
 
     engine: str
@@ -49,18 +49,18 @@ class Choice:
 
 
 class Optimized(nn.Module):
-    """A model made fast: called as the model is, with the same results. Made by :func:`optimize`.
+    """An inference-only copy of a model with the same signature and results, created by :func:`optimize`.
 
-    It is for inference and holds its own copy of the weights: what happens to the model later does not reach it.
+    Later changes of the model's weights do not affect it.
 
     Attributes:
-        engine: name of the engine that runs it.
-        dtype: type that it computes in.
+        engine: name of the engine.
+        dtype: dtype that it computes in.
         config: the :class:`~kornia_tinyvit.TinyViTConfig` of a TinyViT.
-        pixels: what it takes, see :func:`optimize`.
-        warmup_s: seconds that making it and its first run took; the first of several candidates for one engine
-            includes the translation of the graph, which the others share.
-        choices: what ``engine="auto"`` chose from, the fastest first; empty otherwise.
+        pixels: pixel format of the input, see :func:`optimize`.
+        warmup_s: seconds of the compilation and the first run. The first of several candidates of one engine includes
+            the export of the graph, which the others share.
+        choices: the candidates of ``engine="auto"``, fastest first; empty otherwise.
     """
 
     def __init__(
@@ -71,66 +71,65 @@ class Optimized(nn.Module):
         self.engine = engine
         self.dtype = dtype
         self.config = getattr(graph.network, "config", None)
-        # Tells where images are taken, and in which type, to those who ask a network's parameters for it.
-        self.place = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
+        # Callers read the device and dtype of a network from its first parameter.
+        self.placeholder = nn.Parameter(torch.empty(0, device=example.device), requires_grad=False)
         self.pixels = graph.pixels
         self.choices: tuple[Choice, ...] = ()
-        self._run: Engine = ENGINES[engine](graph, example, dtype, calibration)
+        self._run = ENGINES[engine](graph, example, dtype, calibration)
         self._channels = example.shape[1]
         self._returns_list = graph.method == "forward_intermediates"
         self(example)
         self.warmup_s = time.perf_counter() - began
 
     def forward(self, images: Tensor) -> Tensor | list[Tensor]:
-        """Map images :math:`(B, C, H, W)` of any size to what the model returns for them.
+        """Map images :math:`(B, C, H, W)` of any size to the outputs of the model.
 
         Args:
-            images: images as ``pixels`` of :func:`optimize` says, on its device. Those of the example's
-                shape are the fastest; the first of another shape may wait for the engine to get ready for it.
+            images: images in the pixel format ``pixels`` of :func:`optimize`, on its device. Images of the example's
+                shape are the fastest; the first images of another shape may need another warm-up.
 
         Raises:
-            TypeError: if the images are of another type.
-            ValueError: if their shape is not the one above, or they are on another device.
-            RuntimeError: if a gradient is asked for.
+            TypeError: if the images have another dtype.
+            ValueError: if they have another shape, or are on another device.
+            RuntimeError: if they require a gradient.
         """
         self._check(images)
-        if len(images) == 0:  # an engine need not know how to do nothing
-            out = self._run(images.new_zeros(1, *images.shape[1:]))
+        out = self._run(images if len(images) else images.new_zeros(1, *images.shape[1:]))
+        if len(images) == 0:  # engines need not support empty batches
             out = out[:0] if isinstance(out, Tensor) else tuple(each[:0] for each in out)
-        else:
-            out = self._run(images)
         return list(out) if self._returns_list else out  # type: ignore[return-value]
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
-        moved = fn(self.place)
-        if (moved.device, moved.dtype) != (self.place.device, self.place.dtype):
+        moved = fn(self.placeholder)
+        if (moved.device, moved.dtype) != (self.placeholder.device, self.placeholder.dtype):
             raise RuntimeError(
-                "An optimized network stays as it is; optimize the model for the device and type you need."
+                "An optimized network cannot be moved or cast. Optimize the model for the device and dtype you need."
             )
         return self
 
     def extra_repr(self) -> str:
-        """Show what runs it."""
+        """Show the engine, the dtype and the pixel format."""
         return f"engine={self.engine!r}, dtype={self.dtype}, pixels={self.pixels!r}"
 
     def _check(self, images: Tensor) -> None:
-        wanted = "uint8" if self.pixels == "uint8" else "floating point"
-        if not isinstance(images, Tensor) or (images.dtype == torch.uint8) != (wanted == "uint8"):
+        expected = "uint8" if self.pixels == "uint8" else "floating-point"
+        if not isinstance(images, Tensor) or (images.dtype == torch.uint8) != (expected == "uint8"):
             got = images.dtype if isinstance(images, Tensor) else type(images).__name__
-            raise TypeError(f"This network was optimized for {wanted} images ({self.pixels}); got {got}.")
+            raise TypeError(f"This network was optimized for {expected} images ({self.pixels}); got {got}.")
         if images.ndim != 4 or images.shape[1] != self._channels or min(images.shape[2:]) < 1:
             raise ValueError(f"Images must be (B, {self._channels}, H, W); got {tuple(images.shape)}.")
-        if images.device != self.place.device:
-            raise ValueError(f"This network was optimized for {self.place.device}; got images on {images.device}.")
+        device = self.placeholder.device
+        if images.device != device:
+            raise ValueError(f"This network was optimized for {device}; got images on {images.device}.")
         if images.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("An optimized network has no gradients; call the model itself, or detach the images.")
 
 
 class Candidates:
-    """Makes optimized networks of one model, which is folded once for all engines and types.
+    """Optimized networks of one model, which is folded once for all engines and dtypes.
 
     Args:
-        model: what :func:`optimize` takes, but no classifier.
+        model: a model of :func:`optimize` other than a classifier.
         method: see :func:`optimize`.
         pixels: see :func:`optimize`.
         calibration: see :func:`optimize`.
@@ -146,29 +145,29 @@ class Candidates:
         self.graph = build_graph(model, method, pixels)
         self.calibration = list(calibration)
 
-    def refusal(self, engine: str, dtype: torch.dtype, device: torch.device) -> str | None:
-        """Tell in a line why an engine cannot run a type here; ``None`` if it can."""
+    def unsupported(self, engine: str, dtype: torch.dtype, device: torch.device) -> str | None:
+        """Return the reason why an engine does not support a dtype on this machine; ``None`` if it does."""
         missing = ENGINES[engine].missing()
         if missing:
             return missing
         dtypes = ENGINES[engine].dtypes(device)
         if dtype not in dtypes:
-            able = ", ".join(map(str, dtypes)) or "nothing"
-            return f"engine {engine!r} runs {able} on this {device.type}, not {dtype}"
+            supported = ", ".join(map(str, dtypes)) or "nothing"
+            return f"engine {engine!r} supports {supported} on this {device.type}, not {dtype}"
         if dtype == torch.int8 and not self.calibration:
-            return "int8 needs images to find its ranges on: calibration=..."
+            return "int8 needs calibration images: calibration=..."
         return None
 
     def make(self, engine: str, dtype: torch.dtype, example: Tensor) -> Optimized:
-        """Make the model fast by an engine in a type for images like the example.
+        """Optimize the model with an engine and dtype for images like ``example``.
 
         Raises:
-            ValueError: if the engine does not run the type here.
+            ValueError: if the engine does not support the dtype on this machine.
             ImportError: if the engine's packages are not installed.
         """
-        refused = self.refusal(engine, dtype, example.device)
-        if refused:
-            raise (ImportError if ENGINES[engine].missing() else ValueError)(refused)
+        reason = self.unsupported(engine, dtype, example.device)
+        if reason:
+            raise (ImportError if ENGINES[engine].missing() else ValueError)(reason)
         images = [batch if isinstance(batch, Tensor) else batch[0] for batch in self.calibration]
         return Optimized(self.graph, engine, dtype, example, images)
 
@@ -189,35 +188,34 @@ def optimize(
     tolerance: float = 0.01,
     tune_allocator: bool = True,
 ) -> Optimized | ImageClassifier:
-    """Return a callable with the model's signature and results that runs as fast as an engine can.
+    """Return a callable with the model's signature and results that is optimized for inference.
 
-    Every engine uses as many threads as :func:`torch.get_num_threads` says.
+    Every engine uses :func:`torch.get_num_threads` threads.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`; or a module of one
-            image batch that holds a TinyViT.
-        engine: ``"eager"``, ``"inductor"``, ``"onnxruntime"`` or ``"openvino"``; ``"auto"`` or several names measure
-            what is installed and take the fastest whose results are within ``tolerance``.
-        dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.int8``, or on a GPU ``torch.float16``; ``None`` lets the
-            measurement choose. What an engine does not support on this machine is refused.
-        example: images of the shape to be fast at, on the device to run on; if left out, one image of the model's
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`; or a module that
+            contains a TinyViT and takes one image batch.
+        engine: ``"eager"``, ``"inductor"``, ``"onnxruntime"`` or ``"openvino"``. ``"auto"`` times all installed
+            engines, a sequence of names those, and the fastest candidate within ``tolerance`` is used.
+        dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.int8``, or on a GPU ``torch.float16``; ``None`` tries all
+            that the engines support on this machine.
+        example: images of the shape to optimize for, on the device to run on; by default one image of the model's
             resolution.
         method: for a TinyViT also ``"forward_features"`` or ``"forward_intermediates"``.
-        pixels: what comes in: ``"normalized"``, ``"unit"`` or ``"uint8"``, see
+        pixels: pixel format of the input: ``"normalized"``, ``"unit"`` or ``"uint8"``, see
             :func:`~kornia_tinyvit.deploy.build_graph`.
-        calibration: batches of images, as the result will be called with; with labels :math:`(B,)`, pairs. int8
-            takes the ranges of its numbers from them, and candidates of ``"auto"`` are judged by them. 100 to 300
-            ordinary images are enough.
-        tolerance: for ``"auto"``: the largest share of the calibration images whose best class may change; for maps,
-            the largest mean relative error. Without images only float32 is tried.
-        tune_allocator: keep freed memory in this process, see :func:`~kornia_tinyvit.allocator.keep_memory`; it matters
-            for ``"eager"`` and ``"inductor"`` on a CPU.
+        calibration: batches of images in the format of the input, or pairs of images and class indices :math:`(B,)`;
+            for the calibration of int8, and to compare the candidates of ``"auto"``. Use 100 to 300 typical images.
+        tolerance: for ``"auto"``, the largest fraction of the calibration images whose top-1 class may change; for
+            feature maps, the largest mean relative error. Without images only float32 is tried.
+        tune_allocator: tune the process's memory allocator, see :func:`~kornia_tinyvit.allocator.keep_memory`; it
+            affects ``"eager"`` and ``"inductor"`` on a CPU.
 
     Returns:
-        The :class:`Optimized` model; for a classifier, a classifier with such a model, which ``predict`` uses too.
+        The :class:`Optimized` model; for a classifier, a classifier with such a model.
 
     Raises:
-        ValueError: if the engine, the type, the method or the pixels are unknown, or do not go together here.
+        ValueError: if the engine, dtype, method or pixel format is unknown, or the combination is not supported.
         ImportError: if the engine's packages are not installed.
 
     Example:
@@ -228,14 +226,14 @@ def optimize(
     """
     if isinstance(model, ImageClassifier):
         if pixels is not None:
-            raise ValueError("An ImageClassifier takes photos in [0, 1]: pixels belongs to a TinyViT.")
+            raise ValueError("An ImageClassifier takes images in [0, 1]; pixels is supported for a TinyViT.")
         network = optimize(
             model.model,
             engine,
             dtype,
             example=None if example is None else model.preprocessing(example),
             method=method,
-            calibration=_prepared(model, calibration),
+            calibration=_preprocessed(model, calibration),
             tolerance=tolerance,
             tune_allocator=tune_allocator,
         )
@@ -246,9 +244,11 @@ def optimize(
             views=model.views,
         ).eval()
     if example is None:
-        inner = find_network(model, "; give it an example of its images")
+        inner = find_network(model, "; give an example of its images")
         example = synthetic_images(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
-    names = _names(engine)
+    names = list(ENGINES) if engine == "auto" else [engine] if isinstance(engine, str) else list(engine)
+    if not names or not ENGINES.keys() >= set(names):
+        raise ValueError(f"engine must be auto, {', '.join(ENGINES)} or several of them; got {engine!r}.")
     if dtype is not None and dtype not in DTYPES:
         raise ValueError(f"dtype must be one of {', '.join(map(str, DTYPES))} or None; got {dtype!r}.")
     if not tolerance >= 0:
@@ -257,43 +257,36 @@ def optimize(
         keep_memory()
     candidates = Candidates(model, method, pixels, calibration)
     if len(names) == 1 and dtype is not None:
-        fast = candidates.make(names[0], dtype, example)
+        optimized = candidates.make(names[0], dtype, example)
     else:
-        fast = _fastest(candidates, names, DTYPES if dtype is None else (dtype,), example, tolerance)
-    candidates.graph.translated.clear()  # an engine may keep the graph, and has no more use for these
-    return fast
-
-
-def _names(engine: str | Sequence[str]) -> list[str]:
-    names = list(ENGINES) if engine == "auto" else [engine] if isinstance(engine, str) else list(engine)
-    unknown = [name for name in names if name not in ENGINES]
-    if unknown or not names:
-        raise ValueError(f"engine must be auto, {', '.join(ENGINES)} or several of them; got {engine!r}.")
-    return names
+        optimized = _fastest(candidates, names, DTYPES if dtype is None else (dtype,), example, tolerance)
+    candidates.graph.onnx_models.clear()  # an engine may keep the graph, but does not need these any more
+    return optimized
 
 
 def _fastest(
     candidates: Candidates, names: Sequence[str], dtypes: Sequence[torch.dtype], example: Tensor, tolerance: float
 ) -> Optimized:
-    """Make all candidates, judge them by the images, measure them in turn and return the fastest that will do."""
+    """Compare all candidates with the model, time those within the tolerance and return the fastest."""
     images = candidates.calibration
     make = functools.cache(lambda engine, dtype: candidates.make(engine, dtype, example))
     made: dict[tuple[str, torch.dtype], Optimized] = {}
     choices: dict[tuple[str, torch.dtype], Choice] = {}
     for key in itertools.product(names, dtypes):
-        refused, agreement = candidates.refusal(*key, example.device), None
-        if refused is None and key[1] != torch.float32 and not images:
-            refused = "there are no images to judge it by: calibration=..."
-        if refused is None:
+        rejected, agreement = candidates.unsupported(*key, example.device), None
+        if rejected is None and key[1] != torch.float32 and not images:
+            rejected = "low precision needs images to compare on: calibration=..."
+        if rejected is None:
             candidate = make(*key)
-            agreement = compare(make("eager", torch.float32), candidate, images) if images else None
-            refused = None if agreement is None else _disagreement(agreement, tolerance)
-            if refused is None:
+            if images:
+                agreement = compare(make("eager", torch.float32), candidate, images)
+                rejected = _disagreement(agreement, tolerance)
+            if rejected is None:
                 made[key] = candidate
-        choices[key] = Choice(*key, agreement=agreement, rejected=refused)
+        choices[key] = Choice(*key, agreement=agreement, rejected=rejected)
     if not made:
-        told = "; ".join(f"{each.engine} {each.dtype}: {each.rejected}" for each in choices.values())
-        raise ValueError(f"No engine can do this within the tolerance: {told}")
+        reasons = "; ".join(f"{each.engine} {each.dtype}: {each.rejected}" for each in choices.values())
+        raise ValueError(f"No engine is supported and within the tolerance: {reasons}")
     times = interleaved({key: as_step(candidate, example) for key, candidate in made.items()}, REPETITIONS)
     for key, seconds in times.items():
         choices[key] = dataclasses.replace(choices[key], ms=1000 * seconds)
@@ -305,12 +298,12 @@ def _fastest(
 def _disagreement(found: Agreement, tolerance: float) -> str | None:
     if found.agreement is not None:
         changed = 1 - found.agreement / 100
-        return f"the best class of {changed:.1%} of the images changes" if changed > tolerance else None
+        return f"the top-1 class of {changed:.1%} of the images changes" if changed > tolerance else None
     return f"the mean relative error is {found.mean_error:.2g}" if found.mean_error > tolerance else None
 
 
 @torch.no_grad()
-def _prepared(
+def _preprocessed(
     classifier: ImageClassifier, batches: Iterable[Tensor | tuple[Tensor, Tensor]]
 ) -> list[Tensor | tuple[Tensor, Tensor]]:
     prepare = classifier.preprocessing

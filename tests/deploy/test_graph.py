@@ -75,7 +75,7 @@ class TestClassifier:
         other = ImageClassifier(classifier.model, preprocessing=nn.AvgPool2d(2)).eval()
         photos = torch.rand(1, 3, 128, 128)
         torch.testing.assert_close(build_graph(other)(photos), other(photos), atol=1e-4, rtol=1e-4)
-        with pytest.raises(ValueError, match="uint8 photos need"):
+        with pytest.raises(ValueError, match="uint8 images need"):
             build_graph(other, pixels="uint8")
 
 

@@ -36,7 +36,7 @@ class TestPhotoResize:
     def test_levels(self):
         pipeline = EvaluationPipeline(32)
         x = torch.randint(256, (2, 3, 70, 90), dtype=torch.uint8)
-        found = ResizeAndCrop(pipeline, levels=255)(x)
+        found = ResizeAndCrop(pipeline, max_value=255)(x)
         assert found.dtype == torch.float32
         torch.testing.assert_close(found / 255, pipeline.resize_and_crop(x / 255), atol=1e-5, rtol=0)
 

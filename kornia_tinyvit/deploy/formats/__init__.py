@@ -1,7 +1,7 @@
-"""The formats of exported files, one file each."""
+"""Export formats, one module per format."""
 
 __all__ = ["ExportError"]
 
 
 class ExportError(RuntimeError):
-    """A network cannot be exported, or what was exported does not do what the network does."""
+    """A network cannot be exported, or the export does not reproduce its outputs."""

@@ -1,4 +1,4 @@
-"""ONNX: graphs for ONNX Runtime, OpenVINO and others."""
+"""ONNX export."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ if TYPE_CHECKING:
 
 __all__ = ["check_opset", "to_onnx", "write_onnx"]
 
-MIN_OPSET = 18  # the oldest that torch's exporter writes
+MIN_OPSET = 18  # the oldest of torch's exporter
 Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
 
 
 def check_opset(opset: int) -> None:
-    """Refuse operators that cannot be written, before anything is traced, which takes long.
+    """Check the opset and the installed packages before the graph is traced, which takes seconds.
 
     Raises:
         ValueError: if the opset is older than 18 or newer than the installed onnx.
@@ -34,50 +34,52 @@ def check_opset(opset: int) -> None:
     """
     with optional_imports("Exporting to ONNX needs onnx, onnxscript and onnxruntime", "'kornia-tinyvit[export]'"):
         import onnx
-        import onnxruntime  # noqa: F401 - found missing before anything is traced
+        import onnxruntime  # noqa: F401 - check that it is installed
         import onnxscript  # noqa: F401
     newest = onnx.defs.onnx_opset_version()
     if not MIN_OPSET <= opset <= newest:
-        raise ValueError(f"opset must be from {MIN_OPSET} to {newest}, what the exporter and onnx know; got {opset}.")
+        raise ValueError(f"opset must be from {MIN_OPSET} to {newest} with the installed onnx; got {opset}.")
 
 
 def to_onnx(
     program: ExportedProgram, opset: int, inputs: Sequence[str] = ("images",), outputs: Sequence[str] | None = None
 ) -> onnx.ModelProto:
-    """Translate a program into an ONNX graph; needs onnx and onnxscript.
+    """Convert an exported program to an ONNX model; needs onnx and onnxscript.
 
     Args:
-        program: what :func:`~kornia_tinyvit.deploy.formats.program.trace` returned.
-        opset: version of the operators.
+        program: result of :func:`~kornia_tinyvit.deploy.formats.program.trace`.
+        opset: opset version.
         inputs: names of the inputs.
         outputs: names of the outputs.
     """
     with quiet(), open_sizes_at_one():
-        translated: Any = torch.onnx.export(
+        converted: Any = torch.onnx.export(
             program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
         )
-    return translated.model_proto
+    return converted.model_proto
 
 
 def write_onnx(proto: onnx.ModelProto, path: Path, opset: int, metadata: dict[str, str]) -> Run:
-    """Write an ONNX file, check it and return what runs it: a function from inputs by name to the outputs.
+    """Write and check an ONNX file, and open it in ONNX Runtime.
 
     Args:
-        proto: the graph; it gets the metadata.
+        proto: the model; the metadata is added to it.
         path: the file to write.
-        opset: version of the operators that was asked for.
-        metadata: texts by key.
+        opset: the requested opset version.
+        metadata: metadata properties.
+
+    Returns:
+        A function from named input tensors to the list of outputs.
 
     Raises:
-        ExportError: if the graph has operators of another version, as torch writes those of 18 where it does not know
-            the asked ones.
+        ExportError: if the model has another opset; torch falls back to opset 18 for versions it does not support.
     """
     import onnx
     import onnxruntime
 
     found = {entry.domain: entry.version for entry in proto.opset_import}
     if found != {"": opset}:
-        raise ExportError(f"torch's exporter wrote operators of {found} where opset {opset} was asked for.")
+        raise ExportError(f"torch's exporter wrote opset {found} instead of {opset}. Give another opset.")
     proto.producer_name, proto.producer_version = "kornia-tinyvit", __version__
     onnx.helper.set_model_props(proto, metadata)
     onnx.save(proto, path)
