@@ -121,12 +121,12 @@ def kill_writers(folder: Path, writers: int, kills: int, seed: int) -> Findings:
             found.kills += 1
             found.lost[sum(not shard_path(store, number).exists() for number in begun[1 : 1 + begun[0]])] += 1
         found.look(store, undisturbed, [epoch for epoch in store.epochs if epoch >= first])
-        while store.is_complete(first):
+        while not store.missing_shards(first):
             first += 1
     for epoch in store.epochs:
         for shard in store.missing_shards(epoch):
             write_shard(store, epoch, shard)
-        assert store.is_complete(epoch)
+        assert not store.missing_shards(epoch)
     found.look(store, undisturbed, store.epochs)
     return found
 

@@ -195,7 +195,7 @@ def whole_epochs(store: LabelStore, wanted: int) -> list[int]:
     Raises:
         StoreError: if none is stored whole.
     """
-    whole = [epoch for epoch in store.epochs if store.is_complete(epoch)][:wanted]
+    whole = [epoch for epoch in store.epochs if not store.missing_shards(epoch)][:wanted]
     if not whole:
         raise StoreError(f"{store.path} holds no whole epoch; kornia-tinyvit distill save goes on with it.")
     if len(whole) < wanted:

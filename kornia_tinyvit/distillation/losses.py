@@ -1,4 +1,4 @@
-"""Losses of a student against a teacher: beside it, or by what was stored of it."""
+"""Distillation losses against stored soft labels, stored features or an online teacher."""
 
 from __future__ import annotations
 
@@ -35,28 +35,29 @@ __all__ = [
 def soft_target_cross_entropy(
     logits: Tensor, classes: Tensor, probabilities: Tensor, reduction: str = "mean"
 ) -> Tensor:
-    r"""Cross-entropy against a distribution of which the K largest probabilities are known.
+    r"""Cross-entropy against soft labels of which only the K largest probabilities are stored.
 
-    What the K lack to 1 is spread evenly over the other classes, as in the original. With :math:`p_k` the stored
-    probabilities, :math:`z` the logits and :math:`r = (1 - \sum_k p_k) / (C - K)`, the loss is
+    The remaining probability is distributed uniformly over the other classes, as in the official code. With
+    :math:`p_k` the stored probabilities, :math:`z` the logits and :math:`r = (1 - \sum_k p_k) / (C - K)`, the loss is
 
     .. math::
         \left(\sum_k p_k + r (C - K)\right) \log\sum_c e^{z_c} - \sum_k p_k z_k
         - r \left(\sum_c z_c - \sum_k z_k\right),
 
-    which needs no dense distribution.
+    computed without the dense distribution.
 
     Args:
-        logits: the student's, :math:`(B, C)`.
-        classes: indices of the stored classes, each at most once in a row, any integer type, :math:`(B, K)`.
-        probabilities: their probabilities, any floating type, :math:`(B, K)`.
+        logits: logits of the student, :math:`(B, C)`.
+        classes: indices of the stored classes, unique within each row, any integer type, :math:`(B, K)`.
+        probabilities: their probabilities, any floating point type, :math:`(B, K)`.
         reduction: ``"mean"`` over the batch or ``"none"``.
 
     Returns:
         The loss, a scalar or :math:`(B,)`, float32.
 
     Raises:
-        ValueError: if the shapes do not fit or the reduction is unknown.
+        ValueError: if the shapes do not match, a class index is out of range (checked for indices on the CPU) or the
+            reduction is unknown.
 
     Example:
         >>> soft_target_cross_entropy(torch.zeros(1, 4), torch.tensor([[2, 0]]), torch.tensor([[0.7, 0.1]]))
@@ -64,17 +65,17 @@ def soft_target_cross_entropy(
     """
     if classes.shape != probabilities.shape or classes.ndim != 2 or len(classes) != len(logits):
         raise ValueError(
-            f"Expected classes and probabilities of the shape ({len(logits)}, K); got {tuple(classes.shape)} and "
+            f"Expected classes and probabilities of shape ({len(logits)}, K); got {tuple(classes.shape)} and "
             f"{tuple(probabilities.shape)}."
         )
     if reduction not in ("mean", "none"):
         raise ValueError(f"reduction must be 'mean' or 'none'; got {reduction!r}.")
-    # They go to the device as they are stored, uint16 and float16: a third of the bytes of int64 and float32.
+    # Moved to the device in the stored types, uint16 and float16: a third of the bytes of int64 and float32.
     logits, stored = logits.float(), probabilities.to(logits.device, non_blocking=True).float()
     others = logits.shape[1] - classes.shape[1]
     if others < 0:
         raise ValueError(f"{classes.shape[1]} classes are stored, but the logits have {logits.shape[1]}.")
-    if classes.numel() and classes.device.type == "cpu":  # on a GPU the look would wait for it at every step
+    if classes.numel() and classes.device.type == "cpu":  # on a GPU this would synchronize at every step
         lowest, highest = (int(each) for each in classes.long().aminmax())
         if lowest < 0 or highest >= logits.shape[1]:
             raise ValueError(f"The stored classes are {lowest} to {highest}, but the logits have {logits.shape[1]}.")
@@ -94,18 +95,21 @@ def distillation_loss(
     hard_weight: float = 0.0,
     reduction: str = "mean",
 ) -> Tensor:
-    """Mix :func:`soft_target_cross_entropy` with the cross-entropy of the true labels.
+    """Interpolate between :func:`soft_target_cross_entropy` and the cross-entropy of the ground truth.
 
     Args:
-        logits: the student's, :math:`(B, C)`.
+        logits: logits of the student, :math:`(B, C)`.
         classes: indices of the stored classes, :math:`(B, K)`.
         probabilities: their probabilities, :math:`(B, K)`.
-        labels: class indices :math:`(B,)` or targets :math:`(B, C)`; needed where ``hard_weight`` is not 0.
-        hard_weight: weight of the labels in [0, 1]; the paper has 0.
+        labels: class indices :math:`(B,)` or probabilities :math:`(B, C)`; required if ``hard_weight`` is not 0.
+        hard_weight: weight of the ground truth in [0, 1]; the paper uses 0.
         reduction: ``"mean"`` over the batch or ``"none"``.
 
+    Returns:
+        The loss, a scalar or :math:`(B,)`, float32.
+
     Raises:
-        ValueError: if ``hard_weight`` is out of its range, or labels are missing.
+        ValueError: if ``hard_weight`` is out of range, or as :func:`soft_target_cross_entropy` does.
     """
     if not 0 <= hard_weight <= 1:
         raise ValueError(f"hard_weight must be in [0, 1]; got {hard_weight!r}.")
@@ -113,16 +117,17 @@ def distillation_loss(
     if not hard_weight:
         return soft
     if labels is None:
-        raise ValueError("hard_weight needs the labels.")
+        raise ValueError(f"hard_weight={hard_weight} requires labels; got None.")
     return torch.lerp(soft, F.cross_entropy(logits.float(), labels, reduction=reduction), hard_weight)
 
 
 class OnlineDistillationLoss:
-    """Cross-entropy against all of what a teacher says at every step.
+    """Cross-entropy against the soft labels that a teacher computes at every step.
 
     Args:
-        teacher: maps the augmented images to logits; it is put into evaluation mode and follows them to their device.
-        autocast: data type it computes in; ``None`` for its own.
+        teacher: module that maps the augmented images to logits. It is set to evaluation mode and moved to the device
+            of the images.
+        autocast: data type of the teacher's forward pass; ``None`` disables autocast.
     """
 
     def __init__(self, teacher: nn.Module, autocast: torch.dtype | None = None) -> None:
@@ -130,26 +135,26 @@ class OnlineDistillationLoss:
         self.autocast = autocast
 
     def describe(self) -> dict[str, Any]:
-        """Return its kind and the teacher."""
-        told = self.teacher.describe() if isinstance(self.teacher, Teacher) else type(self.teacher).__name__
-        return {"kind": "online teacher", "teacher": told, "autocast": str(self.autocast)}
+        """Return the kind of the loss, the teacher and its precision."""
+        teacher = self.teacher.describe() if isinstance(self.teacher, Teacher) else type(self.teacher).__name__
+        return {"kind": "online teacher", "teacher": teacher, "autocast": str(self.autocast)}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`."""
-        kind = self.autocast or torch.bfloat16
-        with torch.no_grad(), torch.autocast(images.device.type, kind, enabled=self.autocast is not None):
+        dtype = self.autocast or torch.bfloat16
+        with torch.no_grad(), torch.autocast(images.device.type, dtype, enabled=self.autocast is not None):
             targets = self.teacher.to(images.device)(images).float().softmax(1)
         return F.cross_entropy(outputs.float(), targets, reduction="none")
 
 
 class StoredLabelLoss:
-    """Cross-entropy against the soft labels of a store.
+    """Cross-entropy against stored soft labels.
 
     Args:
-        store: the labels, of the epochs that are replayed.
-        augmentation: what the batches are augmented with, for mixed labels.
-        hard_weight: weight of the true labels beside them; the paper has 0.
-        patience: seconds to wait for records that a teacher is still writing before they are reported missing.
+        store: store of the soft labels.
+        augmentation: augmentation of the batches; it mixes the ground truth labels.
+        hard_weight: weight of the ground truth in [0, 1]; the paper uses 0.
+        patience: seconds to wait for records that another process is still writing.
     """
 
     def __init__(
@@ -161,15 +166,15 @@ class StoredLabelLoss:
         self.patience = patience
 
     def describe(self) -> dict[str, Any]:
-        """Return its kind, whose labels they are, and the share of the true ones."""
+        """Return the kind of the loss, the teacher and the weight of the ground truth."""
         return {"kind": "stored labels", "teacher": self.store.manifest.teacher, "hard_weight": self.hard_weight}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.
 
         Raises:
-            MissingRecordsError: if there are no labels for a sample.
-            StoreMismatchError: if the augmentation draws other parameters than when the labels were stored.
+            MissingRecordsError: if a sample has no stored labels after ``patience`` seconds.
+            StoreMismatchError: if the random augmentation parameters differ from those of the stored labels.
         """
         classes, probabilities, checksums = self._read(batch.draws)
         _check_replay(self.store, batch.draws, checksums)
@@ -186,48 +191,49 @@ class StoredLabelLoss:
             except MissingRecordsError:
                 if time.monotonic() >= deadline:
                     raise
-                time.sleep(1.0)
+                time.sleep(0.2)
 
 
 class StoredFeatureLoss:
-    """Mean squared error against the features of a store, as MobileSAM's decoupled distillation has it.
+    """Mean squared error against stored features, as in MobileSAM's decoupled distillation (arXiv:2306.14289).
 
-    A student whose neck ends in a layer norm, as MobileSAM's does, begins with features of mean square 1, and so with
-    an error near 2 for a teacher normalized alike; it needs some hundred steps to fall below that of a constant.
+    If the features of student and teacher both end in a layer norm, as in MobileSAM, the loss starts near 2 and needs
+    some hundred steps to fall below 1, the loss of a constant output.
 
     Args:
-        store: the features, of the epochs that are replayed.
+        store: store of the features.
     """
 
     def __init__(self, store: FeatureStore) -> None:
         self.store = store
 
     def describe(self) -> dict[str, Any]:
-        """Return its kind and whose features they are."""
+        """Return the kind of the loss and the teacher."""
         return {"kind": "stored features", "teacher": self.store.manifest.teacher}
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)`.
 
         Raises:
-            StoreMismatchError: if the augmentation draws other parameters than when the features were stored.
-            StoreError: if the student's features have another shape.
+            MissingRecordsError: if a sample has no stored features.
+            StoreMismatchError: if the random augmentation parameters differ from those of the stored features.
+            StoreError: if the student's features have a different shape.
         """
         features, checksums = self.store.read(batch.draws.epoch, batch.draws.indices)
         _check_replay(self.store, batch.draws, checksums)
         if outputs.shape != features.shape:
             raise StoreError(
-                f"The student returns {tuple(outputs.shape[1:])} for an image, but {self.store.path} holds "
-                f"{tuple(features.shape[1:])}."
+                f"The student returns features of shape {tuple(outputs.shape[1:])} per image, but {self.store.path} "
+                f"holds {tuple(features.shape[1:])}."
             )
         return (outputs.float() - features.to(outputs.device, torch.float32)).square().flatten(1).mean(1)
 
 
 def _check_replay(store: RecordStore, draws: Draws, checksums: Tensor) -> None:
-    drifted = draws.checksums() != checksums.numpy()
-    if drifted.any():
+    changed = draws.checksums() != checksums.numpy()
+    if changed.any():
         raise StoreMismatchError(
-            f"{int(drifted.sum())} of {len(draws)} samples of epoch {draws.epoch} are augmented otherwise than when "
-            f"{store.path} was written, such as sample {int(draws.indices[drifted][0])}. The store cannot be replayed "
-            "by this version; write it anew with kornia-tinyvit distill save."
+            f"The augmentation parameters of {int(changed.sum())} of {len(draws)} samples of epoch {draws.epoch}, such "
+            f"as sample {int(draws.indices[changed][0])}, differ from those stored in {store.path}. This version "
+            "cannot replay the store; create a new one with `kornia-tinyvit distill save`."
         )

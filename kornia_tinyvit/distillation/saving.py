@@ -1,4 +1,4 @@
-"""Fill a store with what a teacher says, and check what a store holds against the teacher."""
+"""Save the outputs of a teacher in a store, and check stored records against the teacher."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ __all__ = ["CheckReport", "SaveReport", "check_records", "save_records"]
 
 @dataclass(frozen=True)
 class SaveReport:
-    """What a run of :func:`save_records` did.
+    """Result of :func:`save_records`.
 
     Attributes:
-        written: records written.
-        present: records that were there already.
-        locked: shards that other processes are writing, and which were left to them.
-        broken: names of images that could not be read and got an even distribution.
+        written: number of records written.
+        present: number of records that existed before or were written by other processes.
+        locked: number of shards skipped because other processes are writing them.
+        broken: names of corrupt images, which are stored with a uniform distribution.
     """
 
     written: int
@@ -41,13 +41,13 @@ class SaveReport:
 
 @dataclass(frozen=True)
 class CheckReport:
-    """How far stored records are from what the teacher says now.
+    """Result of :func:`check_records`.
 
     Attributes:
-        records: how many were recomputed.
-        largest: largest absolute difference of a stored value.
+        records: number of recomputed records.
+        largest: largest absolute difference between stored and recomputed values.
         mean: mean absolute difference.
-        drifted: samples whose augmentation draws other parameters than when they were stored.
+        drifted: indices of samples whose augmentation parameters differ from those stored.
     """
 
     records: int
@@ -66,36 +66,39 @@ def save_records(
     autocast: torch.dtype | None = None,
     progress: Callable[[int], None] = lambda records: None,
 ) -> SaveReport:
-    """Let a teacher look at epochs of replayed samples and write down what is missing in a store.
+    """Save the outputs of a teacher for all missing records of some epochs.
 
-    Any number of processes and machines may do this at once on a shared disk: each takes the shards that no other one
-    holds. A killed process loses the shard it was at. With a teacher on a CPU the process keeps the memory it frees
-    from then on, see :func:`~kornia_tinyvit.allocator.keep_memory`.
+    Any number of processes and machines may run this at the same time on a shared disk; each processes shards that no
+    other one has locked. A killed process loses only the shard it was writing. A teacher on the CPU sets
+    :func:`~kornia_tinyvit.allocator.keep_memory` for the process.
 
     Args:
         store: a :class:`~kornia_tinyvit.distillation.LabelStore` or
             :class:`~kornia_tinyvit.distillation.FeatureStore`.
-        teacher: maps normalized images to logits, or to features for a feature store.
-        samples: the data and its augmentation.
-        epochs: which epochs to fill.
-        batch_size: images at a time; it changes nothing in what is stored but for rounding in the teacher.
-        workers: processes that read images.
-        autocast: data type to compute in; ``None`` for the teacher's own.
-        progress: called with the number of records that are done.
+        teacher: module that maps normalized images to logits, or to features for a feature store.
+        samples: data set with its augmentation.
+        epochs: epochs to save.
+        batch_size: images per forward pass; it affects the records only by rounding in the teacher.
+        workers: number of processes that read images.
+        autocast: data type of the teacher's forward pass; ``None`` disables autocast.
+        progress: called with the number of new records, first with those that exist already.
+
+    Raises:
+        BrokenImageError: if an image is corrupt and ``samples`` does not skip corrupt images.
+        StoreError: if a shard is damaged, or the outputs do not match the store.
+        OSError: if the disk is full.
     """
     if device_of(teacher).type == "cpu":
         keep_memory()
     waiting = [(epoch, shard) for epoch in epochs for shard in store.missing_shards(epoch)]
     total = store.manifest.num_samples * len(epochs)
-    present = total - sum(store.manifest.records_in(shard) for _, shard in waiting)
-    progress(present)
+    progress(total - sum(store.manifest.records_in(shard) for _, shard in waiting))
     written = 0
     broken: set[str] = set()
     taken: deque[tuple[ShardWriter, ExitStack]] = deque()
 
     def take_shards() -> Iterator[list[Key]]:
-        """Take the free ones of the waiting shards as the loader asks for batches, which it does some ahead."""
-        nonlocal present
+        """Lock the available shards one by one as the loader prefetches, and yield their batches."""
         for epoch, shard in waiting:
             held = ExitStack()
             try:
@@ -106,18 +109,17 @@ def save_records(
             if len(writer.missing()):
                 taken.append((writer, held))
                 yield from _batches(samples.augmentation, epoch, writer.missing(), batch_size)
-            else:
+            else:  # written by another process in the meantime
                 held.close()
-                present += store.manifest.records_in(shard)
                 progress(store.manifest.records_in(shard))
 
-    # Shards that others hold are tried again in the end: whoever held them may have been stopped.
+    # Locked shards are tried again at the end, because the process that held them may have been killed.
     while waiting:
         locked: list[Key] = []
         try:
             for batch in replay_loader(samples, take_shards(), workers):
                 writer, held = taken[0]
-                targets = _ask(store, teacher, samples, batch, autocast)
+                targets = _compute_targets(store, teacher, samples, batch, autocast)
                 written += writer.write(batch.draws.indices, targets, batch.draws.checksums())
                 broken.update(batch.broken)
                 progress(len(batch.labels))
@@ -130,7 +132,8 @@ def save_records(
         if len(locked) == len(waiting):
             break
         waiting = locked
-    return SaveReport(written, present, len(waiting), tuple(sorted(broken)))
+    remaining = sum(store.manifest.records_in(shard) for _, shard in waiting)
+    return SaveReport(written, total - written - remaining, len(waiting), tuple(sorted(broken)))
 
 
 def check_records(
@@ -142,55 +145,56 @@ def check_records(
     seed: int = 0,
     autocast: torch.dtype | None = None,
 ) -> CheckReport:
-    """Recompute a random sample of a store's records with the teacher.
+    """Compare randomly chosen records of a store with the outputs of its teacher.
 
     Args:
-        store: what to check.
-        teacher: the network that is supposed to have made it.
-        samples: the data and its augmentation.
-        records: how many records to recompute, spread over the stored epochs; mixed samples bring their partners along.
-        batch_size: images at a time.
-        seed: seed of the choice.
-        autocast: data type to compute in, that of the saving; ``None`` for the teacher's own.
+        store: store to check.
+        teacher: teacher whose outputs were saved.
+        samples: data set with its augmentation.
+        records: number of records to recompute, distributed over the stored epochs. If images are mixed, the other
+            image of each pair is recomputed as well.
+        batch_size: images per forward pass.
+        seed: seed of the random choice.
+        autocast: data type of the teacher's forward pass, the same as for saving; ``None`` disables autocast.
+
+    Returns:
+        The differences between stored and recomputed values.
 
     Raises:
-        StoreError: if the store holds no records.
+        StoreError: if the store is empty or damaged.
     """
-    augmentation = samples.augmentation
     random = np.random.default_rng(seed)
     epochs = store.epochs
-    largest, total, count, checked, drifted = 0.0, 0.0, 0, 0, []
+    maxima, means, drifted = [], [], []
     for number, epoch in enumerate(epochs):
-        share = records // len(epochs) + (number < records % len(epochs))
+        quota = records // len(epochs) + (number < records % len(epochs))
         valid = np.setdiff1d(np.arange(store.manifest.num_samples), store.missing(epoch), assume_unique=True)
-        chosen = random.choice(valid, min(share, len(valid)), replace=False)
-        for keys in _batches(augmentation, epoch, chosen, batch_size):
+        chosen = random.choice(valid, min(quota, len(valid)), replace=False)
+        for keys in _batches(samples.augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
-            targets = _ask(store, teacher, samples, batch, autocast).cpu()
+            targets = _compute_targets(store, teacher, samples, batch, autocast).cpu()
             stored = store.read(epoch, batch.draws.indices)
             if isinstance(stored, Records):
-                difference = (targets.gather(1, stored.classes.long()) - stored.probabilities.float()).abs()
+                difference = targets.gather(1, stored.classes.long()) - stored.probabilities
             else:
-                difference = (targets - stored.features.float()).abs()
+                difference = targets - stored.features
             drifted += batch.draws.indices[batch.draws.checksums() != stored.checksums.numpy()].tolist()
-            largest = max(largest, float(difference.max()))
-            total += float(difference.sum())
-            count += difference.numel()
-            checked += len(batch.labels)
-    if not checked:
-        raise StoreError(f"{store.path} holds no records to check; kornia-tinyvit distill save writes them.")
-    return CheckReport(checked, largest, total / count, tuple(drifted))
+            maxima += difference.abs().flatten(1).amax(1).tolist()
+            means += difference.abs().flatten(1).mean(1).tolist()
+    if not means:
+        raise StoreError(f"{store.path} has no records to check; run `kornia-tinyvit distill save` first.")
+    return CheckReport(len(means), max(maxima), float(np.mean(means)), tuple(drifted))
 
 
 def _batches(
     augmentation: ReplayableAugmentation, epoch: int, samples: NDArray[np.int64], batch_size: int
 ) -> list[list[Key]]:
-    """Cut samples into batches; where images are mixed, each brings its partner along, beside it."""
+    """Split samples into batches; if images are mixed, with both images of each pair side by side."""
     if augmentation.mixes:
         order = augmentation.order
         pairs = np.unique(order.positions(epoch, samples) // 2)
-        places = (pairs[:, None] * 2 + np.array([0, 1])).ravel()
-        samples = order.permutation(epoch)[places[places < order.num_samples]]
+        positions = (pairs[:, None] * 2 + np.array([0, 1])).ravel()
+        samples = order.permutation(epoch)[positions[positions < order.num_samples]]
         batch_size += batch_size % 2
     return [
         [(epoch, index) for index in samples[start : start + batch_size].tolist()]
@@ -198,15 +202,15 @@ def _batches(
     ]
 
 
-def _ask(
+def _compute_targets(
     store: RecordStore, teacher: nn.Module, samples: ReplayedSamples, batch: Batch, autocast: torch.dtype | None
 ) -> Tensor:
-    """Return probabilities or features of a batch, uniform or zero where an image could not be read."""
+    """Return probabilities or features of a batch: uniform or zero for corrupt images."""
     device = device_of(teacher)
     with torch.inference_mode(), torch.autocast(device.type, autocast or torch.bfloat16, enabled=autocast is not None):
         output = teacher(samples.inputs(batch, device))
-    output, neutral = output.float(), 0.0
+    output, fill = output.float(), 0.0
     if isinstance(store, LabelStore):
-        output, neutral = output.softmax(1), 1 / output.shape[1]
-    missing = (batch.valid == 0).view(-1, *[1] * (output.ndim - 1))
-    return output.masked_fill(missing.to(device), neutral)
+        output, fill = output.softmax(1), 1 / output.shape[1]
+    corrupt = (batch.valid == 0).view(-1, *[1] * (output.ndim - 1))
+    return output.masked_fill(corrupt.to(device), fill)

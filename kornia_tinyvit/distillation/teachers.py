@@ -1,4 +1,4 @@
-"""Networks that teach: TinyViT, timm's, transformers', or any module that a Python file returns."""
+"""Teachers: TinyViT, models of timm and transformers, or any module that a Python file builds."""
 
 from __future__ import annotations
 
@@ -20,17 +20,17 @@ __all__ = ["Teacher", "load_teacher"]
 
 
 class Teacher(nn.Module):
-    """A network behind the images of its students: it resizes and normalizes them as it was trained with.
+    """A network that receives the normalized images of its student and converts them to its own preprocessing.
 
     Args:
-        network: takes images :math:`(B, 3, H, W)` and returns logits :math:`(B, C)` or features, or an object with
-            ``logits``, as the networks of transformers do.
-        name: what a store's manifest calls it.
-        img_size: side in pixels it wants images resized to (bicubic); ``None`` takes the student's.
-        mean: channel means it was trained with; ``None`` for the student's normalization.
-        std: the deviations to the means.
-        student_mean: channel means that the images which arrive were normalized with.
-        student_std: the deviations to them.
+        network: module that maps images :math:`(B, 3, H, W)` to logits :math:`(B, C)`, to features, or to an object
+            with ``logits``, as in transformers.
+        name: name in the manifest of a store.
+        img_size: side in pixels to which images are resized (bicubic); ``None`` keeps the student's size.
+        mean: channel means of the teacher's normalization; ``None`` for the student's.
+        std: channel standard deviations of the teacher's normalization; ``None`` for the student's.
+        student_mean: channel means of the student's normalization.
+        student_std: channel standard deviations of the student's normalization.
     """
 
     scale: Tensor
@@ -50,18 +50,18 @@ class Teacher(nn.Module):
         self.network = network
         self.name = name
         self.img_size = img_size
-        ours_mean, ours_std = torch.tensor(student_mean), torch.tensor(student_std)
-        theirs_mean = ours_mean if mean is None else torch.tensor(mean)
-        theirs_std = ours_std if std is None else torch.tensor(std)
+        from_mean, from_std = torch.tensor(student_mean), torch.tensor(student_std)
+        to_mean = from_mean if mean is None else torch.tensor(mean)
+        to_std = from_std if std is None else torch.tensor(std)
         # From (p - a) / b to (p - c) / d is one normalization: (x - (c - a) / b) / (d / b).
-        self.register_buffer("offset", (theirs_mean - ours_mean) / ours_std, persistent=False)
-        self.register_buffer("scale", theirs_std / ours_std, persistent=False)
-        # Decided once: asking the buffers at every step would wait for the GPU.
+        self.register_buffer("offset", (to_mean - from_mean) / from_std, persistent=False)
+        self.register_buffer("scale", to_std / from_std, persistent=False)
+        # Stored, because reading the buffers at every step would synchronize with the GPU.
         self.renormalizes = bool(self.offset.any()) or bool((self.scale != 1).any())
         self.eval().requires_grad_(False)
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map the students' normalized images :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
+        """Map normalized images of the student :math:`(B, 3, H, W)` to logits :math:`(B, C)` or features."""
         size = self.img_size
         if size is not None and tuple(images.shape[-2:]) != (size, size):
             images = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
@@ -71,23 +71,23 @@ class Teacher(nn.Module):
         return output if isinstance(output, Tensor) else output.logits
 
     def train(self, mode: bool = True) -> Teacher:
-        """Stay in evaluation mode: a teacher does not learn."""
+        """Stay in evaluation mode whatever ``mode`` is."""
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
-        """Return its name, a checksum of its weights and what it does to images, for a store's manifest."""
+        """Return name, checksum of the weights and preprocessing for the manifest of a store."""
         offset, scale = ([round(value, 6) for value in each.tolist()] for each in (self.offset, self.scale))
         weights = {"name": self.name, "checksum": checksum(self.network)}
         return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
 
 
 def device_of(network: nn.Module) -> torch.device:
-    """Return where a network wants its images; a wrapper of another runtime, which holds no tensors, on the CPU."""
+    """Return the device of a network, or the CPU if it has no tensors, such as a wrapper of another runtime."""
     return next((tensor.device for tensor in (*network.parameters(), *network.buffers())), torch.device("cpu"))
 
 
 def checksum(network: nn.Module) -> str:
-    """Return 16 hexadecimal digits that tell the weights of a network from others."""
+    """Return the first 16 hexadecimal digits of the SHA-256 of a network's state dict."""
     digest = hashlib.sha256()
     for name, tensor in sorted(network.state_dict().items()):
         digest.update(name.encode())
@@ -99,16 +99,18 @@ def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "c
     """Build a teacher.
 
     Args:
-        source: an ``nn.Module`` that takes images with ImageNet's normalization; ``"file.py:function"``, whose
-            function returns one; ``"timm:NAME"``, which downloads timm's weights; ``"transformers:NAME"`` for an image
-            classifier of the Hugging Face hub or a folder; or weights of TinyViT: a path with its configuration inside
-            (:func:`~kornia_tinyvit.save_checkpoint`) or ``"VARIANT/NAME"`` of
-            :func:`~kornia_tinyvit.list_pretrained`, such as ``"21m/in22k"``.
-        device: where it runs.
+        source: an ``nn.Module`` for images with ImageNet normalization; ``"file.py:function"``, a function that
+            returns such a module; ``"timm:NAME"`` for pretrained weights of timm; ``"transformers:NAME"`` for an image
+            classifier from the Hugging Face hub or a folder; a checkpoint of :func:`~kornia_tinyvit.save_checkpoint`;
+            or ``"VARIANT/NAME"`` from :func:`~kornia_tinyvit.list_pretrained`, such as ``"21m/in22k"``.
+        device: device of the teacher.
+
+    Returns:
+        The teacher in evaluation mode.
 
     Raises:
-        ValueError: if the source is of no known kind or the function is not there.
-        MissingExtraError: if timm or transformers is needed and not installed.
+        ValueError: if the source is unknown, or the file or its function does not exist.
+        MissingExtraError: if timm or transformers is required and not installed.
     """
     if isinstance(source, nn.Module):
         teacher = source if isinstance(source, Teacher) else Teacher(source, type(source).__name__)
@@ -129,14 +131,14 @@ def _build(text: str) -> Teacher:
         return found
     if Path(text).is_file():
         network = TinyViT.from_config(pretrained=text)
-        text = Path(text).name  # wherever it lies
+        text = Path(text).name  # independent of the folder
     elif "/" in text:
         variant, weights = text.split("/", 1)
         network = TinyViT.from_config(variant, pretrained=weights)
     else:
         raise ValueError(
-            f"{text!r} is no teacher; expected file.py:function, timm:NAME, transformers:NAME, a checkpoint's path or "
-            "VARIANT/NAME such as 21m/in22k."
+            f"Unknown teacher {text!r}; expected file.py:function, timm:NAME, transformers:NAME, the path of a "
+            "checkpoint or VARIANT/NAME such as 21m/in22k."
         )
     preprocessing = network.preprocessing
     return Teacher(network, text, preprocessing.img_size, preprocessing.mean, preprocessing.std)
@@ -144,10 +146,10 @@ def _build(text: str) -> Teacher:
 
 def _call(file: Path, function: str) -> nn.Module:
     if not file.is_file():
-        raise ValueError(f"There is no file {file} with a function that returns the teacher.")
+        raise ValueError(f"There is no file {file}; expected a Python file with a function that returns the teacher.")
     found = runpy.run_path(str(file)).get(function)
     if not callable(found):
-        raise ValueError(f"{file} has no function {function!r}; write it as {file}:build, for example.")
+        raise ValueError(f"{file} has no function {function!r}; expected FILE:FUNCTION such as {file}:build.")
     network = found()
     if not isinstance(network, nn.Module):
         raise ValueError(f"{file}:{function} must return an nn.Module; got {type(network).__name__}.")
@@ -155,15 +157,15 @@ def _call(file: Path, function: str) -> nn.Module:
 
 
 def _from_timm(name: str) -> Teacher:
-    with optional_imports("A teacher of timm needs it", "timm"):
+    with optional_imports("Teachers of timm require timm", "timm"):
         import timm
     network = timm.create_model(name, pretrained=True)
-    trained = network.pretrained_cfg
-    return Teacher(network, f"timm:{name}", trained["input_size"][-1], trained["mean"], trained["std"])
+    config = network.pretrained_cfg
+    return Teacher(network, f"timm:{name}", config["input_size"][-1], config["mean"], config["std"])
 
 
 def _from_transformers(name: str) -> Teacher:
-    with optional_imports("A teacher of transformers needs it", "transformers"):
+    with optional_imports("Teachers of transformers require transformers", "transformers"):
         from transformers import AutoImageProcessor, AutoModelForImageClassification
     network = AutoModelForImageClassification.from_pretrained(name)
     processor = AutoImageProcessor.from_pretrained(name)

@@ -141,14 +141,14 @@ class TestSave:
         file.write_text(TEACHER.replace("SEED = 0", "SEED = 1"))
         given = ("--teacher", teacher, *SMALL, "--epochs", "2", "--top-k", "2", "--json")
         error = error_of(capfd, monkeypatch, "distill", "save", str(folder), str(store), *given)
-        assert "was made from something else: teacher.checksum: the store has" in error
+        assert "does not match this pipeline: teacher.checksum: the store has" in error
 
     @pytest.mark.parametrize(
         ("options", "message"),
         [
             (("--precision", "fp7"), "--precision is one of no, bf16, fp16"),
             (("--teacher", "gone.py:build"), "There is no file gone.py"),
-            (("--teacher", "nonsense"), "is no teacher"),
+            (("--teacher", "nonsense"), "Unknown teacher"),
             (("--recipe", "in2k"), "There is no recipe 'in2k'"),
             (("--top-k", "9"), "--top-k is at most the 3 classes of the teacher; got 9"),
             (("--device", "toaster"), "The device 'toaster' cannot be used"),
@@ -201,7 +201,7 @@ class TestCheck:
         for path in store.glob("epoch-*"):
             shutil.rmtree(path)
         given = ("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL, "--json")
-        assert "holds no records to check" in error_of(capfd, monkeypatch, *given)
+        assert "has no records to check" in error_of(capfd, monkeypatch, *given)
 
 
 class TestTrain:
@@ -219,7 +219,7 @@ class TestTrain:
     )  # fmt: skip
     def test_what_does_not_match_is_spelled_out(self, folder, store, tmp_path, capfd, monkeypatch, options, messages):
         error = error_of(capfd, monkeypatch, *self.command(folder, tmp_path, str(store), *options))
-        assert "was made from something else" in error
+        assert "does not match this pipeline" in error
         assert all(message in error for message in messages)
         assert not (tmp_path / "out").exists()
 

@@ -14,6 +14,7 @@ from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
 from kornia_tinyvit.training import find_recipe
 from tests.contraction.conftest import SMALL
+from tests.distillation.helpers import write_records
 from tests.scenes import make_images, samples_of
 
 RECIPE = find_recipe("cifar10", img_size=32, epochs=2, batch_size=8, base_lr=0.05, ema_decay=0.5)
@@ -50,7 +51,7 @@ class TestProxyTraining:
         draws = samples.augmentation.draw(0, rows.tolist())
         sure = F.one_hot(torch.tensor([samples.images.labels[row] for row in rows.tolist()]), 3).float()
         with LabelStore.create(tmp_path / "store", manifest) as store:
-            store.write(0, rows, sure, draws.checksums())
+            write_records(store, 0, rows, sure, draws.checksums())
         objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         learns = pickle.loads(pickle.dumps(replace(proxy, objective=objective, replays=[0])))
         assert learns.describe()["objective"]["kind"] == "stored labels"

@@ -1,4 +1,4 @@
-"""Losses of students: of tensors, of stored records and beside a teacher."""
+"""Distillation losses: against tensors, stored records and an online teacher."""
 
 from __future__ import annotations
 
@@ -26,6 +26,7 @@ from kornia_tinyvit.distillation import (
     soft_target_cross_entropy,
 )
 from kornia_tinyvit.training import ClassificationLoss
+from tests.distillation.helpers import write_records
 
 NUM_SAMPLES, NUM_CLASSES, SIZE = 12, 6, 16
 
@@ -59,18 +60,18 @@ def store(tmp_path):
 
 
 def write(store, batch, values):
-    store.write(batch.draws.epoch, batch.draws.indices, values, batch.draws.checksums())
+    write_records(store, batch.draws.epoch, batch.draws.indices, values, batch.draws.checksums())
 
 
 def restored(targets, top_k=3):
-    """What a store of the largest probabilities stands for."""
+    """Return the distribution that a store of the largest probabilities represents."""
     top = targets.topk(top_k)
     rest = (1 - top.values.half().float().sum(1, keepdim=True)) / (NUM_CLASSES - top_k)
     return rest.expand(-1, NUM_CLASSES).scatter(1, top.indices, top.values.half().float())
 
 
 def dense(classes, probabilities, count):
-    """The distribution as the original restores it: what is missing to 1 spread over the other classes."""
+    """Return the dense distribution as in the official code: the remainder is uniform over the other classes."""
     rest = (1 - probabilities.sum(1, keepdim=True)) / max(count - classes.shape[1], 1)
     return rest.expand(-1, count).scatter(1, classes, probabilities)
 
@@ -108,7 +109,7 @@ class TestSoftTargetCrossEntropy:
         loss = soft_target_cross_entropy(logits, torch.arange(5).expand(3, 5), teacher)
         assert torch.allclose(loss, F.cross_entropy(logits, teacher), atol=1e-6)
 
-    def test_sum_above_one_leaves_nothing_to_spread(self):
+    def test_sum_above_one_has_no_remainder(self):
         logits = torch.tensor([[2.0, 0.0, -50.0]])
         classes, probabilities = torch.tensor([[0, 1]]), torch.tensor([[0.75, 0.2505]])
         loss = soft_target_cross_entropy(logits, classes, probabilities)
@@ -118,7 +119,7 @@ class TestSoftTargetCrossEntropy:
         loss = soft_target_cross_entropy(torch.randn(6, 12).bfloat16(), *sparse)
         assert loss.dtype == torch.float32
 
-    def test_refused(self, sparse):
+    def test_errors(self, sparse):
         classes, probabilities = sparse
         with pytest.raises(ValueError, match=r"shape \(5, K\)"):
             soft_target_cross_entropy(torch.randn(5, 12), classes, probabilities)
@@ -129,7 +130,7 @@ class TestSoftTargetCrossEntropy:
 
 
 @pytest.mark.parametrize("index", [-1, 5, 255])
-def test_classes_that_there_are_not(index):
+def test_class_index_out_of_range(index):
     classes = torch.tensor([[0, index]])
     with pytest.raises(ValueError, match=r"The stored classes are .* but the logits have 5"):
         soft_target_cross_entropy(torch.zeros(1, 5), classes, torch.full((1, 2), 0.5))
@@ -143,8 +144,8 @@ class TestDistillationLoss:
         assert torch.allclose(distillation_loss(logits, *sparse, labels, 0.25), 0.75 * soft + 0.25 * hard)
         assert torch.allclose(distillation_loss(logits, *sparse, labels, 1.0), hard)
 
-    def test_refused(self, sparse):
-        with pytest.raises(ValueError, match="needs the labels"):
+    def test_errors(self, sparse):
+        with pytest.raises(ValueError, match=r"hard_weight=0\.5 requires labels"):
             distillation_loss(torch.randn(6, 12), *sparse, hard_weight=0.5)
         with pytest.raises(ValueError, match=r"in \[0, 1\]"):
             distillation_loss(torch.randn(6, 12), *sparse, hard_weight=1.5)
@@ -158,14 +159,14 @@ class TestStoredLabelLoss:
         assert torch.allclose(loss, F.cross_entropy(outputs, restored(targets), reduction="none"), atol=1e-5)
 
     @pytest.mark.parametrize("preset", ["finetune", "in1k"])
-    @pytest.mark.parametrize("share", [0.3, 1.0])
-    def test_hard_labels(self, store, outputs, targets, preset, share):
+    @pytest.mark.parametrize("weight", [0.3, 1.0])
+    def test_hard_labels(self, store, outputs, targets, preset, weight):
         augmentation = augment(preset)
         batch = batch_of(augmentation)
         write(store, batch, targets)
-        loss = StoredLabelLoss(store, augmentation, hard_weight=share)(outputs, None, batch)
+        loss = StoredLabelLoss(store, augmentation, hard_weight=weight)(outputs, None, batch)
         soft = F.cross_entropy(outputs, restored(targets), reduction="none")
-        expected = (1 - share) * soft + share * ClassificationLoss(augmentation)(outputs, None, batch)
+        expected = (1 - weight) * soft + weight * ClassificationLoss(augmentation)(outputs, None, batch)
         assert torch.allclose(loss, expected, atol=1e-5)
 
     @pytest.mark.parametrize(
@@ -174,16 +175,16 @@ class TestStoredLabelLoss:
     def test_another_augmentation(self, store, outputs, targets, other):
         write(store, batch_of(augment(), count=NUM_SAMPLES), targets.repeat(2, 1))
         batch = Batch(*batch_of(augment())[:3], other.draw(1, batch_of(augment()).draws.indices), ())
-        with pytest.raises(StoreMismatchError, match=r"of 6 samples of epoch 1 are augmented otherwise.*distill save"):
+        with pytest.raises(StoreMismatchError, match=r"of 6 samples of epoch 1.* differ from .*distill save"):
             StoredLabelLoss(store, other)(outputs, None, batch)
 
     def test_missing(self, store, outputs, targets):
         write(store, batch_of(augment(), count=4), targets[:4])
-        with pytest.raises(MissingRecordsError, match="2 of 6 records"):
+        with pytest.raises(MissingRecordsError, match="2 of 6 requested records"):
             StoredLabelLoss(store, augment())(outputs, None, batch_of(augment()))
 
     def test_patience(self, store, outputs, targets):
-        """A record that comes later is waited for, and one that does not is missing in the end."""
+        """Wait for a record that another thread writes, and raise once the time is over."""
         batch, reading = batch_of(augment()), threading.Event()
         reader = LabelStore(store.path)
         original = reader.read
@@ -210,7 +211,7 @@ class TestStoredFeatureLoss:
         with FeatureStore.create(tmp_path / "features", manifest) as store:
             batch = batch_of(augment())
             values = torch.arange(6 * 16).view(6, 4, 2, 2) / 8.0
-            store.write(1, batch.draws.indices, values, batch.draws.checksums())
+            write(store, batch, values)
             yield store
 
     def test_mean_squared_error(self, features):
@@ -221,14 +222,14 @@ class TestStoredFeatureLoss:
         assert torch.allclose(loss, torch.tensor([0.0, 1, 4, 9, 0.25, 1]))
 
     def test_another_shape(self, features):
-        with pytest.raises(StoreError, match=r"returns \(4, 4\) for an image, but .*features holds \(4, 2, 2\)"):
+        with pytest.raises(StoreError, match=r"shape \(4, 4\) per image, but .*features holds \(4, 2, 2\)"):
             StoredFeatureLoss(features)(torch.zeros(6, 4, 4), None, batch_of(augment()))
 
     def test_another_augmentation(self, features):
         batch = batch_of(augment())
-        drifted = batch._replace(draws=augment("small").draw(1, batch.draws.indices))
-        with pytest.raises(StoreMismatchError, match="augmented otherwise"):
-            StoredFeatureLoss(features)(torch.zeros(6, 4, 2, 2), None, drifted)
+        changed = batch._replace(draws=augment("small").draw(1, batch.draws.indices))
+        with pytest.raises(StoreMismatchError, match="differ from those stored"):
+            StoredFeatureLoss(features)(torch.zeros(6, 4, 2, 2), None, changed)
 
 
 class TestOnlineDistillationLoss:
@@ -249,7 +250,7 @@ class TestOnlineDistillationLoss:
         assert outputs.grad.abs().sum() > 0
         assert all(parameter.grad is None for parameter in teacher.parameters())
 
-    def test_a_teacher_in_training_mode_neither_learns_nor_drifts(self, teacher, outputs):
+    def test_teacher_in_training_mode_is_not_updated(self, teacher, outputs):
         images = torch.randn(6, 3, SIZE, SIZE)
         expected = OnlineDistillationLoss(teacher)(outputs, images, None)
         before = teacher[1].running_mean.clone()
@@ -267,9 +268,8 @@ class TestOnlineDistillationLoss:
         assert torch.allclose(whole, half, atol=0.05)
         assert not np.allclose(whole.detach(), half.detach(), atol=1e-7)
 
-    def test_the_teacher_comes_to_the_images(self, teacher):
-        """It is built on the CPU and follows the training to its device."""
-        asked = []
-        teacher.to = lambda device: asked.append(device) or nn.Module.to(teacher, device)
+    def test_teacher_moves_to_the_device_of_the_images(self, teacher):
+        devices = []
+        teacher.to = lambda device: devices.append(device) or nn.Module.to(teacher, device)
         OnlineDistillationLoss(teacher)(torch.zeros(6, NUM_CLASSES), torch.zeros(6, 3, SIZE, SIZE), None)
-        assert asked == [torch.device("cpu")]
+        assert devices == [torch.device("cpu")]

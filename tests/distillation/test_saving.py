@@ -1,8 +1,7 @@
-"""Filling stores and checking them, with real processes that compete and are killed."""
+"""Saving and checking records, with processes that compete and are killed."""
 
 from __future__ import annotations
 
-import multiprocessing
 import signal
 import time
 
@@ -21,13 +20,14 @@ from kornia_tinyvit.distillation import (
     save_records,
     saving,
 )
+from tests.distillation.helpers import PROCESSES, start, write_records
 from tests.scenes import damage, make_images, samples_of
 
 SIZE, NUM_CLASSES, TOP_K = 16, 9, 4
 
 
 class Network(nn.Module):
-    """A small teacher that counts what it is shown and may take its time."""
+    """A small teacher that counts its images and optionally sleeps."""
 
     def __init__(self, seed: int = 0, pause: float = 0.0, features: bool = False) -> None:
         super().__init__()
@@ -41,8 +41,8 @@ class Network(nn.Module):
     def forward(self, images):
         time.sleep(self.pause)
         self.seen += len(images)
-        maps = self.convolution(images).tanh()
-        return maps if self.features else self.head(maps.flatten(1))
+        features = self.convolution(images).tanh()
+        return features if self.features else self.head(features.flatten(1))
 
 
 def small_samples(folder, preset="distill", **options):
@@ -62,7 +62,7 @@ def make_store(path, samples, shard_records=8, **changes):
 
 
 def expected(samples, epoch, teacher=None):
-    """Return what a teacher says about all images in one batch, in the order of the epoch."""
+    """Return the order of an epoch, the outputs of a teacher for all its images and their batch."""
     order = samples.order.permutation(epoch)
     batch = samples.__getitems__([(epoch, index) for index in order.tolist()])
     with torch.no_grad():
@@ -83,17 +83,9 @@ def assert_complete(store, samples, epochs):
 
 @pytest.fixture
 def folder(tmp_path):
-    return make_images(tmp_path / "data", each=9, size=24)  # 27: the last shard is not full, the last pair is none
-
-
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
-
-
-def start(target, *args):
-    process = PROCESSES.Process(target=target, args=args)
-    process.start()
-    return process
+    return make_images(
+        tmp_path / "data", each=9, size=24
+    )  # 27: the last shard is not full, and the last image has no mixup partner
 
 
 def child_save(path, folder, epochs, pause, preset):
@@ -111,7 +103,7 @@ def child_share(path, folder, epochs, barrier, queue):
 
 
 class TestSaveRecords:
-    def test_a_processor_keeps_its_memory(self, folder, tmp_path, monkeypatch):
+    def test_teacher_on_the_cpu_keeps_memory(self, folder, tmp_path, monkeypatch):
         calls = []
         monkeypatch.setattr(saving, "keep_memory", lambda: calls.append(1))
         samples = small_samples(folder)
@@ -133,7 +125,7 @@ class TestSaveRecords:
         assert (done.written, done.present, teacher.seen, sum(steps)) == (0, 54, 0, 54)
 
     @pytest.mark.parametrize("preset", ["distill", "in1k"])
-    def test_batch_size_and_workers_change_nothing(self, folder, tmp_path, preset):
+    def test_batch_size_and_workers_have_no_effect(self, folder, tmp_path, preset):
         samples = small_samples(folder, preset)
         for number, (size, workers) in enumerate([(1, 0), (4, 1), (64, 0)]):
             store = make_store(tmp_path / str(number), samples)
@@ -158,27 +150,27 @@ class TestSaveRecords:
         done = save_records(store, Network(), samples, [0, 1], batch_size=2)
         assert done.written == 54 - counts[-1]
         assert_complete(store, samples, [0, 1])
-        undisturbed = make_store(tmp_path / "undisturbed", samples)
-        save_records(undisturbed, Network(), samples, [0, 1], batch_size=2)
+        uninterrupted = make_store(tmp_path / "uninterrupted", samples)
+        save_records(uninterrupted, Network(), samples, [0, 1], batch_size=2)
         for epoch in (0, 1):
-            for one, other in zip(store.read(epoch, range(27)), undisturbed.read(epoch, range(27)), strict=True):
+            for one, other in zip(store.read(epoch, range(27)), uninterrupted.read(epoch, range(27)), strict=True):
                 assert torch.equal(one.long() if one.dtype != torch.float16 else one.float(),
                                    other.long() if other.dtype != torch.float16 else other.float())  # fmt: skip
 
-    def test_two_processes_share_the_work(self, folder, tmp_path):
+    def test_two_processes(self, folder, tmp_path):
         samples = small_samples(folder)
         store = make_store(tmp_path / "store", samples, shard_records=4)
         barrier, queue = PROCESSES.Barrier(2), PROCESSES.Queue()
         processes = [start(child_share, store.path, folder, [0, 1, 2], barrier, queue) for _ in range(2)]
-        told = [queue.get(timeout=60) for _ in processes]
+        results = [queue.get(timeout=60) for _ in processes]
         for process in processes:
             process.join()
-        assert all(written > 0 for written, *_ in told)
-        assert sum(written for written, *_ in told) == 81
-        assert sum(seen for *_, seen in told) == 81  # nothing was asked twice
+        assert all(written > 0 for written, *_ in results)
+        assert sum(written for written, *_ in results) == 81
+        assert sum(seen for *_, seen in results) == 81  # no image was processed twice
         assert_complete(store, samples, [0, 1, 2])
 
-    def test_locked_shards_are_left_alone(self, folder, tmp_path):
+    def test_locked_shards_are_skipped(self, folder, tmp_path):
         samples = small_samples(folder)
         store = make_store(tmp_path / "store", samples)
         with store.writer(0, 1):
@@ -187,11 +179,11 @@ class TestSaveRecords:
         assert save_records(store, Network(), samples, [0]).written == 8
         assert_complete(store, samples, [0])
 
-    def test_a_shard_that_is_there_stays(self, folder, tmp_path):
+    def test_existing_shard_is_kept(self, folder, tmp_path):
         samples = small_samples(folder, "in1k")
         store = make_store(tmp_path / "store", samples)
         order, logits, _ = expected(samples, 0)
-        store.write(0, order[8:16], torch.full((8, NUM_CLASSES), 1 / NUM_CLASSES), [77] * 8)
+        write_records(store, 0, order[8:16], torch.full((8, NUM_CLASSES), 1 / NUM_CLASSES), [77] * 8)
         done = save_records(store, Network(), samples, [0], batch_size=3)
         assert (done.written, done.present) == (19, 8)
         records = store.read(0, order)
@@ -200,7 +192,7 @@ class TestSaveRecords:
         assert records.checksums[8:16].tolist() == [77] * 8
 
     @pytest.mark.parametrize("workers", [0, 1])
-    def test_locks_end_with_a_failure(self, folder, tmp_path, workers):
+    def test_locks_are_released_after_an_error(self, folder, tmp_path, workers):
         damage(folder / "red" / "08.png")
         samples = small_samples(folder)
         store = make_store(tmp_path / "store", samples)
@@ -243,10 +235,10 @@ class TestSaveRecords:
             tmp_path / "store", samples, kind="features", shape=(6, 4, 4), num_classes=0, top_k=0, shard_records=6
         )
         assert save_records(store, Network(features=True), samples, [3], batch_size=4).written == 27
-        order, maps, batch = expected(samples, 3, Network(features=True))
+        order, features, batch = expected(samples, 3, Network(features=True))
         records = store.read(3, order)
         valid = batch.valid == 1
-        assert torch.allclose(records.features[valid].float(), maps[valid], atol=1e-3)
+        assert torch.allclose(records.features[valid].float(), features[valid], atol=1e-3)
         assert (records.features[~valid] == 0).all()
         assert records.checksums.tolist() == batch.draws.checksums().tolist()
         report = check_records(store, Network(features=True), samples, records=27)
@@ -257,7 +249,7 @@ class TestSaveRecords:
 
 class TestCheckRecords:
     @pytest.mark.parametrize("preset", ["distill", "in1k"])
-    def test_honest(self, folder, tmp_path, preset):
+    def test_same_teacher(self, folder, tmp_path, preset):
         samples = small_samples(folder, preset)
         store = make_store(tmp_path / "store", samples)
         save_records(store, Network(), samples, range(3))
@@ -267,7 +259,7 @@ class TestCheckRecords:
         assert 0 < report.mean <= report.largest < 6e-4
         everything = check_records(store, Network(), samples, records=1000)
         assert everything.records == 81
-        assert check_records(store, Network(), samples, records=1).records in (1, 2)  # with its partner
+        assert check_records(store, Network(), samples, records=1).records in (1, 2)  # with its mixup partner
 
     def test_changed_teacher(self, folder, tmp_path):
         samples = small_samples(folder)
@@ -276,9 +268,9 @@ class TestCheckRecords:
         report = check_records(store, Network(1), samples)
         assert report.largest > 0.2
         assert report.drifted == ()
-        nudged = Network()
-        nudged.head.bias.data[0] += 0.2
-        assert 0.01 < check_records(store, nudged, samples).largest < 0.2
+        changed = Network()
+        changed.head.bias.data[0] += 0.2
+        assert 0.01 < check_records(store, changed, samples).largest < 0.2
 
     def test_changed_augmentation(self, folder, tmp_path):
         samples = small_samples(folder)
@@ -289,10 +281,10 @@ class TestCheckRecords:
         assert len(report.drifted) > 20
         assert report.largest > 0.01
 
-    def test_a_store_that_is_being_written(self, folder, tmp_path):
+    def test_store_that_is_being_written(self, folder, tmp_path):
         samples = small_samples(folder, "in1k")
         store = make_store(tmp_path / "store", samples)
-        with pytest.raises(StoreError, match="holds no records to check"):
+        with pytest.raises(StoreError, match="has no records to check"):
             check_records(store, Network(), samples)
         with store.writer(0, 1), store.writer(0, 3):
             save_records(store, Network(), samples, [0])
@@ -300,14 +292,14 @@ class TestCheckRecords:
         assert report.records == 16
         assert report.largest < 6e-4
 
-    def test_broken_images_are_even_here_too(self, folder, tmp_path):
+    def test_broken_images_are_uniform(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         samples = small_samples(folder, on_broken="skip")
         store = make_store(tmp_path / "store", samples)
         save_records(store, Network(), samples, [0])
         assert check_records(store, Network(), samples, records=27).largest < 6e-4
 
-    def test_the_choice_depends_on_the_seed(self, folder, tmp_path):
+    def test_choice_depends_on_the_seed(self, folder, tmp_path):
         samples = small_samples(folder)
         store = make_store(tmp_path / "store", samples)
         save_records(store, Network(), samples, [0])

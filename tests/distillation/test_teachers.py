@@ -1,4 +1,4 @@
-"""Where teachers come from, and that they see images as they were trained to."""
+"""Loading teachers, and their preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
 
 
 class Raw(nn.Module):
-    """Returns the images it is shown, in an object as transformers does if asked to."""
+    """Returns its images, optionally in an output object as in transformers."""
 
     def __init__(self, wrapped: bool = False) -> None:
         super().__init__()
@@ -37,36 +37,36 @@ def normalize(images, mean=IMAGENET_MEAN, std=IMAGENET_STD):
 
 
 class TestTeacher:
-    def test_its_own_normalization(self, images):
+    def test_normalization(self, images):
         teacher = Teacher(Raw(), "raw", mean=MEAN, std=STD)
         assert torch.allclose(teacher(normalize(images)), normalize(images, MEAN, STD), atol=1e-5)
 
     @pytest.mark.parametrize(("mean", "std"), [(MEAN, None), (None, STD)])
-    def test_half_of_a_normalization(self, images, mean, std):
+    def test_mean_or_std_only(self, images, mean, std):
         teacher = Teacher(Raw(), "raw", mean=mean, std=std)
-        wanted = normalize(images, mean or IMAGENET_MEAN, std or IMAGENET_STD)
-        assert torch.allclose(teacher(normalize(images)), wanted, atol=1e-5)
+        expected = normalize(images, mean or IMAGENET_MEAN, std or IMAGENET_STD)
+        assert torch.allclose(teacher(normalize(images)), expected, atol=1e-5)
 
-    def test_other_students(self, images):
+    def test_student_normalization(self, images):
         teacher = Teacher(Raw(), "raw", mean=MEAN, std=STD, student_mean=(0.1, 0.2, 0.3), student_std=(1, 2, 3))
         shown = normalize(images, (0.1, 0.2, 0.3), (1.0, 2.0, 3.0))
         assert torch.allclose(teacher(shown), normalize(images, MEAN, STD), atol=1e-5)
 
-    def test_the_students_normalization_is_left_alone(self, images):
+    def test_default_keeps_the_normalization(self, images):
         assert torch.equal(Teacher(Raw(), "raw")(images), images)
 
     @pytest.mark.parametrize("size", [32, 96])
-    def test_its_own_size(self, images, size):
+    def test_image_size(self, images, size):
         teacher = Teacher(Raw(), "raw", size, MEAN, STD)
         resized = F.interpolate(images, (size, size), mode="bicubic", antialias=True)
         assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)
-        right = torch.rand(1, 3, size, size)
-        assert torch.allclose(Teacher(Raw(), "raw", size)(right), right)
+        same = torch.rand(1, 3, size, size)
+        assert torch.allclose(Teacher(Raw(), "raw", size)(same), same)
 
     def test_output_objects(self, images):
         assert torch.equal(Teacher(Raw(wrapped=True), "raw")(images), images)
 
-    def test_it_does_not_learn(self, images):
+    def test_frozen_in_evaluation_mode(self, images):
         teacher = Teacher(Raw().train(), "raw")
         nn.Sequential(teacher).train()
         assert not any(module.training for module in teacher.modules())
@@ -86,7 +86,7 @@ class TestTeacher:
         next(tiny.buffers()).add_(1)
         assert teacher.describe()["checksum"] != first["checksum"]
 
-    def test_describe_takes_all_types(self):
+    def test_describe_with_all_dtypes(self):
         network = nn.BatchNorm2d(3).to(torch.bfloat16)
         network.register_buffer("mask", torch.tensor([True, False]))
         network.register_buffer("empty", torch.zeros(0))
@@ -115,7 +115,7 @@ class TestLoadTeacher:
         assert torch.equal(teacher(images), tiny.eval()(images))
         assert load_teacher(teacher) is teacher
 
-    def test_function_of_a_file(self, tmp_path):
+    def test_function_in_a_file(self, tmp_path):
         file = tmp_path / "mine.py"
         file.write_text(FILE)
         teacher = load_teacher(f"{file}:build")
@@ -123,9 +123,9 @@ class TestLoadTeacher:
         assert "mine.py:build" in teacher.name
         assert teacher.describe() == load_teacher(f"{file}:build").describe()
 
-    def test_a_teacher_that_a_file_returns_is_told_apart(self, tmp_path):
-        """What it does to images is in the manifest, not hidden inside another teacher."""
-        told = []
+    def test_teacher_that_a_file_returns(self, tmp_path):
+        """Its preprocessing is part of the description, not hidden inside another teacher."""
+        descriptions = []
         for size in (96, 112):
             (tmp_path / "made.py").write_text(
                 "from kornia_tinyvit import TinyViT\nfrom kornia_tinyvit.distillation import Teacher\n"
@@ -133,12 +133,12 @@ class TestLoadTeacher:
                 "    network = TinyViT.from_config('1m', pretrained='cifar10')\n"
                 f"    return Teacher(network, 'own', img_size={size}, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))\n"
             )
-            told.append(load_teacher(f"{tmp_path / 'made.py'}:build").describe())
-        assert told[0] != told[1]
-        assert told[0]["name"] == "made.py:build"
-        assert told[0]["offset"] != [0.0, 0.0, 0.0]
+            descriptions.append(load_teacher(f"{tmp_path / 'made.py'}:build").describe())
+        assert descriptions[0] != descriptions[1]
+        assert descriptions[0]["name"] == "made.py:build"
+        assert descriptions[0]["offset"] != [0.0, 0.0, 0.0]
 
-    def test_the_folder_of_a_file_is_no_difference(self, tmp_path, monkeypatch):
+    def test_description_is_independent_of_the_folder(self, tmp_path, monkeypatch):
         (tmp_path / "mine.py").write_text(FILE)
         monkeypatch.chdir(tmp_path)
         assert load_teacher("mine.py:build").describe() == load_teacher(f"{tmp_path}/mine.py:build").describe()
@@ -154,7 +154,7 @@ class TestLoadTeacher:
             ("mine.py:wrong", "must return an nn.Module; got list"),
         ],
     )
-    def test_errors_of_files(self, tmp_path, source, message):
+    def test_file_errors(self, tmp_path, source, message):
         (tmp_path / "mine.py").write_text(FILE)
         with pytest.raises(ValueError, match=message):
             load_teacher(f"{tmp_path}/{source}")
@@ -166,8 +166,8 @@ class TestLoadTeacher:
             assert (teacher.name, teacher.img_size) == ("weights.safetensors", 64)
             assert torch.allclose(teacher(images), tiny(images), atol=1e-6)
             small = F.interpolate(images, (40, 40), mode="bilinear")
-            wanted = tiny(F.interpolate(small, (64, 64), mode="bicubic", antialias=True))
-            assert torch.allclose(teacher(small), wanted, atol=1e-5)
+            expected = tiny(F.interpolate(small, (64, 64), mode="bicubic", antialias=True))
+            assert torch.allclose(teacher(small), expected, atol=1e-5)
 
     def test_variant(self, images):
         teacher = load_teacher("1m/cifar10")
@@ -179,7 +179,7 @@ class TestLoadTeacher:
 
     @pytest.mark.parametrize(
         ("source", "message"),
-        [("nonsense", "'nonsense' is no teacher; expected file.py:function"), ("", "is no teacher"),
+        [("nonsense", "Unknown teacher 'nonsense'; expected file.py:function"), ("", "Unknown teacher ''"),
          ("77m/in1k", "77m"), ("1m/nothing", "nothing")],
     )  # fmt: skip
     def test_errors(self, source, message, monkeypatch, tmp_path):
@@ -198,10 +198,10 @@ class TestLoadTeacher:
             load_teacher(f"{name}:anything/at-all")
 
     def test_timm(self, monkeypatch, images):
-        asked = []
+        requested = []
 
         def create_model(name, pretrained):
-            asked.append((name, pretrained))
+            requested.append((name, pretrained))
             network = Raw()
             network.pretrained_cfg = {"input_size": (3, 48, 48), "mean": MEAN, "std": STD}
             return network
@@ -210,7 +210,7 @@ class TestLoadTeacher:
         timm.create_model = create_model
         monkeypatch.setitem(sys.modules, "timm", timm)
         teacher = load_teacher("timm:vit_large.mine")
-        assert asked == [("vit_large.mine", True)]
+        assert requested == [("vit_large.mine", True)]
         assert (teacher.name, teacher.img_size) == ("timm:vit_large.mine", 48)
         resized = F.interpolate(images, (48, 48), mode="bicubic", antialias=True)
         assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)
@@ -224,18 +224,18 @@ class TestLoadTeacher:
         ],
     )
     def test_transformers(self, monkeypatch, images, processor):
-        asked = []
+        requested = []
 
         def loader(result):
-            return types.SimpleNamespace(from_pretrained=lambda name: asked.append(name) or result)
+            return types.SimpleNamespace(from_pretrained=lambda name: requested.append(name) or result)
 
         transformers = types.ModuleType("transformers")
         transformers.AutoModelForImageClassification = loader(Raw(wrapped=True))
-        told = types.SimpleNamespace(image_mean=list(MEAN), image_std=list(STD), **processor)
-        transformers.AutoImageProcessor = loader(told)
+        loaded = types.SimpleNamespace(image_mean=list(MEAN), image_std=list(STD), **processor)
+        transformers.AutoImageProcessor = loader(loaded)
         monkeypatch.setitem(sys.modules, "transformers", transformers)
-        teacher = load_teacher("transformers:someone/vit")
-        assert asked == ["someone/vit", "someone/vit"]
-        assert (teacher.name, teacher.img_size) == ("transformers:someone/vit", 48)
+        teacher = load_teacher("transformers:owner/vit")
+        assert requested == ["owner/vit", "owner/vit"]
+        assert (teacher.name, teacher.img_size) == ("transformers:owner/vit", 48)
         resized = F.interpolate(images, (48, 48), mode="bicubic", antialias=True)
         assert torch.allclose(teacher(normalize(images)), normalize(resized, MEAN, STD), atol=1e-4)

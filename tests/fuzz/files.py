@@ -26,6 +26,7 @@ from kornia_tinyvit.distillation import LabelStore, Manifest, StoreError
 from kornia_tinyvit.sam import ImageEmbedding
 from kornia_tinyvit.semantic import SemanticSegmenter
 from tests.conftest import SHALLOW
+from tests.distillation.helpers import write_records
 from tests.fuzz.harness import RAN, Target, json_thing, mutate, tamper
 from tests.fuzz.networks import detector, network, sam
 
@@ -282,7 +283,7 @@ def store_files() -> dict[str, bytes]:
         with LabelStore.create(folder, manifest) as store:
             for epoch in range(2):
                 answers = torch.rand(SAMPLES, CLASSES, generator=torch.Generator().manual_seed(epoch)).softmax(1)
-                store.write(epoch, range(SAMPLES), answers, range(SAMPLES))
+                write_records(store, epoch, range(SAMPLES), answers, range(SAMPLES))
         root = Path(folder)
         return {str(each.relative_to(root)): each.read_bytes() for each in root.rglob("*") if each.is_file()}
 
@@ -336,7 +337,8 @@ def records_to_write(rng: random.Random, folder: Path) -> None:
             values[rng.randrange(4), 0] = rng.choice((float("nan"), float("inf"), -1.0, 2.0))
         sums = rng.choice((range(4), [2**32] * 4, [-1] * 4, [1], [[1, 2], [3, 4]], ["a"] * 4, [2**70] * 4))
         epoch = rng.choice((0, 1, 2**32 - 1, 2**32, -1, 2**70))
-        count = store.write(epoch, indices, values, sums)
+        with store.writer(epoch, 0) as writer:
+            count = writer.write(indices, values, sums)
         assert count == store.valid_count(epoch) == len(set(indices)), "another number of records"
 
 

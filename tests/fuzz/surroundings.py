@@ -27,6 +27,7 @@ from kornia_tinyvit.distillation import LabelStore, Manifest
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import SHALLOW
+from tests.distillation.helpers import write_records
 from tests.fuzz.files import contents
 from tests.fuzz.harness import Refused, Target
 from tests.fuzz.networks import detector, network, sam
@@ -251,7 +252,7 @@ def shared_files(rng: random.Random, folder: Path) -> None:
         load_checkpoint(target if number == 0 else TinyViT(**SHALLOW), path)
         with LabelStore.create(folder / "store", manifest) as store:
             try:
-                return store.write(0, range(20), answers, range(20))
+                return write_records(store, 0, range(20), answers, range(20))
             except BlockingIOError:  # another one writes that shard
                 return 0
 
@@ -260,7 +261,7 @@ def shared_files(rng: random.Random, folder: Path) -> None:
     with LabelStore(folder / "store") as store:
         missing = store.missing(0)
         if len(missing):
-            store.write(0, missing, answers[missing], missing)
+            write_records(store, 0, missing, answers[missing], missing)
         assert torch.equal(store.read(0, range(20)).probabilities, answers.topk(3).values.half())
     left = target.state_dict()
     assert any(all(torch.equal(left[name], each) for name, each in model.state_dict().items()) for model in models)

@@ -32,6 +32,7 @@ from kornia_tinyvit.training import ClassificationLoss, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
+from tests.distillation.helpers import write_records
 from tests.scenes import CLASSES, damage, make_images
 from tests.training.runs import Interrupted, losses, metrics
 
@@ -366,7 +367,7 @@ class TestSteps:
                 order = samples.order.permutation(epoch)
                 wrong = (torch.tensor(samples.images.labels)[order.tolist()] + 1) % 3
                 draws = samples.augmentation.draw(epoch, order)
-                store.write(epoch, order, F.one_hot(wrong, 3).float(), draws.checksums())
+                write_records(store, epoch, order, F.one_hot(wrong, 3).float(), draws.checksums())
         objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         recipe = replace(EASY, epochs=8)
         train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)

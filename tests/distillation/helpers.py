@@ -1,0 +1,34 @@
+"""What the tests of stores share."""
+
+from __future__ import annotations
+
+import multiprocessing
+
+import numpy as np
+import torch
+
+from kornia_tinyvit.distillation.store import RecordStore
+
+#: Context of child processes. The fork server imports everything once, and children start in milliseconds.
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["tests.distillation.test_store", "tests.distillation.test_saving"])
+
+
+def start(target, *args) -> multiprocessing.Process:
+    process = PROCESSES.Process(target=target, args=args)
+    process.start()
+    return process
+
+
+def write_records(store: RecordStore, epoch: int, indices, values: torch.Tensor, checksums) -> int:
+    """Write whole shards from rows in any order, and return the number of new records."""
+    indices, checksums = np.asarray(indices), np.asarray(checksums)
+    shards, rows = np.divmod(store.order.positions(epoch, indices), store.manifest.shard_records)
+    written = 0
+    for shard in np.unique(shards).tolist():
+        chosen = np.flatnonzero(shards == shard)
+        chosen = chosen[np.argsort(rows[chosen])]
+        with store.writer(epoch, shard) as writer:
+            if len(writer.missing()):
+                written += writer.write(indices[chosen], values[torch.from_numpy(chosen)], checksums[chosen])
+    return written
