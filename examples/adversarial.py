@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.images import read_image
-from kornia_tinyvit.visualization import overlay_heat, saliency
+from kornia_tinyvit.visualization import overlay_heatmap, saliency
 
 LEVELS = 255
 
@@ -100,7 +100,7 @@ def main() -> None:
     print("result: the attack succeeded" if succeeded else f"result: the attack failed, it is still {after.label}")
 
     images = torch.cat([image, attacked])
-    heat = overlay_heat(images, saliency(classifier, images))
+    heat = overlay_heatmap(images, saliency(classifier, images))
     amplified = perturbation * (LEVELS / (2 * max(args.epsilon, 1.0))) + 0.5  # the ball's border is black or white
     args.out.mkdir(parents=True, exist_ok=True)
     sheet = make_grid(torch.cat([image, heat[:1], amplified, attacked, heat[1:]]), n_row=5, padding=8)

@@ -13,7 +13,7 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, refuse_idle
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.images import read_image
-from kornia_tinyvit.visualization import demo_augmentations, save_sheet
+from kornia_tinyvit.visualization import demo_augmentations, save_figure
 
 _SUFFIXES = {".jpg", ".png"}
 _HOST, _SAM = "127.0.0.1", "mobile_sam"
@@ -72,6 +72,6 @@ def demo(
     rows = []
     for photo, sheet in zip(photos, sheets, strict=True):
         image = read_image(photo).to(device)
-        first, second, *_ = save_sheet(sheet, classifier, image, photo.name, views)
+        first, second, *_ = save_figure(sheet, classifier, image, photo.name, views)
         rows.append([photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet])
     print_table(["photo", "class", "score", "second", "score", "sheet"], rows, left=6)

@@ -18,8 +18,8 @@ from kornia_tinyvit.deploy.graph import build_graph
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.folding import fold
 from kornia_tinyvit.sam.embedding import Geometry
-from kornia_tinyvit.sam.inputs import PIXEL_MEAN, PIXEL_STD
 from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD
 
 if TYPE_CHECKING:
     import onnx

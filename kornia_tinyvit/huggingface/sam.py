@@ -25,7 +25,7 @@ from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.conversion import match_original, rename
 from kornia_tinyvit.huggingface.modeling import TAGS, TinyVitPreTrainedModel, build_network
 from kornia_tinyvit.model import NECK_CHANNELS
-from kornia_tinyvit.ops import RLE, decode_rle, suppress_boxes
+from kornia_tinyvit.ops import RLE, decode_rle, nms
 from kornia_tinyvit.sam import MobileSAM
 
 __all__ = [
@@ -225,7 +225,7 @@ class TinyVitSamImageProcessor(SamImageProcessorPil):
         Returns:
             The masks that are kept, as arrays :math:`(H, W)`, the best first; their scores, encodings and boxes.
         """
-        kept = suppress_boxes(all_boxes.cpu(), all_scores.cpu(), crops_nms_thresh)
+        kept = nms(all_boxes.cpu(), all_scores.cpu(), crops_nms_thresh)
         encoded = [all_masks[index] for index in kept.tolist()]
         return [decode_rle(mask) for mask in encoded], all_scores[kept], encoded, all_boxes[kept]
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia.geometry.bbox import nms
+from kornia.geometry import bbox
 from torch import Tensor
 
-__all__ = ["central_points", "mask_boxes", "suppress_boxes"]
+__all__ = ["central_points", "mask_boxes", "nms"]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
@@ -54,7 +54,7 @@ def _central_point(mask: Tensor, left: float, top: float, right: float, bottom: 
     return left + column + 0.5, top + row + 0.5
 
 
-def suppress_boxes(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
+def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
     """Return the indices of the boxes that non-maximum suppression keeps, exactly as torchvision's.
 
     kornia's does the work. It may exchange equal scores, drops boxes without area that meet, and compares with the
@@ -76,5 +76,5 @@ def suppress_boxes(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
         limit = np.nextafter(limit, np.float32(-1))
     keep = torch.ones(len(order), dtype=torch.bool)
     keep[solid] = False
-    keep[solid[nms(corners[solid], torch.arange(len(solid), 0, -1).float(), float(limit))]] = True
+    keep[solid[bbox.nms(corners[solid], torch.arange(len(solid), 0, -1).float(), float(limit))]] = True
     return order[keep]

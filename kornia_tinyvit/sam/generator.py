@@ -21,14 +21,14 @@ from kornia_tinyvit.ops import (
     decode_rle,
     encode_rle,
     mask_boxes,
+    nms,
     remove_small_regions,
     rle_area,
-    suppress_boxes,
     uncompress_rle,
 )
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
-from kornia_tinyvit.sam.inputs import Photo, list_photos, open_photo
+from kornia_tinyvit.sam.transforms import ImageLike, list_images, open_image
 
 __all__ = ["OUTPUT_MODES", "Mask", "MaskGenerator"]
 
@@ -181,7 +181,9 @@ class MaskGenerator:
         return grids
 
     @torch.no_grad()
-    def __call__(self, sam: Any, image: Photo | Sequence[Photo] | ImageEmbedding) -> list[Mask] | list[list[Mask]]:
+    def __call__(
+        self, sam: Any, image: ImageLike | Sequence[ImageLike] | ImageEmbedding
+    ) -> list[Mask] | list[list[Mask]]:
         """Search an image, several, or an embedding; see :meth:`MobileSAM.generate_masks`, which calls this.
 
         Args:
@@ -198,10 +200,10 @@ class MaskGenerator:
             sam.check_embedding(image)
             first = next(decoder.parameters())
             return [self._search(sam, decoder, None, whole.to(first.device, first.dtype)) for whole in image]
-        photos = list_photos(image)
+        photos = list_images(image)
         found = []
         for start in range(0, len(photos), self.batch_size):
-            pixels = [open_photo(photo) for photo in photos[start : start + self.batch_size]]
+            pixels = [open_image(photo) for photo in photos[start : start + self.batch_size]]
             for each, whole in zip(pixels, sam.embed_pixels(pixels), strict=True):
                 found.append(self._search(sam, decoder, each, whole))
         return found[0] if len(photos) == 1 and photos[0] is image else found
@@ -219,7 +221,7 @@ class MaskGenerator:
         found = _Masks.join(parts)
         if len(parts) > 1:
             sides = found.crops[:, 2:] - found.crops[:, :2]
-            found = found.select(suppress_boxes(found.boxes, 1 / sides.prod(1), self.crop_nms_thresh))
+            found = found.select(nms(found.boxes, 1 / sides.prod(1), self.crop_nms_thresh))
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
             found = _without_small_regions(found, self.min_mask_region_area, threshold)
@@ -253,7 +255,7 @@ class _Crop:
         masks = (self.decoder.decoder.num_mask_tokens - 1) * len(points)
         slots = _slots(self.enlarge, masks)
         found = _Masks.join([self._filter(*proposed, slots) for proposed in self._propose(points)])
-        found = found.select(suppress_boxes(found.boxes, found.iou, self.settings.box_nms_thresh))
+        found = found.select(nms(found.boxes, found.iou, self.settings.box_nms_thresh))
         offset = torch.tensor([left, top])
         return dataclasses.replace(
             found,
@@ -413,7 +415,7 @@ def _without_small_regions(found: _Masks, min_area: int, threshold: float) -> _M
     if not rles:
         return found
     cleaned = dataclasses.replace(found, masks=rles, boxes=torch.stack(boxes))
-    return cleaned.select(suppress_boxes(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
+    return cleaned.select(nms(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
 
 
 def _record(found: _Masks, index: int, output_mode: str) -> Mask:

@@ -23,9 +23,9 @@ from kornia_tinyvit.preprocessing import check_counts
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskPrediction, fingerprint
 from kornia_tinyvit.sam.generator import Mask, MaskGenerator
-from kornia_tinyvit.sam.inputs import Photo, list_photos, open_photo, prepare_photo
 from kornia_tinyvit.sam.prompter import MobileSAMPrompter
-from kornia_tinyvit.sam.prompts import PhotoPrompts, each_photo, prepare_prompts
+from kornia_tinyvit.sam.prompts import PromptInput, prepare_prompts, split_prompts
+from kornia_tinyvit.sam.transforms import ImageLike, list_images, open_image, preprocess_image
 
 __all__ = ["MobileSAM"]
 
@@ -120,7 +120,7 @@ class MobileSAM(Sam):
         """The configuration of the encoder, which files carry."""
         return self.image_encoder.config  # type: ignore[return-value]
 
-    def preprocess(self, images: Photo | Sequence[Photo]) -> tuple[Tensor, tuple[Geometry, ...]]:
+    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Resize photos as a whole, normalize them, and pad them below and on the right with zeros.
 
         Files and PIL images are resized by Pillow in 8 bits, bilinear with antialiasing, exactly as the predictors of
@@ -141,9 +141,9 @@ class MobileSAM(Sam):
             ValueError: if a file cannot be read, a tensor has another shape, no pixels, NaN or infinity.
             FileNotFoundError: if there is no such file.
         """
-        return self._prepare([open_photo(image) for image in list_photos(images)])
+        return self._prepare([open_image(image) for image in list_images(images)])
 
-    def embed(self, images: Photo | Sequence[Photo], batch_size: int = 4) -> ImageEmbedding:
+    def embed(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 4) -> ImageEmbedding:
         """Run the encoder on photos, once for any number of prompts.
 
         No gradient is recorded, and the encoder is in evaluation mode, unless gradients are enabled and it is being
@@ -162,10 +162,10 @@ class MobileSAM(Sam):
             torch.Size([2, 256, 4, 4])
         """
         check_counts(batch_size=batch_size)
-        photos = list_photos(images)
+        photos = list_images(images)
         step = max(1, len(photos)) if _records(self.image_encoder, *photos) else batch_size
         starts = range(0, max(1, len(photos)), step)
-        encoded = [self._encode([open_photo(each) for each in photos[start : start + step]]) for start in starts]
+        encoded = [self._encode([open_image(each) for each in photos[start : start + step]]) for start in starts]
         features, geometries = zip(*encoded, strict=True)
         return ImageEmbedding(torch.cat(features), sum(geometries, ()), fingerprint(self.image_encoder))
 
@@ -180,10 +180,10 @@ class MobileSAM(Sam):
     def predict_masks(
         self,
         embedding: ImageEmbedding,
-        points: PhotoPrompts = None,
-        labels: PhotoPrompts = None,
-        boxes: PhotoPrompts = None,
-        masks: PhotoPrompts = None,
+        points: PromptInput = None,
+        labels: PromptInput = None,
+        boxes: PromptInput = None,
+        masks: PromptInput = None,
         multimask_output: bool = True,
     ) -> list[MaskPrediction]:
         """Find what prompts point at.
@@ -217,7 +217,7 @@ class MobileSAM(Sam):
         """
         self.check_embedding(embedding)
         kinds = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
-        given = [each_photo(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
+        given = [split_prompts(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
         first = next(self.mask_decoder.parameters())
         found = []
         for one, *tensors in zip(embedding, *given, strict=True):
@@ -254,13 +254,13 @@ class MobileSAM(Sam):
         return found.best()
 
     @overload
-    def generate_masks(self, image: Photo, **settings: Any) -> list[Mask]: ...
+    def generate_masks(self, image: ImageLike, **settings: Any) -> list[Mask]: ...
 
     @overload
-    def generate_masks(self, image: Sequence[Photo] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
+    def generate_masks(self, image: Sequence[ImageLike] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
 
     def generate_masks(
-        self, image: Photo | Sequence[Photo] | ImageEmbedding, **settings: Any
+        self, image: ImageLike | Sequence[ImageLike] | ImageEmbedding, **settings: Any
     ) -> list[Mask] | list[list[Mask]]:
         """Segment everything in a photo, or in each of several.
 
@@ -327,7 +327,7 @@ class MobileSAM(Sam):
         first = next(self.parameters())
         if not pixels:
             return first.new_zeros(0, 3, *self.img_size), ()
-        prepared = [prepare_photo(each, self.img_size, first.device, first.dtype) for each in pixels]
+        prepared = [preprocess_image(each, self.img_size, first.device, first.dtype) for each in pixels]
         return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
 
     def _encode(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:

@@ -11,7 +11,7 @@ from kornia.models.sam import SamConfig
 from torch import Tensor
 
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, fingerprint
-from kornia_tinyvit.sam.inputs import PIXEL_MEAN, PIXEL_STD
+from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD
 
 __all__ = ["MobileSAMPrompter"]
 

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from kornia_tinyvit.sam.embedding import Geometry
 
-__all__ = ["PhotoPrompts", "each_photo", "prepare_prompts"]
+__all__ = ["PromptInput", "prepare_prompts", "split_prompts"]
 
 #: The prompts of one kind: a tensor for a single photo, or an entry for each photo.
-PhotoPrompts = Tensor | Sequence[Tensor | None] | None
+PromptInput = Tensor | Sequence[Tensor | None] | None
 
 LABELS = (-1, 0, 1)
 _FARTHEST = 2**24  # from where on float32 has not every whole number
 
 
-def each_photo(kind: str, prompts: PhotoPrompts, photos: int) -> list[Tensor | None]:
+def split_prompts(kind: str, prompts: PromptInput, photos: int) -> list[Tensor | None]:
     """Return the prompts of one kind for each photo.
 
     Args:

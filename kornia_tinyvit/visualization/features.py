@@ -14,9 +14,9 @@ from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.preprocessing import resize_images
 
 __all__ = [
-    "blur_size",
     "feature_colors",
-    "overlay_heat",
+    "kernel_size",
+    "overlay_heatmap",
     "saliency",
     "stage_features",
 ]
@@ -47,11 +47,11 @@ def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = Non
         (gradient,) = torch.autograd.grad(logits.gather(1, classes[:, None]).sum(), pixels)
     heat = gradient.abs().amax(1, keepdim=True)
     sigma = max(0.5, blur * max(images.shape[-2:]))
-    heat = gaussian_blur2d(heat, blur_size(sigma, images), (sigma, sigma))
+    heat = gaussian_blur2d(heat, kernel_size(sigma, images), (sigma, sigma))
     return (heat / _percentile(heat, 0.99).clamp_min(1e-12)).clamp(0, 1)
 
 
-def blur_size(sigma: float, images: Tensor) -> int:
+def kernel_size(sigma: float, images: Tensor) -> int:
     """Return the side of a Gaussian's kernel: two deviations to each side, odd, and no larger than the images.
 
     Args:
@@ -83,7 +83,7 @@ def feature_colors(features: Tensor) -> Tensor:
     return ((colors - low) / (high - low).clamp_min(1e-12)).clamp(0, 1)
 
 
-def overlay_heat(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
+def overlay_heatmap(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
     """Lay a heat map over dimmed gray images.
 
     Args:

@@ -19,7 +19,7 @@ from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.web import views
-from kornia_tinyvit.web.views import MAX_BYTES, MAX_PIXELS, Changes, Marks, Photo, Row
+from kornia_tinyvit.web.views import MAX_BYTES, MAX_PIXELS, AugmentationParams, Photo, Row, UserPrompts
 
 try:
     import gradio as gr
@@ -239,7 +239,7 @@ def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
             table = gr.HTML(elem_id="scores")
         with gr.Column(min_width=260):
             sliders = [
-                gr.Slider(low, high, getattr(Changes, name), step=step, label=name)
+                gr.Slider(low, high, getattr(AugmentationParams, name), step=step, label=name)
                 for name, (low, high, step) in SLIDERS.items()
             ]
             reset = gr.Button("Reset", size="sm")
@@ -248,12 +248,12 @@ def _augment_tab(classifier: ImageClassifier, photo: gr.State) -> Tab:
     def show(photo: Photo | None, *values: float) -> tuple[Image.Image | None, str]:
         if photo is None:
             return None, ""
-        changed, rows = views.compare(classifier, photo, Changes(**dict(zip(SLIDERS, values, strict=True))))
+        changed, rows = views.compare(classifier, photo, AugmentationParams(**dict(zip(SLIDERS, values, strict=True))))
         return changed, score_table(rows)
 
     moved = [slider.change for slider in sliders]
     gr.on(moved, _telling(show), [photo, *sliders], [image, table], trigger_mode="always_last", **TINYVIT)
-    reset.click(lambda: [getattr(Changes, name) for name in SLIDERS], None, sliders, **QUIET)
+    reset.click(lambda: [getattr(AugmentationParams, name) for name in SLIDERS], None, sliders, **QUIET)
     return show, sliders, [image, table]
 
 
@@ -272,7 +272,7 @@ def score_table(rows: Sequence[Row]) -> str:
 
 
 def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
-    marks = gr.State(Marks())
+    marks = gr.State(UserPrompts())
     kind = gr.Radio([ON, OFF, BOX], value=ON, label="a click marks", elem_id="kind")
     image = _drawn("masks", "the photo with what was found", elem_id="masks")
     status = gr.Markdown(ON_MARKS, elem_id="told")
@@ -281,24 +281,26 @@ def _segment_tab(load_sam: Callable[[], MobileSAM], photo: gr.State) -> Tab:
         side = gr.Radio([8, 16, 32], value=16, label="points of the grid, along a side", scale=2, min_width=220)
         everything = gr.Button("Everything", variant="primary", scale=1, min_width=120, elem_id="everything")
 
-    def show(photo: Photo | None) -> tuple[Image.Image | None, Marks, str]:
-        return None if photo is None else photo.image, Marks(), ON_MARKS
+    def show(photo: Photo | None) -> tuple[Image.Image | None, UserPrompts, str]:
+        return None if photo is None else photo.image, UserPrompts(), ON_MARKS
 
-    def click(photo: Photo, marks: Marks, kind: str, event: gr.SelectData) -> tuple[Image.Image, Marks, str]:
+    def click(
+        photo: Photo, marks: UserPrompts, kind: str, event: gr.SelectData
+    ) -> tuple[Image.Image, UserPrompts, str]:
         x, y = event.index
         marks = marks.add_corner(x, y) if kind == BOX else marks.add_point(x, y, kind == ON)
         if marks.corner is not None:
-            return views.draw_marks(photo, marks), marks, "Now click the opposite corner of the box."
+            return views.draw_prompts(photo, marks), marks, "Now click the opposite corner of the box."
         if not marks.ready:
-            return views.draw_marks(photo, marks), marks, "Mark a point on the object, too."
-        found, told = views.segment_marks(load_sam(), photo, marks)
+            return views.draw_prompts(photo, marks), marks, "Mark a point on the object, too."
+        found, told = views.segment_prompts(load_sam(), photo, marks)
         return found, marks, told
 
-    def find(photo: Photo | None, side: int) -> tuple[Image.Image, Marks, str]:
+    def find(photo: Photo | None, side: int) -> tuple[Image.Image, UserPrompts, str]:
         if photo is None:
             raise ValueError("There is no photo: drop one first, or take an example.")
         found, told = views.segment_everything(load_sam(), photo, side)
-        return found, Marks(), told
+        return found, UserPrompts(), told
 
     outputs = [image, marks, status]
     image.select(_telling(click), [photo, marks, kind], outputs, **SAM)

@@ -18,20 +18,27 @@ from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.images import read_pixels, to_image, to_pil, to_pixels
 from kornia_tinyvit.ops import RLE, decode_rle
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
-from kornia_tinyvit.visualization import blur_size, draw_overlay, feature_colors, overlay_heat, saliency, stage_features
+from kornia_tinyvit.visualization import (
+    draw_overlay,
+    feature_colors,
+    kernel_size,
+    overlay_heatmap,
+    saliency,
+    stage_features,
+)
 
 __all__ = [
     "MAX_BYTES",
     "MAX_PIXELS",
-    "Changes",
-    "Marks",
+    "AugmentationParams",
     "Photo",
+    "UserPrompts",
     "augment",
     "compare",
     "explain",
     "open_photo",
     "segment_everything",
-    "segment_marks",
+    "segment_prompts",
     "show_features",
 ]
 
@@ -105,11 +112,11 @@ def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[
     (found,) = classifier.predict(image, top_k)
     names = _names(classifier)
     heat = saliency(classifier, image)
-    return {names[each.index]: each.score for each in found}, to_pil(overlay_heat(image, heat)[0])
+    return {names[each.index]: each.score for each in found}, to_pil(overlay_heatmap(image, heat)[0])
 
 
 @dataclass(frozen=True)
-class Changes:
+class AugmentationParams:
     """How a photo is changed; the defaults leave it as it is.
 
     Args:
@@ -133,7 +140,7 @@ class Changes:
     noise: float = 0.0
 
 
-def augment(images: Tensor, changes: Changes) -> Tensor:
+def augment(images: Tensor, changes: AugmentationParams) -> Tensor:
     """Change images by kornia's augmentations, each with the one strength that is asked for.
 
     The noise is the same whenever it is drawn, so that an image changes by what was changed alone.
@@ -147,7 +154,7 @@ def augment(images: Tensor, changes: Changes) -> Tensor:
     """
     thin = min(images.shape[-2:]) == 1  # a line has no perspective
     for name, value in vars(changes).items():
-        if value != getattr(Changes, name) and not (thin and name == "perspective"):
+        if value != getattr(AugmentationParams, name) and not (thin and name == "perspective"):
             step, fixed = _step(name, value, images)
             params = step.forward_parameters(images.shape) | fixed
             images = step(images, params=params).clamp(0, 1)
@@ -163,7 +170,7 @@ def _step(name: str, value: float, images: Tensor) -> tuple[K.AugmentationBase2D
         return K.RandomGaussianNoise(std=value, p=1.0), {"gaussian_noise": value * noise.to(images)}
     only = (value, value)
     if name == "blur":
-        return K.RandomGaussianBlur(blur_size(value, images), only, p=1.0), {}
+        return K.RandomGaussianBlur(kernel_size(value, images), only, p=1.0), {}
     return getattr(K, f"Random{name.capitalize()}")(only, p=1.0), {}
 
 
@@ -178,7 +185,7 @@ def _corners(images: Tensor, perspective: float) -> Tensor:
 
 @torch.inference_mode()
 def compare(
-    classifier: ImageClassifier, photo: Photo, changes: Changes, top_k: int = 5
+    classifier: ImageClassifier, photo: Photo, changes: AugmentationParams, top_k: int = 5
 ) -> tuple[Image.Image, list[Row]]:
     """Change a photo and tell how the prediction moves.
 
@@ -224,7 +231,7 @@ def show_features(classifier: ImageClassifier, photo: Photo) -> list[tuple[Image
 
 
 @dataclass(frozen=True)
-class Marks:
+class UserPrompts:
     """What a visitor marked on a photo, in pixels of it; each mark gives a new record.
 
     Args:
@@ -237,11 +244,11 @@ class Marks:
     corner: Point | None = None
     box: tuple[float, float, float, float] | None = None
 
-    def add_point(self, x: float, y: float, on: bool) -> Marks:
+    def add_point(self, x: float, y: float, on: bool) -> UserPrompts:
         """Mark a point on or off the object."""
         return dataclasses.replace(self, points=(*self.points, (x, y, int(on))))
 
-    def add_corner(self, x: float, y: float) -> Marks:
+    def add_corner(self, x: float, y: float) -> UserPrompts:
         """Mark a corner of the box; the second makes the box, and a third starts another.
 
         Raises:
@@ -260,13 +267,13 @@ class Marks:
         return self.box is not None or any(on for *_, on in self.points)
 
 
-def segment_marks(sam: MobileSAM, photo: Photo, marks: Marks) -> tuple[Image.Image, str]:
+def segment_prompts(sam: MobileSAM, photo: Photo, marks: UserPrompts) -> tuple[Image.Image, str]:
     """Find what a visitor marked.
 
     Args:
         sam: the network.
         photo: the photo.
-        marks: what is marked, :attr:`~Marks.ready`.
+        marks: what is marked, :attr:`~UserPrompts.ready`.
 
     Returns:
         The photo with the mask and the marks, and a sentence about it.
@@ -278,10 +285,10 @@ def segment_marks(sam: MobileSAM, photo: Photo, marks: Marks) -> tuple[Image.Ima
     found = sam.predict_best(photo.embed(sam), points, labels, boxes)
     (mask,) = found.masks()[:, 0].cpu()
     share, score = mask.float().mean().item(), found.scores.item()
-    return draw_marks(photo, marks, [mask]), f"The mask covers {share:.1%} of the photo; predicted IoU {score:.2f}."
+    return draw_prompts(photo, marks, [mask]), f"The mask covers {share:.1%} of the photo; predicted IoU {score:.2f}."
 
 
-def draw_marks(photo: Photo, marks: Marks, masks: Sequence[Tensor] = ()) -> Image.Image:
+def draw_prompts(photo: Photo, marks: UserPrompts, masks: Sequence[Tensor] = ()) -> Image.Image:
     """Draw masks and marks over a photo; a box that has one corner yet is a dot there."""
     points, labels, boxes = _prompts(marks)
     if marks.corner is not None:
@@ -311,7 +318,7 @@ def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) 
     return draw_overlay(to_pixels(photo.image), decoded), told
 
 
-def _prompts(marks: Marks) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+def _prompts(marks: UserPrompts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Return marks as the points :math:`(1, N, 2)`, labels :math:`(1, N)` and box :math:`(1, 4)` of one prompt."""
     points, labels = torch.tensor(marks.points, dtype=torch.float32).view(1, -1, 3).split((2, 1), 2)
     box = None if marks.box is None else torch.tensor([marks.box], dtype=torch.float32)

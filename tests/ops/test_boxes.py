@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kornia_tinyvit.ops import central_points, mask_boxes, suppress_boxes
+from kornia_tinyvit.ops import central_points, mask_boxes, nms
 
 
 class TestBoxes:
@@ -33,25 +33,25 @@ class TestBoxes:
 class TestSuppress:
     def test_best_stays(self):
         boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 9], [50, 50, 60, 60], [0, 0, 9, 10]])
-        kept = suppress_boxes(boxes, torch.tensor([0.5, 0.9, 0.1, 0.7]), 0.7)
+        kept = nms(boxes, torch.tensor([0.5, 0.9, 0.1, 0.7]), 0.7)
         assert kept.tolist() == [1, 2]
 
     def test_first_of_equals_stays(self):
         boxes = torch.tensor([[0, 0, 10, 10]]).repeat(50, 1)
-        assert suppress_boxes(boxes, torch.ones(50), 0.7).tolist() == [0]
+        assert nms(boxes, torch.ones(50), 0.7).tolist() == [0]
         apart = torch.arange(50)[:, None] * 20 + boxes
-        assert suppress_boxes(apart, torch.ones(50), 0.7).tolist() == list(range(50))
+        assert nms(apart, torch.ones(50), 0.7).tolist() == list(range(50))
 
     def test_lines_stay(self):
         """Boxes without area have no IoU; torchvision keeps them all."""
         boxes = torch.tensor([[5, 0, 5, 10], [5, 0, 5, 10], [0, 0, 10, 10]])
-        assert suppress_boxes(boxes, torch.tensor([0.1, 0.2, 0.3]), 0.7).tolist() == [2, 1, 0]
+        assert nms(boxes, torch.tensor([0.1, 0.2, 0.3]), 0.7).tolist() == [2, 1, 0]
 
     @pytest.mark.parametrize(("threshold", "kept"), [(0.8, [0]), (0.7, [0]), (0.81, [0, 1])])
     def test_iou_at_the_threshold(self, threshold, kept):
         """An IoU of 0.8 is 0.80000001 in float32, which torchvision compares with 0.8 in float64."""
         boxes = torch.tensor([[0, 0, 10, 10], [0, 0, 10, 8]])
-        assert suppress_boxes(boxes, torch.tensor([0.9, 0.1]), threshold).tolist() == kept
+        assert nms(boxes, torch.tensor([0.9, 0.1]), threshold).tolist() == kept
 
     def test_none(self):
-        assert suppress_boxes(torch.zeros(0, 4), torch.zeros(0), 0.5).tolist() == []
+        assert nms(torch.zeros(0, 4), torch.zeros(0), 0.5).tolist() == []

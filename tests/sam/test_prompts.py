@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from kornia_tinyvit.sam import Geometry
-from kornia_tinyvit.sam.prompts import each_photo, prepare_prompts
+from kornia_tinyvit.sam.prompts import prepare_prompts, split_prompts
 
 GEOMETRY = Geometry.fit((300, 400), (256, 256))  # resized to 192 x 256
 
@@ -102,11 +102,11 @@ def test_refused(prompts, message):
         prepare_prompts(GEOMETRY, **given)
 
 
-class TestEachPhoto:
+class TestSplitPrompts:
     def test_lists(self):
-        assert each_photo("boxes", None, 2) == [None, None]
-        assert each_photo("boxes", BOX, 1)[0] is BOX
-        assert each_photo("boxes", [None, BOX], 2)[1] is BOX
+        assert split_prompts("boxes", None, 2) == [None, None]
+        assert split_prompts("boxes", BOX, 1)[0] is BOX
+        assert split_prompts("boxes", [None, BOX], 2)[1] is BOX
 
     @pytest.mark.parametrize(
         ("given", "photos", "error", "message"),
@@ -118,4 +118,4 @@ class TestEachPhoto:
     )
     def test_refused(self, given, photos, error, message):
         with pytest.raises(error, match=message):
-            each_photo("boxes", given, photos)
+            split_prompts("boxes", given, photos)

@@ -9,7 +9,7 @@ from torch import nn
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.visualization import (
     feature_colors,
-    overlay_heat,
+    overlay_heatmap,
     saliency,
     stage_features,
 )
@@ -150,7 +150,7 @@ class TestOverlay:
         images = torch.rand(2, 3, 8, 10)
         heat = torch.zeros(2, 1, 8, 10)
         heat[..., 5:] = 1
-        laid = overlay_heat(images, heat)
+        laid = overlay_heatmap(images, heat)
         assert laid.shape == images.shape
         assert ((laid >= 0) & (laid <= 1)).all()
         gray = images.mean(1, keepdim=True).expand_as(images) * 0.6
@@ -158,4 +158,4 @@ class TestOverlay:
         color = (laid - 0.25 * gray)[..., 5:] / 0.75
         torch.testing.assert_close(color, color[:1, :, :1, :1].expand_as(color))
         assert color.std(1).mean() > 0.1  # a color, and no gray
-        torch.testing.assert_close(overlay_heat(images, heat, opacity=0.0), gray)
+        torch.testing.assert_close(overlay_heatmap(images, heat, opacity=0.0), gray)

@@ -8,7 +8,7 @@ import pytest
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
-from kornia_tinyvit.web.views import Changes
+from kornia_tinyvit.web.views import AugmentationParams
 
 page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
 
@@ -34,10 +34,12 @@ def test_a_photo_that_comes_while_another_is_opened_is_opened_next():
 
 
 def test_a_slider_for_each_change():
-    assert list(page.SLIDERS) == [each.name for each in dataclasses.fields(Changes)]
+    assert list(page.SLIDERS) == [each.name for each in dataclasses.fields(AugmentationParams)]
     for name, (low, high, step) in page.SLIDERS.items():
-        assert low <= getattr(Changes, name) <= high
-        assert ((getattr(Changes, name) - low) / step) == pytest.approx(round((getattr(Changes, name) - low) / step))
+        assert low <= getattr(AugmentationParams, name) <= high
+        assert ((getattr(AugmentationParams, name) - low) / step) == pytest.approx(
+            round((getattr(AugmentationParams, name) - low) / step)
+        )
 
 
 def test_weights_that_cannot_be_had(monkeypatch):

@@ -13,15 +13,15 @@ from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.web.views import (
-    Changes,
-    Marks,
+    AugmentationParams,
     Photo,
+    UserPrompts,
     augment,
     compare,
     explain,
     open_photo,
     segment_everything,
-    segment_marks,
+    segment_prompts,
     show_features,
 )
 from tests.sam.test_model import lively
@@ -109,7 +109,7 @@ class TestExplain:
 class TestAugment:
     def test_nothing(self):
         images = torch.rand(1, 3, 20, 30)
-        assert augment(images, Changes()) is images
+        assert augment(images, AugmentationParams()) is images
 
     @pytest.mark.parametrize(
         ("name", "value"),
@@ -127,34 +127,34 @@ class TestAugment:
     def test_each(self, name, value):
         """Changes the image, always alike, and stays in range; and tells all there are."""
         images = torch.rand(1, 3, 20, 30)
-        changed = augment(images, Changes(**{name: value}))
+        changed = augment(images, AugmentationParams(**{name: value}))
         assert changed.shape == images.shape
         assert changed.min() >= 0
         assert changed.max() <= 1
         assert (changed - images).abs().mean() > 0.01
         torch.manual_seed(7)
-        assert torch.equal(augment(images, Changes(**{name: value})), changed)
-        assert name in {each.name for each in dataclasses.fields(Changes)}
+        assert torch.equal(augment(images, AugmentationParams(**{name: value})), changed)
+        assert name in {each.name for each in dataclasses.fields(AugmentationParams)}
 
     def test_directions(self):
         """A turn to the left brings what is on the right to the top; perspective takes the right edge's ends."""
         images = torch.zeros(1, 3, 21, 21)
         images[..., 10, 18] = 1
-        assert augment(images, Changes(rotation=90.0))[0, 0, 2, 10] > 0.9
+        assert augment(images, AugmentationParams(rotation=90.0))[0, 0, 2, 10] > 0.9
         white = torch.ones(1, 3, 20, 30)
-        right, left = (augment(white, Changes(perspective=sign * 0.5))[0, 0, 1] for sign in (1, -1))
+        right, left = (augment(white, AugmentationParams(perspective=sign * 0.5))[0, 0, 1] for sign in (1, -1))
         assert (right[-3:].max(), right[:3].min()) == (0, 1)
         assert torch.allclose(left.flip(0), right, atol=1e-4)
 
     @pytest.mark.parametrize("size", [(1, 1), (1, 40), (3, 2)])
     def test_smallest(self, size):
-        everything = Changes(0.5, 1.5, 0.5, 0.1, 10.0, 0.9, 12.0, 0.5)
+        everything = AugmentationParams(0.5, 1.5, 0.5, 0.1, 10.0, 0.9, 12.0, 0.5)
         assert augment(torch.rand(1, 3, *size), everything).isfinite().all()
 
 
 class TestCompare:
     def test_scores(self, classifier, photo):
-        changed, rows = compare(classifier, photo, Changes(brightness=0.5), top_k=7)
+        changed, rows = compare(classifier, photo, AugmentationParams(brightness=0.5), top_k=7)
         scores, _ = explain(classifier, photo, top_k=7)
         darker, _ = explain(classifier, Photo(changed), top_k=7)
         assert {label: before for label, before, _ in rows} == pytest.approx(scores, rel=1e-3)
@@ -180,14 +180,14 @@ class TestFeatures:
 
 class TestMarks:
     def test_box(self):
-        marks = Marks().add_corner(30, 5)
+        marks = UserPrompts().add_corner(30, 5)
         assert (marks.corner, marks.box, marks.ready) == ((30, 5), None, False)
         marks = marks.add_corner(10, 20)
         assert (marks.corner, marks.box, marks.ready) == (None, (10, 5, 30, 20), True)
-        assert marks.add_corner(1, 2) == Marks((), (1, 2), None)
+        assert marks.add_corner(1, 2) == UserPrompts((), (1, 2), None)
 
     def test_points(self):
-        marks = Marks().add_point(1, 2, on=False)
+        marks = UserPrompts().add_point(1, 2, on=False)
         assert not marks.ready
         marks = marks.add_point(3, 4, on=True)
         assert marks.ready
@@ -196,7 +196,7 @@ class TestMarks:
     @pytest.mark.parametrize("second", [(30, 20), (10, 5), (30, 5)])
     def test_empty_box(self, second):
         with pytest.raises(ValueError, match="The box is empty"):
-            Marks().add_corner(30, 5).add_corner(*second)
+            UserPrompts().add_corner(30, 5).add_corner(*second)
 
 
 class TestSegment:
@@ -204,13 +204,13 @@ class TestSegment:
         calls = []
         embed = sam.embed
         monkeypatch.setattr(sam, "embed", lambda image: calls.append(image) or embed(image))
-        segment_marks(sam, photo, Marks(((200, 150, 1),)))
-        segment_marks(sam, photo, Marks(box=(10, 10, 300, 200)))
+        segment_prompts(sam, photo, UserPrompts(((200, 150, 1),)))
+        segment_prompts(sam, photo, UserPrompts(box=(10, 10, 300, 200)))
         segment_everything(sam, photo, 2)
         assert calls == [photo.image]
 
     def test_mask(self, sam, photo):
-        overlay, told = segment_marks(sam, photo, Marks(((200, 150, 1), (20, 280, 0))))
+        overlay, told = segment_prompts(sam, photo, UserPrompts(((200, 150, 1), (20, 280, 0))))
         points, labels = torch.tensor([[[200.0, 150.0], [20.0, 280.0]]]), torch.tensor([[1, 0]])
         (found,) = sam.predict_masks(sam.embed(CAT), points, labels, multimask_output=False)
         share = found.masks().float().mean().item()
@@ -220,7 +220,7 @@ class TestSegment:
 
     def test_nothing_marked(self, sam, photo):
         with pytest.raises(ValueError, match="There is nothing to look for"):
-            segment_marks(sam, photo, Marks())
+            segment_prompts(sam, photo, UserPrompts())
 
     def test_everything(self, sam, photo, monkeypatch):
         whole = MobileSAM.generate_masks

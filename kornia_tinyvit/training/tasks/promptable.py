@@ -23,8 +23,8 @@ from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry
-from kornia_tinyvit.sam.inputs import prepare_photo
 from kornia_tinyvit.sam.model import MobileSAM
+from kornia_tinyvit.sam.transforms import preprocess_image
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics, mask_ious
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 from kornia_tinyvit.training.tasks.prompts import Prompts
@@ -279,7 +279,7 @@ class PromptEvaluator(Evaluator):
         found = [sample for _, sample in samples if len(sample[1])]
         blank = torch.zeros(3, *self.size, dtype=torch.uint8), torch.ones(1, *self.size, dtype=torch.bool)
         pixels, masks = found[0] if found else blank
-        inputs, geometry = prepare_photo(pixels, self.size, self.device, torch.float32)
+        inputs, geometry = preprocess_image(pixels, self.size, self.device, torch.float32)
         logits, scores = network(_boxes_and_points(inputs, geometry, masks))
         if found:
             count = len(masks)

@@ -15,7 +15,7 @@ from kornia_tinyvit.data.order import keyed_seed
 from kornia_tinyvit.data.paired import PairedBatch, PairedSamples
 from kornia_tinyvit.ops import mask_boxes
 from kornia_tinyvit.sam.embedding import Geometry
-from kornia_tinyvit.sam.inputs import PIXEL_MEAN, PIXEL_STD, resize_photo
+from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD, resize_image
 from kornia_tinyvit.training.tasks.semantic import MaskAugmentation
 
 __all__ = ["PromptAugmentation", "PromptTargets", "PromptedSamples", "Prompting", "Prompts"]
@@ -152,7 +152,7 @@ class PromptAugmentation(MaskAugmentation):
             masks[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False
         )
         square = torch.tensor(_PADDING, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
-        square[:, :height, :width] = resize_photo(image, geometry.input_size)
+        square[:, :height, :width] = resize_image(image, geometry.input_size)
         return square, F.pad(shares[0] >= 0.5, (0, side - width, 0, side - height))
 
     def _draw(self, masks: Tensor, generator: torch.Generator) -> Prompts:

@@ -11,7 +11,7 @@ from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import (
     demo_augmentations,
-    save_sheet,
+    save_figure,
 )
 
 
@@ -45,7 +45,7 @@ class TestSheet:
     def test_sizes(self, classifier, tmp_path, size):
         path = tmp_path / "new folder" / "sheet.png"
         image = torch.rand(3, *size)
-        found = save_sheet(path, classifier, image, "A photo")
+        found = save_figure(path, classifier, image, "A photo")
         expected = classifier.predict(image)[0]
         assert [each.label for each in found] == [each.label for each in expected]
         assert [each.score for each in found] == pytest.approx([each.score for each in expected], rel=1e-3)
@@ -56,7 +56,7 @@ class TestSheet:
 
     def test_shows_the_photo_and_the_stages(self, classifier, tmp_path):
         image = torch.tensor([0.9, 0.1, 0.2]).view(3, 1, 1).expand(3, 60, 60).clone()
-        save_sheet(tmp_path / "sheet.png", classifier, image, "Red", top_k=2)
+        save_figure(tmp_path / "sheet.png", classifier, image, "Red", top_k=2)
         sheet = np.array(Image.open(tmp_path / "sheet.png")).astype(int)
         first = sheet[48 : 48 + 232, 12 : 12 + 232]
         assert np.abs(first - np.array([229.5, 25.5, 51])).max() <= 1
@@ -68,20 +68,20 @@ class TestSheet:
 
     def test_own_views(self, classifier, tmp_path):
         path = tmp_path / "sheet.png"
-        save_sheet(path, classifier, torch.rand(3, 40, 40), "Two", views={"same": nn.Identity()}, top_k=3)
+        save_figure(path, classifier, torch.rand(3, 40, 40), "Two", views={"same": nn.Identity()}, top_k=3)
         assert Image.open(path).size[0] == 12 + 5 * 244  # the row of stages is the longer one
         views = {str(number): nn.Identity() for number in range(6)}
-        save_sheet(path, classifier, torch.rand(3, 40, 40), "Many", views=views)
+        save_figure(path, classifier, torch.rand(3, 40, 40), "Many", views=views)
         assert Image.open(path).size[0] == 12 + 8 * 244
 
     def test_leaves_a_network_in_training_as_it_was(self, classifier, tmp_path):
         image = torch.rand(3, 40, 40)
         torch.manual_seed(0)
-        expected = save_sheet(tmp_path / "a.png", classifier, image, "")
+        expected = save_figure(tmp_path / "a.png", classifier, image, "")
         state = copy.deepcopy(classifier.state_dict())
         classifier.train()
         torch.manual_seed(0)
-        assert save_sheet(tmp_path / "b.png", classifier, image, "") == expected
+        assert save_figure(tmp_path / "b.png", classifier, image, "") == expected
         assert all(module.training for module in classifier.modules())
         for name, tensor in classifier.state_dict().items():
             assert torch.equal(tensor, state[name])

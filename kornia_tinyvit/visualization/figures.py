@@ -13,9 +13,9 @@ from kornia_tinyvit.classification import ImageClassifier, Prediction
 from kornia_tinyvit.images import to_pil
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.visualization.drawing import save_image
-from kornia_tinyvit.visualization.features import feature_colors, overlay_heat, saliency, stage_features
+from kornia_tinyvit.visualization.features import feature_colors, overlay_heatmap, saliency, stage_features
 
-__all__ = ["demo_augmentations", "save_sheet"]
+__all__ = ["demo_augmentations", "save_figure"]
 
 _TILE = 232  # pixels a side
 _GAP = 12
@@ -36,7 +36,7 @@ def demo_augmentations() -> dict[str, nn.Module]:
     }
 
 
-def save_sheet(
+def save_figure(
     path: str | Path,
     classifier: ImageClassifier,
     image: Tensor,
@@ -71,7 +71,7 @@ def save_sheet(
     above = [(image, "the photo", "")]
     for (name, view), found in zip(changed.items(), predictions[1:], strict=True):
         above.append((view, name, f"{found[0].label} {found[0].score:.0%}"))
-    below = [(overlay_heat(batch, heat)[0], "saliency", predictions[0][0].label)]
+    below = [(overlay_heatmap(batch, heat)[0], "saliency", predictions[0][0].label)]
     for number, features in enumerate(stages, 1):
         below.append((feature_colors(features)[0], f"stage {number}", " x ".join(map(str, features.shape[1:]))))
 

@@ -17,11 +17,11 @@ from torch import Tensor
 from kornia_tinyvit.images import read_pixels, to_pil, to_pixels
 from kornia_tinyvit.sam.embedding import Geometry
 
-__all__ = ["PIXEL_MEAN", "PIXEL_STD", "Photo", "list_photos", "open_photo", "prepare_photo", "resize_photo"]
+__all__ = ["PIXEL_MEAN", "PIXEL_STD", "ImageLike", "list_images", "open_image", "preprocess_image", "resize_image"]
 
 #: What is taken as a photo: a path, a PIL image, a uint8 array :math:`(H, W, 3)`, or a tensor :math:`(3, H, W)` in
 #: [0, 1].
-Photo = Tensor | str | Path | Image.Image | NDArray[np.uint8]
+ImageLike = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
 #: Channel means that every SAM is normalized with, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -29,14 +29,14 @@ PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
-def list_photos(images: Photo | Sequence[Photo]) -> list[Photo]:
+def list_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
     """Return one photo, several, a batch tensor :math:`(B, 3, H, W)` or array :math:`(B, H, W, 3)` as a list."""
     batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     several = isinstance(images, Sequence) and not isinstance(images, str)
-    return list(cast("Sequence[Photo]", images)) if batch or several else [cast("Photo", images)]
+    return list(cast("Sequence[ImageLike]", images)) if batch or several else [cast("ImageLike", images)]
 
 
-def open_photo(image: Photo) -> Tensor:
+def open_image(image: ImageLike) -> Tensor:
     """Return a photo :math:`(3, H, W)`: uint8 if it is a file, a PIL image or an array; a tensor as it is.
 
     Raises:
@@ -63,7 +63,7 @@ def open_photo(image: Photo) -> Tensor:
     return image
 
 
-def prepare_photo(
+def preprocess_image(
     pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Geometry]:
     """Resize a photo as a whole, normalize it and pad it; see :meth:`MobileSAM.preprocess`.
@@ -79,16 +79,16 @@ def prepare_photo(
     """
     geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
     if pixels.dtype == torch.uint8:
-        pixels = resize_photo(pixels, geometry.input_size).to(device).float() / 255
+        pixels = resize_image(pixels, geometry.input_size).to(device).float() / 255
     else:
         pixels = pixels.to(device, torch.promote_types(pixels.dtype, torch.float32))
-        pixels = resize_photo(pixels, geometry.input_size)
+        pixels = resize_image(pixels, geometry.input_size)
     mean, std = pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)
     below, right = (side - used for side, used in zip(img_size, geometry.input_size, strict=True))
     return F.pad(normalize(pixels[None], mean, std)[0], (0, right, 0, below)).to(dtype), geometry
 
 
-def resize_photo(pixels: Tensor, size: tuple[int, int]) -> Tensor:
+def resize_image(pixels: Tensor, size: tuple[int, int]) -> Tensor:
     """Resize a photo :math:`(3, H, W)`, bilinear with antialiasing: uint8 as Pillow does, floating point by torch."""
     if tuple(pixels.shape[1:]) == size:
         return pixels
