@@ -1,18 +1,24 @@
-# The environment is .venv with the versions of constraints.txt; everything below sets it up first where needed.
+# The environment is .venv with the versions of constraints.txt. Every target creates it where it is missing.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test lint docs dist setup clean
+.PHONY: demo test check lint docs dist setup clean
 
 demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
 	@echo "The sheets are in demo/: open them in any image viewer."
 
-# A process a core, each with one thread: networks as small as the tests' gain nothing from more. To count the lines that
-# run takes time: make test COVERAGE=--cov.
+# One process per core, each with one thread: networks as small as the tests' gain nothing from more threads.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal
+
+# Style, types, unit tests and journeys. With line coverage, which takes longer: make test COVERAGE=--cov.
 test: setup lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist worksteal $(COVERAGE)
+	$(PYTEST) -m "not slow" $(COVERAGE)
+
+# The slower checks: the documentation and its code blocks, pages in a browser, commands in pages, examples, wheel, fuzz.
+check: setup docs
+	$(PYTEST) -m slow
 
 lint: setup
 	$(BIN)/ruff check .
