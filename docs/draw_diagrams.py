@@ -2,8 +2,8 @@
 
     python docs/draw_diagrams.py
 
-The sizes in them are those of the networks' configurations, and the rooms are those of the package; the tests draw them
-again and compare. They stand on white, so that they can be read on a dark page as well.
+The shapes are computed from the networks' configurations. The tests draw the diagrams again and compare. The background is
+white, for legibility in the dark theme.
 """
 
 from __future__ import annotations
@@ -19,34 +19,34 @@ from kornia_tinyvit.semantic import SegmenterConfig
 
 STATIC = Path(__file__).resolve().parent / "_static"
 WIDTH, MARGIN = 720, 20
-BOX, SHAPE = 420, 250  # widths of the two columns: what happens, and the shape of what comes out
-TITLE, DETAIL = 19, 15  # pixels of the letters; a phone shows about half of them
+BOX, SHAPE = 420, 250  # widths of the columns: steps, and the shapes of their outputs
+TITLE, DETAIL = 19, 15  # font sizes in pixels; a phone shows about half of them
 INK, QUIET, EDGE = "#16202c", "#4a5868", "#9aa7b4"
 DATA, CONVOLUTION, ATTENTION, HEAD = "#eef1f4", "#d5ecdf", "#d6e4fb", "#fbe6cc"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-#: The floors of the package from the top, each with its rooms and what they are for. A room imports rooms of the lines
-#: below, and of its own line those to its left.
-ROOMS: tuple[tuple[tuple[str, ...], str], ...] = (
-    (("cli",), "one file per command"),
+#: The layers of the package from the top, each with its modules and their purpose. A module imports modules of the layers
+#: below, and of its own layer those to its left.
+LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
+    (("cli",), "one module per command"),
     (("web",), "the web demo"),
     (("contraction",), "smaller networks under a budget"),
-    (("training",), "the loop, and a file per task"),
+    (("training",), "the loop, and one module per task"),
     (("distillation",), "stored soft labels, teachers"),
-    (("deploy", "visualization", "huggingface"), "engines and files; drawing; transformers"),
-    (("backbone", "classification", "semantic", "detection", "sam"), "a network for a task"),
-    (("model", "folding"), "TinyViT; its folded form"),
-    (("checkpoints", "data"), "weights; datasets and loading"),
+    (("deploy", "visualization", "huggingface"), "engines, export; drawing; transformers"),
+    (("backbone", "classification", "semantic", "detection", "sam"), "one network per task"),
+    (("model", "folding"), "TinyViT; folding of its operators"),
+    (("checkpoints", "data"), "weights; data sets and loading"),
     (("config", "layers", "images", "preprocessing", "ops"), "blocks; images to tensors; masks"),
-    (("version", "extras", "files", "allocator", "progress"), "atomic files, optional packages"),
+    (("version", "extras", "files", "allocator", "progress"), "atomic files, optional packages, progress"),
 )
 
 
 class Diagram:
-    """Boxes below each other on a white card, with arrows between them and a shape beside each.
+    """A column of boxes on a white card, connected by arrows, each with a shape to its right.
 
     Args:
-        title: what a screen reader says.
+        title: accessible title of the SVG file.
     """
 
     def __init__(self, title: str) -> None:
@@ -56,13 +56,13 @@ class Diagram:
         self.joined = False
 
     def text(self, x: float, y: float, words: str, size: int, color: str = INK, style: str = "") -> None:
-        """Write a line that begins at x and stands on y."""
+        """Add a line of text that starts at x with its baseline at y."""
         self.parts.append(
             f'<text x="{x:g}" y="{y:g}" font-size="{size}" fill="{color}" {style}>{html.escape(words)}</text>'
         )
 
     def box(self, x: float, width: float, title: str, details: tuple[str, ...], color: str) -> float:
-        """Draw a box at the bottom of the diagram and return its height."""
+        """Add a box at the bottom and return its height."""
         height = 34 + 20 * len(details)
         self.parts.append(
             f'<rect x="{x:g}" y="{self.bottom:g}" width="{width:g}" height="{height}" rx="7" '
@@ -74,18 +74,18 @@ class Diagram:
         return height
 
     def arrow(self, x: float, top: float, bottom: float) -> None:
-        """Draw an arrow downwards."""
+        """Add an arrow downwards."""
         self.parts.append(f'<path d="M{x:g} {top:g}V{bottom - 2:g}" stroke="{QUIET}" marker-end="url(#tip)"/>')
 
     def heading(self, words: str) -> None:
-        """Begin a new part."""
+        """Start a new section."""
         self.bottom += 14 if self.parts else 0
         self.text(MARGIN, self.bottom + 18, words, TITLE, style='font-weight="700"')
         self.bottom += 32
         self.joined = False
 
     def step(self, title: str, *details: str, shape: str = "", color: str = DATA) -> None:
-        """Add a box below the last one; an arrow leads to it unless a part begins here."""
+        """Add a box below the last one, with an arrow between them unless it is the first of a section."""
         if self.joined:
             self.arrow(MARGIN + BOX / 2, self.bottom, self.bottom + 20)
             self.bottom += 20
@@ -98,7 +98,7 @@ class Diagram:
         self.joined = True
 
     def beside(self, left: tuple[str, tuple[str, ...], str], right: tuple[str, tuple[str, ...], str]) -> None:
-        """Add two boxes in one line, from both of which an arrow leads down."""
+        """Add two boxes side by side, each with an arrow downwards."""
         half = (WIDTH - 3 * MARGIN) / 2
         height = max(self.box(MARGIN + side * (half + MARGIN), half, *box) for side, box in enumerate((left, right)))
         self.bottom += height
@@ -108,12 +108,12 @@ class Diagram:
         self.joined = False
 
     def note(self, words: str) -> None:
-        """Write a line of small letters."""
+        """Add a line in small type."""
         self.bottom += 24
         self.text(MARGIN, self.bottom, words, DETAIL, QUIET)
 
     def to_svg(self) -> str:
-        """Return the file's text."""
+        """Return the content of the SVG file."""
         height = self.bottom + MARGIN
         lines = [
             f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {height:g}" width="{WIDTH}" '
@@ -129,12 +129,12 @@ class Diagram:
 
 
 def size(channels: int | str, side: int | str) -> str:
-    """Return how the diagrams write the shape of a square map."""
+    """Format the shape of a square feature map."""
     return f"{channels} {TIMES} {side} {TIMES} {side}"
 
 
 def draw_network(config: TinyViTConfig, name: str) -> Diagram:
-    """Draw a network from the image to the logits, and one of its attention blocks."""
+    """Draw the network, and one of its attention blocks."""
     diagram = Diagram(f"TinyViT {name}: the network from the image to the logits, and one of its attention blocks")
     sides = [config.img_size // stride for stride in config.stage_strides]
     diagram.heading(f"TinyViT {name} at {config.img_size} pixels")
@@ -160,14 +160,14 @@ def draw_network(config: TinyViTConfig, name: str) -> Diagram:
         else:
             title, color = f"Stage 1: {depth} MBConv blocks", CONVOLUTION
             detail = f"1{TIMES}1 to {config.mbconv_expand_ratio:g} times the channels, depthwise 3{TIMES}3, 1{TIMES}1"
-        diagram.step(title, detail, shape=f"map {stage + 1}, stride {config.stage_strides[stage]}", color=color)
-    diagram.step("Head", "mean over the map, layer norm, linear", shape=f"{config.num_classes} logits", color=HEAD)
+        diagram.step(title, detail, shape=f"features {stage + 1}, stride {config.stage_strides[stage]}", color=color)
+    diagram.step("Head", "global average pooling, layer norm, linear", shape=f"{config.num_classes} logits", color=HEAD)
     diagram.heading("One attention block")
     diagram.step("Tokens", shape="C channels")
-    diagram.step("+ attention inside windows", "layer norm; a learnt bias for each offset", color=ATTENTION)
+    diagram.step("+ attention inside windows", "layer norm; a learned bias for each offset", color=ATTENTION)
     diagram.step(
         f"depthwise {config.local_conv_size}{TIMES}{config.local_conv_size} convolution",
-        "across the windows' borders",
+        "across window borders",
         color=CONVOLUTION,
     )
     diagram.step(
@@ -176,131 +176,131 @@ def draw_network(config: TinyViTConfig, name: str) -> Diagram:
         shape=f"{config.mlp_ratio:g} C inside",
         color=ATTENTION,
     )
-    diagram.note("+ is added to what came in. Convolutions are followed by batch norm.")
+    diagram.note("+ denotes a residual connection. Convolutions are followed by batch norm.")
     return diagram
 
 
 def draw_mobile_sam(config: TinyViTConfig) -> Diagram:
-    """Draw what MobileSAM does once for a photo, and what for each prompt."""
-    diagram = Diagram("MobileSAM: what happens once for a photo, and what for each prompt")
+    """Draw the steps of MobileSAM per image and per prompt."""
+    diagram = Diagram("MobileSAM: steps per image and per prompt")
     side = config.img_size
     cells, low = side // STRIDE, side // 4
-    diagram.heading("Once for a photo")
-    diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
-    diagram.step("Resize, normalize, pad", f"the longer side becomes {side} pixels", shape=size(config.in_chans, side))
+    diagram.heading("Once per image")
+    diagram.step("Image", shape=f"3 {TIMES} H {TIMES} W")
+    diagram.step("Resize, normalize, pad", f"longer side to {side} pixels", shape=size(config.in_chans, side))
     diagram.step(
         "TinyViT 5m",
-        "the last merging keeps the size of the map",
+        "the last merging has stride 1",
         shape=size(config.embed_dims[-1], cells),
         color=ATTENTION,
     )
     diagram.step("Neck", f"1{TIMES}1, norm, 3{TIMES}3, norm", shape=size(NECK_CHANNELS, cells), color=CONVOLUTION)
     diagram.heading("For each of P prompts")
     diagram.beside(
-        ("Embedding of the photo", ("from above, or from a file",), DATA),
+        ("Image embedding", ("computed above, or from a file",), DATA),
         ("Prompt encoder", ("points, boxes, earlier masks",), HEAD),
     )
     diagram.step(
         "Mask decoder",
-        "attention between prompt and photo, both ways",
+        "two-way attention between prompt and image",
         shape=f"P {TIMES} 3 {TIMES} {low} {TIMES} {low}\nP {TIMES} 3 scores",
         color=ATTENTION,
     )
-    diagram.step("Enlarge, crop, threshold", shape=f"P {TIMES} 3 {TIMES} H {TIMES} W")
+    diagram.step("Upsample, crop, threshold", shape=f"P {TIMES} 3 {TIMES} H {TIMES} W")
     return diagram
 
 
 def draw_detector(config: DetectorConfig) -> Diagram:
-    """Draw the way from a photo to boxes."""
+    """Draw the detector."""
     backbone, width, queries = config.backbone, config.hidden_dim, config.num_queries
     strides = backbone.stage_strides[1:]
     sides = [backbone.img_size // stride for stride in strides]
-    diagram = Diagram("The detector: from a photo to boxes")
-    diagram.step("Photo", shape=f"3 {TIMES} H {TIMES} W")
+    diagram = Diagram("The detector: from an image to boxes")
+    diagram.step("Image", shape=f"3 {TIMES} H {TIMES} W")
     diagram.step("Resize to a square, normalize", shape=size(backbone.in_chans, backbone.img_size))
     diagram.step(
         "TinyViT 5m",
-        f"maps of the stages 2, 3 and 4: strides {strides[0]}, {strides[1]}, {strides[2]}",
+        f"features of stages 2, 3 and 4: strides {strides[0]}, {strides[1]}, {strides[2]}",
         shape="\n".join(size(c, side) for c, side in zip(backbone.embed_dims[1:], sides, strict=True)),
         color=ATTENTION,
     )
     diagram.step(
         "Hybrid encoder",
-        "attention over the coarsest map,",
-        "convolutions between the three",
+        "attention over the coarsest features,",
+        "convolutions between the three scales",
         shape="\n".join(size(width, side) for side in sides),
         color=CONVOLUTION,
     )
     diagram.step(
-        "Choose queries",
-        f"the {queries} best of {sum(side**2 for side in sides)} cells",
+        "Query selection",
+        f"the top {queries} of {sum(side**2 for side in sides)} cells",
         shape=f"{queries} {TIMES} {width}",
         color=HEAD,
     )
     diagram.step(
         f"Decoder, {config.decoder_layers} layers",
-        "attention among queries, and to points on the maps",
+        "self-attention, deformable attention",
         shape=f"{queries} {TIMES} K logits\n{queries} {TIMES} 4 boxes",
         color=ATTENTION,
     )
-    diagram.step("Sort by score, scale to the photo", shape="label, score, box")
+    diagram.step("Sort by score, scale to the image", shape="label, score, box")
     return diagram
 
 
 def draw_segmenter(config: SegmenterConfig) -> Diagram:
-    """Draw the way from an image to a class for each pixel."""
+    """Draw the semantic segmenter."""
     backbone, width = config.backbone, config.width
     sides = [backbone.img_size // stride for stride in backbone.stage_strides]
     diagram = Diagram("The semantic segmenter: from an image to a class for each pixel")
     diagram.step("Image", shape=size(backbone.in_chans, backbone.img_size))
     diagram.step(
         "Normalize, TinyViT 5m",
-        "maps of the four stages",
+        "features of the four stages",
         shape="\n".join(size(c, side) for c, side in zip(backbone.embed_dims, sides, strict=True)),
         color=ATTENTION,
     )
     diagram.step(
-        "A linear layer for each map",
-        "all enlarged to the finest, and stacked",
+        "A linear layer per stage",
+        "upsampled to the finest, concatenated",
         shape=size(len(sides) * width, sides[0]),
         color=CONVOLUTION,
     )
-    diagram.step("A linear layer over all", "batch norm, ReLU, dropout", shape=size(width, sides[0]), color=CONVOLUTION)
+    diagram.step("Linear layer", "batch norm, ReLU, dropout", shape=size(width, sides[0]), color=CONVOLUTION)
     diagram.step("Classifier", shape=size("K", sides[0]), color=HEAD)
-    diagram.step("Enlarge", shape=size("K", backbone.img_size))
+    diagram.step("Upsample", shape=size("K", backbone.img_size))
     return diagram
 
 
-def draw_rooms() -> Diagram:
-    """Draw the rooms of the package, each above those that it imports."""
-    diagram = Diagram("The rooms of the package, each above those that it imports")
-    for names, purpose in ROOMS:
+def draw_package() -> Diagram:
+    """Draw the modules of the package, each above those that it imports."""
+    diagram = Diagram("The modules of the package, each above those that it imports")
+    for names, purpose in LAYERS:
         diagram.text(MARGIN, diagram.bottom + 12, purpose, DETAIL, QUIET)
         diagram.bottom += 20
-        letters = sum(map(len, names)) + 3 * len(names)  # a box is as wide as its name needs
-        room = (WIDTH - 2 * MARGIN - 10 * (len(names) - 1)) / letters
+        letters = sum(map(len, names)) + 3 * len(names)  # widths are proportional to the names
+        unit = (WIDTH - 2 * MARGIN - 10 * (len(names) - 1)) / letters
         left = float(MARGIN)
         for name in names:
-            width = room * (len(name) + 3)
+            width = unit * (len(name) + 3)
             diagram.box(left, width, name, (), ATTENTION if names[0] != "cli" else HEAD)
             left += width + 10
         diagram.bottom += 34
-        if names != ROOMS[-1][0]:
+        if names != LAYERS[-1][0]:
             diagram.arrow(WIDTH / 2, diagram.bottom, diagram.bottom + 16)
             diagram.bottom += 16
-    diagram.note("A room imports rooms below it, and on its own floor those to its left.")
+    diagram.note("A module imports modules below it, and of its own layer those to its left.")
     return diagram
 
 
 def diagrams() -> dict[str, str]:
-    """Return the files by their names."""
+    """Return the SVG files by name."""
     five = TinyViTConfig.from_variant("5m")
     drawn = {
         "network": draw_network(five, "5m"),
         "mobile_sam": draw_mobile_sam(five.replace(img_size=1024, mobile_sam=True)),
         "detector": draw_detector(DetectorConfig(five.replace(img_size=640, num_classes=0), num_classes=80)),
         "segmenter": draw_segmenter(SegmenterConfig(five.replace(img_size=512, num_classes=0), num_classes=150)),
-        "rooms": draw_rooms(),
+        "package": draw_package(),
     }
     return {f"{name}.svg": diagram.to_svg() for name, diagram in drawn.items()}
 

@@ -1,4 +1,4 @@
-"""The arrows of the house: a room imports from lower floors, and on its own floor from rooms listed before it."""
+"""Imports of the package: a module imports lower layers, and of its own layer the modules listed before it."""
 
 import ast
 import graphlib
@@ -9,8 +9,8 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "kornia_tinyvit"
 
-#: From the ground up; docs/architecture.rst says what each room is for.
-FLOORS = (
+#: From the lowest layer up; described in docs/architecture.rst.
+LAYERS = (
     ("version", "extras", "files", "allocator", "progress"),
     ("config", "layers", "images", "preprocessing", "ops"),
     ("checkpoints", "data"),
@@ -23,18 +23,18 @@ FLOORS = (
     ("web",),
     ("cli",),
 )
-HEIGHT = {room: number for number, room in enumerate(room for floor in FLOORS for room in floor)}
-DOOR = "kornia_tinyvit"  # __init__.py and __main__.py, which may import every room and are imported by none
+RANK = {module: number for number, module in enumerate(module for layer in LAYERS for module in layer)}
+ROOT = "kornia_tinyvit"  # __init__.py and __main__.py may import every module and are imported by none
 
 
-def name_of(path: Path, package: Path) -> str:
+def module_name(path: Path, package: Path) -> str:
     parts = path.relative_to(package.parent).with_suffix("").parts
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-def arrows(package: Path) -> dict[str, set[str]]:
-    """Return the modules that each module imports, wherever in it: in functions and for type checkers, too."""
-    modules = {name_of(path, package): path for path in package.rglob("*.py")}
+def imports_of(package: Path) -> dict[str, set[str]]:
+    """Return the imports of each module of the package, including those in functions and for type checkers."""
+    modules = {module_name(path, package): path for path in package.rglob("*.py")}
     found = {}
     for name, path in modules.items():
         imported = set()
@@ -43,46 +43,47 @@ def arrows(package: Path) -> dict[str, set[str]]:
                 imported |= {alias.name for alias in node.names}
             elif isinstance(node, ast.ImportFrom):
                 assert node.level == 0, f"{path} has a relative import"
-                wholes = [f"{node.module}.{alias.name}" for alias in node.names]
-                imported |= {whole if whole in modules else str(node.module) for whole in wholes}
+                full_names = [f"{node.module}.{alias.name}" for alias in node.names]
+                imported |= {full if full in modules else str(node.module) for full in full_names}
         found[name] = {module for module in imported if module in modules} - {name}
     return found
 
 
-def room_of(module: str) -> str:
-    return module.split(".")[1] if "." in module else DOOR
+def top_level(module: str) -> str:
+    """Return the name directly below the package."""
+    return module.split(".")[1] if "." in module else ROOT
 
 
-def wrong_arrows(found: dict[str, set[str]]) -> list[str]:
-    """Return the imports that go up, to a later room of the same floor, or through the front door."""
+def wrong_imports(imports: dict[str, set[str]]) -> list[str]:
+    """Return imports of higher layers, of later modules of the same layer, and of the package itself."""
     wrong = []
-    for module, imported in found.items():
+    for module, imported in imports.items():
         for other in imported:
-            room, target = room_of(module), room_of(other)
-            if room in HEIGHT and room != target and HEIGHT.get(target, len(HEIGHT)) > HEIGHT[room]:
+            source, target = top_level(module), top_level(other)
+            if source in RANK and source != target and RANK.get(target, len(RANK)) > RANK[source]:
                 wrong.append(f"{module} imports {other}")
     return sorted(wrong)
 
 
-def test_every_room_has_its_floor():
-    rooms = {room_of(module) for module in arrows(PACKAGE)} - {DOOR, "__main__"}
-    assert rooms == set(HEIGHT)
+def test_every_module_has_a_layer():
+    modules = {top_level(module) for module in imports_of(PACKAGE)} - {ROOT, "__main__"}
+    assert modules == set(RANK)
 
 
-def test_the_diagram_shows_the_floors(monkeypatch):
+def test_diagram_shows_the_layers(monkeypatch):
     docs = PACKAGE.parent / "docs"
     monkeypatch.syspath_prepend(str(docs))
-    drawn = runpy.run_path(str(docs / "draw_diagrams.py"))["ROOMS"]
-    assert tuple(rooms for rooms, _ in drawn) == FLOORS[::-1]
+    drawn = runpy.run_path(str(docs / "draw_diagrams.py"))["LAYERS"]
+    assert tuple(modules for modules, _ in drawn) == LAYERS[::-1]
 
 
-def test_imports_go_down():
-    assert wrong_arrows(arrows(PACKAGE)) == []
+def test_imports_of_lower_layers_only():
+    assert wrong_imports(imports_of(PACKAGE)) == []
 
 
-def test_no_circle_between_files():
+def test_no_circular_imports():
     try:
-        tuple(graphlib.TopologicalSorter(arrows(PACKAGE)).static_order())
+        tuple(graphlib.TopologicalSorter(imports_of(PACKAGE)).static_order())
     except graphlib.CycleError as error:
         pytest.fail(" -> ".join(error.args[1]))
 
@@ -96,7 +97,7 @@ def test_no_circle_between_files():
         ("config", "from kornia_tinyvit import __version__"),
     ],
 )
-def test_an_import_that_is_turned_round_is_found(module, line, tmp_path):
+def test_finds_wrong_imports(module, line, tmp_path):
     package = tmp_path / "kornia_tinyvit"
     for path in PACKAGE.rglob("*.py"):
         copy = package / path.relative_to(PACKAGE)
@@ -104,4 +105,4 @@ def test_an_import_that_is_turned_round_is_found(module, line, tmp_path):
         copy.write_text(path.read_text(encoding="utf-8"), encoding="utf-8")
     changed = package / (module.replace(".", "/") + ".py")
     changed.write_text(changed.read_text(encoding="utf-8") + "\n\n" + line + "\n", encoding="utf-8")
-    assert len(wrong_arrows(arrows(package))) == len(wrong_arrows(arrows(PACKAGE))) + 1
+    assert len(wrong_imports(imports_of(package))) == len(wrong_imports(imports_of(PACKAGE))) + 1
