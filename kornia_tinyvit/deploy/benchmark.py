@@ -13,7 +13,7 @@ from torch import Tensor
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.deploy.accuracy import compare
-from kornia_tinyvit.deploy.graph import synthetic_images
+from kornia_tinyvit.deploy.graph import build_graph, synthetic_images
 from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved, matrix_peak
 from kornia_tinyvit.deploy.optimization import DTYPES as KNOWN_DTYPES
 from kornia_tinyvit.deploy.optimization import Candidates, Optimized
@@ -142,10 +142,11 @@ class Benchmark:
             progress: show a progress bar.
         """
         calibration = () if self.images is None else self.images.calibration.split(16)
-        candidates = Candidates(self.network, self.method, calibration=calibration)
+        candidates = Candidates(build_graph(self.network, self.method), calibration)
+        pending = [row for row in rows if row.skipped is None]
         with progress_bar(progress) as bar:
-            task = bar.add_task("", total=len(rows))
-            for batch, group in itertools.groupby(rows, key=lambda row: row.batch):
+            task = bar.add_task("", total=len(pending))
+            for batch, group in itertools.groupby(pending, key=lambda row: row.batch):
                 inputs = synthetic_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
@@ -160,8 +161,6 @@ class Benchmark:
 
     def _prepare(self, row: Row, candidates: Candidates, inputs: Tensor) -> Optimized | None:
         """Optimize the network for a row and compare it; if that fails, set ``skipped`` and return ``None``."""
-        if row.skipped is not None:
-            return None
         try:
             optimized = candidates.make(row.engine, DTYPES[row.dtype], inputs)
         except (ImportError, ValueError, RuntimeError) as error:  # the other engines are still measured

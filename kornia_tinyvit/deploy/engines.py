@@ -104,9 +104,8 @@ class InductorEngine(EagerEngine):
     def prepare(self, example: Tensor) -> None:
         """Wrap a copy of the graph in ``torch.compile``; the first call compiles it."""
         self.cudagraphs = example.device.type == "cuda"
-        options: dict[str, Any] = {"freezing": True, **({"triton.cudagraphs": True} if self.cudagraphs else {})}
         self.graph = self.graph.with_dtype(self.dtype)
-        self.compiled = torch.compile(self.graph, options=options)
+        self.compiled = torch.compile(self.graph, options={"freezing": True, "triton.cudagraphs": self.cudagraphs})
 
     def __call__(self, images: Tensor) -> Outputs:
         # Freezing needs no_grad; in inference mode torch would compile a second time.

@@ -55,12 +55,7 @@ def export_onnx(
     check_opset(opset)
     task = ExportTask(model, **settings)
     proto = to_onnx(task.program(), opset, outputs=task.outputs)
-
-    def write(temporary: Path) -> Callable[[Tensor], Any]:
-        run = write_onnx(proto, temporary, opset, task.metadata())
-        return lambda images: run({"images": images})
-
-    return task.write(path, write, tolerance)
+    return task.write(path, lambda file: write_onnx(proto, file, opset, task.metadata()), tolerance)
 
 
 def export_program(
@@ -88,9 +83,8 @@ def export_program(
     """
     check_program(Path(path), compiled)
     task = ExportTask(model, **settings)
-    return task.write(
-        path, lambda temporary: write_program(task.program(), temporary, task.metadata(), compiled), tolerance
-    )
+    program = task.program()
+    return task.write(path, lambda file: write_program(program, file, task.metadata(), compiled), tolerance)
 
 
 class ExportTask:

@@ -44,8 +44,6 @@ class InferenceGraph(nn.Module):
     """
 
     mean: Tensor | None
-    #: Cached ONNX graphs by (height, width), ``None`` for dynamic shapes; shared by the engines and their dtypes.
-    onnx_models: dict[tuple[int, ...] | None, onnx.ModelProto]
 
     def __init__(
         self,
@@ -64,7 +62,8 @@ class InferenceGraph(nn.Module):
         self.views = tuple(views)
         self.register_buffer("mean", mean)
         self.dtype = torch.float32
-        self.onnx_models = {}
+        #: Cached ONNX graphs by (height, width), ``None`` for dynamic shapes; shared by the engines and their dtypes.
+        self.onnx_models: dict[tuple[int, ...] | None, onnx.ModelProto] = {}
 
     def with_dtype(self, dtype: torch.dtype) -> InferenceGraph:
         """Return a copy whose network computes in a dtype; the mean is always subtracted in float32."""

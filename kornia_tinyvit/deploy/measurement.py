@@ -1,7 +1,8 @@
-"""What the command line and the benchmarks measure with: the machine, its peak, a network's work, and times in turn."""
+"""Measurements for the command line and the benchmarks: hardware and software, peak performance, FLOPs and latency."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import os
 import platform
@@ -18,38 +19,31 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = [
-    "Machine",
-    "as_step",
-    "count_flops",
-    "describe_machine",
-    "interleaved",
-    "matrix_peak",
-]
+__all__ = ["Machine", "as_step", "count_flops", "describe_machine", "interleaved", "matrix_peak"]
 
 Key = TypeVar("Key", bound=Hashable)
 
 PACKAGES = ("torch", "kornia", "onnxruntime", "openvino", "nncf", "timm")
-# What the engines choose their kernels by, as Linux names it on x86 and on ARM.
+# Instruction sets that decide which kernels the engines use, by their names in Linux on x86 and ARM.
 INSTRUCTIONS = (
     "avx2", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8",
     "asimddp", "sve", "sve2", "bf16", "i8mm",
 )  # fmt: skip
-_CPU_SIZES = (512, 1024, 2048)  # sides of matrices: which of them is the fastest depends on the caches
+_CPU_SIZES = (512, 1024, 2048)  # matrix sizes: the caches decide which is the fastest
 _GPU_SIZES = (4096, 8192)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """Where something was measured.
+    """Hardware and software of a measurement.
 
     Args:
-        date: the day, as ``2026-01-31``.
+        date: the date in ISO format.
         architecture: such as ``x86_64``.
         processor: name of the processor, or of the GPU.
-        threads: how many threads torch and the engines use.
+        threads: number of threads of torch and the engines.
         instructions: those of :data:`INSTRUCTIONS` that the processor has.
-        versions: versions of Python and of those :data:`PACKAGES` that are installed.
+        versions: versions of Python and of the installed ones of :data:`PACKAGES`.
         allocator: ``"tuned"`` or ``"default"``, see :func:`~kornia_tinyvit.allocator.keep_memory`.
     """
 
@@ -68,60 +62,53 @@ class Machine:
 
 
 def describe_machine(device: str | torch.device = "cpu", allocator_tuned: bool = False) -> Machine:
-    """Describe this machine, its software and the settings of this process that decide over speed.
+    """Describe this machine, its software and the settings of this process that affect performance.
 
     Args:
-        device: what is measured on.
-        allocator_tuned: whether the process tuned the allocator; the variable ``MALLOC_MMAP_THRESHOLD_`` is seen.
+        device: the measured device.
+        allocator_tuned: whether the process tuned the allocator; the environment variable ``MALLOC_MMAP_THRESHOLD_``
+            also counts as tuned.
     """
     fields = _read_cpuinfo()
     flags = fields.get("flags", fields.get("Features", "")).split()
     processor = fields.get("model name") or platform.processor() or "unknown"
     if torch.device(device).type == "cuda":
         processor = torch.cuda.get_device_name(device)
-    tuned = allocator_tuned or "MALLOC_MMAP_THRESHOLD_" in os.environ
+    versions = {"Python": platform.python_version()}
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[name] = importlib.metadata.version(name)
     return Machine(
         date=str(date.today()),
         architecture=platform.machine(),
         processor=processor,
         threads=torch.get_num_threads(),
         instructions=tuple(name for name in INSTRUCTIONS if name in flags),
-        versions={"Python": platform.python_version(), **_versions()},
-        allocator="tuned" if tuned else "default",
+        versions=versions,
+        allocator="tuned" if allocator_tuned or "MALLOC_MMAP_THRESHOLD_" in os.environ else "default",
     )
 
 
 def _read_cpuinfo() -> dict[str, str]:
-    """Return what Linux tells of the first processor; nothing elsewhere."""
+    """Return the fields of the first processor in ``/proc/cpuinfo``; an empty dictionary on other systems."""
     path = Path("/proc/cpuinfo")
     lines = path.read_text().split("\n\n")[0].splitlines() if path.exists() else []
     return {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
 
 
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return found
-
-
 def matrix_peak(dtype: torch.dtype, device: str | torch.device = "cpu") -> float | None:
-    """Return what torch reaches in a product of large matrices, in GFLOP/s (for int8, 10^9 operations a second).
-
-    A network that consisted of such products alone could not be faster, so shares of it tell what is left to gain.
+    """Measure the performance of torch's products of large matrices, an upper bound for the network's.
 
     Args:
-        dtype: type of the matrices. int8 adds up in int32.
-        device: where to multiply, on the CPU with as many threads as torch uses.
+        dtype: dtype of the matrices; int8 accumulates in int32.
+        device: the device; a CPU uses ``torch.get_num_threads()`` threads.
 
     Returns:
-        The best of some sizes and repetitions; ``None`` for int8 where torch has no fast product of it.
+        The best of several sizes and repetitions in GFLOP/s (for int8, 10^9 operations per second); ``None`` for int8
+        where torch has no fast kernel.
     """
     sizes = _CPU_SIZES if torch.device(device).type == "cpu" else _GPU_SIZES
-    # Without a kernel for the machine torch multiplies int8 in a plain loop, and the larger sizes would take minutes.
+    # Without a kernel for the processor torch multiplies int8 in a naive loop, which takes minutes at larger sizes.
     if dtype == torch.int8 and _rate(dtype, sizes[0], device) < _rate(torch.float32, sizes[0], device):
         return None
     return max(_rate(dtype, size, device) for size in sizes)
@@ -141,20 +128,20 @@ def _rate(dtype: torch.dtype, size: int, device: str | torch.device) -> float:
 
 
 def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
-    """Return the floating point operations of matrix products and convolutions, two for each multiplication and sum.
+    """Count the floating-point operations of matrix products and convolutions; a multiply-accumulate counts as two.
 
     Args:
-        module: a network in plain PyTorch, or its method; engines may run operators that torch does not count.
-        images: images :math:`(B, C, H, W)`; the operations are those of the whole batch.
+        module: a network in plain PyTorch, or its method; torch does not count the custom operators of engines.
+        images: images :math:`(B, C, H, W)`; the result is for the whole batch.
     """
-    # torch counts fused attention on the CPU only in recent versions, and the products that it is made of in all.
+    # Only recent versions of torch count fused attention on the CPU; the math backend is counted by all.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
         module(images)
     return int(counter.get_total_flops())
 
 
 def as_step(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
-    """Return what runs a network on images and waits until their device has done so, for :func:`interleaved`."""
+    """Return a function for :func:`interleaved` that runs a network on images and synchronizes their device."""
 
     def step() -> object:
         out = run(images)
@@ -168,21 +155,20 @@ def as_step(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], obj
 def interleaved(
     steps: Mapping[Key, Callable[[], object]], repetitions: int, warmup: int = 2, settle: float = 0.02
 ) -> dict[Key, float]:
-    """Run steps in turn, so that what else the machine does meets all of them, and return the medians.
+    """Time functions in turn, which spreads disturbances by other processes evenly over them.
 
     Args:
-        steps: what to measure, by name.
+        steps: the functions by name.
         repetitions: timed runs of each.
-        warmup: rounds before those.
-        settle: seconds to wait before each timed run, which an untimed one then precedes; 0 leaves out both. Threads
-            of other runtimes wait busily for some milliseconds after their last work, which slows down whoever comes
-            next, and leave the caches full of other weights.
+        warmup: untimed rounds before those.
+        settle: seconds to wait before each timed run, followed by an untimed run; 0 disables both. The threads of some
+            runtimes spin for milliseconds after a run, and their weights replace the next function's in the caches.
 
     Returns:
-        The median of each step in seconds.
+        The median time of each function in seconds.
 
     Raises:
-        ValueError: if there are no repetitions.
+        ValueError: if ``repetitions`` is less than 1.
     """
     if repetitions < 1:
         raise ValueError(f"repetitions must be at least 1; got {repetitions}.")

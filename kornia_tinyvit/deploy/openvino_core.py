@@ -71,13 +71,11 @@ def without_telemetry() -> Iterator[None]:
     process decides.
     """
     switches = {"CI": "true", "NNCF_CI": "1"}
-    before = {name: os.environ.get(name) for name in switches}
+    before = {name: os.environ[name] for name in switches if name in os.environ}
     os.environ.update(switches)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in switches:
+            del os.environ[name]
+        os.environ.update(before)

@@ -102,9 +102,7 @@ class Optimized(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Optimized:
         moved = fn(self.placeholder)
         if (moved.device, moved.dtype) != (self.placeholder.device, self.placeholder.dtype):
-            raise RuntimeError(
-                "An optimized network cannot be moved or cast. Optimize the model for the device and dtype you need."
-            )
+            raise RuntimeError("An optimized network cannot be moved or cast; optimize the model again instead.")
         return self
 
     def extra_repr(self) -> str:
@@ -125,25 +123,17 @@ class Optimized(nn.Module):
             raise RuntimeError("An optimized network has no gradients; call the model itself, or detach the images.")
 
 
+@dataclass
 class Candidates:
-    """Optimized networks of one model, which is folded once for all engines and dtypes.
+    """Optimized networks of one graph for several engines and dtypes.
 
     Args:
-        model: a model of :func:`optimize` other than a classifier.
-        method: see :func:`optimize`.
-        pixels: see :func:`optimize`.
+        graph: the folded graph.
         calibration: see :func:`optimize`.
     """
 
-    def __init__(
-        self,
-        model: nn.Module,
-        method: str = "forward",
-        pixels: Pixels | None = None,
-        calibration: Iterable[Tensor | tuple[Tensor, Tensor]] = (),
-    ) -> None:
-        self.graph = build_graph(model, method, pixels)
-        self.calibration = list(calibration)
+    graph: InferenceGraph
+    calibration: Sequence[Tensor | tuple[Tensor, Tensor]] = ()
 
     def unsupported(self, engine: str, dtype: torch.dtype, device: torch.device) -> str | None:
         """Return the reason why an engine does not support a dtype on this machine; ``None`` if it does."""
@@ -227,19 +217,22 @@ def optimize(
     if isinstance(model, ImageClassifier):
         if pixels is not None:
             raise ValueError("An ImageClassifier takes images in [0, 1]; pixels is supported for a TinyViT.")
+        prepare = model.preprocessing
+        with torch.no_grad():
+            data = [prepare(each) if isinstance(each, Tensor) else (prepare(each[0]), each[1]) for each in calibration]
         network = optimize(
             model.model,
             engine,
             dtype,
-            example=None if example is None else model.preprocessing(example),
+            example=None if example is None else prepare(example),
             method=method,
-            calibration=_preprocessed(model, calibration),
+            calibration=data,
             tolerance=tolerance,
             tune_allocator=tune_allocator,
         )
         return ImageClassifier(
             cast("TinyViT", network),
-            preprocessing=copy.deepcopy(model.preprocessing),
+            preprocessing=copy.deepcopy(prepare),
             class_names=model.class_names,
             views=model.views,
         ).eval()
@@ -255,7 +248,7 @@ def optimize(
         raise ValueError(f"tolerance must be at least 0; got {tolerance!r}.")
     if tune_allocator and example.device.type == "cpu":
         keep_memory()
-    candidates = Candidates(model, method, pixels, calibration)
+    candidates = Candidates(build_graph(model, method, pixels), list(calibration))
     if len(names) == 1 and dtype is not None:
         optimized = candidates.make(names[0], dtype, example)
     else:
@@ -300,11 +293,3 @@ def _disagreement(found: Agreement, tolerance: float) -> str | None:
         changed = 1 - found.agreement / 100
         return f"the top-1 class of {changed:.1%} of the images changes" if changed > tolerance else None
     return f"the mean relative error is {found.mean_error:.2g}" if found.mean_error > tolerance else None
-
-
-@torch.no_grad()
-def _preprocessed(
-    classifier: ImageClassifier, batches: Iterable[Tensor | tuple[Tensor, Tensor]]
-) -> list[Tensor | tuple[Tensor, Tensor]]:
-    prepare = classifier.preprocessing
-    return [prepare(batch) if isinstance(batch, Tensor) else (prepare(batch[0]), batch[1]) for batch in batches]

@@ -1,11 +1,11 @@
-"""Static quantization to 8-bit integers after training, calibrated on the user's images.
+"""Static post-training quantization to int8, calibrated on the user's images.
 
-The quantizers run the network on some images, note the range of every tensor they quantize, and write the ranges into
-the graph. How much accuracy that costs is not known before :func:`~kornia_tinyvit.deploy.accuracy.compare` tells it.
+The quantizers run the network on calibration images, record the range of every tensor they quantize and store the
+ranges in the graph. Measure the accuracy drop with :func:`~kornia_tinyvit.deploy.accuracy.compare`.
 
-Convolutions stay floats. Quantized as well, the embedded network puts another class first for 1.2 to 1.4 % of the test
-images of CIFAR-10 instead of 0.4 %, and is no faster where the processor has matrix units: what the integers save
-goes into the conversions around them.
+Convolutions are not quantized. Quantized as well, the packaged network changes the top-1 class of 1.2 to 1.4 % of the
+test images of CIFAR-10 instead of 0.4 %, and is no faster on processors with matrix units: the conversions around the
+integer operators cost what these save.
 """
 
 from __future__ import annotations
@@ -33,50 +33,50 @@ if TYPE_CHECKING:
 
 __all__ = ["CALIBRATION_IMAGES", "quantize_onnx", "quantize_openvino"]
 
-#: How many images a calibration looks at; the accuracy is the same from about 64 on.
+#: Maximum number of calibration images; the accuracy is the same from about 64 on.
 CALIBRATION_IMAGES = 256
 
-# nncf averages the extremes of the batches, and those of single images are too narrow: with every layer quantized,
-# logits are off by 4.3 % then, and by 2.3 % with batches of 16.
+# nncf averages the extremes over batches, and the ranges of single images are too narrow: with every layer quantized,
+# the relative error of the logits is 4.3 % with single images, and 2.3 % with batches of 16.
 _BATCH = 16
-# A batch of 16 holds as many pixels at 256; larger images come in smaller batches, so that their maps fit in memory.
+# Images larger than 256 pixels come in smaller batches, which limits the memory of their feature maps.
 _BATCH_PIXELS = _BATCH * 256**2
-# nncf goes through the images several times, so they are held: 256 images of 1024 pixels would be 3 GiB.
+# nncf reads the images several times, so they are kept in memory: 256 images of 1024 pixels would be 3 GiB.
 _MAX_BYTES = 2**30
 
 
 def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor]) -> onnx.ModelProto:
-    """Quantize the linear layers of an ONNX graph for ONNX Runtime, with a scale for each output channel.
+    """Quantize the linear layers of an ONNX model for ONNX Runtime, with one scale per output channel.
 
-    Everything else stays in float32.
+    All other operators stay in float32.
 
     Args:
-        model: the graph or its file; it is left as it is. It has one input, images :math:`(B, C, H, W)`.
-        images: calibration images: batches of what the graph takes, of any sizes. The first
-            :data:`CALIBRATION_IMAGES`, or a GiB, of them are used; they should show all that the network will see,
-            so shuffle images that are sorted by class.
+        model: the model or its file, with one input of images :math:`(B, C, H, W)`; it is not modified.
+        images: calibration images: batches in the format of the model's input. The first
+            :data:`CALIBRATION_IMAGES`, or one GiB, are used. They should cover the inputs at inference, so shuffle
+            images that are sorted by class.
 
     Returns:
-        The graph with pairs of QuantizeLinear and DequantizeLinear around what is quantized. It takes and returns what
-        the float graph does. The same images give the same graph.
+        The model with QuantizeLinear and DequantizeLinear around the quantized operators, and the same inputs and
+        outputs. The result is deterministic.
 
     Raises:
         MissingExtraError: if ONNX Runtime or onnx is not installed.
-        TypeError: if the images are not tensors of the type that the graph takes.
-        ValueError: if there are no images, or they do not have the shape that the graph takes.
+        TypeError: if the images are not tensors of the input's dtype.
+        ValueError: if there are no images, or they do not have the input's shape.
     """
-    with optional_imports("int8 for ONNX Runtime needs it", "'kornia-tinyvit[export]'"):
+    with optional_imports("int8 for ONNX Runtime needs onnx and onnxruntime", "'kornia-tinyvit[export]'"):
         import onnx
         from onnxruntime.quantization import QuantType, quantize_static
         from onnxruntime.quantization.quant_utils import add_pre_process_metadata
     graph = onnx.ModelProto()
-    # Loaded, data beside the file is part of the graph; the quantizer would look for it in its own folder.
+    # onnx.load includes external data, which the quantizer would look for in its own folder.
     graph.CopyFrom(model if isinstance(model, onnx.ModelProto) else onnx.load(model))
-    taken = _onnx_input(graph)
-    feeds = iter([{taken.name: batch} for batch in _calibration_batches(images, taken)])
+    spec = _onnx_input(graph)
+    feeds = iter([{spec.name: batch} for batch in _calibration_batches(images, spec)])
     metadata = {entry.key: entry.value for entry in graph.metadata_props}
-    # The exporter has inferred the shapes, and ONNX Runtime's preparation, which fails on the Attention operator, gains
-    # nothing. Without the mark the quantizer warns through logging.warning, which configures the root logger.
+    # The exporter already inferred the shapes, and ONNX Runtime's preprocessing fails on the Attention operator.
+    # Without this mark the quantizer warns through logging.warning, which configures the root logger.
     add_pre_process_metadata(graph)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "quantized.onnx"
@@ -84,13 +84,13 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor])
             graph,
             path,
             SimpleNamespace(get_next=partial(next, feeds, None)),
-            # x86 multiplies unsigned by signed bytes; signed by signed takes a quarter to a half longer.
+            # x86 has instructions for unsigned by signed bytes; signed by signed is 25 to 50 % slower.
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             per_channel=True,
-            reduce_range=True,  # weights of 7 bits: sums of products cannot overflow where there is no VNNI
+            reduce_range=True,  # 7-bit weights, whose sums do not overflow on processors without VNNI
             op_types_to_quantize=["MatMul", "Gemm"],
-            extra_options={"MatMulConstBOnly": True},  # not the products of attention
+            extra_options={"MatMulConstBOnly": True},  # not the matrix products of attention
         )
         quantized = onnx.load(path)
     del quantized.metadata_props[:]
@@ -99,22 +99,22 @@ def quantize_onnx(model: onnx.ModelProto | str | Path, images: Iterable[Tensor])
 
 
 def quantize_openvino(model: openvino.Model, images: Iterable[Tensor]) -> openvino.Model:
-    """Quantize the linear layers of an OpenVINO model with nncf, activations smoothed and biases corrected.
+    """Quantize the linear layers of an OpenVINO model with nncf, with SmoothQuant and bias correction.
 
-    Everything else stays in the precision that the compiler is told.
+    All other operators stay in the inference precision of the compiled model.
 
     Args:
-        model: the model; it is left as it is. It has one input, images :math:`(B, C, H, W)`.
-        images: calibration images, as :func:`quantize_onnx` takes them.
+        model: the model, with one input of images :math:`(B, C, H, W)`; it is not modified.
+        images: calibration images, see :func:`quantize_onnx`.
 
     Returns:
-        The model with FakeQuantize operators, which the compiler turns into 8-bit arithmetic. It takes and returns what
-        the float model does. The same images give the same model.
+        The model with FakeQuantize operators, which the compiler converts to int8 arithmetic, and the same inputs and
+        outputs. The result is deterministic.
 
     Raises:
         MissingExtraError: if nncf is not installed.
-        TypeError: if the images are not tensors of the type that the model takes.
-        ValueError: if there are no images, or they do not have the shape that the model takes.
+        TypeError: if the images are not tensors of the input's dtype.
+        ValueError: if there are no images, or they do not have the input's shape.
     """
     with optional_imports("int8 for OpenVINO needs nncf", "'kornia-tinyvit[openvino]'"), without_telemetry():
         import nncf
@@ -131,8 +131,8 @@ def quantize_openvino(model: openvino.Model, images: Iterable[Tensor]) -> openvi
 
 
 @dataclass(frozen=True)
-class _Input:
-    """What a graph takes: sizes that it leaves open are ``None``."""
+class _InputSpec:
+    """Name, shape (``None`` for dynamic dimensions) and dtype of a model's input."""
 
     name: str
     shape: tuple[int | None, ...]
@@ -140,54 +140,49 @@ class _Input:
 
     def check(self, batch: Tensor) -> None:
         if not isinstance(batch, Tensor):
-            raise TypeError(f"Calibration takes batches of images as tensors; got {type(batch).__name__}.")
-        # The number of images is free: they are put into batches of the graph's size.
-        fits = batch.ndim == len(self.shape) and all(
-            size in {None, given} for size, given in zip(self.shape[1:], batch.shape[1:], strict=True)
-        )
-        if not fits:
-            shape = ", ".join(
-                axis if size is None else str(size) for size, axis in zip(self.shape, "BCHW", strict=True)
-            )
-            raise ValueError(f"The graph takes images ({shape}); got calibration images {tuple(batch.shape)}.")
+            raise TypeError(f"Calibration needs batches of images as tensors; got {type(batch).__name__}.")
+        # Any batch size: the images are rebatched to the model's.
+        sizes = [*zip(self.shape, batch.shape, strict=False)][1:]
+        if batch.ndim != len(self.shape) or any(size not in {None, given} for size, given in sizes):
+            shape = ", ".join(str(size or axis) for size, axis in zip(self.shape, "BCHW", strict=True))
+            raise ValueError(f"The model takes images ({shape}); got calibration images {tuple(batch.shape)}.")
         dtype = str(batch.dtype).removeprefix("torch.")
         if dtype != self.dtype.name:
-            raise TypeError(f"The graph takes images of {self.dtype.name}; got calibration images of {dtype}.")
+            raise TypeError(f"The model takes {self.dtype.name} images; got {dtype} calibration images.")
 
 
-def _onnx_input(model: onnx.ModelProto) -> _Input:
+def _onnx_input(model: onnx.ModelProto) -> _InputSpec:
     import onnx
 
     value = model.graph.input[0]
-    taken = value.type.tensor_type
-    sizes = tuple(size.dim_value if size.HasField("dim_value") else None for size in taken.shape.dim)
-    return _Input(value.name, sizes, onnx.helper.tensor_dtype_to_np_dtype(taken.elem_type))
+    tensor_type = value.type.tensor_type
+    shape = tuple(size.dim_value if size.HasField("dim_value") else None for size in tensor_type.shape.dim)
+    return _InputSpec(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor_type.elem_type))
 
 
-def _openvino_input(model: openvino.Model) -> _Input:
-    taken = model.input()
-    sizes = tuple(size.get_length() if size.is_static else None for size in taken.get_partial_shape())
-    return _Input("", sizes, taken.get_element_type().to_dtype())
+def _openvino_input(model: openvino.Model) -> _InputSpec:
+    value = model.input()
+    shape = tuple(size.get_length() if size.is_static else None for size in value.get_partial_shape())
+    return _InputSpec("", shape, value.get_element_type().to_dtype())
 
 
-def _calibration_batches(images: Iterable[Tensor], taken: _Input) -> list[np.ndarray]:
-    """Put the first images into batches of one size each, so that nothing depends on how the user batched them."""
+def _calibration_batches(images: Iterable[Tensor], spec: _InputSpec) -> list[np.ndarray]:
+    """Rebatch the first images by shape, which makes the result independent of the user's batches."""
     batches = []
-    for shape, group in itertools.groupby(_first_images(images, taken), key=lambda image: image.shape):
-        size = taken.shape[0] or min(_BATCH, max(1, _BATCH_PIXELS // (shape[1] * shape[2])))
+    for shape, group in itertools.groupby(_first_images(images, spec), key=lambda image: image.shape):
+        size = spec.shape[0] or min(_BATCH, max(1, _BATCH_PIXELS // (shape[1] * shape[2])))
         while chunk := list(itertools.islice(group, size)):
-            # A graph of a fixed batch takes no smaller one.
-            if taken.shape[0] in {None, len(chunk)}:
+            if spec.shape[0] in {None, len(chunk)}:  # a model of a static batch size takes no partial batch
                 batches.append(np.stack(chunk))
     if not batches:
-        raise ValueError("int8 is calibrated on images; got none, or fewer than the graph's batch. Give 128 or more.")
+        raise ValueError("int8 needs calibration images, 128 or more; got none, or fewer than the model's batch size.")
     return batches
 
 
-def _first_images(images: Iterable[Tensor], taken: _Input) -> Iterator[np.ndarray]:
+def _first_images(images: Iterable[Tensor], spec: _InputSpec) -> Iterator[np.ndarray]:
     count = held = 0
     for batch in images:
-        taken.check(batch)
+        spec.check(batch)
         for image in batch.detach().cpu().numpy():
             count, held = count + 1, held + image.nbytes
             if count > CALIBRATION_IMAGES or held > _MAX_BYTES:

@@ -184,7 +184,7 @@ class TestCifar10:
         else:
             candidate = run_openvino(quantize_openvino(openvino_core().read_model(graph), calibration))
         result = compare(network, candidate, batches("test", 1000))
-        assert result.photos == 1000
+        assert result.images == 1000
         assert result.top1_candidate >= result.top1_reference - 1  # half a point is 5 of these images
         assert result.agreement >= 97.5
 
@@ -203,7 +203,7 @@ class TestErrors:
             quantize([torch.rand(2, 3, 32, 96)])
         with pytest.raises(ValueError, match=r"got calibration images \(3, 96, 96\)"):
             quantize(torch.rand(2, 3, 96, 96))
-        with pytest.raises(TypeError, match="of float32; got calibration images of uint8"):
+        with pytest.raises(TypeError, match="float32 images; got uint8 calibration images"):
             quantize([torch.zeros(2, 3, 96, 96, dtype=torch.uint8)])
         with pytest.raises(TypeError, match="as tensors; got ndarray"):
             quantize([np.zeros((2, 3, 96, 96), np.float32)])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 __all__ = ["check_opset", "to_onnx", "write_onnx"]
 
 MIN_OPSET = 18  # the oldest of torch's exporter
-Run = Callable[[Mapping[str, Tensor]], list[Tensor]]
+Run = Callable[..., list[Tensor]]
 
 
 def check_opset(opset: int) -> None:
@@ -69,7 +69,7 @@ def write_onnx(proto: onnx.ModelProto, path: Path, opset: int, metadata: dict[st
         metadata: metadata properties.
 
     Returns:
-        A function from named input tensors to the list of outputs.
+        A function that maps the input tensors to the list of outputs.
 
     Raises:
         ExportError: if the model has another opset; torch falls back to opset 18 for versions it does not support.
@@ -86,8 +86,8 @@ def write_onnx(proto: onnx.ModelProto, path: Path, opset: int, metadata: dict[st
     onnx.checker.check_model(path, full_check=True)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
 
-    def run(inputs: Mapping[str, Tensor]) -> list[Tensor]:
-        arrays = {name: tensor.numpy() for name, tensor in inputs.items()}
+    def run(*inputs: Tensor) -> list[Tensor]:
+        arrays = {value.name: tensor.numpy() for value, tensor in zip(session.get_inputs(), inputs, strict=True)}
         return [torch.from_numpy(output) for output in session.run(None, arrays)]
 
     return run

@@ -52,15 +52,10 @@ def trace_images(
         dynamic_size: make height and width dynamic.
     """
     batch, channels, height, width = images.shape
-    dynamic_dims: list[int] = []
-    if dynamic_batch:
-        batch = 2  # a dynamic size must not be 1, see trace
-        dynamic_dims += [0]
-    if dynamic_size:
-        width = height + height // 2 + 1  # and must differ from the other, see trace
-        dynamic_dims += [2, 3]
-    example = images.new_zeros(batch, channels, height, width)
-    return trace(graph, {"images": example}, {"images": dynamic_dims})
+    # A dynamic size must not be 1, and height and width must differ, see trace.
+    shape = (2 if dynamic_batch else batch, channels, height, height + height // 2 + 1 if dynamic_size else width)
+    dynamic = ([0] if dynamic_batch else []) + ([2, 3] if dynamic_size else [])
+    return trace(graph, {"images": images.new_zeros(shape)}, {"images": dynamic})
 
 
 def check_program(path: Path, compiled: bool) -> None:
