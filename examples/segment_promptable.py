@@ -42,7 +42,7 @@ TILE, GAP = 320, 8
 def tell(when: str, split: str, sam: MobileSAM, images: InstanceDataset) -> None:
     """Print how well boxes and points find the instances of some photos."""
     found = evaluate(sam.eval(), images)
-    told = {name: round(value, 2) for name, value in found.items()}
+    told = {name: round(value, 2) for name, value in vars(found).items()}
     print(json.dumps({"when": when, "split": split, "images": len(images), **told}), flush=True)
 
 

@@ -464,8 +464,8 @@ def test_segment_promptable(tmp_path):
     assert (after["when"], others["split"], others["instances"]) == ("after", "others", 6)
     kept = MobileSAM.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     found = evaluate(kept, InstanceDataset.open(folders[0], instances=folders[1]))
-    assert others["box_iou"] == pytest.approx(found["box_iou"], abs=0.01)
-    assert others["point_iou"] == pytest.approx(found["point_iou"], abs=0.01)
+    assert others["box_iou"] == pytest.approx(found.box_iou, abs=0.01)
+    assert others["point_iou"] == pytest.approx(found.point_iou, abs=0.01)
     sheet = Image.open(tmp_path / "runs" / "it" / "masks.png")
     assert sheet.width == 3 * 328
 

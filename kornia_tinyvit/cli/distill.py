@@ -174,7 +174,7 @@ def train(context: typer.Context, asked: TrainRequest) -> None:
         if replays is not None:
             shown = list(range(replays))
         else:  # a training that is resumed keeps its epochs, though its store may have grown since
-            shown = (RunFolder(asked.out).begun() or {}).get("replays") or shared.whole_epochs(opened, recipe.epochs)
+            shown = (RunFolder(asked.out).config() or {}).get("replays") or shared.whole_epochs(opened, recipe.epochs)
         objective = StoredLabelLoss(
             opened, samples.augmentation, hard_weight, patience=0 if replays is None else PATIENCE
         )

@@ -31,6 +31,7 @@ from kornia_tinyvit.training.evaluation import create_evaluator
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, ClassificationScores, select_classes
 from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbors, linear_probe
+from kornia_tinyvit.training.metrics.promptable import PromptScores
 from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
 
@@ -102,7 +103,7 @@ def evaluate(context: typer.Context, asked: EvaluateRequest) -> None:
     module, evaluator = create_evaluator(network, images, batch_size=asked.batch_size, skip_broken=asked.skip_broken)
     broken = evaluate_network(module, evaluator, asked.workers, progress=not asked.as_json)
     found = evaluator.counts.compute()
-    if asked.task is TaskName.promptable and not found["instances"]:
+    if asked.task is TaskName.promptable and not found.instances:
         raise ValueError(f"None of {len(images)} images has an object of at least {asked.min_area} pixels.")
     report = {"images": len(images) - len(broken), **describe(found, network, asked)}
     if asked.knn is not None or asked.linear is not None:
@@ -201,8 +202,8 @@ def _describe_pixels(found: SegmentationScores, network: SemanticSegmenter, aske
     return report
 
 
-def _describe_objects(found: dict[str, float], network: MobileSAM, asked: EvaluateRequest) -> dict[str, Any]:
-    return {name: round(value, 2) for name, value in found.items()}
+def _describe_objects(found: PromptScores, network: MobileSAM, asked: EvaluateRequest) -> dict[str, Any]:
+    return {name: round(value, 2) for name, value in vars(found).items()}
 
 
 def _describe_boxes(found: DetectionScores, network: TinyViTDetector, asked: EvaluateRequest) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Moving average of a network's weights."""
+"""Exponential moving average of a network's weights."""
 
 from __future__ import annotations
 
@@ -15,13 +15,12 @@ __all__ = ["MovingAverage"]
 class MovingAverage:
     """Exponential moving average of parameters and floating point buffers.
 
-    The average is kept tensor by tensor beside the network. Of parameters that are cut over several processes (by
-    FSDP) each process averages its own part.
+    Each rank averages its own shard of parameters that FSDP shards.
 
     Args:
         model: the network.
-        decay: share of the old average that each update keeps; less in the first steps, ``(1 + n) / (10 + n)``, so
-            that the random first weights are soon forgotten.
+        decay: weight of the old average in an update; in update ``n`` at most ``(1 + n) / (10 + n)``, which reduces
+            the weight of the initial network.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -31,16 +30,16 @@ class MovingAverage:
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Move the average towards the weights of now."""
+        """Update the average with the current weights."""
         decay = min(self.decay, (1 + self.updates) / (10 + self.updates))
-        # One call takes no mixture of cut parameters and whole buffers, and an average needs nobody else's part.
-        mine, theirs = ([_local(tensor.detach()) for tensor in each] for each in (self.tensors, _averaged(model)))
-        torch._foreach_lerp_(mine, theirs, 1 - decay)
+        # _foreach_lerp_ does not mix sharded parameters and plain buffers; averages need local tensors only.
+        averages, current = ([_local(x.detach()) for x in tensors] for tensors in (self.tensors, _averaged(model)))
+        torch._foreach_lerp_(averages, current, 1 - decay)
         self.updates += 1
 
     @contextmanager
     def applied(self, model: nn.Module) -> Iterator[None]:
-        """Give the network its average, and its own weights back afterwards."""
+        """Load the average into the network and restore its own weights afterwards."""
         current = [tensor.detach().clone() for tensor in _averaged(model)]
         _fill(model, self.tensors)
         try:
@@ -49,18 +48,18 @@ class MovingAverage:
             _fill(model, current)
 
     def state_dict(self) -> dict[str, Any]:
-        """Return what :meth:`load_state_dict` takes: the part of this process."""
+        """Return the average, of sharded parameters the shard of this rank."""
         return {"updates": self.updates, "tensors": [_local(tensor) for tensor in self.tensors]}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Go on from a saved average."""
+        """Load a saved average."""
         self.updates = state["updates"]
         for tensor, saved in zip(self.tensors, state["tensors"], strict=True):
             _local(tensor).copy_(saved)
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that is cut over several."""
+    """Return the shard of this rank of a sharded tensor."""
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 

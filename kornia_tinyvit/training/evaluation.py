@@ -1,4 +1,4 @@
-"""Measuring networks for a task on data sets of their own."""
+"""Evaluation of the networks of all tasks."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import ClassificationScores
+from kornia_tinyvit.training.metrics.promptable import PromptScores
 from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import Evaluator, Task, evaluate_network
 from kornia_tinyvit.training.tasks.classification import ClassificationEvaluator
@@ -46,32 +47,34 @@ def evaluate(network: TinyViTDetector, images: DetectionDataset, **options: Unpa
 
 
 @overload
-def evaluate(network: MobileSAM, images: InstanceDataset, **options: Unpack[_Options]) -> dict[str, float]: ...
+def evaluate(network: MobileSAM, images: InstanceDataset, **options: Unpack[_Options]) -> PromptScores: ...
 
 
 def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, progress: bool = False) -> Any:
-    """Measure a network on whole images, at their own size.
+    """Evaluate a network on whole images with the preprocessing of its ``predict``.
+
+    A MobileSAM is prompted with the tight box of each instance and with one point at
+    :func:`~kornia_tinyvit.ops.central_points`, for which the mask of the highest predicted IoU counts.
 
     Args:
-        network: the network, which sees images as its ``predict`` does; a MobileSAM must have a square input.
-        images: the data set. The classes of a classifier are matched by name, or by position where none agrees; those
-            of other networks must be the same in the same order.
-        batch_size: how many images a classifier or a detector takes at a time.
-        workers: processes that read images.
-        progress: show a bar.
+        network: the network; a MobileSAM needs a square input.
+        images: the data set. Classes of a classifier are matched by name, or by index if no name matches; those of
+            other networks must be the same in the same order.
+        batch_size: images per forward pass of a classifier or a detector.
+        workers: number of loader processes.
+        progress: show a progress bar.
 
     Returns:
-        :class:`~kornia_tinyvit.training.metrics.classification.ClassificationScores` of a classifier,
-        :class:`~kornia_tinyvit.training.metrics.semantic.SegmentationScores` of a segmenter,
-        :class:`~kornia_tinyvit.training.DetectionScores` of a detector. Of a MobileSAM a dictionary: how many
-        ``instances`` there were, and the mean IoU in per cent of one tight box each, ``box_iou``, and of one point each
-        at :func:`~kornia_tinyvit.ops.central_points`, ``point_iou``, for which the mask with the highest score counts.
+        :class:`~kornia_tinyvit.training.metrics.classification.ClassificationScores`,
+        :class:`~kornia_tinyvit.training.metrics.semantic.SegmentationScores`,
+        :class:`~kornia_tinyvit.training.DetectionScores` or
+        :class:`~kornia_tinyvit.training.metrics.promptable.PromptScores`.
 
     Raises:
-        TypeError: if the network is none of these.
+        TypeError: if the network is of another class.
         ValueError: if the data set has other classes than the network, or no labels.
         BrokenImageError: if an image cannot be read.
-        MissingExtraError: for detectors if pycocotools is missing.
+        MissingExtraError: for detectors, if pycocotools is missing.
     """
     module, evaluator = create_evaluator(network, images, batch_size=batch_size)
     evaluate_network(module, evaluator, workers, progress)
@@ -79,15 +82,15 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
 
 
 def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[nn.Module, Evaluator]:
-    """Return what :func:`evaluate_network` takes to measure a network on a data set.
+    """Return the module and the evaluator for :func:`~kornia_tinyvit.training.tasks.base.evaluate_network`.
 
     Args:
-        network: as for :func:`evaluate`.
-        images: as for :func:`evaluate`.
-        **options: ``batch_size`` and ``skip_broken``, as for :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
+        network: see :func:`evaluate`.
+        images: see :func:`evaluate`.
+        **options: ``batch_size`` and ``skip_broken``, see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
 
     Raises:
-        TypeError: if the network is none that :func:`evaluate` knows.
+        TypeError: if the network is not supported by :func:`evaluate`.
         ValueError: if the data set has other classes than the network.
     """
     options["device"] = next(network.parameters()).device

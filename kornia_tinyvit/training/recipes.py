@@ -1,4 +1,4 @@
-"""The published trainings, and one for small images, by name."""
+"""Hyperparameters of published and other trainings, by name."""
 
 from __future__ import annotations
 
@@ -9,28 +9,31 @@ from typing import Any
 
 __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
-LR_BATCH = 512  # Swin's rule: learning rates are told for this global batch and grow with it in proportion
+LR_BATCH = 512  # global batch size of the base learning rates, for the linear scaling rule of Swin
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a network is trained.
+    """Hyperparameters of a training.
 
     Args:
         img_size: side of the images in pixels.
-        epochs: passes over the data.
-        warmup_epochs: first epochs in which the learning rate rises linearly.
-        batch_size: global batch, over all processes and accumulated steps.
-        base_lr: highest learning rate for a global batch of 512; it grows with the batch in proportion.
-        min_lr: what the cosine ends at, for a global batch of 512.
+        epochs: number of epochs.
+        warmup_epochs: epochs of linear warm-up of the learning rate.
+        batch_size: global batch size, over all ranks and accumulated batches; even.
+        base_lr: peak learning rate for a global batch of 512, scaled linearly with the batch size.
+        min_lr: final learning rate of the cosine schedule, for a global batch of 512.
         weight_decay: weight decay of the matrices.
         layer_decay: factor of the learning rate from one block to the one before.
-        frozen_batch_norm: keep the running statistics of batch norm as they are.
-        clip_norm: largest norm of the gradient.
-        ema_decay: decay of the moving average of the weights that is evaluated and kept; 0 for none.
-        drop_path: stochastic depth by variant where it is not the variant's own.
+        frozen_batch_norm: keep the running statistics of batch norm.
+        clip_norm: maximum norm of the gradient.
+        ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 disables it.
+        drop_path: drop path rates by variant that replace the variant's own.
         preset: name of the augmentation in :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS`.
         changes: fields of the preset to replace.
+
+    Raises:
+        ValueError: if a value is out of its range.
     """
 
     img_size: int = 224
@@ -66,11 +69,11 @@ class Recipe:
 
     @property
     def peak_lr(self) -> float:
-        """Highest learning rate for the recipe's batch."""
+        """Peak learning rate for the recipe's batch size, by the linear scaling rule."""
         return self.base_lr * self.batch_size / LR_BATCH
 
     def lr_factor(self, epoch: float) -> float:
-        """Return what the peak is multiplied with after so many epochs: linear warm-up, then a cosine."""
+        """Return the factor of the peak learning rate after some epochs: linear warm-up, then a cosine schedule."""
         if epoch < self.warmup_epochs:
             return max(epoch / self.warmup_epochs, 1e-3)
         lowest = self.min_lr / self.base_lr
@@ -84,13 +87,13 @@ _FINE = Recipe(
 )  # fmt: skip
 _LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
 
-#: Trainings of arXiv:2207.10666 and its code, and two for images of 32 pixels shown at 64: ``"cifar10"`` from
-#: labels, ``"cifar10_distill"`` from a teacher, who also knows what to say about an image pasted into another.
-#: ``"semantic"`` fine-tunes a segmenter; as in SegFormer's (arXiv:2105.15203) the decoder learns ten times as fast as
-#: the first layers. ``"promptable"`` fine-tunes MobileSAM on masks of one's own, with MedSAM's learning rate of 1e-4
-#: and its weight decay (arXiv:2304.12306), and SAM's layer decay. ``"detection"`` is RT-DETR's (arXiv:2304.08069): 1e-4
-#: for 16 images at a time, 72 epochs, and a moving average of the weights; its backbone, too, learns ten times as
-#: slowly at its beginning.
+#: Recipes of arXiv:2207.10666 and its code, and two for images of 32 pixels resized to 64: ``"cifar10"`` with labels,
+#: ``"cifar10_distill"`` with a teacher, which also labels images mixed by CutMix.
+#: ``"semantic"`` fine-tunes a segmenter; as in SegFormer (arXiv:2105.15203) the learning rate of the decoder is ten
+#: times that of the first layers. ``"promptable"`` fine-tunes MobileSAM with MedSAM's learning rate of 1e-4 and weight
+#: decay (arXiv:2304.12306), and SAM's layer decay. ``"detection"`` is RT-DETR's (arXiv:2304.08069): a learning rate of
+#: 1e-4 for batches of 16, 72 epochs, a moving average of the weights, and a tenth of the learning rate in the first
+#: layers of the backbone.
 RECIPES: dict[str, Recipe] = {
     "in1k": Recipe(drop_path={"21m": 0.2}),
     "in22k_distill": Recipe(
@@ -124,14 +127,16 @@ RECIPES: dict[str, Recipe] = {
 
 
 def find_recipe(name: str, **changes: Any) -> Recipe:
-    """Return a recipe by its name, with fields replaced; the warm-up is at most half of a training made shorter.
+    """Return a recipe by its name, with fields replaced.
+
+    With fewer ``epochs`` the warm-up is limited to half of them.
 
     Args:
         name: a name of :data:`RECIPES`.
-        **changes: fields to replace; ``None`` keeps the recipe's.
+        **changes: fields to replace; ``None`` keeps the recipe's value.
 
     Raises:
-        ValueError: if there is no such recipe or field, or a value is out of its range.
+        ValueError: if the recipe or a field is unknown, or a value is out of its range.
     """
     if name not in RECIPES:
         raise ValueError(f"There is no recipe {name!r}; choose one of {', '.join(RECIPES)}.")

@@ -105,7 +105,7 @@ class TestTrain:
         scores = evaluate(detector, DetectionDataset.open(validation))
         assert scores.map == pytest.approx(told["map"], abs=1e-3)
         asked = json.loads((tmp_path / "out" / "run.json").read_text())
-        assert (asked["augmentation"]["kind"], asked["objective"]["kind"]) == ("boxes", "boxes")
+        assert (asked["augmentation"]["kind"], asked["loss"]["kind"]) == ("boxes", "boxes")
 
     def test_coco(self, tmp_path):
         annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]

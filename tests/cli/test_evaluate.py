@@ -289,7 +289,7 @@ class TestErrors:
         for name in FOLDERS:
             shutil.rmtree(folder / name)
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
-        assert "The data has a class 10, but the network knows 10" in error
+        assert "The data has a class 10, but the network has 10 classes" in error
 
     def test_damaged_image(self, weights, folder, capfd, monkeypatch):
         (folder / "cat" / "01.png").write_bytes(b"nothing")

@@ -86,7 +86,7 @@ class TestTrain:
         assert asked["recipe"]["batch_size"] == 8
         assert asked["augmentation"]["seed"] == 7
         assert asked["model"]["use_checkpoint"] is True
-        assert asked["objective"] == {"kind": "labels", "label_smoothing": 0.1}
+        assert asked["loss"] == {"kind": "labels", "label_smoothing": 0.1}
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -136,7 +136,7 @@ class TestSemantic:
         assert found.mean_iou == pytest.approx(told["mean_iou"], abs=1e-3)
         asked = recorded(tmp_path)
         assert asked["augmentation"]["kind"] == "masks"
-        assert len(set(asked["objective"]["class_weights"])) == 3
+        assert len(set(asked["loss"]["class_weights"])) == 3
 
     def test_text(self, tmp_path):
         data = make_scenes(tmp_path / "data", 4)
@@ -172,12 +172,12 @@ class TestPromptable:
         kept = sam.image_encoder.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
         found = evaluate(sam, InstanceDataset.open(validation, min_area=100))
-        assert found["box_iou"] == pytest.approx(told["box_iou"], abs=1e-3)
+        assert found.box_iou == pytest.approx(told["box_iou"], abs=1e-3)
         asked = recorded(tmp_path)
         assert asked["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
         assert asked["augmentation"]["prompting"]["instances"] == 3
         assert asked["augmentation"]["prompting"]["box_fraction"] == 0.75
-        assert asked["objective"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
+        assert asked["loss"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
 
     def test_text(self, tmp_path):
         data = make_instances(tmp_path / "data", 3)

@@ -109,24 +109,24 @@ def _whole(path: Path) -> bool:
 def run_folder(rng: random.Random, folder: Path, _: Any) -> None:
     """A training's state on a full disk: the state before stays, and the folder can be gone on with."""
     run, asked = RunFolder(folder), {"seed": 1, "text": "x" * rng.randrange(3000)}
-    run.begin(asked, 0)
+    run.start(asked, 0)
     run.pending.mkdir()
-    run.keep_state({"step": 1})
+    run.publish_state({"step": 1})
     run.log({"step": 1, "loss": 1.0})
     try:
         with full_disk(rng.randrange(4000)):
-            run.begin(asked, 1)
+            run.start(asked, 1)
             run.log({"step": 2, "loss": 1.0})
             run.pending.mkdir()
-            run.keep_state({"step": 2, "text": "x" * rng.randrange(3000)})
+            run.publish_state({"step": 2, "text": "x" * rng.randrange(3000)})
     except OSError as error:
         again = RunFolder(folder)
-        again.claim(asked)
+        again.check_config(asked)
         again.clear_pending()
         state = again.newest_state()
         assert state is not None, "the state before is lost"
         assert state[1]["step"] in (1, 2)
-        again.begin(asked, state[1]["step"])
+        again.start(asked, state[1]["step"])
         raise Refused("there is no room on the disk") from error
     finally:
         run.close()

@@ -88,7 +88,7 @@ def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", *
 
 def hold(out, told):
     """Train in a folder for as long as this process lives."""
-    with RunFolder(out).alone():
+    with RunFolder(out).lock():
         told.send("held")
         time.sleep(600)
 
@@ -214,7 +214,7 @@ class TestWhatComesOut:
         with pytest.raises(ValueError, match="other classes than the network: green, yellow"):
             fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data))
         (data / "violet").mkdir()
-        with pytest.raises(ValueError, match="have 4 classes, but the network 3"):
+        with pytest.raises(ValueError, match="have 4 classes, but the network has 3"):
             fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data), class_names=None)
         assert not (tmp_path / "out").exists()
 

@@ -1,4 +1,4 @@
-"""Metrics of classifiers: accuracy, confusions and calibration."""
+"""Metrics of classifiers: accuracy, confusion matrix and calibration."""
 
 from __future__ import annotations
 
@@ -7,31 +7,30 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kornia_tinyvit.training.metrics.counts import Counts, count_pairs
+from kornia_tinyvit.training.metrics.counts import Counts, confusion_matrix
 
 __all__ = ["ClassificationMetrics", "ClassificationScores", "select_classes"]
 
 CALIBRATION_BINS = 15
-CONFUSION_CLASSES = 2048  # the table of ImageNet-22k would take 4 GB
+CONFUSION_CLASSES = 2048  # the matrix of ImageNet-22k would take 4 GB
 
 
 @dataclass(frozen=True)
 class ClassificationScores:
-    """What a network does on labeled images. Shares are in per cent.
+    """Scores of a classifier on labeled images, in per cent.
 
     Args:
-        images: how many were seen.
-        top1: share whose class has the highest logit.
-        top5: share whose class is among the ``top_k`` highest logits.
-        top_k: 5, or the number of classes where that is smaller.
-        class_images: images of each class, :math:`(C,)`, int64.
-        per_class: top-1 of each class, :math:`(C,)`, float64; NaN where there are no images.
-        confusion: images :math:`(C, C)`, int64, by their class (row) and the class they were taken for (column);
-            ``None`` for more than 2048 classes.
-        calibration_error: expected calibration error over 15 bins of equal width (arXiv:1706.04599): how far the
-            probability of the best class is from the share of right answers, on average over the images.
-        calibration_bins: :math:`(15, 3)`, float64: images, mean probability of the best class and top-1 of each bin,
-            the last two in per cent and NaN where there are no images.
+        images: number of images.
+        top1: top-1 accuracy.
+        top5: top-``top_k`` accuracy.
+        top_k: 5, or the number of classes if that is smaller.
+        class_images: number of images of each class, :math:`(C,)`, int64.
+        per_class: top-1 accuracy of each class, :math:`(C,)`, float64; NaN for classes without images.
+        confusion: confusion matrix :math:`(C, C)`, int64, with classes as rows and predictions as columns; ``None`` for
+            more than 2048 classes.
+        calibration_error: expected calibration error over 15 bins of equal width (arXiv:1706.04599).
+        calibration_bins: :math:`(15, 3)`, float64: images, mean confidence and top-1 accuracy of each bin, the last two
+            in per cent and NaN for empty bins.
     """
 
     images: int
@@ -45,24 +44,24 @@ class ClassificationScores:
     calibration_bins: Tensor
 
     def confusions(self, count: int = 10) -> list[tuple[int, int, int]]:
-        """Return the most frequent mistakes: class, the class it was taken for, and how often; most frequent first.
+        """Return the most frequent errors as (class, predicted class, count), sorted by descending count.
 
         Raises:
-            ValueError: if there are too many classes for a table of confusions.
+            ValueError: if there are too many classes for a confusion matrix.
         """
         if self.confusion is None:
-            raise ValueError(f"Confusions are counted for up to {CONFUSION_CLASSES} classes.")
+            raise ValueError(f"The confusion matrix is limited to {CONFUSION_CLASSES} classes.")
         mistakes = self.confusion.clone().fill_diagonal_(0)
-        times, cells = mistakes.flatten().sort(descending=True, stable=True)
-        found = zip(cells[:count].tolist(), times[:count].tolist(), strict=True)
-        return [(*divmod(cell, len(mistakes)), number) for cell, number in found if number]
+        counts, cells = mistakes.flatten().sort(descending=True, stable=True)
+        pairs = zip(cells[:count].tolist(), counts[:count].tolist(), strict=True)
+        return [(*divmod(cell, len(mistakes)), number) for cell, number in pairs if number]
 
 
 class ClassificationMetrics(Counts):
-    """Collect what :class:`ClassificationScores` needs, batch by batch, in counts that add up over processes.
+    """Count the predictions of a classifier for :class:`ClassificationScores`.
 
     Args:
-        num_classes: classes of the logits.
+        num_classes: number of classes.
 
     Raises:
         ValueError: if there are no classes.
@@ -90,7 +89,7 @@ class ClassificationMetrics(Counts):
             labels: class indices :math:`(B,)`.
 
         Raises:
-            ValueError: if the shapes do not fit or a label is no class of the logits.
+            ValueError: if the shapes do not match or a label is no class index.
         """
         if logits.shape != (len(labels), self.num_classes) or labels.ndim != 1:
             raise ValueError(
@@ -101,67 +100,62 @@ class ClassificationMetrics(Counts):
             return
         if int(labels.max()) >= self.num_classes or int(labels.min()) < 0:
             worst = int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())
-            raise ValueError(f"The data has a class {worst}, but the network knows {self.num_classes}.")
-        # kornia.metrics.accuracy gives rounded percentages; counts add up exactly, and one ranking settles all ties.
+            raise ValueError(f"The data has a class {worst}, but the network has {self.num_classes} classes.")
+        # kornia.metrics.accuracy returns percentages of a batch, which do not add up.
         best = logits.topk(self.top_k).indices.cpu()
         confidence = logits.float().softmax(1).amax(1).cpu().double()
         labels = labels.cpu().long()
-        right = best[:, 0] == labels
-        hits, seen, correct, bins, cells = self.parts
+        correct = best[:, 0] == labels
+        hits, images, class_hits, bins, confusion = self.parts
         hits += (best == labels.unsqueeze(1)).any(1).sum()
-        seen += labels.bincount(minlength=self.num_classes)
-        correct += labels[right].bincount(minlength=self.num_classes)
-        _fill_bins(bins, confidence, right)
-        if cells.numel():
-            cells += count_pairs(labels, best[:, 0], self.num_classes)
+        images += labels.bincount(minlength=self.num_classes)
+        class_hits += labels[correct].bincount(minlength=self.num_classes)
+        # Bin i contains confidences in (i / 15, (i + 1) / 15].
+        index = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
+        bins.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, correct.double()], 1))
+        if confusion.numel():
+            confusion += confusion_matrix(labels, best[:, 0], self.num_classes)
 
     def compute(self) -> ClassificationScores:
-        """Return the measures over all batches so far.
+        """Return the scores of all batches.
 
         Raises:
-            ValueError: if there were none.
+            ValueError: if there are no images.
         """
-        hits, seen, correct, bins, cells = self.parts
-        images = int(seen.sum())
+        hits, class_images, class_hits, bins, confusion = self.parts
+        images = int(class_images.sum())
         if not images:
             raise ValueError("No images were evaluated.")
-        number, confidence, right = bins.unbind(1)
+        number, confidence, correct = bins.unbind(1)
         return ClassificationScores(
             images=images,
-            top1=100 * float(correct.sum()) / images,
+            top1=100 * float(class_hits.sum()) / images,
             top5=100 * float(hits) / images,
             top_k=self.top_k,
-            class_images=seen.long(),
-            per_class=100 * correct / seen,
-            confusion=cells.long() if cells.numel() else None,
-            calibration_error=100 * float((confidence - right).abs().sum()) / images,
-            calibration_bins=torch.stack([number, 100 * confidence / number, 100 * right / number], 1),
+            class_images=class_images.long(),
+            per_class=100 * class_hits / class_images,
+            confusion=confusion.long() if confusion.numel() else None,
+            calibration_error=100 * float((confidence - correct).abs().sum()) / images,
+            calibration_bins=torch.stack([number, 100 * confidence / number, 100 * correct / number], 1),
         )
 
 
-def _fill_bins(bins: Tensor, confidence: Tensor, right: Tensor) -> None:
-    """Add images to the bins :math:`(15, 3)` of their number, sum of confidences and right answers."""
-    # Bin i holds what is in (i / 15, (i + 1) / 15].
-    index = (confidence * CALIBRATION_BINS).ceil().long().sub(1).clamp(0, CALIBRATION_BINS - 1)
-    bins.index_add_(0, index, torch.stack([torch.ones_like(confidence), confidence, right.double()], 1))
-
-
 def select_classes(logits: Tensor, indices: Tensor) -> Tensor:
-    """Keep some classes of a head, such as those of ImageNet-1k of an ImageNet-22k head.
+    """Select the logits of some classes, such as those of ImageNet-1k from an ImageNet-22k head.
 
     Args:
         logits: :math:`(*, C)`.
-        indices: positions in [0, C) of the classes to keep, :math:`(K,)`; -1 for a class that the head does not have.
+        indices: class indices in [0, C), :math:`(K,)`; -1 for a class that the head lacks.
 
     Returns:
-        Logits :math:`(*, K)`; minus infinity for classes that the head does not have.
+        Logits :math:`(*, K)`; minus infinity for classes that the head lacks.
 
     Raises:
-        ValueError: if a position is no class.
+        ValueError: if an index is out of range.
     """
     if indices.numel() and (int(indices.min()) < -1 or int(indices.max()) >= logits.shape[-1]):
         raise ValueError(
-            f"Positions must be -1 or in [0, {logits.shape[-1]}); got {int(indices.min())} to {int(indices.max())}."
+            f"Class indices must be -1 or in [0, {logits.shape[-1]}); got {int(indices.min())} to {int(indices.max())}."
         )
     indices = indices.to(logits.device)
     return logits[..., indices.clamp(min=0)].masked_fill(indices < 0, float("-inf"))

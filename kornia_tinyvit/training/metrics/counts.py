@@ -1,4 +1,4 @@
-"""Counts that add up over batches and processes."""
+"""Counts of metrics, which add up over batches and ranks."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ import math
 import torch
 from torch import Tensor
 
-__all__ = ["Counts", "count_pairs"]
+__all__ = ["Counts", "confusion_matrix"]
 
 
 class Counts:
-    """Numbers of a metric in one vector, whose sum over the processes is that of all images.
+    """Counts of a metric in one vector, which is summed over ranks.
 
     Args:
-        *shapes: shapes of the parts of the vector.
-        dtype: data type of the numbers.
+        *shapes: shapes of the counts.
+        dtype: data type of the counts.
 
     Attributes:
-        parts: the parts, which share the memory of the vector.
+        parts: the counts, views of the vector.
     """
 
     def __init__(self, *shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> None:
@@ -31,22 +31,22 @@ class Counts:
         return self._state.clone()
 
     def load_state(self, state: Tensor) -> None:
-        """Replace the numbers by those of a vector from :meth:`state`.
+        """Replace the counts by a vector, such as a sum of :meth:`state`.
 
         Raises:
-            ValueError: if it has another length, such as that of another number of classes.
+            ValueError: if the length differs, for example for another number of classes.
         """
         if state.shape != self._state.shape:
             raise ValueError(f"Expected {len(self._state)} counts; got {state.numel()}.")
         self._state.copy_(state)
 
 
-def count_pairs(truth: Tensor, answers: Tensor, num_classes: int) -> Tensor:
-    """Return how often each class (row) was taken for each class (column), :math:`(K, K)`, int64.
+def confusion_matrix(targets: Tensor, predictions: Tensor, num_classes: int) -> Tensor:
+    """Return the counts of each class (row) by predicted class (column), :math:`(K, K)`, int64.
 
     Args:
-        truth: class indices in [0, K), :math:`(N,)`.
-        answers: the predicted ones, :math:`(N,)`.
-        num_classes: the :math:`K`.
+        targets: class indices in [0, K), :math:`(N,)`.
+        predictions: predicted class indices in [0, K), :math:`(N,)`.
+        num_classes: the number of classes :math:`K`.
     """
-    return (truth * num_classes + answers).bincount(minlength=num_classes**2).view(num_classes, num_classes)
+    return (targets * num_classes + predictions).bincount(minlength=num_classes**2).view(num_classes, num_classes)

@@ -1,4 +1,4 @@
-"""What the features of a network are worth without its head: nearest neighbors and linear probes."""
+"""Evaluation of frozen features: nearest neighbors and linear probes."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from kornia_tinyvit.model import TinyViT
 
 __all__ = ["extract_features", "k_nearest_neighbors", "linear_probe"]
 
-_SIMILARITIES = 2**25  # that are held at a time, 128 MB
+_SIMILARITIES = 2**25  # in memory at a time, 128 MB
 
 
 def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
-    """Return what a network's head sees of images: its normalized pooled features.
+    """Return the inputs of a network's head: its normalized pooled features.
 
     Args:
-        model: the network; its mode and its weights stay as they are.
-        batches: normalized images :math:`(B, C, H, W)` and their classes :math:`(B,)`.
+        model: the network, put into evaluation mode meanwhile.
+        batches: normalized images :math:`(B, C, H, W)` and their class indices :math:`(B,)`.
 
     Returns:
-        Features :math:`(N, D)`, float32, and classes :math:`(N,)`, both in main memory.
+        Features :math:`(N, D)`, float32, and class indices :math:`(N,)`, both on the CPU.
 
     Raises:
         ValueError: if there are no batches.
@@ -37,7 +37,7 @@ def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -
             features.append(found.float().cpu())
             labels.append(classes.cpu().long())
     if not features:
-        raise ValueError("There are no images to take features of.")
+        raise ValueError("There are no images to extract features of.")
     return torch.cat(features), torch.cat(labels)
 
 
@@ -49,21 +49,21 @@ def k_nearest_neighbors(
     temperature: float = 0.07,
     num_classes: int | None = None,
 ) -> Tensor:
-    """Classify by the most similar training images, as InstDisc (arXiv:1805.01978) and DINO (arXiv:2104.14294) do.
+    """Classify by weighted k-nearest neighbors, as InstDisc (arXiv:1805.01978) and DINO (arXiv:2104.14294).
 
     Each of the ``k`` neighbors votes for its class with the weight :math:`e^{s / T}` of its cosine similarity
     :math:`s`.
 
     Args:
-        train_features: :math:`(N, D)`.
-        train_labels: class indices :math:`(N,)`.
-        features: those to classify, :math:`(M, D)`.
-        k: neighbors; at most all training images.
-        temperature: the :math:`T`.
-        num_classes: one more than the largest label if left out.
+        train_features: features of the training images, :math:`(N, D)`.
+        train_labels: their class indices, :math:`(N,)`.
+        features: features to classify, :math:`(M, D)`.
+        k: number of neighbors, at most :math:`N`.
+        temperature: the temperature :math:`T`.
+        num_classes: number of classes :math:`C`; the largest label plus 1 by default.
 
     Returns:
-        The votes :math:`(M, C)`, at least 0, divided by :math:`e^{1 / T}`.
+        Votes :math:`(M, C)`, at least 0, divided by :math:`e^{1 / T}`.
 
     Raises:
         ValueError: if there are no training images, or ``k`` or ``temperature`` is not positive.
@@ -77,7 +77,7 @@ def k_nearest_neighbors(
     rows = max(1, _SIMILARITIES // len(train_features))
     for some, total in zip(features.split(rows), votes.split(rows), strict=True):
         similarity, nearest = (F.normalize(some, dim=1) @ known).topk(min(k, len(train_features)))
-        # Less the largest possible similarity, so that a low temperature overflows nothing.
+        # Minus the largest possible similarity, 1: a low temperature does not overflow.
         total.scatter_add_(1, train_labels[nearest], ((similarity - 1) / temperature).exp())
     return votes
 
@@ -91,21 +91,21 @@ def linear_probe(
 ) -> nn.Linear:
     """Train a linear classifier on frozen features: logistic regression by L-BFGS, as CLIP's probes (arXiv:2103.00020).
 
-    It starts at zero and takes all images at each step, so the result does not depend on chance. The features are
-    standardized for the training, and that is folded into the layer.
+    The optimization is deterministic: it starts at zero and uses all images in each step. The features are standardized
+    for the training; the standardization is folded into the layer.
 
     Args:
-        train_features: :math:`(N, D)`.
-        train_labels: class indices :math:`(N,)`.
-        num_classes: the :math:`C`.
-        penalty: half of it times the sum of the squared weights is added to the mean cross entropy.
-        max_iterations: steps of L-BFGS, which ends earlier where nothing changes.
+        train_features: features of the training images, :math:`(N, D)`.
+        train_labels: their class indices, :math:`(N,)`.
+        num_classes: number of classes :math:`C`.
+        penalty: L2 penalty: half of it times the sum of the squared weights is added to the mean cross-entropy.
+        max_iterations: maximum number of steps of L-BFGS.
 
     Returns:
-        A layer that takes features :math:`(*, D)` as they are.
+        A layer from features :math:`(*, D)` to logits :math:`(*, C)`.
 
     Raises:
-        ValueError: if there are no training images, or a label is no class.
+        ValueError: if there are no training images, or a label is out of range.
     """
     _check_pairs(train_features, train_labels)
     if int(train_labels.min()) < 0 or int(train_labels.max()) >= num_classes:
@@ -120,13 +120,13 @@ def linear_probe(
             [weight, bias], max_iter=max_iterations, history_size=20, line_search_fn="strong_wolfe"
         )
 
-        def objective() -> Tensor:
+        def closure() -> Tensor:
             solver.zero_grad()
             loss = F.cross_entropy(inputs @ weight.T + bias, train_labels) + penalty / 2 * weight.square().sum()
             loss.backward()
             return loss
 
-        solver.step(objective)
+        solver.step(closure)
         layer = nn.Linear(inputs.shape[1], num_classes).to(inputs).requires_grad_(False)
         layer.weight.copy_(weight.detach() / scale)
         layer.bias.copy_(bias.detach() - layer.weight @ mean)
@@ -135,4 +135,4 @@ def linear_probe(
 
 def _check_pairs(features: Tensor, labels: Tensor) -> None:
     if not len(features) or len(features) != len(labels):
-        raise ValueError(f"Got {len(features)} training features and {len(labels)} labels for them.")
+        raise ValueError(f"Expected training features and as many labels; got {len(features)} and {len(labels)}.")

@@ -1,56 +1,72 @@
-"""Metrics of prompted masks: mean intersection over union per kind of prompt."""
+"""Metrics of promptable segmentation: mean IoU per kind of prompt."""
 
 from __future__ import annotations
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from kornia_tinyvit.training.metrics.counts import Counts
 
-__all__ = ["PromptMetrics", "mask_ious"]
+__all__ = ["PromptMetrics", "PromptScores", "mask_ious"]
+
+
+@dataclass(frozen=True)
+class PromptScores:
+    """Scores of prompted masks; IoUs are in per cent and NaN without prompts of their kind.
+
+    Args:
+        instances: number of instances.
+        box_iou: mean IoU of the masks of box prompts.
+        point_iou: mean IoU of the masks of point prompts.
+    """
+
+    instances: int
+    box_iou: float
+    point_iou: float
 
 
 class PromptMetrics(Counts):
-    """Collect how well prompts find their masks, in sums that add up over images and processes.
+    """Sum the IoUs of prompted masks for :class:`PromptScores`.
 
     Example:
         >>> metrics = PromptMetrics()
         >>> mask = torch.tensor([[[True, True, False]]])
         >>> metrics.update("box", torch.tensor([[[True, False, False]]]), mask)
         >>> metrics.compute()
-        {'instances': 1, 'box_iou': 50.0, 'point_iou': nan}
+        PromptScores(instances=1, box_iou=50.0, point_iou=nan)
     """
 
     kinds = ("box", "point")
 
     def __init__(self) -> None:
-        super().__init__((len(self.kinds), 2))  # sum of the IoUs, and how many
+        super().__init__((len(self.kinds), 2))  # sum and number of the IoUs
 
-    def update(self, kind: str, found: Tensor, wanted: Tensor) -> None:
+    def update(self, kind: str, predictions: Tensor, targets: Tensor) -> None:
         """Add masks.
 
         Args:
             kind: ``"box"`` or ``"point"``.
-            found: predicted masks, bool :math:`(N, H, W)`.
-            wanted: the true ones, of the same shape.
+            predictions: predicted masks, bool :math:`(N, H, W)`.
+            targets: ground truth masks, bool :math:`(N, H, W)`.
 
         Raises:
             ValueError: if the shapes differ.
         """
-        if found.shape != wanted.shape:
-            raise ValueError(f"Expected masks of the shape {tuple(wanted.shape)}; got {tuple(found.shape)}.")
-        ious = mask_ious(found, wanted.to(found.device)).double()
+        if predictions.shape != targets.shape:
+            raise ValueError(f"Expected masks of the shape {tuple(targets.shape)}; got {tuple(predictions.shape)}.")
+        ious = mask_ious(predictions, targets.to(predictions.device)).double()
         self.parts[0][self.kinds.index(kind)] += torch.tensor([float(ious.sum()), len(ious)], dtype=torch.float64)
 
-    def compute(self) -> dict[str, float]:
-        """Return the instances and, in per cent, the mean IoU of each kind of prompt over them, NaN without any."""
+    def compute(self) -> PromptScores:
+        """Return the scores of all masks."""
         sums, counts = self.parts[0].unbind(1)
-        named = zip(self.kinds, (100 * sums / counts).tolist(), strict=True)
-        return {"instances": int(counts.max()), **{f"{kind}_iou": mean for kind, mean in named}}
+        return PromptScores(int(counts.max()), *(100 * sums / counts).tolist())
 
 
-def mask_ious(found: Tensor, wanted: Tensor) -> Tensor:
-    """Return the IoU of masks :math:`(*, H, W)`, bool; 0 for two empty ones."""
-    both = (found & wanted).flatten(-2).sum(-1)
-    either = (found | wanted).flatten(-2).sum(-1)
-    return both / either.clamp(min=1)
+def mask_ious(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the IoUs of masks :math:`(*, H, W)`, bool; 0 for two empty masks."""
+    intersection = (predictions & targets).flatten(-2).sum(-1)
+    union = (predictions | targets).flatten(-2).sum(-1)
+    return intersection / union.clamp(min=1)

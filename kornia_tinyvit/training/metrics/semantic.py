@@ -1,4 +1,4 @@
-"""ClassificationMetrics of semantic segmentation: intersection over union and pixel accuracy."""
+"""Metrics of semantic segmentation: IoU and pixel accuracy."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ import torch
 from torch import Tensor
 
 from kornia_tinyvit.data.segmentation import IGNORED
-from kornia_tinyvit.training.metrics.counts import Counts, count_pairs
+from kornia_tinyvit.training.metrics.counts import Counts, confusion_matrix
 
 __all__ = ["SegmentationMetrics", "SegmentationScores"]
 
 
 @dataclass(frozen=True)
 class SegmentationScores:
-    """What a segmenter does on images with masks. Shares are in per cent, pixels without a label left out.
+    """Scores of a segmenter on the labeled pixels of images, in per cent.
 
     Args:
-        pixels: how many pixels were compared.
-        pixel_accuracy: share of pixels of the right class.
-        mean_iou: mean over the classes that the masks hold, of intersection over union over all images together.
-        per_class: that intersection over union of each class, :math:`(K,)`, float64; NaN where no mask holds it.
-        class_pixels: pixels of each class in the masks, :math:`(K,)`, int64.
-        confusion: pixels :math:`(K, K)`, int64, by their class (row) and the class they were taken for (column).
+        pixels: number of labeled pixels.
+        pixel_accuracy: pixel accuracy.
+        mean_iou: mean IoU of the classes in the masks, with intersections and unions summed over all images.
+        per_class: IoU of each class, :math:`(K,)`, float64; NaN for classes that are in no mask.
+        class_pixels: number of pixels of each class in the masks, :math:`(K,)`, int64.
+        confusion: confusion matrix of pixels :math:`(K, K)`, int64, with classes as rows and predictions as columns.
     """
 
     pixels: int
@@ -35,17 +35,17 @@ class SegmentationScores:
 
     @property
     def present(self) -> int:
-        """How many classes the masks hold."""
+        """Number of classes in the masks."""
         return int((self.class_pixels > 0).sum())
 
 
 class SegmentationMetrics(Counts):
-    """Collect what :class:`SegmentationScores` needs, in counts that add up over images and processes.
+    """Count the predictions of a segmenter for :class:`SegmentationScores`.
 
-    :func:`kornia.metrics.mean_iou` takes each image for itself and counts absent classes as right.
+    :func:`kornia.metrics.mean_iou` averages over images and gives absent classes an IoU of 1.
 
     Args:
-        num_classes: classes of the network.
+        num_classes: number of classes.
 
     Raises:
         ValueError: if there are no classes.
@@ -69,39 +69,39 @@ class SegmentationMetrics(Counts):
 
         Args:
             classes: predicted class indices of any shape, such as :math:`(B, H, W)`.
-            masks: the true ones of the same shape, or :data:`~kornia_tinyvit.data.segmentation.IGNORED`.
+            masks: class indices of the same shape, or :data:`~kornia_tinyvit.data.segmentation.IGNORED`.
 
         Raises:
-            ValueError: if the shapes differ or an index is no class.
+            ValueError: if the shapes differ or a class index is out of range.
         """
         if classes.shape != masks.shape:
             raise ValueError(f"Expected masks of the shape {tuple(classes.shape)}; got {tuple(masks.shape)}.")
         masks = masks.to(classes.device)
         labeled = masks != IGNORED
-        truth, answers = masks[labeled], classes[labeled]
-        for name, found in (("Masks", truth), ("Predictions", answers)):
+        targets, predictions = masks[labeled], classes[labeled]
+        for name, found in (("Masks", targets), ("Predictions", predictions)):
             if found.numel() and not 0 <= int(found.min()) <= int(found.max()) < self.num_classes:
-                raise ValueError(f"{name} hold {int(found.max())}; expected classes in [0, {self.num_classes}).")
-        self.parts[0] += count_pairs(truth, answers, self.num_classes).cpu()
+                raise ValueError(f"{name} contain {int(found.max())}; expected classes in [0, {self.num_classes}).")
+        self.parts[0] += confusion_matrix(targets, predictions, self.num_classes).cpu()
 
     def compute(self) -> SegmentationScores:
-        """Return the measures over all images so far.
+        """Return the scores of all images.
 
         Raises:
-            ValueError: if no pixel had a label.
+            ValueError: if there are no labeled pixels.
         """
         (confusion,) = self.parts
-        right, truth = confusion.diagonal(), confusion.sum(1)
-        pixels = int(truth.sum())
+        intersection, class_pixels = confusion.diagonal(), confusion.sum(1)
+        pixels = int(class_pixels.sum())
         if not pixels:
             raise ValueError("No labeled pixels were evaluated.")
-        union = truth + confusion.sum(0) - right
-        per_class = torch.where(truth > 0, 100 * right / union, torch.nan)
+        union = class_pixels + confusion.sum(0) - intersection
+        per_class = torch.where(class_pixels > 0, 100 * intersection / union, torch.nan)
         return SegmentationScores(
             pixels=pixels,
-            pixel_accuracy=100 * float(right.sum()) / pixels,
+            pixel_accuracy=100 * float(intersection.sum()) / pixels,
             mean_iou=float(per_class.nanmean()),
             per_class=per_class,
-            class_pixels=truth.long(),
+            class_pixels=class_pixels.long(),
             confusion=confusion.long(),
         )

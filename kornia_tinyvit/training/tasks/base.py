@@ -1,7 +1,8 @@
-"""What the training loop needs of a task: samples, a loss, an evaluator, and how networks are written to files."""
+"""Base classes of the training tasks: samples, losses, evaluators and tasks."""
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -20,15 +21,7 @@ from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.counts import Counts
 
-__all__ = [
-    "Evaluator",
-    "Loss",
-    "ReadableItems",
-    "Samples",
-    "Task",
-    "evaluate_network",
-    "read_batches",
-]
+__all__ = ["Evaluator", "Loss", "ReadableItems", "Samples", "Task", "evaluate_network", "read_batches"]
 
 
 class Samples(Protocol):
@@ -40,32 +33,32 @@ class Samples(Protocol):
     augmentation: Any
 
     def inputs(self, batch: Any, device: torch.device) -> Any:
-        """Return what the network takes of a batch, on a device."""
+        """Return the network's inputs of a batch, on a device."""
 
 
 class Loss(Protocol):
-    """A loss of each sample of a batch."""
+    """A loss with one value per sample."""
 
     def describe(self) -> dict[str, Any]:
-        """Return what tells it from other objectives, as JSON's types."""
+        """Return the kind of the loss and its hyperparameters, as JSON types."""
 
     def __call__(self, outputs: Any, images: Any, batch: Any) -> Tensor:
         """Return the losses :math:`(B,)`.
 
         Args:
-            outputs: what the network returned.
-            images: what it was given: :meth:`Samples.inputs`, such as augmented images :math:`(B, 3, S, S)`.
-            batch: what they were made from, such as :class:`~kornia_tinyvit.data.Batch`.
+            outputs: outputs of the network.
+            images: its inputs, from :meth:`Samples.inputs`, such as augmented images :math:`(B, 3, S, S)`.
+            batch: the batch, such as a :class:`~kornia_tinyvit.data.Batch`.
         """
 
 
 class ReadableItems(Dataset[tuple[int, Any]]):
-    """Indices and samples of a data set; a sample that cannot be read is ``None`` or raises.
+    """Indices and samples of a data set; a corrupt sample is ``None`` or raises.
 
     Args:
         images: the data set.
-        read: returns a sample of it by its index; by default ``images[index]``.
-        skip_broken: return ``None`` for a sample that cannot be read instead of raising its error.
+        read: returns a sample by its index; ``images[index]`` by default.
+        skip_broken: return ``None`` for a corrupt sample instead of raising an error.
     """
 
     def __init__(self, images: Any, read: Callable[[int], Any] | None = None, skip_broken: bool = False) -> None:
@@ -79,15 +72,18 @@ class ReadableItems(Dataset[tuple[int, Any]]):
 
 
 class Evaluator(ABC):
-    """A single measurement of a network on a data set.
+    """One evaluation of a network on a data set.
 
     Args:
         images: the data set.
-        counts: the metrics, whose numbers add up over images and processes.
-        read: returns a sample of the data set by its index; by default ``images[index]``.
-        device: where the network is.
-        batch_size: how many images it takes at a time.
-        skip_broken: leave out images that cannot be read.
+        counts: the metrics.
+        read: returns a sample of the data set by its index; ``images[index]`` by default.
+        device: device of the network.
+        batch_size: images per forward pass.
+        skip_broken: skip corrupt images instead of raising an error.
+
+    Attributes:
+        counts: the metrics, updated by :meth:`evaluate_batch`.
     """
 
     def __init__(
@@ -104,114 +100,139 @@ class Evaluator(ABC):
         self.counts: Any = counts
         self.device, self.batch_size = device, batch_size
 
-    def add(self, network: nn.Module, batch: list[tuple[int, Any]]) -> list[str]:
-        """Measure a network on a batch of :class:`ReadableItems`, which may be empty; return names of broken images."""
-        self.measure(network, [(index, sample) for index, sample in batch if sample is not None])
+    def evaluate_batch(self, network: nn.Module, batch: list[tuple[int, Any]]) -> list[str]:
+        """Update the metrics with a batch of :class:`ReadableItems`, which may be empty.
+
+        Returns:
+            Names of the corrupt images.
+        """
+        self.update(network, [(index, sample) for index, sample in batch if sample is not None])
         return [self.items.images.name(index) for index, sample in batch if sample is None]
 
     @abstractmethod
-    def measure(self, network: nn.Module, samples: list[tuple[int, Any]]) -> None:
-        """Add what a network, called exactly once, makes of samples.
+    def update(self, network: nn.Module, samples: list[tuple[int, Any]]) -> None:
+        """Call the network exactly once and update the metrics.
 
-        There may be none: a process without images of its own still takes part in what the processes do together.
+        Args:
+            network: the network.
+            samples: indices and samples; none on a rank without images left, which still takes part in the
+                collective operations of the forward pass.
         """
-
-    @abstractmethod
-    def measures(self) -> dict[str, float]:
-        """Return the numbers over all that was added."""
 
 
 class Task:
     """A task that networks are trained for.
 
     Attributes:
-        metric: the name among :meth:`Evaluator.measures` of the number, the higher the better, that tells the best
-            weights.
+        metrics: fields of the evaluator's scores that are logged; the first one selects the best weights.
         evaluator_class: takes the validation data, the network's configuration and the options of :class:`Evaluator`.
-        network_class: the network that is written.
-        may_lack_classes: whether the validation data may know fewer classes than the network, whose last do not occur.
+        network_class: class of the saved network.
+        prefix: prefix of the trained weights' names in front of those of the saved network.
+        may_lack_classes: accept validation data with fewer classes than the network.
     """
 
-    metric: ClassVar[str]
+    metrics: ClassVar[tuple[str, ...]]
     evaluator_class: ClassVar[Callable[..., Evaluator]]
     network_class: ClassVar[Any]
+    prefix: ClassVar[str] = ""
     may_lack_classes: ClassVar[bool] = False
 
+    @property
+    def metric(self) -> str:
+        """Name of the metric that selects the best weights; higher is better."""
+        return self.metrics[0]
+
+    def report(self, scores: Any) -> dict[str, float]:
+        """Return the metrics of an evaluation in per cent; 0 where the data has no objects."""
+        values = {name: getattr(scores, name) for name in self.metrics}
+        return {name: 0.0 if math.isnan(value) else round(value, 4) for name, value in values.items()}
+
     def check(self, images: Any, config: Any, class_names: Sequence[str] | None) -> None:
-        """Refuse validation images of other classes than the network's.
+        """Check that validation images have the classes of the network.
 
         Raises:
-            ValueError: telling what differs.
+            ValueError: if the names or the number of classes differ.
         """
         check_names(images.class_names, class_names)
         theirs, ours = images.num_classes, config.num_classes
         if theirs > ours or (theirs < ours and not self.may_lack_classes):
-            raise ValueError(f"The validation data have {theirs} classes, but the network {ours}.")
+            raise ValueError(f"The validation data have {theirs} classes, but the network has {ours}.")
 
     def evaluator(self, images: Any, config: Any, samples: Any, **options: Any) -> Evaluator:
-        """Begin to measure networks of a configuration on validation images.
+        """Create an evaluator on validation images.
 
         Args:
             images: the validation data.
-            config: the network's configuration.
-            samples: what it is trained on.
-            **options: ``device``, ``batch_size`` and ``skip_broken``, as for :class:`Evaluator`.
+            config: configuration of the network.
+            samples: the training data.
+            **options: ``device``, ``batch_size`` and ``skip_broken``, see :class:`Evaluator`.
         """
         return type(self).evaluator_class(images, config, **options)
 
     def preprocessing(self, model: nn.Module, samples: Any) -> Preprocessing:
-        """Return what images go through before the network, which its files state: by default as before training."""
-        return next(module.preprocessing for module in model.modules() if isinstance(module, TinyViT))
+        """Return the preprocessing to save with the weights: by default the network's before training."""
+        return _encoder(model).preprocessing
 
-    def writer(
+    def restore(
         self, config: Any, state: dict[str, Tensor], class_names: Sequence[str] | None, preprocessing: Preprocessing
-    ) -> Callable[[Path], object]:
-        """Return what writes weights to a file that the network's ``from_config`` reads."""
-        network = type(self).network_class.from_config(config, class_names=class_names)
-        network.backbone.preprocessing = preprocessing
-        self.load(network, state)
-        save: Callable[[Path], object] = network.save
-        return save
+    ) -> Any:
+        """Build the network to save and load the trained weights."""
+        network = self.build(config, class_names)
+        _encoder(network).preprocessing = preprocessing
+        self.load(network, {name.removeprefix(self.prefix): tensor for name, tensor in state.items()})
+        return network
+
+    def build(self, config: Any, class_names: Sequence[str] | None) -> Any:
+        """Build the network to save, with random weights."""
+        return type(self).network_class.from_config(config, class_names=class_names)
 
     def load(self, network: Any, state: dict[str, Tensor]) -> None:
-        """Load what was trained into the network that is written."""
+        """Load trained weights, without :attr:`prefix`, into the network to save."""
         network.load_state_dict(state)
+
+    def save(self, network: Any, path: Path) -> None:
+        """Write a file that the network's ``from_config`` reads."""
+        network.save(path)
+
+
+def _encoder(network: nn.Module) -> TinyViT:
+    return next(module for module in network.modules() if isinstance(module, TinyViT))
 
 
 @torch.no_grad()
 def evaluate_network(
-    network: nn.Module, evaluator: Evaluator, workers: int = 0, progress: bool = False, **place: int
+    network: nn.Module, evaluator: Evaluator, workers: int = 0, progress: bool = False, **shard: int
 ) -> list[str]:
-    """Let an evaluator see its images, or a process's share of them.
+    """Run an evaluator over its images, or over the shard of a rank.
 
     Args:
-        network: what is measured, in evaluation mode meanwhile.
-        evaluator: what measures it.
-        workers: processes that read images.
-        progress: show a bar.
-        **place: ``process`` and ``processes``, as for :func:`read_batches`.
+        network: the network, put into evaluation mode meanwhile.
+        evaluator: the evaluator.
+        workers: number of loader processes.
+        progress: show a progress bar.
+        **shard: ``rank`` and ``world_size``, see :func:`read_batches`.
 
     Returns:
-        Names of the images that could not be read.
+        Names of the corrupt images.
     """
-    loader = read_batches(evaluator.items, evaluator.batch_size, workers, **place)
+    loader = read_batches(evaluator.items, evaluator.batch_size, workers, **shard)
     with evaluating(network):
         batches = track_progress(loader, "evaluating", progress)
-        return [name for batch in batches for name in evaluator.add(network, batch)]
+        return [name for batch in batches for name in evaluator.evaluate_batch(network, batch)]
 
 
 def read_batches(
-    items: ReadableItems, batch_size: int, workers: int = 0, process: int = 0, processes: int = 1
+    items: ReadableItems, batch_size: int, workers: int = 0, rank: int = 0, world_size: int = 1
 ) -> DataLoader[Any]:
-    """Return a loader of batches of readable items; each process gets as many batches, of which some may be empty.
+    """Return a loader of a rank's batches; all ranks get the same number of batches, of which some may be empty.
 
     Args:
         items: the data set.
-        batch_size: how many images at a time.
-        workers: processes that read images.
-        process: number of this process.
-        processes: how many there are.
+        batch_size: images per batch.
+        workers: number of loader processes.
+        rank: rank of this process.
+        world_size: number of ranks.
     """
-    count, step = len(items), batch_size * processes
-    firsts = range(process * batch_size, -(-count // step) * step, step)
+    count, step = len(items), batch_size * world_size
+    firsts = range(rank * batch_size, -(-count // step) * step, step)
     return replay_loader(items, [range(first, min(first + batch_size, count)) for first in firsts], workers)

@@ -1,4 +1,4 @@
-"""Training detectors: images and boxes changed together, transformers' loss, and what a detector is measured by."""
+"""Training detectors: augmentation of images with boxes, transformers' loss, evaluator and task."""
 
 from __future__ import annotations
 
@@ -26,15 +26,15 @@ __all__ = [
     "DetectorTraining",
 ]
 
-_VISIBLE = 0.3  # share of an object's box that a crop must hold for the object to count
-_SMALLEST = 1.0  # side in pixels below which a box says nothing
+_MIN_VISIBLE = 0.3  # fraction of a box inside the crop, below which the object is dropped
+_MIN_SIDE = 1.0  # in pixels
 
 
 class BoxAugmentation(PairedAugmentation):
-    """Crop, flip and recolor an image by kornia; its boxes follow and are cut at the border.
+    """Crop and flip an image with its boxes, and jitter the image's color, by kornia.
 
-    Objects of which a crop holds less than 30 % of the box are left out, and so are crowds. See
-    :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the usual preset is ``"detection"``.
+    Boxes are clipped to the crop. Crowds and objects with less than 30 % of their box inside the crop are dropped. See
+    :class:`~kornia_tinyvit.data.paired.PairedAugmentation` for the arguments; the default preset is ``"detection"``.
     """
 
     kind = "boxes"
@@ -42,75 +42,72 @@ class BoxAugmentation(PairedAugmentation):
     data_key = "bbox_xyxy"
 
     def __call__(self, image: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:
-        """Change a sample.
+        """Augment a sample.
 
         Args:
-            image: 8-bit image :math:`(3, H, W)` on the CPU.
-            objects: what it shows.
+            image: uint8 image :math:`(3, H, W)` on the CPU.
+            objects: its objects.
             epoch: number of the epoch.
-            index: number of the sample.
+            index: index of the sample.
 
         Returns:
-            uint8 image :math:`(3, S, S)`, and its target: ``boxes`` :math:`(N, 4)`, center, width and height as
+            uint8 image :math:`(3, S, S)` and its target: ``boxes`` :math:`(N, 4)`, center, width and height as
             fractions of the side, and ``class_labels`` :math:`(N,)`.
         """
         kept = ~objects.crowds
         pixels, boxes, labels = self._reduce(image), objects.boxes[kept], objects.labels[kept]
         down, across = (new / old for new, old in zip(pixels.shape[-2:], image.shape[-2:], strict=True))
         boxes = boxes * boxes.new_tensor([across, down, across, down])
-        # To kornia a coordinate is the middle of a pixel, here its left or upper edge.
+        # kornia's coordinates refer to pixel centers, those of the boxes to pixel edges.
         crop, moved = self._apply(pixels, boxes[None] - 0.5, epoch, index)
-        boxes, visible = _cut(moved[0] + 0.5, self.img_size)
+        boxes, visible = _clip(moved[0] + 0.5, self.img_size)
         return crop, {"boxes": boxes[visible] / self.img_size, "class_labels": labels[visible]}
 
 
-def _cut(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
-    """Cut boxes at the border of a square.
-
-    Args:
-        boxes: left, top, right and bottom :math:`(N, 4)`.
-        side: side of the square.
+def _clip(boxes: Tensor, side: int) -> tuple[Tensor, Tensor]:
+    """Clip boxes :math:`(N, 4)`, left, top, right and bottom, to a square.
 
     Returns:
-        Center, width and height :math:`(N, 4)`, and whether enough is left of each, :math:`(N,)`.
+        Center, width and height :math:`(N, 4)`, and whether enough of each box is visible, :math:`(N,)`.
     """
     inside = boxes.clamp(0, side)
     low, high = inside[:, :2], inside[:, 2:]
-    whole = (boxes[:, 2:] - boxes[:, :2]).prod(1)
-    visible = ((high - low).prod(1) >= _VISIBLE * whole) & (high - low >= _SMALLEST).all(1)
+    area = (boxes[:, 2:] - boxes[:, :2]).prod(1)
+    visible = ((high - low).prod(1) >= _MIN_VISIBLE * area) & (high - low >= _MIN_SIDE).all(1)
     return torch.cat([(low + high) / 2, high - low], 1), visible
 
 
 class DetectionSamples(PairedSamples):
-    """Images and boxes decoded and augmented as an epoch demands, a whole batch at a time.
+    """Images and boxes, decoded and augmented; targets are a tuple of :class:`BoxAugmentation`'s dictionaries.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: a
     :class:`~kornia_tinyvit.data.DetectionDataset` and a :class:`BoxAugmentation`.
     """
 
     def inputs(self, batch: PairedBatch, device: torch.device) -> tuple[Tensor, list[dict[str, Tensor]]]:
-        """Return the images of a batch that could be read, :math:`(B, 3, S, S)` in [0, 1], and their objects.
+        """Return the readable images of a batch, :math:`(B, 3, S, S)` in [0, 1], and their targets.
 
-        If none could be read, all are returned: the processes of a training must all call their network.
+        If all images are corrupt, all are returned: every rank has to run its forward pass.
         """
-        rows = batch.valid.nonzero()[:, 0].tolist() or range(len(batch.valid))
-        objects = [{name: values.to(device) for name, values in batch.targets[row].items()} for row in rows]
-        return super().inputs(batch, device)[list(rows)], objects
+        rows = batch.valid.nonzero()[:, 0].tolist() or list(range(len(batch.valid)))
+        targets = [{name: values.to(device) for name, values in batch.targets[row].items()} for row in rows]
+        return super().inputs(batch, device)[rows], targets
 
     def _blank(self) -> dict[str, Tensor]:
         return {"boxes": torch.zeros(0, 4), "class_labels": torch.zeros(0, dtype=torch.int64)}
 
 
 class DetectorTraining(nn.Module):
-    """A detector on its way: transformers' RT-DETR, which takes images in [0, 1] and normalizes them itself.
+    """A detector in training: transformers' RT-DETR behind the detector's normalization.
 
     Args:
-        detector: the detector to begin with; its weights are copied.
+        detector: the detector; its weights are copied.
         **changes: fields of transformers' ``RTDetrConfig``, such as ``num_denoising``.
 
     Attributes:
-        rt_detr: transformers' model; :func:`~kornia_tinyvit.huggingface.rt_detr.from_rt_detr` makes a detector of it.
-        config: the detector's configuration.
+        rt_detr: transformers' model; :func:`~kornia_tinyvit.huggingface.rt_detr.from_rt_detr` converts it to a
+            detector.
+        config: configuration of the detector.
 
     Raises:
         MissingExtraError: if transformers is missing.
@@ -127,43 +124,42 @@ class DetectorTraining(nn.Module):
         self.rt_detr = to_rt_detr(detector, **changes)
         network = network_of(self.rt_detr)
         stage: Any
-        for stage in network.layers:  # transformers' configuration of the backbone does not tell it
+        for stage in network.layers:  # transformers' configuration of the backbone has no such field
             stage.blocks.gradient_checkpointing = detector.config.backbone.use_checkpoint
         network.head.requires_grad_(False)
         for name in ("mean", "std"):
             self.register_buffer(name, getattr(detector, name).clone(), persistent=False)
 
     def forward(self, inputs: Tensor | tuple[Tensor, list[dict[str, Tensor]]]) -> Any:
-        """Look for objects.
+        """Detect objects.
 
         Args:
-            inputs: squares :math:`(B, 3, S, S)` in [0, 1]; or such squares, and for each its ``boxes``
-                :math:`(N_i, 4)`, center, width and height as shares of its sides, and ``class_labels``
+            inputs: images :math:`(B, 3, S, S)` in [0, 1]; or such images and the target of each: ``boxes``
+                :math:`(N_i, 4)`, center, width and height as fractions of the side, and ``class_labels``
                 :math:`(N_i,)`.
 
         Returns:
-            Without objects logits :math:`(B, Q, K)` and boxes :math:`(B, Q, 4)`, as :class:`TinyViTDetector` has them;
-            with objects what :class:`DetectionLoss` takes: transformers' outputs of all layers.
+            Without targets logits :math:`(B, Q, K)` and boxes :math:`(B, Q, 4)`, see :class:`TinyViTDetector`; with
+            targets the outputs of all layers, for :class:`DetectionLoss`.
         """
-        images, objects = (inputs, None) if isinstance(inputs, Tensor) else inputs
-        pixels = normalize(images, self.mean, self.std)
-        found = self.rt_detr.model(pixels, labels=objects)
-        logits, boxes = found.intermediate_logits, found.intermediate_reference_points
-        if objects is None:
+        images, targets = (inputs, None) if isinstance(inputs, Tensor) else inputs
+        outputs = self.rt_detr.model(normalize(images, self.mean, self.std), labels=targets)
+        logits, boxes = outputs.intermediate_logits, outputs.intermediate_reference_points
+        if targets is None:
             return logits[:, -1], boxes[:, -1]
-        if self.training and found.denoising_meta_values is None and hasattr(self.rt_detr.model, _DENOISING):
-            # No object to add noise to; that the weights take part all the same is what several processes rely on.
+        if self.training and outputs.denoising_meta_values is None and hasattr(self.rt_detr.model, _DENOISING):
+            # Without objects there are no denoising queries, but every rank needs gradients of their embedding.
             logits = logits + 0 * getattr(self.rt_detr.model, _DENOISING).weight.sum()
         return {
             "logits": logits,
             "boxes": boxes,
-            "first_logits": found.enc_topk_logits,
-            "first_boxes": found.enc_topk_bboxes,
-            "denoising": found.denoising_meta_values,
+            "first_logits": outputs.enc_topk_logits,
+            "first_boxes": outputs.enc_topk_bboxes,
+            "denoising": outputs.denoising_meta_values,
         }
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-4, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and the rest at ``lr``.
+        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and all others at ``lr``.
 
         Args:
             lr: learning rate of encoder, decoder and the backbone's last block.
@@ -183,26 +179,25 @@ _DENOISING = "denoising_class_embed"
 
 
 class DetectionLoss:
-    """RT-DETR's loss, transformers': varifocal scores, box distance and generalized IoU of matched queries.
+    """RT-DETR's loss from transformers: varifocal loss, L1 distance and generalized IoU of matched queries.
 
-    It counts every layer of the decoder, the encoder's own guesses and the denoising queries. It is one number for a
-    batch, the sum over its objects divided by how many there are; with several processes or accumulated batches each
-    is divided by its own.
+    It covers all layers of the decoder, the encoder's proposals and the denoising queries, and is normalized by the
+    number of objects in the batch of a rank.
 
     Args:
-        training: what is trained.
+        training: the network in training.
     """
 
     def __init__(self, training: DetectorTraining) -> None:
         self.config = training.rt_detr.config
 
     def describe(self) -> dict[str, Any]:
-        """Return its kind, the weights of its parts and the denoising queries."""
+        """Return its kind, the weights of its terms and the number of denoising queries."""
         names = ("weight_loss_vfl", "weight_loss_bbox", "weight_loss_giou", "num_denoising")
         return {"kind": "boxes", **{name: getattr(self.config, name) for name in names}}
 
     def __call__(self, outputs: dict[str, Any], images: Any, batch: PairedBatch) -> Tensor:
-        """Return the losses :math:`(B,)`: for each image that of the batch."""
+        """Return the mean loss of the batch for each of its images, :math:`(B,)`."""
         from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
         logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
@@ -215,47 +210,43 @@ class DetectionLoss:
 
 
 class DetectionEvaluator(Evaluator):
-    """A single measurement of a detector on images with boxes.
+    """Evaluate a detector on images with boxes.
 
     Args:
         images: the data set.
-        config: the detector's configuration.
-        **options: as for :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
+        config: configuration of the detector.
+        **options: see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
     """
 
     def __init__(self, images: DetectionDataset, config: DetectorConfig, **options: Any) -> None:
         super().__init__(images, DetectionMetrics(images), **options)
         self._squares = Squares(config.backbone.img_size)
-        self._every = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
+        self._postprocess = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
-    def measure(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Objects]]]) -> None:
-        """Add what is found; samples are indices with an image :math:`(3, H, W)` in [0, 1] and its objects."""
+    def update(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Objects]]]) -> None:
+        """Update the metrics; a sample is an image :math:`(3, H, W)` in [0, 1] and its objects."""
         images = [image for _, (image, _) in samples] or [torch.zeros(3, 32, 32)]
         squares, sizes = self._squares([image.to(self.device) for image in images])
         logits, boxes = network(squares)
-        found = self._every(logits.float(), boxes.float(), sizes)
-        for (index, (image, _)), rows in zip(samples, found, strict=False):
+        detections = self._postprocess(logits.float(), boxes.float(), sizes)
+        for (index, (image, _)), rows in zip(samples, detections, strict=False):
             self.counts.update(index, rows, *image.shape[1:])
-
-    def measures(self) -> dict[str, float]:
-        """Return mAP over all overlaps, and at those of 50 and 75 per cent."""
-        found = self.counts.compute().to_dict()
-        return {name: found[name] or 0.0 for name in ("map", "map50", "map75")}
 
 
 class DetectionTask(Task):
-    """Boxes and classes: COCO's mAP in per cent of :class:`DetectionDataset`."""
+    """Object detection: COCO's mAP, AP50 and AP75 on a :class:`~kornia_tinyvit.data.DetectionDataset`."""
 
-    metric = "map"
+    metrics = ("map", "map50", "map75")
     evaluator_class = DetectionEvaluator
     network_class = TinyViTDetector
+    prefix = "rt_detr."
 
     def load(self, network: TinyViTDetector, state: dict[str, Tensor]) -> None:
-        """Load the weights of a :class:`DetectorTraining` into a detector."""
+        """Load the weights of transformers' RT-DETR into a detector."""
         from kornia_tinyvit.huggingface.rt_detr import load_weights
 
-        load_weights(network, {name.removeprefix("rt_detr."): tensor for name, tensor in state.items()})
+        load_weights(network, state)
 
 
-#: The task of detectors, for :func:`~kornia_tinyvit.training.train`.
+#: The task of :class:`~kornia_tinyvit.TinyViTDetector`, for :func:`~kornia_tinyvit.training.train`.
 DETECTION = DetectionTask()

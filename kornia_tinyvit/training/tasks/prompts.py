@@ -1,4 +1,4 @@
-"""Prompts for training MobileSAM: drawn from masks, which are augmented with their images."""
+"""Prompts for training MobileSAM: sampled from augmented instance masks."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from kornia_tinyvit.training.tasks.semantic import MaskAugmentation
 
 __all__ = ["PromptAugmentation", "PromptTargets", "PromptedSamples", "Prompting", "Prompts"]
 
-#: Number of this module's formulas, raised when a prompt would come out differently.
+#: Version of the sampling, incremented when it changes.
 VERSION = 1
 
-_STREAM = 9  # of random words; those below are the order's, the replayed augmentation's and the masks'
-_PADDING = tuple(round(255 * level) for level in PIXEL_MEAN)  # which normalization makes zeros of, as at inference
+_STREAM = 9  # random stream; lower numbers belong to the order, the replayed and the paired augmentation
+_PADDING = tuple(round(255 * mean) for mean in PIXEL_MEAN)  # 0 after normalization, as at inference
 
 
 class Prompts(NamedTuple):
-    """What the network is asked: inputs of :math:`S` pixels, and :math:`P` prompts over them.
+    """Inputs of :class:`~kornia_tinyvit.training.PromptedSAM`: images and :math:`P` prompts on them.
 
     Attributes:
-        images: inputs :math:`(B, 3, S, S)`, normalized.
-        photo: which of them each prompt is about, :math:`(P,)`.
+        images: normalized images :math:`(B, 3, S, S)`.
+        photo: index of the image of each prompt, :math:`(P,)`.
         boxes: left, top, right and bottom in pixels of the input, :math:`(P, 4)`.
-        points: points on the object, x and y in pixels of the input, :math:`(P, N, 2)`.
-        counts: how many of its points make a prompt, :math:`(P,)`; 0 for a box.
+        points: foreground points, x and y in pixels of the input, :math:`(P, N, 2)`.
+        counts: number of points of each prompt, :math:`(P,)`; 0 for a box.
     """
 
     images: Tensor
@@ -62,15 +62,15 @@ class PromptTargets(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompting:
-    """How prompts are drawn from masks.
+    """Sampling of prompts from masks.
 
     Args:
-        instances: how many instances of an image are asked for, drawn anew each time; all if it has no more.
-        box_fraction: probability that a prompt is a box; otherwise it is points.
-        points: numbers of points on the object, of which one is drawn.
-        jitter: standard deviation of the noise on a box's edges, as a share of its width or height.
-        max_jitter: the most that an edge moves, in pixels of an input of 1024; SAM (arXiv:2304.02643, appendix A) has
-            0.1 and 20.
+        instances: maximum number of instances per image, sampled in each epoch.
+        box_fraction: probability of a box prompt; the others are point prompts.
+        points: numbers of foreground points of a point prompt, sampled uniformly.
+        jitter: standard deviation of the noise on a box's edges, as a fraction of its width or height; 0.1 in SAM
+            (arXiv:2304.02643, appendix A).
+        max_jitter: maximum noise in pixels of an input of 1024 pixels; 20 in SAM.
 
     Raises:
         ValueError: if a value is out of its range.
@@ -91,17 +91,17 @@ class Prompting:
 
 
 class PromptAugmentation(MaskAugmentation):
-    """Put an image into a network's input as MobileSAM does, change it with its masks, and draw prompts from these.
+    """Pad an image as MobileSAM does, augment it with its masks, and sample prompts from these.
 
-    An image is resized as a whole into the upper left corner of a square, whose rest is padding; of this square
-    :class:`~kornia_tinyvit.training.MaskAugmentation` makes the input. So with ``crop_scale=(1, 1)`` and
-    ``crop_ratio=(1, 1)`` the network is trained on just what it will be asked.
+    The image is resized into the upper left corner of a square and padded, and then augmented by
+    :class:`~kornia_tinyvit.training.MaskAugmentation`. With ``crop_scale=(1, 1)`` and ``crop_ratio=(1, 1)`` the inputs
+    are framed as at inference.
 
     Args:
         img_size: side in pixels of the input.
-        preset: as for :class:`~kornia_tinyvit.training.MaskAugmentation`.
-        seed: seed of everything, in [0, 2**64).
-        prompting: how prompts are drawn.
+        preset: see :class:`~kornia_tinyvit.training.MaskAugmentation`.
+        seed: random seed, in [0, 2**64).
+        prompting: sampling of the prompts.
         **changes: fields of the preset to replace.
     """
 
@@ -117,74 +117,73 @@ class PromptAugmentation(MaskAugmentation):
         self.prompting = prompting or Prompting()
 
     def describe(self) -> dict[str, Any]:
-        """Return everything but the seed that decides what comes out, as JSON's types."""
-        told = super().describe()
+        """Return everything but the seed that determines the result, as JSON types."""
         prompting = dataclasses.asdict(self.prompting) | {"points": list(self.prompting.points), "version": VERSION}
-        return told | {"kind": "prompts", "prompting": prompting}
+        return super().describe() | {"kind": "prompts", "prompting": prompting}
 
     def sample(self, image: Tensor, masks: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor, Prompts]:
-        """Make a sample.
+        """Augment a sample and sample its prompts.
 
         Args:
-            image: 8-bit image :math:`(3, H, W)` on the CPU.
+            image: uint8 image :math:`(3, H, W)` on the CPU.
             masks: its instances, bool :math:`(N, H, W)`.
             epoch: number of the epoch.
-            index: number of the sample.
+            index: index of the sample.
 
         Returns:
-            8-bit input :math:`(3, S, S)`, the masks that were drawn and are still seen :math:`(P, S, S)`, maybe none,
-            and a prompt for each, without images and of image 0.
+            uint8 image :math:`(3, S, S)`, the sampled masks :math:`(P, S, S)` that are visible in it, and a prompt for
+            each, without images.
         """
         generator = torch.Generator().manual_seed(keyed_seed(self.seed, epoch, index, _STREAM))
-        drawn = torch.randperm(len(masks), generator=generator)[: self.prompting.instances]
-        # Without any, the image still needs something to be moved along with it.
-        chosen = masks[drawn] if len(drawn) else masks.new_zeros(1, *masks.shape[1:])
-        crop, moved = self(*self._letterbox(image, chosen), epoch, index)
-        seen = moved[moved.flatten(1).any(1)]
-        return crop, seen, self._draw(seen, generator)
+        sampled = torch.randperm(len(masks), generator=generator)[: self.prompting.instances]
+        # kornia needs at least one mask.
+        chosen = masks[sampled] if len(sampled) else masks.new_zeros(1, *masks.shape[1:])
+        crop, augmented = self(*self._letterbox(image, chosen), epoch, index)
+        visible = augmented[augmented.flatten(1).any(1)]
+        return crop, visible, self._sample_prompts(visible, generator)
 
     def _letterbox(self, image: Tensor, masks: Tensor) -> tuple[Tensor, Tensor]:
-        """Resize an image into the corner of a square so large that the smallest crops have the input's size."""
+        """Resize and pad an image to a square of which the smallest crops still have the size of the input."""
         side = round(self.img_size / self.preset.crop_scale[0] ** 0.5)
         geometry = Geometry.fit((image.shape[1], image.shape[2]), (side, side))
         height, width = geometry.input_size
-        shares = F.interpolate(
+        resized = F.interpolate(
             masks[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False
         )
         square = torch.tensor(_PADDING, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
         square[:, :height, :width] = resize_image(image, geometry.input_size)
-        return square, F.pad(shares[0] >= 0.5, (0, side - width, 0, side - height))
+        return square, F.pad(resized[0] >= 0.5, (0, side - width, 0, side - height))
 
-    def _draw(self, masks: Tensor, generator: torch.Generator) -> Prompts:
-        asked, most = self.prompting, max(self.prompting.points)
+    def _sample_prompts(self, masks: Tensor, generator: torch.Generator) -> Prompts:
+        prompting, most = self.prompting, max(self.prompting.points)
         boxes = mask_boxes(masks)
         sides = (boxes[:, 2:] - boxes[:, :2]).repeat(1, 2)
-        limit = asked.max_jitter * self.img_size / 1024
-        noise = torch.randn(boxes.shape, generator=generator) * asked.jitter * sides
+        limit = prompting.max_jitter * self.img_size / 1024
+        noise = torch.randn(boxes.shape, generator=generator) * prompting.jitter * sides
         moved = (boxes + noise.clamp(-limit, limit)).clamp(0, self.img_size)
-        # Noise of some deviations can turn a box of a few pixels inside out.
-        sound = ((moved[:, 2:] - moved[:, :2]) >= 1).all(1, keepdim=True)
-        counts = torch.tensor(asked.points)[torch.randint(len(asked.points), (len(masks),), generator=generator)]
-        is_box = torch.rand(len(masks), generator=generator) < asked.box_fraction
+        # Noise of several standard deviations can invert a box of a few pixels.
+        valid = ((moved[:, 2:] - moved[:, :2]) >= 1).all(1, keepdim=True)
+        choice = torch.randint(len(prompting.points), (len(masks),), generator=generator)
+        is_box = torch.rand(len(masks), generator=generator) < prompting.box_fraction
         points = [mask.nonzero()[torch.randint(int(mask.sum()), (most,), generator=generator)] for mask in masks]
         return Prompts(
             images=torch.empty(0),
             photo=torch.zeros(len(masks), dtype=torch.int64),
-            boxes=torch.where(sound, moved, boxes),
+            boxes=torch.where(valid, moved, boxes),
             points=torch.stack(points).flip(-1) + 0.5 if points else torch.zeros(0, most, 2),
-            counts=torch.where(is_box, 0, counts),
+            counts=torch.where(is_box, 0, torch.tensor(prompting.points)[choice]),
         )
 
 
 class PromptedSamples(PairedSamples):
-    """Images decoded, augmented and asked about as an epoch demands, a whole batch at a time.
+    """Images and prompts, decoded, augmented and sampled; targets are :class:`PromptTargets`.
 
     See :class:`~kornia_tinyvit.data.KeyedSamples` for the arguments: an
     :class:`~kornia_tinyvit.data.InstanceDataset` and a :class:`PromptAugmentation`.
     """
 
     def inputs(self, batch: PairedBatch, device: torch.device) -> Prompts:
-        """Return the prompts of a batch with their normalized inputs, on a device."""
+        """Return the prompts of a batch with its normalized images, on a device."""
         tensors = [each.to(device, non_blocking=True) for each in batch.targets.prompts[1:]]
         pixels = super().inputs(batch, device)
         return Prompts(normalize(pixels, pixels.new_tensor(PIXEL_MEAN), pixels.new_tensor(PIXEL_STD)), *tensors)

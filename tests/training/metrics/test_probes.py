@@ -57,7 +57,7 @@ class TestNearestNeighbors:
     def test_refused(self):
         with pytest.raises(ValueError, match="k and temperature must be positive; got 0"):
             k_nearest_neighbors(torch.eye(3), torch.arange(3), torch.eye(3), k=0)
-        with pytest.raises(ValueError, match="Got 3 training features and 2 labels"):
+        with pytest.raises(ValueError, match="and as many labels; got 3 and 2"):
             k_nearest_neighbors(torch.eye(3), torch.arange(2), torch.eye(3))
 
 
@@ -99,5 +99,5 @@ class TestLinearProbe:
     def test_refused(self, data):
         with pytest.raises(ValueError, match=r"Labels must be in \[0, 2\); got one of 2"):
             linear_probe(*data, 2)
-        with pytest.raises(ValueError, match="Got 0 training features"):
+        with pytest.raises(ValueError, match="and as many labels; got 0 and 0"):
             linear_probe(torch.zeros(0, 3), torch.zeros(0).long(), 2)

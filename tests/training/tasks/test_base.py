@@ -31,10 +31,10 @@ class TestReadableItems:
         with pytest.raises(BrokenImageError, match=r"2\.png"):
             list(read_batches(ReadableItems(images), 1, workers))
 
-    @pytest.mark.parametrize(("size", "processes"), [(1, 1), (3, 1), (1, 3), (2, 3), (4, 2)])
-    def test_each_process_has_as_many_batches(self, images, size, processes):
+    @pytest.mark.parametrize(("size", "world_size"), [(1, 1), (3, 1), (1, 3), (2, 3), (4, 2)])
+    def test_ranks_have_the_same_number_of_batches(self, images, size, world_size):
         items = ReadableItems(images, skip_broken=True)
-        loaders = [list(read_batches(items, size, 0, process, processes)) for process in range(processes)]
+        loaders = [list(read_batches(items, size, 0, rank, world_size)) for rank in range(world_size)]
         assert len({len(batches) for batches in loaders}) == 1
         assert sorted(index for batches in loaders for batch in batches for index, _ in batch) == [0, 1, 2, 3]
         assert all(len(batch) <= size for batches in loaders for batch in batches)
@@ -45,11 +45,8 @@ class Recorder(Evaluator):
 
     seen: list
 
-    def measure(self, network, samples):
+    def update(self, network, samples):
         self.seen.append(([index for index, _ in samples], network.training))
-
-    def measures(self):
-        return {}
 
 
 class TestEvaluateNetwork:
@@ -64,5 +61,5 @@ class TestEvaluateNetwork:
     def test_all_broken(self, images):
         recorder = Recorder(images, Counts(), device=torch.device("cpu"), skip_broken=True)
         recorder.seen = []
-        assert recorder.add(torch.nn.Identity(), [(2, None)]) == ["cat/2.png"]
+        assert recorder.evaluate_batch(torch.nn.Identity(), [(2, None)]) == ["cat/2.png"]
         assert recorder.seen[0][0] == []

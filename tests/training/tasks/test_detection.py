@@ -283,7 +283,7 @@ class TestTraining:
         (other / "data.yaml").write_text("train: images\nnames: [disc, box, star]\n")
         with pytest.raises(ValueError, match="other classes than the network: none, star"):
             fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
-        with pytest.raises(ValueError, match="3 classes, but the network 2"):
+        with pytest.raises(ValueError, match="3 classes, but the network has 2"):
             DETECTION.check(DetectionDataset.open(other), replace(make_detector().config, num_classes=2), None)
 
 
@@ -291,7 +291,7 @@ class TestEvaluator:
     def test_processes_without_images(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
         evaluator = DetectionEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
-        assert evaluator.add(detector, []) == []
+        assert evaluator.evaluate_batch(detector, []) == []
         assert not evaluator.counts.state().any()
 
     def test_batches_of_mixed_sizes(self, folder):

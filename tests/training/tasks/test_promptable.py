@@ -380,8 +380,8 @@ class TestEvaluation:
             metrics.update("box", boxed.masks()[:, 0], masks)
             metrics.update("point", pointed.best().masks()[:, 0], masks)
         wanted = metrics.compute()
-        assert 0 < wanted["box_iou"] < 100
-        assert evaluate(sam, data) == pytest.approx(wanted, rel=1e-3)
+        assert 0 < wanted.box_iou < 100
+        assert vars(evaluate(sam, data)) == pytest.approx(vars(wanted), rel=1e-3)
 
 
 class TestBuildSam:
@@ -425,9 +425,9 @@ class TestTraining:
         samples = samples_of(data, prompting=Prompting(box_fraction=1.0, jitter=0.0), **WHOLE)
         result = fit(data, tmp_path / "out", recipe, model=model, samples=samples, focal=2.0, log_every=10)
         found = evaluate(MobileSAM.from_config(pretrained=result.last), few)
-        assert before["box_iou"] < 45
-        assert found["box_iou"] > 85
-        assert found["instances"] == 8
+        assert before.box_iou < 45
+        assert found.box_iou > 85
+        assert found.instances == 8
 
     def test_validation(self, folder, tmp_path):
         validation = InstanceDataset.open(make_instances(tmp_path / "val", 3, seed=20))
@@ -438,9 +438,9 @@ class TestTraining:
         kept = MobileSAM.from_config(pretrained=result.best)
         assert (kept.training, kept.img_size) == (False, (64, 64))
         found = evaluate(kept, validation)
-        assert found["box_iou"] == pytest.approx(best, abs=1e-3)
+        assert found.box_iou == pytest.approx(best, abs=1e-3)
         line = [line for line in lines if line["box_iou"] == best][-1]
-        assert line["point_iou"] == pytest.approx(found["point_iou"], abs=1e-3)
+        assert line["point_iou"] == pytest.approx(found.point_iou, abs=1e-3)
 
     @pytest.mark.parametrize("call", [2, 3])
     def test_resuming(self, folder, tmp_path, call):

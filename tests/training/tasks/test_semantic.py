@@ -268,7 +268,7 @@ class TestTraining:
         with pytest.raises(ValueError, match="other classes than the network: box, cube"):
             fit(folder, tmp_path / "out", validation=SegmentationDataset.open(other))
         four = SegmentationDataset.open(other, classes=(*NAMES, "more"))
-        with pytest.raises(ValueError, match="4 classes, but the network 3"):
+        with pytest.raises(ValueError, match="4 classes, but the network has 3"):
             fit(folder, tmp_path / "out", validation=four, class_names=None)
         with pytest.raises(ValueError, match="other classes"):
             evaluate(make_segmenter(), SegmentationDataset.open(other))
@@ -284,6 +284,7 @@ def test_files_keep_the_preprocessing(tmp_path):
     segmenter = SemanticSegmenter(TinyViT(**TINY | {"num_classes": 0}), num_classes=3, width=8)
     segmenter.backbone.preprocessing = Preprocessing(64, mean=(0.5,) * 3, std=(0.25,) * 3)
     preprocessing = SEMANTIC.preprocessing(segmenter, None)
-    SEMANTIC.writer(segmenter.config, segmenter.state_dict(), None, preprocessing)(tmp_path / "trained.safetensors")
+    restored = SEMANTIC.restore(segmenter.config, segmenter.state_dict(), None, preprocessing)
+    SEMANTIC.save(restored, tmp_path / "trained.safetensors")
     again = SemanticSegmenter.from_config(pretrained=tmp_path / "trained.safetensors")
     assert again.mean.tolist() == [0.5] * 3
