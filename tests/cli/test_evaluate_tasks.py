@@ -86,7 +86,7 @@ class TestPromptable:
         data = make_instances(tmp_path / "data", 2)
         wanted = evaluate(lively_sam(), InstanceDataset.open(data))
         told = json.loads(run(*self.command(data, sam, "--json", "--workers", "1")))
-        rounded = {name: round(value, 2) for name, value in wanted.items()}
+        rounded = {name: round(value, 2) for name, value in vars(wanted).items()}
         assert told == {"images": 2, **rounded}
         assert told["instances"] == 4
 
