@@ -112,7 +112,7 @@ class TestTrain:
     def test_another_training_in_the_folder(self, folder, tmp_path, capfd, monkeypatch):
         run(*command(folder, tmp_path, "--json"))
         error = error_of(capfd, monkeypatch, *command(folder, tmp_path, "--json", "--seed", "3"))
-        assert "origin.init_seed: it has 0, asked for 3" in error
+        assert "origin.init_seed: it has 0, requested 3" in error
 
     @pytest.mark.parametrize("option", ["--epochs", "--batch-size", "--img-size", "--limit"])
     def test_numbers_start_above_zero(self, folder, tmp_path, option):
