@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 from kornia_tinyvit.data import ReplayableAugmentation
-from kornia_tinyvit.data.drawing import crop_box
+from kornia_tinyvit.data.params import crop_box
 from kornia_tinyvit.images import read_pixels
 
 BATCH, SIZE, RUNS = 128, 224, 7
@@ -48,9 +48,9 @@ def load_photos(folder: Path | None) -> list[torch.Tensor]:
 def augment(photos: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
     """Return the pixels and checksums of a batch of the recipe of ImageNet-1k."""
     module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
-    draws = module.draw(0, module.order.permutation(0))
-    crops = torch.stack([module.crop(photos[row % len(photos)], draws, row) for row in range(BATCH)])
-    return module(crops, draws), draws.checksums().tolist()
+    params = module.sample_params(0, module.order.permutation(0))
+    crops = torch.stack([module.crop(photos[row % len(photos)], params, row) for row in range(BATCH)])
+    return module(crops, params), params.checksums().tolist()
 
 
 def main() -> None:
@@ -67,18 +67,18 @@ def main() -> None:
     print(f"recipe in1k (mixup and cutmix), batch {BATCH}, {SIZE} pixels, milliseconds a sample, median of {RUNS}")
     module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
     order = module.order.permutation(0)
-    draws = module.draw(0, order)
+    params = module.sample_params(0, order)
 
     def cut() -> list[torch.Tensor]:
-        return [module.crop(photos[row % len(photos)], draws, row) for row in range(BATCH)]
+        return [module.crop(photos[row % len(photos)], params, row) for row in range(BATCH)]
 
     crops = torch.stack(cut())
     works: dict[str, Callable[[], object]] = {
-        "draw all parameters": lambda: module.draw(0, order),
-        "crop boxes of photos": lambda: [crop_box(tries, 480, 640, module.preset) for tries in draws.crop],
-        "checksums": draws.checksums,
+        "draw all parameters": lambda: module.sample_params(0, order),
+        "crop boxes of photos": lambda: [crop_box(tries, 480, 640, module.preset) for tries in params.crop],
+        "checksums": params.checksums,
         "cut and resize": cut,
-        "pixels on this device": lambda: module(crops, draws),
+        "pixels on this device": lambda: module(crops, params),
     }
     for name, work in works.items():
         print(f"  {name:24} {median_ms(work):8.4f}")

@@ -5,10 +5,10 @@ from kornia_tinyvit.data.boxes import Objects
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError, ImageDataset
 from kornia_tinyvit.data.detection import DetectionDataset
-from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, ReplayedSamples, replay_loader
 from kornia_tinyvit.data.order import EpochOrder
+from kornia_tinyvit.data.params import ReplayParams
 from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
 
 __all__ = [
@@ -17,13 +17,13 @@ __all__ = [
     "BrokenImageError",
     "ClassificationDataset",
     "DetectionDataset",
-    "Draws",
     "EpochBatches",
     "EpochOrder",
     "ImageDataset",
     "InstanceDataset",
     "KeyedSamples",
     "Objects",
+    "ReplayParams",
     "ReplayableAugmentation",
     "ReplayedSamples",
     "SegmentationDataset",

@@ -1,4 +1,4 @@
-"""Batches of replayed samples: which come when, and what the workers of a data loader make of them."""
+"""Batches of replayed samples: their order, and how the workers of a data loader make them."""
 
 from __future__ import annotations
 
@@ -13,44 +13,43 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
-from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.order import EpochOrder
+from kornia_tinyvit.data.params import ReplayParams
 
 __all__ = ["Batch", "EpochBatches", "KeyedSamples", "ReplayedSamples", "replay_loader"]
 
 Key = tuple[int, int]  # epoch and sample
-ON_BROKEN = ("stop", "skip")
 
 Batch_co = TypeVar("Batch_co", covariant=True)
 Sample = TypeVar("Sample")
 
 
 class Batch(NamedTuple):
-    """Samples as the workers hand them over.
+    """Crops and labels, as the workers of the loader return them.
 
     Attributes:
-        crops: 8-bit images :math:`(B, 3, S, S)`, for :class:`ReplayableAugmentation`.
+        crops: uint8 images :math:`(B, 3, S, S)`, for :class:`ReplayableAugmentation`.
         labels: class indices :math:`(B,)`.
-        valid: 1 for samples whose image could be read, 0 for broken ones, :math:`(B,)`.
-        draws: what was drawn for them.
-        broken: names of the images that could not be read.
+        valid: 1 for samples whose image could be read, 0 for corrupt ones, :math:`(B,)`.
+        params: random parameters of the augmentation.
+        broken: names of the corrupt images.
     """
 
     crops: Tensor
     labels: Tensor
     valid: Tensor
-    draws: Draws
+    params: ReplayParams
     broken: tuple[str, ...]
 
 
 class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
-    """Images decoded and augmented as an epoch demands, a whole batch at a time.
+    """Images decoded and augmented for (epoch, sample) keys, a whole batch at a time.
 
     Args:
-        images: the images.
-        augmentation: what changes them; its seed decides the order.
-        on_broken: ``"stop"`` raises at a sample that cannot be read; ``"skip"`` puts a gray image in its place, which
-            is marked as not valid and named.
+        images: the dataset.
+        augmentation: the augmentation; its seed determines the order.
+        on_broken: ``"stop"`` raises at a corrupt image; ``"skip"`` replaces it by a gray image, whose sample is marked
+            as not valid.
 
     Attributes:
         order: order of the samples in each epoch.
@@ -60,7 +59,7 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
     """
 
     def __init__(self, images: Any, augmentation: Any, on_broken: str = "stop") -> None:
-        if on_broken not in ON_BROKEN:
+        if on_broken not in ("stop", "skip"):
             raise ValueError(f"on_broken must be 'stop' or 'skip'; got {on_broken!r}.")
         self.images = images
         self.augmentation = augmentation
@@ -75,30 +74,30 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
 
     @abstractmethod
     def __getitems__(self, keys: Sequence[Key]) -> Batch_co:
-        """Return the samples of keys (epoch, sample)."""
+        """Return the batch of some keys (epoch, sample)."""
 
     def _gray(self) -> Tensor:
-        """Return what stands for an image that cannot be read."""
+        """Return the uint8 image that replaces a corrupt one, :math:`(3, S, S)`."""
         side = self.augmentation.img_size
         return torch.full((3, side, side), 128, dtype=torch.uint8)
 
     def _gather(
-        self, keys: Sequence[Key], read: Callable[[int], Any], augment: Callable[[Any, int], Sample], blank: Sample
+        self, keys: Sequence[Key], augment: Callable[[Any, int], Sample], blank: Sample
     ) -> tuple[list[Sample], Tensor, tuple[str, ...]]:
         """Read and augment the samples of a batch one after the other.
 
         Args:
             keys: epoch and sample of each.
-            read: returns a sample by its index.
-            augment: changes what was read for a row of the batch.
-            blank: what stands for a sample that cannot be read.
+            augment: augments a sample of the dataset, given its row in the batch.
+            blank: replaces a corrupt sample.
 
         Returns:
-            The samples, 1 for each that was read and 0 for broken ones :math:`(B,)`, and the names of the broken ones.
+            The samples, 1 for each that was read and 0 for corrupt ones :math:`(B,)`, and the names of the corrupt
+            ones.
         """
         samples, valid, broken = [], torch.ones(len(keys)), []
         for row, (_, index) in enumerate(keys):
-            found = read_unless_broken(read, index, self.on_broken == "skip")
+            found = read_unless_broken(self.images.read, index, self.on_broken == "skip")
             if found is None:
                 valid[row] = 0
                 broken.append(self.images.name(index))
@@ -107,10 +106,10 @@ class KeyedSamples(Dataset[Batch_co], ABC, Generic[Batch_co]):
 
 
 def read_unless_broken(read: Callable[[int], Sample], index: int, skip_broken: bool) -> Sample | None:
-    """Return a sample of a data set, or ``None`` if it cannot be read and may be skipped.
+    """Return a sample of a dataset, or ``None`` if it is corrupt and ``skip_broken`` is set.
 
     Raises:
-        BrokenImageError: if it cannot be read and may not be skipped.
+        BrokenImageError: if it is corrupt and ``skip_broken`` is not set.
     """
     try:
         return read(index)
@@ -121,10 +120,12 @@ def read_unless_broken(read: Callable[[int], Sample], index: int, skip_broken: b
 
 
 class ReplayedSamples(KeyedSamples[Batch]):
-    """Labeled images, decoded and cropped; the rest of the augmentation is done on the device.
+    """Labeled images, decoded and cropped in the workers; the device does the rest of the augmentation.
 
-    See :class:`KeyedSamples` for the arguments: a :class:`~kornia_tinyvit.data.ClassificationDataset` and a
-    :class:`ReplayableAugmentation`.
+    Args:
+        images: a :class:`~kornia_tinyvit.data.ClassificationDataset`.
+        augmentation: a :class:`ReplayableAugmentation`.
+        on_broken: see :class:`KeyedSamples`.
 
     Raises:
         ValueError: if ``on_broken`` is unknown, or the augmentation mixes for another number of samples.
@@ -136,11 +137,11 @@ class ReplayedSamples(KeyedSamples[Batch]):
         super().__init__(images, augmentation, on_broken)
         if augmentation.mixes and augmentation.order.num_samples != len(images):
             raise ValueError(
-                f"The augmentation mixes {augmentation.order.num_samples} samples, but the data has {len(images)}."
+                f"The augmentation mixes {augmentation.order.num_samples} samples, but the dataset has {len(images)}."
             )
 
     def describe(self) -> dict[str, Any]:
-        """Return what a store's :class:`~kornia_tinyvit.distillation.Manifest` says about the images shown."""
+        """Return the fields of :class:`~kornia_tinyvit.distillation.Manifest` that describe the images."""
         return {
             "num_samples": len(self),
             "seed": self.augmentation.seed,
@@ -150,40 +151,40 @@ class ReplayedSamples(KeyedSamples[Batch]):
 
     def inputs(self, batch: Batch, device: torch.device) -> Tensor:
         """Return the augmented images :math:`(B, 3, S, S)` of a batch on a device."""
-        return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.draws)
+        return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.params)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:
-        """Return the samples of keys (epoch, sample), all of one epoch."""
+        """Return the batch of some keys (epoch, sample), all of one epoch."""
         indices = [index for _, index in keys]
-        draws = self.augmentation.draw(keys[0][0], indices)
+        params = self.augmentation.sample_params(keys[0][0], indices)
         crops, valid, broken = self._gather(
-            keys, self.images.read, lambda found, row: self.augmentation.crop(found[0], draws, row), self._gray()
+            keys, lambda found, row: self.augmentation.crop(found[0], params, row), self._gray()
         )
         labels = torch.tensor([self.images.labels[index] for index in indices])
-        return Batch(torch.stack(crops), labels, valid, draws, broken)
+        return Batch(torch.stack(crops), labels, valid, params, broken)
 
 
 class EpochBatches(Sampler[list[Key]]):
-    """Cut the orders of one epoch after another into global batches, and those into shares of the processes.
+    """Split the orders of consecutive epochs into global batches, sharded across ranks.
 
-    The global batches are the same for any number of processes and accumulated steps. What is left of an epoch below
-    a global batch is left out, another part in each epoch.
+    The global batches do not depend on the world size and the gradient accumulation. Samples that do not fill a global
+    batch are dropped, different ones in each epoch.
 
     Args:
         order: order of the samples in each epoch.
-        batch_size: samples of a batch of one process; even, so that pairs that are mixed stay together.
+        batch_size: samples per batch and rank; even, which keeps mixed pairs together.
         epochs: number of epochs.
-        process: number of this process.
-        processes: how many there are.
-        accumulate: batches of a process that make one step of the optimizer.
-        start: batches of a process that are done already, over all epochs.
-        replays: which epochs are shown, one after another and again from the first; ``None`` for 0, 1, 2, ...
+        process: rank of this process.
+        processes: world size.
+        accumulate: batches of a rank per optimizer step.
+        start: batches of a rank that are done already, over all epochs.
+        replays: the epochs to repeat in turn; ``None`` for 0, 1, 2, ...
 
     Attributes:
-        batches_per_epoch: batches of a process in an epoch, a multiple of ``accumulate``.
+        batches_per_epoch: batches of a rank per epoch, a multiple of ``accumulate``.
 
     Raises:
-        ValueError: if the batch is odd or the data has fewer samples than a global batch.
+        ValueError: if the batch size is odd or the dataset is smaller than a global batch.
     """
 
     def __init__(
@@ -198,11 +199,11 @@ class EpochBatches(Sampler[list[Key]]):
         replays: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 2 or batch_size % 2:
-            raise ValueError(f"batch_size must be even, so that pairs of samples stay together; got {batch_size}.")
+            raise ValueError(f"batch_size must be even to keep pairs of samples together; got {batch_size}.")
         step = batch_size * processes * accumulate
         if order.num_samples < step:
             raise ValueError(
-                f"The data has {order.num_samples} samples, fewer than a global batch of {step}; take a smaller batch."
+                f"The dataset has {order.num_samples} samples, fewer than a global batch of {step}; reduce batch_size."
             )
         self.order = order
         self.batch_size = batch_size
@@ -226,31 +227,29 @@ class EpochBatches(Sampler[list[Key]]):
 
 
 def replay_loader(samples: Any, batches: Any, workers: int = 0) -> DataLoader[Any]:
-    """Return a loader of batches for lists of keys; each batch is made in one worker.
+    """Return a data loader whose batches are made by one worker each.
 
     Args:
-        samples: the data: :class:`ReplayedSamples`, another that makes a batch of a list of keys, or a data set of
-            which a batch is a list of samples.
-        batches: lists of keys: of (epoch, sample), or of what the data takes.
-        workers: processes that read images; 0 reads them in this one.
+        samples: :class:`KeyedSamples`, or a dataset, whose batches are lists of samples.
+        batches: for each batch a list of keys (epoch, sample), or of indices of the dataset.
+        workers: number of processes that read images; 0 reads them in this one.
 
     Raises:
-        BrokenImageError: while it is iterated over, if an image cannot be decoded and may not be skipped.
-        OSError: then, if a file cannot be read.
+        BrokenImageError: during iteration, if an image is corrupt and may not be skipped.
+        OSError: during iteration, if a file cannot be read.
     """
     return _Loader(
-        _Telling(samples),
+        _ErrorReturning(samples),
         batch_sampler=batches,
         num_workers=workers,
-        collate_fn=_as_it_is,
-        worker_init_fn=_one_thread,
-        generator=torch.Generator(),  # for the workers' seeds, which else are drawn from everyone's random numbers
+        collate_fn=_identity,
+        generator=torch.Generator(),  # for the workers' seeds; by default they change the global random state
         pin_memory=torch.cuda.is_available(),
     )
 
 
 class _Loader(DataLoader[Any]):
-    """Raises the errors that :class:`_Telling` returns; torch puts the worker's whole traceback into the message."""
+    """Raises what :class:`_ErrorReturning` returns; torch would add the worker's traceback to the message."""
 
     def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
         for batch in super().__iter__():
@@ -259,14 +258,11 @@ class _Loader(DataLoader[Any]):
             yield batch
 
 
-class _Telling(Dataset[Any]):
-    """Returns the error of a batch in its place."""
+class _ErrorReturning(Dataset[Any]):
+    """Returns the error of a batch instead of raising it."""
 
     def __init__(self, samples: Any) -> None:
         self.samples = samples
-
-    def __len__(self) -> int:
-        return len(self.samples)
 
     def __getitems__(self, keys: list[Any]) -> Any:
         try:
@@ -277,9 +273,5 @@ class _Telling(Dataset[Any]):
             return error
 
 
-def _as_it_is(batch: Any) -> Any:
+def _identity(batch: Any) -> Any:
     return batch
-
-
-def _one_thread(_: int) -> None:
-    torch.set_num_threads(1)  # the workers share the processor with the training

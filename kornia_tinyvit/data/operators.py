@@ -1,7 +1,7 @@
-"""Operators on uint8 images whose results are the same bit for bit for any batch, and nearly so on any device.
+"""Operators on uint8 images, bit-identical for any batch size and nearly identical on all devices.
 
-Between them images are rounded to 8 bits, as Pillow's are, so that the last bits of floating point arithmetic, which
-differ between processors, are lost before they add up.
+Results are rounded to uint8 after each operator, as Pillow's are. This removes the differences of floating-point
+arithmetic between processors before they accumulate.
 """
 
 from __future__ import annotations
@@ -23,28 +23,26 @@ from kornia_tinyvit.preprocessing import IMAGENET_MEAN
 
 __all__ = ["OPERATIONS"]
 
-#: Changes images :math:`(b, 3, H, W)` by magnitudes :math:`(b,)`.
+#: Takes uint8 images :math:`(b, 3, H, W)` and magnitudes :math:`(b,)`; returns new images.
 Operator = Callable[[Tensor, Tensor], Tensor]
 
 
 def to_floats(images: Tensor) -> Tensor:
+    """Convert uint8 images to float32 in [0, 1]."""
     return images.float().div_(255)
 
 
-def apply_to(
-    images: Tensor,
-    chosen: NDArray[np.bool_],
-    operator: Callable[..., Tensor],
-    strengths: NDArray[np.float32] | None = None,
-) -> None:
-    """Replace the chosen ones among 8-bit images, in place."""
-    if not chosen.any():
-        return
+def apply_to(images: Tensor, chosen: NDArray[np.bool_], operator: Operator, magnitudes: NDArray[np.float32]) -> None:
+    """Apply an operator to some of the images :math:`(B, 3, H, W)`, in place.
+
+    Args:
+        images: uint8 images.
+        chosen: which of them, :math:`(B,)`.
+        operator: the operator.
+        magnitudes: its magnitude for each image, :math:`(B,)`.
+    """
     rows = torch.from_numpy(np.flatnonzero(chosen)).to(images.device)
-    if strengths is None:
-        images[rows] = operator(images[rows])
-    else:
-        images[rows] = operator(images[rows], torch.from_numpy(strengths[chosen]).to(images.device))
+    images[rows] = operator(images[rows], torch.from_numpy(magnitudes[chosen]).to(images.device))
 
 
 def _on_floats(operator: Operator) -> Operator:
@@ -52,19 +50,19 @@ def _on_floats(operator: Operator) -> Operator:
 
 
 def _equalize(images: Tensor, _: Tensor) -> Tensor:
-    # kornia takes the level as trunc(255 x): half a level more keeps rounding from taking the one below.
+    # kornia truncates 255 x to the histogram bin; adding 0.5 protects against rounding to the bin below.
     equalized = KE.equalize((images.float() + 0.5) / 255) * 255
     return (equalized - 0.25).round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _solarize_add(images: Tensor, amount: Tensor) -> Tensor:
-    """Lighten dark pixels; kornia's additions would go to all of them."""
+    """Brighten pixels below 128; kornia's ``solarize`` adds to all pixels."""
     lighter = (images.int() + amount.int()[:, None, None, None]).clamp(max=255).to(torch.uint8)
     return torch.where(images < 128, lighter, images)
 
 
 def _contrast(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with the mean gray, as Pillow does; the mean of 8-bit grays is exact in any order of summation."""
+    """Blend with the mean gray, as Pillow does; the integer sum is exact in any order."""
     gray = rgb_to_grayscale(images).sum((1, 2, 3), dtype=torch.int64)
     mean = (gray.float() / images[0, 0].numel()).round()[:, None, None, None] / 255
     factor = factor[:, None, None, None]
@@ -72,25 +70,25 @@ def _contrast(images: Tensor, factor: Tensor) -> Tensor:
 
 
 def _sharpness(images: Tensor, factor: Tensor) -> Tensor:
-    """Blend with Pillow's smoothing, but for the border; a convolution would be rounded otherwise on each device."""
-    levels = images.int()
-    rows = levels[..., :-2, :] + levels[..., 1:-1, :] + levels[..., 2:, :]
-    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * levels[..., 1:-1, 1:-1]
-    smooth = levels.float()
+    """Blend with Pillow's smoothing filter, in integers; a convolution is rounded differently on each device."""
+    pixels = images.int()
+    rows = pixels[..., :-2, :] + pixels[..., 1:-1, :] + pixels[..., 2:, :]
+    total = rows[..., :-2] + rows[..., 1:-1] + rows[..., 2:] + 4 * pixels[..., 1:-1, 1:-1]
+    smooth = pixels.float()
     smooth[..., 1:-1, 1:-1] = ((total + 6) // 13).float()  # the nearest whole number
-    blend = smooth + (levels - smooth) * factor[:, None, None, None]
+    blend = smooth + (pixels - smooth) * factor[:, None, None, None]
     return blend.round_().clamp_(0, 255).to(torch.uint8)
 
 
 def _auto_contrast(images: Tensor, _: Tensor) -> Tensor:
-    """Stretch each channel to all levels, but leave one of a single level as it is, as Pillow does."""
+    """Stretch each channel to [0, 255]; constant channels are unchanged, as in Pillow."""
     lowest, highest = images.flatten(2).aminmax(dim=2)
     flat = (lowest == highest)[..., None, None]
     return torch.where(flat, images, to_uint8(KE.normalize_min_max(to_floats(images))))
 
 
 def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
-    # On the CPU in double precision, so that the sine is the same for every device.
+    # The CPU's double precision gives the same sine for all devices.
     angle = degrees.cpu().double().deg2rad()
     cosine, sine = angle.cos().to(degrees), angle.sin().to(degrees)
     zero = torch.zeros_like(degrees)
@@ -98,19 +96,18 @@ def _rotate(images: Tensor, degrees: Tensor) -> Tensor:
 
 
 def _shift(images: Tensor, magnitudes: Tensor, row: int, column: int) -> Tensor:
-    """Shear or translate: replace one number of the identity."""
+    """Shear or translate by an affine matrix that differs from the identity at one position."""
     matrix = torch.eye(2, 3, device=magnitudes.device).repeat(len(magnitudes), 1, 1)
     matrix[:, row, column] = magnitudes
     return _warp(images, matrix)
 
 
 def _warp(images: Tensor, matrix: Tensor) -> Tensor:
-    """Sample uint8 images bilinearly where an affine map points; what lies outside is ImageNet's mean color.
+    """Apply an affine transform with bilinear interpolation; the padding is ImageNet's mean color.
 
     Args:
-        images: images :math:`(b, 3, H, W)`.
-        matrix: maps where a pixel goes to where it is from, :math:`(b, 2, 3)`. Coordinates go from -1 to 1 over the
-            image, about its center.
+        images: uint8 images :math:`(b, 3, H, W)`.
+        matrix: maps output to input coordinates, :math:`(b, 2, 3)`; both are in [-1, 1] with the center at 0.
     """
     height, width = images.shape[-2:]
     x = ((2 * torch.arange(width, device=images.device) + 1) / width - 1)[None, None, :]
@@ -124,7 +121,7 @@ def _warp(images: Tensor, matrix: Tensor) -> Tensor:
     return to_uint8(warped + fill)
 
 
-#: The operators that a policy chooses from.
+#: The operators of the policies.
 OPERATORS: dict[str, Operator] = {
     "auto_contrast": _auto_contrast,
     "equalize": _equalize,
@@ -139,16 +136,16 @@ OPERATORS: dict[str, Operator] = {
     "sharpness": _sharpness,
     "shear_x": partial(_shift, row=0, column=1),
     "shear_y": partial(_shift, row=1, column=0),
-    "translate_x": lambda images, shares: _shift(images, 2 * shares, 0, 2),
-    "translate_y": lambda images, shares: _shift(images, 2 * shares, 1, 2),
+    "translate_x": lambda images, fractions: _shift(images, 2 * fractions, 0, 2),
+    "translate_y": lambda images, fractions: _shift(images, 2 * fractions, 1, 2),
 }
 
-#: Their names, in the order of their numbers in :class:`~kornia_tinyvit.data.Draws`.
+#: Their names; :class:`~kornia_tinyvit.data.ReplayParams` stores positions in this tuple.
 OPERATIONS = tuple(OPERATORS)
 
 
 def box_mask(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
-    """Return where boxes of top, left, height and width lie, :math:`(B, 1, H, W)`."""
+    """Return masks :math:`(B, 1, H, W)` of boxes (top, left, height, width), :math:`(B, 4)`."""
     top, left, rows, columns = torch.from_numpy(boxes).to(images.device).T[..., None, None, None]
     y = torch.arange(images.shape[-2], device=images.device)[:, None]
     x = torch.arange(images.shape[-1], device=images.device)
@@ -156,7 +153,7 @@ def box_mask(boxes: NDArray[np.int64], images: Tensor) -> Tensor:
 
 
 def erase(images: Tensor, boxes: NDArray[np.int64], keys: NDArray[np.int64]) -> Tensor:
-    """Fill boxes of normalized images with noise of mean 0 and deviation 1."""
+    """Fill boxes of normalized images with noise of mean 0 and standard deviation 1, in place."""
     erases = np.flatnonzero(boxes[:, 2])
     if len(erases) == 0:
         return images
@@ -168,14 +165,14 @@ def erase(images: Tensor, boxes: NDArray[np.int64], keys: NDArray[np.int64]) -> 
 
 
 def make_noise(keys: Tensor, images: Tensor) -> Tensor:
-    """Return nearly normal noise that is a pure function of key and pixel, of the shape of ``images``.
+    """Return approximately normal noise of the shape of ``images``, a pure function of key and pixel.
 
-    Integers only, so that all devices agree: a hash of 32 bits for each pixel, and the sum of its four bytes, which has
-    the distribution of four dice of 256 sides: mean 510 and variance :math:`4 (256^2 - 1) / 12`.
+    Integer arithmetic makes it identical on all devices: the sum of the four bytes of a 32-bit hash per pixel, which
+    has mean 510 and variance :math:`4 (256^2 - 1) / 12`.
     """
     pixels = torch.arange(images[0].numel(), device=images.device).view(images.shape[1:])
     words = keys[:, None, None, None] ^ pixels * 0x9E3779B1 & 0xFFFFFFFF
-    for _ in range(2):  # a mixing step of multiplications and shifts, whose products stay below 2**63
+    for _ in range(2):  # a xorshift-multiply hash, whose products stay below 2**63
         words = (words ^ words >> 16) * 0x45D9F3B & 0xFFFFFFFF
     words = words ^ words >> 16
     total = (words & 255) + (words >> 8 & 255) + (words >> 16 & 255) + (words >> 24)

@@ -1,11 +1,10 @@
-"""Images that are changed together with something that lies on them, such as a mask or boxes."""
+"""Images that are augmented together with their targets, such as masks or boxes."""
 
 from __future__ import annotations
 
 import math
 from abc import abstractmethod
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import kornia.augmentation as K
@@ -20,30 +19,30 @@ from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
 
 __all__ = ["PairedAugmentation", "PairedBatch", "PairedSamples"]
 
-_STREAM = 8  # of random words; those below are the order's and the replayed augmentation's
+_STREAM = 8  # of random words; the order and the replayable augmentation have 0 to 7
 
 
 class PairedAugmentation:
-    """Crop, flip and recolor an image by kornia, and let what lies on it follow.
+    """Crop, flip and color-jitter an image with kornia, and transform its targets with it.
 
-    What comes out is a function of the seed, the epoch, the sample and its files, whatever the batch, the workers or
-    the place where a training was resumed. A subclass says what follows, and how.
+    The result is a function of the seed, the epoch, the sample and its files. It does not depend on the batch, the
+    workers or the step a training was resumed at.
 
     Args:
-        img_size: side in pixels of the square that comes out.
+        img_size: side of the output in pixels.
         preset: a name of :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS` or a
-            :class:`~kornia_tinyvit.preprocessing.TrainingPreset` without policy, erasing and mixing; the subclass's
-            own if left out.
-        seed: seed of everything, in [0, 2**64).
+            :class:`~kornia_tinyvit.preprocessing.TrainingPreset` without policy, erasing, mixup and cutmix; by default
+            the preset of the task.
+        seed: random seed, in [0, 2**64).
         **changes: fields of the preset to replace.
 
     Raises:
-        ValueError: if the preset holds what cannot be done to pairs, or a field is unknown.
+        ValueError: if the preset has augmentations that targets do not support, or a field is unknown.
     """
 
-    #: What follows the image, as :meth:`describe` says it.
+    #: The kind of the targets, for :meth:`describe`.
     kind: ClassVar[str]
-    #: Number of the formulas, raised when something would come out differently.
+    #: Version of the augmentation. Raise it when its results change.
     version: ClassVar[int] = 1
     usual_preset: ClassVar[str]
     data_key: ClassVar[str]
@@ -56,8 +55,8 @@ class PairedAugmentation:
         unfit = [name for name in ("policy", "erasing", "mixup", "cutmix") if getattr(found, name)]
         if unfit:
             raise ValueError(
-                f"{self.kind.capitalize()} cannot follow {', '.join(unfit)}; take the preset {self.usual_preset!r}, or "
-                "one without them."
+                f"{self.kind.capitalize()} do not support {', '.join(unfit)}; use the preset {self.usual_preset!r} or "
+                "another one without them."
             )
         jitter = found.color_jitter
         self._change = K.AugmentationSequential(
@@ -70,7 +69,7 @@ class PairedAugmentation:
         )
 
     def describe(self) -> dict[str, Any]:
-        """Return everything but the seed that decides what comes out, as JSON's types."""
+        """Return all settings that affect the results but the seed, as JSON types."""
         names = ("crop_scale", "crop_ratio", "flip", "color_jitter")
         return {
             "kind": self.kind,
@@ -79,16 +78,17 @@ class PairedAugmentation:
             **{name: getattr(self.preset, name) for name in names},
         }
 
-    def _apply(self, pixels: Tensor, partner: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
-        """Return an 8-bit image :math:`(3, S, S)` of one, :math:`(1, 3, H, W)`, and what followed it."""
-        with _drawn_for(self.seed, epoch, index):
-            changed, partner = self._change(pixels.float() / 255, partner)
-        return to_uint8(changed[0]), partner
+    def _apply(self, pixels: Tensor, target: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
+        """Augment an image :math:`(1, 3, H, W)` in [0, 255] and its target; return a uint8 image :math:`(3, S, S)`."""
+        with torch.random.fork_rng(devices=[]):  # kornia samples from the global generator
+            torch.default_generator.manual_seed(keyed_seed(self.seed, epoch, index, _STREAM))
+            image, target = self._change(pixels.float() / 255, target)
+        return to_uint8(image[0]), target
 
     def _reduce(self, image: Tensor) -> Tensor:
-        """Return an image :math:`(1, 3, h, w)` at the size at which its smallest crops still have the final size.
+        """Downsample an image such that its smallest crops still have the output size, :math:`(1, 3, h, w)`.
 
-        kornia's crops are resized without antialiasing, so that a photo of a phone would come out as sparse samples.
+        kornia resizes crops without antialiasing, which aliases large photos.
         """
         height, width = image.shape[-2:]
         factor = min(1.0, self.img_size / math.sqrt(self.preset.crop_scale[0] * height * width))
@@ -96,14 +96,6 @@ class PairedAugmentation:
         if size == (height, width):
             return image[None]
         return F.interpolate(image[None], size, mode="bilinear", antialias=True, align_corners=False)
-
-
-@contextmanager
-def _drawn_for(seed: int, epoch: int, index: int) -> Iterator[None]:
-    """Let torch draw random numbers that are a function of a sample and its epoch."""
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(keyed_seed(seed, epoch, index, _STREAM))
-        yield
 
 
 class PairedBatch(NamedTuple):
@@ -130,11 +122,9 @@ class PairedSamples(KeyedSamples[PairedBatch]):
         return batch.images.to(device, non_blocking=True).float() / 255
 
     def __getitems__(self, keys: Sequence[Key]) -> PairedBatch:
-        """Return the samples of keys (epoch, sample)."""
+        """Return the batch of some keys (epoch, sample)."""
         blank = self._gray(), self._blank()
-        samples, valid, broken = self._gather(
-            keys, self.images.read, lambda read, row: self._augment(read, *keys[row]), blank
-        )
+        samples, valid, broken = self._gather(keys, lambda read, row: self._augment(read, *keys[row]), blank)
         images, targets = zip(*samples, strict=True)
         return PairedBatch(torch.stack(images), self._collate(targets), valid, broken)
 

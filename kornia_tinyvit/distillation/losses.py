@@ -10,8 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
-from kornia_tinyvit.data.drawing import Draws
 from kornia_tinyvit.data.loader import Batch
+from kornia_tinyvit.data.params import ReplayParams
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import (
     FeatureStore,
@@ -176,18 +176,18 @@ class StoredLabelLoss:
             MissingRecordsError: if a sample has no stored labels after ``patience`` seconds.
             StoreMismatchError: if the random augmentation parameters differ from those of the stored labels.
         """
-        classes, probabilities, checksums = self._read(batch.draws)
-        _check_replay(self.store, batch.draws, checksums)
+        classes, probabilities, checksums = self._read(batch.params)
+        _check_replay(self.store, batch.params, checksums)
         hard = None
         if self.hard_weight:
-            hard = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1]).to(outputs.device)
+            hard = self.augmentation.soft_labels(batch.labels, batch.params, outputs.shape[1]).to(outputs.device)
         return distillation_loss(outputs, classes, probabilities, hard, self.hard_weight, reduction="none")
 
-    def _read(self, draws: Draws) -> Records:
+    def _read(self, params: ReplayParams) -> Records:
         deadline = time.monotonic() + self.patience
         while True:
             try:
-                return self.store.read(draws.epoch, draws.indices)
+                return self.store.read(params.epoch, params.indices)
             except MissingRecordsError:
                 if time.monotonic() >= deadline:
                     raise
@@ -219,8 +219,8 @@ class StoredFeatureLoss:
             StoreMismatchError: if the random augmentation parameters differ from those of the stored features.
             StoreError: if the student's features have a different shape.
         """
-        features, checksums = self.store.read(batch.draws.epoch, batch.draws.indices)
-        _check_replay(self.store, batch.draws, checksums)
+        features, checksums = self.store.read(batch.params.epoch, batch.params.indices)
+        _check_replay(self.store, batch.params, checksums)
         if outputs.shape != features.shape:
             raise StoreError(
                 f"The student returns features of shape {tuple(outputs.shape[1:])} per image, but {self.store.path} "
@@ -229,11 +229,11 @@ class StoredFeatureLoss:
         return (outputs.float() - features.to(outputs.device, torch.float32)).square().flatten(1).mean(1)
 
 
-def _check_replay(store: RecordStore, draws: Draws, checksums: Tensor) -> None:
-    changed = draws.checksums() != checksums.numpy()
+def _check_replay(store: RecordStore, params: ReplayParams, checksums: Tensor) -> None:
+    changed = params.checksums() != checksums.numpy()
     if changed.any():
         raise StoreMismatchError(
-            f"The augmentation parameters of {int(changed.sum())} of {len(draws)} samples of epoch {draws.epoch}, such "
-            f"as sample {int(draws.indices[changed][0])}, differ from those stored in {store.path}. This version "
+            f"The augmentation parameters of {int(changed.sum())} of {len(params)} samples of epoch {params.epoch}, "
+            f"such as sample {int(params.indices[changed][0])}, differ from those stored in {store.path}. This version "
             "cannot replay the store; create a new one with `kornia-tinyvit distill save`."
         )

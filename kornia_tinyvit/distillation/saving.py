@@ -120,7 +120,7 @@ def save_records(
             for batch in replay_loader(samples, take_shards(), workers):
                 writer, held = taken[0]
                 targets = _compute_targets(store, teacher, samples, batch, autocast)
-                written += writer.write(batch.draws.indices, targets, batch.draws.checksums())
+                written += writer.write(batch.params.indices, targets, batch.params.checksums())
                 broken.update(batch.broken)
                 progress(len(batch.labels))
                 if not len(writer.missing()):
@@ -173,12 +173,12 @@ def check_records(
         for keys in _batches(samples.augmentation, epoch, chosen, batch_size):
             batch = samples.__getitems__(keys)
             targets = _compute_targets(store, teacher, samples, batch, autocast).cpu()
-            stored = store.read(epoch, batch.draws.indices)
+            stored = store.read(epoch, batch.params.indices)
             if isinstance(stored, Records):
                 difference = targets.gather(1, stored.classes.long()) - stored.probabilities
             else:
                 difference = targets - stored.features
-            drifted += batch.draws.indices[batch.draws.checksums() != stored.checksums.numpy()].tolist()
+            drifted += batch.params.indices[batch.params.checksums() != stored.checksums.numpy()].tolist()
             maxima += difference.abs().flatten(1).amax(1).tolist()
             means += difference.abs().flatten(1).mean(1).tolist()
     if not means:

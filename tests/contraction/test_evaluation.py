@@ -48,10 +48,10 @@ class TestProxyTraining:
         samples = proxy.samples
         manifest = Manifest(num_classes=3, top_k=1, teacher={}, **samples.describe())
         rows = samples.order.permutation(0)
-        draws = samples.augmentation.draw(0, rows.tolist())
+        params = samples.augmentation.sample_params(0, rows.tolist())
         sure = F.one_hot(torch.tensor([samples.images.labels[row] for row in rows.tolist()]), 3).float()
         with LabelStore.create(tmp_path / "store", manifest) as store:
-            write_records(store, 0, rows, sure, draws.checksums())
+            write_records(store, 0, rows, sure, params.checksums())
         objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         learns = pickle.loads(pickle.dumps(replace(proxy, objective=objective, replays=[0])))
         assert learns.describe()["objective"]["kind"] == "stored labels"

@@ -1,3 +1,4 @@
+import ast
 import itertools
 import os
 import pickle
@@ -12,10 +13,10 @@ import torch
 from PIL import Image, ImageEnhance, ImageOps
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from kornia_tinyvit.data import EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
+from kornia_tinyvit.data import EpochBatches, EpochOrder, ReplayableAugmentation, ReplayedSamples, replay_loader
 from kornia_tinyvit.data import augmentation as module
-from kornia_tinyvit.data.drawing import Draws, beta_quantile, crop_box
 from kornia_tinyvit.data.operators import OPERATIONS, OPERATORS, make_noise
+from kornia_tinyvit.data.params import ReplayParams, beta_quantile, crop_box
 
 SIZE, SAMPLES = 40, 66
 PRESETS = {
@@ -32,7 +33,7 @@ def build(name, seed=11, **changes):
 
 
 class Images:
-    """Images of many sizes, made from their number."""
+    """Images of many sizes, generated from their index."""
 
     labels = tuple(index % 10 for index in range(SAMPLES))
 
@@ -50,15 +51,15 @@ class Images:
 
 
 def replay(augment, epoch, batches, workers=0):
-    """CRC-32 of every sample's pixels, and the checksums of its parameters, by sample."""
+    """Return the CRC-32 of each sample's pixels, and the checksums of its parameters, by index."""
     keys = [[(epoch, int(index)) for index in batch] for batch in batches]
-    pixels, parameters = {}, {}
+    pixels, checksums = {}, {}
     for batch in replay_loader(ReplayedSamples(Images(), augment), keys, workers):
-        images = augment(batch.crops, batch.draws).numpy()
-        for row, index in enumerate(batch.draws.indices.tolist()):
+        images = augment(batch.crops, batch.params).numpy()
+        for row, index in enumerate(batch.params.indices.tolist()):
             pixels[index] = zlib.crc32(images[row].tobytes())
-        parameters |= dict(zip(batch.draws.indices.tolist(), batch.draws.checksums().tolist(), strict=True))
-    return pixels, parameters
+        checksums |= dict(zip(batch.params.indices.tolist(), batch.params.checksums().tolist(), strict=True))
+    return pixels, checksums
 
 
 def cut(order, size):
@@ -72,13 +73,43 @@ def recorded(request):
     return request.param, order, replay(augment, 3, cut(order, 64))
 
 
+WORLD_SIZES = (1, 2, 3)
+
+
+def resume(world_size):
+    """Return the batch at which each rank resumes epoch 3 after its first batch."""
+    return 3 * (SAMPLES // (4 * world_size)) + 1
+
+
+def replay_rank(rank):
+    """Return what a rank replays: its shard for each world size, and the whole epoch as world size 0."""
+    order, found = EpochOrder(SAMPLES, 11), {}
+    for name in PRESETS:
+        found[name, 0] = replay(build(name), 3, cut(order.permutation(3), 32))
+        for size in WORLD_SIZES[rank:]:
+            batches = EpochBatches(order, 4, 4, rank, size, start=resume(size))
+            found[name, size] = replay(build(name), 3, [[index for _, index in batch] for batch in batches])
+    return found
+
+
+@pytest.fixture(scope="module")
+def ranks():
+    """Return what three processes replay, forked from one that does not share the state of this one."""
+    code = (
+        "import multiprocessing\nfrom tests.data.test_augmentation import replay_rank\n"
+        "print(multiprocessing.get_context('fork').Pool(3).map(replay_rank, range(3)))"
+    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    return ast.literal_eval(output)
+
+
 class TestInvariance:
     @pytest.mark.parametrize("batch", [2, 6, 14])
     def test_batch_size(self, recorded, batch):
         name, order, expected = recorded
         assert replay(build(name), 3, cut(order, batch)) == expected
 
-    def test_singles_and_odd_batches_without_mixing(self):
+    def test_single_samples_and_odd_batches_without_mixing(self):
         augment, order = build("distill"), EpochOrder(SAMPLES, 11).permutation(3)
         expected = replay(augment, 3, cut(order, 64))
         assert replay(build("distill"), 3, cut(order, 1)) == expected
@@ -90,25 +121,16 @@ class TestInvariance:
         name, order, expected = recorded
         assert replay(build(name), 3, cut(order, 16), workers) == expected
 
-    @pytest.mark.parametrize("processes", [1, 2, 3])
-    def test_processes_and_resumption(self, recorded, processes):
-        """Real processes with their shares of the epoch, whose first step was done before a stop."""
-        name, _, (pixels, parameters) = recorded
-        start = 3 * (SAMPLES // (4 * processes)) + 1
-        code = (
-            "from tests.data.test_augmentation import *\n"
-            "from kornia_tinyvit.data import EpochBatches\n"
-            f"batches = EpochBatches(EpochOrder(SAMPLES, 11), 4, 4, {{}}, {processes}, start={start})\n"
-            f"print(replay(build({name!r}), 3, [[index for _, index in batch] for batch in batches]))"
-        )
-        commands = [[sys.executable, "-c", code.format(process)] for process in range(processes)]
-        running = [subprocess.Popen(command, stdout=subprocess.PIPE, text=True) for command in commands]
-        shares = [eval(process.communicate()[0]) for process in running]
-        seen = {index: crc for share, _ in shares for index, crc in share.items()}
-        assert sum(len(share) for share, _ in shares) == len(seen)
+    @pytest.mark.parametrize("world_size", WORLD_SIZES)
+    def test_ranks_and_resumption(self, recorded, ranks, world_size):
+        """Each rank is a process, which resumes its shard of the epoch after the first batch."""
+        name, _, (pixels, checksums) = recorded
+        shards = [rank[name, world_size] for rank in ranks[:world_size]]
+        seen = {index: crc for shard, _ in shards for index, crc in shard.items()}
+        assert sum(len(shard) for shard, _ in shards) == len(seen)
         assert seen.items() <= pixels.items()
-        assert all(checksums.items() <= parameters.items() for _, checksums in shares)
-        assert len(seen) == (SAMPLES // (4 * processes) - 1) * 4 * processes
+        assert all(found.items() <= checksums.items() for _, found in shards)
+        assert len(seen) == (SAMPLES // (4 * world_size) - 1) * 4 * world_size
 
     def test_threads(self, recorded):
         name, order, expected = recorded
@@ -116,11 +138,13 @@ class TestInvariance:
         try:
             for threads in (1, 2):
                 torch.set_num_threads(threads)
-                assert replay(build(name), 3, cut(order, 22)) == expected
+                pixels, checksums = replay(build(name), 3, [order[:22]])
+                assert pixels.items() <= expected[0].items()
+                assert checksums.items() <= expected[1].items()
         finally:
             torch.set_num_threads(before)
 
-    def test_python_threads_share_one_augmentation(self, recorded):
+    def test_python_threads_with_one_augmentation(self, recorded):
         name, order, expected = recorded
         augment = build(name)
         with ThreadPoolExecutor(4) as pool:
@@ -134,7 +158,7 @@ class TestInvariance:
             assert replay(build(name), 3, cut(order, 64)) == expected
 
     def test_pickled(self, recorded):
-        """As data loaders send it to processes that are spawned."""
+        """Data loaders pickle it for processes that are spawned."""
         name, order, expected = recorded
         assert replay(pickle.loads(pickle.dumps(build(name))), 3, cut(order, 64)) == expected
 
@@ -146,48 +170,53 @@ class TestInvariance:
         assert replay(build(name), 3, cut(order, 64)) == expected
         assert torch.equal(before, torch.get_rng_state())
 
-    def test_another_process(self, recorded):
+    def test_another_process(self, recorded, ranks):
         name, _, expected = recorded
-        code = (
-            "from tests.data.test_augmentation import *\n"
-            f"order = EpochOrder(SAMPLES, 11).permutation(3)\nprint(replay(build({name!r}), 3, cut(order, 32)))"
-        )
-        output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-        assert eval(output) == expected
+        assert all(rank[name, 0] == expected for rank in ranks)
 
     def test_epoch_and_seed_change_every_image(self, recorded):
-        name, order, (pixels, parameters) = recorded
+        name, order, (pixels, checksums) = recorded
         for augment, epoch in ((build(name), 4), (build(name, seed=12), 3)):
             order = EpochOrder(SAMPLES, augment.seed).permutation(epoch)
             other = replay(augment, epoch, cut(order, 64))
-            assert not any(other[1][index] == parameters[index] for index in parameters)
+            assert not any(other[1][index] == checksums[index] for index in checksums)
             assert sum(other[0][index] == pixels[index] for index in pixels) <= 1
 
-    def test_no_operator_draws(self, recorded):
+    def test_no_operator_is_random(self, recorded):
         name, order, _ = recorded
 
-        class Refuse(TorchDispatchMode):
+        class Deterministic(TorchDispatchMode):
             def __torch_dispatch__(self, function, types, args=(), kwargs=None):
                 assert torch.Tag.nondeterministic_seeded not in function.tags, function
                 return function(*args, **(kwargs or {}))
 
         augment = build(name)
         batch = ReplayedSamples(Images(), augment).__getitems__([(3, index) for index in order[:32].tolist()])
-        with Refuse():
-            augment(batch.crops, augment.draw(3, batch.draws.indices))
+        with Deterministic():
+            augment(batch.crops, augment.sample_params(3, batch.params.indices))
 
 
 class TestStreams:
     @pytest.mark.parametrize("change", [{"flip": 0.1}, {"color_jitter": 0.1}, {"erasing": 0.9}, {"policy": None}])
-    def test_one_operator_edited_leaves_the_others_draws(self, change):
-        first, other = build("in1k").draw(0, np.arange(64)), build("in1k", **change).draw(0, np.arange(64))
+    def test_a_change_leaves_other_parameters_unchanged(self, change):
+        first, other = (build("in1k", **each).sample_params(0, np.arange(64)) for each in ({}, change))
         touched = {
             "flip": {"flip"},
             "color_jitter": {"jitter"},
             "erasing": {"erased"},
             "policy": {"operations", "magnitudes"},
         }
-        for field in ("crop", "flip", "operations", "magnitudes", "jitter", "erased", "noise", "share", "pasted"):
+        for field in (
+            "crop",
+            "flip",
+            "operations",
+            "magnitudes",
+            "jitter",
+            "erased",
+            "noise",
+            "mixup_weight",
+            "pasted",
+        ):
             same = np.array_equal(getattr(first, field), getattr(other, field))
             assert same != (field in touched[next(iter(change))]), field
 
@@ -195,42 +224,42 @@ class TestStreams:
 @pytest.fixture(scope="module")
 def many():
     augment = ReplayableAugmentation(64, "in1k", seed=1, num_samples=20_000)
-    return augment, augment.draw(0, np.arange(20_000))
+    return augment, augment.sample_params(0, np.arange(20_000))
 
 
-class TestDraws:
+class TestParams:
     def test_flip_and_jitter(self, many):
-        _, draws = many
-        assert abs(draws.flip.mean() - 0.5) < 0.015
-        assert draws.jitter.min() >= 0.6
-        assert draws.jitter.max() <= 1.4
-        assert np.allclose(draws.jitter.mean(0), 1, atol=0.01)
+        _, params = many
+        assert abs(params.flip.mean() - 0.5) < 0.015
+        assert params.jitter.min() >= 0.6
+        assert params.jitter.max() <= 1.4
+        assert np.allclose(params.jitter.mean(0), 1, atol=0.01)
 
     def test_policy_is_rand_m9_mstd05_inc1(self, many):
-        _, draws = many
-        chosen = draws.operations[draws.operations >= 0]
-        assert draws.operations.shape == (20_000, 2)
+        _, params = many
+        chosen = params.operations[params.operations >= 0]
+        assert params.operations.shape == (20_000, 2)
         assert abs(len(chosen) / 40_000 - 0.5) < 0.01
         assert np.abs(np.bincount(chosen, minlength=15) / len(chosen) - 1 / 15).max() < 0.01
-        rotations = draws.magnitudes[draws.operations == OPERATIONS.index("rotate")]
+        rotations = params.magnitudes[params.operations == OPERATIONS.index("rotate")]
         assert abs(np.abs(rotations).mean() - 27) < 0.3  # level 9 of 10 of 30 degrees
         assert abs(np.abs(rotations).std() - 1.5) < 0.25
         assert abs((rotations > 0).mean() - 0.5) < 0.05
         assert np.abs(rotations).max() <= 30
-        bits = draws.magnitudes[draws.operations == OPERATIONS.index("posterize")]
+        bits = params.magnitudes[params.operations == OPERATIONS.index("posterize")]
         assert set(np.unique(bits)) <= {1, 2, 3}
 
-    def test_trivial_draws_one_of_any_strength(self):
-        draws = ReplayableAugmentation(64, "distill", policy="trivial").draw(0, np.arange(20_000))
-        assert draws.operations.shape == (20_000, 1)
-        assert abs((draws.operations == -1).mean() - 1 / 16) < 0.01
-        angles = np.abs(draws.magnitudes[draws.operations == OPERATIONS.index("rotate")])
+    def test_trivial_policy_samples_one_operator_of_uniform_magnitude(self):
+        params = ReplayableAugmentation(64, "distill", policy="trivial").sample_params(0, np.arange(20_000))
+        assert params.operations.shape == (20_000, 1)
+        assert abs((params.operations == -1).mean() - 1 / 16) < 0.01
+        angles = np.abs(params.magnitudes[params.operations == OPERATIONS.index("rotate")])
         assert abs(angles.mean() - 15) < 0.8
         assert angles.min() < 1
 
     def test_erasing(self, many):
-        _, draws = many
-        erased = draws.erased[draws.erased[:, 2] > 0]
+        _, params = many
+        erased = params.erased[params.erased[:, 2] > 0]
         assert abs(len(erased) / 20_000 - 0.25) < 0.015
         top, left, height, width = erased.T
         assert ((top >= 0) & (left >= 0) & (top + height <= 64) & (left + width <= 64)).all()
@@ -240,43 +269,43 @@ class TestDraws:
         assert abs(area.mean() - (0.02 + 1 / 3) / 2) < 0.03
 
     def test_mixing(self, many):
-        _, draws = many
-        mixed, cut_out = draws.share > 0, draws.pasted[:, 2] * draws.pasted[:, 3] > 0
+        _, params = many
+        mixed, cut_out = params.mixup_weight > 0, params.pasted[:, 2] * params.pasted[:, 3] > 0
         assert not (mixed & cut_out).any()
         assert abs(mixed.mean() - 0.5) < 0.02
-        at = {index: row for row, index in enumerate(draws.indices.tolist())}
-        partner = np.array([at[index] for index in draws.partners.tolist()])
-        assert np.array_equal(draws.indices[partner[partner]], draws.indices)
-        assert np.array_equal(draws.share[partner], draws.share)
-        assert np.array_equal(draws.pasted[partner], draws.pasted)
+        at = {index: row for row, index in enumerate(params.indices.tolist())}
+        partner = np.array([at[index] for index in params.partners.tolist()])
+        assert np.array_equal(params.indices[partner[partner]], params.indices)
+        assert np.array_equal(params.mixup_weight[partner], params.mixup_weight)
+        assert np.array_equal(params.pasted[partner], params.pasted)
         expected = np.random.default_rng(0).beta(0.8, 0.8, 100_000)
         quantiles = np.linspace(0.05, 0.95, 10)
-        difference = np.quantile(draws.share[mixed], quantiles) - np.quantile(expected, quantiles)
+        difference = np.quantile(params.mixup_weight[mixed], quantiles) - np.quantile(expected, quantiles)
         assert np.abs(difference).max() < 0.03
 
-    def test_the_last_of_an_odd_number_stays_alone(self):
+    def test_the_last_of_an_odd_number_of_samples_is_not_mixed(self):
         augment = ReplayableAugmentation(32, "in1k", num_samples=5)
         last = augment.order.permutation(0)[4:]
-        draws = augment.draw(0, last)
-        assert draws.partners.tolist() == last.tolist()
-        assert draws.share.tolist() == [0]
-        assert draws.pasted.sum() == 0
+        params = augment.sample_params(0, last)
+        assert params.partners.tolist() == last.tolist()
+        assert params.mixup_weight.tolist() == [0]
+        assert params.pasted.sum() == 0
 
     def test_mix_probability(self):
         augment = ReplayableAugmentation(32, "small", num_samples=10_000, cutmix=1.0, mix_probability=0.3)
-        pasted = augment.draw(0, np.arange(10_000)).pasted
+        pasted = augment.sample_params(0, np.arange(10_000)).pasted
         assert 0.25 < (pasted[:, 2] > 0).mean() < 0.31  # some boxes have no height
 
     def test_crop_boxes_are_torchvisions(self):
         augment = ReplayableAugmentation(32, "distill")
-        draws = augment.draw(0, np.arange(4000))
-        boxes = np.array([crop_box(tries, 300, 500, augment.preset) for tries in draws.crop])
+        params = augment.sample_params(0, np.arange(4000))
+        boxes = np.array([crop_box(tries, 300, 500, augment.preset) for tries in params.crop])
         top, left, height, width = boxes.T
         assert ((top >= 0) & (left >= 0) & (top + height <= 300) & (left + width <= 500)).all()
         area, ratio = height * width / 150_000, width / height
         assert area.min() > 0.07
         random, expected = np.random.default_rng(0), []
-        while len(expected) < 20_000:  # torchvision's way, one after the other; large squares do not fit
+        while len(expected) < 20_000:  # torchvision's loop over attempts; large squares do not fit
             target, aspect = 150_000 * random.uniform(0.08, 1), np.exp(random.uniform(np.log(3 / 4), np.log(4 / 3)))
             broad, tall = round(np.sqrt(target * aspect)), round(np.sqrt(target / aspect))
             if broad <= 500 and tall <= 300:
@@ -286,33 +315,43 @@ class TestDraws:
         assert ratio.min() > 0.74
         assert ratio.max() < 1.35
 
-    def test_a_strip_falls_back_to_its_centre(self):
+    def test_a_strip_falls_back_to_the_center_crop(self):
         augment = ReplayableAugmentation(32, "distill", crop_scale=(1.0, 1.0))
-        top, left, height, width = crop_box(augment.draw(0, [0]).crop[0], 10, 1000, augment.preset)
+        top, left, height, width = crop_box(augment.sample_params(0, [0]).crop[0], 10, 1000, augment.preset)
         assert (height, width) == (10, 13)
         assert (top, left) == (0, 493)
 
     @pytest.mark.parametrize("alpha", [0.2, 0.8, 1.0, 2.0])
     def test_beta_quantile(self, alpha):
         expected = np.random.default_rng(0).beta(alpha, alpha, 400_000)
-        share = np.array([0.05, 0.3, 0.5, 0.7, 0.95])
-        assert np.allclose(beta_quantile(alpha)(share), np.quantile(expected, share), atol=5e-3)
+        probabilities = np.array([0.05, 0.3, 0.5, 0.7, 0.95])
+        assert np.allclose(beta_quantile(alpha, probabilities), np.quantile(expected, probabilities), atol=5e-3)
 
-    def test_checksums_tell_every_field(self):
+    def test_checksums_depend_on_every_field(self):
         augment = build("in1k")
-        draws = augment.draw(0, np.arange(8))
-        for field in ("crop", "flip", "operations", "magnitudes", "jitter", "erased", "noise", "partners", "share"):
-            values = {name: getattr(draws, name) for name in Draws.__dataclass_fields__}
+        params = augment.sample_params(0, np.arange(8))
+        for field in (
+            "crop",
+            "flip",
+            "operations",
+            "magnitudes",
+            "jitter",
+            "erased",
+            "noise",
+            "partners",
+            "mixup_weight",
+        ):
+            values = {name: getattr(params, name) for name in ReplayParams.__dataclass_fields__}
             edited = values[field].copy()
             edited[3] = ~edited[3] if field == "flip" else edited[3] + 1
-            changed = Draws(**{**values, field: edited}).checksums() != draws.checksums()
+            changed = ReplayParams(**{**values, field: edited}).checksums() != params.checksums()
             assert changed.tolist() == [row == 3 for row in range(8)], field
 
     def test_recorded_checksums(self):
-        """Numbers written down when the formulas were made: a change of them needs another VERSION."""
+        """A change of these checksums requires another VERSION."""
         assert module.VERSION == 1
         augment = ReplayableAugmentation(64, "in1k", seed=2**40 + 3, num_samples=100)
-        assert augment.draw(7, [0, 41, 99]).checksums().tolist() == [946905671, 207723968, 3305397921]
+        assert augment.sample_params(7, [0, 41, 99]).checksums().tolist() == [946905671, 207723968, 3305397921]
 
     @pytest.mark.parametrize(
         ("preset", "changes", "recorded"),
@@ -324,13 +363,13 @@ class TestDraws:
         ],
     )
     def test_recorded_checksums_of_many_samples(self, preset, changes, recorded):
-        """Enough of them for every branch, such as erasing."""
+        """Enough samples to cover every branch, such as erasing."""
         augment = ReplayableAugmentation(48, preset, seed=5, num_samples=200, **changes)
-        assert zlib.crc32(augment.draw(3, list(range(200))).checksums().tobytes()) == recorded
+        assert zlib.crc32(augment.sample_params(3, list(range(200))).checksums().tobytes()) == recorded
 
 
 class TestOperators:
-    """Against Pillow, which the originals use."""
+    """Compare with Pillow, which timm uses."""
 
     @pytest.fixture
     def photo(self):
@@ -357,12 +396,12 @@ class TestOperators:
         ours = OPERATORS[name](photo[None], torch.tensor([magnitude]))[0]
         theirs = torch.from_numpy(np.array(reference(Image.fromarray(photo.permute(1, 2, 0).numpy()))))
         difference = (ours.int() - theirs.permute(2, 0, 1).int()).abs()
-        assert difference.max() <= 1  # Pillow truncates in places where we round
+        assert difference.max() <= 1  # Pillow truncates where we round
 
     def test_solarize_add(self):
-        levels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
-        out = OPERATORS["solarize_add"](levels, torch.tensor([90.0]))[0, 0].flatten().tolist()
-        assert out == [min(255, level + 90) if level < 128 else level for level in range(256)]
+        pixels = torch.arange(256, dtype=torch.uint8).view(1, 1, 16, 16).expand(1, 3, 16, 16)
+        out = OPERATORS["solarize_add"](pixels, torch.tensor([90.0]))[0, 0].flatten().tolist()
+        assert out == [min(255, value + 90) if value < 128 else value for value in range(256)]
 
     def test_auto_contrast(self):
         photo = (torch.rand(1, 3, 8, 8) * 60 + 50).to(torch.uint8)
@@ -372,26 +411,26 @@ class TestOperators:
         flat = torch.full((2, 3, 8, 8), 200, dtype=torch.uint8)
         flat[1, 0, 0, 0] = 100
         flat_out = OPERATORS["auto_contrast"](flat, torch.zeros(2))
-        assert torch.equal(flat_out[0], flat[0])  # a channel of one level stays
+        assert torch.equal(flat_out[0], flat[0])  # a constant channel is unchanged
         assert torch.equal(flat_out[1, 1:], flat[1, 1:])
         assert sorted(flat_out[1, 0].unique().tolist()) == [0, 255]
 
-    def test_translation_and_shear_move_where_they_say(self):
+    def test_translation_and_shear(self):
         photo = torch.full((1, 3, 20, 20), 7, dtype=torch.uint8)
         photo[:, :, 10, 5] = 250
         moved = OPERATORS["translate_x"](photo, torch.tensor([0.2]))[0, 0]
         assert moved[10, 1] == 250
-        assert moved[3, 18] == round(255 * 0.485)  # what comes in from outside is the mean color
+        assert moved[3, 18] == round(255 * 0.485)  # the padding is the mean color
         sheared = OPERATORS["shear_y"](photo, torch.tensor([0.0]))
         assert torch.equal(sheared, photo)
 
-    def test_rotation_by_a_quarter(self):
+    def test_rotation_by_90_degrees(self):
         photo = torch.randint(256, (1, 3, 12, 12), dtype=torch.uint8)
         turned = OPERATORS["rotate"](photo, torch.tensor([90.0]))
         assert torch.equal(turned, photo.rot90(1, (2, 3))) or torch.equal(turned, photo.rot90(-1, (2, 3)))
 
     @pytest.mark.parametrize("name", OPERATIONS)
-    def test_rows_do_not_see_each_other(self, name):
+    def test_images_of_a_batch_are_independent(self, name):
         photos = torch.stack([module.F.interpolate(Images().read(i)[0][None], (33, 35))[0] for i in range(9)])
         magnitudes = torch.tensor([1.0, 2.0, 3.0, 0.4, 1.5, 2.5, 0.1, 1.9, 2.2])
         whole = OPERATORS[name](photos, magnitudes)
@@ -408,19 +447,26 @@ class TestOperators:
         assert abs(float((flat[:, 1:] * flat[:, :-1]).mean())) < 0.02
 
 
+def augmented():
+    """Return the crops of an epoch, the augmented images and the checksums of their parameters."""
+    augment, order = build("in1k"), EpochOrder(SAMPLES, 11).permutation(3)
+    batch = ReplayedSamples(Images(), augment).__getitems__([(3, index) for index in order.tolist()])
+    return batch.crops, augment(batch.crops, batch.params), batch.params.checksums().tolist()
+
+
 class TestPixels:
     def test_normalized_and_erased(self):
         augment = ReplayableAugmentation(
             24, "distill", policy=None, color_jitter=0.0, flip=0.0, erasing=1.0, crop_scale=(1.0, 1.0),
             crop_ratio=(1.0, 1.0),
         )  # fmt: skip
-        draws = augment.draw(0, [0, 1])
+        params = augment.sample_params(0, [0, 1])
         photo = torch.randint(256, (3, 24, 24), dtype=torch.uint8)
-        crops = torch.stack([augment.crop(photo, draws, row) for row in range(2)])
+        crops = torch.stack([augment.crop(photo, params, row) for row in range(2)])
         assert torch.equal(crops[0], photo)
-        images = augment(crops, draws)
+        images = augment(crops, params)
         plain = (photo / 255 - augment.mean[:, None, None]) / augment.std[:, None, None]
-        for row, (top, left, height, width) in enumerate(draws.erased.tolist()):
+        for row, (top, left, height, width) in enumerate(params.erased.tolist()):
             inside = torch.zeros(24, 24, dtype=torch.bool)
             inside[top : top + height, left : left + width] = True
             assert torch.allclose(images[row][:, ~inside], plain[:, ~inside], atol=1e-6)
@@ -432,41 +478,34 @@ class TestPixels:
             16, "in1k", num_samples=40, mean=(0.0,) * 3, std=(1.0,) * 3, label_smoothing=0.0, **settings
         )
         order = augment.order.permutation(0)
-        draws = augment.draw(0, order)
-        # The image of an even position is black and of an odd one white, so its mean is the share of the white one.
+        params = augment.sample_params(0, order)
+        # Images at even positions are black and at odd ones white: the mean is the weight of the white one.
         crops = torch.zeros(40, 3, 16, 16, dtype=torch.uint8)
         crops[1::2] = 255
-        images = augment(crops, draws)
-        targets = augment.soft_labels(torch.arange(40) % 2, draws, 2)
+        images = augment(crops, params)
+        targets = augment.soft_labels(torch.arange(40) % 2, params, 2)
         assert torch.allclose(images.mean((1, 2, 3)), targets[:, 1], atol=1e-5)
         assert torch.allclose(targets.sum(1), torch.ones(40))
         assert len(set(targets[:, 1].tolist())) > 20
 
     def test_label_smoothing(self):
         augment = ReplayableAugmentation(16, "finetune")
-        targets = augment.soft_labels(torch.tensor([1]), augment.draw(0, [0]), 4)
+        targets = augment.soft_labels(torch.tensor([1]), augment.sample_params(0, [0]), 4)
         assert torch.allclose(targets, torch.tensor([[0.025, 0.925, 0.025, 0.025]]))
 
     def test_empty_batch(self):
-        augment = ReplayableAugmentation(16, "distill")
-        assert augment(torch.zeros(0, 3, 16, 16, dtype=torch.uint8), augment.draw(0, [])).shape == (0, 3, 16, 16)
+        augment, crops = ReplayableAugmentation(16, "distill"), torch.zeros(0, 3, 16, 16, dtype=torch.uint8)
+        assert augment(crops, augment.sample_params(0, [])).shape == (0, 3, 16, 16)
 
-    def test_another_instruction_set(self, tmp_path):
-        """Without SIMD the parameters are the same, and all pixels but a few: what another device may do."""
-        code = (
-            "from tests.data.test_augmentation import *\n"
-            "augment = build('in1k')\norder = EpochOrder(SAMPLES, 11).permutation(3)\n"
-            "batch = ReplayedSamples(Images(), augment).__getitems__([(3, int(i)) for i in order])\n"
-            "torch.save((batch.crops, augment(batch.crops, batch.draws), batch.draws.checksums().tolist()), {!r})"
-        )
-        results = []
-        for capability in ("default", "avx2"):
-            file = str(tmp_path / capability)
-            environment = {**os.environ, "ATEN_CPU_CAPABILITY": capability}
-            subprocess.run([sys.executable, "-c", code.format(file)], check=True, env=environment)
-            results.append(torch.load(file))
-        (crops, images, parameters), (other_crops, other_images, other_parameters) = results
-        assert parameters == other_parameters
+    def test_without_simd(self, tmp_path):
+        """Scalar kernels give the same parameters and crops, and nearly all pixels, like other devices."""
+        code = f"from tests.data.test_augmentation import *\ntorch.save(augmented(), {str(tmp_path / 'scalar')!r})"
+        environment = {**os.environ, "ATEN_CPU_CAPABILITY": "default"}
+        subprocess.run([sys.executable, "-c", code], check=True, env=environment)
+        (crops, images, checksums), (other_crops, other_images, other_checksums) = (
+            augmented(), torch.load(tmp_path / "scalar"),
+        )  # fmt: skip
+        assert checksums == other_checksums
         assert torch.equal(crops, other_crops)
         assert ((images - other_images).abs() > 1e-3).float().mean() < 1e-3
 
@@ -476,12 +515,12 @@ class TestPixels:
             order = EpochOrder(SAMPLES, 11).permutation(3)[:64]
             augment = build(name)
             batch = ReplayedSamples(Images(), augment).__getitems__([(3, index) for index in order.tolist()])
-            here = augment(batch.crops, batch.draws)
-            there = build(name).cuda()(batch.crops.cuda(), batch.draws).cpu()
+            here = augment(batch.crops, batch.params)
+            there = build(name).cuda()(batch.crops.cuda(), batch.params).cpu()
             assert ((here - there).abs() > 1e-3).float().mean() < 1e-3
 
 
-class TestExceptions:
+class TestErrors:
     def test_settings(self):
         with pytest.raises(ValueError, match="no preset 'strong'"):
             ReplayableAugmentation(32, "strong")
@@ -489,27 +528,27 @@ class TestExceptions:
             ReplayableAugmentation(32, strength=1)
         with pytest.raises(ValueError, match="img_size must be positive"):
             ReplayableAugmentation(0)
-        with pytest.raises(ValueError, match="needs num_samples"):
+        with pytest.raises(ValueError, match="need num_samples"):
             ReplayableAugmentation(32, mixup=0.8)
 
     def test_images(self):
         augment = ReplayableAugmentation(16)
-        draws = augment.draw(0, [0, 1])
-        with pytest.raises(TypeError, match=r"8-bit image \(C, H, W\); got torch.float32"):
-            augment.crop(torch.rand(3, 8, 8), draws, 0)
-        with pytest.raises(TypeError, match="8-bit crops"):
-            augment(torch.rand(2, 3, 16, 16), draws)
-        with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), a row for each sample"):
-            augment(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), draws)
+        params = augment.sample_params(0, [0, 1])
+        with pytest.raises(TypeError, match=r"uint8 image \(C, H, W\); got torch.float32"):
+            augment.crop(torch.rand(3, 8, 8), params, 0)
+        with pytest.raises(TypeError, match="uint8 crops"):
+            augment(torch.rand(2, 3, 16, 16), params)
+        with pytest.raises(ValueError, match=r"\(2, 3, 16, 16\), one per row"):
+            augment(torch.zeros(1, 3, 16, 16, dtype=torch.uint8), params)
 
     def test_partners_apart(self):
         augment = build("in1k")
         order = augment.order.permutation(0)
         for rows in (order[[0, 2]], order[1:3], order[:1]):
             with pytest.raises(ValueError, match="neighbors in one batch"):
-                augment(torch.zeros(len(rows), 3, SIZE, SIZE, dtype=torch.uint8), augment.draw(0, rows))
+                augment(torch.zeros(len(rows), 3, SIZE, SIZE, dtype=torch.uint8), augment.sample_params(0, rows))
 
-    def test_describe_tells_what_changes_pixels(self):
+    def test_describe_covers_what_changes_pixels(self):
         described = build("in1k").describe()
         for name, change in {"img_size": 8, "mean": (0.5,) * 3}.items():
             assert (
@@ -524,13 +563,13 @@ class TestExceptions:
         assert "seed" not in described
 
 
-def test_all_combinations_of_switches_run():
+def test_all_combinations_of_augmentations_run():
     for policy, jitter, erasing, mixup, cutmix in itertools.product(
         (None, "rand"), (0.0, 0.4), (0.0, 1.0), (0, 1), (0, 1)
     ):
         augment = ReplayableAugmentation(
             16, "in1k", num_samples=6, policy=policy, color_jitter=jitter, erasing=erasing, mixup=mixup, cutmix=cutmix
         )
-        draws = augment.draw(0, augment.order.permutation(0))
-        images = augment(torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8), draws)
+        params = augment.sample_params(0, augment.order.permutation(0))
+        images = augment(torch.randint(256, (6, 3, 16, 16), dtype=torch.uint8), params)
         assert images.isfinite().all()

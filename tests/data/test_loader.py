@@ -26,7 +26,7 @@ def assert_equal_batches(one, other):
     assert torch.equal(one.labels, other.labels)
     assert torch.equal(one.valid, other.valid)
     assert one.broken == other.broken
-    assert (one.draws.checksums() == other.draws.checksums()).all()
+    assert (one.params.checksums() == other.params.checksums()).all()
 
 
 class TestEpochBatches:
@@ -87,10 +87,10 @@ class TestReplayedSamples:
     def test_what_comes(self, folder):
         samples = samples_of(folder)
         batch = samples.__getitems__([(4, 20), (4, 3)])
-        draws = samples.augmentation.draw(4, [20, 3])
+        params = samples.augmentation.sample_params(4, [20, 3])
         for row, index in enumerate((20, 3)):
-            assert torch.equal(batch.crops[row], samples.augmentation.crop(samples.images.read(index)[0], draws, row))
-        assert (batch.draws.checksums() == draws.checksums()).all()
+            assert torch.equal(batch.crops[row], samples.augmentation.crop(samples.images.read(index)[0], params, row))
+        assert (batch.params.checksums() == params.checksums()).all()
         assert batch.labels.tolist() == [2, 0]
         assert batch.valid.tolist() == [1, 1]
         assert batch.broken == ()
@@ -157,6 +157,6 @@ class TestReplayedSamples:
         images = ClassificationDataset.open(folder)
         with pytest.raises(ValueError, match="'stop' or 'skip'; got 'ignore'"):
             ReplayedSamples(images, ReplayableAugmentation(32), on_broken="ignore")
-        with pytest.raises(ValueError, match="mixes 20 samples, but the data has 24"):
+        with pytest.raises(ValueError, match="mixes 20 samples, but the dataset has 24"):
             ReplayedSamples(images, ReplayableAugmentation(32, "in1k", num_samples=20))
         ReplayedSamples(images, ReplayableAugmentation(32, "distill", num_samples=20))

@@ -38,8 +38,8 @@ def augment(preset="distill", **changes):
 def batch_of(augmentation, epoch=1, start=0, count=6):
     indices = augmentation.order.permutation(epoch)[start : start + count]
     crops = torch.randint(256, (count, 3, SIZE, SIZE), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    draws = augmentation.draw(epoch, indices)
-    return Batch(crops, torch.from_numpy(indices % NUM_CLASSES), torch.ones(count), draws, ())
+    params = augmentation.sample_params(epoch, indices)
+    return Batch(crops, torch.from_numpy(indices % NUM_CLASSES), torch.ones(count), params, ())
 
 
 @pytest.fixture
@@ -60,7 +60,7 @@ def store(tmp_path):
 
 
 def write(store, batch, values):
-    write_records(store, batch.draws.epoch, batch.draws.indices, values, batch.draws.checksums())
+    write_records(store, batch.params.epoch, batch.params.indices, values, batch.params.checksums())
 
 
 def restored(targets, top_k=3):
@@ -174,7 +174,7 @@ class TestStoredLabelLoss:
     )
     def test_another_augmentation(self, store, outputs, targets, other):
         write(store, batch_of(augment(), count=NUM_SAMPLES), targets.repeat(2, 1))
-        batch = Batch(*batch_of(augment())[:3], other.draw(1, batch_of(augment()).draws.indices), ())
+        batch = Batch(*batch_of(augment())[:3], other.sample_params(1, batch_of(augment()).params.indices), ())
         with pytest.raises(StoreMismatchError, match=r"of 6 samples of epoch 1.* differ from .*distill save"):
             StoredLabelLoss(store, other)(outputs, None, batch)
 
@@ -227,7 +227,7 @@ class TestStoredFeatureLoss:
 
     def test_another_augmentation(self, features):
         batch = batch_of(augment())
-        changed = batch._replace(draws=augment("small").draw(1, batch.draws.indices))
+        changed = batch._replace(params=augment("small").sample_params(1, batch.params.indices))
         with pytest.raises(StoreMismatchError, match="differ from those stored"):
             StoredFeatureLoss(features)(torch.zeros(6, 4, 2, 2), None, changed)
 

@@ -66,7 +66,7 @@ def expected(samples, epoch, teacher=None):
     order = samples.order.permutation(epoch)
     batch = samples.__getitems__([(epoch, index) for index in order.tolist()])
     with torch.no_grad():
-        output = (teacher or Network())(samples.augmentation(batch.crops, batch.draws))
+        output = (teacher or Network())(samples.augmentation(batch.crops, batch.params))
     return order, output, batch
 
 
@@ -78,7 +78,7 @@ def assert_complete(store, samples, epochs):
         assert torch.allclose(records.probabilities.float(), top.values, atol=6e-4)
         mine = logits.softmax(1).gather(1, records.classes.long())
         assert torch.allclose(mine, top.values, atol=1e-5)  # the same classes but for ties
-        assert records.checksums.tolist() == batch.draws.checksums().tolist()
+        assert records.checksums.tolist() == batch.params.checksums().tolist()
 
 
 @pytest.fixture
@@ -240,7 +240,7 @@ class TestSaveRecords:
         valid = batch.valid == 1
         assert torch.allclose(records.features[valid].float(), features[valid], atol=1e-3)
         assert (records.features[~valid] == 0).all()
-        assert records.checksums.tolist() == batch.draws.checksums().tolist()
+        assert records.checksums.tolist() == batch.params.checksums().tolist()
         report = check_records(store, Network(features=True), samples, records=27)
         assert (report.records, report.drifted) == (27, ())
         assert report.largest < 1e-3

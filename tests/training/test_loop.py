@@ -366,8 +366,8 @@ class TestSteps:
             for epoch in (0, 1):
                 order = samples.order.permutation(epoch)
                 wrong = (torch.tensor(samples.images.labels)[order.tolist()] + 1) % 3
-                draws = samples.augmentation.draw(epoch, order)
-                write_records(store, epoch, order, F.one_hot(wrong, 3).float(), draws.checksums())
+                params = samples.augmentation.sample_params(epoch, order)
+                write_records(store, epoch, order, F.one_hot(wrong, 3).float(), params.checksums())
         objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         recipe = replace(EASY, epochs=8)
         train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)

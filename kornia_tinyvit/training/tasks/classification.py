@@ -39,7 +39,7 @@ class ClassificationLoss:
 
     def __call__(self, outputs: Tensor, images: Tensor, batch: Batch) -> Tensor:
         """Return the losses :math:`(B,)` of logits :math:`(B, C)`."""
-        targets = self.augmentation.soft_labels(batch.labels, batch.draws, outputs.shape[1])
+        targets = self.augmentation.soft_labels(batch.labels, batch.params, outputs.shape[1])
         return F.cross_entropy(outputs.float(), targets.to(outputs.device), reduction="none")
 
 

@@ -34,7 +34,7 @@ class TestClassificationLoss:
     def test_mixing(self, outputs, changes):
         augmentation = augment("in1k", **changes)
         batch = batch_of(augmentation)
-        share = batch.draws.share + batch.draws.pasted[:, 2] * batch.draws.pasted[:, 3] / SIZE**2
+        share = batch.params.mixup_weight + batch.params.pasted[:, 2] * batch.params.pasted[:, 3] / SIZE**2
         assert (share > 0).any()
         partner = batch.labels.reshape(-1, 2).flip(1).flatten()
         weight = torch.from_numpy(share).float()
