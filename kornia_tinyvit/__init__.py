@@ -1,4 +1,4 @@
-"""TinyViT as one differentiable component for kornia and PyTorch."""
+"""TinyViT for kornia and PyTorch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -38,7 +38,7 @@ __all__ = [
     "save_checkpoint",
 ]
 
-# Imported on first use: they need parts of kornia that take longer to import than everything above.
+# Imported on first use: their imports from kornia take longer than all of the above.
 _LAZY = {"MobileSAM": "sam", "SemanticSegmenter": "semantic", "TinyViTDetector": "detection"}
 
 

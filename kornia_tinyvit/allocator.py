@@ -1,4 +1,4 @@
-"""The memory allocator of the process, which takes up to half of the time of a batch when it is left as it comes."""
+"""Tuning of glibc's memory allocator, whose default settings take up to half of the time of a batch."""
 
 from __future__ import annotations
 
@@ -14,21 +14,21 @@ GROW_BY = 1 << 26
 
 
 def keep_memory() -> bool:
-    """Tell glibc's allocator to keep the memory that large tensors free, instead of giving it back to the system.
+    """Tune glibc's allocator to reuse freed memory instead of returning it to the system.
 
-    Otherwise every large block is asked for anew, and the system has to clear its pages each time. Afterwards blocks
-    come from the heap, which keeps up to 1 GiB that is free and grows by 64 MiB at a time. It holds for the whole
-    process, once and for all, as do the variables ``MALLOC_MMAP_THRESHOLD_``, ``MALLOC_TRIM_THRESHOLD_`` and
-    ``MALLOC_TOP_PAD_``, which do the same from outside; the resident memory then stays at its largest.
+    By default each large block is mapped anew, and the system clears its pages. The tuned allocator takes blocks from
+    the heap, keeps up to 1 GiB of free memory and grows by 64 MiB at a time. This lasts for the rest of the process,
+    whose resident memory stays at its peak. The environment variables ``MALLOC_MMAP_THRESHOLD_``,
+    ``MALLOC_TRIM_THRESHOLD_`` and ``MALLOC_TOP_PAD_`` have the same effect.
 
     Returns:
-        Whether it was done; ``False`` without glibc, where nothing changes.
+        Whether the allocator was tuned; ``False`` without glibc.
     """
     if not sys.platform.startswith("linux"):
         return False
     libc = ctypes.CDLL(None)
     if not hasattr(libc, "gnu_get_libc_version"):  # musl and others
         return False
-    # Older versions of glibc refuse so large a threshold; forbidding them maps of their own comes to the same.
+    # Older versions of glibc reject a threshold of this size; disabling mmap has the same effect.
     from_heap = libc.mallopt(M_MMAP_THRESHOLD, KEEP) or libc.mallopt(M_MMAP_MAX, 0)
     return bool(from_heap and libc.mallopt(M_TRIM_THRESHOLD, KEEP) and libc.mallopt(M_TOP_PAD, GROW_BY))

@@ -1,4 +1,4 @@
-"""What networks with a TinyViT inside have in common: :class:`BackboneNetwork` and its files."""
+"""The base class of networks with a TinyViT backbone, and their checkpoints."""
 
 from __future__ import annotations
 
@@ -26,17 +26,17 @@ __all__ = ["BackboneConfig", "BackboneNetwork", "parameter_groups"]
 
 @dataclass(frozen=True)
 class BackboneConfig:
-    """What the configurations of networks on a backbone have in common.
+    """Base of the configurations of networks with a TinyViT backbone.
 
     Args:
-        backbone: the network whose stages are read.
+        backbone: configuration of the backbone.
         num_classes: number of classes.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
-    #: Values from which on not even the shapes of the parts are built from a file's configuration.
+    #: A checkpoint whose configuration reaches one of these values is rejected before anything is built from it.
     limits: ClassVar[dict[str, int]] = {"num_classes": 2**20}
 
     backbone: TinyViTConfig
@@ -46,27 +46,26 @@ class BackboneConfig:
         check_counts(**{name: getattr(self, name) for name in self.limits})
 
     def build_parts(self) -> dict[str, nn.Module]:
-        """Build the parts behind the backbone, by name, with random weights."""
+        """Return the modules behind the backbone by name, with random weights."""
         raise NotImplementedError
 
     def options(self) -> dict[str, Any]:
-        """Return the fields that a subclass adds."""
+        """Return the fields that the subclass adds."""
         return {name: value for name, value in vars(self).items() if name not in ("backbone", "num_classes")}
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold.
-
-        Raises:
-            ValueError: if the backbone's activation cannot be named in a file.
-        """
+        """Return the fields as JSON values; see :meth:`TinyViTConfig.to_dict` for its error."""
         return {**vars(self), "backbone": self.backbone.to_dict()}
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """Rebuild a configuration from :meth:`to_dict`'s values.
+        """Build a configuration from the values of :meth:`to_dict`.
+
+        Args:
+            values: values by field name.
 
         Raises:
-            ValueError: if a field is unknown, missing or out of its range.
+            ValueError: if a field is unknown, missing or out of range.
         """
         names = {field.name for field in dataclasses.fields(cls)}
         if values.keys() != names:
@@ -75,48 +74,47 @@ class BackboneConfig:
 
 
 class BackboneNetwork(nn.Module):
-    """Base of networks of a TinyViT and parts behind it, which take images in [0, 1] and normalize them.
+    """Base of networks with a TinyViT backbone, for images in [0, 1], which they normalize.
 
-    A subclass sets the class attributes. The norm, head and neck of the backbone, which its stages do without, are
-    frozen.
+    Subclasses set the class attributes. The norm, head and neck of the backbone are not used and are frozen.
 
     Args:
-        backbone: the network; :meth:`from_config` builds it, too.
+        backbone: the backbone.
         num_classes: number of classes.
-        class_names: names of the classes in the order of the logits; numbers if left out.
-        **options: further fields of ``config_class``.
+        class_names: names of the classes in the order of the logits; ``"class 0"`` and so on by default.
+        **options: further fields of the configuration.
 
     Attributes:
-        config: the configuration of everything but the names.
-        mean: channel means, :math:`(C,)`.
-        std: channel standard deviations, :math:`(C,)`.
+        class_names: names of the classes in the order of the logits.
+        mean: channel means :math:`(C,)`.
+        std: channel standard deviations :math:`(C,)`.
 
     Raises:
-        ValueError: if a number is out of its range, or there are not as many names as classes.
+        ValueError: if a number is out of range, or the number of names is not ``num_classes``.
     """
 
-    #: The class of the configuration.
+    #: The class of :attr:`config`.
     config_class: ClassVar[type[BackboneConfig]]
-    #: What a file of this class is called in errors.
+    #: The name of the network in the metadata of its checkpoints, and in errors.
     kind: ClassVar[str]
-    #: Side in pixels of the images of a variant; ``None`` for the variant's own.
+    #: The default ``img_size`` of a variant; ``None`` for the variant's.
     usual_size: ClassVar[int | None] = None
-    #: How the names of the weights begin that belong to the classes, within their part.
+    #: Prefixes, within their module, of the names of the weights whose shape depends on the number of classes.
     class_weights: ClassVar[tuple[str, ...]]
 
     backbone: TinyViT
     mean: Tensor
     std: Tensor
-    _shape: Any
+    _config: Any
 
     def __init__(
         self, backbone: TinyViT, *, num_classes: int, class_names: Sequence[str] | None = None, **options: Any
     ) -> None:
         super().__init__()
-        self._shape = self.config_class(backbone.config, num_classes, **options)
+        self._config = self.config_class(backbone.config, num_classes, **options)
         self.class_names = name_classes(class_names, num_classes)
         self.backbone = backbone
-        for name, part in self._shape.build_parts().items():
+        for name, part in self._config.build_parts().items():
             self.add_module(name, part)
         for unused in (backbone.norm_head, backbone.head, backbone.neck):
             if unused is not None:
@@ -134,70 +132,68 @@ class BackboneNetwork(nn.Module):
         class_names: Sequence[str] | None = None,
         **options: Any,
     ) -> Self:
-        """Build the network from a variant, a configuration, a backbone's weights or a file that :meth:`save` wrote.
+        """Build the network from a variant or a configuration, with weights of the backbone or of the whole network.
 
         Args:
-            config: variant or configuration of the backbone, or that of the whole network; may be left out where
-                ``pretrained`` is a file that carries one.
-            pretrained: a file that :meth:`save` wrote, or what :meth:`TinyViT.from_config` takes, whose head is left
-                out: the parts behind the backbone then begin with random weights.
-            num_classes: number of classes; may be left out for a whole network or where names are given. A file of a
-                network with other classes gives all weights but those that belong to the classes.
-            class_names: names of the classes; those of a file of a whole network come along.
-            **options: fields of the configuration, unless it is given or read as a whole, and arguments of
-                :meth:`TinyViT.from_config`, such as ``img_size`` and ``window_sizes``.
+            config: variant or configuration of the backbone, or the configuration of the whole network; optional if
+                ``pretrained`` is a checkpoint that stores one.
+            pretrained: a checkpoint of :meth:`save`, or weights of the backbone as for :meth:`TinyViT.from_config`;
+                the modules behind the backbone then get random weights.
+            num_classes: number of classes; optional with ``class_names``, a whole configuration or a checkpoint of
+                :meth:`save`. If it is not the checkpoint's, the weights that depend on it are not loaded.
+            class_names: names of the classes; by default those of the checkpoint.
+            **options: arguments of :meth:`TinyViT.from_config`, such as ``img_size`` and ``window_sizes``, and fields
+                of the configuration, which are ignored if it is passed or loaded as a whole.
 
         Returns:
             The network, in evaluation mode if all its weights were loaded, otherwise in training mode.
 
         Raises:
-            ValueError: if it cannot be built, or the number of classes is unknown.
-            CheckpointError: if the weights cannot be read or belong to another architecture.
+            ValueError: if an argument is out of range, or the number of classes is unknown.
+            CheckpointError: if the checkpoint cannot be read or has another architecture.
         """
         own = {field.name for field in dataclasses.fields(cls.config_class)}
-        fields = {name: value for name, value in options.items() if name in own}
-        overrides = {name: value for name, value in options.items() if name not in own}
+        fields = {name: options.pop(name) for name in own & options.keys()}
         if num_classes is None and class_names is not None:
             num_classes = len(class_names)
         if isinstance(pretrained, (str, Path)) and cls._file_key() in read_metadata(pretrained):
-            return cls._from_file(Path(pretrained), config, num_classes, class_names, overrides)
+            return cls._load(Path(pretrained), config, num_classes, class_names, options)
         if isinstance(config, BackboneConfig):
             num_classes, fields, config = num_classes or config.num_classes, config.options(), config.backbone
         elif isinstance(config, str) and cls.usual_size is not None:
-            overrides.setdefault("img_size", cls.usual_size)
+            options.setdefault("img_size", cls.usual_size)
         if num_classes is None:
-            beside = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} is no {cls.kind}'s file."
-            raise ValueError(f"Say how many classes there are: num_classes or class_names.{beside}")
-        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **overrides)
+            note = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} stores no {cls.kind}."
+            raise ValueError(f"The number of classes is unknown; pass num_classes or class_names.{note}")
+        backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **options)
         return cls(backbone, num_classes=num_classes, class_names=class_names, **fields).train()
 
     @classmethod
-    def _from_file(
+    def _load(
         cls,
         path: Path,
-        asked: str | TinyViTConfig | BackboneConfig | None,
+        config: str | TinyViTConfig | BackboneConfig | None,
         num_classes: int | None,
         class_names: Sequence[str] | None,
-        overrides: dict[str, Any],
+        options: dict[str, Any],
     ) -> Self:
+        """Build the network from a checkpoint of :meth:`save`."""
         tensors, metadata = read_tensors(path)
         try:
             values = json.loads(metadata[cls._file_key()])
             names = tuple(str(name) for name in values.pop("class_names"))
             stored = cls.config_class.from_dict(values)
-            told = dict(json.loads(metadata.get(PREPROCESSING_KEY, "{}")))
+            fields = dict(json.loads(metadata.get(PREPROCESSING_KEY, "{}")))
         except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
-            raise CheckpointError(f"{path} carries a configuration that cannot be used: {error}") from error
-        preprocessing = read_preprocessing(told, stored.backbone, str(path))
-        weights = _split(tensors)
-        parts = _check_parts(path, weights, stored)  # before anything of that size is built
-        found = read_checkpoint(weights.get("backbone", {}))
-        found = replace(found, preprocessing=preprocessing)
-        if isinstance(asked, str):
-            open_pretrained(found, asked)  # rejects the weights of another variant
-        base = asked.backbone if isinstance(asked, BackboneConfig) else asked
-        base = stored.backbone if base is None or isinstance(base, str) else base
-        backbone = TinyViT.from_config(base, pretrained=found, num_classes=0, **overrides)
+            raise CheckpointError(f"{path} stores an invalid configuration: {error}") from error
+        preprocessing = read_preprocessing(fields, stored.backbone, str(path))
+        parts = _select_parts(path, tensors, stored)  # before anything of that size is built
+        checkpoint = replace(read_checkpoint(_select(tensors, "backbone")), preprocessing=preprocessing)
+        if isinstance(config, str):
+            open_pretrained(checkpoint, config)  # rejects another variant
+            config = None
+        base = config.backbone if isinstance(config, BackboneConfig) else config or stored.backbone
+        backbone = TinyViT.from_config(base, pretrained=checkpoint, num_classes=0, **options)
         same = num_classes in (None, stored.num_classes)
         network = cls(
             backbone,
@@ -205,11 +201,11 @@ class BackboneNetwork(nn.Module):
             class_names=names if class_names is None and same else class_names,
             **stored.options(),
         )
-        for name, part in parts.items():
-            module = network.get_submodule(name)
+        for name, weights in parts.items():
+            part = network.get_submodule(name)
             if not same:
-                part |= {key: x for key, x in module.state_dict().items() if key.startswith(cls.class_weights)}
-            module.load_state_dict(part)
+                weights |= {key: x for key, x in part.state_dict().items() if key.startswith(cls.class_weights)}
+            part.load_state_dict(weights)
         return network.train(not same)
 
     @classmethod
@@ -218,20 +214,27 @@ class BackboneNetwork(nn.Module):
 
     @property
     def config(self) -> Any:
-        """What :meth:`from_config` builds the same architecture from."""
-        return dataclasses.replace(self._shape, backbone=self.backbone.config)
+        """The configuration with which :meth:`from_config` builds the same architecture."""
+        return dataclasses.replace(self._config, backbone=self.backbone.config)
 
     def normalize(self, images: Tensor) -> Tensor:
-        """Subtract the means from images :math:`(B, C, H, W)` in [0, 1] and divide by the standard deviations."""
+        """Normalize images with :attr:`mean` and :attr:`std`.
+
+        Args:
+            images: images :math:`(B, C, H, W)` in [0, 1].
+
+        Returns:
+            Images of the same shape.
+        """
         return normalize(images, self.mean.to(images), self.std.to(images))
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and the other parts' at ``lr``.
+        """Return the groups of :func:`parameter_groups` for the backbone and the modules behind it.
 
         Args:
-            lr: learning rate of the parts behind the backbone and of the backbone's last block.
-            weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
-            layer_decay: factor in (0, 1] from one block of the backbone to the one before.
+            lr: learning rate of those modules and of the backbone's last block.
+            weight_decay: weight decay; one-dimensional parameters get none.
+            layer_decay: factor in (0, 1] from each block of the backbone to the one before it.
 
         Raises:
             ValueError: if ``layer_decay`` is outside of (0, 1].
@@ -240,64 +243,61 @@ class BackboneNetwork(nn.Module):
         return parameter_groups(self.backbone, parts, lr, weight_decay, layer_decay)
 
     def save(self, path: str | Path) -> Path:
-        """Write a safetensors file with configuration, preprocessing and class names inside, whole or not at all.
+        """Write a safetensors checkpoint with configuration, preprocessing and class names, atomically.
 
-        :meth:`from_config` reads it back, with ``pretrained=path``.
+        :meth:`from_config` loads it with ``pretrained=path``.
 
         Args:
-            path: the file to write; its folder is made.
+            path: the file to write; its folder is created.
 
         Returns:
             The path.
 
         Raises:
-            ValueError: if the backbone's activation cannot be named in a file.
+            ValueError: if the backbone's activation is not a class of :mod:`torch.nn`.
         """
         values = self.config.to_dict() | {"class_names": self.class_names}
-        told = {self._file_key(): values, PREPROCESSING_KEY: self.backbone.preprocessing.to_dict()}
-        metadata = {key: json.dumps(value) for key, value in told.items()}
+        stored = {self._file_key(): values, PREPROCESSING_KEY: self.backbone.preprocessing.to_dict()}
+        metadata = {key: json.dumps(value) for key, value in stored.items()}
         return write_tensors(path, self.state_dict(), {"format": "pt"} | metadata)
 
 
-def _split(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-    """Group tensors by the first part of their names, which the names lose."""
-    parts: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in tensors.items():
-        part, _, rest = name.partition(".")
-        parts.setdefault(part, {})[rest] = tensor
-    return parts
+def _select(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:
+    """Return the tensors of a submodule under their names within it."""
+    prefix = f"{part}."
+    return {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
 
 
-def _check_parts(
-    path: Path, weights: Mapping[str, dict[str, Tensor]], config: BackboneConfig
-) -> dict[str, dict[str, Tensor]]:
-    """Return the weights of the parts behind a backbone, whose names and shapes are those of their configuration.
+def _select_parts(path: Path, tensors: Mapping[str, Tensor], config: BackboneConfig) -> dict[str, dict[str, Tensor]]:
+    """Return the weights of the modules behind a backbone, checked against the configuration.
 
     Raises:
-        CheckpointError: naming what differs, or what is not finite.
+        CheckpointError: if they have other names or shapes, or values that are not finite.
     """
-    wanted: dict[str, dict[str, Tensor]] = {}
-    if all(getattr(config, name) < limit for name, limit in config.limits.items()):
-        with torch.device("meta"):
-            wanted = {name: part.state_dict() for name, part in config.build_parts().items()}
-    if not wanted:
-        raise CheckpointError(f"{path} carries a configuration of another network. Nothing was loaded.")
-    for name, wants in wanted.items():
-        check_state_dict(weights.get(name, {}), wants, f"The {name} in {path}")
-    return {name: weights[name] for name in wanted}
+    if any(getattr(config, name) >= limit for name, limit in config.limits.items()):
+        raise CheckpointError(f"{path} stores the configuration of another network. Nothing was loaded.")
+    with torch.device("meta"):
+        expected = config.build_parts()
+    parts = {name: _select(tensors, name) for name in expected}
+    for name, part in expected.items():
+        check_state_dict(parts[name], part.state_dict(), f"The {name} in {path}")
+    return parts
 
 
 def parameter_groups(
     backbone: TinyViT, parts: Sequence[nn.Module], lr: float, weight_decay: float, layer_decay: float = 1.0
 ) -> list[dict[str, Any]]:
-    """Group the parameters of a backbone and of the parts behind it for a torch optimizer.
+    """Group the parameters of a backbone and of the modules behind it for an optimizer.
 
     Args:
-        backbone: the network, grouped by :meth:`TinyViT.parameter_groups`.
-        parts: the parts, which learn at ``lr``; their one-dimensional parameters are not decayed.
-        lr: learning rate of the parts and of the backbone's last block.
-        weight_decay: weight decay of the matrices.
-        layer_decay: factor in (0, 1] from one block of the backbone to the one before.
+        backbone: the backbone, grouped by :meth:`TinyViT.parameter_groups`.
+        parts: the modules, with learning rate ``lr``; their one-dimensional parameters get no weight decay.
+        lr: learning rate of the modules and of the backbone's last block.
+        weight_decay: weight decay of the other parameters.
+        layer_decay: factor in (0, 1] from each block of the backbone to the one before it.
+
+    Returns:
+        Dictionaries with ``params``, ``lr`` and ``weight_decay``.
 
     Raises:
         ValueError: if ``layer_decay`` is outside of (0, 1].

@@ -1,4 +1,4 @@
-"""From images to labels: :class:`ImageClassifier`."""
+"""Image classification: :class:`ImageClassifier`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint
 from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
-from kornia_tinyvit.images import ImageInput, read_batches
+from kornia_tinyvit.images import ImageInput, map_images, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
@@ -28,11 +28,11 @@ Batch = TypeVar("Batch")
 
 @dataclass(frozen=True)
 class Prediction:
-    """One class that an image may show.
+    """A predicted class.
 
     Args:
         label: name of the class.
-        index: position of the class in the logits.
+        index: index of the class.
         score: probability in [0, 1].
     """
 
@@ -41,29 +41,35 @@ class Prediction:
     score: float
 
 
-def center_zoom(images: Tensor, share: float = 0.875) -> Tensor:
-    """Return the middle of images :math:`(*, H, W)`, ``share`` of each side, as a view for test-time augmentation."""
+def center_zoom(images: Tensor, fraction: float = 0.875) -> Tensor:
+    """Return the center crop of images as a view for test-time augmentation.
+
+    Args:
+        images: images :math:`(*, H, W)`.
+        fraction: fraction of each side that the crop keeps.
+    """
     height, width = images.shape[-2:]
-    top, left = round(height * (1 - share) / 2), round(width * (1 - share) / 2)
+    top, left = round(height * (1 - fraction) / 2), round(width * (1 - fraction) / 2)
     return images[..., top : height - top, left : width - left]
 
 
 class ImageClassifier(nn.Module):
-    """A :class:`TinyViT` with the preprocessing it was evaluated with and the names of its classes.
+    """A :class:`TinyViT` with its preprocessing and class names.
 
-    It takes images in [0, 1] of any size and is differentiable down to the pixels, so it stands in an
-    :class:`torch.nn.Sequential` behind kornia's augmentations.
+    It takes images in [0, 1] of any size and is differentiable with respect to the pixels, so it composes with kornia's
+    augmentations in an :class:`torch.nn.Sequential`.
 
     Args:
         model: the network.
-        class_names: names of the classes in the order of the logits; the network's own, or numbers, if left out.
-        preprocessing: what turns images in [0, 1] into what the network takes, instead of the
+        class_names: names of the classes in the order of the logits; by default those of the network, or
+            ``"class 0"`` and so on.
+        preprocessing: module that resizes and normalizes images in [0, 1]; by default the
             :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline` of ``model.preprocessing``.
-        views: test-time augmentation: functions of an image batch :math:`(B, C, H, W)` whose logits are averaged with
-            those of the image itself, for example ``kornia.geometry.hflip``. See :attr:`DEFAULT_VIEWS`.
+        views: test-time augmentation: functions of images :math:`(B, C, H, W)`, such as ``kornia.geometry.hflip``,
+            whose logits are averaged with those of the images themselves. See :attr:`DEFAULT_VIEWS`.
 
     Raises:
-        ValueError: if the network has no classes, or the names are not as many.
+        ValueError: if the network has no classes, or the number of names differs from it.
 
     Example:
         >>> classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
@@ -71,7 +77,7 @@ class ImageClassifier(nn.Module):
         torch.Size([2, 10])
     """
 
-    #: A flip and a closer look, the usual test-time augmentation: three times the work.
+    #: A horizontal flip and a center crop, the usual test-time augmentation, at three times the cost.
     DEFAULT_VIEWS: tuple[View, ...] = (hflip, center_zoom)
 
     def __init__(
@@ -85,9 +91,7 @@ class ImageClassifier(nn.Module):
         super().__init__()
         config = model.config
         if config.num_classes == 0 or config.mobile_sam:
-            raise ValueError(
-                "ImageClassifier needs a network with classes; MobileSAM's encoder and num_classes=0 have none."
-            )
+            raise ValueError("ImageClassifier needs a network with a head, without mobile_sam or num_classes=0.")
         self.model = model
         self.preprocessing = preprocessing or EvaluationPipeline.from_preprocessing(model.preprocessing)
         self.class_names = name_classes(model.class_names if class_names is None else class_names, config.num_classes)
@@ -103,17 +107,20 @@ class ImageClassifier(nn.Module):
         views: Sequence[View] = (),
         **kwargs: Any,
     ) -> ImageClassifier:
-        """Build a classifier from what :meth:`TinyViT.from_config` takes.
+        """Build a classifier with the arguments of :meth:`TinyViT.from_config`.
 
         Args:
             config: variant or configuration.
-            pretrained: weights. Their class names come along; a head of 1000 classes without names is ImageNet-1k's.
-            class_names: names of the classes, instead of those.
+            pretrained: the pretrained weights.
+            class_names: names of the classes; by default those of the weights, or ImageNet-1k's for 1000 classes.
             views: test-time augmentation.
-            **kwargs: for :meth:`TinyViT.from_config`.
+            **kwargs: further arguments of :meth:`TinyViT.from_config`.
+
+        Returns:
+            The classifier, in the mode of :meth:`TinyViT.from_config`.
 
         Raises:
-            ValueError: if the network cannot be built, or the names are not as many as its classes.
+            ValueError: if an argument is out of range, or the number of names differs from that of the classes.
             CheckpointError: if the weights cannot be loaded.
         """
         model = TinyViT.from_config(config, pretrained=pretrained, **kwargs)
@@ -123,7 +130,7 @@ class ImageClassifier(nn.Module):
         return classifier.train(model.training)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> Tensor:
-        """Return logits :math:`(B, classes)`, averaged over the views if there are any.
+        """Compute logits :math:`(B, classes)`, averaged over the views.
 
         Args:
             images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes, on
@@ -131,65 +138,65 @@ class ImageClassifier(nn.Module):
 
         Raises:
             TypeError: if the images are not floating point tensors.
-            ValueError: if their shape is another.
+            ValueError: if they have another shape.
         """
-        return self._average(self._prepare(images, view) for view in (None, *self.views))
+        return self._average(self._prepare(images))
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, batch_size: int = 16
     ) -> list[list[Prediction]]:
-        """Name what images show.
+        """Classify images of any size.
+
+        A thread prepares the next batch while the network processes one. No more than two batches are in memory,
+        however many files or images of a generator there are.
 
         Args:
-            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
-                :math:`(B, C, H, W)`. They are moved to the network's device. A thread reads and resizes the next batch
-                while the network works on one, so any number of files, or a generator, takes the memory of two batches.
-            top_k: how many classes to name; at most all of them.
-            batch_size: how many images the network takes at a time.
+            images: one or several images: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a tensor
+                :math:`(B, C, H, W)`. They are moved to the network's device.
+            top_k: number of classes to return, at most all.
+            batch_size: number of images per forward pass.
 
         Returns:
-            For each image its most likely classes, the best first.
+            The classes of each image, sorted by descending score.
 
         Raises:
-            TypeError: if something is no image.
+            TypeError: if an element is not an image.
             ValueError: if a file cannot be read, a shape is wrong, or a number is not positive.
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if a file does not exist.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        found: list[tuple[list[int], list[float]]] = []
+        predictions = []
         with evaluating(self), torch.inference_mode(), ThreadPoolExecutor(1) as reader:
-            for inputs in _ahead(reader, self._batches(images, batch_size)):
+            for inputs in _prefetch(reader, self._batches(images, batch_size)):
                 scores = self._average(inputs).float().softmax(1)
                 best = scores.topk(min(top_k, scores.shape[1]))
-                found += zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        return [
-            [Prediction(self.class_names[index], index, score) for index, score in zip(indices, values, strict=True)]
-            for indices, values in found
-        ]
+                for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
+                    ranked = zip(indices, values, strict=True)
+                    predictions.append([Prediction(self.class_names[index], index, score) for index, score in ranked])
+        return predictions
 
-    def _average(self, inputs: Iterable[Tensor]) -> Tensor:
-        """Return the logits averaged over what the views made of the images."""
+    def _average(self, inputs: Sequence[Tensor]) -> Tensor:
+        """Return the logits averaged over the views."""
         return torch.stack([self.model(images) for images in inputs]).mean(0)
 
     def _batches(self, images: ImageInput | Iterable[ImageInput], batch_size: int) -> Iterator[list[Tensor]]:
-        """Read images batch by batch and return what each view makes of them."""
         for batch in read_batches(images, self.model, self.model.config.in_chans, batch_size):
             with torch.no_grad():
-                inputs = [self._prepare(batch, view) for view in (None, *self.views)]
+                inputs = self._prepare(batch)
             yield inputs
 
-    def _prepare(self, images: Tensor | Sequence[Tensor], view: View | None) -> Tensor:
-        if isinstance(images, Tensor):
-            return self.preprocessing(images if view is None else view(images))
-        if not images:
-            raise ValueError("Got an empty list of images; an empty batch is a tensor (0, C, H, W).")
-        batches = (image.unsqueeze(0) for image in images)
-        return torch.cat([self.preprocessing(batch if view is None else view(batch)) for batch in batches])
+    def _prepare(self, images: Tensor | Sequence[Tensor]) -> list[Tensor]:
+        """Return the network's inputs: the images themselves and each view of them."""
+
+        def prepare(view: View) -> Tensor:
+            return map_images(lambda batch: self.preprocessing(view(batch)), images)
+
+        return [map_images(self.preprocessing, images), *map(prepare, self.views)]
 
 
-def _ahead(reader: Executor, batches: Iterator[Batch]) -> Iterator[Batch]:
-    """Return batches of which the next is always being read."""
-    coming = reader.submit(next, batches, None)
-    while (batch := coming.result()) is not None:
-        coming = reader.submit(next, batches, None)
+def _prefetch(reader: Executor, batches: Iterator[Batch]) -> Iterator[Batch]:
+    """Iterate over batches while a thread reads the next one."""
+    pending = reader.submit(next, batches, None)
+    while (batch := pending.result()) is not None:
+        pending = reader.submit(next, batches, None)
         yield batch

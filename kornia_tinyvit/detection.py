@@ -1,4 +1,4 @@
-"""From images to boxes: :class:`TinyViTDetector`, kornia's RT-DETR on a TinyViT."""
+"""Object detection: :class:`TinyViTDetector`, kornia's RT-DETR with a TinyViT backbone."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import Prediction
-from kornia_tinyvit.images import ImageInput, check_images, read_batches
+from kornia_tinyvit.images import ImageInput, check_images, map_images, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_counts, resize_images
@@ -24,17 +24,17 @@ from kornia_tinyvit.preprocessing import check_counts, resize_images
 __all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
 
 _MLP_RATIO = 4  # of kornia's decoder layers
-_COARSEST = 32  # pixels a cell of the last map stands for
+_STRIDES = (8, 16, 32)  # of the feature maps
 _HEADS = 8  # of kornia's encoder and decoder
 
 
 @dataclass(frozen=True)
 class Detection(Prediction):
-    """One object that an image shows.
+    """A detected object.
 
     Args:
-        label: name of its class.
-        index: position of the class in the logits.
+        label: name of the class.
+        index: index of the class.
         score: confidence in [0, 1].
         box: left, top, right and bottom in pixels of the image.
     """
@@ -44,22 +44,18 @@ class Detection(Prediction):
 
 @dataclass(frozen=True)
 class DetectorConfig(BackboneConfig):
-    """Everything that decides the architecture of a :class:`TinyViTDetector`.
-
-    The defaults are those of RT-DETR on its smallest backbone, ResNet-18 (arXiv:2304.08069), but for the number of
-    classes.
+    """Configuration of a :class:`TinyViTDetector`; the defaults are those of RT-DETR-R18 (arXiv:2304.08069).
 
     Args:
-        backbone: the network whose maps at strides 8, 16 and 32 are read; images are shown as squares of its
-            ``img_size``, which must be a multiple of 32.
-        num_classes: classes an object may have.
+        backbone: configuration of the backbone; images are resized to squares of its ``img_size``, a multiple of 32.
+        num_classes: number of classes.
         hidden_dim: channels of encoder and decoder, a multiple of 8.
-        num_queries: how many objects an image can show.
+        num_queries: number of queries, the most objects that can be detected in an image.
         decoder_layers: layers of the decoder.
-        expansion: width of the encoder's convolutions as a share of ``hidden_dim``.
+        expansion: ratio of the channels of the encoder's convolutions to ``hidden_dim``, in (0, 1].
 
     Raises:
-        ValueError: if a number is out of its range, or there are more queries than cells in the maps.
+        ValueError: if a number is out of range, or there are more queries than cells in the feature maps.
     """
 
     limits: ClassVar[dict[str, int]] = BackboneConfig.limits | {
@@ -76,23 +72,23 @@ class DetectorConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.hidden_dim % _HEADS:
-            raise ValueError(f"hidden_dim must be a multiple of {_HEADS}, one part a head; got {self.hidden_dim}.")
+            raise ValueError(f"hidden_dim must be a multiple of {_HEADS}, the number of heads; got {self.hidden_dim}.")
         if not 0 < self.expansion <= 1 or int(self.hidden_dim * self.expansion) < 1:
             raise ValueError(f"expansion must be in (0, 1] and leave a channel; got {self.expansion!r}.")
         if self.backbone.mobile_sam:
-            raise ValueError("MobileSAM's encoder has no map at stride 32; take another network.")
+            raise ValueError("MobileSAM's encoder has no feature map at stride 32; use another backbone.")
         side = self.backbone.img_size
-        if side % _COARSEST:
-            raise ValueError(f"A detector's img_size must be a multiple of {_COARSEST}; got {side}.")
-        cells = sum((side // stride) ** 2 for stride in (8, 16, 32))
+        if side % _STRIDES[-1]:
+            raise ValueError(f"The img_size of a detector must be a multiple of {_STRIDES[-1]}; got {side}.")
+        cells = sum((side // stride) ** 2 for stride in _STRIDES)
         if self.num_queries > cells:
             raise ValueError(
-                f"Images of {side} pixels have {cells} cells to look for objects in, fewer than {self.num_queries} "
-                "queries; lower num_queries or raise img_size."
+                f"num_queries={self.num_queries} exceeds the {cells} cells of the feature maps at {side} pixels; lower "
+                "num_queries or raise img_size."
             )
 
     def build_parts(self) -> dict[str, nn.Module]:
-        """Build kornia's hybrid encoder and RT-DETR head, with random weights."""
+        """Return kornia's hybrid encoder and RT-DETR head, with random weights."""
         channels, hidden = list(self.backbone.embed_dims[1:]), self.hidden_dim
         return {
             "encoder": HybridEncoder(channels, hidden, _MLP_RATIO * hidden, self.expansion),
@@ -101,7 +97,7 @@ class DetectorConfig(BackboneConfig):
 
 
 class Squares(nn.Module):
-    """Resize images of any sizes to squares, antialiased, and tell their sizes: kornia's detectors' preprocessing.
+    """Resize images to squares, antialiased, in the form of preprocessing that kornia's ``ObjectDetector`` calls.
 
     Args:
         size: side of the squares in pixels.
@@ -112,7 +108,7 @@ class Squares(nn.Module):
         self.size = size
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Map images to squares.
+        """Resize images to squares.
 
         Args:
             images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes.
@@ -123,37 +119,31 @@ class Squares(nn.Module):
         Raises:
             ValueError: if the list is empty.
         """
+        squares = map_images(lambda x: resize_images(x, self.size, self.size), images)
         if isinstance(images, Tensor):
-            sizes = torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
-            return resize_images(images, self.size, self.size), sizes
-        if not images:
-            raise ValueError("Got an empty list of images; an empty batch is a tensor (0, C, H, W).")
-        squares = [resize_images(image.unsqueeze(0), self.size, self.size) for image in images]
-        sizes = torch.tensor([image.shape[-2:] for image in images], device=squares[0].device)
-        return torch.cat(squares), sizes
+            return squares, torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+        return squares, torch.tensor([image.shape[-2:] for image in images], device=squares.device)
 
 
 class TinyViTDetector(BackboneNetwork):
-    """RT-DETR (arXiv:2304.08069), kornia's, on the maps of a :class:`~kornia_tinyvit.TinyViT` at strides 8, 16 and 32.
+    """kornia's RT-DETR (arXiv:2304.08069) on a :class:`~kornia_tinyvit.TinyViT`'s feature maps at strides 8, 16 and 32.
 
-    It takes images in [0, 1] of any size, shows them as squares to the network and normalizes them itself, so it
-    stands behind kornia's augmentations, and gradients reach the pixels. The backbone's norm, which its maps do
-    without, is frozen. kornia's classes infer only: training happens in transformers' RT-DETR, which has the same
-    weights; see :mod:`kornia_tinyvit.huggingface.rt_detr`.
+    It resizes images in [0, 1] to squares and normalizes them itself, and is differentiable with respect to the pixels.
+    The norm of the backbone is not used and is frozen. kornia's RT-DETR has no training loss; training runs in
+    transformers' RT-DETR, which has the same weights (see :mod:`kornia_tinyvit.huggingface.rt_detr`).
 
     Args:
-        backbone: the network; :meth:`from_config` builds it, too.
-        num_classes: classes an object may have.
-        class_names: names of the classes in the order of the logits; numbers if left out.
+        backbone: the backbone.
+        num_classes: number of classes.
+        class_names: names of the classes in the order of the logits; ``"class 0"`` and so on by default.
         **options: further fields of :class:`DetectorConfig`.
 
     Attributes:
-        config: the :class:`DetectorConfig` that tells all of it but the names.
         encoder: kornia's hybrid encoder.
         decoder: kornia's RT-DETR head.
 
     Raises:
-        ValueError: if a number is out of its range, or there are not as many names as classes.
+        ValueError: if a number is out of range, or the number of names is not ``num_classes``.
 
     Example:
         >>> detector = TinyViTDetector.from_config("1m", num_classes=5, img_size=128, num_queries=20, hidden_dim=32)
@@ -178,97 +168,91 @@ class TinyViTDetector(BackboneNetwork):
         self.squares = Squares(backbone.config.img_size)
 
     def forward(self, images: Tensor | Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """Look for objects.
+        """Compute the logits and boxes of the queries.
 
         Args:
             images: images :math:`(B, C, H, W)` in [0, 1], or a list of images :math:`(C, H, W)` of any sizes, on
                 the device of the network.
 
         Returns:
-            Logits :math:`(B, Q, K)`, whose sigmoid is the confidence, and boxes :math:`(B, Q, 4)`: center, width and
-            height as shares of the image's sides.
+            Logits :math:`(B, Q, K)`, whose sigmoid is the confidence, and boxes :math:`(B, Q, 4)` as center, width and
+            height, normalized by the image size.
 
         Raises:
             TypeError: if the images are not floating point tensors.
-            ValueError: if their shape is another.
+            ValueError: if they have another shape.
         """
-        for each in [images] if isinstance(images, Tensor) else (image.unsqueeze(0) for image in images):
-            check_images(each, self.backbone.config.in_chans)
+        for batch in [images] if isinstance(images, Tensor) else (image.unsqueeze(0) for image in images):
+            check_images(batch, self.backbone.config.in_chans)
         squares, _ = self.squares(images)
-        if not len(squares):
-            shape = (0, self._shape.num_queries)
-            return squares.new_zeros(*shape, self._shape.num_classes), squares.new_zeros(*shape, 4)
-        maps = self.backbone.forward_intermediates(self.normalize(squares))
-        return self.decoder(self.encoder(maps[1:]))
+        if not len(squares):  # kornia's encoder does not support empty batches
+            shape = (0, self._config.num_queries)
+            return squares.new_zeros(*shape, self._config.num_classes), squares.new_zeros(*shape, 4)
+        features = self.backbone.forward_intermediates(self.normalize(squares))
+        return self.decoder(self.encoder(features[1:]))
 
     def predict(
         self, images: ImageInput | Iterable[ImageInput], confidence_threshold: float = 0.3, batch_size: int = 8
     ) -> list[list[Detection]]:
-        """Find the objects of images of any sizes.
+        """Detect objects in images of any size.
 
         Args:
-            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
-                :math:`(B, C, H, W)`. They are moved to the network's device.
-            confidence_threshold: least score of what is returned, in [0, 1).
-            batch_size: how many images the network takes at a time.
+            images: one or several images, as for :meth:`ImageClassifier.predict`.
+            confidence_threshold: least score of the detections, in [0, 1).
+            batch_size: number of images per forward pass.
 
         Returns:
-            For each image its objects, the surest first, with boxes that lie in the image.
+            The detections of each image, sorted by descending score, with boxes clipped to the image.
 
         Raises:
-            TypeError: if something is no image.
-            ValueError: if a file cannot be read, a shape is wrong, or a number is out of its range.
-            FileNotFoundError: if there is no such file.
+            TypeError: if an element is not an image.
+            ValueError: if a file cannot be read, a shape is wrong, or a number is out of range.
+            FileNotFoundError: if a file does not exist.
         """
         check_counts(batch_size=batch_size)
         if not 0 <= confidence_threshold < 1:
             raise ValueError(f"confidence_threshold must be in [0, 1); got {confidence_threshold!r}.")
         select = self.post_processor(confidence_threshold)
-        found: list[list[Detection]] = []
+        detections: list[list[Detection]] = []
         with evaluating(self), torch.inference_mode():
             for batch in read_batches(images, self, self.backbone.config.in_chans, batch_size):
                 logits, boxes = self(batch)
                 sizes = torch.tensor([image.shape[-2:] for image in batch], device=logits.device)
                 for rows, size in zip(select(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):
-                    found.append(self._name(rows.tolist(), *size))
-        return found
+                    detections.append([self._detection(row, *size) for row in rows.tolist()])
+        return detections
 
     def post_processor(self, confidence_threshold: float = 0.3) -> DETRPostProcessor:
-        """Return kornia's post-processing of what :meth:`forward` returns.
+        """Return kornia's post-processing of the outputs of :meth:`forward`.
 
         Args:
-            confidence_threshold: least score of what it keeps.
+            confidence_threshold: least score of the detections.
         """
-        config = self._shape
-        return DETRPostProcessor(confidence_threshold, config.num_classes, config.num_queries)
+        return DETRPostProcessor(confidence_threshold, self._config.num_classes, self._config.num_queries)
 
     def object_detector(self, confidence_threshold: float = 0.3) -> ObjectDetector:
-        """Return kornia's :class:`~kornia.contrib.object_detection.ObjectDetector` around this network.
+        """Return kornia's :class:`~kornia.contrib.object_detection.ObjectDetector` with this network as its model.
 
-        It shares the weights, and puts the network into evaluation mode.
+        The network is put into evaluation mode.
 
         Args:
-            confidence_threshold: least score of what it finds.
+            confidence_threshold: least score of the detections.
         """
         return ObjectDetector(self, self.squares, self.post_processor(confidence_threshold))
 
-    def _name(self, rows: list[list[float]], height: int, width: int) -> list[Detection]:
-        """Turn rows of class, score, left, top, width and height into detections."""
-        found = []
-        for number, score, left, top, wide, high in rows:
-            right, bottom = min(left + wide, width), min(top + high, height)
-            box = (max(left, 0.0), max(top, 0.0), float(right), float(bottom))
-            found.append(Detection(self.class_names[int(number)], int(number), score, box))
-        return found
+    def _detection(self, row: list[float], height: int, width: int) -> Detection:
+        """Convert class, score, left, top, width and height of an object to a detection."""
+        index, score, left, top, wide, high = row
+        box = (max(left, 0.0), max(top, 0.0), float(min(left + wide, width)), float(min(top + high, height)))
+        return Detection(self.class_names[int(index)], int(index), score, box)
 
 
 @torch.no_grad()
 def _initialize(head: RTDETRHead) -> None:
-    """Give a head first weights as RT-DETR's authors do (lyuwenyu/RT-DETR, ``rtdetr_decoder.py``).
+    """Initialize a head as the authors do (lyuwenyu/RT-DETR, ``rtdetr_decoder.py``); kornia has torch's defaults.
 
-    kornia's class has torch's everywhere. Scores begin low, since nearly all queries show nothing (the prior of
-    arXiv:1708.02002); boxes begin where their anchors are; the points that a query looks at lie on a ring around it
-    (arXiv:2010.04159).
+    Scores start at the prior probability of arXiv:1708.02002, boxes at their anchors, and the sampling points of
+    deformable attention on rings around the reference point (arXiv:2010.04159).
     """
     prior = 0.01
     for scores in (head.enc_score_head, *head.dec_score_head):

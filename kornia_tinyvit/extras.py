@@ -9,19 +9,19 @@ __all__ = ["MissingExtraError", "optional_imports"]
 
 
 class MissingExtraError(ImportError):
-    """An optional package is needed that is not installed."""
+    """A required optional package is not installed."""
 
 
 @contextmanager
 def optional_imports(need: str, install: str) -> Iterator[None]:
-    """Import optional packages in a block, with an error that states how to install those that are missing.
+    """Convert an ImportError of a block to an error with installation instructions.
 
     Args:
-        need: what needs which package, such as ``"Training needs accelerate"``.
-        install: what pip is given.
+        need: the start of the message, such as ``"Training needs accelerate"``.
+        install: the arguments of ``pip install``.
 
     Raises:
-        MissingExtraError: if an import fails.
+        MissingExtraError: if an import of the block fails.
     """
     try:
         yield

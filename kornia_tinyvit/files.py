@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks between processes, and settings compared with those of a file."""
+"""Atomic writes, locks between processes, and comparison of settings with stored ones."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ __all__ = ["describe_differences", "locked", "replacing", "write_text", "writing
 
 @contextmanager
 def writing(path: str | Path) -> Iterator[None]:
-    """Turn what writers say of a full disk, or of another failure of the system, into one error that names the file.
+    """Convert system errors of any writer, such as a full disk, to an OSError with the path.
 
-    The writers of safetensors and of torch's archives are Rust and C++ and raise errors of their own, and a file that
-    is open already has no name in its errors.
+    safetensors and torch raise their own types of errors from Rust and C++, and the errors of an open file have no
+    path.
 
     Args:
-        path: what is written, for the message.
+        path: the file that the block writes.
 
     Raises:
-        OSError: with its number, its reason and ``path``.
+        OSError: with errno, reason and ``path``, if the block raised a system error.
     """
     try:
         yield
@@ -40,31 +40,31 @@ def writing(path: str | Path) -> Iterator[None]:
 
 
 def _system_error(error: Exception) -> int | None:
-    """Return the number of the system's error behind a writer's, or ``None``."""
+    """Return the errno of the system error that a writer's error reports, or ``None``."""
     if isinstance(error, OSError):
         return error.errno
-    if told := re.search(r"\(os error (\d+)\)", str(error)):  # Rust's way
-        return int(told[1])
-    # torch counts what it could write, and keeps the reason to itself; there is hardly another.
+    if match := re.search(r"\(os error (\d+)\)", str(error)):  # Rust
+        return int(match[1])
+    # torch reports a short write without its reason; a full disk is by far the most common.
     return errno.ENOSPC if "inline_container.cc" in str(error) and "unexpected pos" in str(error) else None
 
 
 @contextmanager
 def replacing(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
-    """Give a file beside ``path`` to write, which takes its place when the block ends well.
+    """Write a file atomically: yield a temporary path that replaces ``path`` after the block.
 
-    A killed process or a machine without power leaves the old file or the new one, and perhaps a hidden leftover
-    ``.NAME.*.tmp``; a block that ends in an error leaves nothing.
+    An error in the block removes the temporary file. A killed process or a power failure leaves the old or the new
+    file, and possibly the temporary file ``.NAME.*.tmp``.
 
     Args:
-        path: the file to replace; its folder is made.
-        suffix: how the name to write ends, for writers and readers that go by it.
+        path: the file to replace; its folder is created.
+        suffix: suffix of the temporary path, for writers that depend on it.
 
     Yields:
-        The file to write, which is not there yet, so that whoever makes it gives it the permissions of a new file.
+        The temporary path, which does not exist yet.
 
     Raises:
-        OSError: as :func:`writing` does, if the system lets it not be written.
+        OSError: if the file cannot be written; see :func:`writing`.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -80,14 +80,14 @@ def replacing(path: str | Path, suffix: str = ".tmp") -> Iterator[Path]:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Write a text in UTF-8, whole or not at all.
+    """Write a text file in UTF-8 atomically.
 
     Args:
-        path: the file to replace; its folder is made.
-        text: what it holds then.
+        path: the file to replace; its folder is created.
+        text: the new content.
 
     Raises:
-        OSError: as :func:`writing` does, if the system lets it not be written.
+        OSError: if the file cannot be written; see :func:`writing`.
     """
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -95,15 +95,15 @@ def write_text(path: str | Path, text: str) -> None:
 
 @contextmanager
 def locked(path: str | Path, message: str, error: type[Exception] = BlockingIOError) -> Iterator[None]:
-    """Hold a lock file to the exclusion of other processes; it is released when the process ends, however it ends.
+    """Hold a lock file exclusively for a block; the system releases it when the process ends in any way.
 
     Args:
         path: the lock file; its folder is created.
-        message: text of the error.
-        error: its class.
+        message: message of the error.
+        error: class of the error.
 
     Raises:
-        Exception: ``error``, if another process holds the file.
+        Exception: ``error(message)``, if another process holds the lock.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -124,16 +124,16 @@ def describe_differences(
     prefix: str = "",
     words: tuple[str, str] = ("the store has", "this pipeline"),
 ) -> list[str]:
-    """Return a line for each difference between two nested settings, names joined by dots.
+    """Describe the differences between two nested dictionaries, one line per value.
 
     Args:
-        stored: settings as a file has them.
-        current: settings now.
-        prefix: put before every name.
-        words: how the lines call the two.
+        stored: settings of a file.
+        current: settings to compare them with.
+        prefix: prefix of every name.
+        words: the words before the stored and the current value.
 
     Returns:
-        The lines; none if both are the same in JSON.
+        The lines, with the names of nested settings joined by dots; none if both are equal in JSON.
 
     Example:
         >>> describe_differences({"crop": {"scale": [0.08, 1.0]}}, {"crop": {"scale": (0.5, 1.0)}})

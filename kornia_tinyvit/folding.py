@@ -1,14 +1,13 @@
-"""Folding: the same function of the images with fewer operators.
+"""Folding of constant operations into weights for inference.
 
-Each function folds one thing, exactly but for rounding, and :func:`fold` applies them all to a copy of a network. A
-folded network is for inference: it no longer has the parameters that were folded away.
+:func:`fold` applies all functions of this module to a copy of a network. The outputs are equal up to rounding.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from typing import TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -34,57 +33,75 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def fold_batch_norm(layer: ConvBN) -> nn.Conv2d:
-    """Return the convolution that equals a convolution with its batch norm in evaluation mode.
+    r"""Fold the batch norm of a layer into its convolution.
 
     With running mean :math:`m` and variance :math:`v`, the norm multiplies each output channel by
-    :math:`s = w / sqrt(v + eps)` and adds :math:`b - s m`.
+    :math:`s = w / \sqrt{v + eps}` and adds :math:`b - s m`.
+
+    Args:
+        layer: the layer, whose norm has running statistics.
+
+    Returns:
+        The convolution.
 
     Raises:
-        ValueError: if the norm keeps no running statistics.
+        ValueError: if the norm has no running statistics.
     """
     conv, norm = layer.c, layer.bn
     mean, variance = norm.running_mean, norm.running_var
     if mean is None or variance is None:
-        raise ValueError("A batch norm without running statistics changes with the batch and cannot be folded.")
+        raise ValueError("A batch norm without running statistics depends on the batch and cannot be folded.")
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
     return _conv(conv, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale)
 
 
 def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[nn.LayerNorm, nn.Linear]:
-    """Return a layer norm without affine part and the linear layer that has taken it over.
+    """Fold the weight and bias of a layer norm into the next linear layer.
 
     :math:`W (g n + b) + c = (W g) n + (W b + c)`.
+
+    Args:
+        norm: the layer norm.
+        linear: the linear layer.
+
+    Returns:
+        The layer norm without weight and bias, and the linear layer.
     """
     bare = nn.LayerNorm(norm.normalized_shape, norm.eps, elementwise_affine=False)
     return bare, _linear(linear.weight * norm.weight, linear.bias + linear.weight @ norm.bias)
 
 
 def fold_normalization(
-    conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], levels: float
+    conv: nn.Conv2d, mean: Sequence[float], std: Sequence[float], max_value: float
 ) -> tuple[nn.Conv2d, Tensor]:
-    """Return the first convolution for images that are not normalized yet, and what to subtract from them.
+    """Fold the division by the standard deviations into the first convolution.
 
-    The deviations go into the weights. The mean is still subtracted, in the pass over the pixels that a conversion
-    from integers takes anyway, because then the zeros that pad the map mean what they meant before: the mean color.
-    In the bias it would be wrong along the edges, and in bfloat16 large terms would cancel.
+    The mean stays a subtraction: folded into the bias, it would be wrong at the borders, where the padding stands for
+    the mean color, and in bfloat16 large terms would cancel.
 
     Args:
         conv: a convolution of normalized images.
         mean: channel means, for values in [0, 1].
-        std: channel deviations.
-        levels: the largest value of a pixel: 1 for floats in [0, 1], 255 for uint8.
+        std: channel standard deviations, for values in [0, 1].
+        max_value: the largest pixel value: 1 for floats in [0, 1], 255 for uint8.
 
     Returns:
-        The convolution, and the mean :math:`(1, C, 1, 1)` in the pixels' own unit.
+        The convolution for images from which the mean was subtracted, and the mean :math:`(1, C, 1, 1)` in units of
+        the pixel values.
     """
-    folded = _conv(conv, conv.weight / (levels * torch.tensor(std).to(conv.weight).view(1, -1, 1, 1)), conv.bias)
-    return folded, levels * torch.tensor(mean).to(conv.weight).view(1, -1, 1, 1)
+    folded = _conv(conv, conv.weight / (max_value * torch.tensor(std).to(conv.weight).view(1, -1, 1, 1)), conv.bias)
+    return folded, max_value * torch.tensor(mean).to(conv.weight).view(1, -1, 1, 1)
 
 
 def split_projections(qkv: nn.Linear, num_heads: int) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """Return the projections to queries, keys and values as layers of their own, each with its heads in order.
+    """Split the joint projection, whose rows are ordered by head first, into those of queries, keys and values.
 
-    The rows of the joint layer are ordered head, then query, key and value.
+    Args:
+        qkv: the joint projection.
+        num_heads: attention heads.
+
+    Returns:
+        The projections to queries, keys and values.
     """
     weights = qkv.weight.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(1, 2)
     biases = qkv.bias.unflatten(0, (num_heads, 3, -1)).transpose(0, 1).flatten(1, 2)
@@ -93,7 +110,15 @@ def split_projections(qkv: nn.Linear, num_heads: int) -> tuple[nn.Linear, nn.Lin
 
 
 def fold_scale(query: nn.Linear, num_heads: int) -> nn.Linear:
-    r"""Return the projection to queries with the scale of the scores, :math:`d^{-1/2}`, in its weights."""
+    r"""Fold the scale of the attention scores, :math:`d^{-1/2}`, into the projection to queries.
+
+    Args:
+        query: the projection to queries.
+        num_heads: attention heads.
+
+    Returns:
+        The projection, for attention with scale 1.
+    """
     scale = (query.out_features // num_heads) ** -0.5
     return _linear(query.weight * scale, query.bias * scale)
 
@@ -101,27 +126,34 @@ def fold_scale(query: nn.Linear, num_heads: int) -> nn.Linear:
 def fold_key_and_value_biases(
     key: nn.Linear, value: nn.Linear, proj: nn.Linear
 ) -> tuple[nn.Linear, nn.Linear, nn.Linear]:
-    """Return the projections to keys and values without a bias, and that of the output, which has taken over.
+    """Remove the biases of the projections to keys and values.
 
-    The keys' bias goes: it adds the same to all scores of a query, which a softmax does not see. The values' bias moves
-    behind the attention, whose weights sum to 1, and there into the bias of the output's projection.
+    The bias of the keys adds the same value to all scores of a query, to which a softmax is invariant. The bias of the
+    values passes through the attention unchanged, since its weights sum to 1, and is folded into the output projection.
+
+    Args:
+        key: the projection to keys.
+        value: the projection to values.
+        proj: the output projection.
+
+    Returns:
+        The three projections, those to keys and values without bias.
     """
     folded = _linear(proj.weight, proj.bias + proj.weight @ value.bias)
     return _linear(key.weight), _linear(value.weight), folded
 
 
 class FoldedAttention(nn.Module):
-    r"""Window attention over the tokens of a whole map, with everything constant folded away.
+    """Window attention over the tokens of a feature map, folded.
 
-    Only real tokens are normalized and projected. What fills the last windows of a map that they do not divide are
-    zeros behind the projections: a padded token of the original is a zero vector, its key and value are the biases of
-    the projections, and those are folded away.
+    The tokens are padded after the projections instead of before. This is equivalent: a padded token is normalized
+    to zero, and the biases that were its key and value are folded away.
 
     Args:
         attention: window attention of a :class:`~kornia_tinyvit.layers.TinyViTBlock`.
 
     Attributes:
-        bias: what is added to the scores, spread over all pairs of tokens: :math:`(1, heads, N, N)`.
+        bias: attention bias of all pairs of tokens, :math:`(1, heads, N, N)`.
     """
 
     bias: Tensor
@@ -136,14 +168,20 @@ class FoldedAttention(nn.Module):
         self.register_buffer("bias", attention.attention_bias().detach().clone().unsqueeze(0))
 
     def forward(self, tokens: Tensor, height: int, width: int) -> Tensor:
-        """Map the tokens :math:`(B, HW, C)` of a map to the same shape."""
+        """Map the tokens :math:`(B, HW, C)` of a feature map to the same shape.
+
+        Args:
+            tokens: the tokens in row-major order.
+            height: height :math:`H` of the feature map.
+            width: width :math:`W` of the feature map.
+        """
         x = self.norm(tokens)
         q, k, v = (self._windows(project(x), height, width) for project in (self.query, self.key, self.value))
         x = F.scaled_dot_product_attention(q, k, v, attn_mask=self.bias, scale=1.0)
         return self.proj(self._merge(x, height, width))
 
     def _windows(self, x: Tensor, height: int, width: int) -> Tensor:
-        """Cut the tokens of a map :math:`(B, HW, C)` into heads of windows :math:`(B', heads, N, d)`."""
+        """Partition tokens :math:`(B, HW, C)` into windows and heads :math:`(B', heads, N, d)`."""
         batch, _, channels = x.shape
         side, heads = self.window_size, self.bias.shape[1]
         rows, columns = _count_windows(height, side), _count_windows(width, side)
@@ -160,26 +198,26 @@ class FoldedAttention(nn.Module):
         x = x.view(-1, rows, columns, heads, side, side, depth).permute(0, 1, 4, 2, 5, 3, 6)
         x = x.reshape(-1, rows * side, columns * side, heads * depth)
         if _needs_padding(height, width, side):
-            # Padding by negative amounts crops, and unlike a slice keeps the sizes a traced graph knows.
+            # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
             x = F.pad(x, (0, 0, 0, width - columns * side, 0, height - rows * side))
         return x.flatten(1, 2)
 
 
 def _count_windows(length: int, side: int) -> int:
-    return (length + side - 1) // side  # not -(-length // side): ONNX rounds quotients towards zero
+    return (length + side - 1) // side  # ONNX rounds -(-length // side) towards zero
 
 
 def _needs_padding(height: int, width: int, side: int) -> bool:
-    """Tell whether windows reach beyond a map; an export that keeps its size open has to hold for both answers."""
-    unknown = any(isinstance(size, torch.SymInt) for size in (height, width))
-    return unknown or height % side > 0 or width % side > 0
+    """Return whether windows extend beyond a feature map, or may in an export with dynamic shapes."""
+    dynamic = any(isinstance(size, torch.SymInt) for size in (height, width))
+    return dynamic or height % side > 0 or width % side > 0
 
 
 class ChannelNorm(nn.Module):
-    """kornia's ``LayerNorm2d`` over tokens, where engines know it as a layer norm and not as eight operators.
+    """kornia's ``LayerNorm2d`` as a layer norm of tokens, which inference engines fuse; else it is eight operators.
 
     Args:
-        norm: the norm of MobileSAM's neck.
+        norm: a norm of MobileSAM's neck.
     """
 
     def __init__(self, norm: LayerNorm2d) -> None:
@@ -190,13 +228,13 @@ class ChannelNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Map :math:`(B, C, H, W)` to the same shape."""
         height, width = x.shape[2:]
-        return _to_map(self.norm(_to_tokens(x)), height, width)
+        return _to_features(self.norm(_to_tokens(x)), height, width)
 
 
 class FoldedBlock(nn.Module):
-    """A :class:`~kornia_tinyvit.layers.TinyViTBlock` for inference, its parts folded.
+    """A :class:`~kornia_tinyvit.layers.TinyViTBlock` with folded layers.
 
-    Tokens are :math:`(B, HW, C)`: of four dimensions, OpenVINO takes their layer norm apart (a tenth of the time).
+    Tokens are :math:`(B, HW, C)`: OpenVINO does not fuse the layer norm of four dimensions, which takes 10 % longer.
 
     Args:
         block: the block.
@@ -214,26 +252,26 @@ class FoldedBlock(nn.Module):
         height, width = x.shape[2:]
         tokens = _to_tokens(x)
         tokens = tokens + self.attn(tokens, height, width)
-        x = self.local_conv(_to_map(tokens, height, width))
+        x = self.local_conv(_to_features(tokens, height, width))
         tokens = _to_tokens(x)
         tokens = tokens + self.mlp(tokens)
-        return _to_map(tokens, height, width)
+        return _to_features(tokens, height, width)
 
 
 def _to_tokens(x: Tensor) -> Tensor:
     return x.permute(0, 2, 3, 1).flatten(1, 2)
 
 
-def _to_map(tokens: Tensor, height: int, width: int) -> Tensor:
+def _to_features(tokens: Tensor, height: int, width: int) -> Tensor:
     return tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2)
 
 
 @torch.no_grad()
 def fold(module: Module) -> Module:
-    """Return a folded copy of a network: the same outputs in evaluation mode from fewer operators.
+    """Return a folded copy of a network for inference.
 
     Args:
-        module: a :class:`~kornia_tinyvit.TinyViT`, or anything that holds one; it is left as it is.
+        module: a :class:`~kornia_tinyvit.TinyViT` or a module that contains one, which is not changed.
 
     Example:
         >>> from kornia_tinyvit import TinyViT
@@ -257,16 +295,9 @@ def fold(module: Module) -> Module:
 
 
 def _conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
-    """Return a convolution like another one with other numbers."""
-    folded = nn.Conv2d(
-        conv.in_channels,
-        conv.out_channels,
-        cast("tuple[int, int]", conv.kernel_size),
-        cast("tuple[int, int]", conv.stride),
-        cast("tuple[int, int]", conv.padding),
-        groups=conv.groups,
-        device="meta",
-    )
+    """Return a convolution with other weights."""
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+    folded = nn.Conv2d(**{name: getattr(conv, name) for name in names}, device="meta")
     folded.weight, folded.bias = _constant(weight), None if bias is None else _constant(bias)
     return folded
 

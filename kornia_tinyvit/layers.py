@@ -1,7 +1,7 @@
-"""The building blocks of TinyViT, each knowing nothing of the whole.
+"""The building blocks of TinyViT, independent of the model.
 
-Maps are :math:`(B, C, H, W)` tensors kept in channels-last memory, so that turning one into tokens
-:math:`(B, H, W, C)` for attention and back is a change of view and never a copy.
+Feature maps are :math:`(B, C, H, W)` tensors in channels-last memory, which makes the permutation to tokens
+:math:`(B, H, W, C)` for attention, and back, a view without a copy.
 """
 
 from __future__ import annotations
@@ -25,17 +25,16 @@ TORCH_2_7 = hasattr(_CONFIG, "backed_size_oblivious")
 class ConvBN(nn.Module):
     """A convolution without bias followed by batch normalization.
 
-    While the normalization uses its running statistics (evaluation, or frozen statistics in training) both are one
-    affine map, so they run as one convolution whose weights are folded at every call: exact, differentiable, and with
-    nothing kept that a later change of the weights could leave behind. Hooks on ``c`` and ``bn`` therefore fire in
-    training only.
+    When the normalization uses its running statistics (in evaluation, or frozen in training), both run as one
+    convolution. Its weights are folded at every call, which is differentiable and leaves no cache to go stale. Hooks
+    on ``c`` and ``bn`` fire only when the normalization uses batch statistics.
 
     Args:
-        in_channels: channels of the input map.
-        out_channels: channels of the output map.
-        kernel_size: side of the square kernel; the map is padded by half of it.
+        in_channels: channels of the input.
+        out_channels: channels of the output.
+        kernel_size: side of the square kernel; the padding is half of it.
         stride: stride of the convolution.
-        groups: blocked connections from input to output.
+        groups: groups of the convolution.
     """
 
     def __init__(self, in_channels: int, out_channels: int, kernel_size: int, stride: int = 1, groups: int = 1) -> None:
@@ -55,11 +54,11 @@ class ConvBN(nn.Module):
 
 
 class PatchEmbed(nn.Module):
-    """The stem: two strided convolutions that turn an image into tokens of 4 by 4 pixels.
+    """The stem: two convolutions of stride 2.
 
     Args:
         in_chans: channels of the image.
-        embed_dim: channels of the tokens.
+        embed_dim: channels of the output.
         activation: activation class.
     """
 
@@ -77,13 +76,13 @@ class PatchEmbed(nn.Module):
 
 
 class MBConv(nn.Module):
-    """Mobile inverted bottleneck: expand, filter each channel, project, add.
+    """Mobile inverted bottleneck: 1x1 expansion, depthwise convolution, 1x1 projection, residual connection.
 
     Args:
-        dim: channels of the map.
-        expand_ratio: hidden over input width.
+        dim: channels of input and output.
+        expand_ratio: ratio of hidden to input channels.
         activation: activation class.
-        drop_path: probability of skipping the residual branch for a sample in training.
+        drop_path: stochastic depth probability of the residual branch.
     """
 
     def __init__(
@@ -101,7 +100,7 @@ class MBConv(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map :math:`(B, C, H, W)` to the same shape."""
-        # A statement for each step: nested calls would keep the wide map before a step alive during the step after it.
+        # One statement per layer: nested calls would keep the input of each layer alive during the next one.
         y = self.conv1(x)
         y = self.act1(y)
         y = self.conv2(y)
@@ -110,13 +109,15 @@ class MBConv(nn.Module):
         return self.act3(x + self.drop_path(y))
 
 
-class PatchMerging(nn.Module):
-    """Downsampling between stages: an MBConv without shortcut whose depthwise convolution may be strided.
+class PatchMerging(nn.Sequential):
+    r"""Downsampling between stages: an MBConv without residual connection.
+
+    Maps :math:`(B, C_{in}, H, W)` to :math:`(B, C_{out}, \lceil H/s \rceil, \lceil W/s \rceil)`.
 
     Args:
-        dim: channels of the input map.
-        out_dim: channels of the output map.
-        stride: 2 halves the map; 1 keeps it (MobileSAM's last merging).
+        dim: channels of the input.
+        out_dim: channels of the output.
+        stride: stride :math:`s` of the depthwise convolution; 1 in the last downsampling of MobileSAM.
         activation: activation class.
     """
 
@@ -128,29 +129,21 @@ class PatchMerging(nn.Module):
         self.act2 = activation()
         self.conv3 = ConvBN(out_dim, out_dim, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        r"""Map :math:`(B, C_{in}, H, W)` to :math:`(B, C_{out}, \lceil H/s \rceil, \lceil W/s \rceil)`."""
-        x = self.conv1(x)
-        x = self.act1(x)
-        x = self.conv2(x)
-        x = self.act2(x)
-        return self.conv3(x)
-
 
 class Attention(nn.Module):
-    r"""Multi-head self-attention inside a square window, with a learned bias for every distance.
+    """Multi-head self-attention within a square window, with a learned bias per relative offset.
 
-    Two tokens :math:`\Delta y` rows and :math:`\Delta x` columns apart share one bias per head,
+    The attention score of two tokens ``dy`` rows and ``dx`` columns apart gets the bias
     ``attention_biases[head, abs(dy) * window_size + abs(dx)]`` (LeViT, arXiv:2104.01136).
-
-    Attributes:
-        attend: what maps queries, keys and values :math:`(B, heads, N, C / heads)` and the biases to the shape of the
-            queries; torch's attention, unless a library around the network brings its own.
 
     Args:
         dim: channels of the tokens.
-        num_heads: attention heads, each :math:`C / heads` wide.
+        num_heads: attention heads, each with :math:`C / heads` channels.
         window_size: side of the window in tokens.
+
+    Attributes:
+        attend: the attention function of queries, keys and values :math:`(B, heads, N, C / heads)` and the bias.
+            transformers replaces it to select an implementation.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int) -> None:
@@ -164,9 +157,9 @@ class Attention(nn.Module):
         self.attend: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor] = F.scaled_dot_product_attention
 
     def attention_bias(self) -> Tensor:
-        """Spread the table over all pairs of tokens: :math:`(heads, N, N)` with :math:`N` = ``window_size ** 2``.
+        """Return the biases of all pairs of tokens, :math:`(heads, N, N)` with :math:`N` = ``window_size ** 2``.
 
-        It is made anew at every call: that takes 2 % of a forward pass of one image and cannot go stale.
+        They are gathered at every call, which takes 2 % of a forward pass of one image, instead of cached.
         """
         side = torch.arange(self.window_size, device=self.attention_biases.device, dtype=torch.int32)
         distance = (side[:, None] - side).abs()
@@ -175,16 +168,16 @@ class Attention(nn.Module):
         return biases.view(self.num_heads, self.window_size**2, self.window_size**2)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Map windows of tokens :math:`(B, N, C)` to the same shape."""
+        """Map the tokens :math:`(B, N, C)` of windows to the same shape."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, 3, -1))
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind()  # each (B, heads, N, C / heads)
-        bias = self.attention_bias().to(q.dtype)  # autocast computes q in a narrower type than the table's
+        bias = self.attention_bias().to(q.dtype)  # autocast lowers the precision of q alone
         x = self.attend(q, k, v, bias.unsqueeze(0))
         return self.proj(x.transpose(1, 2).flatten(2))
 
 
 class Mlp(nn.Module):
-    """Layer normalization, a linear layer, the activation, and a linear layer back.
+    """Layer normalization and a two-layer perceptron.
 
     Args:
         dim: channels of the tokens.
@@ -209,31 +202,24 @@ class Mlp(nn.Module):
         return self.drop(self.fc2(x))
 
 
-def open_sizes_at_one() -> AbstractContextManager[None]:
-    """Keep torch from setting apart the size 1 of dimensions that are open, where it can (from 2.7 on).
+def without_size_specialization() -> AbstractContextManager[None]:
+    """Disable the 0/1 specialization of dynamic sizes during tracing, where torch can (from 2.7 on).
 
-    It asks of every open size whether it is 1 and makes the answer a condition of the exported graph, unless it is told
-    to treat sizes as unknown, as torch.onnx.export does.
+    Otherwise torch compares every dynamic size with 1 and makes the result a condition of the exported graph.
     """
     return _CONFIG.patch(backed_size_oblivious=True) if TORCH_2_7 else nullcontext()
 
 
-def _any_number_of_windows() -> AbstractContextManager[None]:
-    """Keep torch.export from fixing whether an open image has one window or several in a direction."""
-    exporting = torch.compiler.is_compiling() and not torch.compiler.is_dynamo_compiling()
-    return open_sizes_at_one() if exporting else nullcontext()
-
-
 class TinyViTBlock(nn.Module):
-    """Window attention, a depthwise convolution that lets neighboring windows talk, and an MLP.
+    """Window attention, a depthwise convolution across window borders, and an MLP.
 
     Args:
-        dim: channels of the map.
+        dim: channels of input and output.
         num_heads: attention heads.
         window_size: side of the attention windows in tokens.
-        mlp_ratio: hidden over input width of the MLP.
-        drop_rate: dropout probability inside the MLP.
-        drop_path: probability of skipping a residual branch for a sample in training.
+        mlp_ratio: ratio of hidden to input channels of the MLP.
+        drop_rate: dropout probability of the MLP.
+        drop_path: stochastic depth probability of the residual branches.
         local_conv_size: odd kernel size of the depthwise convolution.
         activation: activation class.
     """
@@ -266,14 +252,15 @@ class TinyViTBlock(nn.Module):
         return tokens.permute(0, 3, 1, 2)
 
     def window_attention(self, tokens: Tensor) -> Tensor:
-        """Attend inside windows that tile the map :math:`(B, H, W, C)`, padded with zeros below and right.
+        """Apply attention to the windows that tile tokens :math:`(B, H, W, C)`, zero-padded at the bottom and right.
 
-        Eager mode skips what a size does not need. A traced graph has to hold for every size, so it always takes the
-        general way, which is written so that it does not depend on how many windows there are.
+        Eager mode skips the partition and the padding where the size needs none. A traced graph must hold for every
+        size and always contains both.
         """
         batch, height, width, channels = tokens.shape
         side = self.attn.window_size
-        rows, columns = (height + side - 1) // side, (width + side - 1) // side  # ONNX rounds towards zero
+        # ONNX rounds -(-height // side) towards zero.
+        rows, columns = (height + side - 1) // side, (width + side - 1) // side
         pad_h, pad_w = rows * side - height, columns * side - width
         tracing = torch.compiler.is_compiling()
         if not tracing and rows == columns == 1 and not (pad_h or pad_w):
@@ -281,20 +268,22 @@ class TinyViTBlock(nn.Module):
 
         if tracing or pad_h or pad_w:
             tokens = F.pad(tokens, (0, 0, 0, pad_w, 0, pad_h))
-        with _any_number_of_windows():
+        # Otherwise torch.export would fix whether there is one window or several in a direction.
+        exporting = tracing and not torch.compiler.is_dynamo_compiling()
+        with without_size_specialization() if exporting else nullcontext():
             windows = tokens.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
             windows = windows.clone(memory_format=torch.contiguous_format)
             windows = self.attn(windows.view(batch * rows * columns, side * side, channels))
             windows = windows.view(batch, rows, columns, side, side, channels).transpose(2, 3)
             tokens = windows.clone(memory_format=torch.contiguous_format)
             tokens = tokens.view(batch, rows * side, columns * side, channels)
-        # Padding by negative amounts crops, and unlike a slice keeps the sizes a traced graph knows.
+        # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
         return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if tracing or pad_h or pad_w else tokens
 
 
 @contextmanager
 def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode and each of its parts back into its own mode afterwards."""
+    """Put a module into evaluation mode for a block, and restore the mode of each submodule afterwards."""
     training = [part for part in module.modules() if part.training]
     for part in training:
         part.training = False

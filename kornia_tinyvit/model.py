@@ -1,4 +1,4 @@
-"""TinyViT: the blocks of :mod:`kornia_tinyvit.layers` assembled from a configuration."""
+"""TinyViT, assembled from the blocks of :mod:`kornia_tinyvit.layers`."""
 
 from __future__ import annotations
 
@@ -14,24 +14,25 @@ from torch.utils.checkpoint import checkpoint
 
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig, WindowSizes, resolve_window_sizes
+from kornia_tinyvit.images import check_images
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
 from kornia_tinyvit.preprocessing import default_preprocessing
 
 __all__ = ["TinyViT"]
 
-NECK_CHANNELS = 256  # what SAM's mask decoder takes
+NECK_CHANNELS = 256  # of the embeddings that SAM's mask decoder takes
 
 
 class Blocks(nn.Sequential):
-    """The blocks of one resolution in their order.
-
-    Attributes:
-        gradient_checkpointing: recompute the blocks in the backward pass. This and the function beside it have the
-            names by which transformers switches the parts of a network.
+    """The blocks of one stage.
 
     Args:
-        blocks: the blocks, each of which keeps the shape of its map.
-        use_checkpoint: the first value of ``gradient_checkpointing``.
+        blocks: the blocks, which preserve the shape :math:`(B, C, H, W)`.
+        use_checkpoint: use gradient checkpointing.
+
+    Attributes:
+        gradient_checkpointing: use gradient checkpointing. transformers sets this attribute and
+            ``_gradient_checkpointing_func`` by name.
     """
 
     def __init__(self, blocks: Iterable[nn.Module], use_checkpoint: bool = False) -> None:
@@ -49,12 +50,12 @@ class Blocks(nn.Sequential):
 
 
 class Stage(nn.Module):
-    """Blocks of one resolution, and the merging that leads to the next stage.
+    """Blocks of one resolution and the downsampling to the next stage.
 
     Args:
         blocks: the blocks.
-        downsample: the merging, absent in the last stage.
-        use_checkpoint: recompute the blocks in the backward pass.
+        downsample: the downsampling; ``None`` in the last stage.
+        use_checkpoint: use gradient checkpointing for the blocks.
     """
 
     def __init__(self, blocks: list[nn.Module], downsample: PatchMerging | None, use_checkpoint: bool = False) -> None:
@@ -63,32 +64,30 @@ class Stage(nn.Module):
         self.downsample = downsample
 
     def forward_downsample(self, x: Tensor) -> Tensor:
-        """Merge a map into that of the next stage; the last stage has no next one and returns the map."""
+        """Downsample the feature map :math:`(B, C, H, W)` of the blocks; the last stage returns it unchanged."""
         return x if self.downsample is None else self.downsample(x)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Run the blocks and the merging on a map :math:`(B, C, H, W)`."""
+        """Apply the blocks and the downsampling to a feature map :math:`(B, C, H, W)`."""
         return self.forward_downsample(self.blocks(x))
 
 
 class TinyViT(nn.Module):
     """TinyViT (arXiv:2207.10666): a convolutional stage, then three stages of window attention.
 
-    The network takes normalized images of any height and width from 32 pixels up and is differentiable from the
-    pixels to the logits. Its ``state_dict`` has the names and shapes of the official release, which are also those of
-    ``kornia.models.tiny_vit.TinyViT``. :meth:`from_config` builds the published variants; the arguments here are those
-    of :class:`TinyViTConfig`, in kornia's order.
+    The network takes normalized images of any height and width from 32 pixels up and is differentiable with respect to
+    the pixels. Its ``state_dict`` has the names and shapes of the official release and of
+    ``kornia.models.tiny_vit.TinyViT``. :meth:`from_config` builds the published variants; the arguments of the
+    constructor are those of :class:`TinyViTConfig`, in the order of kornia's.
 
     Attributes:
-        config: the :class:`TinyViTConfig` the network was built from.
-        preprocessing: the :class:`~kornia_tinyvit.preprocessing.Preprocessing` of the images it was trained on, which
-            its files carry; by default that of its resolution with ImageNet's statistics.
-        class_names: the names of the classes in the order of the logits, where known.
-        feature_channels: channels of the maps of :meth:`forward_intermediates`.
-        feature_strides: pixels a cell of those maps stands for.
+        config: the :class:`TinyViTConfig` of the network.
+        preprocessing: the :class:`~kornia_tinyvit.preprocessing.Preprocessing` of its training images, which its
+            checkpoints store; by default that of its resolution with ImageNet's statistics.
+        class_names: names of the classes in the order of the logits, or ``None`` if unknown.
 
     Raises:
-        ValueError: if the configuration is not a valid one.
+        ValueError: if an argument is out of range; see :class:`TinyViTConfig`.
 
     Example:
         >>> model = TinyViT.from_config("1m", num_classes=10).eval()
@@ -139,7 +138,7 @@ class TinyViT(nn.Module):
         last = max(sum(config.depths) - 1, 1)
         drop_paths = iter([drop_path_rate * block / last for block in range(sum(config.depths))])
         self.layers = nn.Sequential(*(_build_stage(config, stage, drop_paths) for stage in range(len(config.depths))))
-        # MobileSAM's file holds a norm and a head that its forward pass does not use.
+        # MobileSAM's checkpoint includes a norm and a head that its forward pass does not use.
         self.norm_head = nn.LayerNorm(config.embed_dims[-1])
         self.head = _build_head(config)
         self.neck = _build_neck(config.embed_dims[-1]) if mobile_sam else None
@@ -154,28 +153,27 @@ class TinyViT(nn.Module):
         window_sizes: WindowSizes | None = None,
         **overrides: Any,
     ) -> TinyViT:
-        """Build a named variant or a configuration, with or without weights.
+        """Build a network from a variant or a configuration, with or without pretrained weights.
 
         Args:
-            config: ``"1m"``, ``"5m"``, ``"11m"``, ``"21m"`` or a :class:`TinyViTConfig`. It may be left out when
-                ``pretrained`` is a file that :func:`save_checkpoint` wrote, which carries its own.
+            config: ``"1m"``, ``"5m"``, ``"11m"``, ``"21m"`` or a :class:`TinyViTConfig`; optional when
+                ``pretrained`` is a checkpoint that stores its configuration (see :func:`save_checkpoint`).
             pretrained: ``False`` for random weights; ``True`` for the variant's best ImageNet-1k weights (5m, 11m,
-                21m; for 21m those of 384 or 512 pixels when ``img_size`` is at least that) or its embedded ones
-                (1m); a name of :func:`list_pretrained`; the path or URL of a checkpoint in any layout that
+                21m; for 21m those of 384 or 512 pixels from that ``img_size`` on) or the packaged weights (1m); a name
+                of :func:`list_pretrained`; the path or URL of a checkpoint in any layout that
                 :func:`load_checkpoint` reads; or a :class:`~kornia_tinyvit.checkpoints.Checkpoint`.
-            window_sizes: ``None`` keeps the windows of the variant or checkpoint at every size, as the originals do.
-                ``"scale"`` scales them with ``img_size``, the bias tables interpolated; ``"fit"`` cuts those that are
-                larger than their map; four integers are taken as they are.
-            **overrides: fields of :class:`TinyViTConfig` to replace. What is not given here follows the checkpoint:
-                resolution, classes and input channels.
+            window_sizes: a window-size policy or four sizes; see
+                :func:`~kornia_tinyvit.config.resolve_window_sizes`. ``"scale"`` interpolates the attention biases of
+                the checkpoint, ``"fit"`` crops them.
+            **overrides: fields of :class:`TinyViTConfig` to replace. The default is the checkpoint's resolution, number
+                of classes and input channels.
 
         Returns:
-            The network, in evaluation mode if complete weights were loaded, in training mode if there are none or the
-            head was reset, as in kornia.
+            The network, in evaluation mode if all its weights were loaded, otherwise in training mode, as in kornia.
 
         Raises:
-            ValueError: if the variant, the name or a field is unknown or out of its range.
-            CheckpointError: if the checkpoint cannot be read or does not belong to the architecture.
+            ValueError: if the variant, the name or a field is unknown or out of range.
+            CheckpointError: if the checkpoint cannot be read or has another architecture.
 
         Example:
             >>> TinyViT.from_config("5m", img_size=256, window_sizes="scale").config.window_sizes
@@ -187,7 +185,7 @@ class TinyViT(nn.Module):
             found = open_pretrained(pretrained, config, img_size=overrides.get("img_size"))
             base = found.config
         if base is None:
-            raise ValueError("Say which network to build: a variant such as '5m', a TinyViTConfig, or a file's path.")
+            raise ValueError("Pass a variant such as '5m', a TinyViTConfig, or a checkpoint as pretrained=.")
         windows = resolve_window_sizes(base, overrides.get("img_size", base.img_size), window_sizes)
         final = base.replace(**overrides, window_sizes=windows)
         model = cls(**{name: getattr(final, name) for name in final.__dataclass_fields__})
@@ -202,16 +200,16 @@ class TinyViT(nn.Module):
 
     @property
     def feature_channels(self) -> tuple[int, ...]:
-        """Channels :math:`C_i` of the four maps of :meth:`forward_intermediates`."""
+        """Channels :math:`C_i` of the four feature maps of :meth:`forward_intermediates`."""
         return self.config.embed_dims
 
     @property
     def feature_strides(self) -> tuple[int, ...]:
-        """Pixels a cell of each of those maps stands for: (4, 8, 16, 32), or (4, 8, 16, 16) for MobileSAM."""
+        """Strides :math:`s_i` of those feature maps in pixels: (4, 8, 16, 32), or (4, 8, 16, 16) for MobileSAM."""
         return self.config.stage_strides
 
     def forward(self, x: Tensor) -> Tensor:
-        r"""Classify images, or embed them for MobileSAM.
+        r"""Compute the logits, or MobileSAM's image embeddings.
 
         Args:
             x: normalized images :math:`(B, C_{in}, H, W)`, floating point, :math:`H, W \ge 32`; for the published
@@ -219,55 +217,59 @@ class TinyViT(nn.Module):
 
         Returns:
             Logits :math:`(B, classes)`; without a head (``num_classes=0``) the normalized pooled features
-            :math:`(B, C)`; with ``mobile_sam=True`` the embedding :math:`(B, 256, H/16, W/16)`.
+            :math:`(B, C)`; with ``mobile_sam=True`` the embeddings :math:`(B, 256, \lceil H/16 \rceil, \lceil W/16
+            \rceil)`.
 
         Raises:
             TypeError: if ``x`` is not a floating point tensor.
-            ValueError: if its shape is not the one above.
+            ValueError: if it has another shape.
         """
         x = self.forward_features(x)
         return self.forward_head(x) if self.neck is None else self.neck(x)
 
     def forward_features(self, x: Tensor) -> Tensor:
-        r"""Return the last map before pooling, :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`.
+        r"""Return the feature map of the last stage, :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`.
 
         Args:
-            x: images as :meth:`forward` takes them.
+            x: images :math:`(B, C_{in}, H, W)` as for :meth:`forward`.
         """
         return self.layers(self._embed(x))
 
     def forward_intermediates(self, x: Tensor) -> list[Tensor]:
-        r"""Return the maps of the four stages, each before it is merged into the next.
+        r"""Return the feature maps of the four stages, before the downsampling to the next.
 
         Args:
-            x: images as :meth:`forward` takes them.
+            x: images :math:`(B, C_{in}, H, W)` as for :meth:`forward`.
 
         Returns:
-            Four maps :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)` with :math:`C_i` of
-            ``feature_channels`` and :math:`s_i` of ``feature_strides``.
+            Four feature maps :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)` with :math:`C_i` of
+            :attr:`feature_channels` and :math:`s_i` of :attr:`feature_strides`.
         """
         x = self._embed(x)
-        maps = []
+        features = []
         for stage in cast("Iterable[Stage]", self.layers):
-            maps.append(stage.blocks(x))
-            x = stage.forward_downsample(maps[-1])
-        return maps
+            features.append(stage.blocks(x))
+            x = stage.forward_downsample(features[-1])
+        return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:
-        """Pool a map of :meth:`forward_features` and classify it.
+        """Pool the feature map of :meth:`forward_features` and classify it.
 
         Args:
-            features: map :math:`(B, C, H, W)`.
-            pre_logits: return the normalized pooled features :math:`(B, C)` instead of the logits.
+            features: feature map :math:`(B, C, H, W)`.
+            pre_logits: return the pooled features instead of the logits.
+
+        Returns:
+            Logits :math:`(B, classes)`, or normalized pooled features :math:`(B, C)`.
         """
         pooled = self.norm_head(features.mean((2, 3)))
         return pooled if pre_logits else self.head(pooled)
 
     def reset_classifier(self, num_classes: int) -> None:
-        """Replace the head by a new one with random weights.
+        """Replace the head by one with random weights, and remove the class names.
 
         Args:
-            num_classes: classes of the new head; 0 removes it, and the network returns pooled features.
+            num_classes: number of classes; 0 removes the head.
 
         Raises:
             ValueError: if ``num_classes`` is negative.
@@ -277,23 +279,23 @@ class TinyViT(nn.Module):
         self.head = _build_head(config).to(device=old.device, dtype=old.dtype)
         self.head.apply(_init_weights)
         self.class_names = None
-        self.config = config  # last: a head that cannot be built leaves the network as it was
+        self.config = config  # last: an error above leaves the network unchanged
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.05, layer_decay: float = 1.0) -> list[dict[str, Any]]:
-        """Group the parameters for a torch optimizer as the official recipes do.
+        """Group the parameters for an optimizer as the official recipes do.
 
-        One-dimensional parameters, biases and attention biases are not decayed. The learning rate falls by
-        ``layer_decay`` from block to block towards the image: the last block, the norm and the head have ``lr``, the
-        first block and the stem ``lr * layer_decay ** (blocks - 1)``; a merging goes with the block before it.
+        One-dimensional parameters and attention biases get no weight decay. The last block, the norm and the head get
+        the learning rate ``lr``, the first block and the stem ``lr * layer_decay ** (blocks - 1)``. A downsampling
+        layer has the learning rate of the block before it.
 
         Args:
             lr: learning rate of the head.
-            weight_decay: weight decay of the matrices.
-            layer_decay: factor in (0, 1] from one block to the one before; 1 gives all the same learning rate.
+            weight_decay: weight decay of the other parameters.
+            layer_decay: factor in (0, 1] from each block to the one before it; 1 disables the decay.
 
         Returns:
-            Dictionaries with ``params``, ``lr`` and ``weight_decay``, holding every parameter that requires a gradient
-            exactly once.
+            Dictionaries with ``params``, ``lr`` and ``weight_decay``, which together contain every parameter that
+            requires a gradient once.
 
         Raises:
             ValueError: if ``layer_decay`` is outside of (0, 1].
@@ -314,7 +316,7 @@ class TinyViT(nn.Module):
         return [{"params": params, "lr": rate, "weight_decay": decay} for (rate, decay), params in groups.items()]
 
     def _block_index(self, parameter_name: str) -> int:
-        """Return the position, counted from the image, of the block that a parameter trains with."""
+        """Return the index, counted from the stem, of the block whose learning rate a parameter has."""
         parts = parameter_name.split(".")
         if parts[0] == "patch_embed":
             return 0
@@ -326,27 +328,8 @@ class TinyViT(nn.Module):
         return sum(self.config.depths[: stage + 1]) - 1
 
     def _embed(self, x: Tensor) -> Tensor:
-        self._check_images(x)
+        check_images(x, self.config.in_chans, MIN_IMAGE_SIZE)
         return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
-
-    def _check_images(self, x: Tensor) -> None:
-        if not isinstance(x, Tensor):
-            raise TypeError(f"TinyViT takes a tensor (B, {self.config.in_chans}, H, W); got {type(x).__name__}.")
-        if not x.is_floating_point():
-            raise TypeError(
-                f"TinyViT takes floating point images; got {x.dtype}. Convert them with x.float() / 255 and "
-                "normalize them, or use ImageClassifier, which does both."
-            )
-        if x.ndim != 4 or x.shape[1] != self.config.in_chans:
-            raise ValueError(
-                f"TinyViT takes images of shape (B, {self.config.in_chans}, H, W); got {tuple(x.shape)}. "
-                "A single image needs .unsqueeze(0); other channels need from_config(..., in_chans=...)."
-            )
-        if x.shape[2] < MIN_IMAGE_SIZE or x.shape[3] < MIN_IMAGE_SIZE:
-            raise ValueError(
-                f"TinyViT takes images of at least {MIN_IMAGE_SIZE}x{MIN_IMAGE_SIZE} pixels; got "
-                f"{x.shape[2]}x{x.shape[3]}. Resize them, for example with kornia.geometry.resize."
-            )
 
 
 def _build_stage(config: TinyViTConfig, stage: int, drop_paths: Iterator[float]) -> Stage:
@@ -381,7 +364,7 @@ def _build_head(config: TinyViTConfig) -> nn.Module:
 
 
 def _build_neck(dim: int) -> nn.Sequential:
-    """Return MobileSAM's neck (arXiv:2306.14289), which brings the map to the channels of SAM's mask decoder."""
+    """Return MobileSAM's neck (arXiv:2306.14289), a projection to the channels of SAM's mask decoder."""
     return nn.Sequential(
         nn.Conv2d(dim, NECK_CHANNELS, 1, bias=False),
         LayerNorm2d(NECK_CHANNELS),
@@ -391,7 +374,7 @@ def _build_neck(dim: int) -> nn.Sequential:
 
 
 def _init_weights(module: nn.Module) -> None:
-    """Initialize linear layers as the official code does; torch's defaults already serve the others."""
+    """Initialize linear layers as the official code does, which keeps torch's defaults for the others."""
     if isinstance(module, nn.Linear):
         nn.init.trunc_normal_(module.weight, std=0.02)
         nn.init.zeros_(module.bias)

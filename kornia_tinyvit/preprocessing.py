@@ -1,4 +1,4 @@
-"""Evaluation and training pipelines made of kornia's operators, on any device and with gradients to the pixels."""
+"""Evaluation and training transforms of kornia's operators, differentiable and on any device."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle, islice
 from typing import Any, cast
 
 import kornia.augmentation as K
@@ -15,7 +16,7 @@ from kornia.augmentation.auto import RandAugment, TrivialAugment
 from kornia.enhance import normalize
 from torch import Tensor, nn
 
-from kornia_tinyvit.config import TinyViTConfig, is_number
+from kornia_tinyvit.config import TinyViTConfig, check_fields, is_integer, is_number
 from kornia_tinyvit.images import check_images
 
 __all__ = [
@@ -32,43 +33,44 @@ __all__ = [
     "resize_images",
 ]
 
-#: Channel means of ImageNet's images in [0, 1], which every published checkpoint is normalized with.
+#: Channel means of ImageNet for images in [0, 1]; every published checkpoint uses them.
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
-#: Channel deviations of ImageNet's images in [0, 1].
+#: Channel standard deviations of ImageNet for images in [0, 1].
 IMAGENET_STD = (0.229, 0.224, 0.225)
 
-CROP_FRACTION = 224 / 256  # the originals resize the short side to 256 before cropping 224
-_ROUNDING = 1e-6  # what a sum over pure white may exceed 1 by; clamping that away would stop the gradient there
-# Random crops show things larger than they are in whole images; a small border cut off in the test makes up for that
-# (arXiv:1906.06423). On CIFAR-10 at 64 pixels this is worth 0.9 points of top-1.
+CROP_FRACTION = 224 / 256  # the original evaluation resizes the short side to 256 and crops 224
+SQUARE_FROM = 384  # from this size on, the original evaluation resizes the whole image to a square
+# Random crops magnify objects; a small crop in evaluation compensates for it (arXiv:1906.06423). On CIFAR-10 at 64
+# pixels it adds 0.9 points of top-1 accuracy.
 SMALL_CROP_FRACTION = 15 / 16
 SMALL_BELOW = 224
+_ROUNDING = 1e-6  # overshoot of a weighted sum over pure white, which is not clamped: that would stop the gradient
 _LONGEST = 256  # times the short side
 _SMOOTH = {"antialias": True, "align_corners": False}
-#: Names of interpolations, and how torch does them.
+#: Arguments of :func:`torch.nn.functional.interpolate` by the name of the interpolation.
 INTERPOLATIONS: dict[str, dict[str, Any]] = {
     "bicubic": {"mode": "bicubic", **_SMOOTH},
     "bilinear": {"mode": "bilinear", **_SMOOTH},
     "nearest": {"mode": "nearest-exact"},
 }
-SQUARE_FROM = 384  # from this size on the originals squeeze the whole image into the square
 
 
 @dataclass(frozen=True)
 class Preprocessing:
-    """What images in [0, 1] go through before a network: a part of each network and of every file it is saved to.
+    """Preprocessing of images in [0, 1], stored with each network and in its checkpoints.
 
     Args:
-        img_size: side in pixels of the square that comes out.
-        crop_fraction: fraction of the resized short side that the center crop keeps, in (0, 1]; ``None`` resizes the
-            whole image to the square whatever its aspect ratio; ``"auto"`` is the originals' choice for the size:
-            7/8 from 224 pixels on, ``None`` from 384 on, and 15/16 below 224, which they do not cover.
+        img_size: side of the square output in pixels.
+        crop_fraction: fraction of the resized short side that the center crop keeps, in (0, 1]. ``None`` resizes the
+            whole image to the square, whatever its aspect ratio. ``"auto"`` chooses by ``img_size`` as the original
+            evaluation does, ``None`` from 384 pixels on and 7/8 from 224 on; smaller sizes, which it does not cover,
+            get 15/16.
         interpolation: ``"bicubic"``, ``"bilinear"`` (both antialiased) or ``"nearest"``.
         mean: channel means to subtract, for values in [0, 1].
         std: channel standard deviations to divide by.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ValueError: if a value is out of range.
 
     Example:
         >>> Preprocessing(384).crop_fraction is None
@@ -82,79 +84,81 @@ class Preprocessing:
     std: tuple[float, ...] = IMAGENET_STD
 
     def __post_init__(self) -> None:
-        size: Any = self.img_size
         crop: Any = self.crop_fraction
-        whole = isinstance(size, int) and not isinstance(size, bool) and size >= 1
-        if whole and crop == "auto":
-            object.__setattr__(self, "crop_fraction", crop := _usual_crop_fraction(size))
-        if not whole or not (crop is None or (is_number(crop) and 0 < crop <= 1)):
+        known_size = is_integer(self.img_size, 1)
+        if known_size and crop == "auto":
+            object.__setattr__(self, "crop_fraction", crop := _auto_crop_fraction(self.img_size))
+        if not known_size or not (crop is None or (is_number(crop) and 0 < crop <= 1)):
             raise ValueError(
                 "Preprocessing needs img_size >= 1 and crop_fraction in (0, 1], None or 'auto'; "
-                f"got {size!r} and {crop!r}."
+                f"got {self.img_size!r} and {crop!r}."
             )
         if self.interpolation not in INTERPOLATIONS:
-            raise ValueError(f"interpolation is one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}.")
-        for name in ("mean", "std"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        if not all(is_number(each) for each in (*self.mean, *self.std)):
-            raise ValueError(f"mean and std are numbers, one per channel; got {self.mean} and {self.std}.")
-        if len(self.mean) != len(self.std) or not self.mean:
-            raise ValueError(f"mean and std must have as many entries, one per channel; got {self.mean}, {self.std}.")
-        if 0 in self.std:
-            raise ValueError(f"std must not be 0, since it divides; got {self.std}.")
+            raise ValueError(f"interpolation must be one of {', '.join(INTERPOLATIONS)}; got {self.interpolation!r}.")
+        mean, std = tuple(self.mean), tuple(self.std)
+        numbers = all(is_number(value) for value in mean + std)
+        if not numbers or len(mean) != len(std) or not mean or 0 in std:
+            raise ValueError(f"mean and std must be numbers, one per channel, std not 0; got {mean} and {std}.")
+        object.__setattr__(self, "mean", mean)
+        object.__setattr__(self, "std", std)
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
+        """Return the fields as JSON values."""
         return dataclasses.asdict(self)
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Preprocessing:
-        """Rebuild it from :meth:`to_dict`'s values; what is missing has its default.
+        """Build a preprocessing from the values of :meth:`to_dict`.
+
+        Args:
+            values: values by field name; missing fields get their defaults.
 
         Raises:
-            ValueError: if a field is unknown or out of its range.
+            ValueError: if a field is unknown or out of range.
         """
-        unknown = sorted(set(values) - {field.name for field in dataclasses.fields(cls)})
-        if unknown:
-            raise ValueError(f"Preprocessing has no field {', '.join(map(str, unknown))}.")
+        check_fields(cls, values)
         return cls(**values)
 
     def resize(self, img_size: int) -> Preprocessing:
-        """Return the same for another size; a crop that is the usual one becomes that of the new size."""
-        usual = self.crop_fraction == _usual_crop_fraction(self.img_size)
-        return dataclasses.replace(self, img_size=img_size, crop_fraction="auto" if usual else self.crop_fraction)
+        """Return the preprocessing for another size; a crop that ``"auto"`` chooses is chosen anew.
+
+        Args:
+            img_size: side of the square output in pixels.
+        """
+        auto = self.crop_fraction == _auto_crop_fraction(self.img_size)
+        return dataclasses.replace(self, img_size=img_size, crop_fraction="auto" if auto else self.crop_fraction)
 
     def with_channels(self, channels: int) -> Preprocessing:
-        """Return the same for images of other channels: one has the average statistics, more repeat them."""
+        """Return the preprocessing for another number of channels.
+
+        Args:
+            channels: 1 averages the statistics of the channels; other numbers repeat or truncate them.
+        """
         have = len(self.mean)
-        if channels == have:
-            return self
-        mean, std = self.mean, self.std
         if channels == 1:
-            mean, std = (sum(mean) / have,), (sum(std) / have,)
-        repeated = [index % len(mean) for index in range(channels)]
-        return dataclasses.replace(self, mean=tuple(mean[i] for i in repeated), std=tuple(std[i] for i in repeated))
+            return dataclasses.replace(self, mean=(sum(self.mean) / have,), std=(sum(self.std) / have,))
+        mean, std = (tuple(islice(cycle(values), channels)) for values in (self.mean, self.std))
+        return dataclasses.replace(self, mean=mean, std=std)
 
 
 class EvaluationPipeline(nn.Module):
-    """Resize, crop and normalize images as a network is evaluated.
+    """Resize, crop and normalize images for evaluation.
 
-    With a crop the short side is resized to ``img_size / crop_fraction`` and the center is cropped; without one the
-    whole image is resized to the square. Bicubic and bilinear resizing are antialiased and agree with Pillow's
-    within 1e-2.
+    With a crop, the short side is resized to ``img_size / crop_fraction`` and the center is cropped. Without one, the
+    whole image is resized to the square. Bicubic and bilinear resizing agree with Pillow's within 1e-2.
 
     Args:
-        img_size: side in pixels of the square that comes out.
-        crop_fraction: as in :class:`Preprocessing`.
+        img_size: side of the square output in pixels.
+        crop_fraction: see :class:`Preprocessing`.
         mean: channel means to subtract, for values in [0, 1].
         std: channel standard deviations to divide by.
-        interpolation: as in :class:`Preprocessing`.
+        interpolation: see :class:`Preprocessing`.
 
     Attributes:
-        settings: the :class:`Preprocessing` that it does.
+        settings: the arguments as a :class:`Preprocessing`.
 
     Raises:
-        ValueError: if a value is out of its range.
+        ValueError: if a value is out of range.
 
     Example:
         >>> EvaluationPipeline(224)(torch.rand(1, 3, 480, 640)).shape
@@ -180,69 +184,73 @@ class EvaluationPipeline(nn.Module):
 
     @classmethod
     def from_preprocessing(cls, preprocessing: Preprocessing) -> EvaluationPipeline:
-        """Return the module that does what a network's ``preprocessing`` says."""
+        """Return the module for a network's ``preprocessing``."""
         return cls(**vars(preprocessing))
 
     def forward(self, images: Tensor) -> Tensor:
-        """Map images :math:`(B, C, H, W)` in [0, 1] to normalized ones :math:`(B, C, S, S)`.
+        """Return normalized images :math:`(B, C, S, S)`.
+
+        Args:
+            images: images :math:`(B, C, H, W)` in [0, 1].
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
-            ValueError: if its shape is another.
+            ValueError: if it has another shape.
         """
         check_images(images, len(self.mean))
         return normalize(self.resize_and_crop(images), self.mean.to(images), self.std.to(images))
 
     def resize_and_crop(self, images: Tensor) -> Tensor:
-        """Map images :math:`(B, C, H, W)` in [0, 1] to :math:`(B, C, S, S)` in [0, 1] but for rounding (1e-6)."""
+        """Return resized and cropped images :math:`(B, C, S, S)` in [0, 1], up to rounding errors of 1e-6.
+
+        Args:
+            images: images :math:`(B, C, H, W)` in [0, 1].
+        """
         size, mode = self.img_size, self.settings.interpolation
         if self.crop_fraction is None:
             return resize_images(images, size, size, mode)
         short = int(size / self.crop_fraction)
-        images = _without_ends(images)
-        height, width = images.shape[-2:]
-        if height <= width:
-            images = resize_images(images, short, max(short, int(short * width / height)), mode)
-        else:
-            images = resize_images(images, max(short, int(short * height / width)), short, mode)
-        top = round((images.shape[-2] - size) / 2)
-        left = round((images.shape[-1] - size) / 2)
+        images = _crop_ends(images)
+        smallest = min(images.shape[-2:])
+        height, width = (max(short, int(short * side / smallest)) for side in images.shape[-2:])
+        images = resize_images(images, height, width, mode)
+        top, left = round((height - size) / 2), round((width - size) / 2)
         return images[..., top : top + size, left : left + size]
 
     def extra_repr(self) -> str:
-        """Show the two numbers that decide the geometry."""
+        """Return the size and the crop fraction for ``repr``."""
         return f"img_size={self.img_size}, crop_fraction={self.crop_fraction}"
 
 
-def _without_ends(images: Tensor) -> Tensor:
-    """Return the middle of very long images: the crop takes it anyway, and to resize all would take gigabytes."""
+def _crop_ends(images: Tensor) -> Tensor:
+    """Return the middle of very long images, which contains the crop; resizing all of it would take gigabytes."""
     height, width = images.shape[-2:]
     longest = _LONGEST * min(height, width)
     top, left = max(0, height - longest) // 2, max(0, width - longest) // 2
     return images[..., top : top + longest, left : left + longest]
 
 
-def _usual_crop_fraction(img_size: int) -> float | None:
+def _auto_crop_fraction(img_size: int) -> float | None:
     if img_size < SMALL_BELOW:
         return SMALL_CROP_FRACTION
     return CROP_FRACTION if img_size < SQUARE_FROM else None
 
 
 def resize_images(images: Tensor, height: int, width: int, interpolation: str = "bicubic") -> Tensor:
-    """Resize images as Pillow does: one direction after the other, each time clamping the bicubic overshoot.
+    """Resize images as Pillow does: one dimension at a time, clamping the overshoot of the bicubic kernel.
 
-    As in Pillow 13, the width goes first unless the height loses more than twice as many pixels.
-    kornia.geometry.resize blurs with a Gaussian before it samples, which is up to 0.3 away from Pillow on photos;
-    torch's antialiased kernel is Pillow's.
+    As in Pillow 13, the width is resized first unless the height loses more than twice as many pixels. torch's
+    antialiased kernel is Pillow's; kornia.geometry.resize blurs with a Gaussian before it samples, which differs from
+    Pillow by up to 0.3 on photos.
 
     Args:
         images: images :math:`(B, C, H, W)` in [0, 1].
-        height: rows of the images that come out.
-        width: their columns.
-        interpolation: one of ``"bicubic"``, ``"bilinear"`` and ``"nearest"``.
+        height: output height in pixels.
+        width: output width in pixels.
+        interpolation: ``"bicubic"``, ``"bilinear"`` or ``"nearest"``.
 
     Returns:
-        Images :math:`(B, C, height, width)` in [0, 1] but for rounding (1e-6).
+        Images :math:`(B, C, height, width)` in [0, 1], up to rounding errors of 1e-6.
     """
     if images.shape[0] == 0:
         return images.new_zeros(0, images.shape[1], height, width)
@@ -259,19 +267,20 @@ def resize_images(images: Tensor, height: int, width: int, interpolation: str = 
 
 @dataclass(frozen=True)
 class TrainingPreset:
-    """How images are changed for training.
+    """Parameters of the training augmentations.
 
     Args:
-        crop_scale: range of the share of the image that the random crop covers.
-        crop_ratio: range of the crop's width over height.
+        crop_scale: range of the area of the random crop as a fraction of the image's.
+        crop_ratio: range of the aspect ratio (width over height) of the random crop.
         flip: probability of a horizontal flip.
         policy: ``"rand"`` for RandAugment, ``"trivial"`` for TrivialAugment, or ``None``.
-        color_jitter: strength of brightness, contrast and saturation changes.
-        erasing: probability of erasing a rectangle, which becomes the mean color.
-        mixup: parameter of mixup's Beta distribution; 0 leaves it out.
-        cutmix: parameter of cutmix's Beta distribution; 0 leaves it out. With both, each batch draws one of them.
-        mix_probability: probability that a batch (here) or a pair (in a replayed augmentation) is mixed at all.
-        label_smoothing: share of the target that is spread over all classes.
+        color_jitter: strength of the changes of brightness, contrast and saturation.
+        erasing: probability of replacing a random rectangle by the mean color.
+        mixup: alpha of mixup's Beta distribution; 0 disables it.
+        cutmix: alpha of cutmix's Beta distribution; 0 disables it. If both are enabled, each batch gets one of them
+            at random.
+        mix_probability: probability of mixing a batch (here) or a pair (in a replayable augmentation).
+        label_smoothing: fraction of the target that is distributed uniformly over the classes.
     """
 
     crop_scale: tuple[float, float] = (0.08, 1.0)
@@ -286,10 +295,9 @@ class TrainingPreset:
     label_smoothing: float = 0.1
 
 
-#: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning; ``"small"`` is
-#: milder, for images of 32 or 64 pixels and short trainings; ``"distill"`` has no labels to smooth or mix;
-#: ``"semantic"`` is for images whose pixels are labeled, ``"promptable"`` for those with a mask for each object,
-#: ``"detection"`` for those with boxes.
+#: ``"in1k"`` and ``"finetune"`` are the paper's recipes for training from scratch and for fine-tuning. ``"small"`` has
+#: weaker augmentations, for images of 32 or 64 pixels and short trainings. ``"distill"`` is for soft labels,
+#: ``"semantic"`` for class masks, ``"promptable"`` for instance masks and ``"detection"`` for boxes.
 TRAINING_PRESETS: dict[str, TrainingPreset] = {
     "in1k": TrainingPreset(mixup=0.8, cutmix=1.0),
     "finetune": TrainingPreset(),
@@ -304,7 +312,7 @@ TRAINING_PRESETS: dict[str, TrainingPreset] = {
 
 
 def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPreset:
-    """Return a preset by its name, with fields replaced.
+    """Return a preset by name, with some fields replaced.
 
     Args:
         preset: a name of :data:`TRAINING_PRESETS` or a :class:`TrainingPreset`.
@@ -317,9 +325,7 @@ def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPres
         if preset not in TRAINING_PRESETS:
             raise ValueError(f"There is no preset {preset!r}; choose one of {', '.join(TRAINING_PRESETS)}.")
         preset = TRAINING_PRESETS[preset]
-    unknown = sorted(changes.keys() - {field.name for field in dataclasses.fields(preset)})
-    if unknown:
-        raise ValueError(f"TrainingPreset has no field {', '.join(unknown)}.")
+    check_fields(TrainingPreset, changes)
     preset = dataclasses.replace(preset, **changes)  # type: ignore[arg-type]
     if preset.policy not in (None, "rand", "trivial"):
         raise ValueError(f"policy must be 'rand', 'trivial' or None; got {preset.policy!r}.")
@@ -327,17 +333,18 @@ def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPres
 
 
 class TrainingPipeline(nn.Module):
-    """Augment and normalize a batch of images and turn its labels into soft targets.
+    """Augment and normalize a batch of images, and convert its labels to soft labels.
 
-    Crop, flip, RandAugment or TrivialAugment, color jitter, normalization, erasing, and mixup or cutmix, all by
-    kornia, in this order and on the device of the images. RandAugment has kornia's magnitudes for ``n=2, m=9``.
+    The operators are kornia's and run on the device of the images, in this order: random resized crop, flip,
+    RandAugment or TrivialAugment, color jitter, normalization, random erasing, mixup or cutmix. RandAugment uses
+    kornia's magnitudes for ``n=2, m=9``.
 
     Args:
-        img_size: side in pixels of the square that comes out.
-        num_classes: classes of the targets.
+        img_size: side of the square output in pixels.
+        num_classes: number of classes.
         preset: a name of :data:`TRAINING_PRESETS` or a :class:`TrainingPreset`.
         mean: channel means to subtract, for values in [0, 1].
-        std: channel deviations to divide by.
+        std: channel standard deviations to divide by.
         **changes: fields of the preset to replace.
 
     Raises:
@@ -372,33 +379,33 @@ class TrainingPipeline(nn.Module):
             )
 
     def forward(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Map images and labels to what the network and the loss take.
+        """Augment a batch.
 
         Args:
-            images: images :math:`(B, C, H, W)` in [0, 1].
+            images: images :math:`(B, 3, H, W)` in [0, 1].
             labels: class indices :math:`(B,)`.
 
         Returns:
-            Normalized images :math:`(B, C, S, S)` and targets :math:`(B, classes)` whose rows sum to 1, for
+            Normalized images :math:`(B, 3, S, S)` and soft labels :math:`(B, classes)`, whose rows sum to 1, for
             :func:`torch.nn.functional.cross_entropy`.
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
-            ValueError: if the shapes do not fit.
+            ValueError: if a shape is another.
         """
         check_images(images)
         if labels.shape != images.shape[:1]:
-            raise ValueError(f"Expected {images.shape[0]} labels, one an image; got the shape {tuple(labels.shape)}.")
+            raise ValueError(f"Expected {len(images)} labels, one per image; got the shape {tuple(labels.shape)}.")
         images = self.augment(images)
         first = second = labels
-        share = images.new_zeros(len(labels))
+        weight = images.new_zeros(len(labels))  # of the second label
         if len(self.mixers) and len(labels) and torch.rand(()) < self.preset.mix_probability:
             mixer = self.mixers[int(torch.randint(len(self.mixers), ()))]
             images, mixed = mixer(images, labels)
-            first, second, share = mixed.view(-1, 3).unbind(1)
-            if isinstance(mixer, K.RandomCutMixV2):  # which tells the first image's share, and mixup the second's
-                share = 1 - share
-        targets = torch.lerp(self._one_hot(first), self._one_hot(second), share.unsqueeze(1).float())
+            first, second, weight = mixed.view(-1, 3).unbind(1)
+            if isinstance(mixer, K.RandomCutMixV2):  # which returns the weight of the first label
+                weight = 1 - weight
+        targets = torch.lerp(self._one_hot(first), self._one_hot(second), weight.unsqueeze(1).float())
         smoothing = self.preset.label_smoothing
         return images, targets * (1 - smoothing) + smoothing / self.num_classes
 
@@ -425,31 +432,36 @@ def _augmentations(
 
 
 class _BetaMixUp(K.RandomMixUpV2):
-    """kornia's mixup with its uniform share replaced by the recipe's Beta distribution."""
+    """kornia's mixup with the weights from a Beta distribution instead of a uniform one."""
 
     def __init__(self, alpha: float) -> None:
         super().__init__(data_keys=["input", "class"])
-        self.share = torch.distributions.Beta(alpha, alpha)
+        self.weights = torch.distributions.Beta(alpha, alpha)
 
     def forward_parameters(self, batch_shape: tuple[int, ...]) -> dict[str, Tensor]:
         params = super().forward_parameters(batch_shape)
-        params["mixup_lambdas"] = self.share.sample((batch_shape[0],)).to(params["mixup_lambdas"])
+        params["mixup_lambdas"] = self.weights.sample((batch_shape[0],)).to(params["mixup_lambdas"])
         return params
 
 
 def check_counts(**numbers: int) -> None:
-    """Refuse arguments, told by their names, that are no whole numbers from 1 up.
+    """Raise an error for arguments that are not positive integers.
+
+    Args:
+        **numbers: arguments by name.
 
     Raises:
-        ValueError: naming the argument.
+        ValueError: if a number is not an integer from 1 to ``sys.maxsize``.
     """
     for name, number in numbers.items():
-        if isinstance(number, bool) or not isinstance(number, int) or number > sys.maxsize:
-            raise ValueError(f"{name} must be a whole number that fits into memory; got {number!r}.")
-        if number < 1:
-            raise ValueError(f"{name} must be at least 1; got {number}.")
+        if not is_integer(number, 1) or number > sys.maxsize:
+            raise ValueError(f"{name} must be a positive integer; got {number!r}.")
 
 
 def default_preprocessing(config: TinyViTConfig) -> Preprocessing:
-    """Return that of weights that state none: the network's resolution, ImageNet's statistics for its channels."""
+    """Return the preprocessing of weights that store none: ImageNet's statistics at the network's resolution.
+
+    Args:
+        config: the configuration of the network.
+    """
     return Preprocessing(config.img_size).with_channels(config.in_chans)

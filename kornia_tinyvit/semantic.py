@@ -1,4 +1,4 @@
-"""From images to a class for each pixel: :class:`SemanticSegmenter`."""
+"""Semantic segmentation: :class:`SemanticSegmenter`."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ from kornia_tinyvit.preprocessing import resize_images
 
 __all__ = ["MlpDecoder", "SegmenterConfig", "SemanticSegmenter", "class_maps", "fitted_size"]
 
-_CLASSES_AT_A_TIME = 8  # whose logits are enlarged together: at 132 classes, all of a 4K photo's would take 4 GB
+_CLASSES_PER_CHUNK = 8  # whose logits are upsampled together: 132 classes of a 4K photo would take 4 GB
 
 
 @dataclass(frozen=True)
 class SegmenterConfig(BackboneConfig):
-    """Everything that decides the architecture of a :class:`SemanticSegmenter`.
+    """Configuration of a :class:`SemanticSegmenter`.
 
     Args:
-        backbone: the network whose stages are read; its ``img_size`` is what :meth:`SemanticSegmenter.predict` looks
-            at images with.
-        num_classes: classes a pixel may have.
+        backbone: configuration of the backbone; :meth:`SemanticSegmenter.predict` resizes images to the area of its
+            ``img_size``.
+        num_classes: number of classes.
         width: channels of the decoder.
-        dropout: share of the decoder's channels that training drops.
+        dropout: dropout probability of the decoder's channels.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if a number is out of range.
     """
 
     limits: ClassVar[dict[str, int]] = BackboneConfig.limits | {"width": 2**16}
@@ -45,21 +45,21 @@ class SegmenterConfig(BackboneConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout is a probability in [0, 1); got {self.dropout!r}.")
+            raise ValueError(f"dropout must be a probability in [0, 1); got {self.dropout!r}.")
 
     def build_parts(self) -> dict[str, nn.Module]:
-        """Build the decoder, with random weights."""
+        """Return the decoder, with random weights."""
         return {"decoder": MlpDecoder(self.backbone.embed_dims, self.num_classes, self.width, self.dropout)}
 
 
 class MlpDecoder(nn.Module):
-    """The all-MLP decoder of SegFormer (arXiv:2105.15203): a linear layer a stage, one over all, and a classifier.
+    """The all-MLP decoder of SegFormer (arXiv:2105.15203): a linear layer per stage, one over all, and a classifier.
 
     Args:
-        in_channels: channels of the maps, the finest first.
-        num_classes: classes of the logits.
-        width: channels in between.
-        dropout: share of channels that training drops before the classifier.
+        in_channels: channels of the feature maps, the finest first.
+        num_classes: number of classes.
+        width: channels of the hidden layers.
+        dropout: dropout probability of the channels before the classifier.
     """
 
     def __init__(self, in_channels: Sequence[int], num_classes: int, width: int = 256, dropout: float = 0.1) -> None:
@@ -70,35 +70,34 @@ class MlpDecoder(nn.Module):
         self.dropout = nn.Dropout2d(dropout)
         self.classifier = nn.Conv2d(width, num_classes, 1)
 
-    def forward(self, maps: Sequence[Tensor]) -> Tensor:
-        """Turn maps :math:`(B, C_i, H_i, W_i)` into logits :math:`(B, K, H_1, W_1)` at the size of the finest."""
-        finest = maps[0].shape[-2:]
-        levels = [
-            F.interpolate(project(x), finest, mode="bilinear", align_corners=False)
-            for project, x in zip(self.project, maps, strict=True)
+    def forward(self, features: Sequence[Tensor]) -> Tensor:
+        """Compute the logits :math:`(B, K, H_1, W_1)` at the size of the finest feature map.
+
+        Args:
+            features: feature maps :math:`(B, C_i, H_i, W_i)`.
+        """
+        projected = [
+            F.interpolate(project(x), features[0].shape[-2:], mode="bilinear", align_corners=False)
+            for project, x in zip(self.project, features, strict=True)
         ]
-        return self.classifier(self.dropout(self.activation(self.fuse(torch.cat(levels, 1)))))
+        return self.classifier(self.dropout(self.activation(self.fuse(torch.cat(projected, 1)))))
 
 
 class SemanticSegmenter(BackboneNetwork):
-    """A :class:`~kornia_tinyvit.TinyViT` whose four stages say of each pixel which class it belongs to.
+    """A :class:`~kornia_tinyvit.TinyViT` with SegFormer's decoder on its four feature maps.
 
-    Like :class:`~kornia_tinyvit.ImageClassifier` it takes images in [0, 1] and normalizes them itself, so it stands
-    behind kornia's augmentations, and gradients reach the pixels. :meth:`forward` takes images at the size they have;
-    :meth:`predict` looks at them at the size the network is meant for and answers at theirs. The backbone's norm, head
-    and neck, which its stages do without, are frozen.
+    It normalizes images in [0, 1] itself and is differentiable with respect to the pixels. :meth:`forward` processes
+    images at their size, :meth:`predict` at about the network's. The norm, head and neck of the backbone are not used
+    and are frozen.
 
     Args:
-        backbone: the network; :meth:`from_config` builds it, too.
-        num_classes: classes a pixel may have.
-        class_names: names of the classes in the order of the logits; numbers if left out.
+        backbone: the backbone.
+        num_classes: number of classes.
+        class_names: names of the classes in the order of the logits; ``"class 0"`` and so on by default.
         **options: ``width`` and ``dropout`` of :class:`SegmenterConfig`.
 
-    Attributes:
-        config: the :class:`SegmenterConfig` that tells all of it but the names.
-
     Raises:
-        ValueError: if a number is out of its range, or there are not as many names as classes.
+        ValueError: if a number is out of range, or the number of names is not ``num_classes``.
 
     Example:
         >>> segmenter = SemanticSegmenter.from_config("1m", num_classes=5, width=32).eval()
@@ -113,57 +112,58 @@ class SemanticSegmenter(BackboneNetwork):
     decoder: MlpDecoder
 
     def forward(self, images: Tensor) -> Tensor:
-        r"""Return logits :math:`(B, K, H, W)`, bilinearly enlarged from a quarter of the size.
+        r"""Compute logits :math:`(B, K, H, W)`, bilinearly upsampled from stride 4.
 
         Args:
             images: images :math:`(B, C, H, W)` in [0, 1], :math:`H, W \ge 32`.
 
         Raises:
             TypeError: if ``images`` is not a floating point tensor.
-            ValueError: if its shape is another.
+            ValueError: if it has another shape.
         """
         check_images(images, self.backbone.config.in_chans)
-        maps = self.backbone.forward_intermediates(self.normalize(images))
-        return F.interpolate(self.decoder(maps), images.shape[-2:], mode="bilinear", align_corners=False)
+        features = self.backbone.forward_intermediates(self.normalize(images))
+        return F.interpolate(self.decoder(features), images.shape[-2:], mode="bilinear", align_corners=False)
 
     def predict(self, images: ImageInput | Sequence[ImageInput]) -> list[Tensor]:
-        """Tell the class of each pixel of images of any sizes.
+        """Predict the class of each pixel of images of any size.
 
-        Each image is resized to :func:`fitted_size`, the area that the network is meant for, and its logits to the
-        image's own size.
+        Each image is resized to :func:`fitted_size`, and its logits back to the size of the image.
 
         Args:
-            images: one image or several: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a batch tensor
-                :math:`(B, C, H, W)`. They are moved to the network's device.
+            images: one or several images, as for :meth:`ImageClassifier.predict`.
 
         Returns:
-            For each image its class map :math:`(H, W)`, int64, on the network's device.
+            The class indices of each image, :math:`(H, W)`, int64, on the network's device.
 
         Raises:
-            TypeError: if something is no image.
+            TypeError: if an element is not an image.
             ValueError: if a file cannot be read or a shape is wrong.
-            FileNotFoundError: if there is no such file.
+            FileNotFoundError: if a file does not exist.
         """
         config = self.backbone.config
+        predictions = []
         with evaluating(self), torch.inference_mode():
-            found = []
             for (image,) in read_batches(images, self, config.in_chans):
                 check_images(image[None], config.in_chans)
-                found.append(class_maps(self, image[None], config)[0])
-        return found
+                predictions.append(class_maps(self, image[None], config)[0])
+        return predictions
 
 
 def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, int]:
-    """Return the size that a network looks at an image in: about the area of its ``img_size`` squared.
+    """Return the size to which :meth:`SemanticSegmenter.predict` resizes an image: about ``img_size`` squared in area.
 
-    The area, rather than a side, so that a panorama takes no more time and memory than a square. The sides are
-    multiples of what the attention windows tile without padding if ``img_size`` is one, and of 32 if not: a network
-    trained on squares without padding has not learnt what padded windows see.
+    The limit on the area bounds time and memory for every aspect ratio. The sides are multiples of the size that the
+    attention windows of all stages tile without padding, if ``img_size`` is one (the network was not trained on padded
+    windows then), otherwise of 32.
 
     Args:
-        height: rows of the image.
-        width: its columns.
-        config: the network.
+        height: height of the image in pixels.
+        width: width of the image in pixels.
+        config: configuration of the backbone.
+
+    Returns:
+        Height and width in pixels.
 
     Example:
         >>> config = TinyViTConfig.from_variant("1m", img_size=256)
@@ -178,19 +178,19 @@ def fitted_size(height: int, width: int, config: TinyViTConfig) -> tuple[int, in
 
 
 def class_maps(network: Callable[[Tensor], Tensor], images: Tensor, config: TinyViTConfig) -> Tensor:
-    """Return the classes :math:`(B, H, W)` of the pixels of images that a network looks at in :func:`fitted_size`.
+    """Return the class indices :math:`(B, H, W)` of the pixels of images, evaluated at :func:`fitted_size`.
 
     Args:
-        network: maps images in [0, 1] to logits of their size, such as a :class:`SemanticSegmenter`.
+        network: function from images in [0, 1] to logits of the same size, such as a :class:`SemanticSegmenter`.
         images: images :math:`(B, C, H, W)` in [0, 1].
-        config: the network whose stages it reads.
+        config: configuration of the backbone.
     """
     height, width = images.shape[-2:]
     logits = network(resize_images(images, *fitted_size(height, width, config)))
     best = torch.full((len(images), height, width), -math.inf, device=images.device)
     classes = torch.zeros_like(best, dtype=torch.int64)
-    for number, some in enumerate(logits.float().split(_CLASSES_AT_A_TIME, 1)):
-        value, index = F.interpolate(some, (height, width), mode="bilinear", align_corners=False).max(1)
-        classes = torch.where(value > best, index + number * _CLASSES_AT_A_TIME, classes)
+    for number, chunk in enumerate(logits.float().split(_CLASSES_PER_CHUNK, 1)):
+        value, index = F.interpolate(chunk, (height, width), mode="bilinear", align_corners=False).max(1)
+        classes = torch.where(value > best, index + number * _CLASSES_PER_CHUNK, classes)
         best = torch.maximum(best, value)
     return classes

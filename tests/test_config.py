@@ -24,7 +24,7 @@ class TestVariants:
         assert (config.embed_dims, config.num_heads, config.drop_path_rate) == (dims, heads, drop_path)
         assert (config.depths, config.window_sizes, config.img_size) == ((2, 2, 6, 2), (7, 7, 14, 7), 224)
 
-    def test_small(self):
+    def test_1m(self):
         config = TinyViTConfig.from_variant("1m")
         assert (config.embed_dims, config.depths, config.num_heads) == ((32, 64, 96, 160), (2, 2, 4, 2), (1, 2, 3, 5))
         assert (config.window_sizes, config.img_size) == ((8, 8, 4, 2), 64)
@@ -34,16 +34,16 @@ class TestVariants:
             TinyViTConfig.from_variant("7m")
 
 
-class TestChecks:
+class TestExceptions:
     @pytest.mark.parametrize(
         ("changes", "message"),
         [
             ({"embed_dims": (64, 128, 160)}, "4 positive integers"),
             ({"embed_dims": (64, 128, 160, -1)}, "4 positive integers"),
-            ({"embed_dims": (64, 128, 160, 3.5)}, "hold integers"),
-            ({"depths": "2262"}, "sequence of integers"),
+            ({"embed_dims": (64, 128, 160, 3.5)}, "4 positive integers"),
+            ({"depths": "2262"}, "4 positive integers"),
             ({"embed_dims": (1, 128, 160, 320)}, "embed_dims\\[0\\] must be at least 2"),
-            ({"num_heads": (2, 4, 6, 10)}, "embed_dims\\[2\\]=160 is not a multiple of num_heads\\[2\\]=6"),
+            ({"num_heads": (2, 4, 6, 10)}, "embed_dims\\[2\\]=160 must be a multiple of num_heads\\[2\\]=6"),
             ({"img_size": 31}, "img_size must be an integer of at least 32; got 31"),
             ({"in_chans": 0}, "in_chans"),
             ({"num_classes": -1}, "num_classes"),
@@ -55,14 +55,14 @@ class TestChecks:
             ({"activation": "GELU"}, "a class such as torch.nn.GELU"),
             ({"width": 3}, "no field width"),
             ({"mlp_ratio": float("inf")}, "mlp_ratio must be positive"),
-            ({"mlp_ratio": 1e-3}, "make 128 channels at least one; got 0.001"),
+            ({"mlp_ratio": 1e-3}, "expand 128 channels to at least one; got 0.001"),
             ({"mbconv_expand_ratio": "4"}, "mbconv_expand_ratio must be positive"),
             ({"drop_rate": None}, r"probability in \[0, 1\); got None"),
-            ({"use_checkpoint": (1, 2)}, "use_checkpoint is True or False"),
-            ({"mobile_sam": "no"}, "mobile_sam is True or False"),
+            ({"use_checkpoint": (1, 2)}, "use_checkpoint must be True or False"),
+            ({"mobile_sam": "no"}, "mobile_sam must be True or False"),
         ],
     )
-    def test_refused(self, changes, message):
+    def test_fields(self, changes, message):
         with pytest.raises(ValueError, match=message):
             TinyViTConfig.from_variant("5m", **changes)
 
@@ -70,7 +70,7 @@ class TestChecks:
         assert TinyViTConfig.from_variant("5m", depths=[1, 2, 3, 4]).depths == (1, 2, 3, 4)
 
 
-class TestDict:
+class TestDictionary:
     @given(
         st.sampled_from(list(VARIANTS)),
         st.integers(32, 2048),
@@ -81,13 +81,13 @@ class TestDict:
         config = TinyViTConfig.from_variant(variant, img_size=img_size, activation=activation, drop_path_rate=drop)
         assert TinyViTConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
 
-    def test_own_activation(self):
+    def test_custom_activation(self):
         class Wave(nn.Module): ...
 
         with pytest.raises(ValueError, match="Only activations of"):
             TinyViTConfig(activation=Wave).to_dict()
 
-    def test_bad_activation(self):
+    def test_unknown_activation(self):
         with pytest.raises(ValueError, match="no activation 'system'"):
             TinyViTConfig.from_dict({"activation": "system"})
         with pytest.raises(ValueError, match="no activation 'Parameter'"):
@@ -99,46 +99,46 @@ class TestDict:
 
 
 @pytest.mark.parametrize("values", [None, 3, ["img_size"], {1: 2}, "5m"])
-def test_no_fields(values):
-    with pytest.raises(ValueError, match="is a dictionary of fields by name"):
+def test_not_a_dictionary(values):
+    with pytest.raises(ValueError, match="must be a dictionary with field names as keys"):
         TinyViTConfig.from_dict(values)
 
 
 @pytest.mark.parametrize("name", ["Module", "Transformer", "Flatten", "GLU", "Linear", "functional", 3, ["GELU"]])
-def test_what_is_no_activation(name):
+def test_not_an_activation(name):
     with pytest.raises(ValueError, match="has no activation"):
         TinyViTConfig.from_dict({"activation": name})
 
 
 class TestWindows:
     @pytest.mark.parametrize(("img_size", "expected"), [(384, (12, 12, 24, 12)), (512, (16, 16, 32, 16))])
-    def test_scale_gives_the_published_ones(self, img_size, expected):
+    def test_scale_gives_the_published_sizes(self, img_size, expected):
         assert resolve_window_sizes(VARIANTS["21m"], img_size, "scale") == expected
 
-    def test_scale_keeps_mobile_sam(self):
+    def test_scale_keeps_mobile_sams_windows(self):
         encoder = VARIANTS["5m"].replace(img_size=1024, mobile_sam=True)
         assert resolve_window_sizes(encoder, 224, "scale") == (7, 7, 14, 7)
 
-    def test_default_keeps(self):
+    def test_default_keeps_the_windows(self):
         assert resolve_window_sizes(VARIANTS["5m"], 512, None) == (7, 7, 14, 7)
 
     @given(st.integers(32, 300))
-    def test_fit_never_pads_more_than_the_map(self, img_size):
+    def test_fit_never_exceeds_the_feature_map(self, img_size):
         windows = resolve_window_sizes(VARIANTS["5m"], img_size, "fit")
         x = torch.empty(1, 1, img_size, img_size, device="meta")
         for window, original in zip(windows, (7, 7, 14, 7), strict=True):
             x = nn.functional.max_pool2d(x, 3, 4 if x.shape[-1] == img_size else 2, 1)
             assert window == min(original, -(-x.shape[-1] // 1))
 
-    def test_said_outright(self):
+    def test_explicit(self):
         assert resolve_window_sizes(VARIANTS["5m"], 224, [8, 8, 16, 8]) == (8, 8, 16, 8)
 
     @pytest.mark.parametrize("img_size", [float("inf"), float("nan"), 0, "64", True, None])
-    def test_no_size(self, img_size):
-        with pytest.raises(ValueError, match="img_size must be a positive whole number"):
+    def test_img_size(self, img_size):
+        with pytest.raises(ValueError, match="img_size must be a positive integer"):
             resolve_window_sizes(VARIANTS["5m"], img_size, "scale")
 
     @pytest.mark.parametrize("windows", ["fill", (7, 7), (0, 1, 1, 1)])
-    def test_refused(self, windows):
+    def test_window_sizes(self, windows):
         with pytest.raises(ValueError, match="window_sizes must be"):
             resolve_window_sizes(VARIANTS["5m"], 224, windows)

@@ -57,14 +57,14 @@ class TestFoldLayerNorm:
 class TestFoldNormalization:
     MEAN, STD = (0.5, 0.4, 0.3), (0.2, 0.3, 0.4)
 
-    @pytest.mark.parametrize("levels", [1.0, 255.0])
+    @pytest.mark.parametrize("max_value", [1.0, 255.0])
     @pytest.mark.parametrize("size", [(8, 8), (9, 7)])
-    def test_exact_up_to_the_edges(self, levels, size):
+    def test_exact_up_to_the_edges(self, max_value, size):
         conv = scramble(nn.Conv2d(3, 4, 3, stride=2, padding=1))
         pixels = torch.rand(2, 3, *size)
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.MEAN, self.STD))
-        folded, offset = fold_normalization(conv, self.MEAN, self.STD, levels)
-        torch.testing.assert_close(folded(levels * pixels - offset), conv((pixels - mean) / std), atol=1e-5, rtol=1e-5)
+        folded, offset = fold_normalization(conv, self.MEAN, self.STD, max_value)
+        torch.testing.assert_close(folded(max_value * pixels - offset), conv((pixels - mean) / std), atol=1e-5, rtol=1e-5)
 
 
 class TestFoldProjections:

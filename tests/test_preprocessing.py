@@ -126,7 +126,7 @@ class TestEvaluationPipeline:
         assert (found - 0.5).abs().max() < 1e-4
 
     def test_no_numbers(self):
-        with pytest.raises(ValueError, match="mean and std are numbers, one per channel"):
+        with pytest.raises(ValueError, match="mean and std must be numbers, one per channel"):
             EvaluationPipeline(16, mean=({}, {}, {}))
 
     def test_one_pixel_high(self):
@@ -171,10 +171,10 @@ class TestExceptions:
         ("images", "error", "message"),
         [
             (torch.zeros(1, 3, 8, 8, dtype=torch.uint8), TypeError, r"torch.uint8. Use x.float\(\) / 255"),
-            (np.zeros((1, 3, 8, 8)), TypeError, "must be a tensor"),
+            (np.zeros((1, 3, 8, 8)), TypeError, "must be a floating point tensor"),
             (torch.rand(1, 4, 8, 8), ValueError, r"shape \(B, 3, H, W\); got \(1, 4, 8, 8\)"),
             (torch.rand(3, 8, 8), ValueError, r"shape \(B, 3, H, W\); got \(3, 8, 8\)"),
-            (torch.rand(1, 3, 0, 8), ValueError, "must have pixels; got 0x8"),
+            (torch.rand(1, 3, 0, 8), ValueError, "at least 1x1 pixels; got 0x8"),
         ],
     )
     def test_images(self, images, error, message):
@@ -190,7 +190,7 @@ class TestExceptions:
             ({"crop_fraction": 1.2}, "got 224 and 1.2"),
             ({"crop_fraction": math.nan}, "crop_fraction"),
             ({"crop_fraction": "center"}, "or 'auto'; got 224 and 'center'"),
-            ({"mean": (0.5,)}, "as many entries"),
+            ({"mean": (0.5,)}, "one per channel"),
         ],
     )
     def test_evaluation_settings(self, settings, message):
@@ -211,7 +211,7 @@ class TestExceptions:
 
     @pytest.mark.parametrize("labels", [torch.zeros(3), torch.zeros(2, 1), torch.tensor(0)])
     def test_labels(self, labels):
-        with pytest.raises(ValueError, match="Expected 2 labels, one an image; got the shape"):
+        with pytest.raises(ValueError, match="Expected 2 labels, one per image; got the shape"):
             TrainingPipeline(32, 10)(torch.rand(2, 3, 32, 32), labels)
 
 

@@ -228,7 +228,7 @@ class TestFiles:
             ("width", 17, "another architecture: .*project.0"),
             ("width", 10**12, "another network"),
             ("num_classes", 4, "classifier"),
-            ("num_classes", 0, "at least 1"),
+            ("num_classes", 0, "positive integer"),
             ("depth", 3, "has the fields"),
         ],
     )
@@ -265,7 +265,7 @@ class TestFiles:
 
 class TestRefusals:
     def test_no_classes(self):
-        with pytest.raises(ValueError, match="how many classes"):
+        with pytest.raises(ValueError, match="number of classes is unknown"):
             SemanticSegmenter.from_config("1m")
 
     def test_names(self):

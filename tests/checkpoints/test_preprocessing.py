@@ -70,10 +70,10 @@ class TestPreprocessing:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"interpolation": "lanczos"}, "interpolation is one of bicubic, bilinear, nearest; got 'lanczos'"),
-            ({"std": (0.1, 0.0, 0.1)}, "std must not be 0"),
-            ({"mean": (), "std": ()}, "as many entries"),
-            ({"mean": ("a", 0.5, 0.5)}, "mean and std are numbers"),
+            ({"interpolation": "lanczos"}, "interpolation must be one of bicubic, bilinear, nearest; got 'lanczos'"),
+            ({"std": (0.1, 0.0, 0.1)}, "std not 0"),
+            ({"mean": (), "std": ()}, "one per channel"),
+            ({"mean": ("a", 0.5, 0.5)}, "mean and std must be numbers"),
             ({"img_size": 2.5}, "img_size >= 1"),
             ({"crop_fraction": True}, "crop_fraction in"),
             ({"crop": 0.9}, "no field crop"),
@@ -197,7 +197,7 @@ class TestHubFolders:
     @pytest.mark.parametrize(
         ("values", "message"),
         [
-            ({"resample": 1}, 'interpolation is one of .* got "Pillow\'s 1"'),
+            ({"resample": 1}, 'interpolation must be one of .* got "Pillow\'s 1"'),
             ({"size": {"height": 64, "width": 96}}, "resized to squares"),
             ({"size": {"shortest_edge": 64}}, "without a crop"),
         ],

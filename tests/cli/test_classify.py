@@ -94,7 +94,7 @@ class TestErrors:
             (["{photo}", "--pretrained", "{tmp}/notes.jpg"], "{tmp}/notes.jpg"),
             (["{photo}", "--pretrained", "{weights}", "--device", "toaster"], "'toaster' cannot be used here"),
             (["{photo}", "--pretrained", "{weights}", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
-            (["{photo}", "--pretrained", "{weights}", "--top-k", "0"], "top_k must be at least 1; got 0"),
+            (["{photo}", "--pretrained", "{weights}", "--top-k", "0"], "top_k must be a positive integer; got 0"),
             (["{photo}", "--pretrained", "{weights}", "--img-size", "8"], "img_size must be an integer of at least 32"),
             (["{photo}", "--variant", "5m", "--pretrained", "mobile_sam_"], "no weights and no file"),
         ],

@@ -123,7 +123,7 @@ class TestAttention:
 
 class TestRefusals:
     def test_integers(self):
-        with pytest.raises(TypeError, match="TinyViT takes floating point images"):
+        with pytest.raises(TypeError, match="Images must be floating point"):
             tiny_classifier()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))
 
     def test_too_small(self):
@@ -131,5 +131,5 @@ class TestRefusals:
             tiny_classifier()(torch.rand(1, 3, 16, 64))
 
     def test_no_tensor(self):
-        with pytest.raises(TypeError, match="takes a tensor"):
+        with pytest.raises(TypeError, match="must be a floating point tensor"):
             tiny_classifier()("photo.jpg")

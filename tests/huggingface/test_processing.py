@@ -177,7 +177,7 @@ class TestRefusals:
                 r"floating point in \[0, 1\]; got torch.int32",
             ),
             (torch.zeros(1, 1, 3, 40, 40), ValueError, r"must be \(C, H, W\)"),
-            (torch.zeros(3, 0, 40), ValueError, "must have pixels"),
+            (torch.zeros(3, 0, 40), ValueError, "at least 1x1 pixels"),
             ({"image": 1}, TypeError, "An image is a file, a PIL image, an array or a tensor; got dict"),
             ([], ValueError, "Got no images"),
         ],

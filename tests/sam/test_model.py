@@ -638,7 +638,7 @@ class TestEmbedding:
         assert model.embed(photos["tall"]).features.requires_grad  # batch norms learn, too
 
     def test_batch_size(self, sam, photos):
-        with pytest.raises(ValueError, match="batch_size must be at least 1; got 0"):
+        with pytest.raises(ValueError, match="batch_size must be a positive integer; got 0"):
             sam.embed(photos["tall"], batch_size=0)
 
 

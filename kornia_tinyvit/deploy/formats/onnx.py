@@ -13,7 +13,7 @@ from torch.export import ExportedProgram
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.program import quiet
 from kornia_tinyvit.extras import optional_imports
-from kornia_tinyvit.layers import open_sizes_at_one
+from kornia_tinyvit.layers import without_size_specialization
 from kornia_tinyvit.version import __version__
 
 if TYPE_CHECKING:
@@ -52,7 +52,7 @@ def to_onnx(
         inputs: names of the inputs.
         outputs: names of the outputs.
     """
-    with quiet(), open_sizes_at_one():
+    with quiet(), without_size_specialization():
         converted: Any = torch.onnx.export(
             program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
         )

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram
 
 from kornia_tinyvit.deploy.formats import ExportError
-from kornia_tinyvit.layers import TORCH_2_7, open_sizes_at_one
+from kornia_tinyvit.layers import TORCH_2_7, without_size_specialization
 
 __all__ = ["check_program", "has_compiler", "quiet", "trace", "trace_images", "write_program"]
 
@@ -36,7 +36,7 @@ def trace(graph: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[str, 
     shapes = tuple(dict.fromkeys(dynamic.get(name, ()), Dim.DYNAMIC) for name in inputs)
     # As guards of the trace, the graph's checks of dynamic sizes would exclude some sizes; they run as assertions.
     deferred: Any = {"prefer_deferred_runtime_asserts_over_guards": True} if TORCH_2_7 else {}
-    with torch.no_grad(), quiet(), open_sizes_at_one():
+    with torch.no_grad(), quiet(), without_size_specialization():
         return torch.export.export(graph, tuple(inputs.values()), dynamic_shapes=shapes, **deferred)
 
 
@@ -86,7 +86,7 @@ def write_program(
     Returns:
         The loaded program as a function of images :math:`(B, C, H, W)`.
     """
-    with quiet(), open_sizes_at_one(), torch.no_grad():
+    with quiet(), without_size_specialization(), torch.no_grad():
         if compiled:
             settings = {"aot_inductor.metadata": metadata, "freezing": True}
             torch._inductor.aoti_compile_and_package(program, package_path=str(path), inductor_configs=settings)
