@@ -64,7 +64,9 @@ class TestFoldNormalization:
         pixels = torch.rand(2, 3, *size)
         mean, std = (torch.tensor(each).view(1, 3, 1, 1) for each in (self.MEAN, self.STD))
         folded, offset = fold_normalization(conv, self.MEAN, self.STD, max_value)
-        torch.testing.assert_close(folded(max_value * pixels - offset), conv((pixels - mean) / std), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(
+            folded(max_value * pixels - offset), conv((pixels - mean) / std), atol=1e-5, rtol=1e-5
+        )
 
 
 class TestFoldProjections:
