@@ -1,13 +1,12 @@
-"""Time another checkout beside this one: networks in eager mode, MobileSAM and imports, in turn.
+"""Compare the speed of this checkout with another one: networks in eager mode, MobileSAM and imports.
 
     python benchmarks/against.py OTHER                # 20 rounds, about 20 minutes on 2 cores
     python benchmarks/against.py OTHER --only "batch 1"
 
-OTHER is the root of another checkout, such as a clone at the commit before a change. Each checkout has one process that
-builds the networks of its own `eager.py` and `segmentation.py` and stays for all rounds. A round runs each step in
-both, for half a second or once, with the order changed from round to round; imports have a new process each. A ratio is
-that of one round, the other's time over ours, so that a machine whose speed drifts slows both sides of it; above 1 this
-checkout is faster.
+OTHER is the root of another checkout, such as a clone at the previous commit. Each checkout has one process for all
+rounds, which builds the networks of its `eager.py` and `segmentation.py`. A round runs each step in both, at least once
+and for half a second, in alternating order; each import runs in a new process. The ratio is computed per round, the
+other's time over ours, because the speed of the machine may drift; above 1 this checkout is faster.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ from collections.abc import Callable
 from pathlib import Path
 
 IMPORTS = ("kornia_tinyvit", "kornia_tinyvit.cli")
-LEAST = 0.5  # seconds that a step is repeated for in a turn, of which the median counts
+MIN_SECONDS = 0.5  # a step is repeated for this time in each round, and the median is used
 HERE = Path(__file__).resolve().parents[1]
 
 
 def build_steps() -> dict[str, Callable[[], object]]:
-    """Return what is timed, from the benchmarks of the checkout that this process imports."""
+    """Return the steps to time, from the benchmarks of the checkout that this process imports."""
     import eager
     import segmentation
     import torch
@@ -53,7 +52,7 @@ def build_steps() -> dict[str, Callable[[], object]]:
 
 
 def serve() -> None:
-    """Run the steps that are named on standard input, and answer with their seconds."""
+    """Read names of steps from standard input, run them and print their seconds."""
     import torch
 
     steps = build_steps()
@@ -61,7 +60,7 @@ def serve() -> None:
     for line in sys.stdin:
         seconds: list[float] = []
         with torch.no_grad() if "training" not in line else torch.enable_grad():
-            while sum(seconds) < LEAST:
+            while sum(seconds) < MIN_SECONDS:
                 start = time.perf_counter()
                 steps[line.rstrip("\n")]()
                 seconds.append(time.perf_counter() - start)
@@ -94,7 +93,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("other", type=Path, nargs="?")
     parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--only", default="", help="the steps whose names hold this")
+    parser.add_argument("--only", default="", help="only steps whose names contain this")
     parser.add_argument("--serve", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.serve:
@@ -111,11 +110,11 @@ def main() -> None:
     for number in range(args.rounds + 1):
         for step, pairs in times.items():
             pair = {side: side.time(step) for side in ((ours, other) if number % 2 else (other, ours))}
-            if number:  # the first round warms up
+            if number:  # the first round is the warm-up
                 pairs.append((pair[ours], pair[other]))
     print(f"$ python benchmarks/against.py OTHER --rounds {args.rounds}" + f" --only {args.only!r}" * bool(args.only))
     print(describe_machine())
-    print(f"\nMedians of {args.rounds} rounds, and the median of the ratios of the rounds, the other's time over ours")
+    print(f"\nMedians of {args.rounds} rounds, and the median ratio of the rounds, other over ours")
     for step, pairs in times.items():
         mine, theirs = (1000 * statistics.median(column) for column in zip(*pairs, strict=True))
         ratio = statistics.median(b / a for a, b in pairs)

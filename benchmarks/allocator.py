@@ -1,9 +1,9 @@
-"""What the memory allocator costs a network in eager PyTorch, before and after `keep_memory` in one process.
+"""Measure networks in eager mode with the default and the tuned memory allocator, in one process.
 
     python benchmarks/allocator.py
 
-For kornia's TinyViT and ours, 5m at 224: median milliseconds of a forward pass and the page faults in it, each a page
-of memory that the system clears and hands out. glibc's settings have to be as they come when the process starts.
+For kornia's TinyViT and ours, 5m at 224: median milliseconds and page faults of a forward pass, before and after
+`keep_memory`. The process must start with glibc's default settings.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ def page_faults() -> int:
 
 
 def measure() -> dict[str, tuple[float, float]]:
-    """Return milliseconds and page faults of a forward pass of each."""
+    """Return milliseconds and page faults of a forward pass of each network."""
     found = {}
     for library in ("kornia", "ours"):
         for batch, repetitions in ((1, 30), (16, 9)):
@@ -39,10 +39,10 @@ def measure() -> dict[str, tuple[float, float]]:
 def main() -> None:
     print("$ python benchmarks/allocator.py")
     print(describe_machine())
-    print("\n                  as it comes                   after keep_memory()")
+    print("\n                  default                       after keep_memory()")
     plain = measure()
     if not keep_memory():
-        raise SystemExit("There is no glibc here to tune.")
+        raise SystemExit("keep_memory() has no effect without glibc.")
     for name, (ms, faults) in measure().items():
         before, faults_before = plain[name]
         print(

@@ -1,17 +1,17 @@
-"""Deployed networks, ours and those of kornia and timm in the same engines, side by side in one run.
+"""Compare deployed networks of this package, kornia and timm in the same engines.
 
-    python benchmarks/deploy.py --photos FOLDER --data FILE.parquet     # all sections; FOLDER holds JPEG photos
+    python benchmarks/deploy.py --photos FOLDER --data FILE.parquet     # all sections; FOLDER with JPEG photos
     python benchmarks/deploy.py --quick --sections networks             # few repetitions
 
 networks    each engine and type at 224, batch 1 and 16
 mobile_sam  MobileSAM's encoder at 1024
-photos      from file to label over 1000 JPEG photos (--photos; fewer are repeated)
+photos      from file to label for 1000 JPEG photos (--photos; fewer are repeated)
 accuracy    of the network in the package on labeled images (--data)
 
-The rows of a group run in turn in one process, with the memory allocator as it comes and tuned (see
-docs/guides/allocator.rst); medians are told. "over ours" is the time over that of ours in the same engine and type,
-"kornia" how many times as fast as kornia in eager mode, "peak" the share of what a product of large matrices reaches in
-the same process. Weights are random, which does not change the speed; batch norm has its statistics from data.
+The rows of a group are interleaved in one process, with the default and the tuned memory allocator (see
+docs/guides/allocator.rst); medians are reported. "over ours" is the ratio to our time in the same engine and type,
+"kornia" the speedup over kornia in eager mode, "peak" the fraction of the throughput of a product of large matrices in
+the same process. Weights are random, which does not affect the speed; batch norm statistics are computed from data.
 """
 
 from __future__ import annotations
@@ -61,13 +61,13 @@ Run = Callable[[Tensor], object]
 
 
 def prepare(library: str, variant: str, **kwargs) -> nn.Module:
-    """Build a network whose answers depend on the images: its norms have the statistics of some."""
+    """Build a network with batch norm statistics from random images, whose outputs depend on the input."""
     model = build(library.removesuffix(" fused"), variant, **kwargs)
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        nn.init.ones_(norm.weight)  # all start the last norm of a block at zero, as if the block were not there
+        nn.init.ones_(norm.weight)  # the last norm of a block is initialized to zero, which disables the block
         norm.reset_running_stats()
-        norm.momentum = None  # the plain average
+        norm.momentum = None  # cumulative average
         norm.train()
     with torch.no_grad():
         model(torch.randn(4, 3, 224, 224) if "img_size" not in kwargs else draw_images(1, kwargs["img_size"]))
@@ -84,7 +84,7 @@ def draw_images(batch: int, size: int) -> Tensor:
 
 
 def make(row: tuple[str, str, str], variant: str, images: Tensor, calibration: list[Tensor], **kwargs) -> Run:
-    """Make what a row measures."""
+    """Return the callable that a row measures."""
     library, engine, name = row
     dtype, model = DTYPES[name], prepare(library, variant, **kwargs)
     if library == "ours":
@@ -98,7 +98,7 @@ def make(row: tuple[str, str, str], variant: str, images: Tensor, calibration: l
 
 
 def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, calibration: list[Tensor]) -> Run:
-    """Export as a user of torch.onnx does, with a free batch, and run it with the settings and quantizers of ours."""
+    """Export by torch.onnx with a dynamic batch, and run the file with our settings and quantizers."""
     two = torch.cat([images, images])[:2]
     shapes = ({0: torch.export.Dim.DYNAMIC},)
     program = torch.onnx.export(model, (two,), dynamo=True, opset_version=20, dynamic_shapes=shapes, verbose=False)
@@ -118,27 +118,27 @@ def exported(model: nn.Module, engine: str, dtype: torch.dtype, images: Tensor, 
     if dtype == torch.int8:
         network = quantize_openvino(network, calibration)
     network.reshape(list(images.shape))
-    precision = "f32" if dtype == torch.float32 else "bf16"  # int8 leaves some layers as floats, as ours does
+    precision = "f32" if dtype == torch.float32 else "bf16"  # int8 leaves some layers in floating point, like ours
     request = core.compile_model(network, "CPU", cpu_settings(precision)).create_infer_request()
     return lambda images: request.infer({0: images.numpy()}, share_inputs=True)
 
 
 def measure_networks(task: dict) -> dict:
-    """Measure the rows of a group in turn; a row that cannot be made tells why."""
+    """Measure the rows of a group, interleaved; a row that cannot be built contains the reason."""
     size, batch = task["size"], task["batch"]
     kwargs = {"img_size": size, "mobile_sam": True} if task["what"] == "mobile_sam" else {}
     images, calibration = draw_images(batch, size), [draw_images(16, size), draw_images(16, size)] if not kwargs else []
-    made, rows = {}, []
+    steps, rows = {}, []
     for row in map(tuple, task["rows"]):
-        told = dict(zip(("library", "engine", "dtype"), row, strict=True))
+        result = dict(zip(("library", "engine", "dtype"), row, strict=True))
         try:
             run = make(row, task["variant"], images, calibration, **kwargs)
             run(images)
-            made[len(rows)] = lambda run=run: run(images)
+            steps[len(rows)] = lambda run=run: run(images)
         except (ImportError, RuntimeError, ValueError) as error:
-            told["absent"] = str(error).strip().splitlines()[0]
-        rows.append(told)
-    for index, seconds in interleaved(made, task["repetitions"]).items():
+            result["absent"] = str(error).strip().splitlines()[0]
+        rows.append(result)
+    for index, seconds in interleaved(steps, task["repetitions"]).items():
         rows[index]["ms"] = 1000 * seconds
     flops = count_flops(prepare("ours", task["variant"], **kwargs), images)
     peaks = {name: matrix_peak(DTYPES[name]) for name in {row["dtype"] for row in rows}}
@@ -150,7 +150,7 @@ def measure_networks(task: dict) -> dict:
 
 
 def decode_kornia(path: Path) -> Tensor:
-    """Decode with kornia-rs (libjpeg-turbo), which leaves gray photos gray; those are rare, and Pillow's."""
+    """Decode with kornia-rs (libjpeg-turbo), which returns grayscale photos with one channel; those use Pillow."""
     import kornia_rs.io
 
     pixels = torch.from_numpy(kornia_rs.io.read_image_jpegturbo(str(path)))
@@ -166,7 +166,7 @@ def label_with_ours(classifier: ImageClassifier, decode: Callable[[Path], Tensor
 
 
 class PillowPhotos(torch.utils.data.Dataset):
-    """Photos as timm's users read them."""
+    """Photos read by Pillow, as usual with timm."""
 
     def __init__(self, paths: list[Path], transform: Callable[[Image.Image], Tensor]) -> None:
         self.paths, self.transform = paths, transform
@@ -179,7 +179,7 @@ class PillowPhotos(torch.utils.data.Dataset):
 
 
 def label_with_timm(batch: int, workers: int) -> Callable[[list[Path]], list[int]]:
-    """Return what labels photos with timm's network and transform, one after the other or from a data loader."""
+    """Return a function that labels photos with timm's network and transform, one by one or from a data loader."""
     model = prepare("timm", "5m")
     from timm.data import create_transform, resolve_data_config
 
@@ -197,7 +197,7 @@ def label_with_timm(batch: int, workers: int) -> Callable[[list[Path]], list[int
 
 
 def measure_photos(task: dict) -> list[dict]:
-    """Measure photos a second from file to label, and of the decoders alone."""
+    """Measure photos per second from file to label, and of the decoders alone."""
     paths = list(islice(cycle(sorted(Path(task["folder"]).rglob("*.jpg"))), task["count"]))
     rows: dict[str, Callable | str] = {}
     decoders = {"Pillow": read_pixels, "kornia-rs": decode_kornia}
@@ -212,7 +212,7 @@ def measure_photos(task: dict) -> list[dict]:
     classifier = ImageClassifier(prepare("ours", "5m")).eval()
     for dtype in ("float32", "bfloat16"):
         for batch in (1, 16):
-            # Inductor takes a minute to get ready, and the networks above tell that it is not the fastest.
+            # Inductor compiles for a minute and is not the fastest, see the networks above.
             engines = [name for name in ENGINES if name != "inductor" and not absent(name, dtype)]
             images = draw_images(batch, 224).sigmoid()
             fast = optimize(
@@ -221,7 +221,7 @@ def measure_photos(task: dict) -> list[dict]:
                 DTYPES[dtype],
                 example=images,
                 calibration=[images],
-                tolerance=1.0,  # the fastest: random weights say nothing about accuracy
+                tolerance=1.0,  # accuracy is meaningless with random weights
                 tune_allocator=False,
             )
             for name, decode in decoders.items():
@@ -239,15 +239,15 @@ def measure_photos(task: dict) -> list[dict]:
 
 
 def absent(engine: str, dtype: str) -> str | None:
-    """Tell why an engine does not run a type here, if it does not."""
+    """Return why an engine does not support a type on this machine, or None."""
     missing = ENGINES[engine].missing()
     if missing is None and DTYPES[dtype] not in ENGINES[engine].dtypes(torch.device("cpu")):
-        return f"{engine} does not run {dtype} on this machine"
+        return f"{engine} does not support {dtype} on this machine"
     return missing
 
 
 def measure_accuracy(task: dict) -> dict:
-    """Judge each engine and type of the network in the package by labeled images."""
+    """Evaluate each engine and type with the network in the package on labeled images."""
     classifier = ImageClassifier.from_config("1m", pretrained="cifar10").eval()
     model, found = classifier.model, read_images(classifier, task["data"], task["limit"])
     batches = list(zip(found.images.split(50), found.labels.split(50), strict=True))
@@ -272,7 +272,7 @@ def show_networks(found: dict) -> None:
     for row in found["rows"]:
         name = f"    {row['library']:10} {row['engine']:11} {row['dtype']:8}"
         if "absent" in row:
-            print(f"{name}   left out: {row['absent']}")
+            print(f"{name}   skipped: {row['absent']}")
             continue
         ours = ms.get(("ours", row["engine"], row["dtype"]))
         over = f"{row['ms'] / ours:4.2f}x over ours" if row["library"] != "ours" and ours else 14 * " "
@@ -286,9 +286,9 @@ def show_photos(rows: list[dict]) -> None:
     best = max((row["per_s"] for row in rows if row["row"].startswith("timm") and "per_s" in row), default=None)
     for row in rows:
         if "absent" in row:
-            print(f"    {row['row']:44} left out: {row['absent']}")
+            print(f"    {row['row']:44} skipped: {row['absent']}")
         else:
-            over = f"   {row['per_s'] / best:5.2f}x the fastest of timm's" if best and "ours" in row["row"] else ""
+            over = f"   {row['per_s'] / best:5.2f}x timm's fastest" if best and "ours" in row["row"] else ""
             print(f"    {row['row']:44} {row['per_s']:7.1f} photos/s{over}", flush=True)
 
 
@@ -296,7 +296,7 @@ def show_accuracy(found: dict) -> None:
     for row in found["rows"]:
         name = f"    {row['engine']:11} {row['dtype']:8}"
         if row["absent"] is not None:
-            print(f"{name}   left out: {row['absent']}")
+            print(f"{name}   skipped: {row['absent']}")
             continue
         change = row["top1"] - row["reference"]
         numbers = f"top-1 {row['top1']:6.2f} % ({change:+.2f})   agreement {row['agreement']:6.2f} %"
@@ -304,14 +304,14 @@ def show_accuracy(found: dict) -> None:
 
 
 def report(args: argparse.Namespace) -> dict:
-    """Run the sections, each group in a process of its own, print their tables and return what was found."""
+    """Run the sections, each group in a separate process, print their tables and return the results."""
     print(f"$ python benchmarks/deploy.py {shlex.join(sys.argv[1:])}".rstrip())
     torch.set_num_threads(args.threads)
     machine = describe_machine()
     print(f"{machine}\n", flush=True)
     groups = []
     for tuned in {"both": (False, True), "tuned": (True,), "plain": (False,)}[args.allocator]:
-        allocator = f"allocator {'tuned' if tuned else 'as it comes'}"
+        allocator = f"allocator {'tuned' if tuned else 'default'}"
         if "networks" in args.sections:
             for variant in args.variants.split(","):
                 for batch, repetitions in ((1, 3 if args.quick else 40), (16, 1 if args.quick else 11)):
@@ -332,19 +332,19 @@ def report(args: argparse.Namespace) -> dict:
     results = []
     for title, task, tuned, show in groups:
         print(title)
-        found = child(task, tuned, args.threads, __file__)
-        show(found)
+        result = child(task, tuned, args.threads, __file__)
+        show(result)
         print(flush=True)
-        results.append({"title": title, "allocator_tuned": tuned, "found": found})
+        results.append({"title": title, "allocator_tuned": tuned, "result": result})
     return {"machine": vars(machine), "groups": results}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sections", type=lambda text: text.split(","), default=list(SECTIONS))
-    parser.add_argument("--variants", default="5m", help="for the networks, with commas between them")
+    parser.add_argument("--variants", default="5m", help="comma-separated variants of the networks")
     parser.add_argument("--photos", help="folder of JPEG photos")
-    parser.add_argument("--data", help="labeled images of CIFAR-10's classes, as 'evaluate' takes them")
+    parser.add_argument("--data", help="labeled images of CIFAR-10's classes, in a format of 'evaluate'")
     parser.add_argument("--quick", action="store_true", help="few repetitions and images")
     parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="both")
     parser.add_argument("--threads", type=int, default=2)
@@ -357,14 +357,14 @@ def main() -> None:
         return
     for section, option in (("photos", args.photos), ("accuracy", args.data)):
         if section in args.sections and option is None:
-            parser.error(f"the section {section} needs --{'photos' if section == 'photos' else 'data'}")
+            parser.error(f"the section {section} requires --{'photos' if section == 'photos' else 'data'}")
     if "photos" in args.sections and not any(Path(args.photos).rglob("*.jpg")):
-        parser.error(f"{args.photos} holds no .jpg files")
+        parser.error(f"{args.photos} contains no .jpg files")
     if set(args.sections) - set(SECTIONS):
-        parser.error(f"--sections takes {', '.join(SECTIONS)}")
-    found = report(args)
+        parser.error(f"--sections must be of {', '.join(SECTIONS)}")
+    results = report(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

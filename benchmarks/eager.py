@@ -1,12 +1,12 @@
-"""Ours, kornia's and timm's TinyViT in plain eager mode, side by side in one run.
+"""Compare this package's, kornia's and timm's TinyViT in eager mode.
 
-    python benchmarks/eager.py                 # the whole table, about 12 minutes on 2 cores
+    python benchmarks/eager.py                 # the full table, about 12 minutes on 2 cores
     python benchmarks/eager.py --quick         # 5m only, fewer repetitions
 
-Every network of a comparison has the same weights where the layouts allow, sees the same images, and is timed in turn
-with the others: the median of the runs is reported, and the ratio of the medians. The whole is done twice, in processes
-of their own: once with the memory allocator as it comes and once tuned (docs/guides/allocator.rst), the same for all.
-Peak memory is how far the resident set rises over the loaded network during forward passes, in a process for each.
+All networks of a comparison take the same images, have the same weights if their layouts allow, and are interleaved.
+Reported are medians and their ratios, with the default and the tuned memory allocator (docs/guides/allocator.rst), each
+in a separate process. Peak memory is the increase of the resident set over that of the loaded network during forward
+passes, measured in one process per network.
 """
 
 from __future__ import annotations
@@ -46,19 +46,19 @@ def build(library: str, variant: str, **kwargs) -> torch.nn.Module:
 
 
 def libraries() -> tuple[list[str], list[str]]:
-    """Return what can be compared here, and a sentence for each that cannot."""
+    """Return the available libraries, and a message for each that is missing."""
     present, absent = ["ours", "kornia"], []
     try:
         import timm  # noqa: F401
 
         present.append("timm")
     except (ImportError, RuntimeError) as error:  # timm imports torchvision, which may not fit this torch
-        absent.append(f"timm is left out: {str(error).splitlines()[0]}")
+        absent.append(f"timm is skipped: {str(error).splitlines()[0]}")
     return present, absent
 
 
 def medians(steps: dict[str, Callable[[], object]], repetitions: int) -> dict[str, float]:
-    """Return the median of each step in milliseconds; all of them use torch's threads, which need no time to settle."""
+    """Return the median of each step in milliseconds. All steps use torch's threads, so no pauses are needed."""
     return {name: 1000 * seconds for name, seconds in interleaved(steps, repetitions, settle=0).items()}
 
 
@@ -95,7 +95,7 @@ def compare_forward(variants: list[str], names: list[str], quick: bool) -> list[
 
 
 def compare_small(quick: bool) -> list[dict]:
-    """Measure what cutting the windows to the map is worth on small images, against padding the map."""
+    """Compare windows cropped to the feature map with padding on small images."""
     rows = []
     for size in (32, 64):
         for kind, make in (("forward", forward_step), ("training step", training_step)):
@@ -109,11 +109,11 @@ def compare_small(quick: bool) -> list[dict]:
 
 
 def peak_memory(library: str, variant: str, batch: int) -> float:
-    """Return how far forward passes raise the resident set over that of the loaded network, in MB."""
+    """Return the increase of the resident set during forward passes over that of the loaded network, in MB."""
     model, images = build(library, variant), torch.rand(batch, 3, 224, 224)
-    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # what torch's first operators load is not the network's
+    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # load torch's libraries first, which are not counted
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # reset the peak
     before = status("VmRSS")
     for _ in range(3):
         forward_step(model, images)()
@@ -127,7 +127,7 @@ def status(field: str) -> float:
 
 
 def child(task: dict, tuned: bool, threads: int, script: str = __file__) -> object:
-    """Run a task of a script in a process of its own and return what it found."""
+    """Run a task of a script in a separate process and return its result."""
     environment = {key: value for key, value in os.environ.items() if key not in TUNED}
     environment |= {"OMP_NUM_THREADS": str(threads)} | (TUNED if tuned else {})
     command = [sys.executable, "-W", "ignore", script, "--child", json.dumps(task)]
@@ -153,14 +153,14 @@ def report(variants: list[str], quick: bool, threads: int) -> None:
     )
     print("\n".join(absent))
     for tuned in (False, True):
-        print(f"\nAllocator {'tuned' if tuned else 'as it comes'}: forward at 224, float32, median ms (ratio to ours)")
+        print(f"\nAllocator {'tuned' if tuned else 'default'}: forward at 224, float32, median ms (ratio to ours)")
         for variant in variants:
             rows = child({"what": "forward", "variants": [variant], "names": names, "quick": quick}, tuned, threads)
             for row in rows:
                 ours = row["ms"]["ours"]
                 cells = [f"{name} {ms:7.1f} ({ms / ours:4.2f}x)" for name, ms in row["ms"].items()]
                 print(f"  {row['variant']:>4} batch {row['batch']:2}   " + "   ".join(cells), flush=True)
-        print("5m on small images, batch 16, median ms; images a second; padded over fit")
+        print("5m on small images, batch 16, median ms; images per second; ratio of padded to fit")
         for row in child({"what": "small", "quick": quick}, tuned, threads):
             times = row["ms"]
             cells = [f"{name} {ms:7.1f} ms {16000 / ms:6.0f}/s" for name, ms in times.items()]
@@ -168,7 +168,7 @@ def report(variants: list[str], quick: bool, threads: int) -> None:
                 f"  {row['size']} px {row['kind']:13}   " + "   ".join(cells),
                 f"  {times['padded'] / times['fit']:4.2f}x",
             )
-    print("\nAllocator as it comes: peak memory of forward passes at 224, MB over the loaded network")
+    print("\nAllocator default: peak memory of forward passes at 224, MB over the loaded network")
     for variant in variants:
         for batch in (1, 16):
             task = {"what": "memory", "variant": variant, "batch": batch}

@@ -1,10 +1,10 @@
-"""Hostile input for every public door of the package: what is accepted, what is refused as promised, and the faults.
+"""Fuzz the public functions of the package with random invalid input, and count accepted, rejected and faulty cases.
 
     python benchmarks/fuzz.py --seconds 60 --seed 0
-    python benchmarks/fuzz.py --targets "safetensors files" --seed 0 --case 17      # one case again, with its traceback
+    python benchmarks/fuzz.py --targets "safetensors files" --seed 0 --case 17      # repeat one case, with traceback
 
-Each target of `tests/fuzz` runs so long, or so many cases, in a process of its own. A fault is told with the number of
-its case; `tests/fuzz/harness.py` tells what counts as one.
+Each target of `tests/fuzz` runs for a time or a number of cases in a separate process. Faults, which are defined in
+`tests/fuzz/harness.py`, are reported with the number of their case.
 """
 
 from __future__ import annotations
@@ -23,36 +23,36 @@ from kornia_tinyvit.deploy.measurement import describe_machine
 from tests.fuzz import TARGETS
 from tests.fuzz.harness import Tally, Target, attack
 
-fork = multiprocessing.get_context("fork")  # so that what takes seconds to import is imported once
-COLUMNS = ("tried", "refused", "accepted", "faults")
+fork = multiprocessing.get_context("fork")  # imports take seconds and are done once
+COLUMNS = ("cases", "rejected", "accepted", "faults")
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="for each target")
-    parser.add_argument("--count", type=int, default=10**9, help="cases of each target, at most")
+    parser.add_argument("--seconds", type=float, default=60, help="time for each target")
+    parser.add_argument("--count", type=int, default=10**9, help="maximum number of cases for each target")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", help="names with commas between them; all if left out")
-    parser.add_argument("--case", type=int, help="run this case of one target alone")
-    asked = parser.parse_args()
+    parser.add_argument("--targets", help="comma-separated names (default: all)")
+    parser.add_argument("--case", type=int, help="run only this case of one target")
+    args = parser.parse_args()
     known = {target.name: target for target in TARGETS}
-    chosen = list(known) if asked.targets is None else [name.strip() for name in asked.targets.split(",")]
-    if unknown := [name for name in chosen if name not in known]:
-        parser.error(f"there is no target {unknown[0]!r}; there are {', '.join(known)}")
-    if asked.case is not None:
-        repeat(known[chosen[0]], asked.seed, asked.case)
+    names = list(known) if args.targets is None else [name.strip() for name in args.targets.split(",")]
+    if unknown := [name for name in names if name not in known]:
+        parser.error(f"unknown target {unknown[0]!r}, expected one of {', '.join(known)}")
+    if args.case is not None:
+        repeat(known[names[0]], args.seed, args.case)
         return
     print("$ python benchmarks/fuzz.py", *sys.argv[1:])
     print(describe_machine())
-    run_all([known[name] for name in chosen], asked)
+    run_all([known[name] for name in names], args)
 
 
-def run_all(chosen: list[Target], asked: argparse.Namespace) -> None:
-    width = max(len(target.name) for target in chosen)
+def run_all(targets: list[Target], args: argparse.Namespace) -> None:
+    width = max(len(target.name) for target in targets)
     print(f"\n{'target':{width}}", *(f"{column:>9}" for column in COLUMNS))
     totals, reasons = [0] * len(COLUMNS), []
-    for target in chosen:
-        name, tally = target.name, run_apart(target, asked)
+    for target in targets:
+        name, tally = target.name, run_in_process(target, args)
         numbers = [tally.tried, *(tally.counts[each] for each in ("refused", "accepted", "fault"))]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         reasons += [f"{name}, case {cases[0]} and {len(cases) - 1} more: {why}" for why, cases in tally.faults.items()]
@@ -62,13 +62,13 @@ def run_all(chosen: list[Target], asked: argparse.Namespace) -> None:
         print("  " + reason)
 
 
-def run_apart(target: Target, asked: argparse.Namespace) -> Tally:
-    """Run a target in a process of its own, which may die; go on behind the case that killed it."""
+def run_in_process(target: Target, args: argparse.Namespace) -> Tally:
+    """Run a target in a separate process; after a crash, continue with the next case."""
     tally, first = Tally(), 0
     with tempfile.TemporaryDirectory() as folder:
         journal = Path(folder) / "journal.jsonl"
         while True:
-            process = fork.Process(target=run_here, args=(target, asked, first, journal))
+            process = fork.Process(target=run, args=(target, args, first, journal))
             process.start()
             process.join()
             lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
@@ -77,25 +77,25 @@ def run_apart(target: Target, asked: argparse.Namespace) -> Tally:
             if process.exitcode == 0:
                 return tally
             first = lines[-1][0] + 1 if lines else first
-            tally.add(first, "fault", f"the process ended with {process.exitcode}: no exception")
+            tally.add(first, "fault", f"the process ended with exit code {process.exitcode}: no exception")
             first += 1
             journal.unlink(missing_ok=True)
 
 
-def run_here(target: Target, asked: argparse.Namespace, first: int, path: Path) -> None:
-    """Run a target in this process and write a line for each case as soon as it is over."""
+def run(target: Target, args: argparse.Namespace, first: int, path: Path) -> None:
+    """Run a target in this process and write a line to the journal after each case."""
     with tempfile.TemporaryDirectory() as folder, open(path, "a", buffering=1) as journal:
 
-        class Told(Tally):
+        class JournalTally(Tally):
             def add(self, number: int, outcome: str, reason: str = "") -> None:
                 super().add(number, outcome, reason)
                 journal.write(json.dumps([number, outcome, reason]) + "\n")
 
-        attack(target, asked.seed, range(first, asked.count), Path(folder), asked.seconds, Told())
+        attack(target, args.seed, range(first, args.count), Path(folder), args.seconds, JournalTally())
 
 
 def repeat(target: Target, seed: int, number: int) -> None:
-    """Run one case without a net."""
+    """Run one case without catching exceptions."""
     with tempfile.TemporaryDirectory() as folder:
         target.case(random.Random(f"{target.name}/{seed}/{number}"), Path(folder))
     print("accepted")

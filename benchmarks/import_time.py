@@ -1,12 +1,11 @@
-"""How long ``import kornia_tinyvit`` takes beside ``import kornia`` and ``import torch``.
+"""Compare the time of ``import kornia_tinyvit`` with ``import kornia`` and ``import torch``.
 
     python benchmarks/import_time.py                  # 15 rounds, about 3 minutes on a core
     python benchmarks/import_time.py --rounds 5
 
-Every import is a process of its own; the imports of a round run in turn, after a round that brings the files into the
-page cache. Reported are the medians of wall-clock and of processor time, the latter being what a busy machine changes
-least, and the ratios to kornia. Below stand the packages whose modules take the most time of their own, without what
-they import in turn, as ``python -X importtime`` tells.
+Each import runs in a separate process, interleaved, after a warm-up round that reads the files into the page cache.
+Reported are the medians of wall-clock time and CPU time, which depends less on other load, and the ratios to kornia.
+Then follow the packages whose modules take the most time without their imports, by ``python -X importtime``.
 """
 
 from __future__ import annotations
@@ -23,11 +22,11 @@ from collections import Counter
 from kornia_tinyvit.deploy.measurement import describe_machine
 
 IMPORTS = ("sys", "torch", "kornia", "kornia_tinyvit", "kornia_tinyvit.cli")
-FIRST = 6  # packages that are listed
+TOP = 6  # packages that are listed
 
 
 def time_import(module: str) -> tuple[float, float]:
-    """Return the seconds of a process that imports a module: wall-clock and processor."""
+    """Return the wall-clock and CPU seconds of a process that imports a module."""
     start = time.perf_counter()
     process = os.posix_spawn(sys.executable, [sys.executable, "-c", f"import {module}"], os.environ)
     _, status, usage = os.wait4(process, 0)
@@ -37,7 +36,7 @@ def time_import(module: str) -> tuple[float, float]:
 
 
 def own_times(module: str) -> Counter[str]:
-    """Return the milliseconds that the modules of each package take of their own."""
+    """Return the milliseconds of the modules of each package, without their imports."""
     command = [sys.executable, "-X", "importtime", "-c", f"import {module}"]
     log = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     times: Counter[str] = Counter()
@@ -55,7 +54,7 @@ def main() -> None:
     print(f"$ python {' '.join(sys.argv)}")
     print(describe_machine())
     print(f"load average at the end {os.getloadavg()[0]:.1f}, {os.cpu_count()} cores")
-    print(f"\nA process that imports, median of {args.rounds}, and its ratio to kornia's")
+    print(f"\nProcess with one import, median of {args.rounds}, ratio to kornia")
     medians = [
         [statistics.median(times) for times in zip(*column, strict=True)] for column in zip(*rounds, strict=True)
     ]
@@ -64,11 +63,11 @@ def main() -> None:
         label = "nothing" if module == "sys" else module
         print(
             f"  {label:20} wall {wall * 1e3:7.0f} ms ({wall / kornia[0]:.2f}x)   "
-            f"processor {processor * 1e3:7.0f} ms ({processor / kornia[1]:.2f}x)"
+            f"CPU {processor * 1e3:7.0f} ms ({processor / kornia[1]:.2f}x)"
         )
-    print("\nTime of the packages' own modules, ms (one process under -X importtime)")
+    print("\nTime of modules without their imports, by package, ms (one process with -X importtime)")
     theirs, ours = own_times("kornia"), own_times("kornia_tinyvit")
-    for name, each in ours.most_common(FIRST):
+    for name, each in ours.most_common(TOP):
         print(f"  {name:22} import kornia {theirs[name]:7.0f}   import kornia_tinyvit {each:7.0f}")
 
 

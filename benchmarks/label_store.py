@@ -1,11 +1,11 @@
-"""Size of a record of soft labels, and how many a store writes and reads per second.
+"""Measure the size of a record of soft labels, and the rates of writing and reading a store.
 
     python benchmarks/label_store.py             # 200,000 records of K = 100, about a minute
     python benchmarks/label_store.py --quick
 
-The kinds take turns; for each batch that is read, and each epoch that is written, the median of the rounds counts, so
-that other work on the machine does not. Reading is out of the page cache, by a store that is opened anew; writing ends
-on the disk. "front to back" are batches in the order of training, "random" ones from anywhere in the epoch.
+The kinds are interleaved, and the median over the rounds is used for each batch that is read and each epoch that is
+written, which reduces the effect of other load. Each round opens the store again and reads from the page cache; writing
+includes the sync to disk. "sequential" reads batches in the order of the epoch, "random" in random order.
 """
 
 from __future__ import annotations
@@ -25,15 +25,15 @@ CLASSES, TOP_K, READ, WRITTEN = 1000, 100, 1024, 256
 
 
 def save_epoch(path: Path, manifest: Manifest) -> LabelStore:
-    """Write an epoch of made-up labels, batch after batch, as `distill save` does."""
-    answers = torch.randn(manifest.shard_records, CLASSES, generator=torch.Generator().manual_seed(0)).softmax(1)
+    """Write an epoch of synthetic labels batch by batch, like `distill save`."""
+    probabilities = torch.randn(manifest.shard_records, CLASSES, generator=torch.Generator().manual_seed(0)).softmax(1)
     store = LabelStore.create(path, manifest)
     for shard in store.missing_shards(0):
         with store.writer(0, shard) as writer:
             samples = writer.missing()
             for start in range(0, len(samples), WRITTEN):
                 batch = samples[start : start + WRITTEN]
-                writer.write(batch, answers[start : start + len(batch)], batch)
+                writer.write(batch, probabilities[start : start + len(batch)], batch)
     return store
 
 
@@ -42,14 +42,14 @@ def measure(path: Path, manifest: Manifest, rounds: int) -> dict[str, float]:
     store = save_epoch(path / "store", manifest)
     order, random = store.order.permutation(0), np.random.default_rng(0)
     count = manifest.num_samples // READ
-    times: dict[str, list[list[float]]] = {"saving": [], "front to back": [], "random": []}
+    times: dict[str, list[list[float]]] = {"saving": [], "sequential": [], "random": []}
     for number in range(rounds):
         began = time.perf_counter()
         save_epoch(path / f"{number}", manifest)
         times["saving"].append([(time.perf_counter() - began) / manifest.num_samples * count * READ])
         opened = LabelStore(store.path)
         opened.order.permutation(0)
-        batches = {"front to back": order[: count * READ], "random": random.permutation(count * READ)}
+        batches = {"sequential": order[: count * READ], "random": random.permutation(count * READ)}
         for kind, samples in batches.items():
             marks = [time.perf_counter()]
             for start in range(0, len(samples), READ):
@@ -67,8 +67,8 @@ def main() -> None:
     manifest = Manifest(num_records, CLASSES, TOP_K)
     print(describe_machine())
     print(
-        f"{num_records} records, K = {TOP_K} of {CLASSES} classes, shards of {manifest.shard_records}; batches of "
-        f"{READ} read, {WRITTEN} written"
+        f"{num_records} records, K = {TOP_K} of {CLASSES} classes, shards of {manifest.shard_records}; batch size "
+        f"{READ} for reading, {WRITTEN} for writing"
     )
     with tempfile.TemporaryDirectory() as folder:
         rates = measure(Path(folder), manifest, rounds)

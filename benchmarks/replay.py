@@ -1,4 +1,4 @@
-"""What replayable augmentation costs, and how exactly it repeats without SIMD instructions.
+"""Measure the time of replayable augmentation, and its reproducibility without SIMD instructions.
 
 python benchmarks/replay.py [--photos FOLDER]
 """
@@ -27,18 +27,18 @@ from kornia_tinyvit.images import read_pixels
 BATCH, SIZE, RUNS = 128, 224, 7
 
 
-def median_ms(work: Callable[[], object]) -> float:
-    """Return the median time of a call in milliseconds a sample."""
+def median_ms(step: Callable[[], object]) -> float:
+    """Return the median time of a call in milliseconds per sample."""
     times = []
     for _ in range(RUNS):
         start = time.perf_counter()
-        work()
+        step()
         times.append(time.perf_counter() - start)
     return statistics.median(times) * 1000 / BATCH
 
 
 def load_photos(folder: Path | None) -> list[torch.Tensor]:
-    """Return 8-bit images: photos of a folder, or noise of a photo's size."""
+    """Return uint8 images: photos of a folder, or noise of 480 x 640 pixels."""
     if folder is None:
         random = torch.Generator().manual_seed(0)
         return [torch.randint(256, (3, 480, 640), dtype=torch.uint8, generator=random) for _ in range(8)]
@@ -46,7 +46,7 @@ def load_photos(folder: Path | None) -> list[torch.Tensor]:
 
 
 def augment(photos: list[torch.Tensor]) -> tuple[torch.Tensor, list[int]]:
-    """Return the pixels and checksums of a batch of the recipe of ImageNet-1k."""
+    """Return the pixels and checksums of a batch with the preset of ImageNet-1k."""
     module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
     params = module.sample_params(0, module.order.permutation(0))
     crops = torch.stack([module.crop(photos[row % len(photos)], params, row) for row in range(BATCH)])
@@ -64,24 +64,24 @@ def main() -> None:
         return
     threads = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
     print(f"{datetime.date.today()}  {threads}, numpy {np.__version__}, Python {platform.python_version()}")
-    print(f"recipe in1k (mixup and cutmix), batch {BATCH}, {SIZE} pixels, milliseconds a sample, median of {RUNS}")
+    print(f"recipe in1k (mixup and cutmix), batch {BATCH}, {SIZE} pixels, milliseconds per sample, median of {RUNS}")
     module = ReplayableAugmentation(SIZE, "in1k", seed=1, num_samples=BATCH)
     order = module.order.permutation(0)
     params = module.sample_params(0, order)
 
-    def cut() -> list[torch.Tensor]:
+    def crop_and_resize() -> list[torch.Tensor]:
         return [module.crop(photos[row % len(photos)], params, row) for row in range(BATCH)]
 
-    crops = torch.stack(cut())
-    works: dict[str, Callable[[], object]] = {
-        "draw all parameters": lambda: module.sample_params(0, order),
-        "crop boxes of photos": lambda: [crop_box(tries, 480, 640, module.preset) for tries in params.crop],
+    crops = torch.stack(crop_and_resize())
+    steps: dict[str, Callable[[], object]] = {
+        "sample parameters": lambda: module.sample_params(0, order),
+        "crop boxes": lambda: [crop_box(tries, 480, 640, module.preset) for tries in params.crop],
         "checksums": params.checksums,
-        "cut and resize": cut,
+        "crop and resize": crop_and_resize,
         "pixels on this device": lambda: module(crops, params),
     }
-    for name, work in works.items():
-        print(f"  {name:24} {median_ms(work):8.4f}")
+    for name, step in steps.items():
+        print(f"  {name:24} {median_ms(step):8.4f}")
     with tempfile.TemporaryDirectory() as folder:
         results = []
         for capability in ("avx2", "default"):
@@ -93,7 +93,7 @@ def main() -> None:
     (pixels, sums), (other, other_sums) = results
     differ = ((pixels - other).abs() > 1e-3).float().mean()
     equal = "equal" if sums == other_sums else "DIFFER"
-    print(f"AVX2 against no SIMD: parameters {equal}, pixels that differ by more than 0.001: {differ:.2e} of all")
+    print(f"AVX2 and no SIMD: parameters {equal}, fraction of pixels that differ by more than 0.001: {differ:.2e}")
 
 
 if __name__ == "__main__":

@@ -1,24 +1,24 @@
-"""MobileSAM beside kornia and segment-anything in one run: encoder, decoder, and everything in a photo.
+"""Compare MobileSAM with kornia and segment-anything: encoder, decoder, and automatic mask generation.
 
     python benchmarks/segmentation.py                           # all sections, some minutes each
-    python benchmarks/segmentation.py --sections everything     # 1,024 points: 4 minutes of one core
-    python benchmarks/segmentation.py --quick                   # a small network, few points: does it run?
+    python benchmarks/segmentation.py --sections everything     # 1,024 points: 4 minutes on one core
+    python benchmarks/segmentation.py --quick                   # a small network and few points, to test the script
 
-encoder     at 1024, kornia's in eager mode and ours through deploy.optimize
-sizes       our encoder in eager mode on inputs of other sizes
-prompts     the decoder on 1, 16 and 64 points over one image: kornia's, and FoldedMaskDecoder over the same weights
-everything  SamAutomaticMaskGenerator of the package segment-anything, and generate_masks, both around our encoder in
-            eager mode with the same weights and settings
+encoder     at 1024, kornia's in eager mode and ours by deploy.optimize
+sizes       our encoder in eager mode with other input sizes
+prompts     the decoder with 1, 16 and 64 points on one image: kornia's, and FoldedMaskDecoder with the same weights
+everything  segment-anything's SamAutomaticMaskGenerator and our generate_masks, both with our encoder in eager mode,
+            the same weights and the same settings
 
-The encoders run in turn in one process and medians are told. Each row of the other sections has a process of its own,
-whose peak memory is told, whole and over the loaded network, and its seconds beside those that its threads computed:
-on a machine that does other work meanwhile the latter count. The memory allocator is tuned for all (see
-docs/guides/allocator.rst); --allocator both does everything twice, also as it comes. segment-anything needs torchvision
-too; without both its row is left out.
+The encoders are interleaved in one process, and medians are reported. Each row of the other sections runs in a separate
+process. Reported are its peak memory, in total and over the loaded network, its wall-clock time, and its CPU time
+("computed"), which is meaningful also on a machine with other load. The memory allocator is tuned (see
+docs/guides/allocator.rst); --allocator both also measures the default one. segment-anything needs torchvision; without
+both its row is skipped.
 
-Weights are random, but made to draw masks of large pieces. Random networks think well of all their masks or of none, so
-the thresholds are quantiles of what this one says: a sixth of the masks pass both, and none is suppressed. "agree"
-counts the masks of segment-anything that ours holds with an IoU of 0.99 or more, "identical" those of the same pixels.
+Weights are random, initialized to produce large connected masks. The scores of random networks are all high or all low,
+so the thresholds are quantiles: a sixth of the masks pass both, and none is suppressed. "agree" is the number of masks
+of segment-anything for which we have one with an IoU of 0.99 or more, "identical" the number of equal masks.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ DECODERS = ("kornia", "ours", "ours bfloat16")
 GENERATORS = ("segment-anything", "ours", "ours bfloat16")
 PROMPTS = (1, 16, 64)
 SIZES = ((1024, 1024), (768, 768), (512, 1024), (512, 512))
-PASSING_IOU, PASSING_STABILITY = 0.35, 0.5  # shares of the masks that pass a threshold, and both one after the other
-BOX_NMS = 1.0  # random masks are spread all over the photo, and all but one or two would count as its duplicates
+PASSING_IOU, PASSING_STABILITY = 0.35, 0.5  # fractions of the masks that pass the first and then the second threshold
+BOX_NMS = 1.0  # random masks extend over the whole image, so NMS would remove all but one or two
 
 
 @torch.no_grad()
 def build(task: dict) -> MobileSAM:
-    """Build a network with random weights whose masks depend on the image and hold together."""
+    """Build a network with random weights whose masks are connected and depend on the image."""
     torch.manual_seed(0)
     sam = MobileSAM.from_config(task["variant"], img_size=task["size"]).eval()
     for name, parameter in sam.named_parameters():
@@ -69,13 +69,13 @@ def build(task: dict) -> MobileSAM:
         else:
             nn.init.normal_(parameter, mean=float(name.endswith("weight")), std=0.1)
     sam.image_encoder.neck[3].weight.mul_(3)
-    for layer in sam.mask_decoder.output_upscaling[::3]:  # the pixels of a cell agree
+    for layer in sam.mask_decoder.output_upscaling[::3]:  # equal logits within a cell
         layer.weight.copy_(layer.weight[..., :1, :1].expand_as(layer.weight))
     return sam
 
 
 def as_original(sam: MobileSAM) -> nn.Module:
-    """Put the weights into segment-anything's classes, around our encoder."""
+    """Return segment-anything's model with the same weights and our encoder."""
     from segment_anything.modeling import MaskDecoder, PromptEncoder, Sam, TwoWayTransformer
 
     side = sam.img_size[0]
@@ -88,38 +88,38 @@ def as_original(sam: MobileSAM) -> nn.Module:
     return Sam(sam.image_encoder, prompt_encoder, mask_decoder).eval()
 
 
-def timed(work: Callable[[], Any], repetitions: int, warmup: int) -> tuple[Any, dict]:
-    """Return what the work returns, the medians of its seconds, and the peak of memory meanwhile in MB."""
-    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # what torch's first operators load is not the network's
+def timed(step: Callable[[], Any], repetitions: int, warmup: int) -> tuple[Any, dict]:
+    """Return the result of a step, its median wall-clock and CPU seconds, and its peak memory in MB."""
+    torch.nn.Conv2d(3, 8, 3)(torch.rand(1, 3, 16, 16))  # load torch's libraries first, which are not counted
     with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # the peak starts anew
+        file.write("5")  # reset the peak
     before = status("VmRSS")
     clocks: list[tuple[float, float]] = []
     for _ in range(warmup + repetitions):
         start = time.perf_counter(), time.process_time()
-        found = work()
+        result = step()
         clocks.append((time.perf_counter() - start[0], time.process_time() - start[1]))
     peak = status("VmHWM")
     seconds, computed = (statistics.median(each[warmup:]) for each in zip(*clocks, strict=True))
-    return found, {"s": seconds, "cpu_s": computed, "peak_mb": peak, "over_mb": peak - before}
+    return result, {"s": seconds, "cpu_s": computed, "peak_mb": peak, "over_mb": peak - before}
 
 
 @torch.no_grad()
 def measure_sizes(task: dict) -> list[dict]:
-    """Measure the encoder on inputs of several sizes."""
+    """Measure the encoder with several input sizes."""
     rows = []
     for height, width in SIZES:
         shape = [side * task["size"] // SIZES[0][0] for side in (height, width)]
         sam = build(task | {"size": tuple(shape)})
         inputs = torch.rand(1, 3, *shape)
-        told = timed(functools.partial(sam.image_encoder, inputs), task["repetitions"], warmup=1)[1]
-        rows.append({"shape": shape} | told)
+        times = timed(functools.partial(sam.image_encoder, inputs), task["repetitions"], warmup=1)[1]
+        rows.append({"shape": shape} | times)
     return rows
 
 
 @torch.no_grad()
 def measure_prompts(task: dict) -> dict:
-    """Measure a decoder on prompts of one point."""
+    """Measure a decoder with prompts of one point."""
     sam = build(task)
     dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
     kornias = functools.partial(MaskDecoder.forward, sam.mask_decoder)
@@ -132,11 +132,11 @@ def measure_prompts(task: dict) -> dict:
         sparse, dense = sam.prompt_encoder(points=(points, torch.ones(count, 1)), boxes=None, masks=None)
         return features, sam.prompt_encoder.get_dense_pe(), sparse, dense
 
-    asked = arguments(task["count"])
-    _, told = timed(lambda: decoder(*asked, multimask_output=True), task["repetitions"], warmup=1)
+    prompts = arguments(task["count"])
+    _, times = timed(lambda: decoder(*prompts, multimask_output=True), task["repetitions"], warmup=1)
     few = arguments(2)
-    found, expected = (each(*few, multimask_output=True)[0] for each in (decoder, kornias))
-    return told | {"error": ((found - expected).abs().mean() / expected.abs().mean()).item()}
+    logits, expected = (each(*few, multimask_output=True)[0] for each in (decoder, kornias))
+    return times | {"error": ((logits - expected).abs().mean() / expected.abs().mean()).item()}
 
 
 def read_photo(task: dict) -> np.ndarray:
@@ -144,7 +144,7 @@ def read_photo(task: dict) -> np.ndarray:
 
 
 def measure_thresholds(task: dict) -> dict:
-    """Return thresholds that the wanted shares of the masks of a coarse grid pass."""
+    """Return the thresholds that the given fractions of the masks of a coarse grid pass."""
     everything = {"pred_iou_thresh": 0, "stability_score_thresh": 0, "box_nms_thresh": 1.0}
     side = min(task["points_per_side"], 12)
     found = build(task).generate_masks(read_photo(task), points_per_side=side, **everything, output_mode="coco_rle")
@@ -163,20 +163,20 @@ def measure_everything(task: dict) -> dict:
             from segment_anything import SamAutomaticMaskGenerator
 
             generator = SamAutomaticMaskGenerator(as_original(sam), **settings)
-            found, told = timed(lambda: generator.generate(photo), 1, warmup=0)
-            rles = [each["segmentation"] for each in found]
+            masks, times = timed(lambda: generator.generate(photo), 1, warmup=0)
+            rles = [each["segmentation"] for each in masks]
         else:
             dtype = torch.bfloat16 if "bfloat16" in task["who"] else None
-            found, told = timed(lambda: sam.generate_masks(photo, **settings, dtype=dtype), 1, warmup=0)
-            rles = [each.segmentation for each in found]
+            masks, times = timed(lambda: sam.generate_masks(photo, **settings, dtype=dtype), 1, warmup=0)
+            rles = [each.segmentation for each in masks]
     except (ImportError, RuntimeError) as error:  # torchvision raises the latter if it does not fit torch
         return {"absent": str(error).strip().splitlines()[0]}
     Path(task["masks"]).write_text(json.dumps(rles))
-    return told | {"masks": len(rles)}
+    return times | {"masks": len(rles)}
 
 
 def agreement(reference: list[dict], found: list[dict]) -> dict:
-    """Count the masks of the reference that are found, pixel for pixel or nearly."""
+    """Count the masks of the reference with an identical mask, and with a mask of IoU 0.99 or more."""
     texts = {rle["counts"] for rle in found}
     missed = [decode_rle(rle) for rle in reference if rle["counts"] not in texts]
     masks = [decode_rle(rle) for rle in found] if missed else []
@@ -186,7 +186,7 @@ def agreement(reference: list[dict], found: list[dict]) -> dict:
 
 
 def everything(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
-    """Run all generators, each in a process of its own, and compare their masks."""
+    """Run all generators, each in a separate process, and compare their masks."""
     settings = child(task | {"what": "thresholds"}, tuned, args.threads, __file__)
     rows: list[dict] = []
     with tempfile.TemporaryDirectory() as folder:
@@ -206,7 +206,7 @@ def choose(rows: tuple[str, ...], args: argparse.Namespace) -> tuple[str, ...]:
 
 
 def prompts(args: argparse.Namespace, task: dict, tuned: bool) -> list[dict]:
-    """Run all decoders on all numbers of prompts, each in a process of its own."""
+    """Run all decoders with all numbers of prompts, each in a separate process."""
     rows = []
     for count in PROMPTS[:2] if args.quick else PROMPTS:
         for who in choose(DECODERS, args):
@@ -233,7 +233,7 @@ def show_everything(rows: list[dict]) -> None:
     reference = rows[0]
     for row in rows:
         if "absent" in row:
-            print(f"    {row['who']:16}   left out: {row['absent']}")
+            print(f"    {row['who']:16}   skipped: {row['absent']}")
             continue
         same = ""
         if "agree" in row:
@@ -255,14 +255,14 @@ def show_memory(row: dict) -> str:
 
 
 def report(args: argparse.Namespace) -> dict:
-    """Run the sections, print their tables and return what was found."""
+    """Run the sections, print their tables and return the results."""
     print(f"$ python benchmarks/segmentation.py {shlex.join(sys.argv[1:])}".rstrip())
     torch.set_num_threads(args.threads)
     machine = describe_machine()
     print(f"{machine}\n", flush=True)
     variant, size = ("1m", 256) if args.quick else ("5m", 1024)
     task = {"variant": variant, "size": size, "photo": args.photo, "points_per_side": args.points_per_side}
-    # Exporting to the engines takes most of a minute.
+    # The export to the engines takes most of a minute.
     rows = [row for row in ENCODERS if row[1] == "eager" or not args.quick]
     encoder = {"what": "mobile_sam", "variant": "5m", "size": size, "batch": 1, "rows": rows}
     encoder["repetitions"] = 1 if args.quick else 7
@@ -281,7 +281,7 @@ def report(args: argparse.Namespace) -> dict:
         ),
         "prompts": (f"Decoder at {size}", lambda tuned: prompts(args, task, tuned), show_prompts),
         "everything": (
-            f"Everything in a photo, {variant} at {size}, {args.points_per_side}x{args.points_per_side} points",
+            f"Mask generation, {variant} at {size}, {args.points_per_side}x{args.points_per_side} points",
             lambda tuned: everything(args, task, tuned),
             show_everything,
         ),
@@ -290,11 +290,11 @@ def report(args: argparse.Namespace) -> dict:
     for tuned in {"both": (False, True), "tuned": (True,), "plain": (False,)}[args.allocator]:
         for section in args.sections:
             title, run, show = kinds[section]
-            print(f"{title}, allocator {'tuned' if tuned else 'as it comes'}", flush=True)
-            found = run(tuned)
-            show(found)
+            print(f"{title}, allocator {'tuned' if tuned else 'default'}", flush=True)
+            result = run(tuned)
+            show(result)
             print(flush=True)
-            results.append({"section": section, "title": title, "allocator_tuned": tuned, "found": found})
+            results.append({"section": section, "title": title, "allocator_tuned": tuned, "result": result})
     return {"machine": vars(machine), "groups": results}
 
 
@@ -303,10 +303,12 @@ def main() -> None:
     parser.add_argument(
         "--sections", type=lambda text: text.split(","), default=list(SECTIONS), help=f"of {','.join(SECTIONS)}"
     )
-    parser.add_argument("--photo", default=str(ASSETS / "photos" / "rocket.jpg"), help="default: one of the package")
+    parser.add_argument(
+        "--photo", default=str(ASSETS / "photos" / "rocket.jpg"), help="default: a photo of the package"
+    )
     parser.add_argument("--points-per-side", type=int, help="default: 32, or 4 with --quick")
     parser.add_argument("--quick", action="store_true", help="a small network at 256 pixels, few repetitions")
-    parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false", help="leave its rows out")
+    parser.add_argument("--no-bfloat16", dest="bfloat16", action="store_false", help="skip the rows in bfloat16")
     parser.add_argument("--allocator", choices=("both", "tuned", "plain"), default="tuned")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--json", help="file to write all numbers to")
@@ -323,11 +325,11 @@ def main() -> None:
         print(json.dumps(measures[args.child["what"]](args.child)))
         return
     if set(args.sections) - set(SECTIONS):
-        parser.error(f"--sections takes {', '.join(SECTIONS)}")
+        parser.error(f"--sections must be of {', '.join(SECTIONS)}")
     args.points_per_side = args.points_per_side or (4 if args.quick else 32)
-    found = report(args)
+    results = report(args)
     if args.json:
-        Path(args.json).write_text(json.dumps(found, indent=1))
+        Path(args.json).write_text(json.dumps(results, indent=1))
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""Collect the numbers that commands printed into the tables of the page of numbers.
+"""Collect numbers from the recorded outputs of commands into the tables of the page `guides/numbers`.
 
     python docs/collect_numbers.py
 
-Nothing is measured here: each number is looked up in the file that holds what its command printed, and the command is
-the one that stands before it there. Parameters and multiply-accumulates are counted anew.
+No benchmark is run: each number is extracted from a recorded file, with the command that precedes it there. Parameters
+and multiply-accumulates are computed.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ N = r"(\d[\d.,]*\d|\d)"  # a number
 
 @dataclass(frozen=True)
 class Source:
-    """What one command printed.
+    """The recorded output of one command.
 
     Args:
-        file: the recorded file, seen from the root of the repository.
-        rows: for each number what it is, how it is told, with braces for what is found, and the pattern that finds it.
-        start: the pattern of where to begin; the last line with a ``$`` before is the command.
-        command: the command, where the file does not tell.
+        file: the recorded file, relative to the root of the repository.
+        rows: for each number a description, a format string for the matched groups, and a pattern.
+        start: the pattern of the position to start from; the last line with a ``$`` before it is the command.
+        command: the command, if the file does not contain it.
     """
 
     file: str
@@ -44,18 +44,18 @@ class Source:
         """Return the command and a table of its numbers.
 
         Raises:
-            ValueError: if the file does not hold a number any more.
+            ValueError: if a pattern is not found in the file.
         """
         text = (ROOT / self.file).read_text(encoding="utf-8")
         begin = re.search(self.start, text, flags=re.DOTALL)
         if begin is None:
-            raise ValueError(f"{self.file} does not hold {self.start!r}.")
+            raise ValueError(f"{self.file} does not contain {self.start!r}.")
         cells, end = [], 0
-        for what, told, pattern in self.rows:
+        for description, template, pattern in self.rows:
             found = re.search(pattern, text[begin.start() :], flags=re.DOTALL)
             if found is None:
-                raise ValueError(f"{self.file} does not hold what {pattern!r} looks for: {what}.")
-            cells.append([what, told.format(*found.groups())])
+                raise ValueError(f"{self.file} does not contain {pattern!r}: {description}.")
+            cells.append([description, template.format(*found.groups())])
             end = max(end, begin.start() + found.end())
         return "\n".join(
             [
@@ -83,19 +83,19 @@ def _eager() -> Source:
     row = rf".*?batch {{batch:>2}}\s+ours\s+{N}.*?kornia\s+{N}.*?timm\s+{N}"
     rows = [
         (
-            f"``{variant}``, {told}, allocator {allocator}",
+            f"``{variant}``, batch size {batch}, {allocator} allocator",
             "{} ms; kornia {} ms, timm {} ms",
             f"Allocator {allocator}: forward.*?{variant}" + row.format(batch=batch),
         )
-        for allocator in ("tuned", "as it comes")
+        for allocator in ("tuned", "default")
         for variant in ("5m", "11m", "21m")
-        for batch, told in ((1, "one image"), (16, "16 images"))
+        for batch in (1, 16)
     ]
     memory = "peak memory.*?5m" + row.format(batch=16)
-    rows.append(("memory over the network, ``5m``, 16 images", "{} MB; kornia {} MB, timm {} MB", memory))
+    rows.append(("memory without the weights, ``5m``, batch size 16", "{} MB; kornia {} MB, timm {} MB", memory))
     small = rf"Allocator tuned.*?32 px training step\s+fit\s+{N} ms.*?padded\s+{N} ms.*?kornia\s+{N} ms"
-    what = 'a training step of ``5m`` at 32 pixels, ``window_sizes="fit"``, 16 images, allocator tuned'
-    rows.append((what, "{} ms; padded {} ms, kornia {} ms", small))
+    description = 'training step of ``5m`` at 32 pixels, ``window_sizes="fit"``, batch size 16, tuned allocator'
+    rows.append((description, "{} ms; padded {} ms, kornia {} ms", small))
     return Source("benchmarks/eager.txt", tuple(rows))
 
 
@@ -105,12 +105,12 @@ def _deployed() -> Source:
         ("openvino", "bfloat16"), ("openvino", "int8"),
     )  # fmt: skip
     rows = []
-    for batch, told in ((1, "one image"), (16, "16 images")):
+    for batch in (1, 16):
         for engine, dtype in engines:
             line = rf"{engine}\s+{dtype}\s+{N} ms"
             rows.append(
                 (
-                    f"``5m``, {told}, {engine}, {dtype}",
+                    f"``5m``, batch size {batch}, {engine}, {dtype}",
                     "{1} ms; timm {0} ms",
                     rf"batch {batch}, allocator tuned.*?\n    timm       {line}.*?\n    ours       {line}",
                 )
@@ -121,7 +121,7 @@ def _deployed() -> Source:
     return Source("benchmarks/deploy.txt", tuple(rows), start="5m at 224, batch 1, allocator tuned")
 
 
-EVERYTHING = rf"computed\s+{N} s.*?{N} over the network\s+{N} masks"
+GENERATION = rf"computed\s+{N} s.*?{N} over the network\s+{N} masks"
 STUDENT = rf"\s+{N} \({N}\)\s+{N}\s+{N}\n"
 SECTIONS: dict[str, tuple[Source, ...]] = {
     "classification": (
@@ -138,18 +138,18 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
         Source(
             f"{OUTPUTS}/evaluate_more.txt",
             (
-                ("its expected calibration error", "{} %", f"calibration error {N} %"),
-                ("nearest neighbors on its features", "top-1 {} %", f"nearest neighbors[^\n]*top-1 {N} %"),
-                ("a linear classifier on its features", "top-1 {} %", f"linear classifier[^\n]*top-1 {N} %"),
+                ("expected calibration error", "{} %", f"calibration error {N} %"),
+                ("k-NN on its features", "top-1 {} %", f"nearest neighbors[^\n]*top-1 {N} %"),
+                ("linear probe on its features", "top-1 {} %", f"linear classifier[^\n]*top-1 {N} %"),
             ),
         ),
         Source(
             f"{OUTPUTS}/finetune_transformers.txt",
-            (("all weights trained by transformers' ``Trainer``", "accuracy {}", f'"accuracy": {N}'),),
+            (("all weights fine-tuned by transformers' ``Trainer``", "accuracy {}", f'"accuracy": {N}'),),
         ),
         Source(
             f"{OUTPUTS}/finetune_transformers.txt",
-            (("a share of the weights by LoRA", "accuracy {}", f'"accuracy": {N}'),),
+            (("fine-tuned with LoRA", "accuracy {}", f'"accuracy": {N}'),),
             start='{"lora": true',
         ),
     ),
@@ -158,36 +158,36 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             EXAMPLES,
             (
                 (
-                    "students that learn from labels, top-1 (spread)",
-                    "{} % ({}), {} s an epoch, {} MB",
+                    "students trained on labels, top-1 (spread)",
+                    "{} % ({}), {} s per epoch, {} MB",
                     " labels" + STUDENT,
                 ),
-                ("from a teacher beside them", "{} % ({}), {} s an epoch, {} MB", " online" + STUDENT),
-                ("from stored labels", "{} % ({}), {} s an epoch, {} MB", " stored" + STUDENT),
+                ("with the teacher in every step", "{} % ({}), {} s per epoch, {} MB", " online" + STUDENT),
+                ("on stored soft labels", "{} % ({}), {} s per epoch, {} MB", " stored" + STUDENT),
                 ("storing the labels, once", "{} records, {} MB, {} s", f"stored {N} records, {N} MB, {N} s"),
             ),
             start=r"\$ python examples/distill_cifar10.py",
         ),
         Source(
             EXAMPLES,
-            (("their teacher", "top-1 {}", f'"test_top1": {N}'),),
+            (("teacher", "top-1 {}", f'"test_top1": {N}'),),
             start=r"\$ python examples/cifar10_teacher.py cifar10 --out",
         ),
         Source(
             EXAMPLES,
-            (("that teacher, trained on", "top-1 {}", f'"test_top1": {N}'),),
+            (("the same teacher after further training", "top-1 {}", f'"test_top1": {N}'),),
             start=r"\$ python examples/cifar10_teacher.py cifar10 --start",
         ),
         Source(
             EXAMPLES,
-            (("the same once more, at 128 pixels", "top-1 {}", f'"test_top1": {N}'),),
+            (("after further training at 128 pixels", "top-1 {}", f'"test_top1": {N}'),),
             start=r"\$ python examples/cifar10_teacher.py cifar10 --start runs/teacher2",
         ),
         Source(
             EXAMPLES,
             (
                 (
-                    "a student that regresses stored features, on photos held out",
+                    "a student trained on stored features, on held-out images",
                     "error {}, cosine {}",
                     rf"  trained student\s+{N}\s+{N}",
                 ),
@@ -199,16 +199,16 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             (
                 ("size of a record of 100 classes", "{} bytes", rf"size\s+{N} bytes"),
                 ("saving records", "{} records/s", rf"saving\s+{N} records"),
-                ("batches in the order of training", "{} records/s", rf"front to back\s+{N} records"),
-                ("random batches", "{} records/s", rf"random\s+{N} records"),
+                ("reading in the order of the epoch", "{} records/s", rf"sequential\s+{N} records"),
+                ("random reading", "{} records/s", rf"random\s+{N} records"),
             ),
             command="python benchmarks/label_store.py",
         ),
         Source(
             "benchmarks/replay.txt",
             (
-                ("drawing what happens to an image", "{} ms", rf"draw all parameters\s+{N}"),
-                ("doing it to the pixels", "{} ms", rf"pixels on this device\s+{N}"),
+                ("sampling the augmentation parameters of an image", "{} ms", rf"sample parameters\s+{N}"),
+                ("applying them to the pixels", "{} ms", rf"pixels on this device\s+{N}"),
             ),
             command="python benchmarks/replay.py",
         ),
@@ -217,19 +217,19 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
         Source(
             f"{OUTPUTS}/segment_semantic.txt",
             (
-                ("segmenter, on the 32 photos it was trained on", "mean IoU {} %", f'"train"[^\n]*"mean_iou": {N}'),
-                ("on 100 others", "mean IoU {} %", f'"val"[^\n]*"mean_iou": {N}'),
+                ("segmenter, on its 32 training images", "mIoU {} %", f'"train"[^\n]*"mean_iou": {N}'),
+                ("on 100 held-out images", "mIoU {} %", f'"val"[^\n]*"mean_iou": {N}'),
             ),
         ),
         Source(
             f"{OUTPUTS}/segment_promptable.txt",
             (
                 (
-                    "MobileSAM by boxes, on the 32 photos it was trained on",
+                    "MobileSAM with boxes, on its 32 training images",
                     "IoU {} %",
                     f'"after", "split": "train"[^\n]*"box_iou": {N}',
                 ),
-                ("on 100 others", "IoU {} %", f'"split": "others"[^\n]*"box_iou": {N}'),
+                ("on 100 held-out images", "IoU {} %", f'"split": "others"[^\n]*"box_iou": {N}'),
             ),
             start=r"--base-lr 0.192 --pretrained runs/finer",
         ),
@@ -237,39 +237,43 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             f"{OUTPUTS}/detect_objects.txt",
             (
                 (
-                    "detector, on the 16 photos it was trained on",
-                    "mAP {} %; {} % at an overlap of 50 %",
+                    "detector, on its 16 training images",
+                    "mAP {} %, AP50 {} %",
                     f'"train"[^\n]*"map": {N}, "map50": {N}',
                 ),
-                ("on 128 others", "mAP {} %; {} % at an overlap of 50 %", f'"val"[^\n]*"map": {N}, "map50": {N}'),
+                ("on 128 other images", "mAP {} %, AP50 {} %", f'"val"[^\n]*"map": {N}, "map50": {N}'),
             ),
         ),
         Source(
             EXAMPLES,
-            (("U-Net, on the 6 photos it was trained on", "mean IoU {} %", f'"mean_iou": {N}'),),
+            (("U-Net, on its 6 training images", "mIoU {} %", f'"mean_iou": {N}'),),
             start=r"\$ python examples/unet_decoder.py",
         ),
         Source(
             "benchmarks/segmentation.txt",
             (
                 (
-                    "everything in a photo, 32 x 32 points",
+                    "automatic mask generation, 32 x 32 points",
                     "{} s, {} MB over the network, {} masks",
-                    "ours  [^\n]*" + EVERYTHING,
+                    "ours  [^\n]*" + GENERATION,
                 ),
                 (
-                    "by segment-anything",
+                    "segment-anything",
                     "{} s, {} MB over the network, {} masks",
-                    "segment-anything  [^\n]*" + EVERYTHING,
+                    "segment-anything  [^\n]*" + GENERATION,
                 ),
-                ("masks that agree", "{1} of {0}, {2} identical", f"ours  [^\n]*of {N} masks {N} agree, {N} identical"),
+                (
+                    "masks with IoU 0.99 or more",
+                    "{1} of {0}, {2} identical",
+                    f"ours  [^\n]*of {N} masks {N} agree, {N} identical",
+                ),
             ),
             start="32x32 points",
         ),
         Source(
             "benchmarks/segmentation.txt",
             tuple(
-                (f"the encoder at {size}", "{} s", rf"{size}\s+{N} s, computed\s+{N} s".replace(N, r"[\d.]+", 1))
+                (f"encoder at {size}", "{} s", rf"{size}\s+{N} s, computed\s+{N} s".replace(N, r"[\d.]+", 1))
                 for size in ("1024x1024", "768x768", "512x1024", "512x512")
             ),
             start="Encoder, 5m, eager, at other sizes",
@@ -295,13 +299,13 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
             "benchmarks/deploy.txt",
             (
                 (
-                    "from file to label, OpenVINO, float32, one photo at a time",
-                    "{} photos/s",
+                    "from file to label, OpenVINO, float32, batch size 1",
+                    "{} images/s",
                     rf"Pillow, openvino float32, batch 1 \s+{N}",
                 ),
-                ("the same in bfloat16", "{} photos/s", rf"Pillow, openvino bfloat16, batch 1 \s+{N}"),
-                ("timm, eager, one photo at a time", "{} photos/s", rf"timm \+ Pillow, eager, batch 1 \s+{N}"),
-                ("timm, eager, 16 at a time", "{} photos/s", rf"timm \+ Pillow, eager, batch 16, 0 workers\s+{N}"),
+                ("the same in bfloat16", "{} images/s", rf"Pillow, openvino bfloat16, batch 1 \s+{N}"),
+                ("timm, eager, batch size 1", "{} images/s", rf"timm \+ Pillow, eager, batch 1 \s+{N}"),
+                ("timm, eager, batch size 16", "{} images/s", rf"timm \+ Pillow, eager, batch 16, 0 workers\s+{N}"),
             ),
             start="label, 1000 photos, 5m at 224, allocator tuned",
         ),
@@ -310,7 +314,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
 
 
 def sizes() -> str:
-    """Count the weights and multiply-accumulates of the published classifiers and the one in the package."""
+    """Return parameters and multiply-accumulates of the published classifiers and the one in the package."""
     rows = []
     for weights in list_pretrained():
         if weights.name in ("cifar10", "in1k", "in1k_384", "in1k_512"):
@@ -321,13 +325,13 @@ def sizes() -> str:
 
 
 def tables() -> dict[str, str]:
-    """Return the tables by the names of their files."""
+    """Return the tables by file name."""
     found = {f"numbers_{name}.txt": "\n".join(each.to_rst() for each in sources) for name, sources in SECTIONS.items()}
     return found | {"numbers_sizes.csv": sizes()}
 
 
 def write() -> None:
-    """Write the tables to where the page reads them."""
+    """Write the tables to `docs/guides/outputs`."""
     for name, text in tables().items():
         (TABLES / name).write_text(text, encoding="utf-8")
 

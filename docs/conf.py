@@ -28,16 +28,16 @@ exclude_patterns = ["_build"]
 autodoc_member_order = "bysource"
 autodoc_typehints = "description"
 autodoc_typehints_format = "short"
-autodoc_typehints_description_target = "documented_params"  # and every return type
+autodoc_typehints_description_target = "documented_params"  # in addition to return types
 autodoc_preserve_defaults = True
 napoleon_google_docstring = True
 napoleon_numpy_docstring = False
 napoleon_use_ivar = True
 
-suppress_warnings = ["design.card_legacy"]  # the directives that replace the separators are newer than 0.6
+suppress_warnings = ["design.card_legacy"]  # the directives that replace the separators need a version after 0.6
 
 html_theme = "furo"
-pygments_dark_style = "github-dark"  # the default one underlines modules, as if they were links
+pygments_dark_style = "github-dark"  # the default style underlines modules like links
 html_math_renderer = "plain"
 html_title = f"kornia-tinyvit {release}"
 html_static_path = ["_static"]
@@ -51,7 +51,7 @@ def setup(app):
     app.connect("doctree-read", drop_tildes)
 
 
-# Napoleon, which runs in between, would take the start of ``A sentence: and so on`` for an attribute's type.
+# Napoleon, which runs in between, parses the start of ``A sentence: more text`` as an attribute's type.
 attributes = {}
 
 
@@ -66,7 +66,7 @@ def restore_attribute(app, what, name, obj, options, lines):
 
 
 def drop_tildes(app, doctree):
-    """Shorten what autodoc leaves as text when a type mixes ``Literal`` with a class."""
+    """Remove the prefix that autodoc leaves in types that combine ``Literal`` with a class."""
     for text in list(doctree.findall(nodes.Text)):
         if "~collections.abc." in text:
             text.parent.replace(text, nodes.Text(text.replace("~collections.abc.", "")))

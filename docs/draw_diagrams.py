@@ -2,8 +2,8 @@
 
     python docs/draw_diagrams.py
 
-The shapes are computed from the networks' configurations. The tests draw the diagrams again and compare. The background is
-white, for legibility in the dark theme.
+The shapes are computed from the networks' configurations. The tests draw the diagrams again and compare. The background
+is white, for legibility in the dark theme.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ INK, QUIET, EDGE = "#16202c", "#4a5868", "#9aa7b4"
 DATA, CONVOLUTION, ATTENTION, HEAD = "#eef1f4", "#d5ecdf", "#d6e4fb", "#fbe6cc"
 TIMES = "\N{MULTIPLICATION SIGN}"
 
-#: The layers of the package from the top, each with its modules and their purpose. A module imports modules of the layers
-#: below, and of its own layer those to its left.
+#: The layers of the package from the top, each with its modules and their purpose. A module imports modules of the
+#: layers below, and of its own layer those to its left.
 LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("cli",), "one module per command"),
     (("web",), "the web demo"),

@@ -1,4 +1,4 @@
-"""Show the small formulas of the docstrings as HTML, so that the pages need no script from another site."""
+"""Render the formulas of the docstrings as HTML, without MathJax from another host."""
 
 from __future__ import annotations
 
@@ -18,31 +18,31 @@ SYMBOLS = {
     r"\cdot": "·",
     r"\Delta": "Δ",
     r"\sum": "∑",
-    r"\log": "\N{SQUARE LOG} ",  # a letter of its own until the others are slanted
+    r"\log": "\N{SQUARE LOG} ",  # one character until the variables are in italics
 }
 
 UNDERSCORE = "\N{FULLWIDTH LOW LINE}"
 
 
 def to_html(formula: str) -> str:
-    """Turn letters, numbers, the symbols above, indices and exponents into HTML.
+    """Convert letters, numbers, the symbols above, indices and exponents to HTML.
 
-    An exponent may hold indices; apart from that, neither holds the other.
+    An exponent may contain indices; other nesting is not supported.
 
     Raises:
-        ValueError: if the formula needs more than that.
+        ValueError: if the formula contains anything else.
     """
     for name, symbol in SYMBOLS.items():
         formula = re.sub(re.escape(name) + r"(?![A-Za-z])", symbol, formula)
     formula = formula.replace("⌈ ", "⌈").replace(" ⌉", "⌉").replace("Δ ", "Δ")
     text = html.escape(formula)
-    text = re.sub(r"(?<=[A-Za-z]{2})_(?=[A-Za-z]{2})", UNDERSCORE, text)  # of a name such as num_classes
+    text = re.sub(r"(?<=[A-Za-z]{2})_(?=[A-Za-z]{2})", UNDERSCORE, text)  # in names such as num_classes
     text = re.sub(r"(?<![A-Za-z&])([A-Za-z]+)(?![A-Za-z;])", r"<i>\1</i>", text)
     text = re.sub(r"_(?:\{([^{}]*)\}|(<i>.*?</i>|\w))", lambda match: f"<sub>{match[1] or match[2]}</sub>", text)
     text = re.sub(r"\^(?:\{([^{}]*)\}|(<i>.*?</i>|\w))", lambda match: f"<sup>{match[1] or match[2]}</sup>", text)
     text = text.replace("\N{SQUARE LOG}", "log").replace(UNDERSCORE, "_")
     if set(text) & set("\\{}^"):
-        raise ValueError(f"docs/plain_math.py cannot show the formula {formula!r}.")
+        raise ValueError(f"docs/plain_math.py does not support the formula {formula!r}.")
     return text
 
 

@@ -1,12 +1,11 @@
-"""Run the commands that the pages show and write what they print to `docs/guides/outputs`.
+"""Run the commands shown on the pages and write their outputs to `docs/guides/outputs`.
 
     python docs/record_outputs.py [--cifar10 FOLDER] [NAME ...]
 
-FOLDER holds `test.parquet` and `train.parquet` with CIFAR-10's images in the Hugging Face layout; without it, the
-accuracies that are shown stay as they were. The sheet of the cat becomes the image of the model's page, in 256
-colors. The table of the recipes is written from the code, those of the numbers from what was recorded
-(`collect_numbers.py`). With names, only those outputs are written; each of `distill_check` and `distill_train` needs
-`distill_save` before it.
+FOLDER contains `test.parquet` and `train.parquet` of CIFAR-10 in the Hugging Face layout; without it, the recorded
+accuracies are kept. The demo's sheet for the cat is written as the image of the TinyViT page, in 256 colors. The table
+of the recipes is generated from the code, the tables of numbers from the recorded outputs (`collect_numbers.py`). With
+names, only those outputs are written; `distill_check` and `distill_train` need `distill_save` before them.
 """
 
 from __future__ import annotations
@@ -99,7 +98,7 @@ def _row(recipe: Recipe) -> list[object]:
 
 
 def write_pieces(root: Path) -> None:
-    """Make a data set of sixteen pieces of two photos."""
+    """Write a data set of sixteen crops of two photos."""
     for name, file in (("cat", "chelsea.png"), ("horse", "horse.png")):
         (root / name).mkdir(parents=True)
         with Image.open(ASSETS / "photos" / file) as photo:
@@ -109,18 +108,18 @@ def write_pieces(root: Path) -> None:
 
 
 def write_mobile_sam(path: Path) -> None:
-    """Write a MobileSAM with random weights, since the published ones are not part of the package."""
+    """Write a MobileSAM with random weights; the published ones are not part of the package."""
     torch.manual_seed(0)
     save_checkpoint(MobileSAM.from_config("1m", img_size=256), path)
 
 
 def write_small(sheet: Image.Image, path: Path) -> None:
-    """Write an image in 256 colors, a third of the bytes."""
+    """Write an image in 256 colors, a third of the size."""
     sheet.convert("RGB").quantize(256, dither=Image.Dither.FLOYDSTEINBERG).save(path, optimize=True)
 
 
 def prepare(folder: Path, cifar10: Path | None = None) -> None:
-    """Put what the commands name into a folder."""
+    """Write the input files of the commands to a folder."""
     for photo in (ASSETS / "photos").iterdir():
         shutil.copy(photo, folder)
     write_pieces(folder / "photos")
@@ -131,13 +130,13 @@ def prepare(folder: Path, cifar10: Path | None = None) -> None:
 
 
 def record(command: str, folder: Path) -> str:
-    """Run a command in a folder; return it, behind a prompt, and what it prints.
+    """Run a command in a folder and return it with its output.
 
     Raises:
-        subprocess.CalledProcessError: if it fails, unless its failure is what is shown.
+        subprocess.CalledProcessError: if it fails, except for the command that shows an error.
     """
     environment = os.environ | {"COLUMNS": "100", "PYTHONPATH": str(DOCS.parent), "NO_COLOR": "1"}
-    environment["PYTHONWARNINGS"] = "ignore::UserWarning:torch.utils.data.dataloader"  # of machines with one core
+    environment["PYTHONWARNINGS"] = "ignore::UserWarning:torch.utils.data.dataloader"  # on machines with one core
     done = subprocess.run(  # noqa: S603 - the commands above
         [sys.executable, "-m", "kornia_tinyvit", *command.replace("\\\n", " ").split()[1:]],
         cwd=folder,
@@ -154,7 +153,7 @@ def record(command: str, folder: Path) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cifar10", type=Path)
-    parser.add_argument("names", nargs="*", help="outputs to write; all without names")
+    parser.add_argument("names", nargs="*", help="outputs to write (default: all)")
     args = parser.parse_args()
     commands = COMMANDS | (ON_CIFAR10 if args.cifar10 else {})
     if args.names:

@@ -1,8 +1,8 @@
-"""Photograph the page of `kornia-tinyvit demo --web` for the documentation, into `docs/_static/web.png`.
+"""Take the screenshot of `kornia-tinyvit demo --web` for the documentation, `docs/_static/web.png`.
 
     python docs/record_web.py
 
-It needs the extra `demo`, playwright, and a Chromium of the system; no network connection.
+It needs the extra `demo`, playwright, and an installed Chromium; no network connection.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ VIEWPORT = {"width": 1360, "height": 840}
 COMMAND = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0"]
 
 
-def photograph(page: Page) -> bytes:
-    """Turn the cat and take its color away, and wait until the page shows it."""
+def take_screenshot(page: Page) -> bytes:
+    """Rotate and desaturate the cat, and wait until the page shows the result."""
     page.locator("#labels").filter(has_text="cat").wait_for()
     page.get_by_role("tab", name="Augment").click()
-    shown = "#scores tbody"
-    page.locator(shown).wait_for()
+    scores = "#scores tbody"
+    page.locator(scores).wait_for()
     for slider, value in (("saturation", "0.2"), ("rotation", "24")):
-        before = page.locator(shown).inner_text()
+        before = page.locator(scores).inner_text()
         page.get_by_role("slider", name=re.compile(slider)).fill(value)
-        page.wait_for_function(f"old => document.querySelector('{shown}').innerText !== old", arg=before)
+        page.wait_for_function(f"old => document.querySelector('{scores}').innerText !== old", arg=before)
     page.mouse.move(0, 0)
-    page.wait_for_timeout(1000)  # until the images are drawn
+    page.wait_for_timeout(1000)  # until the images are loaded
     return page.screenshot()
 
 
@@ -45,11 +45,11 @@ def main() -> None:
             browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
             page = browser.new_page(viewport=VIEWPORT)
             page.goto(address)
-            taken = photograph(page)
+            screenshot = take_screenshot(page)
             browser.close()
         process.terminate()
-    # 256 colors are a quarter of the file.
-    Image.open(io.BytesIO(taken)).convert("RGB").quantize(256).save(IMAGE, optimize=True)
+    # 256 colors take a quarter of the bytes.
+    Image.open(io.BytesIO(screenshot)).convert("RGB").quantize(256).save(IMAGE, optimize=True)
 
 
 if __name__ == "__main__":

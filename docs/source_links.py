@@ -1,8 +1,8 @@
-"""Let the links of the source pages lead somewhere.
+"""Fix the links of the source pages.
 
-sphinx.ext.viewcode takes everything of a module to be documented under one package; here, of one and the same module,
-``kornia_tinyvit.TinyViTConfig`` and ``kornia_tinyvit.config.resolve_window_sizes`` are. Its index lists ``builtins``,
-too, which has no page.
+sphinx.ext.viewcode assumes that all objects of a module are documented under one package. Here objects of one module
+are documented under several, such as ``kornia_tinyvit.TinyViTConfig`` and
+``kornia_tinyvit.config.resolve_window_sizes``. Its index also lists ``builtins``, which has no page.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ INDEX = "_modules/index"
 BACK = re.compile(r'(<div class="viewcode-block" id="([^"]*)">\n)<a class="viewcode-back" href="[^"]*">(.*?)</a>')
 
 
-def mend(app, pagename, templatename, context, doctree) -> None:
+def fix_links(app, pagename, templatename, context, doctree) -> None:
     if pagename == INDEX:
         context["body"] = re.sub(r'<li><a href="builtins.html">builtins</a></li>\n', "", context["body"])
     elif pagename.startswith("_modules/"):
@@ -33,5 +33,5 @@ def mend(app, pagename, templatename, context, doctree) -> None:
 
 
 def setup(app):
-    app.connect("html-page-context", mend)
+    app.connect("html-page-context", fix_links)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
