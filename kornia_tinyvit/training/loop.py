@@ -265,7 +265,7 @@ class _Trainer:
             state, progress = newest
             self.accelerator.load_state(str(state))
             if self.average:
-                own, first = (state / _average_name(rank) for rank in (self.accelerator.process_index, 0))
+                own, first = (state / f"average-{rank}.pt" for rank in (self.accelerator.process_index, 0))
                 self.average.load_state_dict(torch.load(own if own.exists() else first, map_location="cpu"))
             self.done = progress["step"] * self.accumulate
             self.best, self.seconds, self.broken = progress["best"], progress["seconds"], set(progress["broken"])
@@ -372,7 +372,7 @@ class _Trainer:
         with folder.writing_state():
             accelerator.save_state(str(folder.pending))
             if self.average:  # each rank saves its shard
-                torch.save(self.average.state_dict(), folder.pending / _average_name(accelerator.process_index))
+                torch.save(self.average.state_dict(), folder.pending / f"average-{accelerator.process_index}.pt")
         self._gather_broken()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
@@ -385,7 +385,3 @@ class _Trainer:
         from accelerate.utils import gather_object
 
         self.broken = set(gather_object(sorted(self.broken)))
-
-
-def _average_name(rank: int) -> str:
-    return f"average-{rank}.pt"

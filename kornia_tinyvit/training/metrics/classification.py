@@ -96,15 +96,13 @@ class ClassificationMetrics(Counts):
                 f"Expected logits (B, {self.num_classes}) and labels (B,); got {tuple(logits.shape)} and "
                 f"{tuple(labels.shape)}."
             )
-        if not len(labels):
-            return
-        if int(labels.max()) >= self.num_classes or int(labels.min()) < 0:
-            worst = int(labels.max()) if int(labels.min()) >= 0 else int(labels.min())
-            raise ValueError(f"The data has a class {worst}, but the network has {self.num_classes} classes.")
+        labels = labels.cpu().long()
+        unknown = labels[(labels < 0) | (labels >= self.num_classes)]
+        if len(unknown):
+            raise ValueError(f"The data has a class {unknown[0]}, but the network has {self.num_classes} classes.")
         # kornia.metrics.accuracy returns percentages of a batch, which do not add up.
         best = logits.topk(self.top_k).indices.cpu()
         confidence = logits.float().softmax(1).amax(1).cpu().double()
-        labels = labels.cpu().long()
         correct = best[:, 0] == labels
         hits, images, class_hits, bins, confusion = self.parts
         hits += (best == labels.unsqueeze(1)).any(1).sum()

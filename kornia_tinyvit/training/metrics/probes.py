@@ -83,11 +83,7 @@ def k_nearest_neighbors(
 
 
 def linear_probe(
-    train_features: Tensor,
-    train_labels: Tensor,
-    num_classes: int,
-    penalty: float = 1e-4,
-    max_iterations: int = 300,
+    train_features: Tensor, train_labels: Tensor, num_classes: int, penalty: float = 1e-4, max_iterations: int = 300
 ) -> nn.Linear:
     """Train a linear classifier on frozen features: logistic regression by L-BFGS, as CLIP's probes (arXiv:2103.00020).
 

@@ -83,7 +83,8 @@ class Evaluator(ABC):
         skip_broken: skip corrupt images instead of raising an error.
 
     Attributes:
-        counts: the metrics, updated by :meth:`evaluate_batch`.
+        counts: the metrics.
+        items: the samples to evaluate.
     """
 
     def __init__(
@@ -99,15 +100,6 @@ class Evaluator(ABC):
         self.items = ReadableItems(images, read, skip_broken)
         self.counts: Any = counts
         self.device, self.batch_size = device, batch_size
-
-    def evaluate_batch(self, network: nn.Module, batch: list[tuple[int, Any]]) -> list[str]:
-        """Update the metrics with a batch of :class:`ReadableItems`, which may be empty.
-
-        Returns:
-            Names of the corrupt images.
-        """
-        self.update(network, [(index, sample) for index, sample in batch if sample is not None])
-        return [self.items.images.name(index) for index, sample in batch if sample is None]
 
     @abstractmethod
     def update(self, network: nn.Module, samples: list[tuple[int, Any]]) -> None:
@@ -216,9 +208,12 @@ def evaluate_network(
         Names of the corrupt images.
     """
     loader = read_batches(evaluator.items, evaluator.batch_size, workers, **shard)
+    broken: list[str] = []
     with evaluating(network):
-        batches = track_progress(loader, "evaluating", progress)
-        return [name for batch in batches for name in evaluator.evaluate_batch(network, batch)]
+        for batch in track_progress(loader, "evaluating", progress):
+            evaluator.update(network, [(index, sample) for index, sample in batch if sample is not None])
+            broken += [evaluator.items.images.name(index) for index, sample in batch if sample is None]
+    return broken
 
 
 def read_batches(

@@ -140,23 +140,19 @@ class DetectorTraining(nn.Module):
 
         Returns:
             Without targets logits :math:`(B, Q, K)` and boxes :math:`(B, Q, 4)`, see :class:`TinyViTDetector`; with
-            targets the outputs of all layers, for :class:`DetectionLoss`.
+            targets the outputs for :class:`DetectionLoss`: logits and boxes of all decoder layers, those of the
+            encoder's proposals, and the layout of the denoising queries.
         """
         images, targets = (inputs, None) if isinstance(inputs, Tensor) else inputs
         outputs = self.rt_detr.model(normalize(images, self.mean, self.std), labels=targets)
         logits, boxes = outputs.intermediate_logits, outputs.intermediate_reference_points
         if targets is None:
             return logits[:, -1], boxes[:, -1]
-        if self.training and outputs.denoising_meta_values is None and hasattr(self.rt_detr.model, _DENOISING):
+        denoising = getattr(self.rt_detr.model, "denoising_class_embed", None)
+        if self.training and outputs.denoising_meta_values is None and denoising is not None:
             # Without objects there are no denoising queries, but every rank needs gradients of their embedding.
-            logits = logits + 0 * getattr(self.rt_detr.model, _DENOISING).weight.sum()
-        return {
-            "logits": logits,
-            "boxes": boxes,
-            "first_logits": outputs.enc_topk_logits,
-            "first_boxes": outputs.enc_topk_bboxes,
-            "denoising": outputs.denoising_meta_values,
-        }
+            logits = logits + 0 * denoising.weight.sum()
+        return logits, boxes, outputs.enc_topk_logits, outputs.enc_topk_bboxes, outputs.denoising_meta_values
 
     def parameter_groups(self, lr: float, weight_decay: float = 1e-4, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Group the parameters for a torch optimizer: :meth:`TinyViT.parameter_groups`, and all others at ``lr``.
@@ -173,9 +169,6 @@ class DetectorTraining(nn.Module):
 
         rest = [part for name, part in self.rt_detr.model.named_children() if name != "backbone"]
         return parameter_groups(network_of(self.rt_detr), rest, lr, weight_decay, layer_decay)
-
-
-_DENOISING = "denoising_class_embed"
 
 
 class DetectionLoss:
@@ -196,15 +189,14 @@ class DetectionLoss:
         names = ("weight_loss_vfl", "weight_loss_bbox", "weight_loss_giou", "num_denoising")
         return {"kind": "boxes", **{name: getattr(self.config, name) for name in names}}
 
-    def __call__(self, outputs: dict[str, Any], images: Any, batch: PairedBatch) -> Tensor:
+    def __call__(self, outputs: tuple[Any, ...], images: Any, batch: PairedBatch) -> Tensor:
         """Return the mean loss of the batch for each of its images, :math:`(B,)`."""
         from transformers.loss.loss_rt_detr import RTDetrForObjectDetectionLoss
 
-        logits, boxes = outputs["logits"].float(), outputs["boxes"].float()
+        logits, boxes, first_logits, first_boxes = (each.float() for each in outputs[:4])
         loss, *_ = RTDetrForObjectDetectionLoss(
             logits[:, -1], images[1], logits.device, boxes[:, -1], self.config, logits, boxes,
-            enc_topk_logits=outputs["first_logits"].float(), enc_topk_bboxes=outputs["first_boxes"].float(),
-            denoising_meta_values=outputs["denoising"],
+            enc_topk_logits=first_logits, enc_topk_bboxes=first_boxes, denoising_meta_values=outputs[4],
         )  # fmt: skip
         return loss.expand(len(batch.valid))
 

@@ -119,12 +119,9 @@ class PromptedSAM(nn.Module):
     def _decode(self, features: Tensor, prompts: Prompts, rows: Tensor) -> tuple[Tensor, Tensor]:
         """Decode prompts of one kind: boxes, or points of the same number."""
         count = int(prompts.counts[rows[0]])
-        points, boxes = None, None
-        if count:
-            coordinates = prompts.points[rows, :count]
-            points = (coordinates, torch.ones_like(coordinates[..., 0], dtype=torch.int64))
-        else:
-            boxes = prompts.boxes[rows]
+        coordinates = prompts.points[rows, :count]
+        points = (coordinates, torch.ones_like(coordinates[..., 0], dtype=torch.int64)) if count else None
+        boxes = None if count else prompts.boxes[rows]
         sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)
         photo, position = prompts.photo[rows], self.sam.prompt_encoder.get_dense_pe()
         if torch.is_grad_enabled():

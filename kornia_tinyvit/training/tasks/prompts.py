@@ -147,9 +147,7 @@ class PromptAugmentation(MaskAugmentation):
         side = round(self.img_size / self.preset.crop_scale[0] ** 0.5)
         geometry = Geometry.fit((image.shape[1], image.shape[2]), (side, side))
         height, width = geometry.input_size
-        resized = F.interpolate(
-            masks[None].float(), (height, width), mode="bilinear", antialias=True, align_corners=False
-        )
+        resized = F.interpolate(masks[None].float(), geometry.input_size, mode="bilinear", antialias=True)
         square = torch.tensor(_PADDING, dtype=torch.uint8)[:, None, None].repeat(1, side, side)
         square[:, :height, :width] = resize_image(image, geometry.input_size)
         return square, F.pad(resized[0] >= 0.5, (0, side - width, 0, side - height))

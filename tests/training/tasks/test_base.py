@@ -58,8 +58,8 @@ class TestEvaluateNetwork:
         assert recorder.seen == [([0, 1], False), ([3], False)]
         assert network.training
 
-    def test_all_broken(self, images):
+    def test_a_batch_of_corrupt_images(self, images):
         recorder = Recorder(images, Counts(), device=torch.device("cpu"), skip_broken=True)
         recorder.seen = []
-        assert recorder.evaluate_batch(torch.nn.Identity(), [(2, None)]) == ["cat/2.png"]
-        assert recorder.seen[0][0] == []
+        assert evaluate_network(torch.nn.Identity(), recorder, rank=2, world_size=4) == ["cat/2.png"]
+        assert recorder.seen == [([], False)]

@@ -291,7 +291,7 @@ class TestEvaluator:
     def test_processes_without_images(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
         evaluator = DetectionEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
-        assert evaluator.evaluate_batch(detector, []) == []
+        evaluator.update(detector, [])
         assert not evaluator.counts.state().any()
 
     def test_batches_of_mixed_sizes(self, folder):
