@@ -190,7 +190,7 @@ class TinyViT(nn.Module):
         final = base.replace(**overrides, window_sizes=windows)
         model = cls(**{name: getattr(final, name) for name in final.__dataclass_fields__})
         if found is not None:
-            report = load_checkpoint(model, found, window_adaptation="cut" if window_sizes == "fit" else "interpolate")
+            report = load_checkpoint(model, found, window_adaptation="crop" if window_sizes == "fit" else "interpolate")
             model.train(not report.complete)
             model.preprocessing = found.preprocessing_for(final)
             if "img_size" in overrides:

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -61,11 +62,19 @@ def liven(model: nn.Module, seed: int = 0) -> nn.Module:
     return model.eval()
 
 
+@cache
+def tiny_weights() -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return liven(TinyViT(**TINY)).state_dict()
+
+
 @pytest.fixture
 def tiny() -> TinyViT:
     """A network of 30 thousand weights in evaluation mode."""
     torch.manual_seed(0)
-    return liven(TinyViT(**TINY))
+    model = TinyViT(**TINY)
+    model.load_state_dict(tiny_weights())
+    return model.eval()
 
 
 @pytest.fixture

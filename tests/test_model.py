@@ -140,9 +140,9 @@ class TestExceptions:
             TinyViT.from_config()
         with pytest.raises(ValueError, match="no field widht"):
             TinyViT.from_config("5m", widht=3)
-        with pytest.raises(CheckpointError, match=r"no weights and no file 'in2k'; there are in1k \(5m\)"):
+        with pytest.raises(CheckpointError, match=r"no weights and no file 'in2k'; expected one of in1k \(5m\)"):
             TinyViT.from_config("5m", pretrained="in2k")
-        with pytest.raises(CheckpointError, match="pretrained=True needs a variant"):
+        with pytest.raises(CheckpointError, match="pretrained=True requires a variant"):
             TinyViT.from_config(TinyViTConfig(), pretrained=True)
 
     def test_layer_decay(self, tiny):

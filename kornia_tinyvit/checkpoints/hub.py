@@ -1,4 +1,4 @@
-"""Folders of the Hugging Face hub, as transformers' classes here and as timm write them: read, and written for timm."""
+"""Folders of the Hugging Face hub: read those of timm and transformers, and write those of timm."""
 
 from __future__ import annotations
 
@@ -7,13 +7,14 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from torch import nn
 
+from kornia_tinyvit.checkpoints.catalog import CATALOG
 from kornia_tinyvit.checkpoints.layouts import to_timm
-from kornia_tinyvit.checkpoints.tensors import write_tensors
-from kornia_tinyvit.config import VARIANTS, TinyViTConfig, check_class_names, resolve_window_sizes
+from kornia_tinyvit.checkpoints.tensors import CheckpointError, write_tensors
+from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.preprocessing import Preprocessing
 
@@ -23,75 +24,77 @@ __all__ = [
     "TRANSFORMERS_NAMES",
     "WEIGHTS_FILE",
     "HubMetadata",
+    "check_network",
     "read_hub_folder",
     "timm_config",
     "write_timm_folder",
 ]
 
-#: File of a hub folder that says what the network is.
+#: File of a hub folder with the configuration of the network.
 CONFIG_FILE = "config.json"
-#: File of a hub folder of transformers that says how images are prepared.
+#: File of a hub folder of transformers with the preprocessing.
 _PROCESSOR_FILE = "preprocessor_config.json"
-#: Pillow's numbers of the interpolations, by which transformers names them.
+#: Pillow's interpolation numbers, which transformers uses.
 PIL_RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}
-#: File of a hub folder with the network's weights.
+#: File of a hub folder with the weights.
 WEIGHTS_FILE = "model.safetensors"
 
-_ELSEWHERE = ("num_classes", "use_checkpoint", "mobile_sam")  # told by labels, by a switch of models, and by the class
-#: What the fields of a network's configuration are called in transformers.
+# Given in transformers by the labels, by gradient_checkpointing_enable() and by the class of the model.
+_ELSEWHERE = ("num_classes", "use_checkpoint", "mobile_sam")
+#: Names in transformers of the fields of :class:`~kornia_tinyvit.TinyViTConfig`.
 TRANSFORMERS_NAMES = {each.name: each.name for each in dataclasses.fields(TinyViTConfig) if each.name not in _ELSEWHERE}
 TRANSFORMERS_NAMES |= {"img_size": "image_size", "in_chans": "num_channels"}
-# The size of the image is part of timm's preprocessing.
+# Fields without effect on the tensors; the image size is part of timm's preprocessing.
 _NO_TENSORS = ("img_size", "drop_rate", "drop_path_rate", "activation")
-#: The arguments of timm's TinyVit that decide its tensors.
+#: Arguments of timm's TinyVit that determine its tensors.
 _TIMM_ARGUMENTS = tuple(name for name in TRANSFORMERS_NAMES if name not in _NO_TENSORS)
-_TIMM_NAMES = (("5m", 224), ("11m", 224), ("21m", 224), ("21m", 384), ("21m", 512))
 
 
 @dataclass(frozen=True)
 class HubMetadata:
-    """What a folder or a file states about its network beside the tensors.
+    """Metadata of a folder or file beside its tensors.
 
     Args:
-        config: the whole configuration; ``None`` where some of it is left to the shapes of the tensors.
-        img_size: side in pixels of the images it was trained on last, where stated.
-        class_names: the names of the classes, where stated.
-        preprocessing: the stated fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
+        config: configuration of the network; ``None`` if it has to be derived from the shapes of the tensors.
+        class_names: class names, if stored.
+        preprocessing: stored fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
     """
 
     config: TinyViTConfig | None = None
-    img_size: int | None = None
     class_names: tuple[str, ...] | None = None
     preprocessing: Mapping[str, Any] = field(default_factory=dict)
 
 
 def read_hub_folder(folder: Path) -> HubMetadata:
-    """Read the ``config.json`` of a folder, and the ``preprocessor_config.json`` beside it that transformers writes.
+    """Read the ``config.json`` of timm or transformers, and the ``preprocessor_config.json`` of transformers.
 
     Args:
         folder: the folder.
 
     Raises:
-        ValueError: if there is no ``config.json``, or it is that of another network, or the preprocessing is not one
-            that :class:`~kornia_tinyvit.preprocessing.Preprocessing` can describe.
+        CheckpointError: if ``config.json`` is missing, damaged or of another network, or the preprocessing cannot be
+            expressed as a :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
     """
     path = folder / CONFIG_FILE
     if not path.is_file():
-        raise ValueError(f"{folder} has no {CONFIG_FILE}, so it is no folder of the Hugging Face hub.")
-    values = _read(path)
-    if values.get("model_type") == "tinyvit":
-        processor = folder / _PROCESSOR_FILE
-        return _transformers_metadata(values, _read(processor) if processor.is_file() else {})
-    if "architecture" in values:
-        return _timm_metadata(values)
-    kind = values.get("model_type", "nothing that it names")
-    raise ValueError(f"{path} is the configuration of {kind}, not of a TinyViT of transformers or timm.")
+        raise CheckpointError(f"{folder} has no {CONFIG_FILE}; expected a folder of the Hugging Face hub.")
+    try:
+        values = _read(path)
+        if values.get("model_type") == "tinyvit":
+            processor = folder / _PROCESSOR_FILE
+            return _transformers_metadata(values, _read(processor) if processor.is_file() else {})
+        if "architecture" in values:
+            return _timm_metadata(values)
+    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ZeroDivisionError) as error:
+        raise CheckpointError(f"{path} cannot be used: {error}") from error
+    kind = values.get("model_type", "an unnamed model")
+    raise CheckpointError(f"{path} is the configuration of {kind}; expected a TinyViT of transformers or timm.")
 
 
 def _read(path: Path) -> dict[str, Any]:
     values = json.loads(path.read_text(encoding="utf-8"))
     if not isinstance(values, dict):
-        raise ValueError(f"{path} holds {type(values).__name__} instead of an object.")
+        raise ValueError(f"expected a JSON object in {path.name}; got {type(values).__name__}.")
     return values
 
 
@@ -99,16 +102,15 @@ def _transformers_metadata(values: Mapping[str, Any], processor: Mapping[str, An
     fields = {ours: values[theirs] for ours, theirs in TRANSFORMERS_NAMES.items() if theirs in values}
     labels = values.get("id2label")
     classifier = "TinyVitForImageClassification" in (values.get("architectures") or ())
-    # transformers leaves the labels out when they are its own two.
+    # transformers omits its two default labels.
     names = tuple(labels[key] for key in sorted(labels, key=int)) if labels else ("LABEL_0", "LABEL_1")
     config = TinyViTConfig.from_dict(fields | {"num_classes": len(names) if classifier else 0})
-    invented = names == tuple(f"LABEL_{index}" for index in range(len(names)))
-    known = None if invented or not classifier else names
-    return HubMetadata(config, config.img_size, known, _processor_settings(processor))
+    unnamed = names == tuple(f"LABEL_{index}" for index in range(len(names)))
+    return HubMetadata(config, names if classifier and not unnamed else None, _processor_settings(processor))
 
 
 def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields that an image processor of transformers states: this package's, ViT's or ConvNeXt's."""
+    """Convert the settings of this package's, ViT's or ConvNeXt's image processor in transformers."""
     fields = {name: values[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in values}
     if values.get("do_normalize") is False:
         fields = {name: [default] * len(fields.get(name, "rgb")) for name, default in (("mean", 0.0), ("std", 1.0))}
@@ -119,7 +121,7 @@ def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if isinstance(size, Mapping) and "shortest_edge" in size:
         side = _side(crop) if crop and values.get("do_center_crop", True) else None
         if side is None:
-            raise ValueError(f"Images are resized to squares; got the size {dict(size)} without a crop.")
+            raise ValueError(f"expected square images; got size {dict(size)} without a crop.")
         return fields | {"img_size": side, "crop_fraction": side / size["shortest_edge"]}
     if size is not None:
         fields["img_size"] = _side(size)
@@ -131,49 +133,63 @@ def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
 def _side(size: Any) -> int:
     sides = {size} if isinstance(size, int) else {size["height"], size["width"]}
     if len(sides) > 1:
-        raise ValueError(f"Images are resized to squares; got the size {dict(size)}.")
+        raise ValueError(f"expected square images; got size {dict(size)}.")
     return int(sides.pop())
 
 
 def _timm_metadata(values: Mapping[str, Any]) -> HubMetadata:
     if not str(values["architecture"]).startswith("tiny_vit_"):
-        raise ValueError(f"timm's {values['architecture']} is no TinyViT.")
-    told = values.get("pretrained_cfg") or {}
-    names = values.get("label_names") or told.get("label_names")
+        raise ValueError(f"expected a TinyViT of timm; got {values['architecture']}.")
+    settings = values.get("pretrained_cfg") or {}
+    names = values.get("label_names") or settings.get("label_names")
     if isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=int)]
-    fields = {name: told[name] for name in ("mean", "std", "interpolation") if name in told}
-    if told.get("crop_mode", "center") != "center":
+    fields = {name: settings[name] for name in ("mean", "std", "interpolation") if name in settings}
+    if settings.get("crop_mode", "center") != "center":
         fields["crop_fraction"] = None
-    elif "crop_pct" in told:
-        fields["crop_fraction"] = told["crop_pct"]
-    size = int(told["input_size"][1]) if told.get("input_size") else None
-    fields |= {} if size is None else {"img_size": size}
-    return HubMetadata(None, size, None if not names else tuple(map(str, names)), fields)
+    elif "crop_pct" in settings:
+        fields["crop_fraction"] = settings["crop_pct"]
+    if settings.get("input_size"):
+        fields["img_size"] = int(settings["input_size"][1])
+    return HubMetadata(None, tuple(map(str, names)) if names else None, fields)
+
+
+def check_network(model: nn.Module, class_names: Sequence[str] | None) -> tuple[TinyViTConfig, tuple[str, ...] | None]:
+    """Return the configuration and the class names of a network to be saved.
+
+    Args:
+        model: a :class:`~kornia_tinyvit.TinyViT`, or a network with the configuration of one.
+        class_names: class names in the order of the logits; ``None`` for those of the network.
+
+    Raises:
+        TypeError: if ``model`` has no :class:`~kornia_tinyvit.TinyViTConfig`.
+        ValueError: if the number of class names differs from the number of classes.
+    """
+    config = getattr(model, "config", None)
+    if not isinstance(config, TinyViTConfig):
+        raise TypeError(f"Expected a TinyViT; got {type(model).__name__}.")
+    names = getattr(model, "class_names", None) if class_names is None else class_names
+    return config, check_class_names(names, config.num_classes)
 
 
 def write_timm_folder(model: nn.Module, folder: str | Path, class_names: Sequence[str] | None = None) -> Path:
-    """Write ``model.safetensors`` and ``config.json`` as timm does, for ``timm.create_model("local-dir:FOLDER")``.
+    """Write the ``model.safetensors`` and ``config.json`` of ``timm.create_model("local-dir:FOLDER")``.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`, whose preprocessing is written, too.
-        folder: the folder, which is made.
-        class_names: the names of the classes in the order of the logits; the network's own if left out.
+        model: a :class:`~kornia_tinyvit.TinyViT`; its preprocessing is stored as well.
+        folder: folder to write; created if missing.
+        class_names: class names in the order of the logits; ``None`` for those of the network.
 
     Returns:
         The folder.
 
     Raises:
-        TypeError: if ``model`` is no TinyViT.
-        ValueError: if timm's TinyVit cannot be such a network, or there are not as many names as classes.
+        TypeError: if ``model`` is not a TinyViT.
+        ValueError: if timm's TinyVit does not support the network, or the number of class names differs from the
+            number of classes.
     """
-    network: Any = model
-    if not isinstance(getattr(model, "config", None), TinyViTConfig):
-        raise TypeError(f"write_timm_folder takes a TinyViT; got {type(model).__name__}.")
-    class_names = network.class_names if class_names is None else class_names
-    names = check_class_names(class_names, network.config.num_classes)
-    folder = Path(folder)
-    text = json.dumps(timm_config(network.config, network.preprocessing, names), indent=2)
+    folder, (config, names) = Path(folder), check_network(model, class_names)
+    text = json.dumps(timm_config(config, cast("Preprocessing", model.preprocessing), names), indent=2)
     tensors = {to_timm(name): tensor for name, tensor in model.state_dict().items()}
     write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     write_text(folder / CONFIG_FILE, text + "\n")
@@ -183,22 +199,29 @@ def write_timm_folder(model: nn.Module, folder: str | Path, class_names: Sequenc
 def timm_config(
     config: TinyViTConfig, preprocessing: Preprocessing, class_names: Sequence[str] | None = None
 ) -> dict[str, Any]:
-    """Return the ``config.json`` by which timm builds a network (``timm.models._hub.save_config_for_hf``).
+    """Return the ``config.json`` of a network for timm (``timm.models._hub.save_config_for_hf``).
 
-    A network that timm has no name for is its 5m with other arguments.
+    A network without a name in timm is stored as its 5m with other arguments.
 
     Args:
-        config: the network.
-        preprocessing: what its images go through.
-        class_names: the names of the classes.
+        config: configuration of the network.
+        preprocessing: preprocessing of its images.
+        class_names: class names in the order of the logits.
 
     Raises:
-        ValueError: if timm's TinyVit cannot be such a network.
+        ValueError: if timm's TinyVit does not support the network.
     """
     if config.mobile_sam or config.to_dict()["activation"] != "GELU":
-        raise ValueError("timm's TinyVit has the activation GELU and classes: no other activation, no MobileSAM.")
-    name, named = _timm_architecture(config)
-    arguments = {key: getattr(config, key) for key in _TIMM_ARGUMENTS if getattr(config, key) != getattr(named, key)}
+        raise ValueError("timm's TinyVit supports the activation GELU only, and no MobileSAM.")
+    published = {f"tiny_vit_{each.variant}_{each.img_size}": each.config for each in CATALOG if each.fallback}
+    names = (
+        name
+        for name, named in published.items()
+        if all(getattr(named, key) == getattr(config, key) for key in (*_TIMM_ARGUMENTS, "img_size"))
+    )
+    name = next(names, "tiny_vit_5m_224")
+    base = published[name]
+    arguments = {key: getattr(config, key) for key in _TIMM_ARGUMENTS if getattr(config, key) != getattr(base, key)}
     result: dict[str, Any] = {
         "architecture": name,
         "num_classes": config.num_classes,
@@ -224,18 +247,3 @@ def timm_config(
     if class_names is not None:
         result["label_names"] = list(class_names)
     return result
-
-
-def _timm_architecture(config: TinyViTConfig) -> tuple[str, TinyViTConfig]:
-    """Return timm's name of a network, or of its 5m where it has none, and what that name means."""
-    known = {}
-    for variant, size in _TIMM_NAMES:
-        windows = resolve_window_sizes(VARIANTS[variant], size, "scale")
-        known[f"tiny_vit_{variant}_{size}"] = VARIANTS[variant].replace(img_size=size, window_sizes=windows)
-    same = (
-        name
-        for name, named in known.items()
-        if all(getattr(named, key) == getattr(config, key) for key in (*_TIMM_ARGUMENTS, "img_size"))
-    )
-    name = next(same, "tiny_vit_5m_224")
-    return name, known[name]

@@ -1,19 +1,19 @@
-"""Other names for the same tensors: the official layout, timm's, MobileSAM's whole model, and transformers'.
+"""Names of tensors in the layouts of the official code, timm, MobileSAM and transformers.
 
-The official names, which are also kornia's, are the ones this package uses.
+This package uses the official names, like kornia.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor
 
 __all__ = ["to_timm", "to_transformers", "translate", "unwrap"]
 
-# How names begin in the official layout and in timm's, which names the parts of a convolution otherwise.
+# Prefixes of names in the official layout and in timm's; the parts of a convolution have other names, too.
 _OFFICIAL_AND_TIMM = (
     ("layers.", "stages."),
     ("patch_embed.seq.0.", "patch_embed.conv1."),
@@ -22,14 +22,14 @@ _OFFICIAL_AND_TIMM = (
     ("head.", "head.fc."),
 )
 _CONVOLUTION = (".c.weight", ".conv.weight")
-# The network inside this package's models of transformers, and their classifier.
+# Prefixes of this package's transformers models.
 _TRANSFORMERS_NETWORK = ("tinyvit.network.", "network.")
 _TRANSFORMERS_HEAD = "classifier."
 
-# Tables that older releases stored although they follow from the window size.
+# Buffers that older releases stored although they are derived from the window size.
 _DERIVED = "attention_bias_idxs"
 
-# What training scripts wrap a state dict in, and what wrappers put before its names.
+# Keys of training checkpoints that contain a state dict, and prefixes that module wrappers add.
 _WRAPPERS = ("model", "state_dict", "model_state_dict")
 _PREFIXES = ("module.", "_orig_mod.", "model.")
 _SAM_ENCODER = "image_encoder."
@@ -44,15 +44,14 @@ def unwrap(content: Any) -> Any:
 
 
 def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str, list[str]]:
-    """Give tensors their official names.
+    """Rename tensors to the official layout.
 
     Args:
-        state_dict: tensors under the names of any known layout.
+        state_dict: tensors in any supported layout.
 
     Returns:
-        The tensors under official names; the layout they came in, ``"official"``, ``"timm"``, ``"mobile_sam"`` or
-        ``"transformers"``; and the names that were left out because they are derived or belong to another part of a
-        whole model.
+        The tensors under official names; their original layout, ``"official"``, ``"timm"``, ``"mobile_sam"`` or
+        ``"transformers"``; and the names left out, which are derived buffers or other parts of a MobileSAM.
     """
     tensors = strip_prefixes(state_dict)
     layout = "official"
@@ -75,19 +74,18 @@ def translate(state_dict: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], str,
 
 
 def strip_prefixes(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Remove what wrappers such as ``DataParallel`` put before the names of all tensors."""
+    """Remove the prefixes of module wrappers such as ``DataParallel`` if all names have them."""
     tensors = dict(state_dict)
-    while prefix := _common_prefix(tensors):
-        tensors = {name.removeprefix(prefix): tensor for name, tensor in tensors.items()}
+    while tensors and (found := [prefix for prefix in _PREFIXES if all(name.startswith(prefix) for name in tensors)]):
+        tensors = {name.removeprefix(found[0]): tensor for name, tensor in tensors.items()}
     return tensors
 
 
-def _common_prefix(names: Collection[str]) -> str | None:
-    return next((prefix for prefix in _PREFIXES if names and all(name.startswith(prefix) for name in names)), None)
-
-
 def to_timm(name: str) -> str:
-    """Return timm's name of a tensor that has its official name.
+    """Convert an official tensor name to timm's.
+
+    Args:
+        name: official name.
 
     Example:
         >>> to_timm("layers.0.downsample.conv1.c.weight")
@@ -97,7 +95,10 @@ def to_timm(name: str) -> str:
 
 
 def to_transformers(name: str) -> str:
-    """Return what ``TinyVitForImageClassification`` calls a tensor that has its official name.
+    """Convert an official tensor name to that of ``TinyVitForImageClassification``.
+
+    Args:
+        name: official name.
 
     Example:
         >>> to_transformers("head.bias"), to_transformers("norm_head.bias")
@@ -115,7 +116,7 @@ def _from_transformers(name: str) -> str:
 
 
 def _rename(name: str, *, to_timm: bool) -> str:
-    """Translate the name of a tensor between the official layout and timm's, whose stages begin with a merging."""
+    """Convert a name between the official layout and timm's, where the downsampling layer starts the next stage."""
     old, new = (0, 1) if to_timm else (1, 0)
     pairs = (pair for pair in _OFFICIAL_AND_TIMM if name.startswith(pair[old]))
     if pair := next(pairs, None):

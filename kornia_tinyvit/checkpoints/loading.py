@@ -1,4 +1,4 @@
-"""Read checkpoints safely, translate and adapt them, and report what was done."""
+"""Read checkpoints safely, load them into networks, and save them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,10 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
 import torch
 from torch import Tensor, nn
@@ -24,18 +23,18 @@ from kornia_tinyvit.checkpoints.adaptation import (
     adapt_windows,
     check_state_dict,
 )
-from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, default_weights, find_weights, list_pretrained
-from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, read_hub_folder
+from kornia_tinyvit.checkpoints.catalog import find_weights, list_pretrained
+from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, check_network, read_hub_folder
 from kornia_tinyvit.checkpoints.layouts import strip_prefixes, translate, unwrap
 from kornia_tinyvit.checkpoints.tensors import (
     CheckpointError,
     fetch_weights,
-    list_some,
+    list_names,
     locate_file,
     read_tensors,
     write_tensors,
 )
-from kornia_tinyvit.config import VARIANTS, TinyViTConfig, check_class_names
+from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 
 __all__ = [
@@ -49,11 +48,10 @@ __all__ = [
 
 _CONFIG_KEY = "kornia_tinyvit.config"
 _CLASSES_KEY = "kornia_tinyvit.class_names"
-#: Where the metadata of a safetensors file hold the preprocessing.
+#: Key of the preprocessing in the metadata of a safetensors file.
 PREPROCESSING_KEY = "kornia_tinyvit.preprocessing"
-_KEYS = (_CONFIG_KEY, _CLASSES_KEY, PREPROCESSING_KEY)
 
-#: The fields that decide which tensors there are. The others can change without another file.
+#: Fields that determine the names and shapes of the tensors and are not adapted.
 _ARCHITECTURE = (
     "embed_dims",
     "depths",
@@ -67,18 +65,17 @@ _ARCHITECTURE = (
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """What a file holds, under official names.
+    """The content of a checkpoint, with official tensor names.
 
     Args:
         state_dict: the tensors.
-        config: the network they belong to, stored in the file or told from the tensors' shapes.
-        source: where they came from.
-        layout: the naming they came in: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
-        class_names: the names of the classes, where the file tells them.
-        preprocessing: what images go through before the network: as stored in the file, else the default of
-            ``config``, which ``None`` stands for.
-        left_out: names in the file that are no weights of the network.
-        others: the tensors of the other parts of a whole MobileSAM, its prompt encoder and mask decoder.
+        config: configuration of the network, stored in the file or derived from the shapes of the tensors.
+        source: origin of the tensors.
+        layout: original layout: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
+        class_names: class names, if stored.
+        preprocessing: preprocessing of the images; ``None`` for the default of ``config``.
+        left_out: names in the file that are not weights of the network.
+        others: tensors of the prompt encoder and the mask decoder of a MobileSAM.
     """
 
     state_dict: dict[str, Tensor]
@@ -91,7 +88,11 @@ class Checkpoint:
     others: dict[str, Tensor] = field(default_factory=dict)
 
     def preprocessing_for(self, config: TinyViTConfig) -> Preprocessing:
-        """Return the preprocessing of a network with these weights: that of the file, at its size and channels."""
+        """Return the preprocessing for a network with these weights.
+
+        Args:
+            config: configuration of the network, which may have another image size and other input channels.
+        """
         found = self.preprocessing or default_preprocessing(self.config)
         if config.img_size != self.config.img_size:
             found = found.resize(config.img_size)
@@ -100,14 +101,14 @@ class Checkpoint:
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did.
+    """Result of :func:`load_checkpoint`.
 
     Args:
-        source: where the weights came from.
-        layout: the naming they came in.
-        adapted: a sentence for every change that was made to fit the network.
-        left_out: names in the file that the network has no use for.
-        complete: whether every weight came from the file, so that nothing has to be trained first.
+        source: origin of the weights.
+        layout: original layout of the weights.
+        adapted: descriptions of the changes made to match the network.
+        left_out: names in the file that were not loaded.
+        complete: whether all weights were loaded from the file; otherwise the head has to be trained.
     """
 
     source: str
@@ -120,22 +121,25 @@ class LoadReport:
         lines = [f"Loaded {self.source} ({self.layout} layout)."]
         lines += [f"Adapted: {change}." for change in self.adapted]
         if self.left_out:
-            lines.append(f"Left out: {list_some(self.left_out)}.")
+            lines.append(f"Left out: {list_names(self.left_out)}.")
         return "\n".join(lines)
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig | None = None) -> Checkpoint:
-    """Read a ``.safetensors`` or PyTorch file or a hub folder, or take a state dict, in any known layout.
+    """Read a safetensors or PyTorch file, a hub folder or a state dict in any supported layout.
 
-    Only tensors are read: a file that would have to run code is refused.
+    Files with pickled code are rejected.
 
     Args:
-        source: path, URL (``http``, ``https`` or ``file``) or state dict. A folder holds ``model.safetensors`` and
-            ``config.json``, as timm and the transformers' classes of this package write them.
-        base: what to assume where neither the file nor its shapes tell: stochastic depth, activation and so on.
+        source: path, URL (``http``, ``https`` or ``file``) or state dict. A folder contains ``model.safetensors`` and
+            ``config.json`` of timm or of this package's transformers models.
+        base: configuration for fields that are neither stored nor derived from shapes, such as the activation.
+
+    Returns:
+        The content with official tensor names.
 
     Raises:
-        CheckpointError: if it cannot be fetched or read, or holds no TinyViT.
+        CheckpointError: if the source cannot be downloaded or read, or contains no TinyViT.
     """
     metadata: dict[str, str] = {}
     hub = HubMetadata()
@@ -145,31 +149,32 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         name = str(source)
         path = locate_file(name)
         if path.is_dir():
-            path, hub = path / WEIGHTS_FILE, _read_hub_folder(path)
+            path, hub = path / WEIGHTS_FILE, read_hub_folder(path)
         content, metadata = read_tensors(path)
     content = unwrap(content)
     if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{name} holds no state dict but {type(content).__name__}; expected tensors by name.")
+        raise CheckpointError(f"{name} has no state dict; expected tensors by name, got {type(content).__name__}.")
     content = {str(key): value for key, value in content.items()}
     tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    no_tensors = sorted(content.keys() - tensors.keys())
+    not_tensors = sorted(content.keys() - tensors.keys())
     tensors = strip_prefixes(tensors)
     state_dict, layout, left_out = translate(tensors)
     if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
         raise CheckpointError(
-            f"{name} holds no TinyViT in the official, kornia, timm, transformers or MobileSAM layout; its first "
-            f"tensors are {list_some(list(content))}."
+            f"{name} has no TinyViT in the official, kornia, timm, transformers or MobileSAM layout; its first "
+            f"entries are {list_names(list(content))}."
         )
     own = _read_metadata(metadata, name)
     stored, classes = hub.config or own.config, hub.class_names or own.class_names
     config = _config_from_shapes(state_dict, stored or base, name)
-    config = config if hub.img_size is None else config.replace(img_size=hub.img_size)
     if stored is not None:
         _check_stored_config(stored, config, name)
         config = stored
+    elif "img_size" in hub.preprocessing:
+        config = config.replace(img_size=hub.preprocessing["img_size"])
     others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
     preprocessing = read_preprocessing({**own.preprocessing, **hub.preprocessing}, config, name)
-    return Checkpoint(state_dict, config, name, layout, classes, preprocessing, (*left_out, *no_tensors), others)
+    return Checkpoint(state_dict, config, name, layout, classes, preprocessing, (*left_out, *not_tensors), others)
 
 
 def open_pretrained(
@@ -177,41 +182,42 @@ def open_pretrained(
     config: str | TinyViTConfig | None = None,
     img_size: int | None = None,
 ) -> Checkpoint:
-    """Find and read what ``from_config(config, pretrained)`` means.
+    """Read the weights of ``from_config(config, pretrained=pretrained)``.
 
     Args:
-        pretrained: ``True``, a name of the catalog, a path, a URL, or a checkpoint that was read before.
-        config: the variant or configuration that was asked for, if one was.
-        img_size: side in pixels of the images to come, which may choose between weights.
+        pretrained: ``True``, a name of the catalog, a path, a URL or a :class:`Checkpoint`.
+        config: variant or configuration of the network, if given.
+        img_size: side in pixels of the input images, see :func:`~kornia_tinyvit.checkpoints.catalog.default_weights`.
 
     Returns:
-        The checkpoint. Its configuration is the asked one where that was a whole configuration, else the published one
-        for a name of the catalog, and else what the file tells.
+        The checkpoint. Its configuration is ``config`` if that is a :class:`~kornia_tinyvit.TinyViTConfig`, else that
+        of the catalog entry or of the file.
 
     Raises:
-        CheckpointError: if there are no such weights, or they are of another architecture.
+        CheckpointError: if the weights do not exist or have another architecture.
+        ValueError: if the variant is unknown.
     """
-    if isinstance(pretrained, Checkpoint):
-        return _follow(config, pretrained)
-    asked = _configuration(config)
     variant = config if isinstance(config, str) else None
-    if pretrained is True:
-        if variant is None:
-            raise CheckpointError("pretrained=True needs a variant such as '5m'; name weights or a file instead.")
-        weights: PretrainedWeights | None = default_weights(variant, img_size)
-    else:
-        weights = find_weights(variant, str(pretrained))
-    if weights is not None:
+    expected = TinyViTConfig.from_variant(config) if isinstance(config, str) else config
+    if isinstance(pretrained, Checkpoint):
+        found = pretrained
+    elif (weights := find_weights(variant, pretrained, img_size)) is not None:
         found = read_checkpoint(weights.asset_path or fetch_weights(weights))
         class_names = found.class_names or weights.class_names
         preprocessing = weights.preprocessing
         found = replace(found, config=weights.config, class_names=class_names, preprocessing=preprocessing)
-    elif _looks_like_file(str(pretrained)):
-        found = read_checkpoint(str(pretrained), asked)
+    elif pretrained is True:
+        raise CheckpointError("pretrained=True requires a variant such as '5m'; pass a name or a file instead.")
+    elif _is_path(str(pretrained)):
+        found = read_checkpoint(str(pretrained), expected)
     else:
         names = ", ".join(f"{entry.name} ({entry.variant})" for entry in list_pretrained(variant))
-        raise CheckpointError(f"There are no weights and no file {str(pretrained)!r}; there are {names}.")
-    return _follow(config, found)
+        raise CheckpointError(f"There are no weights and no file {str(pretrained)!r}; expected one of {names}.")
+    if expected is not None:
+        _check_architecture(expected, found)
+    if isinstance(config, TinyViTConfig):
+        found = replace(found, config=config, preprocessing=found.preprocessing_for(config))
+    return found
 
 
 def load_checkpoint(
@@ -219,22 +225,23 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any] | Checkpoint,
     window_adaptation: WindowAdaptation = "interpolate",
 ) -> LoadReport:
-    """Load weights into a network, adapting what has a sensible adaptation.
+    """Load weights into a network and adapt them to its window sizes, classes and input channels.
 
-    Bias tables follow the network's windows; a head for other classes starts at zero; the first convolution follows the
-    number of input channels. Everything is checked before the network is touched: it is loaded whole or not at all.
+    Attention bias tables are resized, a head with another number of classes is initialized with zeros, and the first
+    convolution is adapted to the input channels. If an error is raised, the network is unchanged.
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`.
-        source: path, URL, state dict, or what :func:`~kornia_tinyvit.checkpoints.read_checkpoint` returned.
-        window_adaptation: how a bias table follows another window: ``"interpolate"`` (bicubic), when the windows scale
-            with the image, or ``"cut"``, when they are clipped and a token's neighbors stay where they are.
+        source: path, URL, state dict or result of :func:`~kornia_tinyvit.checkpoints.read_checkpoint`.
+        window_adaptation: resizing of bias tables: ``"interpolate"`` (bicubic) for windows that scale with the image,
+            ``"crop"`` for windows that are limited to the size of the feature map.
 
     Returns:
-        What was adapted and what was left out.
+        A report of adapted and left-out weights.
 
     Raises:
-        CheckpointError: if the file cannot be read, is of another architecture, or holds weights that are not finite.
+        CheckpointError: if the source cannot be read, has another architecture, or weights that are not finite.
+        ValueError: if ``window_adaptation`` is unknown.
 
     Example:
         >>> from kornia_tinyvit import TinyViT
@@ -242,15 +249,15 @@ def load_checkpoint(
         >>> three = TinyViT.from_config("1m", num_classes=3)
         >>> print(load_checkpoint(three, model.state_dict()))
         Loaded a state dict (official layout).
-        Adapted: the head has 3 classes instead of 10 and starts at zero.
+        Adapted: the head has 3 classes instead of 10; it is initialized with zeros.
     """
-    if window_adaptation not in ("interpolate", "cut"):
-        raise ValueError(f"window_adaptation must be 'interpolate' or 'cut'; got {window_adaptation!r}.")
+    if window_adaptation not in ("interpolate", "crop"):
+        raise ValueError(f"window_adaptation must be 'interpolate' or 'crop'; got {window_adaptation!r}.")
     found = source if isinstance(source, Checkpoint) else read_checkpoint(source)
     target = model.state_dict()
     adapted: list[str] = []
     state_dict = dict(found.state_dict)
-    # A batch norm's step counter is missing from some exports and used by no published recipe.
+    # The step counter of batch norm is missing in some exports and unused with a fixed momentum.
     for name in target.keys() - state_dict.keys():
         if name.endswith("num_batches_tracked"):
             state_dict[name] = torch.zeros((), dtype=torch.long)
@@ -261,81 +268,70 @@ def load_checkpoint(
     adapt_input(state_dict, target, adapted)
     adapt_windows(state_dict, target, window_adaptation, adapted)
     check_state_dict(state_dict, target, found.source)
-    empty = any(tensor.is_meta for tensor in target.values())
-    if empty:  # nothing to copy into: the tensors themselves become the network's, in its precision
+    on_meta = any(tensor.is_meta for tensor in target.values())
+    if on_meta:  # nothing to copy into: the tensors are assigned in the precision of the network
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
-    model.load_state_dict(state_dict, assign=empty)
+    model.load_state_dict(state_dict, assign=on_meta)
     return LoadReport(found.source, found.layout, tuple(adapted), (*extra_head, *found.left_out), not head_reset)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[str] | None = None) -> Path:
-    """Write a network to a safetensors file that carries its configuration and preprocessing.
+    """Save a network with its configuration, class names and preprocessing to a safetensors file.
 
-    ``TinyViT.from_config(pretrained=path)`` reads it back. The file is written beside its place and moved there when it
-    is whole, so a killed process leaves the old file or the new one.
+    Load it with ``TinyViT.from_config(pretrained=path)``. The file is written atomically: a killed process leaves the
+    old file or the complete new one.
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`.
-        path: the file to write; its folder is made.
-        class_names: names of the classes, in the order of the logits; the network's own if left out.
+        path: file to write; its folder is created if missing.
+        class_names: class names in the order of the logits; ``None`` for those of the network.
 
     Returns:
         The path.
 
     Raises:
-        ValueError: if there are not as many names as classes, or the activation cannot be named in a file.
-        TypeError: if ``model`` is no TinyViT.
+        ValueError: if the number of class names differs from the number of classes, or the activation is not one of
+            :mod:`torch.nn`.
+        TypeError: if ``model`` is not a TinyViT.
+        OSError: if the file cannot be written.
     """
-    network: Any = model
-    if not isinstance(getattr(model, "config", None), TinyViTConfig):
-        raise TypeError(f"save_checkpoint takes a TinyViT, whose config it stores; got {type(model).__name__}.")
-    class_names = getattr(model, "class_names", None) if class_names is None else class_names
-    names = check_class_names(class_names, network.config.num_classes)
-    preprocessing = getattr(model, "preprocessing", None)  # a MobileSAM has its own
-    told = {_CONFIG_KEY: network.config.to_dict(), _CLASSES_KEY: names}
-    told[PREPROCESSING_KEY] = None if preprocessing is None else preprocessing.to_dict()
-    metadata = {key: json.dumps(value) for key, value in told.items() if value is not None}
+    config, names = check_network(model, class_names)
+    preprocessing: Any = getattr(model, "preprocessing", None)  # a method in MobileSAM
+    values = {_CONFIG_KEY: config.to_dict(), _CLASSES_KEY: names}
+    values[PREPROCESSING_KEY] = None if preprocessing is None else preprocessing.to_dict()
+    metadata = {key: json.dumps(value) for key, value in values.items() if value is not None}
     return write_tensors(path, model.state_dict(), {"format": "pt"} | metadata)
 
 
-def _looks_like_file(text: str) -> bool:
+def _is_path(text: str) -> bool:
     try:
-        if "/" in text or os.sep in text or urlparse(text).scheme in ("http", "https", "file"):
-            return True
-        return bool(Path(text).suffix) or Path(text).exists()
-    except (ValueError, OSError):  # a name that no file has
+        return "/" in text or os.sep in text or bool(Path(text).suffix) or Path(text).exists()
+    except (ValueError, OSError):  # not a valid file name
         return False
 
 
 def _read_metadata(metadata: Mapping[str, str], source: str) -> HubMetadata:
     try:
-        told = {key: json.loads(metadata[key]) for key in _KEYS if key in metadata}
+        values = {key: json.loads(value) for key, value in metadata.items() if key.startswith("kornia_tinyvit.")}
         return HubMetadata(
-            TinyViTConfig.from_dict(told[_CONFIG_KEY]) if _CONFIG_KEY in told else None,
-            class_names=tuple(str(label) for label in told[_CLASSES_KEY]) if _CLASSES_KEY in told else None,
-            preprocessing=dict(told.get(PREPROCESSING_KEY, {})),
+            TinyViTConfig.from_dict(values[_CONFIG_KEY]) if _CONFIG_KEY in values else None,
+            tuple(map(str, values[_CLASSES_KEY])) if _CLASSES_KEY in values else None,
+            dict(values.get(PREPROCESSING_KEY, {})),
         )
     except (ValueError, TypeError, RecursionError) as error:
-        raise CheckpointError(f"{source} carries a configuration that cannot be used: {error}") from error
-
-
-def _read_hub_folder(folder: Path) -> HubMetadata:
-    try:
-        return read_hub_folder(folder)
-    except (ValueError, TypeError, LookupError, AttributeError, RecursionError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{folder} cannot be used: {error}") from error
+        raise CheckpointError(f"The configuration stored in {source} cannot be used: {error}") from error
 
 
 def read_preprocessing(fields: Mapping[str, Any], config: TinyViTConfig, source: str) -> Preprocessing:
-    """Return the preprocessing of a network from what its file states, and the default for the rest.
+    """Return the default preprocessing of a network, updated with stored fields.
 
     Args:
-        fields: stated fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
-        config: the network.
-        source: where they were read, for the error.
+        fields: stored fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
+        config: configuration of the network.
+        source: origin of the fields, for the error message.
 
     Raises:
-        CheckpointError: if they are unknown or out of their range.
+        CheckpointError: if a field is unknown or out of range.
     """
     default = default_preprocessing(config)
     try:
@@ -343,15 +339,15 @@ def read_preprocessing(fields: Mapping[str, Any], config: TinyViTConfig, source:
             default = default.resize(int(fields["img_size"]))
         return Preprocessing.from_dict(default.to_dict() | dict(fields)).with_channels(config.in_chans)
     except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{source} carries a preprocessing that cannot be used: {error}") from error
+        raise CheckpointError(f"The preprocessing stored in {source} cannot be used: {error}") from error
 
 
 def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | None, source: str) -> TinyViTConfig:
-    """Tell the architecture from the tensors; what shapes cannot tell follows ``base`` or the nearest variant."""
+    """Derive the architecture from the tensors, and all other fields from ``base`` or the variant of this width."""
 
     def shape(name: str, ndim: int) -> tuple[int, ...]:
         if name not in state_dict or state_dict[name].ndim != ndim:
-            raise CheckpointError(f"{source} is not a whole TinyViT: it has no {name} of {ndim} dimensions.")
+            raise CheckpointError(f"{source} is not a complete TinyViT: it has no {name} of {ndim} dimensions.")
         return tuple(state_dict[name].shape)
 
     def ratio(name: str, ndim: int, dim: int, known: float) -> float:
@@ -371,7 +367,7 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
     mobile_sam = "neck.0.weight" in state_dict
     try:
         return base.replace(
-            # All published networks were trained where the last window covers the last map.
+            # In all published networks the last window covers the last feature map at the training resolution.
             img_size=1024 if mobile_sam else max(32, 32 * windows[2]),
             in_chans=shape(STEM, 4)[1],
             num_classes=shape(HEAD[0], 2)[0] if HEAD[0] in state_dict else 0,
@@ -387,50 +383,36 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
     except CheckpointError:
         raise
     except (ValueError, ZeroDivisionError) as error:
-        raise CheckpointError(f"{source} is no TinyViT that can be built: {error}") from error
+        raise CheckpointError(f"{source} is not a valid TinyViT: {error}") from error
 
 
-def _check_stored_config(stored: TinyViTConfig, told: TinyViTConfig, source: str) -> None:
-    """Refuse a stored configuration that the tensors contradict: building it could take any amount of memory."""
-    told = told.replace(
+def _check_stored_config(stored: TinyViTConfig, derived: TinyViTConfig, source: str) -> None:
+    """Reject a stored configuration that contradicts the tensors: building it could allocate any amount of memory."""
+    derived = derived.replace(
         img_size=stored.img_size,
-        num_heads=(stored.num_heads[0], *told.num_heads[1:]),
-        window_sizes=(stored.window_sizes[0], *told.window_sizes[1:]),
+        num_heads=(stored.num_heads[0], *derived.num_heads[1:]),
+        window_sizes=(stored.window_sizes[0], *derived.window_sizes[1:]),
     )
-    differences = [
-        f"{name} is {value} in the configuration and {getattr(told, name)} in the tensors"
-        for name, value in vars(stored).items()
-        if value != getattr(told, name)
-    ]
-    if differences:
-        raise CheckpointError(f"{source} carries a configuration of another network: {'; '.join(differences)}.")
-
-
-def _configuration(config: str | TinyViTConfig | None) -> TinyViTConfig | None:
-    return TinyViTConfig.from_variant(config) if isinstance(config, str) else config
-
-
-def _follow(config: str | TinyViTConfig | None, found: Checkpoint) -> Checkpoint:
-    """Hold a checkpoint to what was asked for: a variant decides the architecture, a configuration everything."""
-    asked = _configuration(config)
-    if asked is not None:
-        _check_architecture(asked, found)
-    if not isinstance(config, TinyViTConfig):
-        return found
-    return replace(found, config=config, preprocessing=found.preprocessing_for(config))
+    if differences := _differences(stored, derived, vars(stored), ("configuration", "tensors")):
+        raise CheckpointError(f"The configuration stored in {source} is of another network: {differences}.")
 
 
 def _check_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
-    # The first stage has no heads, whatever its entry says.
-    expected = expected.replace(num_heads=(found.config.num_heads[0], *expected.num_heads[1:]))
-    differences = [
-        f"{name} is {getattr(found.config, name)} in the file and {getattr(expected, name)} in the network"
-        for name in _ARCHITECTURE
-        if getattr(found.config, name) != getattr(expected, name)
-        and not (name == "mobile_sam" and getattr(found.config, name))
-    ]
-    if differences:
+    # The first stage has no attention heads, and the weights of a MobileSAM can be loaded into a classifier.
+    expected = expected.replace(
+        num_heads=(found.config.num_heads[0], *expected.num_heads[1:]),
+        mobile_sam=expected.mobile_sam or found.config.mobile_sam,
+    )
+    if differences := _differences(found.config, expected, _ARCHITECTURE, ("file", "network")):
         raise CheckpointError(
-            f"{found.source} is of another architecture: {'; '.join(differences)}. Leave the variant out to build the "
-            "network that the file was made for."
+            f"{found.source} has another architecture: {differences}. Omit the variant to build the network of the "
+            "file."
         )
+
+
+def _differences(first: TinyViTConfig, second: TinyViTConfig, names: Iterable[str], places: tuple[str, str]) -> str:
+    return "; ".join(
+        f"{name} is {getattr(first, name)} in the {places[0]} and {getattr(second, name)} in the {places[1]}"
+        for name in names
+        if getattr(first, name) != getattr(second, name)
+    )

@@ -1,4 +1,4 @@
-"""Fetch, read and write files of tensors."""
+"""Download, read and write files of tensors."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from kornia_tinyvit.files import replacing
 __all__ = [
     "CheckpointError",
     "fetch_weights",
-    "list_some",
+    "list_names",
     "locate_file",
     "read_metadata",
     "read_tensors",
@@ -32,50 +32,59 @@ __all__ = [
 
 
 class CheckpointError(ValueError):
-    """A checkpoint cannot be read, or does not belong to the network it was offered to."""
+    """A checkpoint cannot be read or does not match the target model."""
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: dict[str, str]) -> Path:
-    """Write a safetensors file beside its place and move it there when it is whole; its folder is made.
+    """Write a safetensors file atomically.
 
     Args:
-        path: the file to write.
-        tensors: what it holds, by name.
-        metadata: texts that it carries.
+        path: file to write; its folder is created if missing.
+        tensors: tensors by name.
+        metadata: metadata of the file.
 
     Returns:
         The path.
+
+    Raises:
+        OSError: if the file cannot be written.
     """
-    kept = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    copies = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     with replacing(path) as temporary:
-        temporary.write_bytes(save(kept, metadata))
+        temporary.write_bytes(save(copies, metadata))
     return Path(path)
 
 
 def locate_file(source: str) -> Path:
-    """Return the file that a path or an address means, fetching it into the cache if it lies elsewhere.
+    """Return the local file of a path or URL; ``http`` and ``https`` URLs are downloaded to the cache.
+
+    Args:
+        source: path or URL.
 
     Raises:
-        CheckpointError: if it cannot be fetched, or no file can have such a name.
+        CheckpointError: if the download fails or the path is invalid.
     """
     try:
         url = urlparse(source)
         path = Path(url2pathname(url.path) if url.scheme == "file" else source)
         if url.scheme not in ("http", "https"):
-            path.exists()  # raises for what is too long for a name or holds a zero byte
+            path.exists()  # raises for names that are too long or contain a null byte
             return path
     except (ValueError, OSError) as error:
-        raise CheckpointError(f"{source[:200]!r} is no name that a file or an address can have: {error}.") from error
-    # Files of one name lie at many places, so the name in the cache tells the place too.
-    place = hashlib.sha256(source.encode()).hexdigest()[:16]
-    return _download([source], f"{place}-{Path(url.path).name}")
+        raise CheckpointError(f"{source[:200]!r} is not a valid path or URL: {error}.") from error
+    # Many URLs end with the same file name, so the name in the cache includes a hash of the URL.
+    digest = hashlib.sha256(source.encode()).hexdigest()[:16]
+    return _download([source], f"{digest}-{Path(url.path).name}")
 
 
 def fetch_weights(weights: PretrainedWeights) -> Path:
-    """Return the file of published weights, fetching it into the cache if it is not there.
+    """Return the local file of published weights, downloaded to the cache if it is missing there.
+
+    Args:
+        weights: entry of the catalog.
 
     Raises:
-        CheckpointError: if it cannot be fetched from any of its places.
+        CheckpointError: if the download fails from all URLs.
     """
     urls = list(weights.urls)
     try:
@@ -83,25 +92,25 @@ def fetch_weights(weights: PretrainedWeights) -> Path:
     except CheckpointError:
         if weights.fallback is None:
             raise
-        # Every timm repository calls its file model.safetensors, so the cache needs a name of its own.
+        # The file is named model.safetensors in every timm repository, so the cache uses the name of the repository.
         return _download([weights.fallback], f"{urlparse(weights.fallback).path.split('/')[2]}.safetensors", urls)
 
 
 def _download(urls: list[str], file_name: str | None = None, tried: Sequence[str] = ()) -> Path:
     try:
-        return Path(download_file_from_url(urls, file_name=file_name, validate=_check_download))
+        return Path(download_file_from_url(urls, file_name=file_name, validate=_check_complete))
     except (RuntimeError, OSError, ValueError) as error:
-        places = "\n  ".join([*tried, *urls])
+        listed = "\n  ".join([*tried, *urls])
         raise CheckpointError(
-            f"The weights could not be fetched from\n  {places}\n({error})\nWithout a network, fetch one of them "
-            "elsewhere and pass the path of the file as pretrained=."
+            f"The weights could not be downloaded from\n  {listed}\n({error})\nWithout a network connection, download "
+            "one of these files elsewhere and pass its path as pretrained=."
         ) from error
 
 
-def _check_download(path: str) -> None:
-    """Refuse a download that is no whole archive, so that it does not stay in the cache.
+def _check_complete(path: str) -> None:
+    """Raise an error for a truncated download, which removes it from the cache.
 
-    A pickle, torch's format before 1.6, has no index at its end to tell by; reading it will.
+    A pickle, torch's format before 1.6, has no index at its end; reading it fails later.
     """
     with open(path, "rb") as file:
         pickled = file.read(1) == pickle.PROTO
@@ -111,22 +120,32 @@ def _check_download(path: str) -> None:
 
 
 def read_metadata(path: str | Path) -> dict[str, str]:
-    """Return the texts that a safetensors file carries; none where there is no such file, or none that can be read."""
+    """Return the metadata of a safetensors file, or an empty dictionary if the file is missing or unreadable.
+
+    Args:
+        path: the file.
+    """
     path = Path(path)
     try:
         if not path.is_file() or not _is_safetensors(path):
             return {}
         with safe_open(path, framework="pt") as file:
             return file.metadata() or {}
-    except (SafetensorError, OSError):  # reading the tensors will tell
+    except (SafetensorError, OSError):  # reported when the tensors are read
         return {}
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
-    """Read a safetensors or PyTorch file: what it holds, usually tensors by name, and the texts that it carries.
+    """Read a safetensors or PyTorch file.
+
+    Args:
+        path: the file.
+
+    Returns:
+        The content, usually tensors by name, and the metadata of a safetensors file.
 
     Raises:
-        CheckpointError: if there is no such file, or it is damaged or would have to run code.
+        CheckpointError: if the file is missing or damaged, or contains pickled code.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}.")
@@ -137,20 +156,25 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
         return torch.load(path, map_location="cpu", weights_only=True), {}
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{path} is damaged or holds more than tensors, and reading it could run code, so it is refused. If you "
-            "trust it, load it yourself and pass its state dict."
+            f"{path} is damaged or contains other objects than tensors, whose unpickling could execute code. If you "
+            "trust the file, load it with torch.load and pass its state dict."
         ) from error
-    except Exception as error:  # damaged bytes make torch's reader fail in every way there is
-        raise CheckpointError(f"{path} is truncated or no checkpoint: {error}") from error
+    except Exception as error:  # torch's reader raises errors of many types for damaged files
+        raise CheckpointError(f"{path} is truncated or not a checkpoint: {error}") from error
 
 
 def _is_safetensors(path: Path) -> bool:
-    """Tell a safetensors file by its name or, whatever its name, by the JSON that follows the header's length."""
+    """Detect a safetensors file by its suffix or by the JSON header after the first 8 bytes."""
     with path.open("rb") as file:
         return path.suffix == ".safetensors" or file.read(9)[8:] == b"{"
 
 
-def list_some(names: Sequence[str], limit: int = 4) -> str:
-    """Return the first names and how many more there are."""
+def list_names(names: Sequence[str], limit: int = 4) -> str:
+    """Join the first names and the number of the remaining ones.
+
+    Args:
+        names: the names.
+        limit: maximum number of names to list.
+    """
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

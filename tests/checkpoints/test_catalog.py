@@ -7,7 +7,7 @@ MIRROR = "https://huggingface.co/kornia/tiny_vit/resolve/main/"
 ORIGINAL = "https://github.com/wkcn/TinyViT-model-zoo/releases/download/checkpoints/"
 TIMM = "https://huggingface.co/timm/tiny_vit_{}/resolve/main/model.safetensors"
 
-# variant, name, file, whether kornia mirrors it, timm's name, side, classes, top-1 and top-5 of the paper
+# variant, name, file, whether kornia has a mirror, timm's name, image size, classes, top-1 and top-5 of the paper
 PUBLISHED = [
     ("5m", "in22k", "tiny_vit_5m_22k_distill", True, "5m_224.dist_in22k", 224, 21841, None, None),
     ("11m", "in22k", "tiny_vit_11m_22k_distill", True, "11m_224.dist_in22k", 224, 21841, None, None),
@@ -24,7 +24,7 @@ PUBLISHED = [
 
 
 class TestSmoke:
-    def test_whole(self):
+    def test_complete(self):
         ours = {(weights.variant, weights.name) for weights in CATALOG}
         assert ours == {row[:2] for row in PUBLISHED} | {("1m", "cifar10"), ("5m", "mobile_sam")}
         assert len(ours) == len(CATALOG)
@@ -54,7 +54,7 @@ class TestSmoke:
     ids=[row[2] for row in PUBLISHED],
 )
 class TestPublished:
-    def test_places(self, variant, name, file, mirrored, timm, size, classes, top1, top5):
+    def test_urls(self, variant, name, file, mirrored, timm, size, classes, top1, top5):
         weights = find_weights(variant, name)
         mirror = [f"{MIRROR}{file}.pth"] if mirrored else []
         assert list(weights.urls) == [*mirror, f"{ORIGINAL}{file}.pth"]
@@ -62,7 +62,7 @@ class TestPublished:
         assert weights.asset_path is None
         assert weights.license == "MIT"
 
-    def test_facts(self, variant, name, file, mirrored, timm, size, classes, top1, top5):
+    def test_fields(self, variant, name, file, mirrored, timm, size, classes, top1, top5):
         weights = find_weights(variant, name)
         assert (weights.img_size, weights.num_classes) == (size, classes)
         assert (weights.top1, weights.top5) == (top1, top5)
@@ -91,9 +91,9 @@ class TestOthers:
         weights = find_weights("1m", "cifar10")
         assert (weights.urls, weights.fallback) == ((), None)
         assert weights.asset_path.name == "tiny_vit_1m_cifar10.safetensors"
-        wanted = TinyViTConfig.from_variant("1m", num_classes=10, img_size=96, window_sizes=(12, 12, 6, 3))
-        assert weights.config == wanted
-        assert weights.class_names is None  # the file carries them
+        expected = TinyViTConfig.from_variant("1m", num_classes=10, img_size=96, window_sizes=(12, 12, 6, 3))
+        assert weights.config == expected
+        assert weights.class_names is None  # stored in the file
 
 
 class TestChoice:
@@ -122,7 +122,7 @@ class TestChoice:
         assert find_weights("21m", "in1k").variant == "21m"
         assert find_weights(None, "in1k_384").variant == "21m"
         assert find_weights(None, "cifar10").variant == "1m"
-        assert find_weights(None, "in1k") is None  # of which variant?
+        assert find_weights(None, "in1k") is None  # ambiguous
         assert find_weights("5m", "in1k_384") is None
         assert find_weights("5m", "in2k") is None
 

@@ -11,13 +11,13 @@ from kornia_tinyvit.checkpoints.hub import timm_config, write_timm_folder
 from kornia_tinyvit.checkpoints.layouts import to_timm, translate
 from kornia_tinyvit.preprocessing import Preprocessing
 from tests.checkpoints.test_layouts import published
-from tests.checkpoints.test_layouts import to_timm as told_apart
+from tests.checkpoints.test_layouts import to_timm as reference_name
 from tests.conftest import shared
 
 PREPROCESSING = Preprocessing(64, 0.9, mean=(0.5,) * 3, std=(0.5,) * 3)
 NAMES = tuple("abcdefg")
 
-#: A file in the form of timm's (``save_config_for_hf``), for its 5m.
+#: A config.json as timm writes it (``save_config_for_hf``) for its 5m.
 OF_TIMM = {
     "architecture": "tiny_vit_5m_224",
     "num_classes": 1000,
@@ -41,7 +41,7 @@ OF_TIMM = {
 
 
 class TestTimm:
-    def test_there_and_back(self, tiny, images, tmp_path):
+    def test_round_trip(self, tiny, images, tmp_path):
         write_timm_folder(tiny, tmp_path / "timm", NAMES)
         found = read_checkpoint(tmp_path / "timm")
         assert found.layout == "timm"
@@ -52,7 +52,7 @@ class TestTimm:
     def test_names(self, tiny, tmp_path):
         write_timm_folder(tiny, tmp_path)
         tensors = load_file(tmp_path / "model.safetensors")
-        assert tensors.keys() == {told_apart(name) for name in tiny.state_dict()}
+        assert tensors.keys() == {reference_name(name) for name in tiny.state_dict()}
 
     @pytest.mark.parametrize("network", ["5m_224", "21m_512"])
     def test_published_names(self, network):
@@ -60,7 +60,7 @@ class TestTimm:
         assert {to_timm(name) for name in ours} == published(f"timm/tiny_vit_{network}").keys()
 
     def test_real_weights(self, tmp_path):
-        """A folder with the weights that timm wrote, read and written again, holds the same tensors."""
+        """Weights written by timm are unchanged after reading and writing them."""
         weights = load_file(shared("reference/timm_tiny.safetensors"))
         model = TinyViT.from_config(pretrained=shared("reference/timm_tiny.safetensors"))
         write_timm_folder(model, tmp_path)
@@ -68,7 +68,7 @@ class TestTimm:
         assert {name: tensor for name, tensor in again.items() if name in weights}.keys() == weights.keys()
         assert all(torch.equal(again[name], tensor) for name, tensor in weights.items())
 
-    def test_file_of_timm(self, tiny, tmp_path):
+    def test_config_of_timm(self, tiny, tmp_path):
         write_timm_folder(tiny, tmp_path)
         values = OF_TIMM | {"label_names": {str(index): name for index, name in enumerate(NAMES)}}
         values["pretrained_cfg"] = OF_TIMM["pretrained_cfg"] | {"input_size": [3, 96, 96]}
@@ -88,7 +88,7 @@ class TestTimm:
             ("21m", "in1k_512", "tiny_vit_21m_512"),
         ],
     )
-    def test_names_of_networks(self, variant, name, architecture):
+    def test_architecture_names(self, variant, name, architecture):
         weights = find_weights(variant, name)
         values = timm_config(weights.config, weights.preprocessing)
         assert values["architecture"] == architecture
@@ -96,7 +96,7 @@ class TestTimm:
         assert values["num_classes"] == weights.num_classes
         assert values["pretrained_cfg"]["input_size"] == [3, weights.img_size, weights.img_size]
 
-    def test_network_without_a_name(self):
+    def test_unnamed_architecture(self):
         values = timm_config(TinyViTConfig.from_variant("1m", in_chans=1), PREPROCESSING)
         assert values["architecture"] == "tiny_vit_5m_224"
         assert values["model_args"] == {
@@ -113,14 +113,14 @@ class TestTimm:
             if name not in ("tag", "mean", "std"):
                 assert values["pretrained_cfg"][name] == value, name
 
-    def test_refusals(self, tiny, tmp_path):
+    def test_errors(self, tiny, tmp_path):
         with pytest.raises(ValueError, match="no MobileSAM"):
             timm_config(TinyViTConfig(mobile_sam=True), PREPROCESSING)
-        with pytest.raises(ValueError, match="activation GELU"):
+        with pytest.raises(ValueError, match="activation GELU only"):
             timm_config(TinyViTConfig(activation=torch.nn.ReLU), PREPROCESSING)
         with pytest.raises(ValueError, match="Got 2 class names for 7 classes"):
             write_timm_folder(tiny, tmp_path, ["a", "b"])
-        with pytest.raises(TypeError, match="takes a TinyViT; got Linear"):
+        with pytest.raises(TypeError, match="Expected a TinyViT; got Linear"):
             write_timm_folder(torch.nn.Linear(1, 1), tmp_path)
         assert not list(tmp_path.iterdir())
 
@@ -144,16 +144,16 @@ class TestReading:
     @pytest.mark.parametrize(
         ("config", "message"),
         [
-            (None, r"has no config\.json, so it is no folder of the Hugging Face hub"),
-            ({"model_type": "vit"}, "is the configuration of vit, not of a TinyViT"),
-            ({"architecture": "resnet50"}, "timm's resnet50 is no TinyViT"),
-            ([1, 2], "holds list instead of an object"),
+            (None, r"has no config\.json; expected a folder of the Hugging Face hub"),
+            ({"model_type": "vit"}, "is the configuration of vit; expected a TinyViT"),
+            ({"architecture": "resnet50"}, "expected a TinyViT of timm; got resnet50"),
+            ([1, 2], "expected a JSON object in config.json; got list"),
             ({"model_type": "tinyvit", "depths": [1, 1]}, "depths must be 4 positive integers"),
             ({"architecture": "tiny_vit_5m_224", "pretrained_cfg": {"input_size": 3}}, "cannot be used"),
             ({"architecture": "tiny_vit_5m_224", "label_names": {"a": "b"}}, "cannot be used"),
         ],
     )
-    def test_refusals(self, folder, config, message):
+    def test_errors(self, folder, config, message):
         if config is None:
             (folder / "config.json").unlink()
         else:
@@ -174,5 +174,5 @@ class TestReading:
     def test_configuration_of_another_network(self, folder):
         values = {"model_type": "tinyvit", "architectures": ["TinyVitForImageClassification"]}
         (folder / "config.json").write_text(json.dumps(values | {"id2label": {str(i): str(i) for i in range(7)}}))
-        with pytest.raises(CheckpointError, match="carries a configuration of another network"):
+        with pytest.raises(CheckpointError, match=r"configuration stored in .* is of another network"):
             read_checkpoint(folder)

@@ -30,7 +30,7 @@ def shapes(tensors: dict[str, Tensor]) -> dict[str, torch.Size]:
 
 
 def to_timm(name: str) -> str:
-    """timm's name of a tensor, told part by part and apart from the product's patterns."""
+    """Convert a name to timm's part by part, independent of the package's patterns."""
     parts = name.split(".")
     if parts[0] == "head":
         return ".".join(["head", "fc", *parts[1:]])
@@ -49,31 +49,31 @@ class TestPublished:
     @pytest.mark.parametrize("network", WEIGHTS)
     @pytest.mark.parametrize("layout", ["official", "timm"])
     def test_names_and_shapes(self, layout, network):
-        tensors, told, left_out = translate(published(f"{layout}/tiny_vit_{network}"))
-        assert told == layout
+        tensors, found, left_out = translate(published(f"{layout}/tiny_vit_{network}"))
+        assert found == layout
         assert left_out == []
         assert shapes(tensors) == own(network.split("_")[0], WEIGHTS[network])
 
     def test_mobile_sam(self):
         whole = published("mobile_sam.pt")
-        tensors, told, left_out = translate(whole)
-        assert told == "mobile_sam"
+        tensors, found, left_out = translate(whole)
+        assert found == "mobile_sam"
         assert shapes(tensors) == own("5m", "mobile_sam")
-        # What is left out is the rest of the model and the tables that follow from the windows: nothing is lost.
+        # Only the rest of the model and the derived tables are left out.
         assert len(tensors) + len(left_out) == len(whole)
         rest = {name for name in left_out if name.startswith(("prompt_encoder.", "mask_decoder."))}
         assert set(left_out) - rest == {name for name in whole if name.endswith("attention_bias_idxs")}
 
 
 class TestTranslate:
-    def test_official_names_stay(self, tiny):
+    def test_official_names_are_unchanged(self, tiny):
         given = tiny.state_dict()
         tensors, layout, left_out = translate(given)
         assert (layout, left_out) == ("official", [])
         assert tensors.keys() == given.keys()
         assert all(tensors[name] is tensor for name, tensor in given.items())
 
-    def test_every_tensor_keeps_its_values(self, tiny):
+    def test_timm(self, tiny):
         expected = tiny.state_dict()
         tensors, layout, _ = translate({to_timm(name): tensor for name, tensor in expected.items()})
         assert layout == "timm"
@@ -94,17 +94,17 @@ class TestTranslate:
         assert layout == "official"
         assert tensors.keys() == tiny.state_dict().keys()
 
-    def test_a_prefix_that_not_all_have_stays(self):
+    def test_prefix_of_some_names(self):
         names = {"module.a", "b"}
         assert translate(dict.fromkeys(names, torch.zeros(1)))[0].keys() == names
 
-    def test_the_input_is_left_as_it_is(self, tiny):
+    def test_input_is_not_modified(self, tiny):
         given = {f"module.{to_timm(name)}": tensor for name, tensor in tiny.state_dict().items()}
         names = list(given)
         translate(given)
         assert list(given) == names
 
-    def test_nothing(self):
+    def test_empty(self):
         assert translate({}) == ({}, "official", [])
 
 
@@ -119,5 +119,5 @@ class TestUnwrap:
         assert unwrap({"state_dict": {"model": weights}, "epoch": 3}) is weights
 
     @pytest.mark.parametrize("content", [{"epoch": 3}, {"model": "5m"}, {"model.weight": 1}, [1, 2], None])
-    def test_others_stay(self, content):
+    def test_other_content(self, content):
         assert unwrap(content) is content

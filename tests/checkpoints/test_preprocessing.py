@@ -1,4 +1,4 @@
-"""The preprocessing of a network in all its files, and in all that uses it."""
+"""Preprocessing of a network in all file formats and in everything that uses it."""
 
 import copy
 import json
@@ -53,7 +53,7 @@ WRITERS = {
 
 
 class TestPreprocessing:
-    def test_default_of_a_size(self):
+    def test_default(self):
         assert [Preprocessing(size).crop_fraction for size in (64, 224, 384)] == [15 / 16, 0.875, None]
 
     def test_dictionary(self):
@@ -102,9 +102,9 @@ class TestFiles:
         classifier = ImageClassifier.from_config(pretrained=path)
         assert classifier.model.preprocessing == OTHER
         assert classifier.class_names == NAMES
-        by_hand = network(EvaluationPipeline(64, 0.6, OTHER.mean, OTHER.std, "bilinear")(photos))
-        assert torch.equal(classifier(photos), by_hand)
-        assert not torch.allclose(by_hand, network(EvaluationPipeline(64)(photos)), atol=1e-3)
+        expected = network(EvaluationPipeline(64, 0.6, OTHER.mean, OTHER.std, "bilinear")(photos))
+        assert torch.equal(classifier(photos), expected)
+        assert not torch.allclose(expected, network(EvaluationPipeline(64)(photos)), atol=1e-3)
 
     @pytest.mark.parametrize("last", WRITERS)
     @pytest.mark.parametrize("first", WRITERS)
@@ -114,15 +114,15 @@ class TestFiles:
         assert again.preprocessing == OTHER
         assert again.class_names == NAMES
 
-    def test_old_file(self, tiny, tmp_path):
+    def test_file_without_preprocessing(self, tiny, tmp_path):
         path = save_checkpoint(tiny, tmp_path / "old.safetensors")
         tensors, metadata = read_tensors(path)
         del metadata["kornia_tinyvit.preprocessing"]
         write_tensors(path, tensors, metadata)
         assert read_checkpoint(path).preprocessing == default_preprocessing(tiny.config)
 
-    def test_file_with_a_broken_one(self, tiny, tmp_path):
-        path = save_checkpoint(tiny, tmp_path / "broken.safetensors")
+    def test_file_with_invalid_preprocessing(self, tiny, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "invalid.safetensors")
         tensors, metadata = read_tensors(path)
         for text in ('{"std": [0, 0, 0]}', '{"zoom": 2}', "[1]", "{"):
             write_tensors(path, tensors, metadata | {"kornia_tinyvit.preprocessing": text})
@@ -132,11 +132,11 @@ class TestFiles:
     def test_state_dict_does_not_change(self, network):
         assert network.state_dict().keys() == TinyViT(**TINY).state_dict().keys()
 
-    def test_copies_keep_it(self, network):
+    def test_copy(self, network):
         assert copy.deepcopy(network).preprocessing == OTHER
 
-    def test_load_checkpoint_leaves_it(self, network, tmp_path):
-        """Only the construction of a network takes it from the file: loading is about tensors."""
+    def test_load_checkpoint_does_not_change_it(self, network, tmp_path):
+        """Only from_config reads it from the file; load_checkpoint loads tensors."""
         path = save_checkpoint(network, tmp_path / "weights.safetensors")
         other = TinyViT(**TINY)
         load_checkpoint(other, path)
@@ -152,10 +152,10 @@ class TestOverrides:
         path = save_checkpoint(network, tmp_path / "weights.safetensors")
         larger = TinyViT.from_config(pretrained=path, img_size=96).preprocessing
         assert (larger.img_size, larger.crop_fraction, larger.mean) == (96, 0.6, OTHER.mean)
-        asked = TinyViT.from_config(network.config.replace(img_size=96), pretrained=path)
-        assert asked.preprocessing == larger
+        whole = TinyViT.from_config(network.config.replace(img_size=96), pretrained=path)
+        assert whole.preprocessing == larger
 
-    def test_size_of_a_usual_crop(self, tiny, tmp_path):
+    def test_size_with_the_default_crop(self, tiny, tmp_path):
         path = save_checkpoint(tiny, tmp_path / "weights.safetensors")
         assert TinyViT.from_config(pretrained=path, img_size=384).preprocessing == Preprocessing(384)
 
@@ -177,7 +177,7 @@ class TestOverrides:
 
 class TestHubFolders:
     @pytest.mark.parametrize(
-        ("values", "wanted"),
+        ("values", "expected"),
         [
             ({"size": 96}, Preprocessing(96)),
             ({"size": {"height": 96, "width": 96}, "crop_pct": 0.8, "resample": 2}, Preprocessing(96, 0.8, "bilinear")),
@@ -189,16 +189,16 @@ class TestHubFolders:
             ({"do_normalize": False}, Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)),
         ],
     )
-    def test_processors_of_transformers(self, tiny, tmp_path, values, wanted):
+    def test_processors_of_transformers(self, tiny, tmp_path, values, expected):
         folder = write_transformers(tiny, tmp_path / "hub")
         (folder / "preprocessor_config.json").write_text(json.dumps(values))
-        assert read_checkpoint(folder).preprocessing == wanted
+        assert read_checkpoint(folder).preprocessing == expected
 
     @pytest.mark.parametrize(
         ("values", "message"),
         [
             ({"resample": 1}, 'interpolation must be one of .* got "Pillow\'s 1"'),
-            ({"size": {"height": 64, "width": 96}}, "resized to squares"),
+            ({"size": {"height": 64, "width": 96}}, "expected square images"),
             ({"size": {"shortest_edge": 64}}, "without a crop"),
         ],
     )
@@ -246,14 +246,18 @@ class TestExport:
     def test_metadata(self, network):
         from kornia_tinyvit.deploy.export import ExportTask
 
-        told = json.loads(ExportTask(network).metadata()["kornia_tinyvit.input"])
-        assert (told["mean"], told["crop_fraction"], told["interpolation"]) == ([0.5, 0.4, 0.3], 0.6, "bilinear")
+        metadata = json.loads(ExportTask(network).metadata()["kornia_tinyvit.input"])
+        assert (metadata["mean"], metadata["crop_fraction"], metadata["interpolation"]) == (
+            [0.5, 0.4, 0.3],
+            0.6,
+            "bilinear",
+        )
 
     def test_nearest(self, network):
         from kornia_tinyvit.deploy import build_graph
 
         network.preprocessing = Preprocessing(64, interpolation="nearest")
-        with pytest.raises(ValueError, match="bicubic or bilinear interpolation, not nearest"):
+        with pytest.raises(ValueError, match="bicubic or bilinear interpolation; got nearest"):
             build_graph(ImageClassifier(network))
 
 

@@ -136,5 +136,5 @@ class TestProcess:
         assert "Traceback" not in done.stderr
         *progress, last = done.stderr.splitlines()
         assert not any(line.startswith("Error") for line in progress)
-        assert last.startswith(f"Error: The weights could not be fetched from {url}")
+        assert last.startswith(f"Error: The weights could not be downloaded from {url}")
         assert "Without a network, fetch" in last

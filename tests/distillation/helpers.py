@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-import multiprocessing
-
 import numpy as np
 import torch
 
 from kornia_tinyvit.distillation.store import RecordStore
-
-#: Context of child processes. The fork server imports everything once, and children start in milliseconds.
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload(["tests.distillation.test_store", "tests.distillation.test_saving"])
-
-
-def start(target, *args) -> multiprocessing.Process:
-    process = PROCESSES.Process(target=target, args=args)
-    process.start()
-    return process
 
 
 def write_records(store: RecordStore, epoch: int, indices, values: torch.Tensor, checksums) -> int:

@@ -20,7 +20,8 @@ from kornia_tinyvit.distillation import (
     save_records,
     saving,
 )
-from tests.distillation.helpers import PROCESSES, start, write_records
+from tests.distillation.helpers import write_records
+from tests.processes import PROCESSES, start
 from tests.scenes import damage, make_images, samples_of
 
 SIZE, NUM_CLASSES, TOP_K = 16, 9, 4

@@ -23,7 +23,8 @@ from kornia_tinyvit.distillation import store as module
 from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size
 from kornia_tinyvit.distillation.store import FeatureStore, LabelStore, MissingRecordsError, StoreMismatchError
 from kornia_tinyvit.files import describe_differences
-from tests.distillation.helpers import PROCESSES, start, write_records
+from tests.distillation.helpers import write_records
+from tests.processes import PROCESSES, start
 
 MANIFEST = Manifest(
     num_samples=1000,
