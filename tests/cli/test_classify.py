@@ -137,4 +137,4 @@ class TestProcess:
         *progress, last = done.stderr.splitlines()
         assert not any(line.startswith("Error") for line in progress)
         assert last.startswith(f"Error: The weights could not be downloaded from {url}")
-        assert "Without a network, fetch" in last
+        assert "Without a network connection, download" in last
