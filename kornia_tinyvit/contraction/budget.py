@@ -1,4 +1,4 @@
-"""What a network costs, and what it may cost: counted on no device, timed in the user's own engine."""
+"""Costs of a network, counted or timed, and the budget that limits them."""
 
 from __future__ import annotations
 
@@ -23,23 +23,23 @@ from kornia_tinyvit.model import TinyViT
 
 __all__ = ["Bench", "Budget", "Costs", "count"]
 
-#: Costs by name: ``parameters``, ``macs``, ``memory`` in bytes, ``latency_ms``, ``throughput`` in images a second.
+#: Costs by name: ``parameters``, ``macs``, ``memory`` in bytes, ``latency_ms``, ``throughput`` in images per second.
 Costs = dict[str, float]
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What a network may cost; any mixture of limits, each of which has to hold.
+    """Limits of a network's costs, any combination of which must hold.
 
     Args:
-        max_parameters: weights, the head's included.
-        max_macs: multiply-accumulates for one image: half of what :mod:`torch.utils.flop_counter` counts.
-        max_latency_ms: median milliseconds for one image, in the engine of a :class:`Bench`.
-        min_throughput: images a second in batches, in that engine.
-        max_memory: bytes of the weights and of what is held at once on the way of one image, see :func:`count`.
+        max_parameters: number of parameters, including the head.
+        max_macs: multiply-accumulates for one image: half of the count of :mod:`torch.utils.flop_counter`.
+        max_latency_ms: median milliseconds for one image in the engine of a :class:`Bench`.
+        min_throughput: images per second in batches, in that engine.
+        max_memory: bytes of the parameters and of the feature maps of one image, see :func:`count`.
 
     Raises:
-        ValueError: if there is no limit, or one is not positive.
+        ValueError: if no limit is given, or one is not positive.
 
     Example:
         >>> budget = Budget(max_parameters=1.3e6, max_macs=30e6)
@@ -55,51 +55,48 @@ class Budget:
 
     def __post_init__(self) -> None:
         given = {name: limit for name, limit in vars(self).items() if limit is not None}
-        wrong = [f"{name}={limit!r}" for name, limit in given.items() if not 0 < limit < math.inf]
-        if not given:
-            raise ValueError(f"A budget needs a limit: {', '.join(vars(self))}.")
-        if wrong:
-            raise ValueError(f"The limits of a budget are positive numbers; got {', '.join(wrong)}.")
+        if not given or not all(0 < limit < math.inf for limit in given.values()):
+            raise ValueError(f"A budget needs positive limits ({', '.join(vars(self))}); got {given}.")
 
     @property
     def limits(self) -> Costs:
-        """The limits there are, by the name of the cost."""
+        """The given limits by name of the cost."""
         return {name[len("max_") :]: limit for name, limit in vars(self).items() if limit is not None}
 
     def excess(self, costs: Costs) -> float:
-        """Return how far costs are beyond the limits: the sum of log(cost / limit) over those that do not hold.
+        """Return by how much costs exceed the limits: the sum of log(cost / limit) over the exceeded limits.
 
-        The sum lets a step be taken on any of the limits, and a factor that lowers two of them counts for both.
+        A search step can therefore lower any of the exceeded costs, and a factor that lowers two counts for both.
         """
-        return sum(max(0.0, beyond) for beyond in self._beyond(costs))
+        return sum(max(0.0, ratio) for ratio in self._log_ratios(costs))
 
     def holds(self, costs: Costs) -> bool:
         """Return whether all limits hold."""
         return self.excess(costs) == 0
 
     def slack(self, costs: Costs) -> float:
-        """Return how much costs that hold leave of the limits: the sum of log(limit / cost) over all of them."""
-        return -sum(self._beyond(costs))
+        """Return how much of the limits is unused, if all hold: the sum of log(limit / cost)."""
+        return -sum(self._log_ratios(costs))
 
-    def _beyond(self, costs: Costs) -> list[float]:
-        """Return log(cost / limit) of each limit; of a throughput, which is a lower limit, its negative."""
+    def _log_ratios(self, costs: Costs) -> list[float]:
+        """Return log(cost / limit) of each limit; of a throughput, which is a lower limit, the negative."""
         logs = {name: math.log(costs[name] / limit) for name, limit in self.limits.items()}
         return [-log if name == "throughput" else log for name, log in logs.items()]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """How a network's speed is measured: the engine that will run it, and how it will be called.
+    """Settings of latency and throughput measurements: the engine and how it is called.
 
     Args:
-        engine: engine of :func:`~kornia_tinyvit.deploy.optimize`; ``"auto"`` for the fastest that is installed.
-        dtype: type to compute in.
-        device: where to run.
-        batch_size: images at a time for the throughput; the latency is that of one image.
-        repetitions: timed runs; their median counts.
+        engine: engine of :func:`~kornia_tinyvit.deploy.optimize`; ``"auto"`` for the fastest installed one.
+        dtype: dtype to compute in.
+        device: device to run on.
+        batch_size: batch size of the throughput; the latency is measured with one image.
+        repetitions: timed runs, of which the median is used.
 
     Raises:
-        ValueError: if a number is not positive.
+        ValueError: if ``batch_size`` or ``repetitions`` is less than 1.
     """
 
     engine: str = "eager"
@@ -110,35 +107,33 @@ class Bench:
 
     def __post_init__(self) -> None:
         if self.batch_size < 1 or self.repetitions < 1:
-            raise ValueError(
-                f"batch_size and repetitions are at least 1; got {self.batch_size} and {self.repetitions}."
-            )
+            raise ValueError(f"batch_size and repetitions must be positive; got {self.batch_size}, {self.repetitions}.")
 
     def describe(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
+        """Return the fields in JSON-compatible types."""
         return dataclasses.asdict(self) | {"dtype": str(self.dtype)}
 
     def measure(self, config: TinyViTConfig, budget: Budget) -> Costs:
-        """Return what a network costs: all that is counted, and what the budget limits of what is timed.
+        """Return all counted costs of a network, and those measured costs that the budget limits.
 
         Args:
-            config: the network; its weights do not matter and are random.
-            budget: tells which times are needed.
+            config: the network, which is built with random weights.
+            budget: the budget.
 
         Raises:
-            ValueError: if the engine cannot run the type here.
+            ValueError: if the engine does not support the dtype on this machine.
             ImportError: if the engine's packages are not installed.
         """
         costs = count(config, self.dtype)
         batches = {"latency_ms": 1, "throughput": self.batch_size}
-        wanted = [name for name in batches if name in budget.limits]
-        if not wanted:
+        timed = [name for name in batches if name in budget.limits]
+        if not timed:
             return costs
         network = TinyViT.from_config(config).to(self.device).eval()
         steps = {}
-        for name in wanted:
-            images = torch.randn(batches[name], config.in_chans, *_square(config, 1), device=self.device)
-            # int8 takes the ranges of its numbers from images; which ones they are does not change the time.
+        for name in timed:
+            images = torch.randn(batches[name], config.in_chans, config.img_size, config.img_size, device=self.device)
+            # The calibration images do not affect the latency.
             calibration = [images] if self.dtype == torch.int8 else []
             run = optimize(network, self.engine, self.dtype, example=images, calibration=calibration)
             steps[name] = as_step(run, images)
@@ -148,19 +143,19 @@ class Bench:
 
 
 def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
-    """Count what a network costs on any machine, without building it.
+    """Count the costs of a network without building it.
 
     Args:
         config: the network; images have its ``img_size``.
-        dtype: type of the weights and maps, for the memory.
+        dtype: dtype of the parameters and feature maps, for the memory.
 
     Returns:
-        ``parameters``; ``macs`` for one image; and ``memory``: bytes of the weights and of the maps that plain
-        PyTorch holds at once, at the worst place of the way of one image. Engines plan their memory otherwise, but
-        the widest place is the same.
+        ``parameters``; ``macs`` for one image; and ``memory``: bytes of the parameters and the peak of all feature maps
+        in memory during the forward pass of one image in eager PyTorch. Engines plan their memory differently, but
+        peak at the same layer.
 
     Raises:
-        ValueError: for MobileSAM's encoder, which is no classifier.
+        ValueError: for MobileSAM's encoder, which is not a classifier.
 
     Example:
         >>> costs = count(TinyViTConfig.from_variant("5m"))
@@ -169,25 +164,24 @@ def count(config: TinyViTConfig, dtype: torch.dtype = torch.float32) -> Costs:
     """
     if config.mobile_sam:
         raise ValueError("MobileSAM's encoder cannot be contracted: the search compares the accuracy of classifiers.")
-    parameters = macs = maps = 0
-    for part, times in _parts(config):
-        weights, products, held = _count_part(part)
-        parameters += times * weights
-        macs += times * products
-        maps = max(maps, held)
-    scale = dtype.itemsize
-    return {"parameters": parameters, "macs": macs, "memory": scale * parameters + scale * maps // 4}
+    counted = [(times, *_count_layer(layer)) for layer, times in _layers(config)]
+    parameters = sum(times * weights for times, weights, _, _ in counted)
+    macs = sum(times * products for times, _, products, _ in counted)
+    peak = max(held for *_, held in counted)
+    memory = dtype.itemsize * parameters + dtype.itemsize * peak // 4
+    return {"parameters": parameters, "macs": macs, "memory": memory}
 
 
-_Part = tuple[Any, ...]  # class, its arguments, shape of its input
+_Layer = tuple[Any, ...]  # class, its arguments, shape of its input
 
 
-def _parts(config: TinyViTConfig) -> Iterator[tuple[_Part, int]]:
-    """Yield what the network is made of, and how often: a search meets the same blocks again and again."""
-    activation, images = config.activation, (1, config.in_chans, *_square(config, 1))
+def _layers(config: TinyViTConfig) -> Iterator[tuple[_Layer, int]]:
+    """Yield the layers of a network and how often they occur; a search counts most of them many times."""
+    activation, images = config.activation, (1, config.in_chans, config.img_size, config.img_size)
     yield (PatchEmbed, (config.in_chans, config.embed_dims[0], activation), images), 1
     for stage, (dim, depth) in enumerate(zip(config.embed_dims, config.depths, strict=True)):
-        shape = (1, dim, *_square(config, config.stage_strides[stage]))
+        side = -(-config.img_size // config.stage_strides[stage])
+        shape = (1, dim, side, side)
         if stage == 0:
             yield (MBConv, (dim, config.mbconv_expand_ratio, activation), shape), depth
         else:
@@ -201,28 +195,22 @@ def _parts(config: TinyViTConfig) -> Iterator[tuple[_Part, int]]:
         yield (nn.Linear, (config.embed_dims[-1], config.num_classes), (1, config.embed_dims[-1])), 1
 
 
-def _square(config: TinyViTConfig, stride: int) -> tuple[int, int]:
-    side = -(-config.img_size // stride)
-    return side, side
-
-
 @functools.lru_cache(maxsize=4096)
-def _count_part(part: _Part) -> tuple[int, int, int]:
-    """Return weights, multiply-accumulates and the bytes of float32 maps held at once."""
-    kind, arguments, shape = part
+def _count_layer(layer: _Layer) -> tuple[int, int, int]:
+    """Return the parameters, multiply-accumulates and peak bytes of float32 feature maps of a layer."""
+    kind, arguments, shape = layer
     with torch.device("meta"):
         module, images = kind(*arguments).eval(), torch.empty(shape)
-    flops = count_flops(module, images)
     with torch.no_grad(), _LiveBytes(images) as live:
         module(images)
-    return sum(parameter.numel() for parameter in module.parameters()), flops // 2, live.peak
+    return sum(parameter.numel() for parameter in module.parameters()), count_flops(module, images) // 2, live.peak
 
 
 class _LiveBytes(TorchDispatchMode):
-    """Follows the bytes of an input and of all tensors that are made inside the block, until they are freed.
+    """Tracks the storages of an input and of all tensors that are created in the block, until they are freed.
 
     Attributes:
-        peak: the most there were at a time.
+        peak: the maximum number of bytes at a time.
     """
 
     def __init__(self, images: Tensor) -> None:
@@ -232,7 +220,7 @@ class _LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         out = func(*args, **(kwargs or {}))
-        # A view of what was there before the block, such as a weight, is not new.
+        # Views of existing tensors, such as parameters, are not new.
         self.live |= _storages(out) - _storages(args)
         self.peak = max(self.peak, sum(storage.nbytes() for storage in self.live))
         return out

@@ -1,4 +1,4 @@
-"""How good a candidate is: a brief training on a proxy split, by the repository's loop."""
+"""Proxy training: a short training of each candidate to measure its accuracy."""
 
 from __future__ import annotations
 
@@ -24,33 +24,31 @@ from kornia_tinyvit.training.tasks.classification import ClassificationLoss
 
 __all__ = ["ProxyTraining"]
 
-Start = Literal["inherit", "fresh"]
-
 
 @dataclass(frozen=True)
 class ProxyTraining:
-    """Train a candidate as a recipe says and measure its top-1: an evaluation for :func:`contract`.
+    """Evaluation for :func:`contract` that trains each candidate with a recipe and measures its top-1 accuracy.
 
-    It can be pickled, so that :func:`contract` can run it in several processes. A training that was killed goes on.
+    It can be pickled for searches with several processes. An interrupted training is resumed.
 
     Args:
-        samples: the images to train on, and their augmentation.
-        validation: others, to measure the accuracy on.
-        recipe: the training; a few epochs are usual.
-        folder: where trainings in progress keep their state; each one's is removed at its end.
-        objective: what to learn, such as :class:`~kornia_tinyvit.distillation.StoredLabelLoss`, which needs no teacher;
-            ``None`` for the labels.
-        start: ``"inherit"`` begins with what is left of the parent's weights, see
-            :func:`~kornia_tinyvit.contraction.inherit`; ``"fresh"`` with random ones.
-        replays: epochs of the augmentation that are shown in turn, such as those of a store; ``None`` for all.
-        seed: seed of random first weights.
-        process_batch: images at a time; gradients add up to the recipe's batch.
-        workers: processes that read images, for each candidate.
+        samples: the training images and their augmentation.
+        validation: the held-out images.
+        recipe: the training recipe, usually of a few epochs.
+        folder: folder for the state of unfinished trainings.
+        objective: training objective, such as :class:`~kornia_tinyvit.distillation.StoredLabelLoss`, which needs no
+            teacher; ``None`` for the labels.
+        start: ``"inherit"`` inherits the parent's weights, see :func:`~kornia_tinyvit.contraction.inherit`;
+            ``"fresh"`` starts from random weights.
+        replays: epochs of the augmentation to cycle through, such as those of a store; ``None`` for all.
+        seed: seed of random initial weights.
+        process_batch: batch size per step; gradients are accumulated to the recipe's batch size.
+        workers: data loader workers per candidate.
         precision: ``"no"``, ``"bf16"`` or ``"fp16"``.
-        cpu: stay on the CPU.
+        cpu: train on the CPU.
 
     Raises:
-        ValueError: if ``start`` is neither.
+        ValueError: if ``start`` is neither ``"inherit"`` nor ``"fresh"``.
     """
 
     samples: ReplayedSamples
@@ -58,7 +56,7 @@ class ProxyTraining:
     recipe: Recipe
     folder: Path
     objective: Loss | None = None
-    start: Start = "inherit"
+    start: Literal["inherit", "fresh"] = "inherit"
     replays: list[int] | None = None
     seed: int = 0
     process_batch: int | None = None
@@ -71,8 +69,8 @@ class ProxyTraining:
             raise ValueError(f"start must be 'inherit' or 'fresh'; got {self.start!r}.")
 
     def describe(self) -> dict[str, Any]:
-        """Return what decides the accuracies, as JSON's types."""
-        told = {
+        """Return all settings that affect the accuracies, for JSON."""
+        return {
             "recipe": dataclasses.asdict(self.recipe),
             "samples": self.samples.describe(),
             "validation": self.validation.fingerprint(),
@@ -82,18 +80,16 @@ class ProxyTraining:
             "seed": self.seed,
             "precision": self.precision,
         }
-        described: dict[str, Any] = json.loads(json.dumps(told))
-        return described
 
     def __call__(self, config: TinyViTConfig, parent: TinyViT | None) -> tuple[float, TinyViT]:
         """Train a candidate.
 
         Args:
             config: the candidate.
-            parent: the trained network it was contracted from, if there is one.
+            parent: the trained network it was contracted from; ``None`` for the first.
 
         Returns:
-            Its top-1 on the validation images in per cent, and the trained network.
+            Top-1 accuracy on the validation images in percent, and the trained network.
         """
         torch.manual_seed(self.seed)
         source = parent if self.start == "inherit" else None

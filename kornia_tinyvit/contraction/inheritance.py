@@ -1,4 +1,4 @@
-"""A contracted network starts from the most important channels, heads and blocks of its parent."""
+"""Weight inheritance: a contracted network keeps the most important channels, heads and blocks of its parent."""
 
 from __future__ import annotations
 
@@ -19,28 +19,28 @@ __all__ = ["inherit"]
 
 @torch.no_grad()
 def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
-    """Cut a network down to a configuration that is contracted in any of its factors.
+    """Contract a network to a configuration and inherit the most important weights.
 
-    What is kept is what matters most: the importance of a channel or head is the L2 norm of the weights that write it,
-    batch norms included, times that of the weights that read it; the importance of a block is the norm of the weights
-    that write what it adds, and how far its convolution between attention and MLP is from the identity. The first
-    block of a stage may go with less harm, since the merging before it takes over what that convolution does to an
-    even map. Norms of filters as importance are those of arXiv:1608.08710 (there L1). Kept parts stay in their
-    order and keep their weights; a smaller window keeps the biases of the distances that are left.
+    The importance of a channel or head is the L2 norm of its output weights, including batch norms, times that of the
+    weights that read it. The importance of a block is the norm of the output weights of its residual branches, plus the
+    distance of the convolution between attention and MLP from the identity; this term is left out for the first block
+    of a stage, since the patch merging before it takes over what that convolution does to a constant feature map.
+    Filter norms as importance follow arXiv:1608.08710 (there L1). Kept parts stay in their order; a smaller window
+    keeps the attention biases of the remaining distances.
 
-    Hidden channels, channels of the convolutional stage, and whole blocks that contribute nothing are cut without
-    changing what the network computes. Channels of an attention stage are not: its layer norms average over all
-    channels, so that they see others when some are gone, even if those were zero.
+    Removing hidden channels, channels of the convolutional stage, or whole blocks with zero weights does not change the
+    outputs. Removing channels of an attention stage does, even if they are zero: its layer norms average over all
+    channels.
 
     Args:
-        parent: the network to cut; it stays as it is.
-        config: what to cut it to.
+        parent: the network; it is not modified.
+        config: the contracted configuration.
 
     Returns:
         A new network on the parent's device, in training mode.
 
     Raises:
-        ValueError: if the configuration is larger than the parent in some way, or differs in what is no contraction.
+        ValueError: if a factor of the configuration is larger than the parent's, or another field differs.
 
     Example:
         >>> parent = TinyViT.from_config("1m", pretrained="cifar10")
@@ -51,26 +51,28 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     weight = parent.norm_head.weight
     child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
     child.preprocessing = parent.preprocessing.resize(config.img_size)
-    # The blocks first: blocks that are dropped have no say about the channels.
+    # The importance of channels depends on the kept blocks only.
     blocks = [_kept_blocks(parent, stage, config.depths[stage]) for stage in range(NUM_STAGES)]
-    streams = [_kept_channels(parent, stage, blocks[stage], config.embed_dims[stage]) for stage in range(NUM_STAGES)]
-    _cut_stem(parent, child, streams[0])
+    channels = [_kept_channels(parent, stage, blocks[stage], config.embed_dims[stage]) for stage in range(NUM_STAGES)]
+    old_stem, new_stem = _stem(parent), _stem(child)
+    hidden = _most_important(_writers(old_stem[0]), _readers(old_stem[2]), new_stem[0].c.out_channels)
+    _cut(old_stem[0], new_stem[0], hidden)
+    _cut(old_stem[2], new_stem[2], channels[0], hidden)
     for stage in range(NUM_STAGES):
         source, target = _stages(parent)[stage], _stages(child)[stage]
         for old, new in zip((source.blocks[number] for number in blocks[stage]), target.blocks, strict=True):
             if stage == 0:
-                _cut_convs(old, new, streams[0], streams[0])
+                _cut_convs(old, new, channels[0], channels[0])
             else:
-                _cut_block(old, new, streams[stage])
+                _cut_block(old, new, channels[stage])
         if target.downsample is not None:
-            _cut_convs(source.downsample, target.downsample, streams[stage], streams[stage + 1])
-            following = _stages(parent)[stage + 1].blocks
-            dropped = [following[number] for number in range(blocks[stage + 1][0])]
+            _cut_convs(source.downsample, target.downsample, channels[stage], channels[stage + 1])
+            dropped = list(_stages(parent)[stage + 1].blocks)[: blocks[stage + 1][0]]
             side = -(-config.img_size // config.stage_strides[stage + 1])
-            _absorb(target.downsample, dropped, streams[stage + 1], side)
-    _cut(parent.norm_head, child.norm_head, streams[-1])
+            _absorb(target.downsample, dropped, channels[stage + 1], side)
+    _cut(parent.norm_head, child.norm_head, channels[-1])
     if config.num_classes:
-        _cut(parent.head, child.head, slice(None), streams[-1])
+        _cut(parent.head, child.head, slice(None), channels[-1])
     return child
 
 
@@ -78,59 +80,55 @@ def _stages(model: TinyViT) -> list[Any]:
     return list(cast("nn.Sequential", model.layers))
 
 
-def _stem(model: TinyViT) -> tuple[ConvBN, ConvBN]:
-    return cast("ConvBN", model.patch_embed.seq[0]), cast("ConvBN", model.patch_embed.seq[2])
+def _stem(model: TinyViT) -> Any:
+    return model.patch_embed.seq
 
 
 def _kept_blocks(parent: TinyViT, stage: int, depth: int) -> list[int]:
-    """Return the blocks to keep: those go, one after another, that change the map the least."""
+    """Return the blocks to keep; the least important ones are removed one at a time."""
     blocks = _stages(parent)[stage].blocks
     kept = list(range(len(blocks)))
     while len(kept) > depth:
-        # What the convolution of the first block does, the merging before it takes over.
-        changes = [
-            _branch_norm(blocks[number]) + (_mixing(blocks[number]) if at else 0) for at, number in enumerate(kept)
+        scores = [
+            float(torch.cat(_written(blocks[each]), 1).norm()) + (_distance_from_identity(blocks[each]) if at else 0)
+            for at, each in enumerate(kept)
         ]
-        kept.pop(changes.index(min(changes)))
+        kept.pop(scores.index(min(scores)))
     return kept
 
 
-def _branch_norm(block: MBConv | TinyViTBlock) -> float:
-    """Return the norm of the weights that write what a block adds to its map."""
-    return float(torch.cat(_written(block), 1).norm())
-
-
 def _written(block: MBConv | TinyViTBlock) -> list[Tensor]:
+    """Return the output weights of a block's residual branches."""
     layers = [block.conv3] if isinstance(block, MBConv) else [block.attn.proj, block.mlp.fc2]
     return [_writers(layer) for layer in layers]
 
 
-def _mixing(block: MBConv | TinyViTBlock) -> float:
-    """Return how far the convolution between attention and MLP, which has no shortcut, is from doing nothing."""
+def _distance_from_identity(block: MBConv | TinyViTBlock) -> float:
+    """Return the distance of the convolution between attention and MLP, which has no shortcut, from the identity."""
     if isinstance(block, MBConv):
         return 0.0
     filters = _writers(block.local_conv).clone()
-    filters[:, (filters.shape[1] - 1) // 2] -= 1  # the middle of the kernel; the last column is the bias
+    filters[:, (filters.shape[1] - 1) // 2] -= 1  # the center of the kernel; the last column is the bias
     return float(filters.norm())
 
 
 def _absorb(merging: PatchMerging, blocks: list[TinyViTBlock], channels: Tensor, side: int) -> None:
-    """Let a merging do what the convolutions of blocks that followed it do to an even map: a scale and a shift."""
+    """Fold into a merging what the convolutions of removed blocks do to a constant feature map: a scale and a shift."""
     for block in blocks:
         size = block.local_conv.c.kernel_size[0]
         filters = _writers(block.local_conv)[channels]
-        even = filters.new_ones(1, len(channels), side, side)
+        constant = filters.new_ones(1, len(channels), side, side)
         kernels = filters[:, :-1].view(-1, 1, size, size)
-        scale = F.conv2d(even, kernels, padding=size // 2, groups=len(channels)).mean((0, 2, 3))
+        scale = F.conv2d(constant, kernels, padding=size // 2, groups=len(channels)).mean((0, 2, 3))
         norm = merging.conv3.bn
         norm.weight.mul_(scale)
         norm.bias.mul_(scale).add_(filters[:, -1])
 
 
 def _kept_channels(parent: TinyViT, stage: int, blocks: list[int], width: int) -> Tensor:
-    """Return the channels of a stage's map to keep, by all that writes to it and all that reads it."""
+    """Return the channels of a stage's feature map to keep, by all layers that write or read it."""
     stages = _stages(parent)
-    written = [_writers(stages[stage - 1].downsample.conv3 if stage else _stem(parent)[1])]
+    written = [_writers(stages[stage - 1].downsample.conv3 if stage else _stem(parent)[2])]
     read = []
     for number in blocks:
         block = stages[stage].blocks[number]
@@ -147,29 +145,22 @@ def _kept_channels(parent: TinyViT, stage: int, blocks: list[int], width: int) -
 
 
 def _most_important(written: Tensor, read: Tensor, count: int) -> Tensor:
-    """Return the channels to keep, in order, given a row for each of what writes and what reads it."""
+    """Return the channels to keep, in order, given one row per channel of the weights that write and read it."""
     scores = written.norm(dim=1) * read.norm(dim=1)
     return scores.sort(descending=True, stable=True).indices[:count].sort().values
 
 
 def _writers(layer: ConvBN | nn.Linear) -> Tensor:
-    """Return the weights and the bias that write each channel, batch norms included, a row each."""
+    """Return the weights and bias that write each channel, batch norm folded, one row per channel."""
     plain = fold_batch_norm(layer) if isinstance(layer, ConvBN) else layer
     return torch.cat([plain.weight.flatten(1), cast("Tensor", plain.bias)[:, None]], 1)
 
 
 def _readers(layer: ConvBN | nn.Linear, norm: nn.LayerNorm | None = None) -> Tensor:
-    """Return the weights that read each channel, a row each, those of a norm before them included."""
+    """Return the weights that read each channel, scaled by a norm before the layer, one row per channel."""
     weight = layer.c.weight if isinstance(layer, ConvBN) else layer.weight
     rows = weight.transpose(0, 1).flatten(1)
     return rows if norm is None else rows * norm.weight[:, None]
-
-
-def _cut_stem(old: TinyViT, new: TinyViT, channels: Tensor) -> None:
-    (first, second), (new_first, new_second) = _stem(old), _stem(new)
-    hidden = _most_important(_writers(first), _readers(second), new_first.c.out_channels)
-    _cut(first, new_first, hidden)
-    _cut(second, new_second, channels, hidden)
 
 
 def _cut_convs(old: MBConv | PatchMerging, new: MBConv | PatchMerging, before: Tensor, after: Tensor) -> None:
@@ -189,7 +180,7 @@ def _cut_block(old: TinyViTBlock, new: TinyViTBlock, channels: Tensor) -> None:
 
 
 def _cut_attention(old: Attention, new: Attention, channels: Tensor) -> None:
-    # A head writes by its values, the last third of its rows, and is read by the projection.
+    # The output of a head is its values, the last third of its rows; the projection reads it.
     rows = old.qkv.weight.new_tensor(range(old.qkv.out_features), dtype=torch.long).view(old.num_heads, 3, -1)
     values = _writers(old.qkv)[rows[:, 2]].flatten(1)
     read = _readers(old.proj).unflatten(0, (old.num_heads, -1)).flatten(1)
@@ -204,9 +195,9 @@ def _cut_attention(old: Attention, new: Attention, channels: Tensor) -> None:
 
 
 def _cut(old: nn.Module, new: nn.Module, out: Tensor | slice, into: Tensor | slice = slice(None)) -> None:
-    """Copy the weights of a layer that write some channels, and of those that read several the ones that read some.
+    """Copy the weights of the output channels ``out`` and the input channels ``into`` of a layer.
 
-    A depthwise convolution reads what it writes, which its weights do not tell apart.
+    Depthwise convolutions need only ``out``: their weights have one input channel.
     """
     kept = {}
     for name, values in old.state_dict().items():

@@ -1,4 +1,4 @@
-"""The file of a search: a JSON line for each candidate that was measured, evaluated or kept."""
+"""Journal of a search: a JSON Lines file of all measurements, evaluations and selected networks."""
 
 from __future__ import annotations
 
@@ -14,49 +14,49 @@ __all__ = ["Journal"]
 
 
 class Journal:
-    """Remembers what a search found out, over kills and restarts.
+    """Records a search, which resumes from the file after an interruption.
 
-    The first line says what was asked for, each other one what happened: ``"measured"`` with the configuration, its
-    parent and its costs, ``"evaluated"`` with the accuracy, ``"kept"`` with the limit of the step. A line that a killed
-    process left half written is forgotten. Only one process at a time may write: the search locks its folder.
+    The first line holds the settings of the search. Each other line is an event: ``"measured"`` with the configuration,
+    its parent and its costs, ``"evaluated"`` with the accuracy, ``"kept"`` with the constraint of the step. An
+    incomplete last line is truncated. Only one process may write at a time: the search locks its folder.
 
     Args:
-        path: the file; its folder is made.
-        asked: what decides the search, as JSON's types.
+        path: the file; its folder is created.
+        settings: all settings that affect the search, in JSON-compatible types.
 
     Raises:
-        ValueError: if the file holds another search, or a line is damaged.
+        ValueError: if the file records a search with other settings, or a line is corrupt.
     """
 
-    def __init__(self, path: Path, asked: dict[str, Any]) -> None:
+    def __init__(self, path: Path, settings: dict[str, Any]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         self.path = path
-        self._found: dict[tuple[str, str], dict[str, Any]] = {}
-        asked = {"event": "began", **asked}
-        began = self._load() or self._append(asked)
-        differences = describe_differences(began, asked, words=("it has", "asked for"))
+        self._events: dict[tuple[str, TinyViTConfig], dict[str, Any]] = {}
+        settings = {"event": "began", **settings}
+        recorded = self._load() or self._append(settings)
+        differences = describe_differences(recorded, settings, words=("it has", "requested"))
         if differences:
             raise ValueError(
                 f"{path.parent} holds another search: {'; '.join(differences)}. Give another folder, or remove it."
             )
 
     def find(self, event: str, config: TinyViTConfig) -> dict[str, Any] | None:
-        """Return the line about a network, or ``None``."""
-        return self._found.get((event, _key(config.to_dict())))
+        """Return the line of an event for a network, or ``None``."""
+        return self._events.get((event, config))
 
-    def write(self, event: str, config: TinyViTConfig, **told: Any) -> dict[str, Any]:
-        """Add a line about a network, which lasts once this returns; one that is there already is returned."""
+    def write(self, event: str, config: TinyViTConfig, **values: Any) -> dict[str, Any]:
+        """Record an event for a network durably and return its line; an existing line is kept."""
         known = self.find(event, config)
-        return known or self._remember(self._append({"event": event, "config": config.to_dict(), **told}))
+        return known or self._remember(self._append({"event": event, "config": config.to_dict(), **values}))
 
     def _load(self) -> dict[str, Any] | None:
-        """Read what is there, and return its first line, if there is one."""
+        """Read all events and return the first line; ``None`` if the file is empty."""
         content = self.path.read_bytes() if self.path.exists() else b""
-        whole = content[: content.rfind(b"\n") + 1]
-        if len(whole) < len(content):
-            os.truncate(self.path, len(whole))
+        complete = content[: content.rfind(b"\n") + 1]
+        if len(complete) < len(content):
+            os.truncate(self.path, len(complete))
         first = None
-        for number, text in enumerate(whole.splitlines(), 1):
+        for number, text in enumerate(complete.splitlines(), 1):
             try:
                 line = dict(json.loads(text))
                 first = first or line
@@ -64,8 +64,8 @@ class Journal:
                     self._remember(line)
             except (ValueError, TypeError, KeyError):
                 raise ValueError(
-                    f"Line {number} of {self.path} is damaged. Remove that line to search what it told again, or the "
-                    "folder to begin anew."
+                    f"Line {number} of {self.path} is corrupt. Remove the line to repeat its event, or the folder "
+                    "to start over."
                 ) from None
         return first
 
@@ -75,12 +75,8 @@ class Journal:
             file.write(text.encode() + b"\n")
             file.flush()
             os.fsync(file.fileno())
-        return json.loads(text)  # as it will be read after a restart
+        return json.loads(text)  # equal to the line after a restart
 
     def _remember(self, line: dict[str, Any]) -> dict[str, Any]:
-        self._found[line["event"], _key(line["config"])] = line
+        self._events[line["event"], TinyViTConfig.from_dict(line["config"])] = line
         return line
-
-
-def _key(config: dict[str, Any]) -> str:
-    return json.dumps(config, sort_keys=True)

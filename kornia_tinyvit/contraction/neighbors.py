@@ -1,4 +1,4 @@
-"""The steps a search can take: a network contracted, or given back, in one factor."""
+"""Steps of a search: contract or expand a network in one factor."""
 
 from __future__ import annotations
 
@@ -9,35 +9,36 @@ from functools import partial
 from itertools import accumulate, islice, repeat, takewhile
 from typing import Any
 
+import numpy as np
+
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 
 __all__ = ["SearchSpace", "contractions", "expansions", "smallest"]
 
-# What may be smaller than in the parent, and what may be another altogether since no weight depends on it.
+# Fields that may be smaller than in the parent, and fields that may differ since no weight depends on them.
 _CONTRACTED = ("embed_dims", "depths", "num_heads", "window_sizes", "mbconv_expand_ratio", "mlp_ratio")
 _FREE = ("img_size", "drop_rate", "drop_path_rate", "use_checkpoint")
-_STAGED = ("embed_dims", "depths", "window_sizes")
-_FACTORS = [f"{name}[{stage}]" for stage in range(NUM_STAGES) for name in _STAGED]
+_FACTORS = [f"{name}[{stage}]" for stage in range(NUM_STAGES) for name in ("embed_dims", "depths", "window_sizes")]
 _FACTORS.remove("window_sizes[0]")  # the first stage has no windows
 _FACTORS += ["mbconv_expand_ratio", "mlp_ratio"]
 
 
 @dataclass(frozen=True)
 class SearchSpace:
-    """How far each factor of a network may be contracted, and in which steps.
+    """Limits and step sizes of the factors of a network.
 
-    The factors are those of arXiv:2207.10666, section 3.2: width and depth of each stage, window of each attention
-    stage, expansion of the MBConv blocks and of the MLPs. Widths change by whole heads of unchanged width, in the
-    convolutional stage by half of that; windows go to the next smaller size that tiles the stage's map.
+    The factors are those of arXiv:2207.10666, section 3.2: width and depth of each stage, window size of each attention
+    stage, expansion ratios of the MBConv blocks and of the MLPs. Widths change by whole heads of constant width, in the
+    convolutional stage by half of that; window sizes change to the next smaller divisor of the feature map's side.
 
     Args:
-        min_depth: fewest blocks of a stage.
-        min_window: smallest window in tokens.
-        ratio_step: step of the two expansions.
-        min_ratio: smallest expansion.
+        min_depth: minimum number of blocks per stage.
+        min_window: minimum window size in tokens.
+        ratio_step: step of the two expansion ratios.
+        min_ratio: minimum expansion ratio.
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if ``min_depth`` or ``min_window`` is less than 1, or a ratio is not positive.
     """
 
     min_depth: int = 1
@@ -46,23 +47,19 @@ class SearchSpace:
     min_ratio: float = 1.0
 
     def __post_init__(self) -> None:
-        for name in ("min_depth", "min_window"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1; got {getattr(self, name)!r}.")
-        for name in ("ratio_step", "min_ratio"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive; got {getattr(self, name)!r}.")
+        if min(self.min_depth, self.min_window) < 1 or not min(self.ratio_step, self.min_ratio) > 0:
+            raise ValueError(f"min_depth and min_window must be >= 1, ratio_step and min_ratio > 0; got {self}.")
 
 
 def contractions(config: TinyViTConfig, space: SearchSpace) -> dict[str, Iterator[TinyViTConfig]]:
-    """Return the neighbors of a network: for each factor, the network contracted by one step, two steps and so on.
+    """Return the contractions of a network: for each factor, the network with one step less of it, two steps and so on.
 
     Args:
         config: the network.
-        space: how far to go.
+        space: limits and step sizes.
 
     Returns:
-        Lazily made configurations by the factor's name, such as ``"embed_dims[2]"`` or ``"mlp_ratio"``.
+        Iterators over configurations by name of the factor, such as ``"embed_dims[2]"`` or ``"mlp_ratio"``.
 
     Example:
         >>> found = contractions(TinyViTConfig.from_variant("5m"), SearchSpace())
@@ -73,16 +70,16 @@ def contractions(config: TinyViTConfig, space: SearchSpace) -> dict[str, Iterato
 
 
 def expansions(config: TinyViTConfig, within: TinyViTConfig, space: SearchSpace) -> dict[str, Iterator[TinyViTConfig]]:
-    """Return the neighbors on the way back: for each factor, the network with one step of it more, two and so on.
+    """Return the expansions of a network: for each factor, the network with one step more of it, two steps and so on.
 
     Args:
         config: the network.
-        within: the network it was contracted from, which none outgrows.
-        space: tells the step of the two expansion ratios.
+        within: the network it was contracted from, whose factors are the maxima.
+        space: step sizes.
 
     Returns:
-        Configurations by the factor's name, as :func:`contractions` has them; none for a factor whose value no number
-        of contractions leads to.
+        Iterators over configurations by name of the factor; empty for a factor whose value is not a whole number of
+        steps below the maximum.
 
     Example:
         >>> contracted = TinyViTConfig.from_variant("5m").replace(mlp_ratio=3.0, depths=(2, 2, 4, 2))
@@ -90,7 +87,7 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: SearchSpace)
         >>> {name: len(list(chain)) for name, chain in found.items() if name in ("depths[2]", "mlp_ratio")}
         {'depths[2]': 2, 'mlp_ratio': 2}
     """
-    # What may not be contracted so far may still be given back.
+    # The minima apply to contractions only: a network below them can still be expanded.
     further = dataclasses.replace(space, min_depth=1, min_window=1, min_ratio=space.ratio_step)
     found: dict[str, Iterator[TinyViTConfig]] = {}
     for factor in _FACTORS:
@@ -102,7 +99,7 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: SearchSpace)
 
 
 def smallest(config: TinyViTConfig, space: SearchSpace) -> TinyViTConfig:
-    """Return the network with every factor contracted as far as it goes."""
+    """Return the network with every factor contracted to its minimum."""
     for factor in _FACTORS:
         for least in _less(config, factor, space):
             config = _with(config, factor, least)
@@ -110,42 +107,32 @@ def smallest(config: TinyViTConfig, space: SearchSpace) -> TinyViTConfig:
 
 
 def read_factor(factor: str) -> tuple[str, int | None]:
-    """Return the field that a factor's name tells, and the stage, if it is of one."""
+    """Return the field and the stage of a factor's name; the stage is ``None`` for the expansion ratios."""
     name, _, stage = factor.rstrip("]").partition("[")
     return name, int(stage) if stage else None
 
 
 def check_contracted(config: TinyViTConfig, parent: TinyViTConfig) -> None:
-    """Refuse a network that is not its parent with less of some factors.
+    """Raise an error if a configuration is not a contraction of its parent.
 
     Raises:
-        ValueError: if it is larger in some way, or differs in what is no factor and what weights depend on.
+        ValueError: if a factor is larger than the parent's, or another field that weights depend on differs.
     """
     if parent.mobile_sam or config.mobile_sam:
         raise ValueError("MobileSAM's encoder cannot be contracted; give a classifier.")
-    others = [
-        name
-        for name in parent.__dataclass_fields__
-        if name not in (*_CONTRACTED, *_FREE) and getattr(parent, name) != getattr(config, name)
-    ]
+    fixed = vars(parent).keys() - {*_CONTRACTED, *_FREE}
+    others = sorted(name for name in fixed if getattr(parent, name) != getattr(config, name))
     if others:
-        raise ValueError(f"A contracted network has its parent's {', '.join(others)}; the configuration has others.")
+        raise ValueError(f"A contracted network must keep its parent's {', '.join(others)}; the configuration differs.")
     for name in _CONTRACTED:
-        most, wanted = _numbers(parent, name), _numbers(config, name)
-        if any(more < less for more, less in zip(most, wanted, strict=True)):
-            raise ValueError(f"{name} can only become smaller; the parent has {most}, the configuration {wanted}.")
+        unused = 1 if name in ("num_heads", "window_sizes") else 0  # the first stage has no attention
+        most, given = (np.atleast_1d(getattr(each, name))[unused:] for each in (parent, config))
+        if (given > most).any():
+            raise ValueError(f"{name} can only become smaller; the parent has {most}, the configuration {given}.")
     for stage in range(1, NUM_STAGES):
-        widths = [each.embed_dims[stage] // each.num_heads[stage] for each in (parent, config)]
+        widths = [_head_width(each, stage) for each in (parent, config)]
         if widths[0] != widths[1]:
-            raise ValueError(f"The heads of stage {stage} are {widths[0]} wide and stay so; got {widths[1]}.")
-
-
-def _numbers(config: TinyViTConfig, name: str) -> tuple[float, ...]:
-    """Return a factor, of the stages where it means something."""
-    value = getattr(config, name)
-    if name in ("num_heads", "window_sizes"):  # the first stage ignores its entry
-        return tuple(value[1:])
-    return value if isinstance(value, tuple) else (value,)
+            raise ValueError(f"Heads of stage {stage} must keep their width of {widths[0]}; got {widths[1]}.")
 
 
 def _value(config: TinyViTConfig, factor: str) -> Any:
@@ -155,13 +142,13 @@ def _value(config: TinyViTConfig, factor: str) -> Any:
 
 
 def _with(config: TinyViTConfig, factor: str, value: Any) -> TinyViTConfig:
-    """Return a network with another value of a factor; heads stay as wide as they are."""
+    """Return a network with another value of a factor and the same width of heads."""
     name, stage = read_factor(factor)
     if stage is None:
         return config.replace(**{name: value})
     changed = {name: value}
     if name == "embed_dims":
-        # The network ignores the first entry; it is kept at what the published configurations say.
+        # The network ignores the first entry; the published configurations have it.
         changed["num_heads"] = max(1, value // _head_width(config, stage))
     fields = {field: list(getattr(config, field)) for field in changed}
     for field, number in changed.items():
@@ -170,7 +157,7 @@ def _with(config: TinyViTConfig, factor: str, value: Any) -> TinyViTConfig:
 
 
 def _less(config: TinyViTConfig, factor: str, space: SearchSpace) -> Iterator[float]:
-    """Yield the values that a factor can be contracted to, the next first."""
+    """Yield the values that a factor can be contracted to, in descending order."""
     name, stage = read_factor(factor)
     value = _value(config, factor)
     if stage is None:
@@ -178,15 +165,15 @@ def _less(config: TinyViTConfig, factor: str, space: SearchSpace) -> Iterator[fl
         return takewhile(lambda ratio: ratio >= space.min_ratio, islice(ratios, 1, None))
     if name == "depths":
         return iter(range(value - 1, space.min_depth - 1, -1))
-    if name == "window_sizes":  # those that need no padding
+    if name == "window_sizes":  # sizes without padding
         side = -(-config.img_size // config.stage_strides[stage])
         return (size for size in range(min(value - 1, side), space.min_window - 1, -1) if side % size == 0)
-    # Of the first stage, which has no heads, half as many channels go as a head of the second has.
+    # The first stage has no heads; its step is half the head width of the second.
     head = _head_width(config, stage)
     step = head if stage else max(2, head // 2)
     return iter(range(value - step, step - 1, -step))
 
 
 def _head_width(config: TinyViTConfig, stage: int) -> int:
-    """Return the channels of a head, for the first stage those of the second's."""
+    """Return the width of a head; for the first stage, of the second's."""
     return config.embed_dims[max(stage, 1)] // config.num_heads[max(stage, 1)]

@@ -1,4 +1,4 @@
-"""The plot of a search: accuracy against each cost that the budget limits."""
+"""Plot of a search: accuracy over each cost that the budget limits."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from kornia_tinyvit.files import replacing
 
 __all__ = ["save_search"]
 
-_GREY, _BLUE, _RED = "#b4b4b4", "#30638e", "#d1495b"
+_GRAY, _BLUE, _RED = "#b4b4b4", "#30638e", "#d1495b"
 _UNITS = {
     "parameters": "parameters",
     "macs": "multiply-accumulates",
@@ -23,17 +23,17 @@ _UNITS = {
 
 
 def save_search(path: str | Path, result: SearchResult) -> None:
-    """Plot the networks that a search evaluated, a panel for each cost that the budget limits.
+    """Plot the evaluated networks of a search, with one panel per cost that the budget limits.
 
-    Gray: evaluated networks. Blue: those that were kept, from the seed to the winner. Red: the Pareto front. Dashed:
-    the limit. Costs are on a logarithmic scale.
+    Gray: evaluated networks. Blue: selected ones, from the seed to the winner. Red: the Pareto front. Dashed: the
+    limit. Costs are on a logarithmic scale.
 
     Args:
         path: the PNG file to write.
         result: the search.
 
     Raises:
-        MissingExtraError: without matplotlib.
+        MissingExtraError: if matplotlib is not installed.
     """
     with optional_imports("The plot needs matplotlib", "'kornia-tinyvit[train]'"):
         from matplotlib.figure import Figure
@@ -48,26 +48,22 @@ def save_search(path: str | Path, result: SearchResult) -> None:
 
 
 def _plot(axes: Any, result: SearchResult, cost: str, limit: float) -> None:
-    def places(networks: Sequence[Candidate]) -> tuple[list[float], list[float]]:
+    from matplotlib.ticker import EngFormatter
+
+    def points(networks: Sequence[Candidate]) -> tuple[list[float], list[float]]:
         return [each.costs[cost] for each in networks], [each.score for each in networks]
 
     axes.axvline(limit, color="black", linestyle="--", linewidth=1, label="limit")
-    axes.plot(*places(result.evaluated), "o", color=_GREY, markersize=5, label="evaluated")
-    axes.plot(*places(result.path), "o-", color=_BLUE, markersize=8, label="kept")
-    # Between the costs of two networks of the front, the accuracy of the cheaper one is to be had.
-    front = places(result.pareto_front(cost))
+    axes.plot(*points(result.evaluated), "o", color=_GRAY, markersize=5, label="evaluated")
+    axes.plot(*points(result.path), "o-", color=_BLUE, markersize=8, label="kept")
+    # Between two networks of the front, the accuracy of the cheaper one is available.
+    front = points(result.pareto_front(cost))
     axes.plot(*front, "o-", color=_RED, markersize=4, linewidth=1, drawstyle="steps-post", label="Pareto front")
     axes.set_xscale("log")
     axes.xaxis.get_major_locator().set_params(subs=(1, 2, 5))
-    axes.xaxis.set_major_formatter(lambda value, _: _short(value))
+    shorten = EngFormatter(sep="")  # 1k, 1M, 1G; milliseconds may be less than 1
+    axes.xaxis.set_major_formatter(lambda value, _: shorten(value) if value >= 1 else f"{value:.3g}")
     axes.minorticks_off()
     axes.set(xlabel=_UNITS[cost], ylabel="accuracy")
     axes.spines[["top", "right"]].set_visible(False)
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=4, frameon=False, borderaxespad=0, fontsize="small")
-
-
-def _short(value: float) -> str:
-    for scale, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if value >= scale:
-            return f"{value / scale:.3g}{letter}"
-    return f"{value:.3g}"

@@ -1,4 +1,4 @@
-"""What a search came to."""
+"""Result of a search."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ __all__ = ["Candidate", "SearchResult"]
 
 @dataclass(frozen=True)
 class Candidate:
-    """A network that a search looked at.
+    """A network of a search.
 
     Args:
-        number: position among the candidates; the seed is 0.
-        parent: number of the network it was made from; ``None`` for the first.
-        factor: what was contracted, such as ``"depths[2]"``, or given back, such as ``"mlp_ratio for depths[2]"``;
+        number: index of the candidate; the seed is 0.
+        parent: number of the network it was derived from; ``None`` for the first.
+        factor: the contracted factor, such as ``"depths[2]"``, or the trade, such as ``"mlp_ratio for depths[2]"``;
             ``None`` for the first.
-        config: the network.
-        costs: what it costs, see :data:`~kornia_tinyvit.contraction.budget.Costs`.
-        accuracy: what the evaluation said; ``None`` if it did not meet the step's constraint and was not evaluated.
+        config: the configuration.
+        costs: the costs, see :data:`~kornia_tinyvit.contraction.budget.Costs`.
+        accuracy: result of the evaluation; ``None`` if the network did not meet the step's constraint.
     """
 
     number: int
@@ -37,23 +37,23 @@ class Candidate:
 
     @property
     def score(self) -> float:
-        """The accuracy, to compare by; minus infinity if there is none."""
+        """The accuracy; minus infinity without one."""
         return -math.inf if self.accuracy is None else self.accuracy
 
     def to_dict(self) -> dict[str, Any]:
-        """Return the fields as values that JSON can hold."""
+        """Return the fields in JSON-compatible types."""
         return {**vars(self), "config": self.config.to_dict()}
 
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search came to.
+    """Result of a search.
 
     Args:
-        candidates: all networks it looked at, in their order.
-        kept: numbers of those it went on from, in the order in which it did.
-        weights: file of the winner's weights as its evaluation left them; ``None`` if that returned no network.
-        budget: what was asked for.
+        candidates: all measured networks in order.
+        kept: numbers of the selected networks in order of selection.
+        weights: file of the winner's trained weights; ``None`` if the evaluation returned no network.
+        budget: the budget.
     """
 
     candidates: tuple[Candidate, ...]
@@ -63,33 +63,33 @@ class SearchResult:
 
     @property
     def path(self) -> tuple[Candidate, ...]:
-        """The kept networks, from the first to the winner."""
+        """The selected networks, from the first to the winner."""
         return tuple(self.candidates[number] for number in self.kept)
 
     @property
     def evaluated(self) -> tuple[Candidate, ...]:
-        """The networks that met the constraint of their step and were evaluated."""
+        """The evaluated networks, which met the constraint of their step."""
         return tuple(candidate for candidate in self.candidates if candidate.accuracy is not None)
 
     @property
     def winner(self) -> Candidate:
-        """The network that fits the budget."""
+        """The best network within the budget."""
         return self.path[-1]
 
     @property
     def config(self) -> TinyViTConfig:
-        """Its configuration."""
+        """Configuration of the winner."""
         return self.winner.config
 
     def network(self) -> TinyViT:
-        """Build the winner, with its weights where there are some."""
+        """Build the winner, with its trained weights if there are any."""
         return TinyViT.from_config(self.config, pretrained=self.weights or False)
 
     def pareto_front(self, cost: str) -> tuple[Candidate, ...]:
-        """Return the evaluated networks that no other one beats in accuracy at the same or a lower cost.
+        """Return the evaluated networks without a more accurate one at the same or a lower cost.
 
         Args:
-            cost: such as ``"macs"``; with ``"throughput"`` more is better.
+            cost: name of the cost, such as ``"macs"``; for ``"throughput"`` higher is better.
         """
         sign = -1 if cost == "throughput" else 1
         front: list[Candidate] = []

@@ -179,13 +179,13 @@ class TestContract:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            ((), "A budget needs a limit: max_parameters"),
+            ((), "A budget needs positive limits (max_parameters, "),
             (("--max-macs", "30MM"), "--max-macs is a number such as 1.3M, 30e6 or 2G; got '30MM'"),
             (("--max-macs", "1..2"), "got '1..2'"),
             (("--max-parameters", "10"), "cannot be met"),
             (("--max-parameters", "20k", "--dtype", "float7"), "--dtype is one of float32"),
             (("--max-latency-ms", "1", "--engine", "steam"), "engine must be auto"),
-            (("--max-parameters", "20k", "--min-ratio", "0"), "min_ratio must be positive"),
+            (("--max-parameters", "20k", "--min-ratio", "0"), "min_ratio > 0; got SearchSpace(min_depth=1, "),
             (("--max-parameters", "20k", "--hold-out", "1"), "Cannot hold out 24 of 24"),
             (("--max-parameters", "20k", "--variant", "9m"), "There is no TinyViT variant '9m'"),
         ],

@@ -118,7 +118,7 @@ class TestInherit:
             ({"depths": (2, 3, 2, 2)}, "depths can only become smaller"),
             ({"mlp_ratio": 5.0}, "mlp_ratio can only become smaller"),
             ({"num_classes": 4}, "its parent's num_classes"),
-            ({"num_heads": (1, 1, 3, 4)}, "heads of stage 1 are 8 wide and stay so; got 16"),
+            ({"num_heads": (1, 1, 3, 4)}, "Heads of stage 1 must keep their width of 8; got 16"),
             ({"mobile_sam": True}, "cannot be contracted"),
         ],
     )

@@ -146,12 +146,12 @@ class TestSearch:
         names = [sorted(file.name for file in (tmp_path / run / "weights").iterdir()) for run in ("whole", "torn")]
         assert names[0] == names[1] == [f"{each.number:05d}.safetensors" for each in whole.path]
         result.weights.unlink()
-        with pytest.raises(ValueError, match="is gone"):
+        with pytest.raises(ValueError, match="is missing"):
             contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
 
     def test_another_search_in_the_folder(self, tmp_path):
         contract(SMALL, BUDGET, deep, tmp_path, steps=1)
-        with pytest.raises(ValueError, match="steps: it has 1, asked for 2"):
+        with pytest.raises(ValueError, match="steps: it has 1, requested 2"):
             contract(SMALL, BUDGET, deep, tmp_path, steps=2)
 
     def test_damaged_line(self, tmp_path):
@@ -160,7 +160,7 @@ class TestSearch:
         lines = file.read_text().splitlines()
         lines[3] = lines[3][:30]
         file.write_text("\n".join(lines) + "\n")
-        with pytest.raises(ValueError, match=r"Line 4 of .*search.jsonl is damaged"):
+        with pytest.raises(ValueError, match=r"Line 4 of .*search.jsonl is corrupt"):
             contract(SMALL, BUDGET, deep, tmp_path, steps=1)
 
     def test_one_search_at_a_time(self, tmp_path):
@@ -179,9 +179,9 @@ class TestSearch:
         ("options", "message"),
         [
             ({"budget": Budget(max_parameters=100)}, "cannot be met: the smallest network of the space has"),
-            ({"steps": 0}, "steps and processes are at least 1; got 0 and 1"),
+            ({"steps": 0}, "steps and processes must be positive; got 0 and 1"),
             ({"processes": 0}, "got 8 and 0"),
-            ({"evaluate": lambda config, parent: math.nan}, "said nan; expected a finite number"),
+            ({"evaluate": lambda config, parent: math.nan}, "returned nan; expected a finite number"),
             ({"evaluate": lambda config, parent: (1.0, TinyViT(**TINY))}, "returned the network"),
         ],
     )
@@ -263,7 +263,7 @@ class TestRefine:
         again = improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=3)
         assert again.candidates == whole.candidates
         assert len(first.asked) + len(second.asked) == len(whole.evaluated)
-        with pytest.raises(ValueError, match="candidates: it has 3, asked for 4"):
+        with pytest.raises(ValueError, match="candidates: it has 3, requested 4"):
             improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=4)
 
     def test_more_rounds(self, tmp_path):
@@ -282,9 +282,9 @@ class TestRefine:
         [
             ({"start": SMALL}, "beyond the budget .* contract it first"),
             ({"start": FITS.replace(depths=(2, 3, 1, 2))}, "depths can only become smaller; the parent has"),
-            ({"start": FITS.replace(num_classes=4)}, "has its parent's num_classes"),
-            ({"start": FITS.replace(num_heads=(1, 1, 2, 2))}, "heads of stage 1 are 8 wide"),
-            ({"rounds": 0}, "at least 1; got 0, 8, 1"),
+            ({"start": FITS.replace(num_classes=4)}, "keep its parent's num_classes"),
+            ({"start": FITS.replace(num_heads=(1, 1, 2, 2))}, "Heads of stage 1 must keep their width of 8"),
+            ({"rounds": 0}, "must be positive; got 0, 8, 1"),
             ({"candidates": 0}, "got 2, 0, 1"),
         ],
     )
