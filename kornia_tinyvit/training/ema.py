@@ -64,8 +64,7 @@ def _local(tensor: Tensor) -> Tensor:
 
 
 def _averaged(model: nn.Module) -> list[Tensor]:
-    buffers = (buffer for buffer in model.buffers() if buffer.is_floating_point())
-    return [*model.parameters(), *buffers]
+    return [*model.parameters(), *(buffer for buffer in model.buffers() if buffer.is_floating_point())]
 
 
 @torch.no_grad()

@@ -97,7 +97,7 @@ def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[n
     match network:
         case ImageClassifier():
             known = images.with_classes(network.class_names)
-            return network, ClassificationEvaluator(known, len(network.class_names), list, **options)
+            return network, ClassificationEvaluator(known, len(network.class_names), **options)
         case SemanticSegmenter() | TinyViTDetector():
             task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
             task.check(images, network.config, network.class_names)

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.extras import optional_imports
+from kornia_tinyvit.files import writing
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.semantic import SemanticSegmenter
@@ -142,13 +143,14 @@ def train(
     from accelerate.utils import broadcast_object_list
 
     folder = RunFolder(Path(out))
+    process_batch = process_batch or recipe.batch_size // accelerator.num_processes
     trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder)
     replays = broadcast_object_list([replays])[0]  # a store that grows may differ between ranks
     config = trainer.describe() | {"replays": replays, "origin": origin}
     with folder.lock() if accelerator.is_main_process else nullcontext():
         trainer.resume(config)
         batches = EpochBatches(
-            samples.order, trainer.process_batch, recipe.epochs, accelerator.process_index, accelerator.num_processes,
+            samples.order, process_batch, recipe.epochs, accelerator.process_index, accelerator.num_processes,
             trainer.accumulate, trainer.done, replays,
         )  # fmt: skip
         per_epoch = batches.batches_per_epoch
@@ -199,25 +201,23 @@ def _create_accelerator(model: nn.Module, precision: str, cpu: bool) -> Accelera
     return accelerator
 
 
+@dataclass
 class _Trainer:
     """A network with its optimizer, its moving average, its progress and its folder."""
 
-    def __init__(
-        self,
-        accelerator: Accelerator,
-        model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining,
-        samples: Samples,
-        loss: Loss,
-        recipe: Recipe,
-        process_batch: int | None,
-        task: Task,
-        folder: RunFolder,
-    ) -> None:
-        self.accelerator, self.samples, self.loss, self.recipe = accelerator, samples, loss, recipe
-        self.config, self.task, self.folder = model.config, task, folder
-        self.preprocessing = task.preprocessing(model, samples)
+    accelerator: Accelerator
+    model: TinyViT | SemanticSegmenter | PromptedSAM | DetectorTraining
+    samples: Samples
+    loss: Loss
+    recipe: Recipe
+    process_batch: int
+    task: Task
+    folder: RunFolder
+
+    def __post_init__(self) -> None:
+        accelerator, model, recipe = self.accelerator, self.model, self.recipe
+        self.config, self.preprocessing = model.config, self.task.preprocessing(model, self.samples)
         ranks = accelerator.num_processes
-        self.process_batch = process_batch or recipe.batch_size // ranks
         self.accumulate, rest = divmod(recipe.batch_size, max(self.process_batch * ranks, 1))
         if self.process_batch == 0 or rest:
             raise ValueError(
@@ -364,15 +364,23 @@ class _Trainer:
         return line
 
     def save(self) -> None:
-        """Save a state to resume from; a process killed meanwhile leaves the previous state intact."""
+        """Save a state to resume from; a process killed meanwhile leaves the previous state intact.
+
+        Raises:
+            OSError: naming the state, if the disk is full or fails.
+        """
         accelerator, folder = self.accelerator, self.folder
         if accelerator.is_main_process:
             folder.clear_pending()
         accelerator.wait_for_everyone()
-        with folder.writing_state():
-            accelerator.save_state(str(folder.pending))
-            if self.average:  # each rank saves its shard
-                torch.save(self.average.state_dict(), folder.pending / f"average-{accelerator.process_index}.pt")
+        try:
+            with writing(folder.pending):
+                accelerator.save_state(str(folder.pending))
+                if self.average:  # each rank saves its shard
+                    torch.save(self.average.state_dict(), folder.pending / f"average-{accelerator.process_index}.pt")
+        except OSError:
+            folder.clear_pending()
+            raise
         self._gather_broken()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:

@@ -5,8 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +43,7 @@ class RunFolder:
         Raises:
             ValueError: naming the differences, if the folder holds another training.
         """
-        stored = self.config()
-        differences = [] if stored is None else describe_differences(stored, config, words=("it has", "requested"))
+        differences = describe_differences(self.config() or config, config, words=("it has", "requested"))
         if differences:
             raise ValueError(
                 f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
@@ -89,20 +87,6 @@ class RunFolder:
     def clear_pending(self) -> None:
         """Remove an unfinished state."""
         shutil.rmtree(self.pending, ignore_errors=True)
-
-    @contextmanager
-    def writing_state(self) -> Iterator[None]:
-        """Remove the pending state if writing it fails.
-
-        Raises:
-            OSError: naming the state, if the disk is full or fails.
-        """
-        try:
-            with writing(self.pending):
-                yield
-        except OSError:
-            self.clear_pending()
-            raise
 
     def publish_state(self, progress: dict[str, Any]) -> None:
         """Replace the previous state by the pending one.

@@ -19,7 +19,6 @@ from kornia_tinyvit.training.metrics.counts import Counts
 __all__ = ["DetectionMetrics", "DetectionScores"]
 
 _MAX_DETECTIONS = 100  # per image, sorted by descending score; COCO's number
-_SCORES = ("map", "map50", "map75", "map_small", "map_medium", "map_large", "recall")
 _ROW = 6  # class, score, left, top, width, height
 
 
@@ -110,16 +109,15 @@ class DetectionMetrics(Counts):
             detections = self._detections[index]
             results += [[index, *box, score, label] for label, score, *box in detections.tolist() if score > 0]
         categories = [{"id": index, "name": name} for index, name in enumerate(self.images.class_names)]
-        images = [{"id": index} for index in seen]
-        dataset = {"images": images, "annotations": annotations, "categories": categories}
+        dataset = {"images": [{"id": index} for index in seen], "annotations": annotations, "categories": categories}
         scores, per_class = _evaluate(dataset, results)
         objects = sum(not each["iscrowd"] for each in annotations)
-        named = dict(zip(_SCORES, scores.tolist(), strict=True))
-        return DetectionScores(images=len(seen), objects=objects, **named, per_class=per_class)
+        mean, at50, at75, small, medium, large, recall = scores.tolist()
+        return DetectionScores(len(seen), objects, mean, at50, at75, small, medium, large, recall, per_class)
 
 
 def _evaluate(dataset: dict[str, Any], results: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Return the scores of :class:`DetectionScores` and the average precision of each class, in per cent.
+    """Return the scores of :class:`DetectionScores`, from ``map`` to ``recall``, and those of each class.
 
     Args:
         dataset: ground truth in COCO's format.

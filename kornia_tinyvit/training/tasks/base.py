@@ -57,12 +57,15 @@ class ReadableItems(Dataset[tuple[int, Any]]):
 
     Args:
         images: the data set.
-        read: returns a sample by its index; ``images[index]`` by default.
         skip_broken: return ``None`` for a corrupt sample instead of raising an error.
+
+    Attributes:
+        read: returns a sample by its index: ``images[index]``.
     """
 
-    def __init__(self, images: Any, read: Callable[[int], Any] | None = None, skip_broken: bool = False) -> None:
-        self.images, self.read, self.skip_broken = images, read or images.__getitem__, skip_broken
+    def __init__(self, images: Any, skip_broken: bool = False) -> None:
+        self.images, self.skip_broken = images, skip_broken
+        self.read: Callable[[int], Any] = images.__getitem__
 
     def __len__(self) -> int:
         return len(self.images)
@@ -77,7 +80,6 @@ class Evaluator(ABC):
     Args:
         images: the data set.
         counts: the metrics.
-        read: returns a sample of the data set by its index; ``images[index]`` by default.
         device: device of the network.
         batch_size: images per forward pass.
         skip_broken: skip corrupt images instead of raising an error.
@@ -88,16 +90,9 @@ class Evaluator(ABC):
     """
 
     def __init__(
-        self,
-        images: Any,
-        counts: Counts,
-        read: Callable[[int], Any] | None = None,
-        *,
-        device: torch.device,
-        batch_size: int = 1,
-        skip_broken: bool = False,
+        self, images: Any, counts: Counts, *, device: torch.device, batch_size: int = 1, skip_broken: bool = False
     ) -> None:
-        self.items = ReadableItems(images, read, skip_broken)
+        self.items = ReadableItems(images, skip_broken)
         self.counts: Any = counts
         self.device, self.batch_size = device, batch_size
 

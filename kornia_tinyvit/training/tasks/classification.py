@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -49,20 +49,22 @@ class ClassificationEvaluator(Evaluator):
     Args:
         images: the data set, with the classes of the network.
         num_classes: number of classes of the network.
-        prepare: makes the network's input of a list of images :math:`(3, H, W)` in [0, 1] on the device.
+        pipeline: preprocessing of an image :math:`(1, 3, H, W)` in [0, 1]; ``None`` for a network that takes lists of
+            images, as :class:`~kornia_tinyvit.ImageClassifier`.
         **options: see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
     """
 
     def __init__(
-        self, images: ClassificationDataset, num_classes: int, prepare: Callable[[list[Tensor]], Any], **options: Any
+        self, images: ClassificationDataset, num_classes: int, pipeline: nn.Module | None = None, **options: Any
     ) -> None:
         super().__init__(images, ClassificationMetrics(num_classes), **options)
-        self.prepare = prepare
+        self.pipeline = pipeline
 
     def update(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, int]]]) -> None:
         """Update the metrics; a sample is an image :math:`(3, H, W)` in [0, 1] and its class index."""
         images = [image.to(self.device) for _, (image, _) in samples] or [torch.zeros(3, 32, 32, device=self.device)]
-        logits = network(self.prepare(images))[: len(samples)]
+        inputs = images if self.pipeline is None else torch.cat([self.pipeline(image[None]) for image in images])
+        logits = network(inputs)[: len(samples)]
         self.counts.update(logits, torch.tensor([label for _, (_, label) in samples]))
 
 
@@ -77,11 +79,7 @@ class ClassificationTask(Task):
     ) -> ClassificationEvaluator:
         """Create an evaluator that preprocesses images at the size of the augmentation."""
         pipeline = EvaluationPipeline.from_preprocessing(_preprocessing(samples)).to(options["device"])
-
-        def prepare(raw: list[Tensor]) -> Tensor:
-            return torch.cat([pipeline(image[None]) for image in raw])
-
-        return ClassificationEvaluator(images, config.num_classes, prepare, **options)
+        return ClassificationEvaluator(images, config.num_classes, pipeline, **options)
 
     def preprocessing(self, model: nn.Module, samples: ReplayedSamples) -> Preprocessing:
         """Return the mean and standard deviation of the augmentation, at the network's own size."""

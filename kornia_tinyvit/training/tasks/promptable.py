@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -81,11 +81,10 @@ class PromptedSAM(nn.Module):
         ValueError: if a part is unknown, or the input is not square.
     """
 
-    def __init__(self, sam: MobileSAM, freeze: Iterable[str] = ()) -> None:
+    def __init__(self, sam: MobileSAM, freeze: Collection[str] = ()) -> None:
         super().__init__()
-        chosen = set(freeze)
-        frozen = tuple(name for name in FREEZABLE if name in chosen)
-        unknown = sorted(chosen - set(FREEZABLE))
+        frozen = tuple(name for name in FREEZABLE if name in freeze)
+        unknown = sorted(set(freeze) - set(FREEZABLE))
         if unknown:
             raise ValueError(f"Parts that can be frozen are {', '.join(FREEZABLE)}; got {', '.join(unknown)}.")
         if sam.img_size[0] != sam.img_size[1]:
@@ -127,8 +126,7 @@ class PromptedSAM(nn.Module):
         if torch.is_grad_enabled():
             # kornia's decoder takes one embedding for all prompts, but a dense prompt for each, which is added to it.
             zeros = features.new_zeros(1, *features.shape[1:])
-            masks, ious = self.sam.mask_decoder.predict_masks(zeros, position, sparse, dense + features[photo])
-            return masks, ious
+            return self.sam.mask_decoder.predict_masks(zeros, position, sparse, dense + features[photo])
         decoder = FoldedMaskDecoder(self.sam.mask_decoder)
         size = CPU_CHUNK if sparse.device.type == "cpu" else CHUNK
         decoded = []
@@ -259,7 +257,8 @@ class PromptEvaluator(Evaluator):
     """
 
     def __init__(self, images: InstanceDataset, config: PromptableConfig, **options: Any) -> None:
-        super().__init__(images, PromptMetrics(), images.read, **options | {"batch_size": 1})
+        super().__init__(images, PromptMetrics(), **options | {"batch_size": 1})
+        self.items.read = images.read  # uint8, as MobileSAM resizes them
         self.size = (config.img_size, config.img_size)
 
     def update(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:

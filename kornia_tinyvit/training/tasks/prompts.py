@@ -164,13 +164,9 @@ class PromptAugmentation(MaskAugmentation):
         choice = torch.randint(len(prompting.points), (len(masks),), generator=generator)
         is_box = torch.rand(len(masks), generator=generator) < prompting.box_fraction
         points = [mask.nonzero()[torch.randint(int(mask.sum()), (most,), generator=generator)] for mask in masks]
-        return Prompts(
-            images=torch.empty(0),
-            photo=torch.zeros(len(masks), dtype=torch.int64),
-            boxes=torch.where(valid, moved, boxes),
-            points=torch.stack(points).flip(-1) + 0.5 if points else torch.zeros(0, most, 2),
-            counts=torch.where(is_box, 0, torch.tensor(prompting.points)[choice]),
-        )
+        boxes, counts = torch.where(valid, moved, boxes), torch.where(is_box, 0, torch.tensor(prompting.points)[choice])
+        centers = torch.stack(points).flip(-1) + 0.5 if points else torch.zeros(0, most, 2)
+        return Prompts(torch.empty(0), torch.zeros(len(masks), dtype=torch.int64), boxes, centers, counts)
 
 
 class PromptedSamples(PairedSamples):

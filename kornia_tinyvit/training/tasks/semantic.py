@@ -140,10 +140,9 @@ class SegmentationEvaluator(Evaluator):
     def update(self, network: nn.Module, samples: list[tuple[int, tuple[Tensor, Tensor]]]) -> None:
         """Update the metrics; a sample is an image :math:`(3, H, W)` in [0, 1] and its mask :math:`(H, W)`."""
         size = self.config.img_size
-        image, mask = samples[0][1] if samples else (torch.zeros(3, size, size), None)
+        image, mask = samples[0][1] if samples else (torch.zeros(3, size, size), torch.full((size, size), IGNORED))
         classes = class_maps(network, image[None].to(self.device), self.config)
-        if mask is not None:
-            self.counts.update(classes[0], mask)
+        self.counts.update(classes[0], mask)
 
 
 class SegmentationTask(Task):

@@ -117,7 +117,7 @@ class TestAugmentation:
 
     def test_presets(self):
         assert BoxAugmentation(64).describe()["kind"] == "boxes"
-        with pytest.raises(ValueError, match="Boxes cannot follow policy, erasing; take the preset 'detection'"):
+        with pytest.raises(ValueError, match="Boxes do not support policy, erasing; use the preset 'detection'"):
             BoxAugmentation(64, "finetune")
 
 

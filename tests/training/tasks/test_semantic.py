@@ -126,7 +126,7 @@ class TestAugmentation:
 
     @pytest.mark.parametrize("preset", ["in1k", "small"])
     def test_what_masks_cannot_follow(self, preset):
-        with pytest.raises(ValueError, match=r"Masks cannot follow .*erasing"):
+        with pytest.raises(ValueError, match=r"Masks do not support .*erasing"):
             MaskAugmentation(32, preset)
 
     def test_the_recipe_fits(self):
