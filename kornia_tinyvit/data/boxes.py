@@ -1,4 +1,4 @@
-"""Boxes around objects, as the readers collect them."""
+"""Bounding boxes of objects, as the readers collect them."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ class Objects(NamedTuple):
     """The objects of an image.
 
     Attributes:
-        boxes: left, top, right and bottom in pixels, :math:`(N, 4)`, inside of the image.
+        boxes: left, top, right and bottom in pixels, :math:`(N, 4)`, clipped to the image.
         labels: class indices :math:`(N,)`.
-        areas: what COCO states as an object's size in pixels, :math:`(N,)`: that of its outline; else the box's.
-        crowds: whether a box is neither learnt nor counted, :math:`(N,)`: COCO's crowds, and what Pascal VOC calls
-            difficult.
+        areas: areas in pixels, :math:`(N,)`: those of the outlines where a COCO file states them, else of the boxes.
+        crowds: objects ignored in training and evaluation, :math:`(N,)`: COCO's crowds and Pascal VOC's difficult
+            objects.
     """
 
     boxes: Tensor
@@ -31,14 +31,14 @@ class Objects(NamedTuple):
 
 
 class Box(NamedTuple):
-    """A box as a file states it.
+    """A box as stored in a file.
 
     Attributes:
         label: class index.
         corners: left, top, right and bottom, in pixels if the file states the image's size, else as fractions of it.
-        note: what is reported if the box has no area in the image.
-        area: the object's size in pixels, NaN where the file states none.
-        crowd: whether it is neither learnt nor counted.
+        note: the message if the box has no area inside the image.
+        area: the object's area in pixels, NaN where the file states none.
+        crowd: whether it is ignored in training and evaluation.
     """
 
     label: int
@@ -50,16 +50,24 @@ class Box(NamedTuple):
 
 @dataclass(frozen=True)
 class Boxes:
-    """The boxes of an image, as fractions of its sides, and the height and width it must have if a file states them."""
+    """The boxes of an image, as fractions of its sides.
+
+    Attributes:
+        boxes: left, top, right and bottom in [0, 1], :math:`(N, 4)`.
+        labels: class indices :math:`(N,)`.
+        areas: areas in pixels, NaN where the file states none, :math:`(N,)`.
+        crowds: whether an object is ignored in training and evaluation, :math:`(N,)`.
+        size: height and width of the image, if the file states them.
+    """
 
     boxes: NDArray[np.float64]
     labels: NDArray[np.int64]
-    areas: NDArray[np.float64]  # in pixels, NaN where the file states none
+    areas: NDArray[np.float64]
     crowds: NDArray[np.bool_]
     size: tuple[int, int] | None
 
     def scale(self, height: int, width: int) -> Objects:
-        """Return the objects of an image of that size."""
+        """Return the boxes in pixels of an image of that size."""
         boxes = self.boxes * (width, height, width, height)
         sides = boxes[:, 2:] - boxes[:, :2]
         areas = np.where(np.isnan(self.areas), sides.prod(1), self.areas)
@@ -72,29 +80,23 @@ class Boxes:
 
 
 def collect_boxes(found: Iterable[Box], left_out: list[str], size: tuple[int, int] | None = None) -> Boxes:
-    """Cut boxes at the border of their image, and leave out those of which nothing is in it.
+    """Clip boxes to their image and drop those without an area.
 
     Args:
         found: the boxes.
-        left_out: takes the notes of those that are left out.
+        left_out: receives the notes of dropped boxes.
         size: height and width of the image, if the file states them.
     """
+    boxes = list(found)
     height, width = size or (1, 1)
-    kept: list[Box] = []
-    corners: list[tuple[float, ...]] = []
-    for box in found:
-        left, top, right, bottom = (
-            min(max(edge / side, 0.0), 1.0) for edge, side in zip(box.corners, (width, height) * 2, strict=True)
-        )
-        if left < right and top < bottom:
-            kept.append(box)
-            corners.append((left, top, right, bottom))
-        else:
-            left_out.append(box.note)
+    corners = np.array([box.corners for box in boxes], dtype=np.float64).reshape(-1, 4)
+    corners = (corners / (width, height, width, height)).clip(0, 1)
+    kept = np.all(corners[:, :2] < corners[:, 2:], axis=1)
+    left_out += [box.note for box, keep in zip(boxes, kept, strict=True) if not keep]
     return Boxes(
-        np.array(corners, dtype=np.float64).reshape(-1, 4),
-        np.array([box.label for box in kept], dtype=np.int64),
-        np.array([box.area for box in kept], dtype=np.float64),
-        np.array([box.crowd for box in kept], dtype=np.bool_),
+        corners[kept],
+        np.array([box.label for box in boxes], dtype=np.int64)[kept],
+        np.array([box.area for box in boxes], dtype=np.float64)[kept],
+        np.array([box.crowd for box in boxes], dtype=np.bool_)[kept],
         size,
     )

@@ -1,13 +1,10 @@
-"""Labeled images from class folders, tar files or the Hugging Face hub's parquet files."""
+"""Labeled images in class folders, tar files or the Hugging Face Hub's parquet files."""
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
 from pathlib import Path
-
-import torch
-from torch import Tensor
 
 from kornia_tinyvit.data.datasets import Contents, ImageDataset, match_classes
 from kornia_tinyvit.data.folders import read_class_folders
@@ -18,14 +15,14 @@ __all__ = ["ClassificationDataset"]
 
 
 class ClassificationDataset(ImageDataset[int]):
-    r"""Images with their class: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and a class index.
+    r"""Images with class labels: item :math:`i` is an image :math:`(3, H, W)`, float32 in [0, 1], and a class index.
 
-    Nothing is unpacked: images in tar files are read where they lie, and those of parquet files stay in Arrow's
-    memory, which the forked workers of a data loader share. Hidden files and folders are ignored.
+    Nothing is unpacked: images in tar files are read in place, and those in parquet files stay in Arrow's memory, which
+    forked workers of a data loader share. Hidden files and folders are ignored.
 
     Attributes:
-        class_names: names of the classes, sorted, where folders or tar files state them; ``None`` for parquet files.
-        num_classes: how many classes there are; for parquet files one more than the largest label.
+        class_names: sorted names of the classes, where folders or tar files state them; ``None`` for parquet files.
+        num_classes: number of classes; for parquet files the largest label plus one.
     """
 
     def __init__(self, contents: Contents) -> None:
@@ -40,42 +37,42 @@ class ClassificationDataset(ImageDataset[int]):
         Args:
             path: one of
 
-                - a folder that holds a folder for each class, named after it; a folder without images is a class too;
-                - a tar file of such a folder, not compressed;
-                - a folder of tar files, one a class and named after it, or the one tar file of them, as ImageNet comes;
-                - a parquet file as the Hugging Face hub writes them, with a column ``image`` or ``img`` of structs that
-                  hold ``bytes`` and an integer column ``label``; or a folder of such files, the pieces of one split.
+                - a folder with one folder per class, named after it; an empty folder is a class too;
+                - an uncompressed tar file of such a folder;
+                - a folder of tar files, one per class and named after it, or a tar file of them, like ImageNet's;
+                - a parquet file of the Hugging Face Hub, with a column ``image`` or ``img`` of structs that hold
+                  ``bytes`` and an integer column ``label``; or a folder of such files, the parts of one split.
 
         Raises:
-            FileNotFoundError: if there is no such path.
-            ValueError: if there are no labeled images in it, or a label is not a class index.
-            MissingExtraError: if a parquet file is asked for without pyarrow.
+            FileNotFoundError: if the path does not exist.
+            ValueError: if it holds no labeled images, or a label is not a class index.
+            MissingExtraError: for parquet files, if pyarrow is missing.
         """
         path = Path(path)
         if not path.exists():
             raise FileNotFoundError(
-                f"There is no data set {path}; expected a folder of class folders, a tar file or a parquet file."
+                f"There is no dataset {path}; expected a folder of class folders, a tar file or a parquet file."
             )
         contents = _read(path)
         if not contents.targets:
-            raise ValueError(f"{path} holds no images in class folders such as {path}/cat/1.jpg.")
+            raise ValueError(f"{path} holds no images in class folders, such as {path}/cat/1.jpg.")
         return cls(contents)
 
     @property
     def labels(self) -> Sequence[int]:
-        """Class index of each image."""
+        """Class indices of all images."""
         return self._targets
 
     def with_classes(self, names: tuple[str, ...] | None) -> ClassificationDataset:
-        """Return the images with the labels of other images or of a network, whose classes are given by name.
+        """Return the dataset with the class indices of other class names, such as a network's.
 
-        Where one of the two has no names, or none in common, classes are matched by their position.
+        Without names, or without a common name, the class indices are unchanged.
 
         Args:
-            names: names of the classes in their order.
+            names: names of the classes in the order of their indices.
 
         Raises:
-            ValueError: if some but not all classes of the data are among them.
+            ValueError: if some but not all classes of the dataset are among them.
         """
         positions = match_classes(self.class_names, names)
         if names is None or positions is None:
@@ -88,11 +85,6 @@ class ClassificationDataset(ImageDataset[int]):
 
     def _target(self, stored: int, size: tuple[int, int], place: str) -> int:
         return stored
-
-
-def collate(items: list[tuple[Tensor, int]]) -> tuple[list[Tensor], Tensor]:
-    """Put images of different sizes into a list and their classes into a tensor, for a data loader."""
-    return [image for image, _ in items], torch.tensor([label for _, label in items])
 
 
 def _read(path: Path) -> Contents:

@@ -1,4 +1,4 @@
-"""COCO's JSON files (cocodataset.org, "Data format"): boxes, polygons and run lengths."""
+"""COCO's JSON files (cocodataset.org, "Data format"): boxes, polygons and run-length codes."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_json
-from kornia_tinyvit.data.folders import Files, images_below
+from kornia_tinyvit.data.folders import Files, list_images
 from kornia_tinyvit.data.masks import Instances, Masks, fill_rings
 from kornia_tinyvit.ops.rle import decode_rle
 
@@ -20,64 +20,64 @@ _Labeled = tuple[_Entry, list[_Entry]]  # an image and its annotations
 
 
 def read_boxes(path: Path, folder: Path | None = None) -> Contents:
-    """Return the images and boxes of a file. Class indices follow the order of the categories' ids.
+    """Return the images and boxes of a file. Class indices follow the order of the category ids.
 
     Args:
         path: the JSON file with ``images``, ``annotations`` and ``categories``.
-        folder: folder of the images; looked for around the file if left out.
+        folder: folder of the images; by default the usual folders around the file are searched.
 
     Raises:
-        FileNotFoundError: if the file, or all images, are missing.
-        ValueError: if the file is no such JSON, or an annotation has an unknown image or category, or no box.
+        FileNotFoundError: if the file or all images do not exist.
+        ValueError: if it is not a COCO file, or an annotation has an unknown image or category, or no box.
     """
     content = _read(path, "bbox")
     categories = sorted((int(each["id"]), str(each["name"])) for each in content["categories"])
     indices = {number: index for index, (number, _) in enumerate(categories)}
     if len(indices) != len(categories):
-        raise ValueError(f"{path} has two categories of one id.")
+        raise ValueError(f"{path} has two categories with the same id.")
     for each in content["annotations"]:
         if each["category_id"] not in indices:
             raise ValueError(
-                f"{path}: annotation {each.get('id')} has the category {each['category_id']}, which is none of the "
-                f"{len(indices)} that the file lists."
+                f"{path}: annotation {each.get('id')} has the category {each['category_id']}, which is not one of the "
+                f"{len(indices)} in the file."
             )
     folder = folder or _find_folder(path, content["images"])
-    there, missing = _sort(path, content, folder)
+    found, missing = _match_images(path, content, folder)
     left_out: list[str] = []
     boxes = [
-        collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image)) for image, annotations in there
+        collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image)) for image, annotations in found
     ]
     names = tuple(name for _, name in categories)
-    return Contents(_files(folder, there), boxes, names, tuple(left_out), without_image=missing)
+    return Contents(_files(folder, found), boxes, names, tuple(left_out), without_image=missing)
 
 
 def read_masks(path: Path, folder: Path) -> Contents:
-    """Return the images of a folder about which a file states instances. Crowds are left out.
+    """Return the images and instances of a file, without crowds.
 
     Args:
         path: the JSON file with ``images`` and ``annotations``.
         folder: folder of the images.
 
     Raises:
-        FileNotFoundError: if the file, or all images, are missing.
-        ValueError: if the file is no such JSON, or an annotation has an unknown image, or neither polygons nor run
-            lengths.
+        FileNotFoundError: if the file or all images do not exist.
+        ValueError: if it is not a COCO file, or an annotation has an unknown image, or neither polygons nor run-length
+            codes.
     """
     content = _read(path, "segmentation")
-    there, missing = _sort(path, content, folder)
-    labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in there]
+    found, missing = _match_images(path, content, folder)
+    labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in found]
     listed = {folder / image["file_name"] for image in content["images"]}
-    others = sorted(file.relative_to(folder).as_posix() for file in images_below(folder) if file not in listed)
-    return Contents(_files(folder, there), labels, without_mask=tuple(others), without_image=missing)
+    others = tuple(name.as_posix() for name in list_images(folder) if folder / name not in listed)
+    return Contents(_files(folder, found), labels, without_mask=others, without_image=missing)
 
 
 def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
-    """Return what a file holds, after a check of its values and of the label that annotations must have."""
+    """Return the validated content of a file, whose annotations have a kind of label."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
     content = read_json(path)
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in _CHECKS):
-        raise ValueError(f"{path} is no COCO file; expected {', '.join(_CHECKS)}.")
+        raise ValueError(f"{path} is not a COCO file; expected {', '.join(_CHECKS)}.")
     for part, checks in _CHECKS.items():
         keys = [*checks, label] if part == "annotations" else [*checks]
         for number, entry in enumerate(content[part]):
@@ -91,28 +91,28 @@ def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
     known_ids = {image["id"] for image in content["images"]}
     for each in content["annotations"]:
         if each["image_id"] not in known_ids:
-            raise ValueError(f"{path}: annotation {each.get('id')} is of image {each['image_id']}, not listed.")
+            raise ValueError(f"{path}: annotation {each.get('id')} has the unknown image_id {each['image_id']}.")
     return content
 
 
-def _sort(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labeled], tuple[str, ...]]:
-    """Return the images that are there with their annotations, and the names of those that are missing."""
+def _match_images(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labeled], tuple[str, ...]]:
+    """Return the images that exist with their annotations, and the names of those that do not."""
     of_image: dict[Any, list[_Entry]] = defaultdict(list)
     for each in content["annotations"]:
         of_image[each["image_id"]].append(each)
-    there = [image for image in content["images"] if (folder / image["file_name"]).is_file()]
+    found = [(image, of_image[image["id"]]) for image in content["images"] if (folder / image["file_name"]).is_file()]
     missing = [image["file_name"] for image in content["images"] if not (folder / image["file_name"]).is_file()]
-    if not there:
+    if not found:
         raise FileNotFoundError(f"No image of {path} is in {folder}: {', '.join(missing[:5])}.")
-    return [(image, of_image[image["id"]]) for image in there], tuple(missing)
+    return found, tuple(missing)
 
 
-def _files(folder: Path, there: list[_Labeled]) -> Files:
-    return Files(folder, [image["file_name"] for image, _ in there])
+def _files(folder: Path, found: list[_Labeled]) -> Files:
+    return Files(folder, [image["file_name"] for image, _ in found])
 
 
 def _find_folder(path: Path, images: list[_Entry]) -> Path:
-    """Return the first of the usual folders that holds an image of a file."""
+    """Return the first of the usual folders that contains an image of a file."""
     part = path.stem.removeprefix("instances_")
     beside = path.parent.parent
     folders = [path.parent, beside / part, beside / "images" / part, path.parent / part, path.parent / "images"]
@@ -143,7 +143,7 @@ def _segmentations(path: Path, image: _Entry, annotations: list[_Entry]) -> tupl
         if not _is_segmentation(each["segmentation"]):
             raise ValueError(
                 f"{_place(path, image, each)} has the segmentation {str(each['segmentation'])[:60]}; expected "
-                "polygons, each pairs of x and y in pixels, or run lengths with their size."
+                "polygons with pairs of x and y in pixels, or a run-length code with its size."
             )
     return tuple(each["segmentation"] for each in annotations if not each.get("iscrowd"))
 
@@ -152,8 +152,8 @@ def _masks(segmentation: Any, size: tuple[int, int]) -> Masks:
     if isinstance(segmentation, list):
         return [fill_rings([list(zip(ring[::2], ring[1::2], strict=True)) for ring in segmentation], size)]
     stated = segmentation["size"]
-    if stated != list(size):  # before so many pixels are made
-        raise ValueError(f"a mask of the size {str(stated)[:60]} lies on an image of {list(size)}, height and width")
+    if stated != list(size):  # before a mask of that size is allocated
+        raise ValueError(f"a mask has the size {str(stated)[:60]}, but the image {list(size)} (height, width)")
     return [decode_rle({"size": list(size), "counts": segmentation["counts"]})]
 
 
@@ -184,14 +184,14 @@ def _is_segmentation(value: Any) -> bool:
     return isinstance(value, Mapping) and {"size", "counts"} <= value.keys()
 
 
-#: What COCO's file has to state: a check of each value, and what it expects.
+#: The required fields of a COCO file, each with a check and the expected value for the message.
 _CHECKS: dict[str, dict[str, tuple[Callable[[Any], bool], str]]] = {
     "images": {
-        "id": (_is_id, "a number or a text"),
-        "file_name": (lambda value: isinstance(value, str) and "\0" not in value, "a text"),
+        "id": (_is_id, "a number or a string"),
+        "file_name": (lambda value: isinstance(value, str) and "\0" not in value, "a string"),
         "height": (_is_side, "pixels"),
         "width": (_is_side, "pixels"),
     },
-    "annotations": {"image_id": (_is_id, "a number or a text"), "category_id": (_is_id, "a number or a text")},
+    "annotations": {"image_id": (_is_id, "a number or a string"), "category_id": (_is_id, "a number or a string")},
     "categories": {"id": (lambda value: isinstance(value, int), "a number"), "name": (lambda value: True, "a name")},
 }

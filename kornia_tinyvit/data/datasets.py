@@ -1,4 +1,4 @@
-"""What all datasets have in common: images that lie in files, and a target for each."""
+"""The base of all datasets: images in files, each with a target."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ Target = TypeVar("Target")
 
 
 class BrokenImageError(ValueError):
-    """An image of a dataset, or its target, cannot be decoded; the message names it."""
+    """An image of a dataset or its target cannot be decoded; the message names it."""
 
 
 class ImageFiles(Protocol):
-    """Where images lie. It is pickled without open files, since workers may be processes of their own."""
+    """The stored images of a dataset. Pickled without open files, as workers may be spawned processes."""
 
     def name(self, index: int) -> str:
-        """Return a name that no other image has, the same on each machine."""
+        """Return the image's unique name, independent of the machine."""
 
     def place(self, index: int) -> str:
-        """Return where the image lies on this machine, for a person."""
+        """Return the image's location on this machine, for messages."""
 
     def size(self, index: int) -> int:
-        """Return how many bytes the image has."""
+        """Return the size of the encoded image in bytes."""
 
     def open(self, index: int) -> BinaryIO:
-        """Return an image as a file; safe in threads and forked processes."""
+        """Open the encoded image; safe in threads and forked processes."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """What the reader of a format found.
+    """The contents of a dataset, as returned by the reader of a format.
 
     Attributes:
         images: the image files.
-        targets: for each image what its dataset makes a target of: a class index, a file, boxes.
+        targets: for each image what its dataset converts to a target: a class index, a file, boxes.
         class_names: names of the classes in the order of their indices, where the format states them.
-        left_out: a sentence for each label that has no effect.
-        without_mask: names of images without labels, which are left out.
-        without_image: names of labels without an image, which are left out.
+        left_out: a message for each label that is dropped.
+        without_mask: names of images without labels, which are dropped.
+        without_image: names of labels without an image, which are dropped.
     """
 
     images: ImageFiles
@@ -63,16 +63,16 @@ class Contents:
 
 
 class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
-    """Images with a target each: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and its target.
+    """Images with a target each: item :math:`i` is an image :math:`(3, H, W)`, float32 in [0, 1], and its target.
 
-    Each subclass has a class method ``open`` that finds out what a path holds.
+    The class method ``open`` of each subclass detects the format of a path.
 
     Attributes:
-        class_names: names of the classes in the order of their indices; ``None`` where nothing states them.
-        num_classes: how many classes there are.
-        left_out: a sentence for each label that has no effect.
-        without_mask: names of images without labels, which are left out.
-        without_image: names of labels without an image, which are left out.
+        class_names: names of the classes in the order of their indices; ``None`` where the format states none.
+        num_classes: number of classes.
+        left_out: a message for each label that is dropped.
+        without_mask: names of images without labels, which are dropped.
+        without_image: names of labels without an image, which are dropped.
     """
 
     class_names: tuple[str, ...] | None
@@ -97,11 +97,11 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         return self._read(index, read_image)
 
     def read(self, index: int) -> tuple[Tensor, Target]:
-        """Return an image as it is stored, :math:`(3, H, W)`, uint8 in [0, 255], and its target.
+        """Return an image :math:`(3, H, W)`, uint8 in [0, 255], and its target.
 
         Raises:
-            BrokenImageError: if one of them cannot be decoded, or they do not fit together.
-            FileNotFoundError: if a file is gone.
+            BrokenImageError: if one of them cannot be decoded, or their sizes differ.
+            FileNotFoundError: if a file no longer exists.
         """
         return self._read(index, read_pixels)
 
@@ -110,35 +110,43 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         return self._images.name(self._rows[index])
 
     def place(self, index: int) -> str:
-        """Return where an image lies on this machine: its path, and what tells it from others in that file."""
+        """Return an image's location on this machine: the path of its file, and its position in an archive."""
         return self._images.place(self._rows[index])
 
     def sample(self, count: int, seed: int = 0) -> Self:
-        """Return so many of the images, drawn with a seed, as a dataset of their own with the same classes.
+        """Return a random subset of the images, with the same classes.
+
+        Args:
+            count: number of images.
+            seed: random seed.
 
         Raises:
-            ValueError: if there are not as many.
+            ValueError: if ``count`` is not in [1, len(self)].
         """
         if not 0 < count <= len(self):
-            raise ValueError(f"Cannot draw {count} of {len(self)} images.")
-        return self._part(self._shuffled(seed)[:count])
+            raise ValueError(f"Cannot sample {count} of {len(self)} images.")
+        return self._subset(self._shuffled(seed)[:count])
 
     def split(self, count: int, seed: int = 0) -> tuple[Self, Self]:
-        """Hold out so many of the images: return the others, and those that :meth:`sample` draws.
+        """Split off a held-out set; return the other images and the held-out ones, which :meth:`sample` returns.
+
+        Args:
+            count: number of held-out images.
+            seed: random seed.
 
         Raises:
-            ValueError: if there are not more images than that.
+            ValueError: if ``count`` is not in [1, len(self) - 1].
         """
         if not 0 < count < len(self):
             raise ValueError(f"Cannot hold out {count} of {len(self)} images and keep some.")
         order = self._shuffled(seed)
-        return self._part(order[count:]), self._part(order[:count])
+        return self._subset(order[count:]), self._subset(order[:count])
 
     def fingerprint(self) -> str:
-        """Return 16 hexadecimal digits that differ for datasets that differ, wherever they lie.
+        """Return 16 hexadecimal digits that identify the dataset, independent of its location.
 
-        They depend on the names of the images and classes, the sizes of the files in bytes, the targets as far as they
-        are read when a dataset is opened, and what :meth:`open` was given; no image is decoded.
+        They depend on the names of the images and classes, the sizes of the files in bytes, the targets as far as
+        :meth:`open` reads them, and the arguments of :meth:`open`. No image is decoded.
         """
         if self._fingerprint is None:
             digest = hashlib.sha256(repr((len(self), self.class_names, *self._settings())).encode())
@@ -153,24 +161,24 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         """Return the target of an image of a height and a width."""
 
     def _state(self, stored: Any) -> object:
-        """Return what the fingerprint knows of a target."""
+        """Return the part of a target that the fingerprint depends on."""
         return stored
 
     def _settings(self) -> tuple[object, ...]:
-        """Return what the fingerprint knows of the whole dataset."""
+        """Return the arguments of :meth:`open` that the fingerprint depends on."""
         return ()
 
     def _shuffled(self, seed: int) -> list[int]:
         order: list[int] = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
         return order
 
-    def _part(self, indices: Iterable[int]) -> Self:
-        part = copy.copy(self)
+    def _subset(self, indices: Iterable[int]) -> Self:
+        subset = copy.copy(self)
         kept = sorted(indices)
-        part._rows = [self._rows[index] for index in kept]
-        part._targets = [self._targets[index] for index in kept]
-        part._fingerprint = None
-        return part
+        subset._rows = [self._rows[index] for index in kept]
+        subset._targets = [self._targets[index] for index in kept]
+        subset._fingerprint = None
+        return subset
 
     def _read(self, index: int, read: Callable[[BinaryIO], Tensor]) -> tuple[Tensor, Target]:
         row = self._rows[index]
@@ -179,61 +187,61 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
             with self._images.open(row) as file:
                 image = read(file)
         except FileNotFoundError:
-            raise FileNotFoundError(f"There is no image {place} any more.") from None
+            raise FileNotFoundError(f"Image {place} no longer exists.") from None
         except (ValueError, OSError) as error:
             reason = error.__cause__ or error
-            if isinstance(reason, UnidentifiedImageError):  # which would name an object in memory
-                reason = ValueError("Pillow does not know its format")
+            if isinstance(reason, UnidentifiedImageError):  # its message contains the address of a BytesIO
+                reason = ValueError("Pillow does not support its format")
             raise BrokenImageError(f"{place} is not an image that can be read: {reason}") from error
         return image, self._target(self._targets[index], (image.shape[1], image.shape[2]), place)
 
 
 def check_size(place: str, size: tuple[int, int], stated: tuple[int, int] | None, label: str) -> None:
-    """Reject labels of another height and width than their image's, which is upright.
+    """Reject labels whose size is not that of their image, after its EXIF orientation is applied.
 
     Args:
-        place: where the image lies.
+        place: location of the image.
         size: its height and width.
-        stated: those of its labels, if they have any.
-        label: begins what the error says of the labels.
+        stated: height and width of its labels, where known.
+        label: subject of the message, such as "its mask is".
 
     Raises:
-        BrokenImageError: if they differ.
+        BrokenImageError: if the sizes differ.
     """
     if stated not in (None, size):
         raise BrokenImageError(
-            f"{place} is {size[1]}x{size[0]} pixels upright, but {label} {stated[1]}x{stated[0]}; labels have the size "
-            "of their image as it is shown."
+            f"{place} is {size[1]}x{size[0]} pixels upright, but {label} {stated[1]}x{stated[0]}; expected labels of "
+            "the size of the image after its EXIF orientation is applied."
         )
 
 
 def match_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> list[int] | None:
-    """Return the positions of a dataset's classes among a network's, or ``None`` to match them by position.
+    """Return the class indices of a dataset's classes in a network, or ``None`` to keep the indices.
 
     Args:
-        ours: names of the dataset's classes, where they are known.
-        theirs: names of the network's.
+        ours: names of the dataset's classes, where known.
+        theirs: names of the network's classes. Without a common name ``None`` is returned.
 
     Raises:
-        ValueError: if some but not all of the dataset's classes are among the network's.
+        ValueError: if the network has some but not all of the dataset's classes.
     """
     if ours is None or theirs is None or not set(ours) & set(theirs):
         return None
     unknown = sorted(set(ours) - set(theirs))
     if unknown:
-        raise ValueError(f"The network does not know the classes {', '.join(unknown[:5])} of the data.")
+        raise ValueError(f"The network does not have the classes {', '.join(unknown[:5])} of the dataset.")
     return [theirs.index(name) for name in ours]
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
-    """Reject a dataset whose classes have other names than a network's, or another order.
+    """Reject a validation set whose class names or their order differ from a network's.
 
     Args:
-        ours: names of the dataset's classes, where they are known.
-        theirs: names of the network's.
+        ours: names of the dataset's classes, where known.
+        theirs: names of the network's classes, where known.
 
     Raises:
-        ValueError: naming some that differ.
+        ValueError: naming up to five that differ.
     """
     if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
         others = sorted(set(ours) ^ set(theirs))[:5]

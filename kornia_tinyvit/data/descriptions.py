@@ -1,4 +1,4 @@
-"""Text files that describe a dataset: JSON and YAML."""
+"""JSON and YAML files that describe a dataset."""
 
 from __future__ import annotations
 
@@ -11,45 +11,45 @@ from kornia_tinyvit.extras import optional_imports
 
 
 def read_text(path: Path) -> str:
-    """Return what a text file holds, in UTF-8.
+    """Return the text of a UTF-8 file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: naming the file, if it is no text.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not UTF-8.
     """
     try:
         return path.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text in UTF-8: {error}.") from error
+        raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
 
 
 def read_json(path: Path) -> Any:
-    """Return what a JSON file holds.
+    """Return the content of a JSON file.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it is no JSON.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not JSON.
     """
     return _parse(path, "JSON", json.loads)
 
 
 def read_description(path: Path, expected: str) -> dict[str, Any]:
-    """Return what a YAML or JSON file states about a dataset.
+    """Return the mapping in a YAML or JSON file.
 
     Args:
         path: the file.
-        expected: what a dataset of this kind is, for the errors.
+        expected: the expected dataset, for the messages.
 
     Raises:
-        FileNotFoundError: if there is no such file.
-        ValueError: if it holds anything else than names and values.
-        MissingExtraError: if a YAML file is asked for without PyYAML.
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it does not hold a mapping.
+        MissingExtraError: for YAML files, if PyYAML is missing.
     """
     if not path.is_file():
-        raise FileNotFoundError(f"There is no data set {path}; expected {expected}.")
+        raise FileNotFoundError(f"There is no dataset {path}; expected {expected}.")
     described = read_json(path) if path.suffix.lower() == ".json" else _read_yaml(path)
     if not isinstance(described, dict):
-        raise ValueError(f"{path} describes no data set; expected {expected}.")
+        raise ValueError(f"{path} does not describe a dataset; expected {expected}.")
     return described
 
 
@@ -64,4 +64,4 @@ def _parse(path: Path, kind: str, parse: Callable[[str], Any], error: type[Excep
     try:
         return parse(text)
     except (ValueError, RecursionError, error) as found:
-        raise ValueError(f"{path} is no {kind}: {found}") from found
+        raise ValueError(f"{path} is not {kind}: {found}") from found

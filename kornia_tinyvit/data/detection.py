@@ -1,4 +1,4 @@
-"""Images with boxes around the objects they show."""
+"""Images with bounding boxes of their objects."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ __all__ = ["DetectionDataset"]
 class DetectionDataset(ImageDataset[Objects]):
     r"""Images with boxes: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and its :class:`Objects`.
 
-    All labels are read at once. Boxes that stick out of their image are cut at its border; boxes without an area, or
-    outside of it, are left out and named. Images without objects count: they show what is none.
+    All labels are read at once. Boxes are clipped to their image; those without an area inside are dropped and
+    reported. Images without objects are kept as negative examples.
 
     Args:
-        contents: what a reader found.
-        source: where it was found, for the errors.
+        contents: the result of a reader.
+        source: its location, for the messages.
 
     Attributes:
         class_names: names of the classes in the order of their indices.
-        num_classes: how many there are.
-        left_out: a sentence for each box that was left out, with its file.
-        without_image: labels whose image is missing.
+        num_classes: number of classes.
+        left_out: a message for each box that is dropped, with its file.
+        without_image: labels whose image does not exist.
 
     Raises:
         ValueError: if there is no object, or no class.
@@ -33,13 +33,13 @@ class DetectionDataset(ImageDataset[Objects]):
 
     class_names: tuple[str, ...]
 
-    def __init__(self, contents: Contents, source: str | Path = "the data set") -> None:
+    def __init__(self, contents: Contents, source: str | Path = "the dataset") -> None:
         super().__init__(contents)
         if not self.class_names:
             raise ValueError(f"{source} names no classes.")
         if not any(len(boxes.labels) for boxes in self._targets):
             raise ValueError(
-                f"{source} has no object on its {len(self)} images; {len(self.left_out)} boxes have no area."
+                f"{source} has no object in its {len(self)} images; {len(self.left_out)} boxes have no area."
             )
 
     @classmethod
@@ -49,27 +49,27 @@ class DetectionDataset(ImageDataset[Objects]):
         Args:
             path: one of
 
-                - a YAML file as Ultralytics writes them. It names the classes as ``names``, and for each split a folder
-                  of images, a text file that lists some, or several of them, relative to ``path``, which is relative to
-                  the file. The labels of ``images/a.jpg`` are in ``labels/a.txt``: ``class x y width height`` per line,
-                  the center and the size as fractions of the image, or a class and the corners of an outline. An image
-                  without such a file shows no objects. A folder of images that is missing is looked for one folder up;
-                - a JSON file as COCO has them. Class indices follow the order of the categories' ids. Its images lie
-                  beside it, or, if it is ``annotations/instances_NAME.json``, in ``NAME`` or ``images/NAME`` beside
+                - a YAML file of Ultralytics. It names the classes as ``names``, and for each split a folder of images,
+                  a text file that lists some, or several of them, relative to ``path``, which is relative to the file.
+                  The labels of ``images/a.jpg`` are in ``labels/a.txt``: ``class x y width height`` per line, with
+                  center and size as fractions of the image, or a class and the corners of an outline. An image without
+                  a label file has no objects. If a folder of images does not exist, the same path one folder up is
+                  used;
+                - a JSON file in COCO's format. Class indices follow the order of the category ids. Its images lie
+                  beside it, or, for ``annotations/instances_NAME.json``, in ``NAME`` or ``images/NAME`` beside
                   ``annotations``;
                 - a folder that holds one of them: ``annotations/instances_SPLIT*.json``,
                   ``SPLIT*/_annotations.coco.json``, or a YAML file;
-                - a folder as Pascal VOC has it, with ``JPEGImages``, ``Annotations`` and ``ImageSets/Main/SPLIT.txt``.
-                  The classes are the names of all objects, sorted. Coordinates count from 1 and the last ones are
-                  inside the box; difficult objects are neither learnt nor counted.
-            split: which part of the data: ``"train"``, ``"val"`` or another that the files name.
-            images: folder of the images of a COCO file, if it is none of those above.
+                - a folder in Pascal VOC's format, with ``JPEGImages``, ``Annotations`` and
+                  ``ImageSets/Main/SPLIT.txt``. The classes are the sorted names of all objects. Coordinates count from
+                  1 and the last pixels are inside the box; difficult objects are ignored in training and evaluation.
+            split: name of the split: ``"train"``, ``"val"`` or another one of the files.
+            images: folder of the images of a COCO file, if it is none of the above.
 
         Raises:
-            FileNotFoundError: if there is no such path, or a file or all images are missing.
-            ValueError: if it does not hold what is described above, or labels that cannot be; it names file and line,
-                or annotation.
-            MissingExtraError: if a YAML file is asked for without PyYAML.
+            FileNotFoundError: if the path, a file or all images do not exist.
+            ValueError: if it holds none of these formats, or invalid labels, naming file and line or annotation.
+            MissingExtraError: for YAML files, if PyYAML is missing.
         """
         path = Path(path)
         if voc.holds_annotations(path):
@@ -81,7 +81,13 @@ class DetectionDataset(ImageDataset[Objects]):
         return cls(yolo.read_boxes(path, split), path)
 
     def objects(self, index: int, height: int, width: int) -> Objects:
-        """Return the objects of an image whose size is known."""
+        """Return the objects of an image of a known size without decoding it.
+
+        Args:
+            index: index of the image.
+            height: its height in pixels.
+            width: its width in pixels.
+        """
         boxes: Boxes = self._targets[index]
         return boxes.scale(height, width)
 
@@ -105,9 +111,9 @@ def _find_in_folder(folder: Path, split: str) -> Path:
         found = sorted(folder.glob(pattern))
         if len(found) > 1:
             names = ", ".join(file.name for file in found)
-            raise ValueError(f"{folder} holds several data sets ({names}); name one of the files.")
+            raise ValueError(f"{folder} holds several datasets ({names}); open one of the files.")
         if found:
             return found[0]
     raise FileNotFoundError(
-        f"There is no data set in {folder} for {split!r}; expected {', '.join(patterns)}, or the folders of Pascal VOC."
+        f"There is no dataset in {folder} for {split!r}; expected {', '.join(patterns)}, or the folders of Pascal VOC."
     )

@@ -1,9 +1,9 @@
-"""Images in folders: of a class each, or beside folders of labels."""
+"""Images in class folders, or in folders beside their labels."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import BinaryIO
 
@@ -13,17 +13,17 @@ from kornia_tinyvit.data.datasets import Contents
 
 
 class Files:
-    """Images that are files of their own.
+    """Images in one file each.
 
     Args:
-        root: a folder.
+        root: their folder.
         names: names of the images.
-        files: their paths, absolute or in the folder; the names if left out.
+        files: their paths, absolute or relative to the folder; by default the names.
     """
 
     def __init__(self, root: Path, names: Sequence[str], files: Sequence[str] | None = None) -> None:
         self.root, self.names = root, names
-        self.files = names if files is None else files
+        self.files = files or names
 
     def name(self, index: int) -> str:
         """Return an image's name."""
@@ -34,64 +34,63 @@ class Files:
         return os.path.join(self.root, self.files[index])
 
     def size(self, index: int) -> int:
-        """Return how many bytes it has."""
+        """Return the size of its file in bytes."""
         return os.path.getsize(self.place(index))
 
     def open(self, index: int) -> BinaryIO:
-        """Open it."""
+        """Open its file."""
         return open(self.place(index), "rb")
 
 
 def read_class_folders(root: Path) -> Contents:
-    """Return the images of a folder of folders, each of which is a class."""
-    class_names = sorted(
-        entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")
-    )  # tools leave hidden folders behind
+    """Return the images of a folder with one folder per class; hidden folders are skipped."""
+    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    class_names = sorted(folders)
     labels: list[int] = []
     names: list[str] = []
     for label, class_name in enumerate(class_names):
-        files = sorted(images_below(root / class_name), key=lambda file: file.parts)
-        names += [file.relative_to(root).as_posix() for file in files]
+        files = list_images(root / class_name)
+        names += [f"{class_name}/{file.as_posix()}" for file in files]
         labels += [label] * len(files)
     return Contents(Files(root, names), labels, tuple(class_names))
 
 
-def images_below(folder: Path) -> Iterator[Path]:
-    """Return the files below a folder whose names end as those of images do; hidden ones are left out."""
-    known = Image.registered_extensions()
+def list_images(folder: Path) -> list[Path]:
+    """Return the sorted paths of the image files below a folder, relative to it; hidden ones are skipped."""
+    known, found = Image.registered_extensions(), []
     for parent, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
         for name in files:
             if not name.startswith(".") and os.path.splitext(name)[1].lower() in known:
-                yield Path(parent, name)
+                found.append(Path(parent, name).relative_to(folder))
+    return sorted(found, key=lambda file: file.parts)
 
 
 def files_by_stem(folder: Path) -> dict[str, str]:
-    """Return the paths of the images below a folder, relative to it, by their path without the ending.
+    """Return the paths of the images below a folder, relative to it, by their path without the suffix.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if two files differ in their ending only.
+        FileNotFoundError: if the folder does not exist.
+        ValueError: if two files differ only in their suffix.
     """
     if not folder.is_dir():
         raise FileNotFoundError(f"There is no folder {folder}.")
     files: dict[str, str] = {}
-    for file in sorted(images_below(folder)):
-        name = file.relative_to(folder)
+    for name in list_images(folder):
         stem = name.with_suffix("").as_posix()
         if stem in files:
-            raise ValueError(f"{folder} holds both {files[stem]} and {name.as_posix()}; an image has one file.")
+            raise ValueError(f"{folder} holds both {files[stem]} and {name.as_posix()}; expected one file per image.")
         files[stem] = name.as_posix()
     return files
 
 
 def find_folders(path: Path, split: str, kind: str) -> tuple[Path, Path] | None:
-    """Return the folders of a split's images and labels, or those of all; ``None`` if there are no such labels.
+    """Return the folders of images and labels, ``images/SPLIT`` and ``KIND/SPLIT`` or ``images`` and ``KIND``.
 
     Args:
-        path: a folder that holds ``images``.
-        split: which part of the data, a folder in ``images`` and in the folder of labels.
-        kind: name of the folder of labels.
+        path: the folder of ``images``.
+        split: name of the split.
+        kind: name of the folder of labels. If it does not exist, ``None`` is returned.
     """
     images, labels = path / "images", path / kind
     if (images / split).is_dir() and (labels / split).is_dir():

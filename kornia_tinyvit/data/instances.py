@@ -1,4 +1,4 @@
-"""Images with a mask for each object in them."""
+"""Images with a mask for each object."""
 
 from __future__ import annotations
 
@@ -13,8 +13,7 @@ from kornia_tinyvit.data import coco, yolo
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size
 from kornia_tinyvit.data.descriptions import read_description
 from kornia_tinyvit.data.folders import find_folders
-from kornia_tinyvit.data.masks import Instances, pair_masks, split_ids
-from kornia_tinyvit.data.objects import holds_objects, read_objects
+from kornia_tinyvit.data.masks import Instances, holds_objects, pair_masks, read_objects, split_ids
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["InstanceDataset"]
@@ -23,18 +22,18 @@ __all__ = ["InstanceDataset"]
 class InstanceDataset(ImageDataset[Tensor]):
     r"""Images with instances: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and masks :math:`(N, H, W)`.
 
-    Masks are boolean, and those of an image may overlap. They come from one of
+    Masks are boolean and may overlap. The supported formats are
 
-    - a folder of masks with an id per pixel, as :class:`~kornia_tinyvit.data.SegmentationDataset` reads them: each id
-      but 0 and 255 is an instance;
-    - a folder of text files in YOLO's format: a line per instance, its class and the corners of its outline, or its
-      box, as fractions of width and height. A line that comes back to its first corner begins another part of the same
-      instance;
-    - a JSON file in COCO's format: polygons or run lengths, compressed or not. Crowds are left out;
-    - a folder per image with ``images`` and ``masks`` in it, where each object has a file of its own.
+    - a folder of masks with an id per pixel, as in :class:`~kornia_tinyvit.data.SegmentationDataset`: each id but 0
+      and 255 is an instance;
+    - a folder of text files in YOLO's format: one line per instance with its class and the corners of its outline, or
+      its box, as fractions of width and height. Where an outline returns to its first corner, another part of the
+      instance begins;
+    - a JSON file in COCO's format: polygons or run-length codes, compressed or not. Crowds are dropped;
+    - one folder per image with ``images`` and ``masks``, where each object has a file.
 
-    Files of a folder have the name of their image but for the ending. Images without labels are left out and named.
-    They are turned upright as their camera was held; their masks are taken to lie upright already.
+    Files of a folder have the name of their image but for the suffix. Images without labels are dropped and reported.
+    The EXIF orientation is applied to images but not to masks.
 
     Attributes:
         class_names: ``None``: classes are not read.
@@ -54,19 +53,18 @@ class InstanceDataset(ImageDataset[Tensor]):
 
         Args:
             path: a folder with ``images`` and ``masks`` or ``labels`` (or ``images/SPLIT`` and so on); a folder of
-                folders with ``images`` and ``masks``, or ``SPLIT`` with such folders in it; or a YAML or JSON file with
-                a section for each split that names the folder of images as ``images`` and the folder or file of
-                instances as ``instances``, relative to the file. A section may also be what Ultralytics' files have:
-                folders of images, or text files that list some. Their labels are then found as
-                :class:`~kornia_tinyvit.data.DetectionDataset` finds them.
-            split: which part of the data.
-            min_area: leave out instances of fewer pixels of their image; COCO calls those below 1024 small.
+                folders with ``images`` and ``masks``, or with such folders in ``SPLIT``; or a YAML or JSON file with a
+                section per split, whose ``images`` names the folder of images and whose ``instances`` names the folder
+                or file of instances, relative to the file. A section may also hold folders of images or text files
+                that list some, as in Ultralytics' files; see :meth:`DetectionDataset.open` for their labels.
+            split: name of the split.
+            min_area: drop instances of fewer pixels; COCO calls instances below 1024 pixels small.
             instances: folder or JSON file of the instances, if ``path`` is the folder of their images.
 
         Raises:
-            FileNotFoundError: if there is no such path.
-            ValueError: if it does not hold what is described above, or nothing fits together.
-            MissingExtraError: if a YAML file is asked for without PyYAML.
+            FileNotFoundError: if the path does not exist.
+            ValueError: if it holds none of these formats, or no image with labels.
+            MissingExtraError: for YAML files, if PyYAML is missing.
         """
         check_counts(min_area=min_area)
         path = Path(path)
@@ -81,28 +79,28 @@ class InstanceDataset(ImageDataset[Tensor]):
             return cls(yolo.read_outlines(yolo.find_pairs(path, described, split), path), min_area)
         if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():
             raise ValueError(
-                f"{path} does not tell where the images and instances of {split!r} are; expected a section '{split}' "
-                "with 'images' and 'instances', or the folder of the images."
+                f"{path} does not state the images and instances of {split!r}; expected a section '{split}' with "
+                "'images' and 'instances', or the folder of the images."
             )
         root = path.parent / str(described.get("path") or ".")
         return cls(_read(root / section["images"], root / section["instances"]), min_area)
 
     def with_instances(self) -> InstanceDataset:
-        """Return the images that have instances, as a dataset of their own; all are read once.
+        """Return the subset of the images that have instances; this reads all images.
 
         Raises:
-            BrokenImageError: if one cannot be read.
-            ValueError: if no image has any.
+            BrokenImageError: if one cannot be decoded.
+            ValueError: if no image has instances.
         """
         rows = [row for row in range(len(self)) if len(self.read(row)[1])]
         if not rows:
             raise ValueError(f"None of {len(self)} images has an instance of at least {self.min_area} pixels.")
-        return self._part(rows)
+        return self._subset(rows)
 
     def _target(self, stored: Instances, size: tuple[int, int], place: str) -> Tensor:
         check_size(place, size, stored.size, "its labels are for")
         try:
-            masks = stored.masks(size)
+            masks = [mask for source in stored.sources for mask in stored.read(source, size)]
         except (ValueError, TypeError, LookupError) as error:
             raise BrokenImageError(f"The instances of {place} cannot be read: {error}") from error
         for mask in masks:
@@ -111,7 +109,7 @@ class InstanceDataset(ImageDataset[Tensor]):
         return torch.from_numpy(np.stack(kept) if kept else np.zeros((0, *size), dtype=np.bool_))
 
     def _state(self, stored: Instances) -> object:
-        return stored.state()
+        return [(each.name, each.stat().st_size) if isinstance(each, Path) else each for each in stored.sources]
 
     def _settings(self) -> tuple[object, ...]:
         return (self.min_area,)

@@ -1,4 +1,4 @@
-"""Masks with an id per pixel, and what readers of other formats make masks of."""
+"""Masks in image files: an id per pixel, or one file per object."""
 
 from __future__ import annotations
 
@@ -12,26 +12,26 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents
-from kornia_tinyvit.data.folders import Files, files_by_stem
+from kornia_tinyvit.data.folders import Files, files_by_stem, list_images
 from kornia_tinyvit.images import UNREADABLE
 
-NUM_IDS = 2**16  # what a mask of 16 bits can hold
-UNLABELLED_ID = 255  # how most data sets mark pixels without a label
+NUM_IDS = 2**16  # of a 16-bit mask
+UNLABELED_ID = 255  # of unlabeled pixels in most datasets
 _NO_INSTANCE = 0
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
-_SMEARED = (".jpg", ".jpeg")  # whose compression makes new values along every edge
+_LOSSY = (".jpg", ".jpeg")  # compression changes the ids along edges
 
-Ring = list[tuple[float, float]]  # x and y of a polygon's corners
+Ring = list[tuple[float, float]]  # x and y of a polygon's vertices
 Masks = list[NDArray[np.bool_]]
 
 
 @dataclass(frozen=True)
 class Instances:
-    """The instances of an image.
+    """The stored instances of an image.
 
     Attributes:
-        sources: files that hold them, or what a file states of each.
-        read: returns the masks :math:`(H, W)` of a source on an image of a height and a width.
+        sources: files, or entries of a file, that hold one or several instances each.
+        read: returns the masks :math:`(H, W)` in a source, given the image's height and width.
         size: height and width of the image, if a file states them.
     """
 
@@ -39,36 +39,28 @@ class Instances:
     read: Callable[[Any, tuple[int, int]], Masks]
     size: tuple[int, int] | None = None
 
-    def masks(self, size: tuple[int, int]) -> Masks:
-        """Return the masks of all sources."""
-        return [mask for each in self.sources for mask in self.read(each, size)]
-
-    def state(self) -> object:
-        """Return what a fingerprint knows of the sources."""
-        return [(each.name, each.stat().st_size) if isinstance(each, Path) else each for each in self.sources]
-
 
 def pair_masks(images: Path, masks: Path) -> Contents:
-    """Return the images and the paths of their masks, which have the same name but for the ending.
+    """Return images and the paths of their masks, matched by their path without the suffix.
 
     Args:
         images: folder of the images.
         masks: folder of the masks.
 
     Raises:
-        FileNotFoundError: if there is no such folder.
-        ValueError: if there is no pair, two files claim one name, or masks are JPEG files.
+        FileNotFoundError: if a folder does not exist.
+        ValueError: if there is no pair, two files have the same path without the suffix, or masks are JPEG files.
     """
     found, labeled = files_by_stem(images), files_by_stem(masks)
     stems = sorted(found.keys() & labeled.keys())
     if not stems:
         raise ValueError(
-            f"No image of {images} has a mask of its name in {masks}: {len(found)} images, {len(labeled)} "
-            "masks. They are matched by their paths without the ending, such as street/1.jpg and street/1.png."
+            f"No image of {images} has a mask in {masks}: {len(found)} images, {len(labeled)} masks. They are matched "
+            "by their paths without the suffix, such as street/1.jpg and street/1.png."
         )
-    smeared = [labeled[stem] for stem in stems if labeled[stem].lower().endswith(_SMEARED)]
-    if smeared:
-        raise ValueError(f"{masks} holds JPEG masks such as {smeared[0]}, whose ids are smeared; use PNG.")
+    lossy = [labeled[stem] for stem in stems if labeled[stem].lower().endswith(_LOSSY)]
+    if lossy:
+        raise ValueError(f"{masks} holds JPEG masks such as {lossy[0]}, whose compression changes ids; use PNG.")
     return Contents(
         Files(images, [found[stem] for stem in stems]),
         [masks / labeled[stem] for stem in stems],
@@ -77,23 +69,60 @@ def pair_masks(images: Path, masks: Path) -> Contents:
     )
 
 
+def holds_objects(folder: Path) -> bool:
+    """Return whether a folder holds folders with ``images`` and ``masks``, as in the Data Science Bowl 2018."""
+    return any(images.with_name("masks").is_dir() for images in folder.glob("*/images"))
+
+
+def read_objects(folder: Path) -> Contents:
+    """Return the images of ``SAMPLE/images`` and their objects, each the pixels above 0 of a file ``SAMPLE/masks/*``.
+
+    Samples without an image or without masks are dropped and reported.
+
+    Raises:
+        ValueError: if a sample has several images, or all are dropped.
+    """
+    names: list[str] = []
+    labels: list[Instances] = []
+    without_mask: list[str] = []
+    without_image: list[str] = []
+    for sample in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
+        images, masks = list_images(sample / "images"), list_images(sample / "masks")
+        if len(images) > 1:
+            raise ValueError(f"{sample / 'images'} holds {len(images)} images; expected one per folder.")
+        if not images:
+            without_image.append(sample.name)
+        elif not masks:
+            without_mask.append(sample.name)
+        else:
+            names.append(f"{sample.name}/images/{images[0].as_posix()}")
+            labels.append(Instances(tuple(sample / "masks" / mask for mask in masks), _read_object))
+    if not names:
+        raise ValueError(f"No folder in {folder} has both an image in 'images' and masks in 'masks'.")
+    return Contents(Files(folder, names), labels, without_mask=tuple(without_mask), without_image=tuple(without_image))
+
+
+def _read_object(path: Path, _: tuple[int, int]) -> Masks:
+    return [read_ids(path) > 0]
+
+
 def read_ids(path: Path) -> NDArray[np.int64]:
     """Return the ids of a mask's pixels, :math:`(H, W)`, in [0, 65536).
 
     Raises:
-        BrokenImageError: if it cannot be decoded, or is no mask.
-        FileNotFoundError: if there is no such file.
+        BrokenImageError: if the file cannot be decoded or is not a mask.
+        FileNotFoundError: if it does not exist.
     """
     try:
         with Image.open(path) as image:
             mode, ids = image.mode, np.array(image)
     except FileNotFoundError:
-        raise FileNotFoundError(f"There is no mask {path} any more.") from None
+        raise FileNotFoundError(f"Mask {path} no longer exists.") from None
     except UNREADABLE as error:
         raise BrokenImageError(f"{path} is not a mask that can be read: {error}") from error
     if mode not in _INDEX_MODES:
         raise BrokenImageError(
-            f"{path} is no mask: it has the mode {mode}, not an id a pixel in one channel or a palette."
+            f"{path} is not a mask: it has the mode {mode}; expected ids in one channel or a palette."
         )
     ids = ids.astype(np.int64)
     if ids.min() < 0 or ids.max() >= NUM_IDS:
@@ -102,13 +131,13 @@ def read_ids(path: Path) -> NDArray[np.int64]:
 
 
 def split_ids(path: Path, _: tuple[int, int]) -> Masks:
-    """Return a mask for each id of a file but 0 and 255."""
+    """Return a mask for each id of a file except 0 and 255."""
     ids = read_ids(path)
-    return [ids == each for each in np.unique(ids) if each not in (_NO_INSTANCE, UNLABELLED_ID)]
+    return [ids == each for each in np.unique(ids) if each not in (_NO_INSTANCE, UNLABELED_ID)]
 
 
 def fill_rings(rings: Iterable[Ring], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the pixels inside any of some polygons, :math:`(H, W)`; kornia fills convex ones only."""
+    """Return the union of polygons, :math:`(H, W)`; kornia fills only convex ones."""
     mask = Image.new("1", (size[1], size[0]))
     for ring in rings:
         if len(ring) > 1:

@@ -1,4 +1,4 @@
-"""Random numbers that are a pure function of what they are for: a seed, a sample, an epoch and a purpose."""
+"""Random numbers that are a pure function of seed, epoch, sample and purpose."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 _ROUNDS = 10
 _LOW = np.uint64(0xFFFFFFFF)
 _HIGH = np.uint64(32)
-_CHUNK = 1 << 18  # samples whose words are drawn at once, which bounds the memory of large data sets
-_ORDER_STREAM = 0  # the streams of the augmentation begin at 1
+_CHUNK = 1 << 18  # samples per call of the generator, which bounds the memory for large datasets
+_ORDER_STREAM = 0  # the augmentation's streams start at 1
 
 
 def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint32]:
-    """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011), on many counters at once.
+    """Philox 4x32-10, the counter-based generator of Salmon et al. (SC 2011), vectorized over counters.
 
     Args:
         counter: four words below 2**32 along the first axis, :math:`(4, ...)`.
         key: two words below 2**32.
 
     Returns:
-        Four random words for each counter, :math:`(4, ...)`.
+        Four random words per counter, :math:`(4, ...)`.
     """
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
     k0, k1 = key
@@ -43,14 +43,14 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
 
 
 def keyed_words(seed: int, epoch: int, indices: NDArray[np.int64], stream: int, blocks: int = 1) -> NDArray[np.uint32]:
-    """Return random words that depend on nothing but their own row's key.
+    """Return random words; each row depends only on its own key.
 
     Args:
-        seed: below 2**64.
-        epoch: below 2**32.
-        indices: what each row is for, below 2**32, :math:`(B,)`.
-        stream: number of the purpose; different purposes never share words.
-        blocks: how many groups of four words to draw.
+        seed: in [0, 2**64).
+        epoch: in [0, 2**32).
+        indices: index of each row, in [0, 2**32), :math:`(B,)`.
+        stream: number of the purpose; different purposes have independent words.
+        blocks: number of groups of four words.
 
     Returns:
         Words :math:`(B, 4 * blocks)`, each uniform in [0, 2**32).
@@ -63,20 +63,20 @@ def keyed_words(seed: int, epoch: int, indices: NDArray[np.int64], stream: int, 
 
 
 def keyed_seed(seed: int, epoch: int, index: int, stream: int) -> int:
-    """Return a seed below 2**63 for a generator of its own, from the key of :func:`keyed_words`."""
+    """Return a seed in [0, 2**63) for a random generator, from the key of :func:`keyed_words`."""
     words = keyed_words(seed, epoch, np.array([index]), stream)[0].astype(np.uint64)
     return int(words[0] << np.uint64(31) | words[1] >> np.uint64(1))
 
 
 class EpochOrder:
-    """The order in which an epoch visits its samples: a permutation that is a pure function of seed and epoch.
+    """The order of the samples in each epoch: a permutation that is a pure function of seed and epoch.
 
     Args:
-        num_samples: how many samples there are, below 2**32.
-        seed: seed of the whole training, in [0, 2**64).
+        num_samples: number of samples, in [1, 2**32).
+        seed: random seed, in [0, 2**64).
 
     Raises:
-        ValueError: if a number is out of its range.
+        ValueError: if ``num_samples`` or ``seed`` is out of its range.
 
     Example:
         >>> order = EpochOrder(5, seed=0)
@@ -93,47 +93,57 @@ class EpochOrder:
             raise ValueError(f"seed must be in [0, 2**64); got {seed}.")
         self.num_samples = num_samples
         self.seed = seed
-        self._epoch: int | None = None
-        self._permutation = np.empty(0, dtype=np.int64)
-        self._positions = np.empty(0, dtype=np.int64)
+        self._cached = (-1, np.empty(0, dtype=np.int64), np.empty(0, dtype=np.int64))
 
     def permutation(self, epoch: int) -> NDArray[np.int64]:
-        """Return the samples of an epoch in their order, :math:`(N,)`."""
-        self._prepare(epoch)
-        return self._permutation
+        """Return the samples of an epoch in their order, :math:`(N,)`.
 
-    def positions(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return where in the epoch's order samples come, :math:`(B,)`.
+        Args:
+            epoch: number of the epoch, in [0, 2**32).
 
         Raises:
-            IndexError: if there is no such sample.
+            ValueError: if ``epoch`` is out of its range.
+        """
+        return self._prepare(epoch)[1]
+
+    def positions(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions of samples in the epoch's order, :math:`(B,)`.
+
+        Args:
+            epoch: number of the epoch, in [0, 2**32).
+            indices: the samples, :math:`(B,)`.
+
+        Raises:
+            ValueError: if ``epoch`` is out of its range.
+            IndexError: if an index is not in [0, num_samples).
         """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.size and not 0 <= indices.min() <= indices.max() < self.num_samples:
             raise IndexError(
                 f"Sample indices must be in [0, {self.num_samples}); got {indices.min()} to {indices.max()}."
             )
-        self._prepare(epoch)
-        return self._positions[indices]
+        return self._prepare(epoch)[2][indices]
 
     def partners(self, epoch: int, indices: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return with which sample each is mixed: its neighbor in the pairs (0, 1), (2, 3), ... of the order.
+        """Return the sample that each is mixed with: its neighbor in the pairs (0, 1), (2, 3), ... of the order.
 
-        The last sample of an odd number has none and is its own partner.
+        The last sample of an odd number is its own partner. See :meth:`positions` for the arguments.
         """
         neighbors = self.positions(epoch, indices) ^ 1
-        return np.where(neighbors < self.num_samples, self._permutation[neighbors % self.num_samples], indices)
+        return np.where(neighbors < self.num_samples, self.permutation(epoch)[neighbors % self.num_samples], indices)
 
-    def _prepare(self, epoch: int) -> None:
-        if epoch == self._epoch:
-            return
+    def _prepare(self, epoch: int) -> tuple[int, NDArray[np.int64], NDArray[np.int64]]:
+        """Return the epoch, its permutation and the inverse permutation; those of the last epoch are cached."""
         if not 0 <= epoch < 2**32:
             raise ValueError(f"epoch must be in [0, 2**32); got {epoch}.")
-        keys = np.concatenate([self._keys(epoch, start) for start in range(0, self.num_samples, _CHUNK)])
-        permutation = np.argsort(keys, kind="stable")  # stable, so that equal keys have one order everywhere
-        positions = np.empty_like(permutation)
-        positions[permutation] = np.arange(self.num_samples)
-        self._epoch, self._permutation, self._positions = epoch, permutation, positions
+        cached = self._cached
+        if epoch != cached[0]:
+            keys = np.concatenate([self._keys(epoch, start) for start in range(0, self.num_samples, _CHUNK)])
+            permutation = np.argsort(keys, kind="stable")  # equal keys have the same order on all machines
+            positions = np.empty_like(permutation)
+            positions[permutation] = np.arange(self.num_samples)
+            self._cached = cached = epoch, permutation, positions
+        return cached
 
     def _keys(self, epoch: int, start: int) -> NDArray[np.uint64]:
         chunk = np.arange(start, min(start + _CHUNK, self.num_samples))

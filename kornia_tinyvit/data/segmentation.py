@@ -1,4 +1,4 @@
-"""Images with a mask that states the class of each pixel."""
+"""Images with a class per pixel."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from torch import Tensor
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size
 from kornia_tinyvit.data.descriptions import read_description, read_text
 from kornia_tinyvit.data.folders import find_folders
-from kornia_tinyvit.data.masks import NUM_IDS, UNLABELLED_ID, pair_masks, read_ids
+from kornia_tinyvit.data.masks import NUM_IDS, UNLABELED_ID, pair_masks, read_ids
 
 __all__ = ["IGNORED", "SegmentationDataset"]
 
-#: The class index of pixels that have no label; torch's losses leave it out.
+#: The class index of unlabeled pixels; the default ``ignore_index`` of torch's losses.
 IGNORED = -100
 
 _UNKNOWN = -1
-_UNLABELLED = ("unlabeled", "unlabeled", "void", "ignore", "ignored")
+_UNLABELED = ("unlabeled", "unlabelled", "void", "ignore", "ignored")
 
 Classes = Mapping[int, str] | Sequence[str]
 
 
 class SegmentationDataset(ImageDataset[Tensor]):
-    r"""Images with class maps: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and a mask :math:`(H, W)`.
+    r"""Images with masks: item :math:`i` is an image :math:`(3, H, W)` in [0, 1] and a mask :math:`(H, W)`.
 
-    A mask is an int64 tensor of class indices, or :data:`IGNORED` where there is no label. Its file has the name of the
-    image's but for the ending, in PNG or another format that loses nothing, with an id per pixel in one channel or a
-    palette, of 8 or 16 bits. Images without a mask and masks without an image are left out and named. Images are
-    turned upright as their camera was held; their masks are taken to lie upright already.
+    A mask is an int64 tensor of class indices, or :data:`IGNORED` for unlabeled pixels. Its file has the name of the
+    image but for the suffix, in PNG or another lossless format, with an id per pixel in one channel or a palette, of 8
+    or 16 bits. Images without a mask and masks without an image are dropped and reported. The EXIF orientation is
+    applied to images but not to masks.
 
     Attributes:
         class_names: names of the classes in the order of their indices.
-        num_classes: how many there are.
+        num_classes: number of classes.
         ids: the id of each class.
-        ignored: ids of pixels without a label.
+        ignored: ids of unlabeled pixels.
         without_mask: names of images that have no mask.
         without_image: names of masks that have no image.
     """
@@ -61,24 +61,24 @@ class SegmentationDataset(ImageDataset[Tensor]):
         """Open a dataset from one path.
 
         Args:
-            path: a folder with ``images`` and ``masks`` (or ``images/SPLIT`` and ``masks/SPLIT``) and, if classes have
-                names, ``classes.txt`` with the name of an id per line from 0; or a YAML or JSON file with a section
-                for each split that names two folders as ``images`` and ``masks``, relative to the file, ``classes``
-                that names the ids, and ids to leave out as ``ignored``.
-            split: which part of the data.
-            classes: what the ids mean, instead of what the path states, such as those of another split: a name for
-                each id, or names of the ids 0, 1, 2, ...; if neither states it, all masks are read for the ids that
-                occur. Class indices follow the order of the ids.
-            ignored: ids of pixels without a label, besides those that the path states, 255 where no class has it, and
-                ids whose name is "unlabeled", "void" or "ignore".
+            path: a folder with ``images`` and ``masks`` (or ``images/SPLIT`` and ``masks/SPLIT``) and, to name the
+                classes, ``classes.txt`` with one name per id from 0; or a YAML or JSON file with a section per split,
+                which names two folders as ``images`` and ``masks``, relative to the file, and optionally ``classes``,
+                names by id, and ``ignored``, a list of ids.
+            split: name of the split.
+            classes: names by id, or a list of the names of the ids 0, 1, 2, ..., instead of those of the path, for
+                example those of another split. If neither states classes, all masks are read for the ids that occur.
+                Class indices follow the order of the ids.
+            ignored: ids of unlabeled pixels, in addition to those of the path, 255 unless it is a class, and ids named
+                "unlabeled", "void" or "ignore".
             masks: folder of the masks, if ``path`` is the folder of their images.
 
         Raises:
-            FileNotFoundError: if there is no such path.
-            ValueError: if it does not hold what is described above, there is no pair, two files claim one name, or
-                masks are JPEG files.
-            BrokenImageError: if the masks have to be read for their ids, and one cannot be.
-            MissingExtraError: if a YAML file is asked for without PyYAML.
+            FileNotFoundError: if the path does not exist.
+            ValueError: if it holds none of these formats, no image has a mask, two files have the same path without
+                the suffix, or masks are JPEG files.
+            BrokenImageError: if all masks are read for their ids, and one cannot be decoded.
+            MissingExtraError: for YAML files, if PyYAML is missing.
         """
         path = Path(path)
         if masks is not None:
@@ -95,13 +95,13 @@ class SegmentationDataset(ImageDataset[Tensor]):
             ignored = {*ignored, *described.get("ignored", ())}
         except (KeyError, TypeError, AttributeError) as error:
             raise ValueError(
-                f"{path} does not tell where the images and masks of {split!r} are; expected a section "
-                f"'{split}' with 'images' and 'masks', and ids that are left out as a list 'ignored'."
+                f"{path} does not state the images and masks of {split!r}; expected a section '{split}' with 'images' "
+                "and 'masks', and optionally a list 'ignored' of ids."
             ) from error
         if classes is None:
             classes = described.get("classes")
             if not (classes is None or isinstance(classes, (Mapping, list))):
-                raise ValueError(f"{path} has the classes {str(classes)[:60]}; expected names by their ids, or a list.")
+                raise ValueError(f"{path} has the classes {str(classes)[:60]}; expected names by id, or a list.")
         return cls(pair_masks(*folders), classes, ignored)
 
     def _target(self, stored: Path, size: tuple[int, int], place: str) -> Tensor:
@@ -111,8 +111,8 @@ class SegmentationDataset(ImageDataset[Tensor]):
         if (indices == _UNKNOWN).any():
             unknown = np.unique(ids[indices == _UNKNOWN])
             raise BrokenImageError(
-                f"{stored} holds the ids {', '.join(map(str, unknown[:5]))}, which are no classes; name them in the "
-                "classes or among the ignored ids."
+                f"{stored} holds the ids {', '.join(map(str, unknown[:5]))}, which are not classes; add them to "
+                "'classes' or 'ignored'."
             )
         return torch.from_numpy(indices)
 
@@ -125,22 +125,22 @@ class SegmentationDataset(ImageDataset[Tensor]):
     def _name_classes(self, classes: Classes | None, ignored: set[int]) -> None:
         if classes is None:
             present = {int(each) for mask in self._targets for each in np.unique(read_ids(mask))}
-            classes = {each: f"class {each}" for each in present - {UNLABELLED_ID}}
+            classes = {each: f"class {each}" for each in present - {UNLABELED_ID}}
         elif not isinstance(classes, Mapping):
             classes = dict(enumerate(classes))
         try:
-            named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are texts
+            named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are strings
             ignored = {int(each) for each in ignored}
         except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"Ids of classes, and those that are ignored, must be whole numbers: {error}.") from error
-        ignored |= {each for each, name in named.items() if name.lower() in _UNLABELLED}
-        if UNLABELLED_ID not in named:
-            ignored.add(UNLABELLED_ID)
+            raise ValueError(f"Ids of classes and ignored ids must be integers: {error}.") from error
+        ignored |= {each for each, name in named.items() if name.lower() in _UNLABELED}
+        if UNLABELED_ID not in named:
+            ignored.add(UNLABELED_ID)
         self.ignored = tuple(sorted(ignored))
         self.ids = tuple(sorted(named.keys() - ignored))
         if not self.ids or self.ids[0] < 0 or self.ids[-1] >= NUM_IDS:
             raise ValueError(
-                f"Ids of classes must be in [0, {NUM_IDS}), and one at least not ignored; got {self.ids[:5]}."
+                f"Expected at least one class that is not ignored, with ids in [0, {NUM_IDS}); got {self.ids[:5]}."
             )
         self.class_names = tuple(named[each] for each in self.ids)
         self.num_classes = len(self.ids)

@@ -1,4 +1,4 @@
-"""Labeled images in tar files, read where they lie: nothing is unpacked."""
+"""Labeled images in tar files, read in place without unpacking."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from PIL import Image
 
 from kornia_tinyvit.data.datasets import Contents
 
-#: How the names of compressed tar files end.
+#: Suffixes of compressed tar files.
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
 
 
 class _Span(NamedTuple):
-    """Where in the archives an image lies."""
+    """The position of an image in the archives, in bytes."""
 
     archive: int
     file: str
@@ -27,7 +27,7 @@ class _Span(NamedTuple):
 
 
 class _TarFiles:
-    """Images inside tar files: an index of where each one starts."""
+    """Images in tar files, with an index of their positions."""
 
     def __init__(self, archives: list[Path], spans: list[_Span]) -> None:
         self.archives, self.spans = archives, spans
@@ -42,8 +42,7 @@ class _TarFiles:
         return self.spans[index].size
 
     def open(self, index: int) -> BinaryIO:
-        # Opening takes microseconds, decoding milliseconds; and ImageNet's thousand files may be more than a process
-        # may hold open.
+        # Opening takes microseconds, decoding milliseconds. ImageNet's 1,000 files may exceed the limit of open files.
         span = self.spans[index]
         with open(self.archives[span.archive], "rb") as file:
             file.seek(span.start)
@@ -54,17 +53,22 @@ class _TarFiles:
 
 
 class Archive:
-    """The images of one tar file, with their start and size in bytes, and its folders.
+    """The images and folders of one tar file.
+
+    Attributes:
+        stem: its name without the suffix.
+        images: start and size in bytes of each image, by the parts of its path.
+        folders: the parts of the folders' paths.
 
     Raises:
-        ValueError: if it is no tar file, or a compressed one.
+        ValueError: if it is not a tar file, or compressed.
     """
 
     def __init__(self, path: Path) -> None:
         if path.name.lower().endswith(COMPRESSED):
             raise ValueError(f"{path} is compressed, so images cannot be read from its middle; unpack it to a .tar.")
         self.stem = path.stem
-        self.images: dict[str, tuple[int, int]] = {}
+        self.images: dict[tuple[str, ...], tuple[int, int]] = {}
         self.folders: set[tuple[str, ...]] = set()
         self._spans: dict[str, tuple[int, int]] = {}
         self._known = Image.registered_extensions()
@@ -72,11 +76,11 @@ class Archive:
             with tarfile.open(path, "r:") as tar:
                 self._index(tar)
         except tarfile.TarError as error:
-            raise ValueError(f"{path} is no tar file, or a compressed or damaged one: {error}") from error
+            raise ValueError(f"{path} is not a tar file, or is compressed or corrupt: {error}") from error
 
     def _index(self, tar: tarfile.TarFile, prefix: tuple[str, ...] = (), start: int = 0) -> None:
         while (member := tar.next()) is not None:
-            tar.members = []  # type: ignore[attr-defined]  # they would take a kilobyte for each image
+            tar.members = []  # type: ignore[attr-defined]  # a kilobyte per image
             parts = prefix + tuple(part for part in PurePosixPath(member.name).parts if part not in ("/", "."))
             if not parts or any(part.startswith(".") for part in parts):
                 continue
@@ -93,52 +97,53 @@ class Archive:
     def _add(self, member: tarfile.TarInfo, parts: tuple[str, ...], start: int) -> None:
         if member.isreg():
             self._spans[member.name] = (start + member.offset_data, member.size)
-        elif not (member.islnk() and member.linkname in self._spans):  # tar stores a file's second name as a link
+        elif not (member.islnk() and member.linkname in self._spans):  # a hard link to an earlier file
             return
         source = member.linkname if member.islnk() else member.name
-        self.images["/".join(parts)] = self._spans[source]
+        self.images[parts] = self._spans[source]
         if len(parts) > 1:
             self.folders.add(parts[:-1])
 
 
-#: Names of classes, some without images, and the class of each image.
-_Classes = tuple[Iterable[str], dict[str, str]]
+#: Names of the classes, which may have no images, and the class of each image by the parts of its path.
+_Classes = tuple[Iterable[str], dict[tuple[str, ...], str]]
 
 
 def by_archive(archive: Archive) -> _Classes:
-    """Take each archive for a class."""
+    """Take the archive's name as the class of its images."""
     return [archive.stem], dict.fromkeys(archive.images, archive.stem)
 
 
 def by_folder(archive: Archive) -> _Classes:
-    """Take each first folder for a class; where all lie in one first folder, each folder in that one."""
+    """Take the top-level folders as classes, or those inside if there is only one top-level folder."""
     folders = archive.folders
     whole = len({folder[0] for folder in folders}) == 1 and any(len(folder) > 1 for folder in folders)
     depth = 1 if whole else 0
-    parts = {file: PurePosixPath(file).parts for file in archive.images}
     return (
         [folder[depth] for folder in folders if len(folder) > depth],
-        {file: way[depth] for file, way in parts.items() if len(way) > depth + 1},
+        {parts: parts[depth] for parts in archive.images if len(parts) > depth + 1},
     )
 
 
 def read_tars(paths: list[Path], classes: Callable[[Archive], _Classes]) -> Contents:
-    """Return the images of tar files and their classes: :func:`by_archive` or :func:`by_folder`.
+    """Return the images of tar files and their classes.
+
+    Args:
+        paths: the tar files.
+        classes: :func:`by_archive` or :func:`by_folder`.
 
     Raises:
-        ValueError: if one is no tar file, or a compressed one.
+        ValueError: if one is not a tar file, or compressed.
     """
     names: set[str] = set()
-    found: list[tuple[str, tuple[str, ...], _Span]] = []
+    found: list[tuple[str, tuple[str, ...], int, int, int]] = []
     for number, path in enumerate(paths):
         archive = Archive(path)
         known, class_of = classes(archive)
         names.update(known)
-        for file, class_name in class_of.items():
-            span = _Span(number, file, *archive.images[file])
-            found.append((class_name, PurePosixPath(file).parts, span))
+        found += [(class_name, parts, number, *archive.images[parts]) for parts, class_name in class_of.items()]
     found.sort()
     class_names = tuple(sorted(names))
     position = {name: label for label, name in enumerate(class_names)}
-    labels = [position[class_name] for class_name, *_ in found]
-    return Contents(_TarFiles(paths, [span for *_, span in found]), labels, class_names)
+    spans = [_Span(number, "/".join(parts), start, size) for _, parts, number, start, size in found]
+    return Contents(_TarFiles(paths, spans), [position[class_name] for class_name, *_ in found], class_names)

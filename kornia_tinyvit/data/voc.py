@@ -1,4 +1,4 @@
-"""Pascal VOC's XML files: boxes."""
+"""Boxes in Pascal VOC's XML files."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from kornia_tinyvit.data.folders import Files, files_by_stem
 
 
 def holds_annotations(folder: Path) -> bool:
-    """Return whether a folder has the folders of a VOC dataset."""
+    """Return whether a folder is a VOC dataset."""
     return (folder / "Annotations").is_dir() and (folder / "JPEGImages").is_dir()
 
 
 def read_boxes(folder: Path, split: str) -> Contents:
     """Return the images and boxes of ``JPEGImages``, ``Annotations`` and ``ImageSets/Main/SPLIT.txt``.
 
-    The classes are the names of all objects in ``Annotations``, sorted, so that they are the same for each split.
+    The classes are the sorted names of all objects in ``Annotations``, the same for each split.
 
-    VOC counts pixels from 1, and ``xmax`` and ``ymax`` are the last ones inside (VOC development kit: the upper left
+    VOC counts pixels from 1, and ``xmax`` and ``ymax`` are the last pixels inside (VOC development kit: the upper left
     pixel is (1, 1)). A box's left edge therefore is ``xmin - 1`` and its right edge ``xmax``: a box from 1 to the width
-    covers the whole width. Files of tools that count from 0 come out larger by a pixel at the left and at the top;
-    nothing in a file shows which convention it follows.
+    covers the whole width. Boxes of tools that count from 0 come out one pixel larger at the left and at the top; the
+    files do not state which convention they follow.
 
-    Difficult objects are neither learnt nor counted, as in VOC's own evaluation.
+    Difficult objects are ignored in training and evaluation, as in VOC's own evaluation.
 
     Raises:
-        FileNotFoundError: if there is no such split, or an image of it has no annotation.
-        ValueError: if a file is no XML, or lacks the image's size or an object's name or box; it is named.
+        FileNotFoundError: if the split does not exist, or an image of it has no annotation.
+        ValueError: if a file is not XML, or lacks the image's size or an object's name or box.
     """
     listed = folder / "ImageSets" / "Main" / f"{split}.txt"
     if not listed.is_file():
         splits = ", ".join(sorted(file.stem for file in listed.parent.glob("*.txt"))) or "none"
-        raise FileNotFoundError(f"There is no file {listed} for {split!r}; there are: {splits}.")
+        raise FileNotFoundError(f"There is no file {listed} for {split!r}; available splits: {splits}.")
     trees = {file: _parse(file) for file in sorted((folder / "Annotations").glob("*.xml"))}
     class_names = sorted({_text(each, "name", file) for file, tree in trees.items() for each in tree.iter("object")})
     images = files_by_stem(folder / "JPEGImages")
@@ -57,9 +57,9 @@ def read_boxes(folder: Path, split: str) -> Contents:
 
 def _parse(file: Path) -> ET.Element:
     try:
-        return ET.parse(file).getroot()  # noqa: S314  # expat stops at entities that grow
-    except (ET.ParseError, ValueError, LookupError) as error:  # the others are of encodings that are none
-        raise ValueError(f"{file} is no XML: {error}") from error
+        return ET.parse(file).getroot()  # noqa: S314  # expat limits the expansion of entities
+    except (ET.ParseError, ValueError, LookupError) as error:  # the others are for unknown encodings
+        raise ValueError(f"{file} is not XML: {error}") from error
 
 
 def _boxes(tree: ET.Element, file: Path, class_names: list[str]) -> Iterator[Box]:
@@ -74,7 +74,7 @@ def _boxes(tree: ET.Element, file: Path, class_names: list[str]) -> Iterator[Box
 def _size(tree: ET.Element, file: Path) -> tuple[int, int]:
     height, width = (_number(tree, f"size/{key}", file) for key in ("height", "width"))
     if height < 1 or width < 1:
-        raise ValueError(f"{file} states an image of {width:g}x{height:g} pixels; expected its size.")
+        raise ValueError(f"{file} states an image of {width:g}x{height:g} pixels; expected positive sizes.")
     return int(height), int(width)
 
 

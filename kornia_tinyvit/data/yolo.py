@@ -1,8 +1,9 @@
-"""YOLO's text files: a line per object, with its box or its outline."""
+"""YOLO's text files: one line per object, with its box or its outline."""
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,14 +11,14 @@ from typing import Any, NamedTuple
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_description, read_text
-from kornia_tinyvit.data.folders import Files, images_below
+from kornia_tinyvit.data.folders import Files, list_images
 from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_rings
 
-_TOLERANCE = 1e-3  # by which fractions of an image may leave [0, 1]: files round them
+_TOLERANCE = 1e-3  # files round fractions of an image, which may leave [0, 1] by this much
 
 
 class Pair(NamedTuple):
-    """An image, its name, and its file of labels, which may be missing."""
+    """An image, its name, and its label file, which may not exist."""
 
     image: Path
     name: str
@@ -25,7 +26,7 @@ class Pair(NamedTuple):
 
 
 class _Label(NamedTuple):
-    """What a line states.
+    """The label in a line.
 
     Attributes:
         place: file and line.
@@ -39,24 +40,21 @@ class _Label(NamedTuple):
 
 
 def read_boxes(path: Path, split: str) -> Contents:
-    """Return the images and boxes of a dataset that a YAML file describes, as Ultralytics writes them.
+    """Return the images and boxes of a dataset described by a YAML file of Ultralytics.
 
-    The file names the classes as ``names``, and for each split a folder of images, a text file that lists some, or
-    several of them, relative to ``path``, which is relative to the file. The labels of ``images/a.jpg`` are in
-    ``labels/a.txt``: ``class x y width height`` per line, the center and the size as fractions of the image, or a class
-    and the corners of an outline. An image without such a file shows no objects. A folder of images that is missing is
-    looked for one folder up, where several sets of labels may share it.
+    See :meth:`DetectionDataset.open <kornia_tinyvit.data.DetectionDataset.open>` for the format. If a folder of images
+    does not exist, the same path one folder up is used, where several sets of labels may share it.
 
     Raises:
-        FileNotFoundError: if a file or a folder is missing.
-        ValueError: if a label is no class, or not a box in fractions of the image; it names file and line.
+        FileNotFoundError: if a file or a folder does not exist.
+        ValueError: if a label has an unknown class or is not a box in fractions of the image; file and line are named.
     """
-    described = read_description(path, "the YAML file of a YOLO data set, a JSON file of COCO's, or a folder of one")
+    described = read_description(path, "a YAML file of a YOLO dataset, a JSON file of a COCO dataset, or its folder")
     if not described.get(split) or not described.get("names"):
-        raise ValueError(f"{path} describes no YOLO data set with {split!r}; expected 'names' and '{split}'.")
+        raise ValueError(f"{path} does not describe a YOLO dataset with {split!r}; expected 'names' and '{split}'.")
     class_names = _class_names(path, described["names"])
     pairs = find_pairs(path, described, split)
-    _require_labels(pairs, f"{split!r} in {path}")
+    _labeled(pairs, f"{split!r} in {path}")
     left_out: list[str] = []
     boxes = [
         collect_boxes((_box(label) for label in _read_labels(pair.labels, len(class_names))), left_out)
@@ -66,39 +64,33 @@ def read_boxes(path: Path, split: str) -> Contents:
 
 
 def read_outlines(pairs: list[Pair], source: Path) -> Contents:
-    """Return the images that have a file of labels, and these files, from which masks are made.
+    """Return the images that have a label file, and these files as instances.
 
     Args:
-        pairs: images and their files of labels.
-        source: where they were found, for the error.
+        pairs: images and their label files.
+        source: their location, for the message.
 
     Raises:
-        ValueError: if no image has one.
+        ValueError: if no image has a label file.
     """
-    _require_labels(pairs, source)
-    labeled = [pair for pair in pairs if pair.labels.is_file()]
+    labeled = _labeled(pairs, source)
     labels = [Instances((pair.labels,), _read_masks) for pair in labeled]
     without = tuple(pair.name for pair in pairs if not pair.labels.is_file())
     return Contents(_files(labeled), labels, without_mask=without)
 
 
 def pair_folders(images: Path, labels: Path) -> list[Pair]:
-    """Return the images of a folder, and where another one has their labels."""
+    """Return the images of a folder and their label files in another one."""
     if not images.is_dir():
         raise FileNotFoundError(f"There is no folder {images}.")
-    files = sorted(images_below(images))
-    names = [file.relative_to(images) for file in files]
-    return [
-        Pair(file, name.as_posix(), (labels / name).with_suffix(".txt"))
-        for file, name in zip(files, names, strict=True)
-    ]
+    return [Pair(images / name, name.as_posix(), (labels / name).with_suffix(".txt")) for name in list_images(images)]
 
 
 def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pair]:
-    """Return the images that a YAML file names for a split, and where Ultralytics finds their labels.
+    """Return the images of a split in a YAML file and their label files, with Ultralytics' rules.
 
     Raises:
-        FileNotFoundError: if a file or a folder is missing.
+        FileNotFoundError: if a file or a folder does not exist.
         ValueError: if the section is neither a folder nor a file, nor a list of them.
     """
     root = path.parent / str(described.get("path") or ".")
@@ -115,39 +107,35 @@ def _find_entry(root: Path, entry: str) -> Iterator[Pair]:
     stated = root / entry
     found = stated if stated.exists() else root / ".." / entry
     if found.is_dir():
-        for image, name, own in pair_folders(found, stated):  # beside the labels, wherever the images were found
-            yield Pair(image, name, _labels_beside(own))
+        for image, name, labels in pair_folders(found, stated):  # the labels stay beside the stated folder
+            yield Pair(image, name, _labels_path(labels))
     elif found.is_file():
-        for line in read_text(found).splitlines():
-            if line.strip():
-                image = found.parent / line.strip()
-                if not image.is_file():
-                    raise FileNotFoundError(f"{found} lists {line.strip()}, which is not there.")
-                yield Pair(image, line.strip(), _labels_beside(image.with_suffix(".txt")))
+        for line in filter(None, map(str.strip, read_text(found).splitlines())):
+            image = found.parent / line
+            if not image.is_file():
+                raise FileNotFoundError(f"{found} lists {line}, which does not exist.")
+            yield Pair(image, line, _labels_path(image.with_suffix(".txt")))
     else:
         raise FileNotFoundError(f"There are no images {stated}, nor {found}.")
 
 
-def _labels_beside(path: Path) -> Path:
+def _labels_path(path: Path) -> Path:
     """Return a path with its last folder ``images`` replaced by ``labels``."""
-    parts = list(path.parts)
-    for position in range(len(parts) - 2, -1, -1):
-        if parts[position] == "images":
-            parts[position] = "labels"
-            break
-    return Path(*parts)
+    return Path(re.sub(r"^(.*/)?images/", r"\1labels/", path.as_posix(), flags=re.DOTALL))
 
 
 def _files(pairs: list[Pair]) -> Files:
     return Files(Path(), [pair.name for pair in pairs], [str(pair.image) for pair in pairs])
 
 
-def _require_labels(pairs: list[Pair], source: object) -> None:
-    if not any(pair.labels.is_file() for pair in pairs):
+def _labeled(pairs: list[Pair], source: object) -> list[Pair]:
+    """Return the images that have a label file, at least one."""
+    labeled = [pair for pair in pairs if pair.labels.is_file()]
+    if not labeled:
         raise ValueError(
-            f"None of the {len(pairs)} images of {source} has a file of labels; those of images/a.jpg are looked for "
-            "as labels/a.txt."
+            f"None of the {len(pairs)} images of {source} has a label file; expected labels/a.txt for images/a.jpg."
         )
+    return labeled
 
 
 def _class_names(path: Path, names: Any) -> tuple[str, ...]:
@@ -156,15 +144,15 @@ def _class_names(path: Path, names: Any) -> tuple[str, ...]:
             raise ValueError(f"{path} names the classes {list(names)[:5]} ...; expected 0, 1, 2, ...")
         names = [names[index] for index in range(len(names))]
     elif not isinstance(names, list):
-        raise ValueError(f"{path} has the names {str(names)[:60]}; expected a list, or names by their numbers.")
+        raise ValueError(f"{path} has the names {str(names)[:60]}; expected a list, or names by class index.")
     return tuple(str(name) for name in names)
 
 
 def _read_labels(file: Path, num_classes: float = math.inf) -> Iterator[_Label]:
-    """Return what the lines of a file state; a file that is missing states nothing.
+    """Return the labels in a file; a missing file has none.
 
     Raises:
-        ValueError: naming file and line, if one is no label.
+        ValueError: naming file and line, if a line is not a label.
     """
     lines = read_text(file).splitlines() if file.is_file() else []
     for number, line in enumerate(lines, 1):
@@ -179,12 +167,12 @@ def _parse_line(line: str, place: str, num_classes: float) -> _Label:
         label, numbers = math.nan, []
     outline = len(numbers) >= 6 and len(numbers) % 2 == 0
     if not (len(numbers) == 4 or outline) or not all(math.isfinite(each) for each in (label, *numbers)):
-        raise ValueError(f"{place} is no label: expected 'class x y width height' or an outline; got {line!r}.")
+        raise ValueError(f"{place} is not a label: expected 'class x y width height' or an outline; got {line!r}.")
     if label != int(label) or not 0 <= label < num_classes:
-        raise ValueError(f"{place} has the class {label:g}; there are {num_classes} classes, from 0.")
+        raise ValueError(f"{place} has the class {label:g}; expected an index below {num_classes}.")
     if min(numbers) < -_TOLERANCE or max(numbers) > 1 + _TOLERANCE:
         raise ValueError(
-            f"{place} has values outside of [0, 1]: {line!r}; expected shares of the image's sides, not pixels."
+            f"{place} has values outside [0, 1]: {line!r}; expected fractions of the image's sides, not pixels."
         )
     if outline:
         return _Label(place, int(label), list(zip(numbers[::2], numbers[1::2], strict=True)))
@@ -203,13 +191,13 @@ def _read_masks(file: Path, size: tuple[int, int]) -> Masks:
     height, width = size
     masks = []
     for label in _read_labels(file):
-        rings = [[(x * width, y * height) for x, y in ring] for ring in _split_rings(label.corners)]
-        masks.append(fill_rings(rings, size))
+        corners = [(x * width, y * height) for x, y in label.corners]
+        masks.append(fill_rings(_split_rings(corners), size))
     return masks
 
 
 def _split_rings(corners: Ring) -> list[Ring]:
-    """Return the closed parts of an outline; each ends where it comes back to its first corner."""
+    """Split an outline into closed rings; each ends where it returns to its first corner."""
     rings: list[Ring] = [[]]
     for corner in corners:
         rings[-1].append(corner)

@@ -129,7 +129,7 @@ class TestBenchmark:
         (("--dtypes", "float8"), "--dtypes takes float32, bfloat16"),
         (("--batch-sizes", "1,x"), "--batch-sizes takes positive numbers"),
         (("--batch-sizes", "0"), "--batch-sizes takes positive numbers"),
-        (("--data", "gone"), "There is no data set gone"),
+        (("--data", "gone"), "There is no dataset gone"),
     ],
 )
 def test_errors(weights, capfd, monkeypatch, options, message):

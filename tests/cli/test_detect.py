@@ -137,7 +137,7 @@ class TestTrain:
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
-        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--queries", "90"))
         assert "84 cells to look for objects in, fewer than 90" in error
         (data / "labels" / "00.txt").write_text("7 0.5 0.5 0.1 0.1")

@@ -266,7 +266,7 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("data", "message"),
         [
-            ("gone", "There is no data set"),
+            ("gone", "There is no dataset"),
             ("empty", "holds no images in class folders"),
             ("notes.parquet", "is no parquet file"),
         ],

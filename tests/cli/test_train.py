@@ -100,14 +100,14 @@ class TestTrain:
             (("--pretrained", "nothing"), "nothing"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
             (("--base-lr", "-1"), "Out of range: base_lr=-1.0"),
-            (("--validation", "gone"), "There is no data set gone"),
+            (("--validation", "gone"), "There is no dataset gone"),
         ],
     )
     def test_errors(self, folder, tmp_path, capfd, monkeypatch, options, message):
         assert message in error_of(capfd, monkeypatch, *command(folder, tmp_path, "--json", *options))
 
     def test_no_data(self, tmp_path, capfd, monkeypatch):
-        assert "There is no data set" in error_of(capfd, monkeypatch, *command(tmp_path / "gone", tmp_path, "--json"))
+        assert "There is no dataset" in error_of(capfd, monkeypatch, *command(tmp_path / "gone", tmp_path, "--json"))
 
     def test_another_training_in_the_folder(self, folder, tmp_path, capfd, monkeypatch):
         run(*command(folder, tmp_path, "--json"))
@@ -149,7 +149,7 @@ class TestSemantic:
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = make_scenes(tmp_path / "data", 2)
-        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--recipe", "in1k"))
         assert "Masks cannot follow policy, erasing" in error
 
@@ -190,7 +190,7 @@ class TestPromptable:
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = make_instances(tmp_path / "data", 2)
-        assert "There is no data set" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
+        assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--pretrained", "nothing"))
         assert "no weights and no file 'nothing'" in error
         frozen = self.command(data, tmp_path, "--freeze", "mask_decoder")

@@ -11,12 +11,18 @@ import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from kornia_tinyvit.data.classification import ClassificationDataset, collate
+from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pixels
 
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]
+
+
+def as_lists(items):
+    """Collate images of different sizes for a data loader."""
+    images, labels = zip(*items, strict=True)
+    return list(images), torch.tensor(labels)
 
 
 def photo(shade: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
@@ -25,19 +31,19 @@ def photo(shade: int, size: tuple[int, int] = (8, 6)) -> Image.Image:
 
 @pytest.fixture
 def folder(tmp_path):
-    """Three classes, one of them with images in a folder of its own, among files that are no images."""
+    """Three classes, one of them with a subfolder, among files that are not images."""
     root = tmp_path / "pets"
     for number, name in enumerate(("dog/2.png", "dog/10.JPG", "ant/1.png", "cat/young/1.png", "cat/0.bmp")):
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         photo(40 * number, (8 + number, 6)).save(root / name)
-    (root / "readme.txt").write_text("no class")
-    (root / "dog" / "labels.csv").write_text("no image")
+    (root / "readme.txt").write_text("not a class")
+    (root / "dog" / "labels.csv").write_text("not an image")
     photo(255).save(root / "outside.png")
     return root
 
 
 def pack(root, path, files, top=""):
-    """Write files of a folder into a tar file, in the given order and without the folders themselves."""
+    """Write files of a folder to a tar file, in the given order and without entries for folders."""
     with tarfile.open(path, "w") as tar:
         for file in files:
             tar.add(root / file, f"{top}{file}", recursive=False)
@@ -91,7 +97,7 @@ class TestFolder:
         assert data.labels == [0, 2, 2, 3, 3]
         assert data.num_classes == 4
 
-    def test_folder_named_like_a_image(self, folder):
+    def test_folder_named_like_an_image(self, folder):
         (folder / "cat" / "album.png").mkdir()
         assert len(ClassificationDataset.open(folder)) == 5
 
@@ -102,17 +108,17 @@ class TestFolder:
         assert ClassificationDataset.open(folder).labels == [0, 1, 1, 2, 2]
 
     def test_deep_image(self, folder):
-        levels = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
-        Image.fromarray(levels).save(folder / "ant" / "1.png")
+        pixels = np.linspace(0, 65535, 48).astype(np.uint16).reshape(6, 8)
+        Image.fromarray(pixels).save(folder / "ant" / "1.png")
         data = ClassificationDataset.open(folder)
         assert torch.equal(data[0][0], read_image(folder / "ant" / "1.png"))
         assert (data.read(0)[0] / 255 - data[0][0]).abs().max() <= 0.5 / 255 + 1e-6
 
-    def test_text_path(self, folder):
+    def test_string_path(self, folder):
         assert ClassificationDataset.open(str(folder)).labels == ClassificationDataset.open(folder).labels
 
-    def test_damaged_image(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no image")
+    def test_corrupt_image(self, folder):
+        (folder / "ant" / "1.png").write_bytes(b"not an image")
         for read in (ClassificationDataset.open(folder).__getitem__, ClassificationDataset.open(folder).read):
             with pytest.raises(BrokenImageError, match=r"ant.1\.png is not an image that can be read: Pillow does"):
                 read(0)
@@ -120,15 +126,15 @@ class TestFolder:
         with pytest.raises(BrokenImageError, match=r"ant.1\.png is not an image that can be read"):
             ClassificationDataset.open(folder)[0]
 
-    def test_damaged_image_in_a_worker(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no image")
+    def test_corrupt_image_in_a_worker(self, folder):
+        (folder / "ant" / "1.png").write_bytes(b"not an image")
         with pytest.raises(BrokenImageError, match=r"ant.1\.png"):
-            next(iter(DataLoader(ClassificationDataset.open(folder), 5, num_workers=1, collate_fn=collate)))
+            next(iter(DataLoader(ClassificationDataset.open(folder), 5, num_workers=1, collate_fn=as_lists)))
 
-    def test_vanished_image(self, folder):
+    def test_deleted_image(self, folder):
         data = ClassificationDataset.open(folder)
         (folder / "ant" / "1.png").unlink()
-        with pytest.raises(FileNotFoundError, match=r"There is no image .*ant.1\.png any more"):
+        with pytest.raises(FileNotFoundError, match=r"Image .*ant.1\.png no longer exists"):
             data[0]
 
     def test_empty(self, tmp_path):
@@ -139,7 +145,7 @@ class TestFolder:
             ClassificationDataset.open(tmp_path)
 
     def test_missing(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"There is no data set .*nowhere; expected a folder"):
+        with pytest.raises(FileNotFoundError, match=r"There is no dataset .*nowhere; expected a folder"):
             ClassificationDataset.open(tmp_path / "nowhere")
 
 
@@ -154,14 +160,14 @@ class TestPixels:
         assert torch.equal(pixels.float() / 255, to_image(shades.convert(mode), channels))
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
-    def test_sixteen_bits_are_rounded(self, tmp_path, channels):
+    def test_16_bits_are_rounded(self, tmp_path, channels):
         Image.fromarray(np.array([[0, 128, 129, 385, 386, 65535]], dtype=np.uint16)).save(tmp_path / "deep.png")
         pixels = read_pixels(tmp_path / "deep.png", channels)
         assert pixels.dtype == torch.uint8
         assert pixels[:3].tolist() == [[[0, 0, 1, 1, 2, 255]]] * min(channels, 3)
         assert (pixels[3:] == 255).all()
 
-    def test_upright(self, tmp_path):
+    def test_exif_orientation(self, tmp_path):
         exif = Image.Exif()
         exif[0x0112] = 6
         photo = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
@@ -170,7 +176,7 @@ class TestPixels:
         assert torch.equal(pixels, to_pixels(photo).rot90(-1, (1, 2)))
         assert torch.equal(pixels.float() / 255, read_image(tmp_path / "photo.png"))
 
-    def test_the_file_keeps_its_pixels(self):
+    def test_the_image_is_not_modified(self):
         image = photo(10)
         to_pixels(image).zero_()
         assert image.getpixel((0, 0)) == (10, 0, 245)
@@ -205,18 +211,18 @@ class TestParquet:
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table(columns), tmp_path / "other.parquet")
-        with pytest.raises(ValueError, match=r"other\.parquet is no parquet file with a column image"):
+        with pytest.raises(ValueError, match=r"other\.parquet is not a parquet file with a column image"):
             ClassificationDataset.open(tmp_path / "other.parquet")
 
     def test_no_parquet(self, tmp_path):
         pytest.importorskip("pyarrow")
         whole = write_parquet(tmp_path / "whole.parquet", [photo(0)], [0]).read_bytes()
-        length = int.from_bytes(whole[-8:-4], "little")  # of the description at the end
+        length = int.from_bytes(whole[-8:-4], "little")  # of the footer
         (tmp_path / "thrift.parquet").write_bytes(whole[: -8 - length] + bytes(length) + whole[-8:])
-        with pytest.raises(ValueError, match=r"thrift\.parquet is no parquet file"):
+        with pytest.raises(ValueError, match=r"thrift\.parquet is not a parquet file"):
             ClassificationDataset.open(tmp_path / "thrift.parquet")
-        (tmp_path / "notes.parquet").write_text("nothing of the kind")
-        with pytest.raises(ValueError, match=r"notes\.parquet is no parquet file"):
+        (tmp_path / "notes.parquet").write_text("not parquet")
+        with pytest.raises(ValueError, match=r"notes\.parquet is not a parquet file"):
             ClassificationDataset.open(tmp_path / "notes.parquet")
 
     def test_without_pyarrow(self, tmp_path, monkeypatch):
@@ -230,13 +236,13 @@ class TestParquet:
         monkeypatch.setitem(sys.modules, "pyarrow", None)
         assert len(ClassificationDataset.open(folder)) == 5
 
-    def test_pieces(self, tmp_path):
+    def test_parts(self, tmp_path):
         pytest.importorskip("pyarrow")
         photos = [photo(20 * number, (5 + number, 6)) for number in range(7)]
         write_parquet(tmp_path / "train-00001-of-00002.parquet", photos[4:], [0, 1, 4])
         write_parquet(tmp_path / "train-00000-of-00002.parquet", photos[:4], [3, 0, 3, 2])
         (tmp_path / "README.md").write_text("about it")
-        (tmp_path / ".train.parquet").write_text("half a download")
+        (tmp_path / ".train.parquet").write_text("an incomplete download")
         data = ClassificationDataset.open(tmp_path)
         assert data.labels == [3, 0, 3, 2, 0, 1, 4]
         assert data.num_classes == 5
@@ -247,14 +253,14 @@ class TestParquet:
         with pytest.raises(IndexError):
             data[7]
 
-    def test_pieces_of_two_splits(self, tmp_path):
+    def test_parts_of_two_splits(self, tmp_path):
         pytest.importorskip("pyarrow")
         for name in ("train-00000-of-00001", "test-00000-of-00001"):
             write_parquet(tmp_path / f"{name}.parquet", [photo(0)], [0])
         with pytest.raises(ValueError, match=r"holds parquet files of several splits \(test, train\)"):
             ClassificationDataset.open(tmp_path)
 
-    def test_rows_in_many_groups(self, tmp_path):
+    def test_many_row_groups(self, tmp_path):
         pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
 
@@ -263,8 +269,8 @@ class TestParquet:
         data = ClassificationDataset.open(path)
         assert [data.read(index)[0][0, 0, 0].item() for index in range(9)] == list(range(9))
 
-    @pytest.mark.parametrize("content", [b"no image", b"", None])
-    def test_damaged_row_is_named(self, tmp_path, content):
+    @pytest.mark.parametrize("content", [b"not an image", b"", None])
+    def test_corrupt_row_is_named(self, tmp_path, content):
         pa = pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
 
@@ -282,11 +288,11 @@ class TestParquet:
         [
             ([0, -1], "row 1 has the label -1; expected a class index from 0"),
             ([None, 1], "row 0 has the label None"),
-            ([0.0, 1.0], "has labels of the type double; expected integers"),
-            (["cat", "dog"], "has labels of the type (large_)?string; expected integers"),
+            ([0.0, 1.0], "has labels of the type double; expected integer"),
+            (["cat", "dog"], "has labels of the type (large_)?string; expected integer"),
         ],
     )
-    def test_no_class_indices(self, tmp_path, labels, message):
+    def test_invalid_labels(self, tmp_path, labels, message):
         pytest.importorskip("pyarrow")
         with pytest.raises(ValueError, match=rf"test\.parquet {message}"):
             ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", [photo(0)] * 2, labels))
@@ -295,14 +301,14 @@ class TestParquet:
         pytest.importorskip("pyarrow")
         photos = [Image.effect_noise((64, 64), 50) for _ in range(20)]
         data = ClassificationDataset.open(write_parquet(tmp_path / "test.parquet", photos, [1] * 20))
-        letter = pickle.dumps(data)
-        assert len(letter) < 2000  # the images do not travel
-        assert torch.equal(pickle.loads(letter).read(7)[0], data.read(7)[0])
+        pickled = pickle.dumps(data)
+        assert len(pickled) < 2000  # without the images
+        assert torch.equal(pickle.loads(pickled).read(7)[0], data.read(7)[0])
 
 
 class TestTar:
     @pytest.mark.parametrize("top", ["", "./", "pets/", "./pets/", "/pets/"])
-    def test_like_the_folder(self, folder, tmp_path, top):
+    def test_equals_the_folder(self, folder, tmp_path, top):
         files = ["outside.png", "readme.txt", "dog/labels.csv", *reversed(FILES)]
         data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", files, top))
         expected = ClassificationDataset.open(folder)
@@ -316,7 +322,7 @@ class TestTar:
 
     def test_folders_of_the_archive(self, folder, tmp_path):
         (folder / "bee").mkdir()
-        (folder / "cat" / "._0.bmp").write_text("what other systems leave")
+        (folder / "cat" / "._0.bmp").write_text("metadata of macOS")
         with tarfile.open(tmp_path / "images.tar", "w") as tar:
             tar.add(folder, "pets")
         data = ClassificationDataset.open(tmp_path / "images.tar")
@@ -334,7 +340,7 @@ class TestTar:
             pack(folder / name, root / f"{name}.tar", files)
         return root
 
-    def test_an_archive_for_each_class(self, folder, tmp_path):
+    def test_one_archive_per_class(self, folder, tmp_path):
         data = ClassificationDataset.open(self.archives(folder, tmp_path / "imagenet"))
         expected = ClassificationDataset.open(folder)
         assert data.class_names == ("ant", "cat", "dog")
@@ -367,14 +373,14 @@ class TestTar:
         assert data.name(2) == f"images.tar: {long}"
         assert torch.equal(data.read(2)[0], data.read(1)[0])
 
-    def test_damaged_image_is_named(self, folder, tmp_path):
-        (folder / "cat" / "0.bmp").write_bytes(b"no image")
+    def test_corrupt_image_is_named(self, folder, tmp_path):
+        (folder / "cat" / "0.bmp").write_bytes(b"not an image")
         data = ClassificationDataset.open(pack(folder, tmp_path / "images.tar", FILES))
         with pytest.raises(BrokenImageError, match=r"images\.tar: cat/0\.bmp is not an image"):
             data.read(1)[0]
         data.read(2)[0]
 
-    def test_shortened_archive(self, folder, tmp_path):
+    def test_truncated_archive(self, folder, tmp_path):
         path = pack(folder, tmp_path / "images.tar", FILES)
         data = ClassificationDataset.open(path)
         path.write_bytes(path.read_bytes()[:1000])
@@ -387,7 +393,7 @@ class TestTar:
             tar.add(folder, "")
         with pytest.raises(ValueError, match=r"images\.tar\.gz is compressed"):
             ClassificationDataset.open(path)
-        with pytest.raises(ValueError, match=r"images\.tar is no tar file, or a compressed"):
+        with pytest.raises(ValueError, match=r"images\.tar is not a tar file, or is compressed"):
             ClassificationDataset.open(path.rename(tmp_path / "images.tar"))
 
     def test_no_images(self, folder, tmp_path):
@@ -402,19 +408,19 @@ class TestTar:
         assert all(map(torch.equal, found, expected))
         again = pickle.loads(pickle.dumps(data))
         assert torch.equal(again.read(3)[0], data.read(3)[0])
-        batches = list(DataLoader(data, 2, num_workers=2, collate_fn=collate))
+        batches = list(DataLoader(data, 2, num_workers=2, collate_fn=as_lists))
         assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
 
 
 class TestFingerprint:
-    def test_place_does_not_matter(self, folder, tmp_path):
+    def test_independent_of_the_location(self, folder, tmp_path):
         shutil.copytree(folder, tmp_path / "elsewhere" / "animals")
         fingerprint = ClassificationDataset.open(folder).fingerprint()
         assert ClassificationDataset.open(tmp_path / "elsewhere" / "animals").fingerprint() == fingerprint
         assert len(fingerprint) == 16
         assert int(fingerprint, 16) >= 0
 
-    def test_content_matters(self, folder):
+    def test_depends_on_the_content(self, folder):
         fingerprints = [ClassificationDataset.open(folder).fingerprint()]
         for change in (
             lambda: (folder / "ant" / "1.png").rename(folder / "ant" / "2.png"),
@@ -427,8 +433,8 @@ class TestFingerprint:
             fingerprints.append(ClassificationDataset.open(folder).fingerprint())
         assert len(set(fingerprints)) == 6
 
-    def test_nothing_is_decoded(self, folder):
-        (folder / "ant" / "1.png").write_bytes(b"no image")
+    def test_decodes_no_image(self, folder):
+        (folder / "ant" / "1.png").write_bytes(b"not an image")
         data = ClassificationDataset.open(folder)
         fingerprint = data.fingerprint()
         shutil.rmtree(folder)
@@ -447,18 +453,12 @@ class TestFingerprint:
         assert len(found) == 2
 
 
-class TestCollate:
-    def test_sizes_stay(self, folder):
-        data = ClassificationDataset.open(folder)
-        photos, labels = collate([data[4], data[0]])
-        assert [each.shape for each in photos] == [(3, 6, 8), (3, 6, 10)]
-        assert labels.tolist() == [2, 0]
-        assert labels.dtype == torch.int64
-
+class TestDataLoader:
     @pytest.mark.parametrize("workers", [0, 1])
     def test_loader(self, folder, workers):
         data = ClassificationDataset.open(folder)
-        batches = list(DataLoader(data, 2, num_workers=workers, collate_fn=collate))
+        batches = list(DataLoader(data, 2, num_workers=workers, collate_fn=as_lists))
+        assert [[each.shape for each in photos] for photos, _ in batches][2] == [(3, 6, 8)]
         assert [len(photos) for photos, _ in batches] == [2, 2, 1]
         assert torch.cat([labels for _, labels in batches]).tolist() == data.labels
 
@@ -485,8 +485,8 @@ class TestSample:
         assert data.sample(len(data)).fingerprint() == data.fingerprint()
 
     @pytest.mark.parametrize("count", [0, 6])
-    def test_refused(self, folder, count):
-        with pytest.raises(ValueError, match=f"draw {count} of 5"):
+    def test_errors(self, folder, count):
+        with pytest.raises(ValueError, match=f"sample {count} of 5"):
             ClassificationDataset.open(folder).sample(count)
 
     def test_split(self, folder):
@@ -511,12 +511,12 @@ class TestWithClasses:
         assert mapped[0][1] == mapped.labels[0]
         assert data.labels != mapped.labels
 
-    def test_by_position_where_nothing_is_known(self, folder):
+    def test_indices_are_kept_without_common_names(self, folder):
         data = ClassificationDataset.open(folder)
         assert data.with_classes(None).labels == data.labels
         assert data.with_classes(("class 0", "class 1", "class 2")).labels == data.labels
 
-    def test_refused(self, folder):
+    def test_errors(self, folder):
         data = ClassificationDataset.open(folder)
-        with pytest.raises(ValueError, match="does not know the classes"):
+        with pytest.raises(ValueError, match="does not have the classes"):
             data.with_classes(data.class_names[:1])

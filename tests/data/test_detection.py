@@ -1,4 +1,4 @@
-"""Images with boxes: YOLO's and COCO's files, what is cut, left out and refused."""
+"""Images with boxes in the formats of YOLO, COCO and Pascal VOC."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TestYolo:
         assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, False])
         assert objects.areas.tolist() == pytest.approx([100, 16])
         assert data.read(0)[0].dtype == torch.uint8
-        assert [len(each) for each in data] == [2, 2]  # iterating ends
+        assert [len(each) for each in data] == [2, 2]  # iteration terminates
 
     def test_images_without_objects(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "1 0.5 0.5 0.25 0.5", "b": "", "c": None}))
@@ -33,11 +33,11 @@ class TestYolo:
             assert objects.boxes.shape == (0, 4)
             assert (objects.labels.dtype, len(objects.labels)) == (torch.int64, 0)
 
-    def test_boxes_that_stick_out_are_cut(self, tmp_path):
+    def test_boxes_are_clipped(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.1 0.9 0.4 0.4"}))
         assert data[0][1].boxes[0].tolist() == pytest.approx([0, 14, 12, 20], abs=1e-5)
 
-    def test_boxes_without_an_area_are_left_out(self, tmp_path):
+    def test_boxes_without_an_area_are_dropped(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0 0.4\n1 0.5 0.5 0.5 0.5\n2 0.2 0.3 0.1 0"}))
         assert data[0][1].labels.tolist() == [1]
         assert [line.rsplit("/", 1)[1] for line in data.left_out] == [
@@ -51,17 +51,17 @@ class TestYolo:
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("3 0.5 0.5 0.1 0.1", r"a\.txt:2 has the class 3; there are 3 classes"),
+            ("3 0.5 0.5 0.1 0.1", r"a\.txt:2 has the class 3; expected an index below 3"),
             ("-1 0.5 0.5 0.1 0.1", "has the class -1"),
             ("0.5 0.5 0.5 0.1 0.1", "has the class 0.5"),
-            ("0 20 10 4 4", r"a\.txt:2 has values outside of \[0, 1\].*not pixels"),
-            ("0 0.5 0.5 -0.2 0.1", "outside of"),
-            ("0 0.5 0.5 0.1", "is no label"),
-            ("0 0.5 0.5 nan 0.1", "is no label"),
-            ("cat 0.5 0.5 0.1 0.1", "is no label: .*got 'cat 0.5"),
+            ("0 20 10 4 4", r"a\.txt:2 has values outside \[0, 1\].*not pixels"),
+            ("0 0.5 0.5 -0.2 0.1", "values outside"),
+            ("0 0.5 0.5 0.1", "is not a label"),
+            ("0 0.5 0.5 nan 0.1", "is not a label"),
+            ("cat 0.5 0.5 0.1 0.1", "is not a label: .*got 'cat 0.5"),
         ],
     )
-    def test_false_labels(self, tmp_path, line, message):
+    def test_invalid_labels(self, tmp_path, line, message):
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(write_yolo(tmp_path, {"a": f"0 0.5 0.5 0.1 0.1\n{line}"}))
 
@@ -93,24 +93,24 @@ names: [cat, dog]
             ("names: [a]", ValueError, "expected 'names' and 'train'"),
             ("train: images/gone\nnames: [a]", FileNotFoundError, "images/gone"),
             ("train: images/train\nnames: {0: a, 2: b}", ValueError, "expected 0, 1, 2"),
-            ("- 1", ValueError, "describes no data set"),
-            ("a: [", ValueError, "is no YAML"),
+            ("- 1", ValueError, "does not describe a dataset"),
+            ("a: [", ValueError, "is not YAML"),
         ],
     )
-    def test_false_descriptions(self, tmp_path, yaml, error, message):
+    def test_invalid_descriptions(self, tmp_path, yaml, error, message):
         with pytest.raises(error, match=message):
             DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml))
 
     def test_no_labels_at_all(self, tmp_path):
         with pytest.raises(ValueError, match="None of the 2 images of 'train'"):
             DetectionDataset.open(write_yolo(tmp_path, {"a": None, "b": None}))
-        with pytest.raises(ValueError, match="no object on its 1 images; 1 boxes have no area"):
+        with pytest.raises(ValueError, match="no object in its 1 images; 1 boxes have no area"):
             DetectionDataset.open(write_yolo(tmp_path / "more", {"a": "0 0.5 0.5 0 0"}))
 
-    def test_no_text(self, tmp_path):
+    def test_not_utf8(self, tmp_path):
         path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"})
         next(path.parent.rglob("a.txt")).write_bytes(b"0 0.5\xff")
-        with pytest.raises(ValueError, match=r"a\.txt is no text in UTF-8"):
+        with pytest.raises(ValueError, match=r"a\.txt is not UTF-8 text"):
             DetectionDataset.open(path)
 
     @pytest.mark.parametrize(
@@ -122,7 +122,7 @@ names: [cat, dog]
             ("train: [images/train, 5]\nnames: [cat]", "has 5 as 'train'"),
         ],
     )
-    def test_described_wrongly(self, tmp_path, yaml, message):
+    def test_invalid_sections(self, tmp_path, yaml, message):
         path = write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}, yaml=yaml)
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(path)
@@ -153,7 +153,7 @@ class TestCoco:
         assert len(DetectionDataset.open(tmp_path / "other", "train")) == 2
         for name in ("instances_val.json", "instances_val2014.json"):
             (tmp_path / "coco" / "annotations" / name).write_text("{}")
-        with pytest.raises(ValueError, match="several data sets"):
+        with pytest.raises(ValueError, match="several datasets"):
             DetectionDataset.open(tmp_path / "coco", "val")
 
     def test_boxes_outside(self, tmp_path):
@@ -170,8 +170,8 @@ class TestCoco:
     @pytest.mark.parametrize(
         ("change", "message"),
         [
-            ({"category_id": 4}, r"json: annotation 1 has the category 4, which is none of the 2"),
-            ({"image_id": 8}, "annotation 1 is of image 8, not listed"),
+            ({"category_id": 4}, r"json: annotation 1 has the category 4, which is not one of the 2"),
+            ({"image_id": 8}, "annotation 1 has the unknown image_id 8"),
             ({"bbox": [1, 2, 3]}, r"annotation 1 of a\.png has the box \[1, 2, 3\]"),
             ({"bbox": [1, 2, float("nan"), 4]}, "has the box"),
             ({"bbox": None}, "has the box"),
@@ -182,7 +182,7 @@ class TestCoco:
             ({"category_id": {}}, r"number 0 of its annotations has category_id \{\}"),
         ],
     )
-    def test_false_annotations(self, tmp_path, change, message):
+    def test_invalid_annotations(self, tmp_path, change, message):
         annotation = make_coco()["annotations"][0] | change
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(write_coco(tmp_path, make_coco(annotations=[annotation])))
@@ -193,12 +193,12 @@ class TestCoco:
             ("images", {"height": "20"}, "number 1 of its images has height 20; expected pixels"),
             ("images", {"width": 0}, "has width 0; expected pixels"),
             ("images", {"width": 1e300}, "has width 1e"),
-            ("images", {"file_name": {}}, "has file_name {}; expected a text"),
-            ("images", {"id": [1]}, r"has id \[1\]; expected a number or a text"),
+            ("images", {"file_name": {}}, "has file_name {}; expected a string"),
+            ("images", {"id": [1]}, r"has id \[1\]; expected a number or a string"),
             ("categories", {"id": "cat"}, "number 1 of its categories has id cat; expected a number"),
         ],
     )
-    def test_false_values(self, tmp_path, part, change, message):
+    def test_invalid_values(self, tmp_path, part, change, message):
         path = write_coco(tmp_path, make_coco())
         content = make_coco()
         content[part][1] |= change
@@ -209,20 +209,20 @@ class TestCoco:
     @pytest.mark.parametrize(
         ("text", "message"),
         [
-            ("{", "is no JSON"),
-            ("[]", "is no COCO file"),
+            ("{", "is not JSON"),
+            ("[]", "is not a COCO file"),
             (
                 json.dumps(make_coco(annotations=[{"id": 1}])),
                 "number 0 of its annotations has no image_id, category_id",
             ),
-            (json.dumps(make_coco(categories=make_coco()["categories"] * 2)), "two categories of one id"),
+            (json.dumps(make_coco(categories=make_coco()["categories"] * 2)), "two categories with the same id"),
             (
                 json.dumps(make_coco(images=[make_coco()["images"][0] | {"width": 0}])),
                 "number 0 of its images has width 0",
             ),
         ],
     )
-    def test_false_files(self, tmp_path, text, message):
+    def test_invalid_files(self, tmp_path, text, message):
         path = write_coco(tmp_path, make_coco())
         path.write_text(text)
         with pytest.raises(ValueError, match=message):
@@ -239,7 +239,7 @@ class TestCoco:
         with pytest.raises(FileNotFoundError, match=r"No image of .* is in"):
             DetectionDataset.open(path, images=tmp_path)
 
-    def test_a_image_of_another_size(self, tmp_path):
+    def test_image_of_another_size(self, tmp_path):
         data = DetectionDataset.open(write_coco(tmp_path, make_coco()))
         write_image(tmp_path / "val2017" / "a.png", 20, 40)
         with pytest.raises(BrokenImageError, match=r"a\.png is 20x40 pixels upright, but its labels are for 40x20"):
@@ -252,7 +252,10 @@ class TestVoc:
         assert (len(data), data.class_names, data.left_out) == (2, ("cat", "owl"), ())
         assert [data.name(row) for row in range(2)] == ["b.jpg", "a.jpg"]  # in the order of the list
         objects = data[0][1]
-        assert objects.boxes.tolist() == [[4, 2, 24, 12], [0, 0, 40, 20]]  # the first and the last pixel are inside
+        assert objects.boxes.tolist() == [
+            [4, 2, 24, 12],
+            [0, 0, 40, 20],
+        ]  # including the first and last pixels
         assert objects.areas.tolist() == [200, 800]
         assert (objects.labels.tolist(), objects.crowds.tolist()) == ([1, 0], [False, True])
         assert len(data[1][1].labels) == 0
@@ -263,10 +266,10 @@ class TestVoc:
         for split, label in (("train", 1), ("val", 0)):
             data = DetectionDataset.open(tmp_path, split)
             assert (data.class_names, data[0][1].labels.tolist()) == (("cat", "owl"), [label])
-        with pytest.raises(FileNotFoundError, match=r"test\.txt for 'test'; there are: train, val\."):
+        with pytest.raises(FileNotFoundError, match=r"test\.txt for 'test'; available splits: train, val\."):
             DetectionDataset.open(tmp_path, "test")
 
-    def test_boxes_of_one_pixel_and_of_none(self, tmp_path):
+    def test_boxes_of_one_pixel_and_without_an_area(self, tmp_path):
         lines = ["cat 7 7 7 7", "cat 9 5 8 9", "cat 41 1 50 5", "cat 0 0 10.5 10"]
         data = DetectionDataset.open(write_voc(tmp_path, {"a": lines}))
         assert data[0][1].boxes.tolist() == [[6, 6, 7, 7], [0, 0, 10.5, 10]]
@@ -278,8 +281,8 @@ class TestVoc:
     @pytest.mark.parametrize(
         ("old", "new", "message"),
         [
-            ("</annotation>", "", r"a\.xml is no XML"),
-            ("<annotation>", '<?xml version="1.0" encoding="none"?><annotation>', "is no XML"),
+            ("</annotation>", "", r"a\.xml is not XML"),
+            ("<annotation>", '<?xml version="1.0" encoding="none"?><annotation>', "is not XML"),
             ("<name>cat</name>", "", r"a\.xml has no name in its 'object'"),
             ("<xmin>5</xmin>", "", r"has no bndbox/xmin in its 'object'"),
             ("<xmin>5</xmin>", "<xmin>x</xmin>", r"has 'x' as bndbox/xmin; expected a number of pixels"),
@@ -288,7 +291,7 @@ class TestVoc:
             ("<width>40</width>", "<width>0</width>", "states an image of 0x20 pixels"),
         ],
     )
-    def test_false_annotations(self, tmp_path, old, new, message):
+    def test_invalid_annotations(self, tmp_path, old, new, message):
         write_voc(tmp_path, {"a": ["cat 5 3 24 12"]})
         file = tmp_path / "Annotations" / "a.xml"
         file.write_text(file.read_text().replace(old, new))
@@ -304,7 +307,7 @@ class TestVoc:
         with pytest.raises(FileNotFoundError, match=r"a\.xml, though .*train\.txt lists a"):
             DetectionDataset.open(tmp_path)
 
-    def test_a_image_of_another_size(self, tmp_path):
+    def test_image_of_another_size(self, tmp_path):
         data = DetectionDataset.open(write_voc(tmp_path, {"a": ["cat 5 3 12 12"]}, size=(20, 40)))
         with pytest.raises(BrokenImageError, match=r"a\.jpg is 40x20 pixels upright, but its labels are for 20x40"):
             data[0]
@@ -320,15 +323,15 @@ class TestVoc:
         assert (objects.boxes >= 0).all()
 
 
-class TestDataSet:
-    def test_broken_images(self, tmp_path):
+class TestDataset:
+    def test_corrupt_image(self, tmp_path):
         data = DetectionDataset.open(write_yolo(tmp_path, {"a": "0 0.5 0.5 0.1 0.1"}))
-        Path(data.place(0)).write_bytes(b"no image")
+        Path(data.place(0)).write_bytes(b"not an image")
         with pytest.raises(BrokenImageError, match=r"a\.png"):
             data[0]
 
-    def test_no_data(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match=r"There is no data set .*gone\.yaml"):
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match=r"There is no dataset .*gone\.yaml"):
             DetectionDataset.open(tmp_path / "gone.yaml")
 
     def test_sample(self, tmp_path):
@@ -337,7 +340,7 @@ class TestDataSet:
         assert (len(drawn), drawn.class_names) == (4, ANIMALS)
         assert [drawn.name(row) for row in range(4)] == [data.sample(4, seed=1).name(row) for row in range(4)]
         assert drawn.fingerprint() != data.fingerprint()
-        with pytest.raises(ValueError, match="Cannot draw 10 of 9"):
+        with pytest.raises(ValueError, match="Cannot sample 10 of 9"):
             data.sample(10)
 
     def test_fingerprint(self, tmp_path):

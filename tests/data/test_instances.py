@@ -1,4 +1,4 @@
-"""Images with instances: polygons, run lengths and ids become masks, and what is refused."""
+"""Images with instances: polygons, run-length codes and ids are converted to masks."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ def add_labels(root: Path, *lines: str, name: str = "a.txt") -> Path:
 
 
 def write_coco(root: Path, names: dict[int, str], *annotations: dict, size=SIZE) -> None:
-    """Write what COCO's file states about images of one size."""
-    told = {
+    """Write a COCO file about images of one size."""
+    content = {
         "images": [{"id": key, "file_name": name, "height": size[0], "width": size[1]} for key, name in names.items()],
         "annotations": [{"id": number, "category_id": 1, **each} for number, each in enumerate(annotations)],
         "categories": [{"id": 1, "name": "object"}],
     }
-    (root / "coco.json").write_text(json.dumps(told))
+    (root / "coco.json").write_text(json.dumps(content))
 
 
 def box_mask(left, top, right, bottom, size=SIZE) -> torch.Tensor:
@@ -71,7 +71,7 @@ class TestFormats:
         assert iou(masks[0], box_mask(6, 4, 16, 13)) > 0.95
         assert masks[1].float().mean() == pytest.approx(0.25, abs=0.05)
 
-    def test_parts_of_an_instance_are_not_bridged(self, tmp_path):
+    def test_parts_of_an_instance_are_separate(self, tmp_path):
         corners = ((0.1, 0.1), (0.6, 0.1), (0.3, 0.7))
         rings = [[(x, y), (x + 0.2, y), (x + 0.2, y + 0.2), (x, y + 0.2), (x, y)] for x, y in corners]
         numbers = " ".join(f"{number:.4f}" for ring in rings for corner in ring for number in corner)
@@ -97,7 +97,7 @@ class TestFormats:
         assert ([data.name(row) for row in range(2)], data.without_image) == (["a.png", "empty.jpg"], ("gone.jpg",))
         masks = data[0][1]
         assert torch.equal(masks[0], ring)
-        assert torch.equal(masks[1], box_mask(6, 4, 16, 13) | box_mask(20, 2, 26, 7))  # corners' pixels included
+        assert torch.equal(masks[1], box_mask(6, 4, 16, 13) | box_mask(20, 2, 26, 7))  # including the vertices' pixels
         assert (len(masks), data[1][1].shape) == (2, (0, *SIZE))
         assert [data.with_instances().name(row) for row in range(1)] == ["a.png"]
 
@@ -113,7 +113,7 @@ class TestFormats:
         assert len(inside) > 10
         assert np.mean(inside) > 0.95
 
-    def test_coco_images_that_differ_in_their_ending(self, tmp_path):
+    def test_coco_images_that_differ_in_their_suffix(self, tmp_path):
         add_image(add_image(tmp_path), "a.jpg")
         annotation = {"image_id": 2, "segmentation": [[1, 1, 9, 1, 9, 9]]}
         write_coco(tmp_path, {1: "a.png", 2: "a.jpg"}, annotation)
@@ -122,7 +122,7 @@ class TestFormats:
 
     def test_box_lines_are_filled(self, tmp_path):
         masks = InstanceDataset.open(add_labels(add_image(tmp_path), "1 0.5 0.5 0.4 0.3"))[0][1]
-        assert iou(masks[0], box_mask(9, 7, 22, 14)) == 1  # corners' pixels included
+        assert iou(masks[0], box_mask(9, 7, 22, 14)) == 1  # including the vertices' pixels
 
 
 def write_sample(root: Path, name: str, *boxes: tuple[int, int, int, int]) -> Path:
@@ -151,7 +151,7 @@ class TestOneFilePerObject:
         with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
             InstanceDataset.open(tmp_path, "train")
 
-    def test_what_is_left_out(self, tmp_path):
+    def test_incomplete_samples_are_dropped(self, tmp_path):
         write_sample(write_sample(tmp_path, "a", (1, 1, 5, 5)), "b")
         (tmp_path / "b" / "masks").mkdir()
         (tmp_path / "c" / "masks").mkdir(parents=True)
@@ -164,10 +164,10 @@ class TestOneFilePerObject:
         write_sample(tmp_path, "a", (1, 1, 5, 5), (7, 7, 9, 9))
         assert InstanceDataset.open(tmp_path).fingerprint() != first
 
-    def test_rejected(self, tmp_path):
+    def test_errors(self, tmp_path):
         write_sample(tmp_path, "a", (1, 1, 5, 5))
         Image.new("RGB", (4, 4)).save(tmp_path / "a" / "masks" / "0.png")
-        with pytest.raises(BrokenImageError, match=r"0\.png is no mask: it has the mode RGB"):
+        with pytest.raises(BrokenImageError, match=r"0\.png is not a mask: it has the mode RGB"):
             InstanceDataset.open(tmp_path)[0]
         Image.new("L", (4, 4), 1).save(tmp_path / "a" / "masks" / "0.png")
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its masks are 4x4"):
@@ -180,7 +180,7 @@ class TestOneFilePerObject:
         data = InstanceDataset.open(shared("data/nuclei/one_file_per_object"))
         assert (len(data), data.without_mask, data.without_image) == (4, (), ())
         assert [len(masks) for _, masks in data] == [12, 21, 25, 29]
-        assert all((masks.sum(0) <= 1).all() for _, masks in data)  # none is counted twice
+        assert all((masks.sum(0) <= 1).all() for _, masks in data)  # no object occurs twice
 
 
 class TestOpen:
@@ -189,7 +189,7 @@ class TestOpen:
             add_image(tmp_path, f"{split}/{split}.png")
             add_labels(tmp_path, SQUARE, name=f"{split}/{split}.txt")
         assert [InstanceDataset.open(tmp_path, split).name(0) for split in ("train", "val")] == ["train.png", "val.png"]
-        assert InstanceDataset.open(tmp_path, "other").name(0) == "train/train.png"  # there are no such parts
+        assert InstanceDataset.open(tmp_path, "other").name(0) == "train/train.png"  # without folders of splits
 
     @pytest.mark.parametrize("section", ["images", {"images": "images", "instances": "labels"}])
     def test_described(self, tmp_path, section):
@@ -200,7 +200,7 @@ class TestOpen:
             InstanceDataset.open(tmp_path / "data.json", "val")
 
     def test_labels_of_a_folder_without_images_in_its_path(self, tmp_path):
-        """They lie beside the images, as those of boxes do."""
+        """They lie beside the images."""
         (tmp_path / "data.json").write_text(json.dumps({"train": "photos"}))
         with pytest.raises(FileNotFoundError, match="There are no images"):
             InstanceDataset.open(tmp_path / "data.json")
@@ -211,7 +211,7 @@ class TestOpen:
         (tmp_path / "labels" / "a.txt").rename(tmp_path / "photos" / "a.txt")
         assert len(InstanceDataset.open(tmp_path / "data.json")[0][1]) == 1
 
-    def test_what_is_left_out(self, tmp_path):
+    def test_unpaired_files_are_dropped(self, tmp_path):
         add_labels(add_image(add_image(tmp_path), "b.png"), SQUARE)
         add_labels(tmp_path, SQUARE, name="c.txt")
         data = InstanceDataset.open(tmp_path)
@@ -248,19 +248,19 @@ class TestOpen:
         assert len(prints) == 2
 
 
-class TestRefusals:
+class TestErrors:
     def test_runs_of_another_size(self, tmp_path):
-        """Refused before masks of that size take the memory."""
+        """The error precedes the allocation of a mask of that size."""
         add_image(tmp_path)
         runs = {"size": [60_000, 60_000], "counts": [3_600_000_000]}
         write_coco(tmp_path, {1: "a.png"}, {"image_id": 1, "segmentation": runs})
-        with pytest.raises(BrokenImageError, match=r"a mask of the size \[60000, 60000\] lies on an image of"):
+        with pytest.raises(BrokenImageError, match=r"a mask has the size \[60000, 60000\], but the image"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     @pytest.mark.parametrize(
         "segmentation", [[], [[]], [[1, 2, 3]], [[1, 2, float("nan"), 3, 4, 5]], "1 2", {"counts": [600]}, [1, 2, 3, 4]]
     )
-    def test_false_segmentations(self, tmp_path, segmentation):
+    def test_invalid_segmentations(self, tmp_path, segmentation):
         write_coco(add_image(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": segmentation})
         with pytest.raises(ValueError, match=r"annotation 0 of a\.png has the segmentation .* expected polygons"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
@@ -271,24 +271,24 @@ class TestRefusals:
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its labels are for 20x30"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
-    def test_no_text(self, tmp_path):
+    def test_not_utf8(self, tmp_path):
         add_labels(add_image(tmp_path), SQUARE)
         (tmp_path / "labels" / "a.txt").write_bytes(b"\xff\xfe0 1")
-        with pytest.raises(BrokenImageError, match=r"a\.txt is no text in UTF-8"):
+        with pytest.raises(BrokenImageError, match=r"a\.txt is not UTF-8 text"):
             InstanceDataset.open(tmp_path)[0]
 
     @pytest.mark.parametrize(
         ("line", "message"),
         [
-            ("1 0.1 0.2 0.3", r"a\.txt:2 is no label"),
-            ("1 0.1 0.2 0.3 0.4 1.2 0.5", r"outside of \[0, 1\]"),
-            ("1 0.1 0.2 nan 0.4", "is no label"),
-            ("1", "is no label"),
-            ("1 a b", "is no label"),
+            ("1 0.1 0.2 0.3", r"a\.txt:2 is not a label"),
+            ("1 0.1 0.2 0.3 0.4 1.2 0.5", r"outside \[0, 1\]"),
+            ("1 0.1 0.2 nan 0.4", "is not a label"),
+            ("1", "is not a label"),
+            ("1 a b", "is not a label"),
             ("-1 0.5 0.5 0.1 0.1", "has the class -1"),
         ],
     )
-    def test_labels(self, tmp_path, line, message):
+    def test_invalid_labels(self, tmp_path, line, message):
         data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE, line))
         with pytest.raises(BrokenImageError, match=rf"a\.png cannot be read: .*{message}"):
             data[0]
@@ -299,7 +299,7 @@ class TestRefusals:
         with pytest.raises(BrokenImageError, match="30x20 pixels upright, but its masks are 10x20"):
             InstanceDataset.open(tmp_path)[0]
 
-    def test_broken_image(self, tmp_path):
+    def test_corrupt_image(self, tmp_path):
         data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE))
         damage(tmp_path / "images" / "a.png")
         with pytest.raises(BrokenImageError, match=r"a\.png"):
@@ -308,27 +308,27 @@ class TestRefusals:
     def test_jpeg_masks(self, tmp_path):
         (add_image(tmp_path) / "masks").mkdir()
         Image.new("L", SIZE[::-1], 1).save(tmp_path / "masks" / "a.jpg")
-        with pytest.raises(ValueError, match="smeared"):
+        with pytest.raises(ValueError, match="compression changes ids"):
             InstanceDataset.open(tmp_path)
 
     @pytest.mark.parametrize(
         ("content", "message"),
         [
-            ("{", "is no JSON"),
-            ("[]", "is no COCO file"),
+            ("{", "is not JSON"),
+            ("[]", "is not a COCO file"),
             (
                 '{"images": [], "annotations": [{"image_id": 1}], "categories": []}',
                 "number 0 of its annotations has no category_id, segmentation",
             ),
         ],
     )
-    def test_no_coco(self, tmp_path, content, message):
+    def test_invalid_coco_files(self, tmp_path, content, message):
         (add_image(tmp_path) / "coco.json").write_text(content)
         with pytest.raises(ValueError, match=message):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
 
-    def test_nothing_there(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="There is no data set"):
+    def test_missing_files(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no dataset"):
             InstanceDataset.open(tmp_path / "gone")
         add_image(tmp_path)
         with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
@@ -336,7 +336,7 @@ class TestRefusals:
         with pytest.raises(FileNotFoundError, match="no folder or file"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "labels")
         add_labels(tmp_path, SQUARE, name="other.txt")
-        with pytest.raises(ValueError, match=r"None of the 1 images of .*images has a file of labels"):
+        with pytest.raises(ValueError, match=r"None of the 1 images of .*images has a label file"):
             InstanceDataset.open(tmp_path)
         with pytest.raises(ValueError, match="min_area"):
             InstanceDataset.open(tmp_path, min_area=0)

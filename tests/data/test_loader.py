@@ -1,4 +1,4 @@
-"""Which samples come when, and what the workers make of them."""
+"""The order of batches, and the samples that workers make."""
 
 from __future__ import annotations
 
@@ -35,11 +35,11 @@ class TestEpochBatches:
     def test_global_batches_are_the_same(self, processes, accumulate):
         order = EpochOrder(61, seed=5)
         size = 24 // (processes * accumulate)
-        shares = [list(EpochBatches(order, size, 3, process, processes, accumulate)) for process in range(processes)]
-        assert {len(share) for share in shares} == {2 * accumulate * 3}
+        shards = [list(EpochBatches(order, size, 3, process, processes, accumulate)) for process in range(processes)]
+        assert {len(shard) for shard in shards} == {2 * accumulate * 3}
         for step in range(6):
             parts = range(step * accumulate, (step + 1) * accumulate)
-            together = [key for part in parts for share in shares for key in share[part]]
+            together = [key for part in parts for shard in shards for key in shard[part]]
             epoch, batch = divmod(step, 2)
             samples = order.permutation(epoch)[24 * batch : 24 * batch + 24].tolist()
             assert together == [(epoch, sample) for sample in samples]
@@ -65,7 +65,7 @@ class TestEpochBatches:
         assert [keys[0][0] for keys in batches] == [4, 4, 9, 9, 4, 4, 9, 9, 4, 4]
         assert [keys[0][0] for keys in EpochBatches(EpochOrder(4), 4, epochs=3)] == [0, 1, 2]
 
-    def test_another_part_is_left_out_each_epoch(self):
+    def test_other_samples_are_dropped_in_each_epoch(self):
         seen = {}
         for keys in EpochBatches(EpochOrder(15), 4, epochs=6, accumulate=3):
             seen.setdefault(keys[0][0], set()).update(sample for _, sample in keys)
@@ -73,18 +73,18 @@ class TestEpochBatches:
         assert set.intersection(*seen.values()) != set.union(*seen.values()) == set(range(15))
 
     @pytest.mark.parametrize("size", [0, 1, 5, -2])
-    def test_odd_batches_are_refused(self, size):
+    def test_rejects_odd_batch_sizes(self, size):
         with pytest.raises(ValueError, match=f"batch_size must be even.*got {size}"):
             EpochBatches(EpochOrder(100), size, 1)
 
-    def test_too_few_samples_are_refused(self):
+    def test_rejects_too_few_samples(self):
         with pytest.raises(ValueError, match="23 samples, fewer than a global batch of 24"):
             EpochBatches(EpochOrder(23), 4, 1, processes=3, accumulate=2)
         assert len(EpochBatches(EpochOrder(24), 4, 1, processes=3, accumulate=2)) == 2
 
 
 class TestReplayedSamples:
-    def test_what_comes(self, folder):
+    def test_batch(self, folder):
         samples = samples_of(folder)
         batch = samples.__getitems__([(4, 20), (4, 3)])
         params = samples.augmentation.sample_params(4, [20, 3])
@@ -97,11 +97,11 @@ class TestReplayedSamples:
         assert len(samples) == 24
         assert_equal_batches(samples[4, 20], samples.__getitems__([(4, 20)]))
 
-    @pytest.mark.parametrize("content", [b"", b"no image at all", None])
-    def test_broken_images(self, folder, content):
+    @pytest.mark.parametrize("content", [b"", b"not an image", None])
+    def test_corrupt_images(self, folder, content):
         path = folder / "green" / "01.png"
         if content is None:
-            content = path.read_bytes()[:-900]  # cut off in its middle
+            content = path.read_bytes()[:-900]  # truncated
         path.write_bytes(content)
         index = 9
         keys = [(0, 1), (0, index), (0, 23)]
@@ -117,13 +117,13 @@ class TestReplayedSamples:
         whole = samples_of(folder).__getitems__(keys)
         assert torch.equal(batch.crops[::2], whole.crops[::2])
 
-    def test_a_image_that_is_gone_stops_either_way(self, folder):
+    def test_a_missing_file_is_not_skipped(self, folder):
         samples = samples_of(folder, on_broken="skip")
         (folder / "blue" / "00.png").unlink()
         with pytest.raises(FileNotFoundError, match=r"blue/00\.png"):
             samples.__getitems__([(0, 0)])
 
-    def test_workers_change_nothing(self, folder):
+    def test_workers_give_the_same_batches(self, folder):
         damage(folder / "red" / "03.png")
         samples = samples_of(folder, "in1k", on_broken="skip")
         batches = EpochBatches(samples.order, 6, 2)
@@ -134,15 +134,15 @@ class TestReplayedSamples:
             assert_equal_batches(one, other)
 
     @pytest.mark.parametrize(("error", "spoil"), [(BrokenImageError, damage), (FileNotFoundError, Path.unlink)])
-    def test_a_worker_says_what_the_process_itself_says(self, folder, error, spoil):
+    def test_workers_raise_the_same_errors(self, folder, error, spoil):
         samples = samples_of(folder)
         spoil(folder / "red" / "03.png")
-        said = []
+        messages = []
         for workers in (0, 1):
             with pytest.raises(error, match=r"red/03\.png") as caught:
                 list(replay_loader(samples, EpochBatches(samples.order, 8, 1), workers))
-            said.append(str(caught.value))
-        assert said[0] == said[1]
+            messages.append(str(caught.value))
+        assert messages[0] == messages[1]
 
     def test_gray_images_and_transparent_ones(self, folder):
         buffer = io.BytesIO()
@@ -153,7 +153,7 @@ class TestReplayedSamples:
         assert (batch.crops[0] == 77).all()
         assert (batch.crops[1] == 9).all()
 
-    def test_refused(self, folder):
+    def test_errors(self, folder):
         images = ClassificationDataset.open(folder)
         with pytest.raises(ValueError, match="'stop' or 'skip'; got 'ignore'"):
             ReplayedSamples(images, ReplayableAugmentation(32), on_broken="ignore")

@@ -24,7 +24,7 @@ class TestPhilox:
 
 
 class TestKeyedWords:
-    def test_rows_depend_on_nothing_but_their_key(self):
+    def test_rows_depend_only_on_their_key(self):
         whole = keyed_words(9, 4, np.arange(100), stream=2, blocks=3)
         assert whole.shape == (100, 12)
         assert np.array_equal(whole[[77, 3]], keyed_words(9, 4, np.array([77, 3]), stream=2, blocks=3))
@@ -43,7 +43,7 @@ class TestKeyedWords:
         assert abs(unit.var() - 1 / 12) < 0.001
         assert np.abs(np.corrcoef(unit.T) - np.eye(4)).max() < 0.02
 
-    def test_global_generators_are_untouched(self):
+    def test_global_random_states_are_unchanged(self):
         torch.manual_seed(1)
         before = torch.get_rng_state()
         state = np.random.get_state()[1].copy()
@@ -62,7 +62,7 @@ class TestEpochOrder:
         assert not np.array_equal(permutation, EpochOrder(1001, seed=6).permutation(2))
         assert np.array_equal(permutation, order.permutation(2))
 
-    def test_chunks_do_not_show(self, monkeypatch):
+    def test_independent_of_the_chunks(self, monkeypatch):
         whole = EpochOrder(1000, seed=1).permutation(0)
         monkeypatch.setattr("kornia_tinyvit.data.order._CHUNK", 7)
         assert np.array_equal(whole, EpochOrder(1000, seed=1).permutation(0))
@@ -74,11 +74,11 @@ class TestEpochOrder:
         assert partners.tolist() == [*permutation[[1, 0, 3, 2, 5, 4]].tolist(), permutation[6]]
 
     @pytest.mark.parametrize(("count", "seed"), [(0, 0), (2**32, 0), (5, -1), (5, 2**64)])
-    def test_refused_settings(self, count, seed):
+    def test_rejects_settings(self, count, seed):
         with pytest.raises(ValueError, match="must be in"):
             EpochOrder(count, seed)
 
-    def test_refused_samples_and_epochs(self):
+    def test_rejects_samples_and_epochs(self):
         order = EpochOrder(5)
         with pytest.raises(IndexError, match=r"\[0, 5\)"):
             order.positions(0, np.array([5]))

@@ -1,4 +1,4 @@
-"""Images with masks: how they are paired, what ids mean, and what is refused."""
+"""Images with masks: pairing, ids and errors."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def opened(folder, classes=NAMES, **options) -> SegmentationDataset:
 
 
 class TestItems:
-    def test_ids_become_indices(self, folder):
+    def test_ids_are_converted_to_class_indices(self, folder):
         data = opened(folder)
         assert (len(data), data.num_classes, data.ids) == (2, 3, (3, 7, 40))
         assert data.class_names == ("sky", "road", "tree")
@@ -47,7 +47,7 @@ class TestItems:
         assert image.max() <= 1
         assert mask.tolist() == [[IGNORED, 0, 1], [IGNORED, 2, 2]]
         assert (mask.dtype, data.name(1)) == (torch.int64, "street/b.jpg")
-        assert [len(each) for each in data] == [2, 2]  # iterating ends
+        assert [len(each) for each in data] == [2, 2]  # iteration terminates
 
     def test_without_names(self, folder):
         data = opened(folder, None)
@@ -59,7 +59,7 @@ class TestItems:
         assert data.class_names == ("x", "z")
         assert data[0][1].tolist() == [[0, IGNORED], [1, IGNORED]]
 
-    def test_a_class_255(self, tmp_path):
+    def test_class_255(self, tmp_path):
         write_pair(tmp_path, "a", [[0, 255]])
         assert opened(tmp_path, {0: "ground", 255: "sky"})[0][1].tolist() == [[0, 1]]
 
@@ -68,7 +68,7 @@ class TestItems:
         assert data.class_names == ("sky", "tree")
         assert (data[1][1] == IGNORED).all()
 
-    def test_sixteen_bits(self, tmp_path):
+    def test_16_bits(self, tmp_path):
         write_pair(tmp_path, "a", [[0, 3000], [300, 2]])
         assert opened(tmp_path, None).ids == (0, 2, 300, 3000)
         assert opened(tmp_path, None)[0][1].tolist() == [[0, 3], [2, 1]]
@@ -81,10 +81,10 @@ class TestItems:
         assert Image.open(tmp_path / "masks" / "a.png").mode == "P"
         assert opened(tmp_path)[0][1].tolist() == [[0, 1], [2, 1]]
 
-    def test_upright(self, tmp_path):
+    def test_exif_orientation(self, tmp_path):
         write_pair(tmp_path, "a", np.full((3, 2), 7))
         exif = Image.Exif()
-        exif[274] = 6  # turned by a quarter
+        exif[274] = 6  # rotated by 90 degrees
         Image.new("RGB", (3, 2)).save(tmp_path / "images" / "a.jpg", exif=exif)
         assert opened(tmp_path)[0][0].shape == (3, 3, 2)
 
@@ -102,7 +102,7 @@ class TestItems:
         drawn = opened(folder).sample(4, seed=1)
         assert (len(drawn), drawn.class_names) == (4, opened(folder).class_names)
         assert [drawn.name(row) for row in range(4)] == [opened(folder).sample(4, seed=1).name(row) for row in range(4)]
-        with pytest.raises(ValueError, match="Cannot draw 11 of 10"):
+        with pytest.raises(ValueError, match="Cannot sample 11 of 10"):
             opened(folder).sample(11)
 
     def test_fingerprint(self, folder, tmp_path_factory):
@@ -120,24 +120,24 @@ class TestItems:
         assert torch.equal(again[0][1], opened(folder)[0][1])
 
 
-class TestRefusals:
-    def test_names_in_no_text(self, folder):
+class TestErrors:
+    def test_names_not_in_utf8(self, folder):
         (folder / "classes.txt").write_bytes(b"sky\x80\nroad")
-        with pytest.raises(ValueError, match=r"classes\.txt is no text in UTF-8"):
+        with pytest.raises(ValueError, match=r"classes\.txt is not UTF-8 text"):
             SegmentationDataset.open(folder)
 
     @pytest.mark.parametrize(
-        ("told", "message"),
+        ("changes", "message"),
         [
-            ({"classes": 3}, "has the classes 3; expected names by their ids, or a list"),
-            ({"classes": {"sky": 3}}, "must be whole numbers"),
-            ({"ignored": ["x"]}, "must be whole numbers"),
-            ({"ignored": 3}, "ids that are left out as a list 'ignored'"),
+            ({"classes": 3}, "has the classes 3; expected names by id, or a list"),
+            ({"classes": {"sky": 3}}, "must be integers"),
+            ({"ignored": ["x"]}, "must be integers"),
+            ({"ignored": 3}, "a list 'ignored' of ids"),
         ],
     )
-    def test_described_wrongly(self, folder, told, message):
+    def test_invalid_descriptions(self, folder, changes, message):
         sections = {"train": {"images": "images", "masks": "masks"}}
-        (folder / "data.json").write_text(json.dumps(sections | {"classes": ["sky", "road"]} | told))
+        (folder / "data.json").write_text(json.dumps(sections | {"classes": ["sky", "road"]} | changes))
         with pytest.raises(ValueError, match=message):
             SegmentationDataset.open(folder / "data.json")
 
@@ -147,12 +147,12 @@ class TestRefusals:
             opened(tmp_path)[0]
 
     def test_unknown_ids(self, folder):
-        with pytest.raises(BrokenImageError, match=r"a\.png holds the ids 40, which are no classes"):
+        with pytest.raises(BrokenImageError, match=r"a\.png holds the ids 40, which are not classes"):
             opened(folder, {3: "sky", 7: "road"}, ignored=(0,))[0]
 
     @pytest.mark.parametrize("kind", ["images/a.jpg", "masks/a.png"])
-    @pytest.mark.parametrize("content", [b"", b"no image", None])
-    def test_broken(self, folder, kind, content):
+    @pytest.mark.parametrize("content", [b"", b"not an image", None])
+    def test_corrupt(self, folder, kind, content):
         file = folder / kind
         file.write_bytes(file.read_bytes()[:40] if content is None else content)
         with pytest.raises(BrokenImageError, match=kind.split("/")[1]):
@@ -160,13 +160,13 @@ class TestRefusals:
 
     def test_color_mask(self, folder):
         Image.new("RGB", (3, 2)).save(folder / "masks" / "a.png")
-        with pytest.raises(BrokenImageError, match=r"a\.png is no mask: it has the mode RGB"):
+        with pytest.raises(BrokenImageError, match=r"a\.png is not a mask: it has the mode RGB"):
             opened(folder)[0]
 
-    def test_vanished(self, folder):
+    def test_deleted_mask(self, folder):
         data = opened(folder)
         (folder / "masks" / "a.png").unlink()
-        with pytest.raises(FileNotFoundError, match=r"no mask .*a\.png any more"):
+        with pytest.raises(FileNotFoundError, match=r"Mask .*a\.png no longer exists"):
             data[0]
 
     def test_jpeg_masks(self, folder):
@@ -175,22 +175,22 @@ class TestRefusals:
         with pytest.raises(ValueError, match=r"JPEG masks such as a\.jpg"):
             opened(folder)
 
-    def test_two_files_of_a_name(self, folder):
+    def test_two_files_of_the_same_name(self, folder):
         Image.new("RGB", (3, 2)).save(folder / "images" / "a.png")
         with pytest.raises(ValueError, match=r"both a\.jpg and a\.png"):
             opened(folder)
 
-    def test_nothing_in_common(self, folder):
+    def test_no_pairs(self, folder):
         with pytest.raises(ValueError, match=r"No image of .*: 2 images, 1 masks"):
             SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "masks" / "street")
 
-    def test_no_folder(self, folder):
+    def test_missing_folder(self, folder):
         with pytest.raises(FileNotFoundError, match="There is no folder"):
             SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "gone")
 
     @pytest.mark.parametrize("classes", [{-1: "a"}, {70000: "a"}, {0: "void"}])
     def test_ids_out_of_range(self, folder, classes):
-        with pytest.raises(ValueError, match="Ids of classes must be in"):
+        with pytest.raises(ValueError, match=r"at least one class that is not ignored, with ids in"):
             opened(folder, classes)
 
 
@@ -212,22 +212,22 @@ class TestOpen:
 
     @pytest.mark.parametrize("suffix", [".yaml", ".json"])
     def test_description(self, folder, suffix):
-        told = {"train": {"images": "images", "masks": "masks"}, "classes": NAMES, "ignored": [7]}
+        content = {"train": {"images": "images", "masks": "masks"}, "classes": NAMES, "ignored": [7]}
         file = folder / f"data{suffix}"
-        file.write_text(json.dumps(told))  # which is YAML, too
+        file.write_text(json.dumps(content))  # also valid YAML
         data = SegmentationDataset.open(file)
         assert data.class_names == ("sky", "tree")
-        with pytest.raises(ValueError, match="masks of 'val' are"):
+        with pytest.raises(ValueError, match="does not state the images and masks of 'val'"):
             SegmentationDataset.open(file, "val")
 
     @pytest.mark.parametrize("content", ["[1", "- 1", "\t"])
-    def test_no_description(self, tmp_path, content):
+    def test_invalid_files(self, tmp_path, content):
         (tmp_path / "data.yaml").write_text(content)
         with pytest.raises(ValueError, match=r"data\.yaml"):
             SegmentationDataset.open(tmp_path / "data.yaml")
 
-    def test_gone(self, tmp_path):
-        with pytest.raises(FileNotFoundError, match="There is no data set"):
+    def test_missing(self, tmp_path):
+        with pytest.raises(FileNotFoundError, match="There is no dataset"):
             SegmentationDataset.open(tmp_path / "gone.yaml")
 
 
