@@ -153,7 +153,7 @@ class TestSave:
             (("--top-k", "9"), "--top-k is at most the 3 classes of the teacher; got 9"),
             (("--device", "toaster"), "The device 'toaster' cannot be used"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
-            (("--limit", "13"), "Cannot draw 13 of 12 images"),
+            (("--limit", "13"), "Cannot sample 13 of 12 images"),
         ],
     )
     def test_errors(self, folder, tmp_path, teacher, capfd, monkeypatch, options, message):

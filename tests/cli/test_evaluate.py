@@ -268,7 +268,7 @@ class TestErrors:
         [
             ("gone", "There is no dataset"),
             ("empty", "holds no images in class folders"),
-            ("notes.parquet", "is no parquet file"),
+            ("notes.parquet", "is not a parquet file"),
         ],
     )
     def test_no_data(self, weights, tmp_path, capfd, monkeypatch, data, message):
@@ -281,7 +281,7 @@ class TestErrors:
     def test_unknown_class(self, weights, folder, capfd, monkeypatch):
         (folder / "cat").rename(folder / "unicorn")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
-        assert "does not know the classes unicorn of the data" in error
+        assert "does not have the classes unicorn of the dataset" in error
 
     def test_more_classes_than_the_network(self, weights, folder, capfd, monkeypatch):
         for number in range(11):

@@ -151,7 +151,7 @@ class TestSemantic:
         data = make_scenes(tmp_path / "data", 2)
         assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--recipe", "in1k"))
-        assert "Masks cannot follow policy, erasing" in error
+        assert "Masks do not support policy, erasing" in error
 
 
 class TestPromptable:

@@ -30,7 +30,7 @@ class TestReadImages:
     def test_errors(self, tiny, folder):
         classifier = ImageClassifier(tiny)
         (folder / "unicorn").mkdir()
-        with pytest.raises(ValueError, match="does not know the classes"):
+        with pytest.raises(ValueError, match="does not have the classes"):
             read_images(classifier, folder, 3)
         with pytest.raises(FileNotFoundError):
             read_images(classifier, folder / "gone", 3)
