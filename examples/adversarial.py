@@ -1,11 +1,11 @@
-"""Attack a photo through the whole classifier: gradients reach the pixels, past resizing and normalization.
+"""Adversarial attack on an image, with gradients through resizing and normalization to the pixels.
 
     python examples/adversarial.py [PHOTO] --epsilon 4 --target dog --out attack
 
-Projected gradient descent (Madry et al., arXiv:1706.06083) changes no channel of a pixel by more than epsilon of 255
-levels, either away from the photo's class or towards `--target`. The result is rounded to 8 bits before it is judged,
-since that is what a file can hold. Written are `attacked.png`, and `sheet.png` with, from left to right, the photo, its
-saliency, the perturbation (gray is none), the attacked photo and its saliency. An attack that fails says so.
+Projected gradient descent (Madry et al., arXiv:1706.06083) changes each channel of a pixel by at most epsilon of 255,
+either away from the predicted class or towards `--target`. The result is rounded to uint8 before it is classified.
+Writes `attacked.png`, and `sheet.png` with, from left to right, the image, its saliency, the perturbation (gray is
+zero), the attacked image and its saliency.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ LEVELS = 255
 
 
 def attack(classifier: nn.Module, image: Tensor, label: int, epsilon: float, steps: int, towards: bool) -> Tensor:
-    """Return images within `epsilon` of `image` (1, 3, H, W) whose class is no longer, or now, `label`.
+    """Return an image within `epsilon` of `image` (1, 3, H, W), optimized away from or towards `label`.
 
-    The steps are 2.5 times as long in all as the radius, so that the attack can reach the border of the ball and come
-    back. It starts at a random point, as the gradient at the photo itself may be near zero.
+    The total length of the steps is 2.5 epsilon, so the attack can reach the border of the ball and return. It starts
+    at a random point, because the gradient at the image itself may be near zero.
     """
     target = torch.tensor([label], device=image.device)
     step_size = 2.5 * epsilon / steps
@@ -45,12 +45,12 @@ def attack(classifier: nn.Module, image: Tensor, label: int, epsilon: float, ste
         seen |= gradient != 0
         direction = -gradient.sign() if towards else gradient.sign()
         perturbation = (pixels.detach() - image + step_size * direction).clamp(-epsilon, epsilon)
-    # What the preprocessing crops away stays as it was, without the noise of the start.
+    # Pixels outside of the crop have no gradient and are left unchanged.
     return (image + perturbation * seen).clamp(0, 1)
 
 
 def to_levels(attacked: Tensor, image: Tensor, epsilon: float) -> Tensor:
-    """Round to 8 bits inside the ball: of 2.5 levels only 2 are left."""
+    """Round the perturbation to multiples of 1/255 inside the ball: epsilon 2.5 allows only 2."""
     levels = ((attacked - image) * LEVELS).round().clamp(-math.floor(epsilon), math.floor(epsilon))
     return ((image * LEVELS).round() + levels) / LEVELS
 
@@ -65,21 +65,21 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("attack"), help="folder for the two images")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
-    parser.add_argument("--epsilon", type=float, default=4.0, help="largest change of a channel, in levels of 255")
+    parser.add_argument("--epsilon", type=float, default=4.0, help="largest change of a channel, of 255")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--target", default=None, help="class to reach; left out: any but the photo's own")
+    parser.add_argument("--target", default=None, help="target class (default: any other than the predicted one)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
     classifier = ImageClassifier.from_config(args.variant, pretrained=args.pretrained).to(args.device).eval()
-    classifier.requires_grad_(False)  # the gradient at the pixels is all that is needed
+    classifier.requires_grad_(False)  # only the input gradient is needed
     names = classifier.class_names
     if args.target is not None and args.target not in names:
         parser.error(f"the network has no class {args.target!r}, but for example {', '.join(names[:10])}")
     image = read_image(args.photo).unsqueeze(0).to(args.device)
-    image = (image * LEVELS).round() / LEVELS  # photos of 16 bits too begin on a level
+    image = (image * LEVELS).round() / LEVELS  # also for 16-bit images
     (before,) = classifier.predict(image, top_k=1)[0]
     towards = args.target is not None
     label = names.index(args.target) if towards else before.index
@@ -90,18 +90,20 @@ def main() -> None:
     perturbation = attacked - image
     with torch.no_grad():
         scores = torch.cat([classifier(image), classifier(attacked)]).softmax(1)
-    wanted = f"towards {args.target}" if towards else f"away from {before.label}"
-    print(f"attack: {wanted}, {args.steps} steps, epsilon {args.epsilon:g}/255")
+    goal = f"towards {args.target}" if towards else f"away from {before.label}"
+    print(f"attack: {goal}, {args.steps} steps, epsilon {args.epsilon:g}/255")
     print(f"before: {before.label} {before.score:.1%}")
     print(f"after: {after.label} {after.score:.1%}")
     print(f"score of {names[label]}: {scores[0, label]:.2%} -> {scores[1, label]:.2%}")
     print(f"L-inf norm: {float(perturbation.abs().max()) * LEVELS:.3f}/255")
     succeeded = (after.index == label) == towards
-    print("result: the attack succeeded" if succeeded else f"result: the attack failed, it is still {after.label}")
+    print(
+        "result: the attack succeeded" if succeeded else f"result: the attack failed, the class is still {after.label}"
+    )
 
     images = torch.cat([image, attacked])
     heat = overlay_heatmap(images, saliency(classifier, images))
-    amplified = perturbation * (LEVELS / (2 * max(args.epsilon, 1.0))) + 0.5  # the ball's border is black or white
+    amplified = perturbation * (LEVELS / (2 * max(args.epsilon, 1.0))) + 0.5  # black or white at the border of the ball
     args.out.mkdir(parents=True, exist_ok=True)
     sheet = make_grid(torch.cat([image, heat[:1], amplified, attacked, heat[1:]]), n_row=5, padding=8)
     write_image(args.out / "attacked.png", to_bytes(attacked[0]))

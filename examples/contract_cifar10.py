@@ -1,13 +1,12 @@
-"""Find a network of at most 1.3M parameters and 30M multiply-accumulates for CIFAR-10, and put it beside the `1m`.
+"""Search a network with at most 1.3M parameters and 30M multiply-accumulates for CIFAR-10, and compare it with `1m`.
 
     python examples/contract_cifar10.py DATA --out runs/contract
 
-The `5m` is trained at 64x64 pixels for a few epochs, and the search contracts it on a proxy split of the training
-images: every candidate starts from what is left of its parent's weights and is trained briefly. What it comes to is
-improved by trades within the budget, with longer trainings from random weights. Then the winner and the hand-made `1m`
-get the same training from random weights, and the test images decide. DATA is a folder with `train.parquet` and
-`test.parquet` in the Hugging Face layout. Everything is a process of the command line; what is done is not done again
-when the same command is given after a stop.
+The `5m` is trained at 64x64 pixels for a few epochs and contracted on a proxy split of the training images: every
+candidate inherits its parent's weights and is trained for a short time. The result is refined by trades within the
+budget, with longer training from random weights. Finally the winner and the hand-designed `1m` are trained from random
+weights in the same way and evaluated on the test images. DATA is a folder with `train.parquet` and `test.parquet` in
+the Hugging Face layout. All steps run on the command line; run the script again to resume.
 """
 
 from __future__ import annotations
@@ -29,15 +28,15 @@ from kornia_tinyvit.contraction import count
 
 IMG_SIZE = 64
 CLASSES = 10
-# The published windows of 7 and 14 are larger than maps of 8, 4 and 2, or do not tile them, and would mostly attend to
-# padding: the search begins with windows over the whole maps, which is what `1m` has too.
+# The published windows of 7 and 14 do not divide feature maps of 8, 4 and 2 cells and would mostly attend to padding:
+# the search starts with windows over the whole feature maps, like those of `1m`.
 WINDOWS = (8, 8, 4, 2)
 BUDGET = ("--max-parameters", "1.3M", "--max-macs", "30M")
-DROP_PATH = 0.05  # of the recipe's training of `1m`, for both
+DROP_PATH = 0.05  # that of the recipe for `1m`, for both networks
 
 
 def run(*command: object, processes: int = 1) -> dict:
-    """Run a command of kornia-tinyvit, in processes that share the work, and return what it told."""
+    """Run a command of kornia-tinyvit, distributed over processes, and return its result."""
     launch = [] if processes == 1 else ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", processes]
     words = [sys.executable, *map(str, launch), "-m", "kornia_tinyvit", *map(str, command), "--json"]
     return json.loads(subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout.splitlines()[-1])
@@ -52,7 +51,7 @@ def limited(args: argparse.Namespace) -> list[object]:
 
 
 def train_seed(args: argparse.Namespace) -> str:
-    """Train the network that the search begins with: parts that have learned something tell which of them matter."""
+    """Train the seed network of the search, whose weights define the importance of its channels and blocks."""
     file = args.out / "untrained.safetensors"
     torch.manual_seed(0)
     save_checkpoint(TinyViT.from_config("5m", img_size=IMG_SIZE, num_classes=CLASSES, window_sizes=WINDOWS), file)
@@ -77,16 +76,16 @@ def refine(seed: str, winner: str, args: argparse.Namespace) -> dict:
     return run("contract", args.data / "train.parquet", *trades, *options, *proxy, *place)
 
 
-def show(found: dict) -> None:
-    for step in found["path"]:
-        size, work = (step["costs"][name] / 1e6 for name in ("parameters", "macs"))
-        told = f"{size:.2f}M parameters, {work:.1f}M MACs, {step['accuracy']:.2f} %"
-        print(f"{step['factor'] or 'the first':>32}: {told}", flush=True)
-    print(f"{found['evaluated']} candidates trained\n")
+def show(result: dict) -> None:
+    for step in result["path"]:
+        parameters, macs = (step["costs"][name] / 1e6 for name in ("parameters", "macs"))
+        numbers = f"{parameters:.2f}M parameters, {macs:.1f}M MACs, {step['accuracy']:.2f} %"
+        print(f"{step['factor'] or 'start':>32}: {numbers}", flush=True)
+    print(f"{result['evaluated']} candidates trained\n")
 
 
 def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float:
-    """Train a network as the recipe says, and return its top-1 on the test images in per cent."""
+    """Train a network with the recipe and return its top-1 on the test images in percent."""
     out = args.out / f"{name}-{seed}"
     length = ["--epochs", args.epochs, *limited(args), "--workers", args.workers]
     options = ["--variant", variant, *recipe(args.batch_size), *length, "--init-seed", seed, "--out", out]
@@ -98,23 +97,23 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=Path("runs/contract"))
-    parser.add_argument("--seed-epochs", type=int, default=3, help="epochs that the seed of the search is trained for")
-    # At the recipe's 8e-3, which is for networks of the size of `1m`, the seed diverged in its second epoch.
-    parser.add_argument("--search-lr", type=float, default=3e-3, help="base rate for the seed and the candidates")
+    parser.add_argument("--seed-epochs", type=int, default=3, help="training epochs of the seed network")
+    # With the recipe's 8e-3, which is for networks of the size of `1m`, the seed diverged in its second epoch.
+    parser.add_argument("--search-lr", type=float, default=3e-3, help="base learning rate of seed and candidates")
     parser.add_argument("--steps", type=int, default=12, help="steps of the search")
-    parser.add_argument("--min-depth", type=int, default=1, help="fewest blocks of a stage that the search may leave")
+    parser.add_argument("--min-depth", type=int, default=1, help="minimum number of blocks per stage")
     parser.add_argument("--proxy-images", type=int, default=12_500)
     parser.add_argument("--proxy-epochs", type=int, default=1)
-    # Half the usual batch: twice as many steps on the same images.
+    # Half the recipe's batch size, for twice as many steps on the same images.
     parser.add_argument("--proxy-batch-size", type=int, default=64)
-    parser.add_argument("--hold-out", type=float, default=0.2, help="share of those that candidates are measured on")
+    parser.add_argument("--hold-out", type=float, default=0.2, help="fraction of those for evaluation")
     parser.add_argument("--rounds", type=int, default=3, help="rounds of trades")
-    parser.add_argument("--candidates", type=int, default=6, help="networks that a round of trades evaluates")
-    parser.add_argument("--trade-epochs", type=int, default=2, help="on all training images but those held out")
+    parser.add_argument("--candidates", type=int, default=6, help="networks evaluated per round of trades")
+    parser.add_argument("--trade-epochs", type=int, default=2, help="on all but the held-out training images")
     parser.add_argument("--trade-hold-out", type=float, default=0.1)
     parser.add_argument("--processes", type=int, default=1, help="networks that are trained at a time")
-    parser.add_argument("--epochs", type=int, default=30, help="of the final trainings")
-    parser.add_argument("--limit", type=int, default=None, help="training images of those and of trades; default: all")
+    parser.add_argument("--epochs", type=int, default=30, help="epochs of the final training")
+    parser.add_argument("--limit", type=int, default=None, help="training images of the final training and of trades")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--workers", type=int, default=0)
@@ -123,12 +122,12 @@ def main() -> None:
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.processes)))
 
     seed = train_seed(args)
-    found = search(seed, args)
-    show(found)
-    found = refine(seed, found["winner"], args)
-    show(found)
+    result = search(seed, args)
+    show(result)
+    result = refine(seed, result["winner"], args)
+    show(result)
 
-    winner = TinyViT.from_config(pretrained=found["winner"], drop_path_rate=DROP_PATH)
+    winner = TinyViT.from_config(pretrained=result["winner"], drop_path_rate=DROP_PATH)
     file = save_checkpoint(winner, args.out / "winner.safetensors")
     networks = {
         "1m": ("1m", TinyViTConfig.from_variant("1m", num_classes=CLASSES)),

@@ -1,11 +1,11 @@
-"""Train a detector on photos with boxes and see how well it knows them.
+"""Train and evaluate a detector.
 
     python examples/detect_objects.py coco128/object_detection/config.yaml --images 16
 
-DATA is what `kornia-tinyvit train --task detection` takes: the YAML file of a YOLO data set, a JSON file of COCO's, or
-a folder with one of them. The training is that of the command: killed and started again it goes on. Then it measures
-the images it was trained on and all those of `val`, and draws some of both: what is there, and what was found. It
-needs `pip install 'kornia-tinyvit[train,hf]'`.
+DATA is a data set of `kornia-tinyvit train --task detection`: the YAML file of a YOLO data set, a JSON file of COCO, or
+a folder with one of them. The training is that of the command; run the script again to resume. Then it evaluates the
+detector on the training images and on those of `val`, and draws ground truth and predictions of some of both. It needs
+`pip install 'kornia-tinyvit[train,hf]'`.
 """
 
 from __future__ import annotations
@@ -38,15 +38,15 @@ TILE, GAP = 320, 8
 def draw_sheet(
     detector: TinyViTDetector, images: DetectionDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
-    """Write an image with a row for each of some photos: the boxes that are there, and those that were found."""
+    """Write a figure with one row per image: ground-truth boxes and predicted boxes."""
     strips = []
     for row in rows:
         photo, objects = images[row]
         pairs = zip(objects.labels.tolist(), objects.boxes.tolist(), strict=True)
-        there = [Detection(images.class_names[index], index, 1.0, tuple(box)) for index, box in pairs]
-        (found,) = detector.predict(photo)
+        truth = [Detection(images.class_names[index], index, 1.0, tuple(box)) for index, box in pairs]
+        (predictions,) = detector.predict(photo)
         strip = Image.new("RGB", (2 * TILE + GAP, TILE + GAP), "white")
-        for column, (boxes, scores) in enumerate(((there, False), (found, True))):
+        for column, (boxes, scores) in enumerate(((truth, False), (predictions, True))):
             tile = draw_detections(torch.ones_like(photo) if hide_photos else photo, boxes, scores)
             tile.thumbnail((TILE, TILE))
             strip.paste(tile, (column * (TILE + GAP) + (TILE - tile.width) // 2, 0))
@@ -57,19 +57,19 @@ def draw_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML or JSON file, or a folder with one")
-    parser.add_argument("--images", type=int, default=16, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=16, help="size of a random training subset with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a detector, or 'none'")
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--hidden-dim", type=int, default=128, help="channels of encoder and decoder")
     parser.add_argument("--queries", type=int, default=60)
     parser.add_argument("--decoder-layers", type=int, default=2)
-    parser.add_argument("--denoising", type=int, default=40, help="denoising queries of the training")
+    parser.add_argument("--denoising", type=int, default=40, help="denoising queries in training")
     parser.add_argument("--epochs", type=int, default=100)
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--lr", type=float, default=1e-3, help="highest learning rate")
-    parser.add_argument("--shown", type=int, default=4, help="photos to draw of each split")
-    parser.add_argument("--hide-photos", action="store_true", help="draw boxes on white, as photos may not be shown")
+    parser.add_argument("--shown", type=int, default=4, help="images to draw of each split")
+    parser.add_argument("--hide-photos", action="store_true", help="draw boxes on white")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/detect"))
     parser.add_argument("--cpu", action="store_true")
@@ -79,7 +79,7 @@ def main() -> None:
     images, validation = DetectionDataset.open(args.data, "train"), DetectionDataset.open(args.data, "val")
     images = images.sample(args.images)
     base = args.lr * 512 / args.batch_size
-    # To fit a few photos from weights made for other images: all layers learn alike, from what will be asked later.
+    # To fit a few images: the same learning rate for all layers, and weak augmentation.
     recipe = dataclasses.replace(
         find_recipe("detection", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=base),
         min_lr=base / 100,

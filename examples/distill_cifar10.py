@@ -1,12 +1,11 @@
-"""Does a store of soft labels do what the teacher beside the student does? CIFAR-10, three students, three seeds.
+"""Compare training on labels, with the teacher in every step, and on stored soft labels, on CIFAR-10 with three seeds.
 
     python examples/cifar10_teacher.py DATA --out runs/teacher.safetensors
     python examples/distill_cifar10.py DATA --out runs/distill
 
-Three students of `1m` are trained with the same images, augmentation, order, steps and first weights: on labels only,
-beside the teacher, and on the teacher's top-5 labels, which are stored once for all seeds. Every training is a process
-of the command line; its processor time and peak memory are what the system counted for it. A finished training is not
-done again.
+Students of variant `1m` are trained with the same images, augmentation, order, number of steps and initial weights. The
+teacher's top-5 labels are stored once for all seeds. Every training is a process of the command line, whose CPU time
+and peak memory are measured by the system. Finished trainings are not repeated.
 """
 
 from __future__ import annotations
@@ -24,7 +23,7 @@ TEACHER = str(Path(__file__).with_name("cifar10_teacher.py")) + ":build"
 
 
 def run(command: list[str], record: Path) -> dict:
-    """Run a command of kornia-tinyvit and return what it printed, its processor seconds and its peak memory."""
+    """Run a command of kornia-tinyvit and return its result, CPU seconds and peak memory."""
     known = json.loads(record.read_text()) if record.exists() else {}
     if known.get("command") == command:
         return known
@@ -42,7 +41,7 @@ def run(command: list[str], record: Path) -> dict:
 
 
 def student(kind: str, seed: int, args: argparse.Namespace, store: Path) -> dict:
-    """Train one student and measure it on the test images."""
+    """Train a student and evaluate it on the test images."""
     out = args.out / f"{kind}-{seed}"
     out.mkdir(parents=True, exist_ok=True)
     source = {"labels": ["train"], "online": ["distill", "train"], "stored": ["distill", "train"]}[kind]
@@ -65,7 +64,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="folder with train.parquet and test.parquet")
     parser.add_argument("--out", type=Path, default=Path("runs/distill"))
     parser.add_argument("--recipe", default="cifar10")
-    parser.add_argument("--limit", type=int, default=10_000, help="training images, drawn with a fixed seed")
+    parser.add_argument("--limit", type=int, default=10_000, help="size of a random training subset with a fixed seed")
     parser.add_argument("--epochs", type=int, default=10)
     parser.add_argument("--img-size", type=int, default=32)
     parser.add_argument("--batch-size", type=int, default=64)
@@ -92,9 +91,9 @@ def main() -> None:
         for kind in KINDS:
             result = student(kind, seed, args, store)
             results[kind].append(result)
-            told = f"top-1 {result['top1']:.2f} %, {result['cpu_s'] / args.epochs:.1f} s an epoch"
-            print(f"{kind:>7} seed {seed}: {told}, peak {result['peak_mb']:.0f} MB", flush=True)
-    print(f"\n{'':>7}  top-1 mean (spread)   s an epoch   peak MB")
+            numbers = f"top-1 {result['top1']:.2f} %, {result['cpu_s'] / args.epochs:.1f} s per epoch"
+            print(f"{kind:>7} seed {seed}: {numbers}, peak {result['peak_mb']:.0f} MB", flush=True)
+    print(f"\n{'':>7}  top-1 mean (spread)  s per epoch   peak MB")
     for kind, rows in results.items():
         top1 = [row["top1"] for row in rows]
         spread = statistics.stdev(top1) if len(top1) > 1 else 0.0

@@ -1,13 +1,12 @@
-"""Let a student regress dense features that a teacher wrote down once: MobileSAM's decoupled way, in small.
+"""Distill stored dense features of a teacher into a student, like MobileSAM's decoupled distillation.
 
     python examples/feature_distillation.py coco128/images --out runs/features
 
-MobileSAM (arXiv:2306.14289) trains a TinyViT to return what SAM's large image encoder returns. The encoder is asked
-only once: its embeddings go to a `FeatureStore` together with a checksum of the augmentation, which is replayed for
-the student. Here the teacher is a stand-in that needs no download, a middle stage of the network in the package that
-looks at twice the pixels, so what is shown is the way and its costs, not a good segmenter. The photos need no labels:
-`train2017` in the given folder is trained on and `val2017` only measured. The same command again goes on where it
-was: stored records are not asked for again, and a finished training is not done again.
+MobileSAM (arXiv:2306.14289) trains a TinyViT on the embeddings of SAM's large image encoder. The encoder runs once: its
+embeddings are stored in a `FeatureStore` with a checksum of the augmentation, which is replayed for the student. Here a
+stage of the network in the package at twice the resolution replaces SAM's encoder, so no download is needed; the result
+is not a good segmenter. The images need no labels: `train2017` in the given folder is used for training and `val2017`
+for evaluation. Run the same command again to resume: stored records and finished epochs are not computed again.
 """
 
 from __future__ import annotations
@@ -36,15 +35,15 @@ from kornia_tinyvit.training import Recipe, train
 from kornia_tinyvit.visualization import feature_colors
 
 CHANNELS, STRIDE = 256, 16  # of MobileSAM's embedding
-STAGE, ZOOM = 2, 2  # of the teacher: its third stage, looking at images of twice the student's side
+STAGE, ZOOM = 2, 2  # of the teacher: its third stage, at twice the student's resolution
 SUFFIXES = (".jpg", ".jpeg", ".png")
 
 
 class Photos:
-    """A folder of photos without classes, with what `ReplayedSamples` and `train` ask of `ClassificationDataset`.
+    """A folder of images without labels, with the interface of `ClassificationDataset` that `train` needs.
 
     Args:
-        folder: where the photos lie, without further folders.
+        folder: folder of the images, without subfolders.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -55,37 +54,37 @@ class Photos:
         return len(self.files)
 
     def read(self, index: int) -> tuple[Tensor, int]:
-        """Return a photo as it is stored, (3, H, W) in 8 bits, and its class, the only one."""
+        """Return a uint8 image (3, H, W) and the label 0."""
         return read_pixels(self.files[index]), self.labels[index]
 
     def name(self, index: int) -> str:
-        """Tell a photo from the others."""
+        """Return the file name of an image."""
         return self.files[index].name
 
     def fingerprint(self) -> str:
-        """Tell these photos from others by their names and sizes in bytes, wherever they lie."""
-        told = "".join(f"{file.name}\0{file.stat().st_size}\n" for file in self.files)
-        return hashlib.sha256(told.encode()).hexdigest()[:16]
+        """Return a hash of the names and sizes of the files, independent of their location."""
+        listing = "".join(f"{file.name}\0{file.stat().st_size}\n" for file in self.files)
+        return hashlib.sha256(listing.encode()).hexdigest()[:16]
 
     def squares(self, side: int) -> Tensor:
-        """Return all photos as the networks take them in the test: the middle square, normalized, (N, 3, S, S)."""
+        """Return all images with the evaluation preprocessing: center crops, normalized, (N, 3, S, S)."""
         prepare = EvaluationPipeline(side)
         return torch.cat([prepare(read_image(file)[None]) for file in self.files])
 
 
 class DenseTeacher(nn.Module):
-    """Stands in for SAM's image encoder: a stage of the network in the package as maps (B, 256, H/16, W/16).
+    """A replacement for SAM's image encoder: a stage of the network in the package, (B, 256, H/16, W/16).
 
-    Each channel of the stage is brought to mean 0 and deviation 1 over the training photos, the channels are turned
-    into 256 by a fixed random matrix with orthonormal columns, which keeps all angles, and every cell is normalized
-    over its channels, as at the end of SAM's encoder.
+    Each channel of the stage is standardized over the training images, the channels are projected to 256 by a fixed
+    random matrix with orthonormal columns, which preserves angles, and each cell is normalized over its channels, like
+    the output of SAM's encoder.
 
     Attributes:
-        asked: how many images it was shown.
+        num_images: number of images that were passed to the teacher.
     """
 
     mean: Tensor
-    deviation: Tensor
+    std: Tensor
     projection: Tensor
 
     def __init__(self) -> None:
@@ -93,34 +92,34 @@ class DenseTeacher(nn.Module):
         self.network = TinyViT.from_config("1m", pretrained="cifar10")
         width = self.network.feature_channels[STAGE]
         self.register_buffer("mean", torch.zeros(width, 1, 1))
-        self.register_buffer("deviation", torch.ones(width, 1, 1))
+        self.register_buffer("std", torch.ones(width, 1, 1))
         matrix = nn.init.orthogonal_(torch.empty(CHANNELS, width), generator=torch.Generator().manual_seed(0))
         self.register_buffer("projection", matrix[..., None, None].contiguous())
-        self.asked = 0
+        self.num_images = 0
         self.eval()
 
-    def maps(self, images: Tensor) -> Tensor:
-        """Return the stage's maps of normalized images (B, 3, H, W), averaged to the student's cells."""
-        self.asked += len(images)
+    def stage_features(self, images: Tensor) -> Tensor:
+        """Return the stage's features of normalized images (B, 3, H, W), pooled to the student's resolution."""
+        self.num_images += len(images)
         cells = tuple(side // STRIDE for side in images.shape[-2:])
         images = F.interpolate(images, scale_factor=ZOOM, mode="bicubic")
         return F.adaptive_avg_pool2d(self.network.forward_intermediates(images)[STAGE], cells)
 
     def forward(self, images: Tensor) -> Tensor:
         """Map normalized images (B, 3, H, W) to features (B, 256, H/16, W/16)."""
-        maps = F.conv2d((self.maps(images) - self.mean) / self.deviation, self.projection)
-        return F.layer_norm(maps.movedim(1, -1), (CHANNELS,)).movedim(-1, 1)
+        features = F.conv2d((self.stage_features(images) - self.mean) / self.std, self.projection)
+        return F.layer_norm(features.movedim(1, -1), (CHANNELS,)).movedim(-1, 1)
 
     @torch.inference_mode()
     def fit_statistics(self, images: Tensor) -> None:
-        """Take mean and deviation of each channel from images."""
-        maps = torch.cat([self.maps(part) for part in images.split(32)])
-        self.mean.copy_(maps.mean((0, 2, 3))[:, None, None])
-        self.deviation.copy_(maps.std((0, 2, 3))[:, None, None])
+        """Compute mean and standard deviation of each channel."""
+        features = torch.cat([self.stage_features(part) for part in images.split(32)])
+        self.mean.copy_(features.mean((0, 2, 3))[:, None, None])
+        self.std.copy_(features.std((0, 2, 3))[:, None, None])
 
 
 def build_teacher(photos: Photos, img_size: int, file: Path) -> Teacher:
-    """Return the teacher; its numbers are kept in a file, as their last bits may differ from machine to machine."""
+    """Return the teacher; its weights are saved, because the statistics differ in the last bits between machines."""
     teacher = DenseTeacher()
     if not file.exists():
         teacher.fit_statistics(photos.squares(img_size))
@@ -132,7 +131,7 @@ def build_teacher(photos: Photos, img_size: int, file: Path) -> Teacher:
 
 
 def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: int) -> FeatureStore:
-    """Write what the teacher says about epochs of augmented photos, but for what is there already."""
+    """Write the missing features of the teacher for a number of epochs."""
     augmentation = samples.augmentation
     cells = augmentation.img_size // STRIDE
     shape = (CHANNELS, cells, cells)
@@ -143,38 +142,37 @@ def fill_store(path: Path, teacher: Teacher, samples: ReplayedSamples, epochs: i
     seconds = time.process_time() - began
     size = sum(file.stat().st_size for file in path.rglob("*.safetensors"))
     shape = " x ".join(map(str, manifest.shape))
-    print(f"store: {saved.written} records of {shape} written, {saved.present} were there")
-    print(f"store: {size / 1e6:.1f} MB on disk for {epochs} epochs, {seconds:.1f} s of the processor", flush=True)
+    print(f"store: {saved.written} records of {shape} written, {saved.present} already present")
+    print(f"store: {size / 1e6:.1f} MB on disk for {epochs} epochs, {seconds:.1f} CPU s", flush=True)
     return store
 
 
 @torch.inference_mode()
 def features(network: nn.Module, images: Tensor, device: str) -> Tensor:
-    """Return a network's maps of normalized images, in evaluation mode."""
+    """Return a network's features of normalized images, in evaluation mode."""
     network = network.to(device).eval()
     return torch.cat([network(part.to(device)).cpu() for part in images.split(32)])
 
 
-def compare(found: Tensor, expected: Tensor) -> tuple[float, float]:
-    """Return the mean squared error of maps (B, C, H, W) and the mean cosine of their cells' vectors."""
-    cosine = F.cosine_similarity(found, expected, dim=1)
-    return float((found - expected).square().mean()), float(cosine.mean())
+def compare(features: Tensor, expected: Tensor) -> tuple[float, float]:
+    """Return the mean squared error and the mean cosine similarity of feature maps (B, C, H, W)."""
+    cosine = F.cosine_similarity(features, expected, dim=1)
+    return float((features - expected).square().mean()), float(cosine.mean())
 
 
-def mean_map(store: FeatureStore, epochs: list[int]) -> Tensor:
-    """Return the mean of all stored features, a vector of its own for each cell, (1, C, H, W)."""
+def mean_features(store: FeatureStore, epochs: list[int]) -> Tensor:
+    """Return the mean of all stored features for each cell, (1, C, H, W)."""
     rows = range(store.manifest.num_samples)
     means = [store.read(epoch, rows).features.float().mean(0) for epoch in epochs]
     return torch.stack(means).mean(0, keepdim=True)
 
 
 def draw(path: Path, images: Tensor, teacher: Tensor, student: Tensor, side: int = 256) -> None:
-    """Write a PNG with a row for each photo: the photo, the teacher's features, the student's."""
+    """Write a PNG file with one row per image: the image, the teacher's and the student's features."""
     prepare = EvaluationPipeline(images.shape[-1])
     photos = denormalize(images, prepare.mean, prepare.std).clamp(0, 1)
-    # In one batch, so that the same color is the same direction for both.
+    # In one batch, because the principal components are computed per batch.
     colors = feature_colors(torch.cat([teacher, student])).chunk(2)
-    # Nearest neighbors show the cells as they are.
     tiles = [F.interpolate(tile, (side, side), mode="nearest") for tile in (photos, *colors)]
     sheet = make_grid(torch.stack(tiles, 1).flatten(0, 1), n_row=3, padding=6)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -184,12 +182,12 @@ def draw(path: Path, images: Tensor, teacher: Tensor, student: Tensor, side: int
 
 def build_student(img_size: int, seed: int) -> TinyViT:
     torch.manual_seed(seed)
-    windows = (8, 8, 8, 8)  # at 128 pixels the last two stages see the whole image
+    windows = (8, 8, 8, 8)  # at 128 pixels one window of the last two stages covers the whole image
     return TinyViT.from_config("1m", img_size=img_size, num_classes=0, mobile_sam=True, window_sizes=windows)
 
 
 def epochs_in(metrics: Path) -> int:
-    """Return how many epochs a training has behind it."""
+    """Return the number of finished epochs of a training."""
     lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.exists() else []
     return max((line["epoch"] for line in lines if "seconds" in line), default=0)
 
@@ -197,9 +195,9 @@ def epochs_in(metrics: Path) -> int:
 def train_student(
     student: TinyViT, teacher: Teacher, samples: ReplayedSamples, store: FeatureStore, args: argparse.Namespace
 ) -> TinyViT:
-    """Train on the stored epochs, in turn, and return the last weights."""
+    """Train on the stored epochs cyclically and return the network with the last weights."""
     out = args.out / "student"
-    done, asked, began = epochs_in(out / "metrics.jsonl"), teacher.network.asked, time.process_time()
+    done, before, began = epochs_in(out / "metrics.jsonl"), teacher.network.num_images, time.process_time()
     result = train(
         student,
         samples,
@@ -210,37 +208,37 @@ def train_student(
         cpu=args.device == "cpu",
     )
     new, seconds = args.epochs - done, time.process_time() - began
-    print(f"student: {new} epochs trained, {done} were, {result.steps} steps and {result.seconds:.0f} s in all")
+    print(f"student: {new} epochs trained, {done} resumed, {result.steps} steps and {result.seconds:.0f} s in total")
     if new:
-        print(f"student: {seconds / new:.1f} s of the processor for an epoch")
-    print(f"student: the teacher was shown {teacher.network.asked - asked} images meanwhile", flush=True)
+        print(f"student: {seconds / new:.1f} CPU s per epoch")
+    print(f"student: {teacher.network.num_images - before} images passed to the teacher during training", flush=True)
     return TinyViT.from_config(pretrained=result.last)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path, help="a folder with photos in train2017 and others in val2017")
+    parser.add_argument("folder", type=Path, help="a folder with images in train2017 and val2017")
     parser.add_argument("--out", type=Path, default=Path("runs/features"))
-    parser.add_argument("--img-size", type=int, default=128, help="side of the student's images, a multiple of 16")
-    parser.add_argument("--stored", type=int, default=10, help="epochs that the teacher looks at")
-    parser.add_argument("--epochs", type=int, default=40, help="epochs of the student, replaying those in turn")
+    parser.add_argument("--img-size", type=int, default=128, help="size of the student's images, a multiple of 16")
+    parser.add_argument("--stored", type=int, default=10, help="epochs to store")
+    parser.add_argument("--epochs", type=int, default=40, help="epochs of the student, which reuses the stored ones")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--lr", type=float, default=2e-3, help="highest learning rate")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--show", type=int, default=4, help="photos of val2017 in the image")
+    parser.add_argument("--show", type=int, default=4, help="images of val2017 in the figure")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
     for name in ("train2017", "val2017"):
         if not (args.folder / name).is_dir():
-            parser.error(f"there is no folder {args.folder / name} with photos")
+            parser.error(f"there is no folder {args.folder / name} with images")
     if args.img_size % 16 or args.img_size < 32:
-        parser.error(f"--img-size must be a multiple of 16 of at least 32; got {args.img_size}")
+        parser.error(f"--img-size must be a multiple of 16 and at least 32, got {args.img_size}")
     args.recipe = Recipe(
         img_size=args.img_size,
         epochs=args.epochs,
         warmup_epochs=min(2, args.epochs),
         batch_size=args.batch_size,
-        base_lr=args.lr * 512 / args.batch_size,  # recipes tell rates for batches of 512
+        base_lr=args.lr * 512 / args.batch_size,  # recipes have rates for a batch size of 512
         min_lr=args.lr * 512 / args.batch_size / 100,
         preset="small",
         changes={"crop_scale": (0.2, 1.0), "erasing": 0.0},
@@ -252,7 +250,7 @@ def main() -> None:
     args = parse_arguments()
     args.out.mkdir(parents=True, exist_ok=True)
     photos, held_out = Photos(args.folder / "train2017"), Photos(args.folder / "val2017")
-    print(f"{len(photos)} photos to train on, {len(held_out)} held out")
+    print(f"{len(photos)} training images, {len(held_out)} held-out images")
 
     recipe = args.recipe
     augmentation = ReplayableAugmentation(args.img_size, recipe.preset, args.seed, **recipe.changes)
@@ -267,14 +265,14 @@ def main() -> None:
     began = time.process_time()
     expected = features(teacher, images, args.device)
     seconds = (time.process_time() - began) * len(photos) / len(images)
-    print(f"teacher: beside the student it would take {seconds:.1f} s of the processor more for an epoch")
-    found = features(trained, images, args.device)
-    mean = mean_map(store, list(range(args.stored))).expand_as(expected)
-    print(f"{len(held_out)} photos held out: {'error':>9} {'cosine':>7}")
-    for name, maps in (("mean of the training", mean), ("untrained student", untrained), ("trained student", found)):
-        error, cosine = compare(maps, expected)
+    print(f"teacher: {seconds:.1f} CPU s more per epoch if it ran in every step")
+    student = features(trained, images, args.device)
+    mean = mean_features(store, list(range(args.stored))).expand_as(expected)
+    print(f"{len(held_out)} held-out images: {'error':>9} {'cosine':>7}")
+    for name, each in (("mean of training set", mean), ("untrained student", untrained), ("trained student", student)):
+        error, cosine = compare(each, expected)
         print(f"  {name:<22} {error:>9.3f} {cosine:>7.3f}")
-    draw(args.out / "features.png", images[: args.show], expected[: args.show], found[: args.show])
+    draw(args.out / "features.png", images[: args.show], expected[: args.show], student[: args.show])
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""Fine-tune a TinyViT with transformers' Trainer, from the images to a folder that its pipeline reads.
+"""Fine-tune a TinyViT with transformers' Trainer, and save it for transformers' pipeline.
 
     python examples/finetune_transformers.py DATA --out runs/transformers
 
 DATA is a folder with `train.parquet` and `test.parquet` in the Hugging Face layout (column `image` a struct of `bytes`
-and `path`, column `label`), such as CIFAR-10. The network of the package gets a new head; with `--lora` only that head
-and small matrices beside those of the attention learn, and are merged into them at the end. kornia augments each batch
-and the image processor prepares it. Note that this network has learned from CIFAR-10's training images before.
+and `path`, column `label`), such as CIFAR-10. The network in the package gets a new head; with `--lora` only the head
+and LoRA matrices of the attention are trained, and merged at the end. kornia augments each batch, and the image
+processor resizes and normalizes it. Note that the network in the package was trained on CIFAR-10's training images.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "hors
 
 
 def build_model(network: TinyViT, num_classes: int, lora: bool) -> torch.nn.Module:
-    """Return a network with a new head, as a model of transformers."""
+    """Return the network with a new head as a model for transformers."""
     network.reset_classifier(num_classes)
     names = CLASSES if num_classes == len(CLASSES) else [f"class {index}" for index in range(num_classes)]
     model = from_tinyvit(network, names)
@@ -43,7 +43,7 @@ def build_model(network: TinyViT, num_classes: int, lora: bool) -> torch.nn.Modu
 
 
 def make_collator(processor: TinyVitImageProcessor, augmentation: torch.nn.Module | None):
-    """Return what turns images into a batch: augmented by kornia where that is asked for, then prepared."""
+    """Return a collator that augments images, if an augmentation is given, and applies the image processor."""
 
     def collate(items: list[tuple[Tensor, int]]) -> dict[str, Tensor]:
         images = torch.stack([image for image, _ in items])
@@ -55,12 +55,12 @@ def make_collator(processor: TinyVitImageProcessor, augmentation: torch.nn.Modul
 
 
 class AugmentingTrainer(Trainer):
-    """A trainer that does not augment the images it is measured on."""
+    """A trainer without augmentation in evaluation."""
 
     plain_collator = None
 
     def get_eval_dataloader(self, eval_dataset=None):
-        """Return the loader with the collator that changes nothing."""
+        """Return the data loader with the collator without augmentation."""
         collator, self.data_collator = self.data_collator, self.plain_collator
         try:
             return super().get_eval_dataloader(eval_dataset)
@@ -68,20 +68,20 @@ class AugmentingTrainer(Trainer):
             self.data_collator = collator
 
 
-def accuracy(told: EvalPrediction) -> dict[str, float]:
-    return {"accuracy": float((told.predictions.argmax(1) == told.label_ids).mean())}
+def accuracy(result: EvalPrediction) -> dict[str, float]:
+    return {"accuracy": float((result.predictions.argmax(1) == result.label_ids).mean())}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/transformers"))
-    parser.add_argument("--train", type=int, default=4000, help="images to learn from")
-    parser.add_argument("--test", type=int, default=1000, help="images to measure on")
+    parser.add_argument("--train", type=int, default=4000, help="number of training images")
+    parser.add_argument("--test", type=int, default=1000, help="number of test images")
     parser.add_argument("--epochs", type=float, default=2)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--lr", type=float, default=5e-4)
-    parser.add_argument("--lora", action="store_true", help="learn the head and low-rank changes of the attention only")
+    parser.add_argument("--lora", action="store_true", help="train only the head and LoRA matrices of the attention")
     args = parser.parse_args()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -122,7 +122,7 @@ def main() -> None:
     )
     trainer.remove_callback(PrinterCallback)
     trainer.plain_collator = make_collator(processor, None)
-    learning = sum(each.numel() for each in model.parameters() if each.requires_grad)
+    trainable = sum(each.numel() for each in model.parameters() if each.requires_grad)
     before = trainer.evaluate()["eval_accuracy"]
     start = time.perf_counter()
     steps = trainer.train().global_step
@@ -131,8 +131,8 @@ def main() -> None:
     finished: TinyVitForImageClassification = model.merge_and_unload() if args.lora else model
     finished.save_pretrained(args.out / "model")
     processor.save_pretrained(args.out / "model")
-    told = {"lora": args.lora, "learning_weights": learning, "train": len(train), "test": len(test), "steps": steps}
-    print(json.dumps(told | {"accuracy_before": round(before, 4), "accuracy": round(after, 4)}))
+    result = {"lora": args.lora, "trainable": trainable, "train": len(train), "test": len(test), "steps": steps}
+    print(json.dumps(result | {"accuracy_before": round(before, 4), "accuracy": round(after, 4)}))
     print(f"{seconds:.0f} s of training")
 
     classify = pipeline("image-classification", model=str(args.out / "model"))

@@ -1,11 +1,11 @@
-"""Use the four stages of a TinyViT as the backbone of a feature pyramid, at image sizes it was not trained at.
+"""Use a TinyViT as the backbone of a feature pyramid, at several image sizes.
 
     python examples/multiscale_features.py [PHOTO] --sizes 64x64 150x200 256x384 --out features
 
-Detectors and segmenters read a backbone at several strides. `forward_intermediates` returns one map a stage, and
-`feature_channels` and `feature_strides` say what to build on them; here a feature pyramid (Lin et al.,
-arXiv:1612.03144) whose weights are random, since only its shapes and gradients are shown. For each size a PNG is
-written with the photo and the stages' strongest components as colors.
+`forward_intermediates` returns the feature map of each stage, and `feature_channels` and `feature_strides` their
+channels and strides, here for a feature pyramid (Lin et al., arXiv:1612.03144) with random weights. The script prints
+shapes, tests the gradients, and writes a PNG file for each size with the image and the principal components of the
+feature maps as colors.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from kornia_tinyvit.visualization import feature_colors
 
 
 class FeaturePyramid(nn.Module):
-    """Bring maps of several strides to one width and add to each what the coarser ones know.
+    """Project feature maps to the same width and add to each the upsampled coarser ones.
 
     Args:
-        in_channels: channels of the maps, the finest first.
-        out_channels: channels of every map that comes out.
+        in_channels: channels of the feature maps, finest first.
+        out_channels: channels of the output feature maps.
     """
 
     def __init__(self, in_channels: Sequence[int], out_channels: int = 64) -> None:
@@ -42,17 +42,17 @@ class FeaturePyramid(nn.Module):
         self.lateral = nn.ModuleList(nn.Conv2d(channels, out_channels, 1) for channels in in_channels)
         self.smooth = nn.ModuleList(nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in in_channels)
 
-    def forward(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """Map (B, C_i, H_i, W_i) to (B, out_channels, H_i, W_i), the finest first."""
-        levels = [lateral(x) for lateral, x in zip(self.lateral, maps, strict=True)]
+    def forward(self, features: Sequence[Tensor]) -> list[Tensor]:
+        """Map (B, C_i, H_i, W_i) to (B, out_channels, H_i, W_i), finest first."""
+        levels = [lateral(x) for lateral, x in zip(self.lateral, features, strict=True)]
         for fine in range(len(levels) - 2, -1, -1):
-            # Strides round up, so a map is not always twice its successor: the size is asked for, not the factor.
+            # Sizes are rounded up, so the ratio of two levels is not always 2: interpolate to the size.
             levels[fine] = levels[fine] + F.interpolate(levels[fine + 1], levels[fine].shape[-2:], mode="nearest")
         return [smooth(x) for smooth, x in zip(self.smooth, levels, strict=True)]
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Turn `HEIGHTxWIDTH` into two numbers."""
+    """Parse `HEIGHTxWIDTH`."""
     height, width = (int(side) for side in text.split("x"))
     return height, width
 
@@ -82,20 +82,19 @@ def main() -> None:
     for height, width in args.sizes:
         image = resize(photo, (height, width), interpolation="bicubic", antialias=True).clamp(0, 1)
         mean, std = (image.new_tensor(values) for values in (IMAGENET_MEAN, IMAGENET_STD))
-        maps = backbone.forward_intermediates(normalize(image, mean, std))
-        levels = pyramid(maps)
+        features = backbone.forward_intermediates(normalize(image, mean, std))
+        levels = pyramid(features)
         print(f"image 3 x {height} x {width}")
-        for stride, features, level in zip(backbone.feature_strides, maps, levels, strict=True):
-            print(f"  stride {stride:>2}: stage {shape(features):<15} pyramid {shape(level)}")
+        for stride, feature, level in zip(backbone.feature_strides, features, levels, strict=True):
+            print(f"  stride {stride:>2}: stage {shape(feature):<15} pyramid {shape(level)}")
 
-        sum(level.square().mean() for level in levels).backward()  # stands for a task's loss
-        touched = [parameter.grad is not None for parameter in backbone.layers.parameters()]
-        print(f"  gradients reach {sum(touched)} of {len(touched)} weights of the stages")
+        sum(level.square().mean() for level in levels).backward()  # in place of a task's loss
+        reached = [parameter.grad is not None for parameter in backbone.layers.parameters()]
+        print(f"  gradients reach {sum(reached)} of {len(reached)} parameters of the stages")
         backbone.zero_grad()
 
-        # Nearest neighbors show the cells as they are; small images are enlarged to be looked at.
         zoom = max(1, 256 // height)
-        tiles = [image, *(feature_colors(features) for features in maps)]
+        tiles = [image, *(feature_colors(feature) for feature in features)]
         tiles = [F.interpolate(tile, (zoom * height, zoom * width), mode="nearest") for tile in tiles]
         sheet = make_grid(torch.cat(tiles), n_row=5, padding=6)
         path = args.out / f"features_{height}x{width}.png"

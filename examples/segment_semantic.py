@@ -1,11 +1,11 @@
-"""Train a segmenter on photos with masks and see how well it knows them: a class for each pixel.
+"""Train and evaluate a semantic segmenter.
 
     python examples/segment_semantic.py coco128/semantic_segmentation/config.yaml --images 32
 
-DATA is a YAML file that names the folders of images and masks of `train` and `val` and what the ids in the masks
-mean, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`: killed
-and started again it goes on. Then it measures the images it was trained on and all those of `val`, and draws some of
-both: photo, truth, prediction and the names of the colors.
+DATA is a YAML file with the folders of images and masks of `train` and `val` and the class names of the ids in the
+masks, or a folder with `images` and `masks`. The training is that of `kornia-tinyvit train DATA --task semantic`; run
+the script again to resume. Then it evaluates the segmenter on the training images and on those of `val`, and draws
+image, ground truth, prediction and a legend for some of both.
 """
 
 from __future__ import annotations
@@ -39,13 +39,13 @@ TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
 
 def paint(classes: Tensor, colors: Tensor) -> Tensor:
-    """Return an image (3, H, W) of a class map (H, W); pixels without a label are black."""
+    """Return an image (3, H, W) of a class map (H, W); unlabeled pixels are black."""
     black = torch.cat([colors, torch.zeros(1, 3)])
     return black[torch.where(classes < 0, len(colors), classes)].movedim(-1, 0)
 
 
 def to_tile(image: Tensor, mode: str) -> Image.Image:
-    """Return an image (3, H, W) as an image that fits into a tile."""
+    """Resize an image (3, H, W) to the size of a tile."""
     scale = TILE / max(image.shape[1:])
     size = [max(1, round(side * scale)) for side in image.shape[1:]]
     smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
@@ -56,20 +56,20 @@ def to_tile(image: Tensor, mode: str) -> Image.Image:
 def draw_sheet(
     segmenter: SemanticSegmenter, images: SegmentationDataset, rows: list[int], path: Path, hide_photos: bool = False
 ) -> None:
-    """Write an image with a row for each of some photos: photo, truth, prediction, and the names of large areas."""
+    """Write a figure with one row per image: image, ground truth, prediction, and a legend of the largest areas."""
     colors, font = distinct_colors(len(segmenter.class_names)), ImageFont.load_default(13)
     strips = []
     for row in rows:
         photo, truth = images[row]
-        found = segmenter.predict(photo)[0].cpu()
+        prediction = segmenter.predict(photo)[0].cpu()
         tiles = [] if hide_photos else [to_tile(photo, "bicubic")]
-        tiles += [to_tile(paint(classes, colors), "nearest-exact") for classes in (truth, found)]
+        tiles += [to_tile(paint(classes, colors), "nearest-exact") for classes in (truth, prediction)]
         width, height = tiles[0].size
         strip = Image.new("RGB", (len(tiles) * (TILE + GAP) + LEGEND, max(height, 8 * LINE) + GAP), "white")
         for column, tile in enumerate(tiles):
             strip.paste(tile, (column * (TILE + GAP) + (TILE - width) // 2, 0))
         draw = ImageDraw.Draw(strip)
-        areas = torch.cat([truth[truth >= 0], found[truth >= 0]]).bincount(minlength=len(colors))
+        areas = torch.cat([truth[truth >= 0], prediction[truth >= 0]]).bincount(minlength=len(colors))
         largest = areas.argsort(descending=True)[: strip.height // LINE]
         for line, index in enumerate(index for index in largest.tolist() if areas[index]):
             left, top = len(tiles) * (TILE + GAP), line * LINE
@@ -82,16 +82,16 @@ def draw_sheet(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
-    parser.add_argument("--images", type=int, default=32, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=32, help="size of a random training subset with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a segmenter, or 'none'")
     parser.add_argument("--img-size", type=int, default=192)
     parser.add_argument("--width", type=int, default=128, help="channels of the decoder")
     parser.add_argument("--epochs", type=int, default=180)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--base-lr", type=float, default=0.064, help="for a batch of 512")
-    parser.add_argument("--shown", type=int, default=6, help="photos to draw of each split")
-    parser.add_argument("--hide-photos", action="store_true", help="draw classes alone, as photos may not be shown")
+    parser.add_argument("--base-lr", type=float, default=0.064, help="learning rate for a batch size of 512")
+    parser.add_argument("--shown", type=int, default=6, help="images to draw of each split")
+    parser.add_argument("--hide-photos", action="store_true", help="draw class maps only")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/segment"))
     parser.add_argument("--cpu", action="store_true")
@@ -102,7 +102,7 @@ def main() -> None:
     classes = dict(zip(images.ids, images.class_names, strict=True))
     validation = SegmentationDataset.open(args.data, "val", classes, images.ignored)
     images = images.sample(args.images)
-    # To fit a few photos from weights made for other images: all layers learn alike, from what will be asked later.
+    # To fit a few images: the same learning rate for all layers, and weak augmentation.
     recipe = dataclasses.replace(
         find_recipe(
             "semantic", epochs=args.epochs, img_size=args.img_size, batch_size=args.batch_size, base_lr=args.base_lr
@@ -137,9 +137,9 @@ def main() -> None:
 
     kept = SemanticSegmenter.from_config(pretrained=result.last)
     for split, photos in (("train", images), ("val", validation)):
-        found = evaluate(kept, photos)
-        told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
-        print(json.dumps({"split": split, "images": len(photos), "classes_present": found.present, **told}))
+        scores = evaluate(kept, photos)
+        numbers = {"mean_iou": round(scores.mean_iou, 2), "pixel_accuracy": round(scores.pixel_accuracy, 2)}
+        print(json.dumps({"split": split, "images": len(photos), "classes_present": scores.present, **numbers}))
         sheet = args.out / f"{split}.png"
         draw_sheet(kept, photos, list(range(min(args.shown, len(photos)))), sheet, args.hide_photos)
         print(f"wrote {sheet}")

@@ -1,10 +1,10 @@
-"""Train the embedded `1m` network on CIFAR-10 at 64x64 pixels, with kornia's augmentations in the loop.
+"""Train the `1m` network on CIFAR-10 at 64x64 pixels with kornia's augmentations, as a loop in one file.
 
     python examples/train_cifar10.py DATA --out runs/cifar10
 
 DATA is a folder with `train.parquet` and `test.parquet` in the Hugging Face layout (column `image` a struct of `bytes`
-and `path`, column `label`). 2,000 training images held out at random choose the epoch that is kept; the test images
-are looked at once, at the end. A killed run goes on from its last finished epoch when the same command is given again.
+and `path`, column `label`). The best epoch is selected on 2,000 random held-out training images; the test images are
+evaluated once, at the end. Run the same command again to resume from the last finished epoch.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, TrainingPipeline
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMG_SIZE = 64
-HELD_OUT = 2000
 
 
 def read_split(path: Path) -> tuple[Tensor, Tensor]:
@@ -40,14 +39,14 @@ def read_split(path: Path) -> tuple[Tensor, Tensor]:
 
 @torch.inference_mode()
 def accuracy(model: torch.nn.Module, images: Tensor, labels: Tensor) -> float:
-    """Return the share of images whose most likely class is their label."""
+    """Return the top-1 accuracy in [0, 1]."""
     model.eval()
     prepare = EvaluationPipeline(IMG_SIZE)
-    right = 0
+    correct = 0
     for start in range(0, len(labels), 250):
         logits = model(prepare(images[start : start + 250].float() / 255))
-        right += int((logits.argmax(1) == labels[start : start + 250]).sum())
-    return right / len(labels)
+        correct += int((logits.argmax(1) == labels[start : start + 250]).sum())
+    return correct / len(labels)
 
 
 def learning_rate(step: int, steps: int, peak: float) -> float:
@@ -59,7 +58,7 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
 
 
 def moving_average(averaged: Tensor, current: Tensor, count: Tensor | int) -> Tensor:
-    """Average over about 500 steps, fewer at the start, so that the first random weights are soon forgotten."""
+    """Update a moving average over about 500 steps, fewer at the start to discount the initial random weights."""
     count = float(count)
     decay = min(0.998, (1 + count) / (10 + count))
     return torch.lerp(averaged, current, 1 - decay) if averaged.is_floating_point() else current
@@ -76,12 +75,13 @@ def main() -> None:
     parser.add_argument("data", type=Path)
     parser.add_argument("--out", type=Path, default=Path("runs/cifar10"))
     parser.add_argument("--epochs", type=int, default=26)
-    parser.add_argument("--mild-epochs", type=int, default=6, help="last epochs with mild augmentation")
+    parser.add_argument("--mild-epochs", type=int, default=6, help="last epochs with weaker augmentation")
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
     parser.add_argument("--weight-decay", type=float, default=0.05)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--limit", type=int, default=None, help="use only so many training images (a quick try)")
+    parser.add_argument("--held-out", type=int, default=2000, help="training images to select the best epoch on")
+    parser.add_argument("--limit", type=int, default=None, help="number of training images (default: all)")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(args.seed)
@@ -89,15 +89,15 @@ def main() -> None:
     images, labels = read_split(args.data / "train.parquet")
     shuffled = torch.randperm(len(labels))  # the file may be sorted by class
     images, labels = images[shuffled], labels[shuffled]
-    held_out = (images[-HELD_OUT:], labels[-HELD_OUT:])
-    images, labels = images[:-HELD_OUT][: args.limit], labels[:-HELD_OUT][: args.limit]
+    held_out = (images[-args.held_out :], labels[-args.held_out :])
+    images, labels = images[: -args.held_out][: args.limit], labels[: -args.held_out][: args.limit]
     if len(labels) < args.batch_size:
-        parser.error(f"{len(labels)} training images are left, fewer than a batch of {args.batch_size}")
+        parser.error(f"{len(labels)} training images are fewer than the batch size {args.batch_size}")
     model = TinyViT.from_config("1m", num_classes=len(CLASSES), drop_path_rate=0.05)
     averaged = AveragedModel(model, avg_fn=moving_average, use_buffers=True)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay))
     augment = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small")
-    # Towards the end the images become what they will be in the test: whole and nearly in the middle.
+    # The last epochs use larger crops, closer to the evaluation.
     mild = TrainingPipeline(IMG_SIZE, len(CLASSES), preset="small", crop_scale=(0.75, 1.0), erasing=0.0)
     steps_per_epoch = len(labels) // args.batch_size
     steps = steps_per_epoch * args.epochs
@@ -148,7 +148,7 @@ def main() -> None:
             state_file,
         )
 
-    # What ships is rounded to float16, so that is what is tested.
+    # The weights in the package are float16, so evaluate the rounded weights.
     kept = TinyViT.from_config(pretrained=args.out / "best.safetensors").half()
     save_checkpoint(kept, args.out / "tiny_vit_1m_cifar10.safetensors", class_names=CLASSES)
     test = accuracy(kept.float(), *read_split(args.data / "test.parquet"))

@@ -1,16 +1,16 @@
-"""Use a TinyViT as the encoder of a U-Net, in the way of segmentation_models_pytorch, and train it on a few photos.
+"""Train a U-Net with a TinyViT encoder that is compatible with segmentation_models_pytorch.
 
     python examples/unet_decoder.py coco128/semantic_segmentation/config.yaml --images 6
 
-`TinyViTEncoder` keeps the conventions of that library's encoders: `forward` returns maps of the strides 1, 2, 4, ...
-32, of which the first is the image, `out_channels` tells their channels, and `output_stride` is 32. A TinyViT has no
-map of stride 2; as that library's Mix Transformers do, the encoder returns one without channels in its place. The
-decoder is a U-Net's (arXiv:1505.04597) in the same style: `segmentation_models_pytorch` cannot be imported without
-torchvision, which this project does without. Where both are installed, its own decoder takes this encoder, too:
+`TinyViTEncoder` has the interface of that library's encoders: `forward` returns feature maps of strides 1, 2, 4, ...
+32, the first of which is the image, `out_channels` are their channels, and `output_stride` is 32. A TinyViT has no
+feature map of stride 2; like that library's Mix Transformers, the encoder returns an empty one. The decoder is that of
+U-Net (arXiv:1505.04597). `segmentation_models_pytorch` needs torchvision, which this project does not require; if both
+are installed, its decoder can be used:
 
     decoder = smp.decoders.unet.decoder.UnetDecoder(encoder.out_channels, (64, 48, 32, 24, 16), n_blocks=5)
 
-DATA is what `examples/segment_semantic.py` takes.
+DATA is a data set of `examples/segment_semantic.py`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 
 
 class TinyViTEncoder(nn.Module):
-    """A TinyViT whose maps are listed as encoders of segmentation_models_pytorch do it.
+    """A TinyViT with the interface of encoders of segmentation_models_pytorch.
 
     Args:
         backbone: the network; its head is not used.
@@ -47,42 +47,42 @@ class TinyViTEncoder(nn.Module):
         self.out_channels = (backbone.config.in_chans, 0, *backbone.feature_channels)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """Map normalized images (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sides round up."""
+        """Map normalized images (B, 3, H, W) to (B, C_i, H / s, W / s) for s = 1, 2, ... 32; sizes are rounded up."""
         batch, _, height, width = x.shape
-        nothing = x.new_empty(batch, 0, (height + 1) // 2, (width + 1) // 2)
-        return [x, nothing, *self.backbone.forward_intermediates(x)]
+        empty = x.new_empty(batch, 0, (height + 1) // 2, (width + 1) // 2)
+        return [x, empty, *self.backbone.forward_intermediates(x)]
 
 
 class UnetDecoder(nn.Module):
-    """Join maps from the coarsest to the finest.
+    """Decoder of U-Net.
 
     Args:
-        encoder_channels: channels of the maps, the image first.
-        decoder_channels: channels after each step, the coarsest first; one less than there are maps.
+        encoder_channels: channels of the feature maps, the image first.
+        decoder_channels: channels after each block, the coarsest first; one less than `encoder_channels`.
     """
 
     def __init__(self, encoder_channels: Sequence[int], decoder_channels: Sequence[int] = (64, 48, 32, 24, 16)) -> None:
         super().__init__()
         coarsest, *skips = encoder_channels[:0:-1]
         entering = (coarsest, *decoder_channels[:-1])
-        joined = (some + skip for some, skip in zip(entering, (*skips, 0), strict=True))
+        joined = (channels + skip for channels, skip in zip(entering, (*skips, 0), strict=True))
         self.blocks = nn.ModuleList(
             nn.Sequential(conv(before, after), conv(after, after))
             for before, after in zip(joined, decoder_channels, strict=True)
         )
 
     def forward(self, features: Sequence[Tensor]) -> Tensor:
-        """Map the encoder's list to (B, C, H, W) of the image's size."""
+        """Map the encoder's list to (B, C, H, W) at the size of the image."""
         x, *skips = features[:0:-1]
-        skips.append(features[0][:, :0])  # nothing but the image's size
+        skips.append(features[0][:, :0])  # no channels, only the size of the image
         for block, skip in zip(self.blocks, skips, strict=True):
-            # Strides round up, so a map is not always twice its successor: the size is asked for, not the factor.
+            # Sizes are rounded up, so the ratio of two levels is not always 2: interpolate to the size.
             x = block(torch.cat([F.interpolate(x, skip.shape[2:], mode="nearest"), skip], 1))
         return x
 
 
 class Unet(nn.Module):
-    """Encoder, decoder and a head for the classes."""
+    """Encoder, decoder and segmentation head."""
 
     def __init__(self, encoder: nn.Module, decoder: nn.Module, channels: int, classes: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ def conv(before: int, after: int) -> nn.Sequential:
 
 
 def load(images: SegmentationDataset, size: int) -> tuple[Tensor, Tensor]:
-    """Return all images, normalized, and their masks, squeezed into squares."""
+    """Return all images, normalized, and their masks, resized to squares."""
     photos, masks = [], []
     for photo, mask in images:
         photos.append(F.interpolate(photo[None], (size, size), mode="bilinear", antialias=True))
@@ -121,7 +121,7 @@ def evaluate(network: Unet, photos: Tensor, masks: Tensor, classes: int) -> Segm
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
-    parser.add_argument("--images", type=int, default=6, help="how many to train on, drawn with a fixed seed")
+    parser.add_argument("--images", type=int, default=6, help="size of a random training subset with a fixed seed")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--img-size", type=int, default=128)
@@ -154,9 +154,9 @@ def main() -> None:
         if epoch in (0, args.epochs - 1):
             print(json.dumps({"epoch": epoch + 1, "loss": round(total / len(photos), 4)}))
 
-    found = evaluate(network, photos, masks, classes)
-    told = {"mean_iou": round(found.mean_iou, 2), "pixel_accuracy": round(found.pixel_accuracy, 2)}
-    print(json.dumps({"images": len(photos), "classes_present": found.present, **told}))
+    scores = evaluate(network, photos, masks, classes)
+    numbers = {"mean_iou": round(scores.mean_iou, 2), "pixel_accuracy": round(scores.pixel_accuracy, 2)}
+    print(json.dumps({"images": len(photos), "classes_present": scores.present, **numbers}))
     args.out.parent.mkdir(parents=True, exist_ok=True)
     torch.save(network.state_dict(), args.out)
     print(f"wrote {args.out}")

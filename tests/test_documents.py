@@ -1,5 +1,6 @@
-"""The code that a reader would copy runs: README.md and every Python block of the documentation."""
+"""README.md and the documentation: Python blocks run, generated files are current, the API reference is complete."""
 
+import functools
 import importlib
 import inspect
 import os
@@ -33,8 +34,9 @@ def code_blocks(page: Path, language: str) -> list[str]:
     return [textwrap.dedent(block) for block in blocks]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_code_runs(page, tmp_path):
+def test_python_blocks(page, tmp_path):
     blocks = code_blocks(page, "python")
     if not blocks:
         assert "code-block:: python" not in page.read_text(encoding="utf-8")
@@ -49,7 +51,8 @@ def test_code_runs(page, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_readme_prints_what_it_says(tmp_path):
+@pytest.mark.slow
+def test_printed_shapes_of_the_readme():
     block = next(block for block in code_blocks(ROOT / "README.md", "python") if "forward_intermediates" in block)
     done = subprocess.run(
         [sys.executable, "-W", "ignore", "-c", "import torch\n" + block], capture_output=True, text=True, check=True
@@ -57,44 +60,44 @@ def test_readme_prints_what_it_says(tmp_path):
     assert f"# {done.stdout.strip()}" in block
 
 
-def test_links_of_the_readme_exist():
+def test_links_of_the_readme():
     for target in re.findall(r"\]\(([^)]+)\)", (ROOT / "README.md").read_text(encoding="utf-8")):
         assert target.startswith("http") or (ROOT / target).exists(), target
 
 
 @pytest.fixture
 def run_script(monkeypatch):
-    """Run a script of the documentation as a module, and return its names."""
+    """Return a function that runs a script of the documentation and returns its globals."""
     monkeypatch.syspath_prepend(str(DOCS))
     return lambda name: runpy.run_path(str(DOCS / name))
 
 
-def test_table_of_the_recipes_is_current(run_script):
+def test_recipes_table_is_current(run_script):
     written = (DOCS / "guides" / "outputs" / "recipes.csv").read_text(encoding="utf-8")
     assert written == run_script("record_outputs.py")["recipes_table"]()
 
 
 class TestNumbers:
-    def test_tables_are_what_was_recorded(self, run_script):
+    def test_tables_are_current(self, run_script):
         tables = run_script("collect_numbers.py")["tables"]()
         folder = DOCS / "guides" / "outputs"
         assert {path.name for path in folder.glob("numbers_*")} == set(tables)
         for name, text in tables.items():
             assert (folder / name).read_text(encoding="utf-8") == text, "run docs/collect_numbers.py"
 
-    def test_the_page_shows_every_table(self, run_script):
+    def test_page_includes_every_table(self, run_script):
         page = (DOCS / "guides" / "numbers.rst").read_text(encoding="utf-8")
         for name in run_script("collect_numbers.py")["tables"]():
             assert f"outputs/{name}" in page
 
-    def test_a_number_that_is_gone_is_missed(self, run_script):
+    def test_missing_number(self, run_script):
         source = run_script("collect_numbers.py")["Source"]
-        gone = source("benchmarks/eager.txt", (("speed of light", "{} m/s", r"(\d+) m/s"),))
+        missing = source("benchmarks/eager.txt", (("speed of light", "{} m/s", r"(\d+) m/s"),))
         with pytest.raises(ValueError, match="speed of light"):
-            gone.to_rst()
+            missing.to_rst()
 
     @pytest.mark.parametrize("kind", ["eager", "deploy"])
-    def test_the_readme_rounds_what_was_recorded(self, kind):
+    def test_numbers_of_the_readme(self, kind):
         readme = (ROOT / "README.md").read_text(encoding="utf-8")
         speed = re.search(r"## Speed\n(.*?)\n## ", readme, flags=re.DOTALL)[1]
         table = re.search(rf"benchmarks/{kind}\.py`[^:]*:\n\n((?:\|[^\n]*\n)+)", speed, flags=re.DOTALL)[1]
@@ -113,18 +116,18 @@ class TestImages:
     @pytest.mark.parametrize("path", sorted((DOCS / "_static").iterdir()), ids=lambda path: path.name)
     def test_images_are_small_and_used(self, path):
         assert path.stat().st_size < 400_000
-        settings = (DOCS / "conf.py").read_text(encoding="utf-8")  # name the style sheet and the icon
+        settings = (DOCS / "conf.py").read_text(encoding="utf-8")  # uses the style sheet and the icon
         pages = "".join(page.read_text(encoding="utf-8") for page in PAGES)
         assert path.name in settings or f"_static/{path.name}" in pages
 
 
-def test_landing_page_leads_to_every_page():
+def test_landing_page_links_to_every_page():
     links = re.findall(r":link: (\S+)", (DOCS / "index.rst").read_text(encoding="utf-8"))
     pages = {str(page.relative_to(DOCS).with_suffix("")) for page in DOCS.rglob("*.rst")} - {"index"}
     assert sorted(links) == sorted(pages)
 
 
-# Methods that torch and transformers call by themselves.
+# Methods that torch and transformers call.
 HOOKS = {"extra_repr", "train", "validate", "get_input_embeddings", "backend"}
 MODULES = [
     module.name
@@ -133,8 +136,9 @@ MODULES = [
 ]
 
 
+@functools.cache
 def documented() -> dict[str, list[str] | None]:
-    """Return what docs/api.rst lists: its full name, and the members listed with it, or None for all."""
+    """Return the full names in docs/api.rst, each with its listed members, or None for all."""
     text = (DOCS / "api.rst").read_text(encoding="utf-8")
     text = re.sub(r",\n +", ", ", text)
     found: dict[str, list[str] | None] = {}
@@ -159,8 +163,17 @@ def resolve(name: str) -> Any:
     return getattr(importlib.import_module(module), attribute)
 
 
+@functools.cache
+def documented_objects() -> dict[str, list[Any]]:
+    """Return the objects in docs/api.rst by their last name."""
+    objects: dict[str, list[Any]] = {}
+    for full in documented():
+        objects.setdefault(full.rpartition(".")[2], []).append(resolve(full))
+    return objects
+
+
 def public_functions(module: ModuleType) -> Iterator[tuple[str, Any]]:
-    """Return the functions, methods and properties that a module offers."""
+    """Return the public functions, methods and properties of a module."""
     for name in getattr(module, "__all__", ()):
         value = getattr(module, name)
         if inspect.isfunction(value):
@@ -184,11 +197,9 @@ class TestApi:
     @pytest.mark.parametrize("name", ["kornia_tinyvit", *MODULES])
     def test_every_public_name_is_listed(self, name):
         module = importlib.import_module(name)
-        listed = {full.rpartition(".")[2]: [] for full in documented()}
-        for full in documented():
-            listed[full.rpartition(".")[2]].append(resolve(full))
         for each in getattr(module, "__all__", ()):
-            assert any(value is getattr(module, each) for value in listed.get(each, ())), f"{name}.{each}"
+            objects = documented_objects().get(each, ())
+            assert any(value is getattr(module, each) for value in objects), f"{name}.{each}"
 
     def test_every_method_is_listed(self):
         for name, members in documented().items():
@@ -201,13 +212,12 @@ class TestApi:
         for each, function in public_functions(importlib.import_module(name)):
             signature = inspect.signature(inspect.unwrap(function))
             first, *others = [*signature.parameters.values(), None]
-            needed = (
-                others[:-1] if first is not None and first.name in ("self", "cls") else signature.parameters.values()
-            )
-            assert all(parameter.annotation is not inspect.Parameter.empty for parameter in needed), each
+            is_method = first is not None and first.name in ("self", "cls")
+            parameters = others[:-1] if is_method else signature.parameters.values()
+            assert all(parameter.annotation is not inspect.Parameter.empty for parameter in parameters), each
             assert signature.return_annotation is not inspect.Signature.empty, each
             annotations = " ".join(map(str, getattr(inspect.unwrap(function), "__annotations__", {}).values()))
             tensors = re.sub(r"(dict|Mapping)\[str, Tensor\]", "", annotations)
             if re.search(r"\bTensor\b", tensors):
-                # A shape, or the function whose shapes they are.
-                assert re.search(r":math:|:meth:|:func:|:class:", function.__doc__), f"{name}.{each} tells no shape"
+                # A shape, or a reference to the object that documents it.
+                assert re.search(r":math:|:meth:|:func:|:class:", function.__doc__), f"{name}.{each} has no shape"

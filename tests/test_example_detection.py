@@ -1,4 +1,4 @@
-"""The example of a detector as a user runs it."""
+"""The detection example, run in a separate process."""
 
 from __future__ import annotations
 
@@ -8,9 +8,10 @@ from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.training import evaluate
 from tests import scenes
-from tests.test_examples import EXAMPLES, json_lines, levels, run
+from tests.test_examples import EXAMPLES, json_lines, read_uint8, run
 
 
+@pytest.mark.slow
 def test_detect_objects(tmp_path):
     data = scenes.make_boxes(tmp_path / "data", 4, seed=1)
     options = ("--images", 2, "--img-size", 64, "--hidden-dim", 16, "--queries", 8, "--decoder-layers", 1)
@@ -21,9 +22,9 @@ def test_detect_objects(tmp_path):
     assert (train["split"], train["images"], val["split"], val["images"]) == ("train", 2, "val", 4)
     kept = TinyViTDetector.from_config(pretrained=tmp_path / "runs" / "it" / "last.safetensors")
     assert kept.class_names == scenes.BOX_NAMES
-    found = evaluate(kept, DetectionDataset.open(data, "val"))
-    assert val["map50"] == pytest.approx(found.map50, abs=0.01)
-    sheet = levels(tmp_path / "runs" / "it" / "train.png")
+    scores = evaluate(kept, DetectionDataset.open(data, "val"))
+    assert val["map50"] == pytest.approx(scores.map50, abs=0.01)
+    sheet = read_uint8(tmp_path / "runs" / "it" / "train.png")
     assert sheet.shape[1] == 2 * 320 + 8
     resumed = run(EXAMPLES / "detect_objects.py", data, *options, cwd=tmp_path)
     assert json_lines(resumed) == [train, val]

@@ -1,4 +1,4 @@
-"""What a release consists of: the source distribution, the wheel built from it, and what they say of themselves."""
+"""The source distribution, the wheel built from it, their metadata, and imports of optional packages."""
 
 import ast
 import re
@@ -21,13 +21,13 @@ PACKAGE = ROOT / "kornia_tinyvit"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
-#: What modules are called that packages install under another name, or that come with a package that is asked for.
+#: Requirements of modules with another name, or that are dependencies of a requirement.
 PACKAGES = {"PIL": "pillow", "yaml": "accelerate", "huggingface_hub": "transformers"}
 UNPUBLISHED = {".git", ".venv", "build", "dist", "runs", "demo", "_build"}
 
 
 def build(what: str, source: Path, out: Path) -> Path:
-    """Let setuptools, as it is installed here, build a distribution; nothing is fetched."""
+    """Build a distribution with the installed setuptools, without downloads."""
     code = f"import sys; from setuptools import build_meta; build_meta.build_{what}(sys.argv[1])"
     subprocess.run([sys.executable, "-c", code, out], cwd=source, check=True, capture_output=True)
     (built,) = out.iterdir()
@@ -36,9 +36,9 @@ def build(what: str, source: Path, out: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The source distribution of this checkout, unpacked, and the wheel that is built from it."""
+    """The unpacked source distribution of this checkout, and the wheel built from it."""
     if int(version("setuptools").split(".")[0]) < 77:
-        pytest.skip("needs setuptools 77, which knows license expressions: pip install -U setuptools")
+        pytest.skip("needs setuptools 77 for license expressions: pip install -U setuptools")
     folder = tmp_path_factory.mktemp("packaging")
     ignore = shutil.ignore_patterns(*UNPUBLISHED, ".*_cache", ".hypothesis", "__pycache__", "*.egg-info")
     shutil.copytree(ROOT, folder / "checkout", ignore=ignore)
@@ -51,7 +51,8 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return source, build("wheel", source, folder / "wheel")
 
 
-def test_wheel_is_small_and_typed_and_whole(built):
+@pytest.mark.slow
+def test_content_of_the_wheel(built):
     _, wheel = built
     assert wheel.name == f"kornia_tinyvit-{PROJECT['version']}-py3-none-any.whl"
     assert wheel.stat().st_size < 10e6
@@ -64,7 +65,8 @@ def test_wheel_is_small_and_typed_and_whole(built):
     assert licenses
 
 
-def test_source_distribution_can_be_tested(built):
+@pytest.mark.slow
+def test_content_of_the_source_distribution(built):
     source, _ = built
     for folder in ("tests", "examples", "benchmarks", "docs"):
         here = {path.relative_to(ROOT) for path in (ROOT / folder).rglob("*.*") if path.is_file()}
@@ -83,14 +85,15 @@ def test_source_distribution_can_be_tested(built):
     assert not list(source.rglob("*.pyc"))
 
 
-def test_no_distribution_names_a_machine(built):
+@pytest.mark.slow
+def test_no_paths_of_a_machine(built):
     source, _ = built
-    marks = re.compile(rb"/(?:home|root|Users|work|opt)/")
+    paths = re.compile(rb"/(?:home|root|Users|work|opt)/")
     texts = [
         path for path in source.rglob("*") if path.suffix in (".py", ".md", ".rst", ".txt", ".toml", ".cfg", ".json")
     ]
     assert texts
-    assert not [str(path) for path in texts if path.name != Path(__file__).name and marks.search(path.read_bytes())]
+    assert not [str(path) for path in texts if path.name != Path(__file__).name and paths.search(path.read_bytes())]
 
 
 def test_versions_agree():
@@ -112,7 +115,7 @@ def test_changelog_is_versioned():
     assert set(parts) <= {"Added", "Changed", "Deprecated", "Removed", "Fixed", "Security"}
 
 
-def test_extras_that_errors_name_exist():
+def test_extras_in_errors_exist():
     named = {extra for text in SOURCES.values() for extra in re.findall(r"kornia-tinyvit\[([a-z]+)\]", text)}
     assert named
     assert named <= set(EXTRAS)
@@ -137,27 +140,33 @@ def imported(tree: ast.Module) -> set[str]:
     return {name.split(".")[0] for name in names}
 
 
-def test_what_is_imported_is_asked_for():
+def test_imports_are_requirements():
     requirements = [*PROJECT["dependencies"], *(each for extra in EXTRAS.values() for each in extra)]
-    asked = {re.match(r"[\w-]+", each)[0].lower() for each in requirements}
+    required = {re.match(r"[\w-]+", each)[0].lower() for each in requirements}
     names = set().union(*(imported(ast.parse(text)) for text in SOURCES.values()))
-    foreign = names - sys.stdlib_module_names - {"kornia_tinyvit", "timm"}  # of teachers, by the user's choice
-    assert not {name for name in foreign if PACKAGES.get(name, name) not in asked}
+    foreign = names - sys.stdlib_module_names - {"kornia_tinyvit", "timm"}  # timm is optional, for teachers
+    assert not {name for name in foreign if PACKAGES.get(name, name) not in required}
 
 
-@pytest.mark.parametrize("module", ["training", "distillation", "cli"])
-def test_optional_packages_are_imported_where_they_are_used(module):
-    code = f"import sys, kornia_tinyvit.{module}; print(*{{name.split('.')[0] for name in sys.modules}})"
+@pytest.fixture(scope="module")
+def modules_after_imports() -> list[set[str]]:
+    """The top-level modules that are loaded after each of several imports, in one process."""
+    code = "import sys\n" + "".join(
+        f"import {module}; print(*{{name.split('.')[0] for name in sys.modules}})\n"
+        for module in ("kornia_tinyvit", *(f"kornia_tinyvit.{name}" for name in ("training", "distillation", "cli")))
+    )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert not set(done.stdout.split()) & {
+    return [set(line.split()) for line in done.stdout.splitlines()]
+
+
+def test_optional_packages_are_imported_on_use(modules_after_imports):
+    assert not modules_after_imports[-1] & {
         "accelerate", "matplotlib", "onnx", "openvino", "pyarrow", "pycocotools", "ray", "transformers", "yaml",
     }  # fmt: skip
 
 
-def test_import_stays_light():
-    code = "import sys, kornia_tinyvit; print(*{name.split('.')[0] for name in sys.modules})"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    modules = set(done.stdout.split())
+def test_light_import(modules_after_imports):
+    modules = modules_after_imports[0]
     assert {"torch", "kornia"} <= modules
     assert not modules & {
         "accelerate", "gradio", "huggingface_hub", "nncf", "onnx", "onnxruntime", "onnxscript", "openvino", "pyarrow",

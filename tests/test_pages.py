@@ -1,4 +1,4 @@
-"""The documentation in a browser: every page on a wide and a phone screen, light and dark; every link inside of it."""
+"""The documentation in a browser: layout of every page on wide and phone screens, light and dark; internal links."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ ROOT = Path(__file__).parents[1]
 SCREENS = {"wide": {"width": 1400, "height": 900}, "phone": {"width": 390, "height": 844}}
 SCHEMES = ("light", "dark")
 
-#: What is wrong with a page as it is shown: a page that can be pushed sideways, what is cut off at its edge, images
-#: without pixels. Code and tables may be wider inside of a frame that scrolls, but furo's whole column may not scroll.
-LOOK = """async () => {
+#: JavaScript that returns layout faults: horizontal scrolling of the page, content beyond its edge, images that fail to
+#: load. Code and tables may be wider inside an element that scrolls, except furo's main column.
+INSPECT = """async () => {
     const width = document.documentElement.clientWidth, faults = [];
     if (document.documentElement.scrollWidth > width)
         faults.push(`is ${document.documentElement.scrollWidth} wide`);
@@ -31,7 +31,7 @@ LOOK = """async () => {
         (["auto", "scroll"].includes(getComputedStyle(element).overflowX) || scrolls(element.parentElement));
     for (const element of document.querySelectorAll("article :not(span)"))
         if (element.getBoundingClientRect().right > width + 1 && !scrolls(element.parentElement)) {
-            faults.push(`<${element.localName} class="${element.className}"> juts out`);
+            faults.push(`<${element.localName} class="${element.className}"> overflows`);
             break;
         }
     for (const image of document.images) {
@@ -45,7 +45,7 @@ LOOK = """async () => {
 
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
-    """The built documentation, once for all processes of the tests; a warning fails."""
+    """The documentation, built once for all worker processes; warnings are errors."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "site"
     with FileLock(f"{folder}.lock"):
@@ -57,7 +57,7 @@ def site(tmp_path_factory: pytest.TempPathFactory, worker_id: str) -> Path:
 
 
 class Parser(HTMLParser):
-    """The anchors of a page and what it refers to."""
+    """The anchors and links of a page."""
 
     def __init__(self, page: Path) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Parser(HTMLParser):
 
 
 def dead_links(folder: Path) -> list[str]:
-    """Return what pages of a folder refer to inside of it and is not there, file or anchor."""
+    """Return links between pages of a folder to missing files or anchors."""
     pages = {page.relative_to(folder).as_posix(): Parser(page) for page in sorted(folder.rglob("*.html"))}
     faults = []
     for name, page in pages.items():
@@ -84,7 +84,7 @@ def dead_links(folder: Path) -> list[str]:
             if link.scheme or link.netloc:
                 continue
             if not (folder / path).is_file():
-                faults.append(f"{name}: {target} is not there")
+                faults.append(f"{name}: {target} does not exist")
             elif link.fragment and path in pages and unquote(link.fragment) not in pages[path].anchors:
                 faults.append(f"{name}: {target} has no such anchor")
     return faults
@@ -97,7 +97,7 @@ class QuietHandler(SimpleHTTPRequestHandler):
 
 @contextmanager
 def served(folder: Path) -> Iterator[str]:
-    """Serve a folder to this machine alone; what enters is the address."""
+    """Serve a folder on localhost and return the URL."""
     with ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(QuietHandler, directory=str(folder))) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_port}/"
@@ -105,71 +105,76 @@ def served(folder: Path) -> Iterator[str]:
 
 
 def listen(page: Any, address: str, faults: list[str]) -> None:
-    """Add to the faults what a page complains about, does not get or asks another machine for."""
+    """Collect errors, failed requests and requests to other hosts of a page."""
     page.on("pageerror", lambda error: faults.append(f"raises {error}"))
-    page.on("console", lambda message: faults.append(f"says {message.text}") if message.type == "error" else None)
-    page.on("requestfailed", lambda request: faults.append(f"does not get {request.url}"))
+    page.on("console", lambda message: faults.append(f"logs {message.text}") if message.type == "error" else None)
+    page.on("requestfailed", lambda request: faults.append(f"fails to load {request.url}"))
     page.on(
         "response",
-        lambda answer: faults.append(f"got {answer.status} for {answer.url}") if answer.status >= 400 else None,
+        lambda response: faults.append(f"got {response.status} for {response.url}") if response.status >= 400 else None,
     )
     page.on(
         "request",
-        lambda request: None if request.url.startswith((address, "data:")) else faults.append(f"asks {request.url}"),
+        lambda request: (
+            None if request.url.startswith((address, "data:")) else faults.append(f"requests {request.url}")
+        ),
     )
 
 
-def look(page: Any) -> list[str]:
-    """Return what is wrong with an open page on each screen, light and dark."""
+def inspect(page: Any) -> list[str]:
+    """Return the layout faults of an open page on each screen, light and dark."""
     faults = []
     for screen, size in SCREENS.items():
         page.set_viewport_size(size)
         for scheme in SCHEMES:
             page.emulate_media(color_scheme=scheme)
-            seen = page.evaluate(LOOK)
-            if (seen["brightness"] > 0.5) != (scheme == "light"):
-                seen["faults"].append(f"has a background of brightness {seen['brightness']:.2f}")
-            faults += [f"{screen}, {scheme}: {fault}" for fault in seen["faults"]]
+            result = page.evaluate(INSPECT)
+            if (result["brightness"] > 0.5) != (scheme == "light"):
+                result["faults"].append(f"has a background of brightness {result['brightness']:.2f}")
+            faults += [f"{screen}, {scheme}: {fault}" for fault in result["faults"]]
     return faults
 
 
-def pages_to_look_at(folder: Path) -> list[Path]:
-    """Return all pages but the listings of source code, which are laid out alike: of those the longest."""
+def pages_to_inspect(folder: Path) -> list[Path]:
+    """Return all pages; of the source listings, which have the same layout, only the longest."""
     pages = sorted(folder.rglob("*.html"))
     listings = sorted((page for page in pages if "_modules" in page.parts), key=lambda page: page.stat().st_size)
     return [page for page in pages if page not in listings[:-1]]
 
 
-def shown_faults(browser: Any, folder: Path) -> list[str]:
-    """Return what is wrong with the pages of a folder in a browser."""
+def page_faults(browser: Any, folder: Path) -> list[str]:
+    """Return the faults of all pages of a folder in a browser."""
     faults: list[str] = []
     with served(folder) as address, browser.new_context() as context:
         page = context.new_page()
-        heard: list[str] = []
-        listen(page, address, heard)
-        for path in pages_to_look_at(folder):
+        events: list[str] = []
+        listen(page, address, events)
+        for path in pages_to_inspect(folder):
             name = path.relative_to(folder).as_posix()
             page.goto(address + name)
-            faults += [f"{name}: {fault}" for fault in (*look(page), *heard)]
-            heard.clear()
+            faults += [f"{name}: {fault}" for fault in (*inspect(page), *events)]
+            events.clear()
     return faults
 
 
-def test_links_are_alive(site):
+@pytest.mark.slow
+def test_internal_links(site):
     faults = dead_links(site)
     assert not faults, "\n".join(faults)
 
 
-def test_pages_are_shown_whole(chromium, site):
-    faults = shown_faults(chromium, site)
+@pytest.mark.slow
+def test_layout_of_pages(chromium, site):
+    faults = page_faults(chromium, site)
     assert not faults, "\n".join(faults)
 
 
-def test_search_finds(chromium, site):
+@pytest.mark.slow
+def test_search(chromium, site):
     with served(site) as address, chromium.new_context() as context:
         page = context.new_page()
         page.goto(address)
-        page.fill(".sidebar-search", "gradient checkpointing")
+        page.fill(".sidebar-search", "activation checkpointing")
         page.press(".sidebar-search", "Enter")
         page.wait_for_selector("#search-results li a")
         assert "models/tiny_vit.html" in " ".join(
@@ -177,39 +182,40 @@ def test_search_finds(chromium, site):
         )
 
 
-WHOLE = """<html><head><link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">
+VALID = """<html><head><link rel="icon" href="data:,"><meta name="viewport" content="width=device-width">
 <style>:root { color-scheme: light dark } @media (prefers-color-scheme: light) { body { background: #fff } }
 @media (prefers-color-scheme: dark) { body { background: #000 } }</style></head>
 <body><article id="top"><a href="#top">up</a><a href="page.html?x=1#top">here</a><a href="https://kornia.org">out</a>
-<div style="overflow-x: auto"><pre style="width: 2000px">wide, in a frame</pre></div>FAULT</article></body></html>"""
+<div style="overflow-x: auto"><pre style="width: 2000px">wide, scrolls</pre></div>FAULT</article></body></html>"""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fault", "told", "count"),
+    ("fault", "message", "count"),
     [
         ("", "", 0),
-        ('<img src="none.png">', "has no image none.png", 6),  # in four views, the answer, the console
+        ('<img src="none.png">', "has no image none.png", 6),  # in four views, the response, the console
         ('<div style="width: 600px">wide</div>', "phone, light: is 6", 4),
-        ('</article><div style="overflow: auto"><article><p style="width: 600px">in its column', "juts out", 2),
-        ('<div style="overflow: hidden"><p style="width: 600px">cut</p></div>', "juts out", 2),
-        ("<script>console.error('a sentence')</script>", "says a sentence", 1),
+        ('</article><div style="overflow: auto"><article><p style="width: 600px">in its column', "overflows", 2),
+        ('<div style="overflow: hidden"><p style="width: 600px">cut</p></div>', "overflows", 2),
+        ("<script>console.error('a message')</script>", "logs a message", 1),
         ("<script>undefined.name</script>", "raises Cannot read", 1),
-        ('<script src="http://127.0.0.1:9/script.js"></script>', "asks http://127.0.0.1:9/script.js", 3),
+        ('<script src="http://127.0.0.1:9/script.js"></script>', "requests http://127.0.0.1:9/script.js", 3),
         ("<style>body { background: #fff !important }</style>", "dark: has a background of brightness 1.00", 2),
     ],
 )
-def test_a_fault_is_seen(chromium, tmp_path, fault, told, count):
-    (tmp_path / "page.html").write_text(WHOLE.replace("FAULT", fault), encoding="utf-8")
-    faults = shown_faults(chromium, tmp_path)
+def test_finds_faults(chromium, tmp_path, fault, message, count):
+    (tmp_path / "page.html").write_text(VALID.replace("FAULT", fault), encoding="utf-8")
+    faults = page_faults(chromium, tmp_path)
     assert len(faults) == count, faults
-    assert not told or any(told in each for each in faults)
+    assert not message or any(message in each for each in faults)
 
 
-def test_a_dead_link_is_seen(tmp_path):
+def test_finds_dead_links(tmp_path):
     links = '<a href="none.html"></a><a href="#none"></a><a href="sub/page.html#none"></a><img src="none.png">'
     (tmp_path / "sub").mkdir()
     (tmp_path / "sub" / "page.html").write_text('<a href="../page.html#top">there</a>', encoding="utf-8")
-    (tmp_path / "page.html").write_text(WHOLE.replace("FAULT", links), encoding="utf-8")
+    (tmp_path / "page.html").write_text(VALID.replace("FAULT", links), encoding="utf-8")
     assert [fault.split()[1] for fault in dead_links(tmp_path)] == [
         "#none",
         "none.html",
