@@ -118,11 +118,8 @@ class ReplayableAugmentation(nn.Module):
         operations, magnitudes = parameters.sample_policy(preset.policy, words)
         jitter = 1 + preset.color_jitter * (2 * self._uniform("jitter", epoch, indices)[:, :3] - 1)
         chance = self._words("erasing", epoch, indices)
-        erased = np.zeros((len(indices), 4), dtype=np.int64)
-        if preset.erasing:
-            erases = parameters.unit(chance[:, :1]) < preset.erasing
-            tries = self._uniform("erasing_box", epoch, indices, ATTEMPTS).reshape(-1, ATTEMPTS, 4)
-            erased = np.where(erases, parameters.erased_box(tries, self.img_size), erased)
+        erases = parameters.unit(chance[:, :1]) < preset.erasing
+        tries = self._uniform("erasing_box", epoch, indices, ATTEMPTS).reshape(-1, ATTEMPTS, 4)
         partners, mixup_weight, pasted = self._sample_mixing(epoch, indices)
         return ReplayParams(
             epoch=epoch,
@@ -132,7 +129,7 @@ class ReplayableAugmentation(nn.Module):
             operations=operations,
             magnitudes=magnitudes,
             jitter=jitter.astype(np.float32),
-            erased=erased,
+            erased=np.where(erases, parameters.erased_box(tries, self.img_size), 0),
             noise=chance[:, 1].astype(np.int64),
             partners=partners,
             mixup_weight=mixup_weight,
@@ -162,8 +159,7 @@ class ReplayableAugmentation(nn.Module):
         top, left, rows, columns = parameters.crop_box(params.crop[row], height, width, self.preset)
         cut = image[None, :, top : top + rows, left : left + columns]
         # uint8 resizing is bit-identical on all processors and for any number of threads; floating point is not.
-        size = (self.img_size, self.img_size)
-        return F.interpolate(cut, size, mode="bicubic", antialias=True)[0]
+        return F.interpolate(cut, (self.img_size, self.img_size), mode="bicubic", antialias=True)[0]
 
     def forward(self, crops: Tensor, params: ReplayParams) -> Tensor:
         """Augment, normalize and mix the crops of a batch on their device.

@@ -58,6 +58,7 @@ class Boxes:
         areas: areas in pixels, NaN where the file states none, :math:`(N,)`.
         crowds: whether an object is ignored in training and evaluation, :math:`(N,)`.
         size: height and width of the image, if the file states them.
+        left_out: a message for each box that is dropped.
     """
 
     boxes: NDArray[np.float64]
@@ -65,26 +66,22 @@ class Boxes:
     areas: NDArray[np.float64]
     crowds: NDArray[np.bool_]
     size: tuple[int, int] | None
+    left_out: tuple[str, ...]
 
     def scale(self, height: int, width: int) -> Objects:
         """Return the boxes in pixels of an image of that size."""
         boxes = self.boxes * (width, height, width, height)
         sides = boxes[:, 2:] - boxes[:, :2]
         areas = np.where(np.isnan(self.areas), sides.prod(1), self.areas)
-        return Objects(
-            torch.from_numpy(boxes).float(),
-            torch.from_numpy(self.labels),
-            torch.from_numpy(areas).float(),
-            torch.from_numpy(self.crowds),
-        )
+        arrays = boxes.astype(np.float32), self.labels, areas.astype(np.float32), self.crowds
+        return Objects(*(torch.from_numpy(array) for array in arrays))
 
 
-def collect_boxes(found: Iterable[Box], left_out: list[str], size: tuple[int, int] | None = None) -> Boxes:
+def collect_boxes(found: Iterable[Box], size: tuple[int, int] | None = None) -> Boxes:
     """Clip boxes to their image and drop those without an area.
 
     Args:
         found: the boxes.
-        left_out: receives the notes of dropped boxes.
         size: height and width of the image, if the file states them.
     """
     boxes = list(found)
@@ -92,11 +89,11 @@ def collect_boxes(found: Iterable[Box], left_out: list[str], size: tuple[int, in
     corners = np.array([box.corners for box in boxes], dtype=np.float64).reshape(-1, 4)
     corners = (corners / (width, height, width, height)).clip(0, 1)
     kept = np.all(corners[:, :2] < corners[:, 2:], axis=1)
-    left_out += [box.note for box, keep in zip(boxes, kept, strict=True) if not keep]
     return Boxes(
         corners[kept],
         np.array([box.label for box in boxes], dtype=np.int64)[kept],
         np.array([box.area for box in boxes], dtype=np.float64)[kept],
         np.array([box.crowd for box in boxes], dtype=np.bool_)[kept],
         size,
+        tuple(box.note for box, keep in zip(boxes, kept, strict=True) if not keep),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -77,10 +76,9 @@ class ClassificationDataset(ImageDataset[int]):
         positions = match_classes(self.class_names, names)
         if names is None or positions is None:
             return self
-        mapped = copy.copy(self)
+        mapped = self._subset(range(len(self)))
         mapped._targets = [positions[label] for label in self.labels]
         mapped.class_names, mapped.num_classes = names, len(names)
-        mapped._fingerprint = None
         return mapped
 
     def _target(self, stored: int, size: tuple[int, int], place: str) -> int:

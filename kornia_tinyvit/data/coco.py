@@ -42,13 +42,10 @@ def read_boxes(path: Path, folder: Path | None = None) -> Contents:
                 f"{len(indices)} in the file."
             )
     folder = folder or _find_folder(path, content["images"])
-    found, missing = _match_images(path, content, folder)
-    left_out: list[str] = []
-    boxes = [
-        collect_boxes(_boxes(path, image, annotations, indices), left_out, _size(image)) for image, annotations in found
-    ]
+    files, found, missing = _match_images(path, content, folder)
+    boxes = [collect_boxes(_boxes(path, image, each, indices), _size(image)) for image, each in found]
     names = tuple(name for _, name in categories)
-    return Contents(_files(folder, found), boxes, names, tuple(left_out), without_image=missing)
+    return Contents(files, boxes, names, without_image=missing)
 
 
 def read_masks(path: Path, folder: Path) -> Contents:
@@ -64,11 +61,11 @@ def read_masks(path: Path, folder: Path) -> Contents:
             codes.
     """
     content = _read(path, "segmentation")
-    found, missing = _match_images(path, content, folder)
+    files, found, missing = _match_images(path, content, folder)
     labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in found]
     listed = {folder / image["file_name"] for image in content["images"]}
     others = tuple(name.as_posix() for name in list_images(folder) if folder / name not in listed)
-    return Contents(_files(folder, found), labels, without_mask=others, without_image=missing)
+    return Contents(files, labels, without_mask=others, without_image=missing)
 
 
 def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
@@ -95,8 +92,10 @@ def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
     return content
 
 
-def _match_images(path: Path, content: dict[str, list[_Entry]], folder: Path) -> tuple[list[_Labeled], tuple[str, ...]]:
-    """Return the images that exist with their annotations, and the names of those that do not."""
+def _match_images(
+    path: Path, content: dict[str, list[_Entry]], folder: Path
+) -> tuple[Files, list[_Labeled], tuple[str, ...]]:
+    """Return the files of the images that exist, their entries and annotations, and the names of missing files."""
     of_image: dict[Any, list[_Entry]] = defaultdict(list)
     for each in content["annotations"]:
         of_image[each["image_id"]].append(each)
@@ -104,11 +103,7 @@ def _match_images(path: Path, content: dict[str, list[_Entry]], folder: Path) ->
     missing = [image["file_name"] for image in content["images"] if not (folder / image["file_name"]).is_file()]
     if not found:
         raise FileNotFoundError(f"No image of {path} is in {folder}: {', '.join(missing[:5])}.")
-    return found, tuple(missing)
-
-
-def _files(folder: Path, found: list[_Labeled]) -> Files:
-    return Files(folder, [image["file_name"] for image, _ in found])
+    return Files(folder, [image["file_name"] for image, _ in found]), found, tuple(missing)
 
 
 def _find_folder(path: Path, images: list[_Entry]) -> Path:
@@ -174,8 +169,7 @@ def _is_side(value: Any) -> bool:
 
 
 def _is_finite(numbers: Any) -> bool:
-    whole = isinstance(numbers, list)
-    return whole and all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers)
+    return isinstance(numbers, list) and all(isinstance(each, (int, float)) and math.isfinite(each) for each in numbers)
 
 
 def _is_segmentation(value: Any) -> bool:

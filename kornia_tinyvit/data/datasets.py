@@ -49,7 +49,6 @@ class Contents:
         images: the image files.
         targets: for each image what its dataset converts to a target: a class index, a file, boxes.
         class_names: names of the classes in the order of their indices, where the format states them.
-        left_out: a message for each label that is dropped.
         without_mask: names of images without labels, which are dropped.
         without_image: names of labels without an image, which are dropped.
     """
@@ -57,7 +56,6 @@ class Contents:
     images: ImageFiles
     targets: Sequence[Any]
     class_names: tuple[str, ...] | None = None
-    left_out: tuple[str, ...] = ()
     without_mask: tuple[str, ...] = ()
     without_image: tuple[str, ...] = ()
 
@@ -70,7 +68,6 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
     Attributes:
         class_names: names of the classes in the order of their indices; ``None`` where the format states none.
         num_classes: number of classes.
-        left_out: a message for each label that is dropped.
         without_mask: names of images without labels, which are dropped.
         without_image: names of labels without an image, which are dropped.
     """
@@ -83,7 +80,6 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         self._targets = contents.targets
         self.class_names = contents.class_names
         self.num_classes = len(contents.class_names or ())
-        self.left_out = contents.left_out
         self.without_mask, self.without_image = contents.without_mask, contents.without_image
         self._fingerprint: str | None = None
 
@@ -169,8 +165,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         return ()
 
     def _shuffled(self, seed: int) -> list[int]:
-        order: list[int] = torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist()
-        return order
+        return list(torch.randperm(len(self), generator=torch.Generator().manual_seed(seed)).tolist())
 
     def _subset(self, indices: Iterable[int]) -> Self:
         subset = copy.copy(self)

@@ -35,6 +35,7 @@ class DetectionDataset(ImageDataset[Objects]):
 
     def __init__(self, contents: Contents, source: str | Path = "the dataset") -> None:
         super().__init__(contents)
+        self.left_out = tuple(message for boxes in contents.targets for message in boxes.left_out)
         if not self.class_names:
             raise ValueError(f"{source} names no classes.")
         if not any(len(boxes.labels) for boxes in self._targets):

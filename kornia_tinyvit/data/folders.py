@@ -22,8 +22,7 @@ class Files:
     """
 
     def __init__(self, root: Path, names: Sequence[str], files: Sequence[str] | None = None) -> None:
-        self.root, self.names = root, names
-        self.files = files or names
+        self.root, self.names, self.files = root, names, files or names
 
     def name(self, index: int) -> str:
         """Return an image's name."""
@@ -44,8 +43,7 @@ class Files:
 
 def read_class_folders(root: Path) -> Contents:
     """Return the images of a folder with one folder per class; hidden folders are skipped."""
-    folders = [entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
-    class_names = sorted(folders)
+    class_names = sorted(entry.name for entry in root.iterdir() if entry.is_dir() and not entry.name.startswith("."))
     labels: list[int] = []
     names: list[str] = []
     for label, class_name in enumerate(class_names):

@@ -13,7 +13,7 @@ from kornia_tinyvit.data import coco, yolo
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size
 from kornia_tinyvit.data.descriptions import read_description
 from kornia_tinyvit.data.folders import find_folders
-from kornia_tinyvit.data.masks import Instances, holds_objects, pair_masks, read_objects, split_ids
+from kornia_tinyvit.data.masks import Instances, pair_masks, read_objects, split_ids
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["InstanceDataset"]
@@ -120,7 +120,7 @@ def _read_folder(path: Path, split: str) -> Contents:
     if folders:
         return _read(*folders)
     for folder in (path / split, path):
-        if holds_objects(folder):
+        if any(images.with_name("masks").is_dir() for images in folder.glob("*/images")):
             return read_objects(folder)
     raise ValueError(f"{path} holds neither 'masks' nor 'labels' beside 'images'; expected one of them.")
 

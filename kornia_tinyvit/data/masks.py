@@ -17,7 +17,6 @@ from kornia_tinyvit.images import UNREADABLE
 
 NUM_IDS = 2**16  # of a 16-bit mask
 UNLABELED_ID = 255  # of unlabeled pixels in most datasets
-_NO_INSTANCE = 0
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _LOSSY = (".jpg", ".jpeg")  # compression changes the ids along edges
 
@@ -69,37 +68,30 @@ def pair_masks(images: Path, masks: Path) -> Contents:
     )
 
 
-def holds_objects(folder: Path) -> bool:
-    """Return whether a folder holds folders with ``images`` and ``masks``, as in the Data Science Bowl 2018."""
-    return any(images.with_name("masks").is_dir() for images in folder.glob("*/images"))
-
-
 def read_objects(folder: Path) -> Contents:
     """Return the images of ``SAMPLE/images`` and their objects, each the pixels above 0 of a file ``SAMPLE/masks/*``.
 
+    This is the format of the Data Science Bowl 2018.
     Samples without an image or without masks are dropped and reported.
 
     Raises:
         ValueError: if a sample has several images, or all are dropped.
     """
+    samples = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    found = [(sample, list_images(sample / "images"), list_images(sample / "masks")) for sample in samples]
     names: list[str] = []
     labels: list[Instances] = []
-    without_mask: list[str] = []
-    without_image: list[str] = []
-    for sample in sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith(".")):
-        images, masks = list_images(sample / "images"), list_images(sample / "masks")
+    for sample, images, masks in found:
         if len(images) > 1:
             raise ValueError(f"{sample / 'images'} holds {len(images)} images; expected one per folder.")
-        if not images:
-            without_image.append(sample.name)
-        elif not masks:
-            without_mask.append(sample.name)
-        else:
+        if images and masks:
             names.append(f"{sample.name}/images/{images[0].as_posix()}")
             labels.append(Instances(tuple(sample / "masks" / mask for mask in masks), _read_object))
     if not names:
         raise ValueError(f"No folder in {folder} has both an image in 'images' and masks in 'masks'.")
-    return Contents(Files(folder, names), labels, without_mask=tuple(without_mask), without_image=tuple(without_image))
+    without_mask = tuple(sample.name for sample, images, masks in found if images and not masks)
+    without_image = tuple(sample.name for sample, images, _ in found if not images)
+    return Contents(Files(folder, names), labels, without_mask=without_mask, without_image=without_image)
 
 
 def _read_object(path: Path, _: tuple[int, int]) -> Masks:
@@ -133,7 +125,7 @@ def read_ids(path: Path) -> NDArray[np.int64]:
 def split_ids(path: Path, _: tuple[int, int]) -> Masks:
     """Return a mask for each id of a file except 0 and 255."""
     ids = read_ids(path)
-    return [ids == each for each in np.unique(ids) if each not in (_NO_INSTANCE, UNLABELED_ID)]
+    return [ids == each for each in np.unique(ids) if each not in (0, UNLABELED_ID)]
 
 
 def fill_rings(rings: Iterable[Ring], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -30,14 +30,9 @@ def philox(counter: NDArray[np.uint64], key: tuple[int, int]) -> NDArray[np.uint
     c0, c1, c2, c3 = (word.astype(np.uint64) for word in counter)
     k0, k1 = key
     for _ in range(_ROUNDS):
-        p0 = c0 * np.uint64(_MULTIPLIERS[0])
-        p1 = c2 * np.uint64(_MULTIPLIERS[1])
-        c0, c1, c2, c3 = (
-            (p1 >> _HIGH) ^ c1 ^ np.uint64(k0),
-            p1 & _LOW,
-            (p0 >> _HIGH) ^ c3 ^ np.uint64(k1),
-            p0 & _LOW,
-        )
+        p0, p1 = c0 * np.uint64(_MULTIPLIERS[0]), c2 * np.uint64(_MULTIPLIERS[1])
+        c0, c2 = (p1 >> _HIGH) ^ c1 ^ np.uint64(k0), (p0 >> _HIGH) ^ c3 ^ np.uint64(k1)
+        c1, c3 = p1 & _LOW, p0 & _LOW
         k0, k1 = (k0 + _KEY_STEPS[0]) & 0xFFFFFFFF, (k1 + _KEY_STEPS[1]) & 0xFFFFFFFF
     return np.stack([c0, c1, c2, c3]).astype(np.uint32)
 
@@ -138,14 +133,12 @@ class EpochOrder:
             raise ValueError(f"epoch must be in [0, 2**32); got {epoch}.")
         cached = self._cached
         if epoch != cached[0]:
-            keys = np.concatenate([self._keys(epoch, start) for start in range(0, self.num_samples, _CHUNK)])
+            starts = range(0, self.num_samples, _CHUNK)
+            chunks = (np.arange(start, min(start + _CHUNK, self.num_samples)) for start in starts)
+            words = np.concatenate([keyed_words(self.seed, epoch, each, _ORDER_STREAM)[:, :2] for each in chunks])
+            keys = words[:, 0].astype(np.uint64) << _HIGH | words[:, 1]
             permutation = np.argsort(keys, kind="stable")  # equal keys have the same order on all machines
             positions = np.empty_like(permutation)
             positions[permutation] = np.arange(self.num_samples)
             self._cached = cached = epoch, permutation, positions
         return cached
-
-    def _keys(self, epoch: int, start: int) -> NDArray[np.uint64]:
-        chunk = np.arange(start, min(start + _CHUNK, self.num_samples))
-        words = keyed_words(self.seed, epoch, chunk, _ORDER_STREAM)
-        return words[:, 0].astype(np.uint64) << _HIGH | words[:, 1]

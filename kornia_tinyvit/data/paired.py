@@ -70,13 +70,8 @@ class PairedAugmentation:
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that affect the results but the seed, as JSON types."""
-        names = ("crop_scale", "crop_ratio", "flip", "color_jitter")
-        return {
-            "kind": self.kind,
-            "version": self.version,
-            "img_size": self.img_size,
-            **{name: getattr(self.preset, name) for name in names},
-        }
+        fields = {name: getattr(self.preset, name) for name in ("crop_scale", "crop_ratio", "flip", "color_jitter")}
+        return {"kind": self.kind, "version": self.version, "img_size": self.img_size, **fields}
 
     def _apply(self, pixels: Tensor, target: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
         """Augment an image :math:`(1, 3, H, W)` in [0, 255] and its target; return a uint8 image :math:`(3, S, S)`."""
@@ -128,10 +123,9 @@ class PairedSamples(KeyedSamples[PairedBatch]):
         images, targets = zip(*samples, strict=True)
         return PairedBatch(torch.stack(images), self._collate(targets), valid, broken)
 
-    def _augment(self, read: Any, epoch: int, index: int) -> tuple[Tensor, Any]:
-        """Return an image and its target, augmented for an epoch."""
-        augmented: tuple[Tensor, Any] = self.augmentation(*read, epoch, index)
-        return augmented
+    def _augment(self, read: Any, epoch: int, index: int) -> Any:
+        """Return an image :math:`(3, S, S)` and its target, augmented for an epoch."""
+        return self.augmentation(*read, epoch, index)
 
     @abstractmethod
     def _blank(self) -> Any:

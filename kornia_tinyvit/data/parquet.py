@@ -33,26 +33,22 @@ class _Rows:
         return piece, index - (self.ends[piece - 1] if piece else 0)
 
     def _content(self, index: int) -> Any:
+        """Return the encoded image as a buffer, empty where the file has none."""
         piece, row = self._row(index)
-        return self.images[piece][row].as_buffer()
+        return self.images[piece][row].as_buffer() or b""
 
     def name(self, index: int) -> str:
-        piece, row = self._row(index)
-        return f"{self.files[piece].name} row {row}"
+        return Path(self.place(index)).name
 
     def place(self, index: int) -> str:
         piece, row = self._row(index)
         return f"{self.files[piece]} row {row}"
 
     def size(self, index: int) -> int:
-        content = self._content(index)
-        return 0 if content is None else content.size
+        return len(self._content(index))
 
     def open(self, index: int) -> BinaryIO:
-        content = self._content(index)
-        if content is None:
-            raise ValueError("the row holds no bytes")
-        return io.BytesIO(content)
+        return io.BytesIO(self._content(index))
 
 
 def read_parquet(files: list[Path]) -> Contents:

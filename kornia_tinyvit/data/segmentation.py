@@ -46,7 +46,30 @@ class SegmentationDataset(ImageDataset[Tensor]):
 
     def __init__(self, contents: Contents, classes: Classes | None = None, ignored: Iterable[int] = ()) -> None:
         super().__init__(contents)
-        self._name_classes(classes, set(ignored))
+        if classes is None:
+            present = {int(each) for mask in self._targets for each in np.unique(read_ids(mask))}
+            classes = {each: f"class {each}" for each in present - {UNLABELED_ID}}
+        elif not isinstance(classes, Mapping):
+            classes = dict(enumerate(classes))
+        try:
+            named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are strings
+            ids = {int(each) for each in ignored}
+        except (ValueError, TypeError, OverflowError) as error:
+            raise ValueError(f"Ids of classes and ignored ids must be integers: {error}.") from error
+        ids |= {each for each, name in named.items() if name.lower() in _UNLABELED}
+        if UNLABELED_ID not in named:
+            ids.add(UNLABELED_ID)
+        self.ignored = tuple(sorted(ids))
+        self.ids = tuple(sorted(named.keys() - ids))
+        if not self.ids or self.ids[0] < 0 or self.ids[-1] >= NUM_IDS:
+            raise ValueError(
+                f"Expected at least one class that is not ignored, with ids in [0, {NUM_IDS}); got {self.ids[:5]}."
+            )
+        self.class_names = tuple(named[each] for each in self.ids)
+        self.num_classes = len(self.ids)
+        self._table = np.full(NUM_IDS, _UNKNOWN, dtype=np.int64)
+        self._table[list(self.ids)] = np.arange(len(self.ids))
+        self._table[[each for each in self.ignored if 0 <= each < NUM_IDS]] = IGNORED
 
     @classmethod
     def open(
@@ -121,29 +144,3 @@ class SegmentationDataset(ImageDataset[Tensor]):
 
     def _settings(self) -> tuple[object, ...]:
         return self.ids, self.ignored
-
-    def _name_classes(self, classes: Classes | None, ignored: set[int]) -> None:
-        if classes is None:
-            present = {int(each) for mask in self._targets for each in np.unique(read_ids(mask))}
-            classes = {each: f"class {each}" for each in present - {UNLABELED_ID}}
-        elif not isinstance(classes, Mapping):
-            classes = dict(enumerate(classes))
-        try:
-            named = {int(each): str(name).strip() for each, name in classes.items()}  # JSON's ids are strings
-            ignored = {int(each) for each in ignored}
-        except (ValueError, TypeError, OverflowError) as error:
-            raise ValueError(f"Ids of classes and ignored ids must be integers: {error}.") from error
-        ignored |= {each for each, name in named.items() if name.lower() in _UNLABELED}
-        if UNLABELED_ID not in named:
-            ignored.add(UNLABELED_ID)
-        self.ignored = tuple(sorted(ignored))
-        self.ids = tuple(sorted(named.keys() - ignored))
-        if not self.ids or self.ids[0] < 0 or self.ids[-1] >= NUM_IDS:
-            raise ValueError(
-                f"Expected at least one class that is not ignored, with ids in [0, {NUM_IDS}); got {self.ids[:5]}."
-            )
-        self.class_names = tuple(named[each] for each in self.ids)
-        self.num_classes = len(self.ids)
-        self._table = np.full(NUM_IDS, _UNKNOWN, dtype=np.int64)
-        self._table[list(self.ids)] = np.arange(len(self.ids))
-        self._table[[each for each in self.ignored if 0 <= each < NUM_IDS]] = IGNORED

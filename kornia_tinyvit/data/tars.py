@@ -97,12 +97,11 @@ class Archive:
     def _add(self, member: tarfile.TarInfo, parts: tuple[str, ...], start: int) -> None:
         if member.isreg():
             self._spans[member.name] = (start + member.offset_data, member.size)
-        elif not (member.islnk() and member.linkname in self._spans):  # a hard link to an earlier file
-            return
-        source = member.linkname if member.islnk() else member.name
-        self.images[parts] = self._spans[source]
-        if len(parts) > 1:
-            self.folders.add(parts[:-1])
+        span = self._spans.get(member.linkname if member.islnk() else member.name)  # a hard link to an earlier file
+        if span is not None:
+            self.images[parts] = span
+            if len(parts) > 1:
+                self.folders.add(parts[:-1])
 
 
 #: Names of the classes, which may have no images, and the class of each image by the parts of its path.

@@ -43,16 +43,15 @@ def read_boxes(folder: Path, split: str) -> Contents:
     images = files_by_stem(folder / "JPEGImages")
     stems = [line.strip() for line in read_text(listed).splitlines() if line.strip()]
     there = [stem for stem in stems if stem in images]
-    left_out: list[str] = []
     boxes = []
     for stem in there:
         file = folder / "Annotations" / f"{stem}.xml"
         if file not in trees:
             raise FileNotFoundError(f"There is no file {file}, though {listed} lists {stem}.")
-        boxes.append(collect_boxes(_boxes(trees[file], file, class_names), left_out, _size(trees[file], file)))
+        boxes.append(collect_boxes(_boxes(trees[file], file, class_names), _size(trees[file], file)))
     files = Files(folder / "JPEGImages", [images[stem] for stem in there])
     missing = tuple(stem for stem in stems if stem not in images)
-    return Contents(files, boxes, tuple(class_names), tuple(left_out), without_image=missing)
+    return Contents(files, boxes, tuple(class_names), without_image=missing)
 
 
 def _parse(file: Path) -> ET.Element:

@@ -55,12 +55,8 @@ def read_boxes(path: Path, split: str) -> Contents:
     class_names = _class_names(path, described["names"])
     pairs = find_pairs(path, described, split)
     _labeled(pairs, f"{split!r} in {path}")
-    left_out: list[str] = []
-    boxes = [
-        collect_boxes((_box(label) for label in _read_labels(pair.labels, len(class_names))), left_out)
-        for pair in pairs
-    ]
-    return Contents(_files(pairs), boxes, class_names, tuple(left_out))
+    boxes = [collect_boxes(_box(label) for label in _read_labels(pair.labels, len(class_names))) for pair in pairs]
+    return Contents(_files(pairs), boxes, class_names)
 
 
 def read_outlines(pairs: list[Pair], source: Path) -> Contents:
