@@ -6,6 +6,8 @@ import sys
 import textwrap
 
 import pytest
+import safetensors.torch
+import torch
 
 from kornia_tinyvit import files
 from kornia_tinyvit.files import locked, replacing, write_text, writing
@@ -21,14 +23,14 @@ def test_replaces(tmp_path):
         assert os.listdir(path.parent) == ["notes.txt"]
 
 
-def test_name_as_text(tmp_path, monkeypatch):
+def test_path_as_str(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     with replacing("notes.txt") as temporary:
         temporary.write_text("here")
     assert (tmp_path / "notes.txt").read_text() == "here"
 
 
-def test_text(tmp_path):
+def test_write_text(tmp_path):
     path = tmp_path / "new" / "notes.txt"
     for text in ("first", "zweite Fassung, schöner\n"):
         write_text(path, text)
@@ -38,7 +40,7 @@ def test_text(tmp_path):
 
 @pytest.mark.parametrize(("suffix", "end"), [((), ".tmp"), ((".pt2",), ".pt2")])
 def test_temporary_name(tmp_path, suffix, end):
-    """It is hidden, beside the file, ends as asked, and no two are alike."""
+    """It is hidden, in the folder of the file, has the suffix and is unique."""
     path = tmp_path / "program.pt2"
     with replacing(path, *suffix) as first, replacing(path, *suffix) as second:
         assert first != second
@@ -48,7 +50,7 @@ def test_temporary_name(tmp_path, suffix, end):
             assert temporary.name.startswith(".program.pt2.")
             assert temporary.suffix == end
             temporary.write_text(temporary.name)
-    assert path.read_text() == first.name  # the last to end
+    assert path.read_text() == first.name  # the block that ended last
 
 
 @pytest.mark.parametrize("error", [OSError("No space left on device"), KeyboardInterrupt()])
@@ -69,43 +71,47 @@ def test_error(tmp_path, error, half):
 
 
 WRITERS = {
-    "text": "temporary.write_text('x' * 50_000)",
-    "safetensors": "safetensors.torch.save_file({'x': torch.zeros(10_000)}, temporary)",
-    "torch": "torch.save({'x': torch.zeros(10_000)}, temporary)",
+    "text": lambda path: path.write_text("x" * 50_000),
+    "safetensors": lambda path: safetensors.torch.save_file({"x": torch.zeros(10_000)}, path),
+    "torch": lambda path: torch.save({"x": torch.zeros(10_000)}, path),
 }
 
 
-@pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits on files")
+@pytest.fixture
+def small_files():
+    """Limit the size of files to 20 kB in this process."""
+    resource = pytest.importorskip("resource", reason="needs POSIX resource limits")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    signal.signal(signal.SIGXFSZ, handler)
+
+
 @pytest.mark.parametrize("writer", WRITERS)
-def test_full(tmp_path, writer):
-    """Whoever writes more than there is room for, the error is the system's and names the file."""
+def test_full_disk(tmp_path, writer, small_files):
+    """The error of any writer is the system's and has the name of the file."""
     path = tmp_path / "notes.txt"
     path.write_text("the old file")
-    code = f"""
-        import resource, signal, safetensors.torch, torch
-        from kornia_tinyvit.files import replacing
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
-        try:
-            with replacing({str(path)!r}) as temporary:
-                {WRITERS[writer]}
-        except OSError as error:
-            print(error.filename, error.strerror)
-    """
-    child = subprocess.run([sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, check=True)
-    assert child.stdout in (f"{path} File too large\n", f"{path} No space left on device\n")
+    with (
+        pytest.raises(OSError, match=r"File too large|No space left on device") as caught,
+        replacing(path) as temporary,
+    ):
+        WRITERS[writer](temporary)
+    assert caught.value.filename == str(path)
     assert path.read_text() == "the old file"
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
 @pytest.mark.parametrize("error", [ValueError("os error"), RuntimeError("unexpected pos"), OSError("broken")])
-def test_other_errors_stay(error):
+def test_other_errors_are_not_changed(error):
     with pytest.raises(type(error)) as caught, writing("notes.txt"):
         raise error
     assert caught.value is error
 
 
-def test_named_errors_stay(tmp_path):
+def test_errors_with_a_path_are_not_changed(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"missing\.txt"), writing(tmp_path / "notes.txt"):
         (tmp_path / "missing.txt").read_text()
 
@@ -118,18 +124,18 @@ def test_nothing_written(tmp_path):
     assert path.read_text() == "the old file"
 
 
-def test_place_is_a_folder(tmp_path):
+def test_target_is_a_folder(tmp_path):
     (tmp_path / "notes.txt").mkdir()
     with pytest.raises(IsADirectoryError), replacing(tmp_path / "notes.txt") as temporary:
         temporary.write_text("text")
     assert os.listdir(tmp_path) == ["notes.txt"]
 
 
-def test_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+def test_synced_before_replacing(tmp_path, monkeypatch):
     order = []
     for name in ("fsync", "replace"):
         real = getattr(os, name)
-        monkeypatch.setattr(os, name, lambda *given, name=name, real=real: (order.append(name), real(*given)))
+        monkeypatch.setattr(os, name, lambda *args, name=name, real=real: (order.append(name), real(*args)))
     with replacing(tmp_path / "notes.txt") as temporary:
         temporary.write_text("text")
     assert order == ["fsync", "replace"]
@@ -137,7 +143,7 @@ def test_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(os.name != "posix", reason="POSIX permissions")
 @pytest.mark.parametrize("mask", [0o022, 0o077])
-def test_permissions_follow_the_mask(tmp_path, mask):
+def test_permissions_follow_the_umask(tmp_path, mask):
     path = tmp_path / "notes.txt"
     old = os.umask(mask)
     try:
@@ -150,12 +156,12 @@ def test_permissions_follow_the_mask(tmp_path, mask):
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
 def test_killed(tmp_path):
-    """A process that is killed as it writes leaves the old file and a hidden leftover, which hinders nobody."""
+    """A process killed while it writes leaves the old file and a hidden temporary file."""
     path = tmp_path / "notes.txt"
     path.write_text("the old file")
     code = f"""
         import os, runpy, signal
-        replacing = runpy.run_path({files.__file__!r})["replacing"]  # without the package, which takes seconds
+        replacing = runpy.run_path({files.__file__!r})["replacing"]  # importing the package takes seconds
         with replacing({str(path)!r}) as temporary:
             temporary.write_text("half")
             os.kill(os.getpid(), signal.SIGKILL)
@@ -173,6 +179,6 @@ def test_killed(tmp_path):
 @pytest.mark.parametrize("error", [BlockingIOError, ValueError])
 def test_locked(tmp_path, error):
     path = tmp_path / "new" / ".lock"
-    for _ in range(2):  # it is let go at the end
+    for _ in range(2):  # it is released at the end
         with locked(path, "held"), pytest.raises(error, match=r"^held$"), locked(path, "held", error):
             pass

@@ -1,4 +1,4 @@
-"""The originals compute the same: recorded tensors, and kornia's network beside ours."""
+"""Agreement with the original implementations: recorded outputs, and kornia's network."""
 
 import pytest
 import torch
@@ -19,7 +19,7 @@ CLOSE = {"rtol": 0, "atol": 1e-4}
 
 
 def image(batch: int, height: int, width: int) -> torch.Tensor:
-    """The input of the recorded outputs."""
+    """The images of the recorded outputs."""
     b = torch.arange(batch, dtype=torch.float64).view(-1, 1, 1, 1)
     c = torch.arange(3, dtype=torch.float64).view(1, -1, 1, 1)
     y = torch.arange(height, dtype=torch.float64).view(1, 1, -1, 1)
@@ -65,7 +65,7 @@ class TestRecorded:
 
 
 def kornia_network(variant: str, **kwargs) -> KorniaTinyViT:
-    """kornia's network with weights that make the output depend on the image and on every table."""
+    """kornia's network with weights whose output depends on the image and on every attention bias."""
     torch.manual_seed(0)
     model = KorniaTinyViT.from_config(variant, **kwargs)
     with torch.no_grad():
@@ -85,9 +85,9 @@ KORNIA = {
     "5m": ("5m", {}, 224),
     "11m": ("11m", {}, 224),
     "21m": ("21m", {}, 224),
-    "21m-384": ("21m", {"img_size": 384, "window_sizes": (12, 12, 24, 12)}, 384),
+    "21m-384": ("21m", {"img_size": 384, "window_sizes": (12, 12, 24, 12), "depths": (1, 1, 2, 1)}, 384),
     "5m-256": ("5m", {"img_size": 256}, 256),
-    "mobile_sam": ("5m", {"img_size": 1024, "mobile_sam": True}, 1024),
+    "mobile_sam": ("5m", {"img_size": 256, "mobile_sam": True}, 256),
 }
 
 
@@ -98,8 +98,7 @@ class TestKornia:
         theirs = kornia_network(variant, **kwargs)
         ours = TinyViT.from_config(variant, **kwargs).eval()
         ours.load_state_dict(theirs.state_dict(), strict=True)
-        # Two images: with one, kornia's input gradient is wrong, as TestOneImage shows.
-        x = image(1 if name == "mobile_sam" else 2, size, size)
+        x = image(2, size, size)  # with one image, kornia's input gradient is wrong; see TestOneImage
         ours_x, theirs_x = (x.clone().requires_grad_() for _ in range(2))
         out, expected = ours(ours_x), theirs(theirs_x)
         assert expected.std() > 0.05
@@ -112,7 +111,7 @@ class TestKornia:
         torch.testing.assert_close(ours_x.grad / scale, theirs_x.grad / scale, **CLOSE)
 
     @pytest.mark.parametrize("name", ["5m", "mobile_sam"])
-    def test_the_reverse(self, name):
+    def test_weights_from_ours(self, name):
         variant, kwargs, _size = KORNIA[name]
         theirs = KorniaTinyViT.from_config(variant, **kwargs)
         ours = TinyViT.from_config(variant, **kwargs)
@@ -135,7 +134,7 @@ class TestKornia:
             torch.testing.assert_close(ours_parameters[name].grad / scale, parameter.grad / scale, **CLOSE)
 
     def test_interpolated_windows_agree(self, tmp_path, monkeypatch):
-        """kornia's own adaptation of a checkpoint to other windows gives the same tables."""
+        """kornia's adaptation of a checkpoint to other window sizes gives the same attention biases."""
         import kornia.models.tiny_vit as original
 
         path = tmp_path / "tiny_vit_5m_22kto1k_distill.pth"
@@ -151,11 +150,10 @@ class TestKornia:
 
 class TestOneImage:
     def test_input_gradient(self):
-        """The gradient of one image is right, against a difference quotient in float64.
+        """The gradient of one image agrees with a difference quotient in float64.
 
-        torch 2.13's batch norm in evaluation mode returns a wrong input gradient on the CPU when the batch has one
-        image and the gradient comes in channels-last, as from kornia's mean over tokens. ConvBN does not use
-        it there.
+        torch 2.13's batch norm in evaluation mode returns a wrong input gradient on the CPU for a batch of one image
+        whose output gradient is in channels-last memory, as from kornia's mean over tokens. ConvBN does not call it.
         """
         ours = TinyViT.from_config("5m").eval()
         ours.load_state_dict(kornia_network("5m").state_dict())
