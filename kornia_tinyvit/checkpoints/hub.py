@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
+from PIL import Image
 from torch import nn
 
 from kornia_tinyvit.checkpoints.catalog import CATALOG
@@ -20,7 +21,6 @@ from kornia_tinyvit.preprocessing import Preprocessing
 
 __all__ = [
     "CONFIG_FILE",
-    "PIL_RESAMPLING",
     "TRANSFORMERS_NAMES",
     "WEIGHTS_FILE",
     "HubMetadata",
@@ -34,8 +34,6 @@ __all__ = [
 CONFIG_FILE = "config.json"
 #: File of a hub folder of transformers with the preprocessing.
 _PROCESSOR_FILE = "preprocessor_config.json"
-#: Pillow's interpolation numbers, which transformers uses.
-PIL_RESAMPLING = {"nearest": 0, "bilinear": 2, "bicubic": 3}
 #: File of a hub folder with the weights.
 WEIGHTS_FILE = "model.safetensors"
 
@@ -115,8 +113,7 @@ def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     if values.get("do_normalize") is False:
         fields = {name: [default] * len(fields.get(name, "rgb")) for name, default in (("mean", 0.0), ("std", 1.0))}
     if values.get("resample") is not None:
-        names = {number: name for name, number in PIL_RESAMPLING.items()}
-        fields["interpolation"] = names.get(values["resample"], f"Pillow's {values['resample']}")
+        fields["interpolation"] = Image.Resampling(values["resample"]).name.lower()
     size, crop = values.get("size"), values.get("crop_size")
     if isinstance(size, Mapping) and "shortest_edge" in size:
         side = _side(crop) if crop and values.get("do_center_crop", True) else None

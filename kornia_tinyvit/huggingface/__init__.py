@@ -1,17 +1,13 @@
-"""transformers' classes over the same network, for people whose code is transformers already.
+"""Models, configurations and image processors for transformers.
 
-Importing this package registers them with transformers: ``AutoConfig``, ``AutoModel``,
-``AutoModelForImageClassification``, ``AutoBackbone`` and ``AutoImageProcessor`` then know ``"tinyvit"``.
+Importing this package registers ``"tinyvit"`` with ``AutoConfig``, ``AutoModel``, ``AutoModelForImageClassification``,
+``AutoBackbone`` and ``AutoImageProcessor``.
 """
 
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
 
-try:
+with optional_imports("kornia_tinyvit.huggingface needs transformers", "'kornia-tinyvit[hf]'"):
     import transformers
-except ImportError as error:
-    raise MissingExtraError(
-        "kornia_tinyvit.huggingface needs transformers: pip install 'kornia-tinyvit[hf]'."
-    ) from error
 
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.conversion import from_checkpoint, from_tinyvit, to_tinyvit
@@ -65,6 +61,6 @@ for _auto, _config, _class in (
 ):
     _auto.register(_config, _class, exist_ok=True)
 for _config, _processor in ((TinyVitConfig, TinyVitImageProcessor), (TinyVitSamConfig, TinyVitSamImageProcessor)):
-    # For every backend that can be asked for: they need none of them.
-    _backends: dict[str, type] = {"torchvision": _processor, "pil": _processor}
+    # The same class for every backend: it requires neither.
+    _backends: dict[str, type] = dict.fromkeys(("torchvision", "pil"), _processor)
     transformers.AutoImageProcessor.register(_config, image_processor_classes=_backends, exist_ok=True)

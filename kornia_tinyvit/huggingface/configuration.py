@@ -1,4 +1,4 @@
-"""What a network is, as transformers stores it: :class:`TinyVitConfig`."""
+"""Configuration of the transformers models: :class:`TinyVitConfig`."""
 
 from __future__ import annotations
 
@@ -18,30 +18,30 @@ _TUPLES = ("embed_dims", "depths", "num_heads", "window_sizes")
 
 @strict
 class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
-    """The configuration of transformers' classes over a :class:`~kornia_tinyvit.TinyViT`; by default its 5m variant.
+    """Configuration of a :class:`~kornia_tinyvit.TinyViT` in transformers; the default is the 5m variant.
 
-    The fields are those of :class:`~kornia_tinyvit.TinyViTConfig`, with transformers' names where every model of it has
-    them. The classes are transformers' ``num_labels``, ``id2label`` and ``label2id``.
+    The fields are those of :class:`~kornia_tinyvit.TinyViTConfig` with transformers' common names. Classes are given by
+    ``num_labels``, ``id2label`` and ``label2id``.
 
     Args:
-        image_size: side in pixels of the square image the network is meant for; it runs at any size.
-        num_channels: channels of the image.
-        embed_dims: channels of the four stages.
-        depths: blocks of the four stages.
-        num_heads: attention heads of the four stages; the first entry is ignored.
-        window_sizes: side in tokens of the attention windows of the four stages; the first entry is ignored.
-        mlp_ratio: hidden over input width of the MLPs.
-        drop_rate: dropout probability inside the MLPs.
+        image_size: side in pixels of the square input; the network runs at any size.
+        num_channels: number of input channels.
+        embed_dims: number of channels per stage.
+        depths: number of blocks per stage.
+        num_heads: number of attention heads per stage; the first entry is ignored.
+        window_sizes: side in tokens of the attention windows per stage; the first entry is ignored.
+        mlp_ratio: ratio of hidden to input width of the MLPs.
+        drop_rate: dropout probability in the MLPs.
         drop_path_rate: stochastic depth probability of the last block.
-        mbconv_expand_ratio: hidden over input width of the first stage's blocks.
+        mbconv_expand_ratio: ratio of hidden to input width of the MBConv blocks in the first stage.
         local_conv_size: odd kernel size of the convolution between attention and MLP.
         activation: name of an activation class of :mod:`torch.nn`.
-        out_features: maps that :class:`TinyVitBackbone` returns, of ``"stem"``, ``"stage1"``, ..., ``"stage4"``.
-        out_indices: the same as positions, 0 to 4.
+        out_features: feature maps of :class:`TinyVitBackbone`, among ``"stem"``, ``"stage1"``, ..., ``"stage4"``.
+        out_indices: their indices, 0 to 4.
         **kwargs: fields of transformers' ``PreTrainedConfig``.
 
     Raises:
-        ValueError: if a field is out of its range, or the four stages do not agree.
+        ValueError: if a field is out of range or has not four entries.
 
     Example:
         >>> config = TinyVitConfig.from_network(TinyViTConfig.from_variant("1m"), num_labels=10)
@@ -87,32 +87,35 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """Rebuild a configuration from the values of a ``config.json``.
+        """Create a configuration from the content of a ``config.json``.
+
+        Args:
+            config_dict: the content.
+            **kwargs: as in transformers.
 
         Raises:
-            ValueError: if it is timm's, of which transformers would silently take nothing.
+            ValueError: if it is a file of timm, all fields of which transformers would ignore.
         """
         if "architecture" in config_dict and config_dict.get("model_type") != cls.model_type:
             raise ValueError(
-                "This config.json is timm's. Load its folder with kornia_tinyvit.huggingface.from_checkpoint(FOLDER), "
-                "or turn it into one of transformers: kornia-tinyvit convert OUT --pretrained FOLDER."
+                "Expected a config.json of transformers; got one of timm. Load its folder with "
+                "kornia_tinyvit.huggingface.from_checkpoint or convert it with kornia-tinyvit convert."
             )
         return super().from_dict(config_dict, **kwargs)
 
     @classmethod
     def from_network(cls, network: TinyViTConfig, **kwargs: Any) -> TinyVitConfig:
-        """Return the configuration of a network; its classes become numbered labels.
+        """Convert the configuration of a network; its classes become numbered labels.
 
         Args:
-            network: the network's own configuration, such as ``model.config``.
-            **kwargs: further fields, such as ``id2label``.
+            network: configuration of the network, such as ``model.config``.
+            **kwargs: other fields, such as ``id2label``.
 
         Raises:
-            ValueError: if the activation is not one of :mod:`torch.nn`, or the network is MobileSAM's encoder, which
-                belongs into a :class:`TinyVitSamConfig`.
+            ValueError: if the activation is not one of :mod:`torch.nn`, or the network is MobileSAM's encoder.
         """
         if network.mobile_sam:
-            raise ValueError("MobileSAM's encoder has no classes and another stride; use TinyVitSamConfig for it.")
+            raise ValueError("TinyVitConfig does not support MobileSAM's encoder; use TinyVitSamConfig.")
         values = network.to_dict()
         fields = {theirs: values[ours] for ours, theirs in TRANSFORMERS_NAMES.items()}
         if network.num_classes and "id2label" not in kwargs:
@@ -120,13 +123,13 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
         return cls(**fields, **kwargs)
 
     def to_network(self, num_classes: int = 0) -> TinyViTConfig:
-        """Return the configuration of the network, by default without a head.
+        """Convert to the configuration of the network.
 
         Args:
-            num_classes: classes of its head.
+            num_classes: number of classes of its head.
 
         Raises:
-            ValueError: if a field is out of its range.
+            ValueError: if a field is out of range.
         """
         values = {ours: getattr(self, theirs) for ours, theirs in TRANSFORMERS_NAMES.items()}
         return TinyViTConfig.from_dict(values | {"num_classes": num_classes})

@@ -1,4 +1,4 @@
-"""Between this package's networks and transformers' models of them."""
+"""Convert networks to transformers models and back."""
 
 from __future__ import annotations
 
@@ -25,14 +25,18 @@ Model = TypeVar("Model", bound=nn.Module)
 def from_tinyvit(
     model: TinyViT, class_names: Sequence[str] | None = None
 ) -> TinyVitForImageClassification | TinyVitModel:
-    """Return transformers' model of a network, with a copy of its weights, in its mode, precision and place.
+    """Convert a network to a transformers model with the same weights, mode, data type and device.
 
     Args:
         model: the network; without classes it becomes a :class:`TinyVitModel`.
-        class_names: the names of the classes in the order of the logits; the network's own if left out.
+        class_names: class names in the order of the logits; ``None`` for those of the network.
+
+    Returns:
+        The model with a copy of the weights.
 
     Raises:
-        ValueError: if there are not as many names as classes, or the network is MobileSAM's encoder.
+        ValueError: if the number of class names differs from the number of classes, or the network is MobileSAM's
+            encoder.
 
     Example:
         >>> network = TinyViT.from_config("1m", pretrained="cifar10")
@@ -54,19 +58,22 @@ def from_tinyvit(
 
 
 def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
-    """Return the network of a transformers' model, with a copy of its weights, in its mode, precision and place.
+    """Convert a transformers model to a network with the same weights, mode, data type and device.
 
     Args:
         model: the model.
 
+    Returns:
+        The network with a copy of the weights.
+
     Raises:
-        ValueError: if the model does not pool, as that of a backbone.
+        ValueError: if the model has no pooling layer, as in a backbone.
     """
     base, classes = model, 0
     if isinstance(model, TinyVitForImageClassification):
         base, classes = model.tinyvit, model.config.num_labels or 0
     if not base.add_pooling_layer:
-        raise ValueError("The model of a backbone lacks the norm of the pooled features; load a TinyVitModel instead.")
+        raise ValueError("Expected a model with a pooling layer; got that of a backbone. Load a TinyVitModel instead.")
     network = TinyViT.from_config(model.config.to_network(classes))
     load_checkpoint(network, model.state_dict())
     return match_original(network, model)
@@ -77,19 +84,19 @@ def from_checkpoint(
     variant: str | TinyViTConfig | None = None,
     class_names: Sequence[str] | None = None,
 ) -> TinyVitForImageClassification | TinyVitModel:
-    """Return transformers' model of any weights that :meth:`kornia_tinyvit.TinyViT.from_config` reads.
+    """Load weights as in :meth:`kornia_tinyvit.TinyViT.from_config` into a transformers model.
 
     Args:
-        pretrained: ``True``, a name of the catalog, a file, a URL, or a hub folder of timm.
-        variant: the variant, where that does not follow from the weights.
-        class_names: the names of the classes, instead of those of the file or of ImageNet-1k.
+        pretrained: ``True``, a name of the catalog, a file, a URL or a hub folder of timm.
+        variant: variant or configuration of the network, if the weights do not determine it.
+        class_names: class names in the order of the logits; ``None`` for those of the file or of ImageNet-1k.
 
     Returns:
         The model in evaluation mode.
 
     Raises:
-        CheckpointError: if there are no such weights, or they cannot be read.
-        ValueError: if there are not as many names as classes.
+        CheckpointError: if the weights do not exist or cannot be read.
+        ValueError: if the number of class names differs from the number of classes.
 
     Example:
         >>> from_checkpoint("cifar10", "1m").config.id2label[3]
@@ -100,22 +107,36 @@ def from_checkpoint(
 
 
 def label_fields(names: Sequence[str] | None) -> dict[str, Any]:
-    """Return how a configuration of transformers stores the names of classes, if there are any."""
+    """Return the fields of a transformers configuration for class names; empty for ``None``.
+
+    Args:
+        names: class names in the order of the logits.
+    """
     if names is None:
         return {}
     return {"id2label": dict(enumerate(names)), "label2id": {name: index for index, name in enumerate(names)}}
 
 
 def match_original(copied: Model, original: nn.Module) -> Model:
-    """Put a copied model into the mode, precision and place of the original, and return it."""
+    """Set a converted model to the mode, data type and device of the original, and return it.
+
+    Args:
+        copied: the converted model.
+        original: the original.
+    """
     first = next(original.parameters())
     nn.Module.to(copied, first.device, first.dtype)
     return copied.train(original.training)
 
 
-def rename(name: str, places: Sequence[tuple[str, str]]) -> str:
-    """Return what transformers calls a tensor whose name begins with one of some patterns, by their replacements."""
-    for pattern, replacement in places:
+def rename(name: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    """Replace the prefix of a tensor name by the first pattern that matches.
+
+    Args:
+        name: name of the tensor.
+        prefixes: regular expressions of prefixes, with their replacements.
+    """
+    for pattern, replacement in prefixes:
         theirs, count = re.subn(f"^{pattern}", replacement, name)
         if count:
             return theirs

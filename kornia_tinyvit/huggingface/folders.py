@@ -1,4 +1,4 @@
-"""Folders that are ready for the Hugging Face hub, and the page that it shows of a model."""
+"""Folders for the Hugging Face hub with model cards."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, SamProcessor
 
 from kornia_tinyvit.checkpoints import PretrainedWeights, open_pretrained
-from kornia_tinyvit.checkpoints.catalog import ASSETS, default_weights, find_weights
+from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.huggingface.conversion import from_checkpoint
@@ -22,52 +22,26 @@ __all__ = ["model_card", "save_hub_folder"]
 Weights = bool | str | Path
 Variant = str | TinyViTConfig | None
 
-_USES = {
-    "image-classification": """from transformers import pipeline
-
-classify = pipeline("image-classification", model="{name}")
-print(classify("photo.jpg", top_k=3))""",
-    "image-feature-extraction": """from transformers import AutoImageProcessor, AutoModel
-
-processor = AutoImageProcessor.from_pretrained("{name}")
-model = AutoModel.from_pretrained("{name}")
-features = model(**processor("photo.jpg")).pooler_output""",
-    "mask-generation": """from transformers import pipeline
-
-segment = pipeline("mask-generation", model="{name}")
-print(len(segment("photo.jpg")["masks"]))""",
-}
-
-_NETWORK = """It is a {tinyvit}
-of {parameters:.1f} million parameters{variant} for images of {size} x {size} pixels; it runs at other sizes, too."""
-_ABOUT = {
-    "image-classification": "This model names what an image shows. " + _NETWORK,
-    "image-feature-extraction": "This model turns an image into features. " + _NETWORK,
-    "mask-generation": """This is MobileSAM ([arXiv:2306.14289](https://arxiv.org/abs/2306.14289)): it segments what
-prompts point at, and everything in an image. It has {parameters:.1f} million parameters; its encoder is a
-{tinyvit}{variant} for inputs of {size} x {size} pixels.""",
-}
-
 
 def save_hub_folder(
     folder: str | Path, pretrained: Weights, variant: Variant = None, repo_id: str | None = None
 ) -> PreTrainedModel:
-    """Write a folder that is ready for the hub: weights, configuration, preprocessing and a model card.
+    """Write a folder for the hub with weights, configuration, preprocessing and a model card.
 
-    ``hf upload NAME FOLDER`` puts it there.
+    Upload it with ``hf upload NAME FOLDER``.
 
     Args:
-        folder: the folder, which is made.
-        pretrained: the weights: ``True``, a name of the catalog, a file, a URL, or a hub folder of timm.
-        variant: the variant, where that does not follow from the weights.
-        repo_id: the name that the card calls the model by; the folder's name if left out.
+        folder: folder to write; created if missing.
+        pretrained: ``True``, a name of the catalog, a file, a URL or a hub folder of timm.
+        variant: variant or configuration of the network, if the weights do not determine it.
+        repo_id: name of the model in the card; ``None`` for the name of the folder.
 
     Returns:
-        The model that was written, in evaluation mode.
+        The saved model in evaluation mode.
 
     Raises:
-        CheckpointError: if there are no such weights, or they cannot be read.
-        ValueError: if the folder is a file.
+        CheckpointError: if the weights do not exist or cannot be read.
+        ValueError: if ``folder`` is a file.
 
     Example:
         >>> import tempfile
@@ -78,7 +52,7 @@ def save_hub_folder(
     """
     folder = Path(folder)
     if folder.exists() and not folder.is_dir():
-        raise ValueError(f"{folder} is a file; give the folder to write.")
+        raise ValueError(f"{folder} is a file; expected a folder to write.")
     found = open_pretrained(pretrained, variant)
     model: PreTrainedModel
     if found.config.mobile_sam:
@@ -89,43 +63,36 @@ def save_hub_folder(
         model = from_checkpoint(found)
         TinyVitImageProcessor.from_preprocessing(found.preprocessing_for(found.config)).save_pretrained(folder)
     model.save_pretrained(folder)
-    page = model_card(repo_id or folder.name, model, _published(pretrained, variant))
-    write_text(folder / "README.md", page)
+    weights = find_weights(variant if isinstance(variant, str) else None, pretrained)
+    write_text(folder / "README.md", model_card(repo_id or folder.name, model, weights))
     return model
-
-
-def _published(pretrained: Weights, variant: Variant) -> PretrainedWeights | None:
-    """Return the entry of the catalog that was asked for, if it was one."""
-    name = variant if isinstance(variant, str) else None
-    if pretrained is True:
-        return None if name is None else default_weights(name)
-    return find_weights(name, str(pretrained))
 
 
 def model_card(name: str, model: PreTrainedModel, weights: PretrainedWeights | None = None) -> str:
     """Write the ``README.md`` of a hub folder.
 
     Args:
-        name: what the model is called on the hub, such as ``"me/tinyvit-5m"``.
-        model: the model, which decides the task.
-        weights: what is known of its weights.
+        name: name of the model on the hub, such as ``"owner/tinyvit-5m"``.
+        model: the model; its class determines the task.
+        weights: entry of the catalog, if the weights are published.
 
     Returns:
-        The page, with its header.
+        The text with its YAML header.
     """
     task = _task(model)
     license = None if weights is None else weights.license.lower()
     header = ModelCardData(license=license, library_name="transformers", pipeline_tag=task, tags=list(TAGS))
     vision = getattr(model.config, "vision_config", model.config)
-    about = _ABOUT[task].format(
+    card, parts = ((ASSETS / file).read_text(encoding="utf-8") for file in ("model_card.txt", f"model_card_{task}.txt"))
+    about, code = parts.format(
+        name=name,
         tinyvit="TinyViT ([arXiv:2207.10666](https://arxiv.org/abs/2207.10666))",
         variant="" if weights is None else f" (variant {weights.variant})",
         parameters=sum(parameter.numel() for parameter in model.parameters()) / 1e6,
         size=vision.image_size,
-    )
-    code = _USES[task].format(name=name)
-    page = (ASSETS / "model_card.txt").read_text(encoding="utf-8")
-    return page.format(header=header.to_yaml(), name=name, about=about, facts=_facts(model, weights), code=code)
+    ).split("---\n")
+    facts = _facts(model, weights)
+    return card.format(header=header.to_yaml(), name=name, about=about.strip(), facts=facts, code=code.strip())
 
 
 def _task(model: PreTrainedModel) -> str:
@@ -142,5 +109,5 @@ def _facts(model: PreTrainedModel, weights: PretrainedWeights | None) -> str:
         facts.append(f"- Trained on: {weights.trained_on}")
         facts.append(f"- License of the weights: {weights.license}")
         if weights.top1 is not None and weights.top5 is not None:
-            facts.append(f"- Accuracy as published: top-1 {weights.top1:.1f} %, top-5 {weights.top5:.1f} %")
-    return "\n".join(facts) or "What it was trained on is not recorded."
+            facts.append(f"- Published accuracy: top-1 {weights.top1:.1f} %, top-5 {weights.top5:.1f} %")
+    return "\n".join(facts) or "The training data is unknown."

@@ -1,4 +1,4 @@
-"""transformers' models over a :class:`~kornia_tinyvit.TinyViT`: features, a classifier and a backbone."""
+"""transformers models of a :class:`~kornia_tinyvit.TinyViT`: features, a classifier and a backbone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from transformers.utils.output_capturing import capture_outputs
 
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
-from kornia_tinyvit.layers import Attention, ConvBN
+from kornia_tinyvit.layers import Attention
 from kornia_tinyvit.model import Blocks, TinyViT
 
 __all__ = [
@@ -31,25 +31,25 @@ __all__ = [
     "build_network",
 ]
 
-#: What the hub finds a model by.
+#: Tags of the models on the hub.
 TAGS = ("tinyvit", "kornia-tinyvit", "kornia")
 
 
 def eager_attention_forward(
     module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor, **kwargs: Any
 ) -> tuple[Tensor, Tensor]:
-    """Attend as transformers' eager implementations do, which return their weights.
+    """Compute attention and return its weights, with the interface of transformers' eager implementations.
 
     Args:
-        module: the module that attends.
-        query: :math:`(B, heads, N, d)`.
-        key: the same shape.
-        value: the same shape.
-        attention_mask: what is added to the scores, :math:`(1, heads, N, N)`.
-        **kwargs: what other implementations take.
+        module: the attention module, unused.
+        query: queries :math:`(B, heads, N, d)`.
+        key: keys :math:`(B, heads, N, d)`.
+        value: values :math:`(B, heads, N, d)`.
+        attention_mask: bias added to the scores, :math:`(1, heads, N, N)`.
+        **kwargs: arguments of other implementations, unused.
 
     Returns:
-        Values :math:`(B, N, heads, d)` and weights :math:`(B, heads, N, N)`.
+        Outputs :math:`(B, N, heads, d)` and attention weights :math:`(B, heads, N, N)`.
     """
     scores = query @ key.mT / math.sqrt(query.shape[-1]) + attention_mask
     weights = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
@@ -57,14 +57,14 @@ def eager_attention_forward(
 
 
 class AttentionWeights(nn.Identity):
-    """Where the weights of an attention pass through, so that transformers can record them."""
+    """Identity of the attention weights, from which transformers records them."""
 
 
 class TinyVitAttention(nn.Module):
-    """The attention of a window by the implementation that the configuration names, ``sdpa`` or ``eager``.
+    """Window attention with the implementation selected in the configuration, ``sdpa`` or ``eager``.
 
     Args:
-        config: the configuration of the model, whose implementation may change at any time.
+        config: configuration of the model; its implementation is read at every call.
     """
 
     is_causal = False
@@ -75,7 +75,14 @@ class TinyVitAttention(nn.Module):
         self.weights = AttentionWeights()
 
     def forward(self, query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-        """Map queries, keys and values :math:`(B, heads, N, d)` and a bias to the shape of the queries."""
+        """Compute outputs :math:`(B, heads, N, d)`.
+
+        Args:
+            query: queries :math:`(B, heads, N, d)`.
+            key: keys :math:`(B, heads, N, d)`.
+            value: values :math:`(B, heads, N, d)`.
+            bias: attention bias :math:`(1, heads, N, N)`.
+        """
         attend: Callable[..., tuple[Tensor, Tensor | None]] = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
         )
@@ -86,11 +93,11 @@ class TinyVitAttention(nn.Module):
 
 
 def build_network(network: TinyViTConfig, config: Any) -> TinyViT:
-    """Build the network of a model of transformers.
+    """Build the network of a transformers model.
 
     Args:
-        network: what to build.
-        config: the configuration of the model, which names the implementation of the attention.
+        network: configuration of the network.
+        config: configuration of the model, which selects the attention implementation.
     """
     model = TinyViT.from_config(network)
     for module in model.modules():
@@ -100,7 +107,7 @@ def build_network(network: TinyViTConfig, config: Any) -> TinyViT:
 
 
 class TinyVitPreTrainedModel(PreTrainedModel):
-    """What the models have in common: loading, saving, initialization and what they support."""
+    """Base class of the models: loading, saving, initialization and supported features."""
 
     config: TinyVitConfig
     config_class = TinyVitConfig
@@ -114,7 +121,7 @@ class TinyVitPreTrainedModel(PreTrainedModel):
     _no_split_modules = ["TinyViT"]  # noqa: RUF012 - transformers reads it from the class
     _can_record_outputs = {"hidden_states": Blocks, "attentions": AttentionWeights}  # noqa: RUF012
 
-    network: TinyViT  # of the models that have one themselves
+    network: TinyViT  # not in every subclass
 
     def get_input_embeddings(self) -> nn.Module:
         """Return the stem."""
@@ -122,7 +129,7 @@ class TinyVitPreTrainedModel(PreTrainedModel):
 
     @torch.no_grad()
     def _init_weights(self, module: nn.Module) -> None:
-        """Initialize what no file held, as :class:`~kornia_tinyvit.TinyViT` does, and leave loaded tensors be."""
+        """Initialize missing tensors like :class:`~kornia_tinyvit.TinyViT` and keep loaded ones."""
         if isinstance(module, nn.Linear):
             init.trunc_normal_(module.weight, std=0.02)
             init.zeros_(module.bias)
@@ -139,31 +146,30 @@ class TinyVitPreTrainedModel(PreTrainedModel):
             init.zeros_(cast("Tensor", module.num_batches_tracked))
 
     def _prepare(self, pixel_values: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        """Give images :math:`(B, C, H, W)` the precision of the network; integers are left for it to refuse.
+        """Convert floating point images :math:`(B, C, H, W)` to the data type of the network, which validates them.
 
         Raises:
-            ValueError: if attentions are asked for and the implementation computes none.
+            ValueError: if attention weights are requested and the implementation does not return them.
         """
         attention = self.config._attn_implementation
         if kwargs.get("output_attentions", self.config.output_attentions) and attention != "eager":
             raise ValueError(
-                f"The attention implementation {attention!r} has no weights to return; load the model with "
+                f"The attention implementation {attention!r} does not return weights; load the model with "
                 'attn_implementation="eager" or call model.set_attn_implementation("eager").'
             )
-        stem = cast("ConvBN", self.network.patch_embed.seq[0]).c.weight
         floating = isinstance(pixel_values, Tensor) and pixel_values.is_floating_point()
-        return pixel_values.to(stem.dtype) if floating else pixel_values
+        return pixel_values.to(self.dtype) if floating else pixel_values
 
 
 class TinyVitModel(TinyVitPreTrainedModel):
-    """The features of a TinyViT.
+    """TinyViT without a head.
 
     Attributes:
         network: the :class:`~kornia_tinyvit.TinyViT`, without a head.
 
     Args:
         config: the configuration.
-        add_pooling_layer: whether to pool the last map.
+        add_pooling_layer: whether to pool the last feature map.
 
     Example:
         >>> model = TinyVitModel(TinyVitConfig(image_size=64)).eval()
@@ -189,13 +195,14 @@ class TinyVitModel(TinyVitPreTrainedModel):
                 configuration's.
 
         Returns:
-            ``last_hidden_state``, the last map :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`;
-            ``pooler_output``, its normalized mean :math:`(B, C)`; ``hidden_states``, the map of the stem and those of
+            ``last_hidden_state``, the last feature map :math:`(B, C, \lceil H/32 \rceil, \lceil W/32 \rceil)`;
+            ``pooler_output``, its normalized mean :math:`(B, C)`; ``hidden_states``, the feature maps of the stem and
             the four stages; ``attentions``, the weights :math:`(B \cdot windows, heads, N, N)` of each attention.
 
         Raises:
             TypeError: if the images are not a floating point tensor.
-            ValueError: if their shape is another, or attentions are asked for and the implementation has none.
+            ValueError: if their shape is invalid, or attention weights are requested from an implementation that does
+                not return them.
         """
         features = self.network.forward_features(self._prepare(pixel_values, kwargs))
         pooled = self.network.forward_head(features, pre_logits=True) if self.add_pooling_layer else None
@@ -203,14 +210,14 @@ class TinyVitModel(TinyVitPreTrainedModel):
 
 
 class TinyVitForImageClassification(TinyVitPreTrainedModel):
-    """A TinyViT with a classifier on its pooled features.
+    """TinyViT with a linear classifier on the pooled features.
 
     Attributes:
         tinyvit: the :class:`TinyVitModel`.
         classifier: the linear layer.
 
     Args:
-        config: the configuration, whose ``num_labels`` are the classes.
+        config: the configuration; ``num_labels`` is the number of classes.
     """
 
     accepts_loss_kwargs = False
@@ -230,13 +237,18 @@ class TinyVitForImageClassification(TinyVitPreTrainedModel):
 
         Args:
             pixel_values: images as :meth:`TinyVitModel.forward` takes them.
-            labels: classes :math:`(B,)` for a cross-entropy; :math:`(B, classes)` in {0, 1}, floating point, for the
-                loss of several labels, or any numbers for a regression. The configuration's ``problem_type`` says
-                which it is; without one, transformers tells it from the labels at the first call.
+            labels: class indices :math:`(B,)` for the cross-entropy; :math:`(B, classes)` in {0, 1}, floating point,
+                for multi-label classification; or targets of a regression. The configuration's ``problem_type``
+                selects the loss; if it is not set, transformers derives it from the labels of the first call.
             **kwargs: as :meth:`TinyVitModel.forward` takes them.
 
         Returns:
-            ``logits`` :math:`(B, classes)`, ``loss`` if there are labels, and what was asked for.
+            ``logits`` :math:`(B, classes)`, ``loss`` if labels are given, and the requested hidden states and
+            attentions.
+
+        Raises:
+            TypeError: as :meth:`TinyVitModel.forward` does.
+            ValueError: as :meth:`TinyVitModel.forward` does.
         """
         outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
         logits = self.classifier(outputs.pooler_output)
@@ -249,10 +261,10 @@ class TinyVitForImageClassification(TinyVitPreTrainedModel):
 
 
 class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
-    """The maps of a TinyViT for detectors and segmenters of transformers.
+    """Feature maps of a TinyViT for detectors and segmenters of transformers.
 
     Args:
-        config: the configuration; ``out_features`` or ``out_indices`` choose the maps.
+        config: the configuration; ``out_features`` or ``out_indices`` select the feature maps.
 
     Example:
         >>> backbone = TinyVitBackbone(TinyVitConfig(image_size=64, out_indices=[2, 3, 4])).eval()
@@ -271,7 +283,7 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
     @can_return_tuple
     @filter_output_hidden_states
     def forward(self, pixel_values: Tensor, **kwargs: Any) -> BackboneOutput | tuple[Any, ...]:
-        r"""Return the maps that the configuration chooses.
+        r"""Return the feature maps selected in the configuration.
 
         Args:
             pixel_values: images as :meth:`TinyVitModel.forward` takes them.
@@ -279,12 +291,12 @@ class TinyVitBackbone(BackboneMixin, TinyVitPreTrainedModel):
 
         Returns:
             ``feature_maps`` :math:`(B, C_i, \lceil H/s_i \rceil, \lceil W/s_i \rceil)`, :math:`s` = 4 for the stem, and
-            4, 8, 16, 32 for the stages; and what was asked for.
+            4, 8, 16, 32 for the stages; and the requested hidden states and attentions.
         """
         outputs = self.tinyvit(pixel_values, **(kwargs | {"return_dict": True}))
-        maps = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
+        features = dict(zip(self.stage_names, outputs.hidden_states, strict=True))
         return BackboneOutput(
-            feature_maps=tuple(maps[name] for name in self.out_features),
+            feature_maps=tuple(features[name] for name in self.out_features),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )

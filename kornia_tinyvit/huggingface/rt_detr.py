@@ -1,6 +1,6 @@
-"""transformers' RT-DETR with the weights of a :class:`~kornia_tinyvit.detection.TinyViTDetector`, and back.
+"""Convert a :class:`~kornia_tinyvit.detection.TinyViTDetector` to transformers' RT-DETR and back.
 
-kornia's RT-DETR infers only; transformers' has the loss, the matcher and the denoising queries of the training.
+kornia's RT-DETR supports inference only; transformers' has the loss, the matcher and the denoising queries.
 """
 
 from __future__ import annotations
@@ -13,23 +13,20 @@ import torch
 from torch import Tensor
 
 from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
-from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.extras import optional_imports
+from kornia_tinyvit.files import describe_differences
 from kornia_tinyvit.model import TinyViT
 
-try:
-    import scipy  # noqa: F401 - the matcher's
+with optional_imports("Training detectors requires transformers and scipy", "'kornia-tinyvit[train,hf]'"):
+    import scipy  # noqa: F401 - used by the matcher
     from transformers import RTDetrConfig, RTDetrForObjectDetection
 
     from kornia_tinyvit.huggingface.configuration import TinyVitConfig
     from kornia_tinyvit.huggingface.conversion import label_fields, match_original, rename
-except ImportError as error:
-    raise MissingExtraError(
-        "Training detectors needs transformers and scipy: pip install 'kornia-tinyvit[train,hf]'."
-    ) from error
 
 __all__ = ["from_rt_detr", "to_rt_detr"]
 
-#: What kornia's classes fix of transformers' configuration.
+#: Fields of transformers' configuration that are constant in kornia.
 _FIXED: dict[str, Any] = {
     "encoder_attention_heads": 8,
     "decoder_attention_heads": 8,
@@ -50,7 +47,7 @@ _FIXED: dict[str, Any] = {
 }
 
 _BACKBONE = "model.backbone.model.tinyvit.network."
-_PLACES = (
+_PREFIXES = (
     (r"backbone\.", _BACKBONE),
     (r"encoder\.input_proj\.", "model.encoder_input_proj."),
     (r"encoder\.encoder\.0\.", "model.encoder.aifi.0."),
@@ -63,7 +60,7 @@ _PLACES = (
     (r"decoder\.decoder\.", "model.decoder."),
     (r"decoder\.", "model."),
 )
-_OF_LAYERS = {
+_LAYERS = {
     "linear1": "mlp.fc1",
     "linear2": "mlp.fc2",
     "cross_attn": "encoder_attn",
@@ -77,22 +74,21 @@ _NORMS = {
         "norm3": "final_layer_norm",
     },
 }
-_DENOISING = "model.denoising_class_embed.weight"  # which a model without denoising queries has not
-_JOINED = re.compile(r"self_attn\.in_proj_(weight|bias)$")  # queries, keys and values in one
+_DENOISING = "model.denoising_class_embed.weight"  # missing in models without denoising queries
+_JOINED = re.compile(r"self_attn\.in_proj_(weight|bias)$")  # queries, keys and values in one tensor
 
 
 def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDetection:
-    """Return transformers' RT-DETR with a copy of a detector's weights.
+    """Convert a detector to transformers' RT-DETR on a :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
 
-    It takes normalized squares as ``pixel_values``, their sides multiples of 32. Its backbone is a
-    :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
+    The input of the model are normalized square images ``pixel_values`` :math:`(B, 3, S, S)`, S a multiple of 32.
 
     Args:
         detector: the detector.
-        **changes: fields of transformers' ``RTDetrConfig``, such as ``num_denoising`` or the weights of the losses.
+        **changes: fields of transformers' ``RTDetrConfig``, such as ``num_denoising`` or loss weights.
 
     Returns:
-        The model, in the detector's mode, precision and device.
+        The model with a copy of the weights, in the mode, data type and device of the detector.
 
     Example:
         >>> detector = TinyViTDetector.from_config("1m", num_classes=5, img_size=64, num_queries=9, hidden_dim=32)
@@ -115,47 +111,45 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
 
 
 def from_rt_detr(model: RTDetrForObjectDetection) -> TinyViTDetector:
-    """Return a detector with a copy of the weights of a model of :func:`to_rt_detr`, or one built alike.
+    """Convert transformers' RT-DETR, as built by :func:`to_rt_detr`, to a detector.
 
     Args:
-        model: transformers' RT-DETR on a :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
+        model: RT-DETR on a :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
 
     Returns:
-        The detector, in the model's mode, precision and device.
+        The detector with a copy of the weights, in the mode, data type and device of the model.
 
     Raises:
-        ValueError: if the model has parts that kornia's RT-DETR has not.
+        ValueError: if the backbone or another part of the model is not supported by kornia's RT-DETR.
     """
-    told: Any = model.config
-    if not isinstance(told.backbone_config, TinyVitConfig):
-        raise ValueError(f"Expected a model on a TinyVitBackbone; got one on {type(told.backbone_config).__name__}.")
-    config = DetectorConfig(
-        told.backbone_config.to_network(), told.num_labels, told.d_model, told.num_queries, told.decoder_layers,
-        told.hidden_expansion,
+    config: Any = model.config
+    if not isinstance(config.backbone_config, TinyVitConfig):
+        raise ValueError(f"Expected a model on a TinyVitBackbone; got one on {type(config.backbone_config).__name__}.")
+    supported = DetectorConfig(
+        config.backbone_config.to_network(), config.num_labels, config.d_model, config.num_queries,
+        config.decoder_layers, config.hidden_expansion,
     )  # fmt: skip
-    others = [
-        f"{name}={getattr(told, name)!r} instead of {value!r}"
-        for name, value in _describe(config).items()
-        if name not in ("backbone_config", "freeze_backbone_batch_norms") and _plain(getattr(told, name)) != value
-    ]
-    if others:
-        raise ValueError(f"kornia's RT-DETR cannot be built with {', '.join(others)}.")
-    names = [told.id2label[index] for index in range(told.num_labels)]
-    detector = TinyViTDetector.from_config(config, class_names=names)
+    expected = _describe(supported)
+    del expected["backbone_config"], expected["freeze_backbone_batch_norms"]
+    fields = {name: getattr(config, name) for name in expected}
+    if differences := describe_differences(expected, fields, words=("kornia has", "the model")):
+        raise ValueError(f"kornia's RT-DETR does not support the model: {'; '.join(differences)}.")
+    names = [config.id2label[index] for index in range(config.num_labels)]
+    detector = TinyViTDetector.from_config(supported, class_names=names)
     load_weights(detector, model.state_dict())
     return match_original(detector, model)
 
 
 def load_weights(detector: TinyViTDetector, state: Mapping[str, Tensor]) -> None:
-    """Give a detector the weights of transformers' RT-DETR.
+    """Load the weights of transformers' RT-DETR into a detector.
 
     Args:
         detector: the detector.
-        state: the model's state dict.
+        state: state dict of the model.
 
     Raises:
         KeyError: if a weight is missing.
-        RuntimeError: if one has another shape.
+        RuntimeError: if a weight has another shape.
     """
     own = detector.state_dict()
     for name in own:
@@ -167,12 +161,16 @@ def load_weights(detector: TinyViTDetector, state: Mapping[str, Tensor]) -> None
 
 
 def network_of(model: RTDetrForObjectDetection) -> TinyViT:
-    """Return the network of a model's backbone."""
+    """Return the network in the backbone of a model.
+
+    Args:
+        model: RT-DETR on a :class:`~kornia_tinyvit.huggingface.TinyVitBackbone`.
+    """
     return model.model.backbone.model.tinyvit.network
 
 
 def _describe(config: DetectorConfig) -> dict[str, Any]:
-    """Return the fields of transformers' configuration of the same architecture."""
+    """Return the fields of transformers' configuration for an architecture."""
     hidden = config.hidden_dim
     return _FIXED | {
         "backbone_config": TinyVitConfig.from_network(config.backbone, out_indices=[2, 3, 4]),
@@ -188,18 +186,14 @@ def _describe(config: DetectorConfig) -> dict[str, Any]:
     }
 
 
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value
-
-
 def _names(name: str) -> list[str]:
-    """Return what transformers calls a detector's tensor: three names if it splits it, none if it has no such."""
-    if name.startswith(("backbone.norm_head.", "backbone.head.")):  # which the maps do without
+    """Convert a name to transformers': three names for a tensor that is split there, none for one that is missing."""
+    if name.startswith(("backbone.norm_head.", "backbone.head.")):  # not used for feature maps
         return []
-    theirs = rename(name, _PLACES)
+    theirs = rename(name, _PREFIXES)
     for place, norms in _NORMS.items():
         if name.startswith(place):
-            for ours, other in {**_OF_LAYERS, **norms}.items():
+            for ours, other in {**_LAYERS, **norms}.items():
                 theirs = theirs.replace(f".{ours}.", f".{other}.")
     if found := _JOINED.search(theirs):
         stem = theirs[: found.start()]

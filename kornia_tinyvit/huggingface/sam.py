@@ -1,4 +1,4 @@
-"""MobileSAM in transformers' SAM: a TinyViT as its vision encoder, its configuration and its image processor."""
+"""MobileSAM for transformers: model, vision encoder, configurations and image processor."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ __all__ = [
     "to_mobile_sam",
 ]
 
-#: Beginnings of segment-anything's names, which are kornia's, and what transformers calls the same.
+#: Prefixes of tensor names in segment-anything and kornia, and in transformers.
 _NAMES = (
     (r"image_encoder\.", "vision_encoder.network."),
     (r"prompt_encoder\.pe_layer\.positional_encoding_gaussian_matrix", "shared_image_embedding.positional_embedding"),
@@ -61,12 +61,12 @@ _TIED = "prompt_encoder.shared_embedding.positional_embedding"
 
 @strict
 class TinyVitSamVisionConfig(TinyVitConfig):
-    """The configuration of MobileSAM's encoder: a TinyViT of stride 16 with a neck.
+    """Configuration of MobileSAM's encoder: a TinyViT of stride 16 with a neck.
 
     Args:
         image_size: side in pixels of the square input, a multiple of 16.
-        head_classes: classes of the head that the published file holds and the embedding does not use.
-        **kwargs: the other fields of :class:`TinyVitConfig`.
+        head_classes: number of classes of the unused head in the published file.
+        **kwargs: other fields of :class:`TinyVitConfig`.
     """
 
     model_type = "tinyvit_sam_vision"
@@ -76,20 +76,20 @@ class TinyVitSamVisionConfig(TinyVitConfig):
     head_classes: int = 1000
 
     def __post_init__(self, **kwargs: Any) -> None:
-        # What transformers' SAM asks its encoder's configuration for.
+        # Read by transformers' SAM.
         self.output_channels = NECK_CHANNELS
         self.num_pos_feats = NECK_CHANNELS // 2
-        self.scale = 1.0  # of random position codes, as in segment-anything
+        self.scale = 1.0  # of random positional encodings, as in segment-anything
         super().__post_init__(**kwargs)
 
     def to_network(self, num_classes: int | None = None) -> TinyViTConfig:
-        """Return the configuration of the network.
+        """Convert to the configuration of the network.
 
         Args:
-            num_classes: classes of its head, instead of ``head_classes``.
+            num_classes: number of classes of its head; ``None`` for ``head_classes``.
 
         Raises:
-            ValueError: if a field is out of its range.
+            ValueError: if a field is out of range.
         """
         classes = self.head_classes if num_classes is None else num_classes
         return super().to_network(classes).replace(mobile_sam=True)
@@ -97,12 +97,13 @@ class TinyVitSamVisionConfig(TinyVitConfig):
 
 @strict
 class TinyVitSamConfig(SamConfig):
-    """The configuration of a :class:`TinyVitSamModel`.
+    """Configuration of a :class:`TinyVitSamModel`.
 
     Args:
-        vision_config: a :class:`TinyVitSamVisionConfig` or its values; the published 5m if left out.
-        prompt_encoder_config: values of transformers' ``SamPromptEncoderConfig``; its image size follows the encoder.
-        mask_decoder_config: values of transformers' ``SamMaskDecoderConfig``.
+        vision_config: a :class:`TinyVitSamVisionConfig` or its fields; the default is the published 5m.
+        prompt_encoder_config: fields of transformers' ``SamPromptEncoderConfig``; the default has the image size of the
+            encoder.
+        mask_decoder_config: fields of transformers' ``SamMaskDecoderConfig``.
         **kwargs: fields of transformers' ``SamConfig``.
     """
 
@@ -121,13 +122,13 @@ class TinyVitSamConfig(SamConfig):
         if self.prompt_encoder_config is None:
             self.prompt_encoder_config = {"image_size": vision.image_size}
         if self.mask_decoder_config is None:
-            # The originals leave torch's default to the norms of the decoder; transformers' differs.
+            # segment-anything uses torch's default in the decoder; that of transformers differs.
             self.mask_decoder_config = {"layer_norm_eps": 1e-5}
         super().__post_init__(**kwargs)
 
 
 class TinyVitSamVisionEncoder(TinyVitPreTrainedModel):
-    """MobileSAM's encoder.
+    """Image encoder of MobileSAM.
 
     Attributes:
         network: the :class:`~kornia_tinyvit.TinyViT`.
@@ -149,24 +150,25 @@ class TinyVitSamVisionEncoder(TinyVitPreTrainedModel):
         """Embed images.
 
         Args:
-            pixel_values: images :math:`(B, 3, S, S)` as the image processor makes them.
+            pixel_values: preprocessed images :math:`(B, 3, S, S)`.
             **kwargs: ``output_hidden_states``, ``output_attentions`` and ``return_dict``.
 
         Returns:
-            ``last_hidden_state``, the embedding :math:`(B, 256, S/16, S/16)`, and what was asked for.
+            ``last_hidden_state``, the embedding :math:`(B, 256, S/16, S/16)`, and the requested hidden states and
+            attentions.
 
         Raises:
             TypeError: if the images are not a floating point tensor.
-            ValueError: if their shape is another, or attentions are asked for and the implementation has none.
+            ValueError: if their shape is invalid, or attention weights are requested from an implementation that does
+                not return them.
         """
         return SamVisionEncoderOutput(last_hidden_state=self.network(self._prepare(pixel_values, kwargs)))
 
 
 class TinyVitSamModel(SamModel):
-    """transformers' ``SamModel`` with a TinyViT as its encoder: MobileSAM (arXiv:2306.14289).
+    """transformers' ``SamModel`` with a TinyViT as the image encoder: MobileSAM (arXiv:2306.14289).
 
-    Prompts, masks and scores are those of transformers' ``SamModel``; the masks equal those of
-    :class:`~kornia_tinyvit.sam.MobileSAM`.
+    Inputs and outputs are those of ``SamModel``; the masks equal those of :class:`~kornia_tinyvit.sam.MobileSAM`.
 
     Args:
         config: the configuration.
@@ -178,7 +180,7 @@ class TinyVitSamModel(SamModel):
     _no_split_modules = ["TinyViT", "SamTwoWayTransformer"]  # noqa: RUF012
 
     def __init__(self, config: TinyVitSamConfig) -> None:
-        # SamModel's own constructor would build the encoder that this one replaces.
+        # The constructor of SamModel would build a ViT encoder.
         SamPreTrainedModel.__init__(self, config)
         vision, decoder = cast("Any", config.vision_config), cast("Any", config.mask_decoder_config)
         self.shared_image_embedding = SamPositionalEmbedding(vision)
@@ -190,15 +192,15 @@ class TinyVitSamModel(SamModel):
 
 
 class TinyVitSamImageProcessor(SamImageProcessorPil):
-    """transformers' image processor of SAM, whose pipeline for masks of everything works without torchvision.
+    """Image processor of SAM whose mask generation pipeline does not require torchvision.
 
     Args:
-        **kwargs: as ``SamImageProcessorPil`` takes them.
+        **kwargs: arguments of ``SamImageProcessorPil``.
     """
 
     @classmethod
     def from_size(cls, image_size: int) -> TinyVitSamImageProcessor:
-        """Return the processor for inputs of some size.
+        """Create a processor for an input size.
 
         Args:
             image_size: side in pixels of the square input, a multiple of 16.
@@ -214,16 +216,17 @@ class TinyVitSamImageProcessor(SamImageProcessorPil):
     def post_process_for_mask_generation(
         self, all_masks: list[RLE], all_scores: Tensor, all_boxes: Tensor, crops_nms_thresh: float
     ) -> tuple[list[NDArray[np.bool_]], Tensor, list[RLE], Tensor]:
-        """Keep the best of masks whose boxes lie on each other.
+        """Apply non-maximum suppression to masks by their boxes.
 
         Args:
-            all_masks: :math:`N` masks, run-length encoded.
-            all_scores: their scores :math:`(N,)`.
-            all_boxes: their boxes :math:`(N, 4)`, left, top, right and bottom.
-            crops_nms_thresh: of boxes with a larger IoU, only that of the best mask is kept.
+            all_masks: :math:`N` run-length encoded masks.
+            all_scores: scores :math:`(N,)`.
+            all_boxes: boxes :math:`(N, 4)`, left, top, right and bottom.
+            crops_nms_thresh: IoU above which the box of lower score is removed.
 
         Returns:
-            The masks that are kept, as arrays :math:`(H, W)`, the best first; their scores, encodings and boxes.
+            The kept masks as arrays :math:`(H, W)`, sorted by descending score, their scores, run-length encodings and
+            boxes.
         """
         kept = nms(all_boxes.cpu(), all_scores.cpu(), crops_nms_thresh)
         encoded = [all_masks[index] for index in kept.tolist()]
@@ -231,18 +234,20 @@ class TinyVitSamImageProcessor(SamImageProcessorPil):
 
 
 def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
-    """Return transformers' model of a MobileSAM, with a copy of its weights, in its mode, precision and place.
+    """Convert a MobileSAM to a transformers model with the same weights, mode, data type and device.
 
     Args:
-        sam: the model, whose input is square; ``MobileSAM.from_config(pretrained="mobile_sam.pt")`` reads the
-            published file.
+        sam: the model, with a square input.
+
+    Returns:
+        The model with a copy of the weights.
 
     Raises:
-        ValueError: if the input is not square, which transformers' always is.
+        ValueError: if the input is not square.
     """
     height, width = sam.img_size
     if height != width:
-        raise ValueError(f"transformers' SAM has square inputs; this one's are {height}x{width}.")
+        raise ValueError(f"transformers' SAM requires a square input; got {height}x{width}.")
     network = sam.config.replace(mobile_sam=False, img_size=height, num_classes=0)
     vision = TinyVitSamVisionConfig.from_network(network, head_classes=sam.config.num_classes)
     model = TinyVitSamModel(TinyVitSamConfig(vision_config=vision))
@@ -253,12 +258,15 @@ def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
 
 
 def to_mobile_sam(model: TinyVitSamModel) -> MobileSAM:
-    """Return the MobileSAM of a transformers' model, with a copy of its weights, in its mode, precision and place.
+    """Convert a transformers model to a MobileSAM with the same weights, mode, data type and device.
 
     ``torch.save(to_mobile_sam(model).state_dict(), "mobile_sam.pt")`` writes the layout of the published file.
 
     Args:
         model: the model.
+
+    Returns:
+        The MobileSAM with a copy of the weights.
     """
     vision = cast("TinyVitSamVisionConfig", model.config.vision_config)
     sam = MobileSAM.from_config(vision.to_network(), img_size=vision.image_size)

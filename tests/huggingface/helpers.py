@@ -1,9 +1,12 @@
-"""What the tests of transformers' classes share."""
+"""Small transformers models of the tests."""
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
+from torch import Tensor
 
 pytest.importorskip("transformers")
 
@@ -13,9 +16,17 @@ from tests.conftest import TINY, liven
 
 
 def tiny_network(**changes) -> TinyViT:
-    """A network of 30 thousand weights in evaluation mode, whose outputs depend on the image."""
+    """Return a network of 30 thousand weights in evaluation mode whose outputs depend on the image."""
     torch.manual_seed(0)
-    return liven(TinyViT(**(TINY | changes)))
+    network = TinyViT(**(TINY | changes))
+    network.load_state_dict(network_weights(**changes))
+    return network.eval()
+
+
+@cache
+def network_weights(**changes) -> dict[str, Tensor]:
+    torch.manual_seed(0)
+    return liven(TinyViT(**(TINY | changes))).state_dict()
 
 
 def tiny_config(**kwargs) -> TinyVitConfig:
@@ -27,7 +38,7 @@ def tiny_classifier(**changes) -> TinyVitForImageClassification:
 
 
 def tiny_backbone(**kwargs) -> TinyVitBackbone:
-    """A backbone with the weights of the tiny network."""
+    """Return a backbone with the weights of the tiny network."""
     backbone = TinyVitBackbone(tiny_config(**kwargs)).eval()
     weights = {f"tinyvit.network.{name}": tensor for name, tensor in tiny_network().state_dict().items()}
     missing, _ = backbone.load_state_dict(weights, strict=False)

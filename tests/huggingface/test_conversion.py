@@ -21,7 +21,7 @@ NAMES = tuple("abcdefg")
 
 
 class TestNetworks:
-    def test_there_and_back(self, images):
+    def test_round_trip(self, images):
         network = tiny_network()
         model = from_tinyvit(network, NAMES)
         assert torch.equal(model(images).logits, network(images))
@@ -38,7 +38,7 @@ class TestNetworks:
         assert torch.equal(model(images).pooler_output, network(images))
         assert torch.equal(to_tinyvit(model)(images), network(images))
 
-    def test_weights_are_copies(self):
+    def test_copied_weights(self):
         network = tiny_network()
         model = from_tinyvit(network)
         model.classifier.weight.data.zero_()
@@ -53,10 +53,10 @@ class TestNetworks:
         assert model.dtype == torch.bfloat16
         assert to_tinyvit(model).head.weight.dtype == torch.bfloat16
 
-    def test_refusals(self):
+    def test_errors(self):
         with pytest.raises(ValueError, match="Got 2 class names for 7 classes"):
             from_tinyvit(tiny_network(), ["cat", "dog"])
-        with pytest.raises(ValueError, match="lacks the norm of the pooled features"):
+        with pytest.raises(ValueError, match="Expected a model with a pooling layer"):
             to_tinyvit(tiny_backbone().tinyvit)
 
 
@@ -71,11 +71,11 @@ class TestCheckpoints:
     def test_layouts(self, layout):
         path = shared(f"reference/{layout}")
         images = torch.rand(1, 3, 64, 64)
-        wanted = TinyViT.from_config(pretrained=path).eval()(images)
-        assert torch.equal(from_checkpoint(path)(images).logits, wanted)
+        expected = TinyViT.from_config(pretrained=path).eval()(images)
+        assert torch.equal(from_checkpoint(path)(images).logits, expected)
 
-    def test_the_package_reads_the_folder(self, images, tmp_path):
-        """What transformers has trained is a checkpoint as any other."""
+    def test_folder_of_transformers(self, images, tmp_path):
+        """A folder that transformers saved is read like any checkpoint."""
         model = from_tinyvit(tiny_network(), NAMES)
         model.save_pretrained(tmp_path)
         classifier = ImageClassifier.from_config(pretrained=tmp_path)
@@ -85,8 +85,8 @@ class TestCheckpoints:
 
 
 class TestHubFolders:
-    def test_of_the_catalog(self, tmp_path):
-        save_hub_folder(tmp_path / "mine", "cifar10", "1m", repo_id="me/tinyvit-cifar10")
+    def test_catalog(self, tmp_path):
+        save_hub_folder(tmp_path / "mine", "cifar10", "1m", repo_id="owner/tinyvit-cifar10")
         names = {path.name for path in (tmp_path / "mine").iterdir()}
         assert names == {"README.md", "config.json", "model.safetensors", "preprocessor_config.json"}
         model = AutoModelForImageClassification.from_pretrained(tmp_path / "mine")
@@ -95,20 +95,20 @@ class TestHubFolders:
         classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
         pixels = processor(photo, return_tensors="pt")["pixel_values"]
         assert torch.equal(pixels, classifier.preprocessing(photo[None]))
-        # transformers leaves weights where they lie in the file; some processors' kernels then round otherwise.
+        # transformers maps weights from the file; kernels of some CPUs round differently for their alignment.
         for tensor in model.state_dict(keep_vars=True).values():
             tensor.data = tensor.data.clone()
         assert torch.equal(model(pixels).logits, classifier(photo[None]))
 
     def test_card(self, tmp_path):
-        save_hub_folder(tmp_path, "cifar10", "1m", repo_id="me/tinyvit-cifar10")
+        save_hub_folder(tmp_path, "cifar10", "1m", repo_id="owner/tinyvit-cifar10")
         card = ModelCard.load(tmp_path / "README.md")
         assert card.data.license == "apache-2.0"
         assert card.data.pipeline_tag == "image-classification"
         assert card.data.library_name == "transformers"
         assert "tinyvit" in card.data.tags
-        assert "# me/tinyvit-cifar10" in card.text
-        assert 'pipeline("image-classification", model="me/tinyvit-cifar10")' in card.text
+        assert "# owner/tinyvit-cifar10" in card.text
+        assert 'pipeline("image-classification", model="owner/tinyvit-cifar10")' in card.text
         assert "Trained on: CIFAR-10, by this project" in card.text
         assert "1.3 million" in card.text
 
@@ -134,7 +134,7 @@ class TestHubFolders:
 class TestTimm:
     PREPROCESSING = Preprocessing(64, 0.9, "bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.2, 0.2))
 
-    def test_to_transformers_and_back(self, images, tmp_path):
+    def test_round_trip(self, images, tmp_path):
         network = tiny_network()
         network.preprocessing = self.PREPROCESSING
         write_timm_folder(network, tmp_path / "timm", NAMES)
@@ -150,7 +150,7 @@ class TestTimm:
         for name in ("config.json", "model.safetensors"):
             assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "timm" / name).read_bytes()
 
-    def test_squeezed_images(self, tmp_path):
+    def test_images_without_crop(self, tmp_path):
         network = tiny_network()
         network.preprocessing = Preprocessing(64, None)
         write_timm_folder(network, tmp_path / "timm")

@@ -1,4 +1,4 @@
-"""The models compute what the network computes, and return what transformers' users ask for."""
+"""Outputs of the models: equal to those of the network, with hidden states and attentions."""
 
 import pytest
 import torch
@@ -30,27 +30,27 @@ class TestEqualsTheNetwork:
         features = network.forward_features(images)
         assert torch.equal(outputs.last_hidden_state, features)
         assert torch.equal(outputs.pooler_output, network.forward_head(features, pre_logits=True))
-        for found, wanted in zip(outputs.hidden_states[1:], network.forward_intermediates(images), strict=True):
-            assert torch.equal(found, wanted)
+        for found, expected in zip(outputs.hidden_states[1:], network.forward_intermediates(images), strict=True):
+            assert torch.equal(found, expected)
         assert torch.equal(outputs.hidden_states[0], stem(network, images))
 
     def test_backbone(self, images):
         maps = tiny_backbone(out_indices=[0, 2, 3, 4])(images).feature_maps
-        wanted = tiny_network().forward_intermediates(images)
+        reference = tiny_network().forward_intermediates(images)
         assert torch.equal(maps[0], stem(tiny_network(), images))
-        for found, expected in zip(maps[1:], wanted[1:], strict=True):
+        for found, expected in zip(maps[1:], reference[1:], strict=True):
             assert torch.equal(found, expected)
 
-    def test_one_network(self):
-        """The model holds the package's network, not one like it."""
+    def test_network(self):
+        """The model contains an instance of the package's network."""
         model = tiny_classifier()
         assert type(model.tinyvit.network) is type(tiny_network())
         assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in tiny_network().parameters())
 
     def test_bfloat16(self, images):
         model = tiny_classifier().to(torch.bfloat16)
-        wanted = tiny_network().to(torch.bfloat16)(images.bfloat16())
-        assert torch.equal(model(images).logits, wanted)  # float32 images are cast
+        expected = tiny_network().to(torch.bfloat16)(images.bfloat16())
+        assert torch.equal(model(images).logits, expected)  # float32 images are cast
 
 
 class TestOutputs:
@@ -98,7 +98,7 @@ class TestAttention:
         for each in outputs.attentions:
             torch.testing.assert_close(each.sum(-1), torch.ones(each.shape[:-1]))
 
-    def test_attentions_are_those_that_are_used(self, images):
+    def test_attention_weights(self, images):
         model = tiny_classifier()
         model.set_attn_implementation("eager")
         first = model.tinyvit.network.layers[1].blocks[0]
@@ -112,16 +112,16 @@ class TestAttention:
         torch.testing.assert_close((weights @ values).transpose(1, 2).flatten(2), seen[0], rtol=1e-4, atol=1e-5)
 
     @pytest.mark.parametrize("kind", [TinyVitModel, TinyVitForImageClassification, TinyVitBackbone])
-    def test_sdpa_has_none(self, kind, images):
-        with pytest.raises(ValueError, match="'sdpa' has no weights to return; load the model"):
+    def test_sdpa(self, kind, images):
+        with pytest.raises(ValueError, match="'sdpa' does not return weights; load the model"):
             kind(tiny_config())(images, output_attentions=True)
 
-    def test_implementation_that_does_not_exist(self):
+    def test_unsupported_implementation(self):
         with pytest.raises(ValueError, match="Flash Attention 2"):
             TinyVitModel(tiny_config(attn_implementation="flash_attention_2"))
 
 
-class TestRefusals:
+class TestErrors:
     def test_integers(self):
         with pytest.raises(TypeError, match="Images must be floating point"):
             tiny_classifier()(torch.zeros(1, 3, 64, 64, dtype=torch.uint8))

@@ -30,10 +30,10 @@ def processor() -> TinyVitImageProcessor:
     return TinyVitImageProcessor(size=64)
 
 
-class TestSameResults:
+class TestEquivalence:
     @pytest.mark.parametrize("size", [48, 224, 384])
     @pytest.mark.parametrize("crop", ["auto", None, 0.8])
-    def test_as_the_pipeline(self, photo, size, crop):
+    def test_evaluation_pipeline(self, photo, size, crop):
         evaluation = EvaluationPipeline(size, crop, mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
         found = TinyVitImageProcessor.from_preprocessing(evaluation.settings)(photo, return_tensors="pt")[
             "pixel_values"
@@ -41,7 +41,7 @@ class TestSameResults:
         assert torch.equal(found, evaluation(to_image(photo)[None]))
 
     @pytest.mark.parametrize("weights", CATALOG, ids=lambda weights: f"{weights.variant}-{weights.name}")
-    def test_as_the_published_networks(self, photo, weights):
+    def test_published_weights(self, photo, weights):
         found = TinyVitImageProcessor.from_preprocessing(weights.preprocessing)(photo)["pixel_values"]
         assert torch.equal(found, EvaluationPipeline.from_preprocessing(weights.preprocessing)(to_image(photo)[None]))
 
@@ -55,26 +55,26 @@ class TestSameResults:
         assert gray(photo)["pixel_values"].shape[1] == 1
 
 
-class TestKinds:
-    def test_one_image_of_every_kind(self, processor, photo):
-        levels = np.array(photo)
-        wanted = processor(photo)["pixel_values"]
-        assert wanted.shape == (1, 3, 64, 64)
-        kinds = [
+class TestInputs:
+    def test_types(self, processor, photo):
+        pixels = np.array(photo)
+        expected = processor(photo)["pixel_values"]
+        assert expected.shape == (1, 3, 64, 64)
+        inputs = [
             str(PHOTO),
             PHOTO,
-            levels,
-            levels.transpose(2, 0, 1),
-            levels[None],
-            levels.astype(np.float32) / 255,
-            torch.from_numpy(levels),
+            pixels,
+            pixels.transpose(2, 0, 1),
+            pixels[None],
+            pixels.astype(np.float32) / 255,
+            torch.from_numpy(pixels),
             to_image(photo),
             to_image(photo)[None],
             [photo],
             [[photo]],
         ]
-        for kind in kinds:
-            assert torch.equal(processor(kind)["pixel_values"], wanted), type(kind)
+        for image in inputs:
+            assert torch.equal(processor(image)["pixel_values"], expected), type(image)
 
     def test_different_sizes(self, processor):
         images = [torch.rand(3, 50, 90), torch.rand(3, 120, 70), np.zeros((80, 80, 3), np.uint8)]
@@ -95,9 +95,9 @@ class TestKinds:
 
     def test_gray_arrays(self, processor):
         gray = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
-        wanted = processor(np.repeat(gray[..., None], 3, -1))["pixel_values"]
+        expected = processor(np.repeat(gray[..., None], 3, -1))["pixel_values"]
         for image in (gray, gray[None], gray[..., None]):
-            assert torch.equal(processor(image)["pixel_values"], wanted)
+            assert torch.equal(processor(image)["pixel_values"], expected)
 
     def test_ambiguous_shape(self, processor):
         image = np.zeros((3, 40, 3), np.uint8)
@@ -106,17 +106,17 @@ class TestKinds:
         last = processor(image, input_data_format="channels_last")["pixel_values"]
         assert not torch.equal(first, last)
 
-    def test_arrays_come_out(self, processor, photo):
+    def test_numpy_output(self, processor, photo):
         found = processor(photo, return_tensors="np")["pixel_values"]
         assert isinstance(found, np.ndarray)
         assert np.array_equal(found, processor(photo)["pixel_values"].numpy())
 
 
 class TestTensors:
-    def test_gradients_reach_the_pixels(self, processor):
+    def test_gradients(self, processor):
         images = torch.rand(2, 3, 80, 60, requires_grad=True)
         processor(images, return_tensors="pt")["pixel_values"].square().sum().backward()
-        assert (images.grad != 0).float().mean() > 0.6  # all but what is cropped
+        assert (images.grad != 0).float().mean() > 0.6  # all but the cropped pixels
 
     def test_gradcheck(self):
         processor = TinyVitImageProcessor(size=4, image_mean=[0.5], image_std=[0.5])
@@ -124,25 +124,25 @@ class TestTensors:
         assert gradcheck(lambda x: processor(x)["pixel_values"], images.requires_grad_())
 
     @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
-    def test_precision_is_kept(self, processor, dtype):
+    def test_dtype(self, processor, dtype):
         assert processor(torch.rand(1, 3, 80, 60, dtype=dtype))["pixel_values"].dtype == dtype
 
     def test_device(self, processor):
-        """Tensors stay where they are, or go where they are sent; the meta device stands for any other."""
+        """Tensors stay on their device or move to the given one; the meta device represents any other."""
         assert processor(torch.rand(1, 3, 80, 60, device="meta"))["pixel_values"].device.type == "meta"
         assert processor(torch.rand(3, 80, 60), device="meta")["pixel_values"].device.type == "meta"
 
 
 class TestSettings:
-    def test_of_a_call(self, processor, photo):
+    def test_call(self, processor, photo):
         plain = processor(photo, do_normalize=False)["pixel_values"]
         assert plain.min() >= -1e-6
         assert plain.max() <= 1 + 1e-6
         assert processor(photo, size=96)["pixel_values"].shape[-1] == 96
         whole = processor(photo, size={"height": 40, "width": 60}, do_center_crop=False)["pixel_values"]
         assert whole.shape == (1, 3, 40, 60)
-        as_it_is = processor(to_image(photo), do_resize=False, do_normalize=False, do_rescale=False)["pixel_values"]
-        assert torch.equal(as_it_is[0], to_image(photo))
+        unchanged = processor(to_image(photo), do_resize=False, do_normalize=False, do_rescale=False)["pixel_values"]
+        assert torch.equal(unchanged[0], to_image(photo))
 
     def test_files(self, tmp_path):
         processor = TinyVitImageProcessor(size=96, crop_pct=0.9, do_center_crop=False, image_mean=[0.5] * 3)
@@ -165,20 +165,20 @@ class TestSettings:
         assert "Falling back" not in caplog.text
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(
         ("image", "error", "message"),
         [
-            (np.full((40, 40, 3), 200.0), ValueError, r"are in \[0, 1\]; got 200\. Divide"),
-            (np.zeros((40, 40, 5), np.uint8), ValueError, "must have 3 channels, or 1"),
+            (np.full((40, 40, 3), 200.0), ValueError, r"must be in \[0, 1\]; got 200\. Divide"),
+            (np.zeros((40, 40, 5), np.uint8), ValueError, "Expected an image with 3 channels or 1"),
             (
                 torch.zeros(3, 40, 40, dtype=torch.int32),
                 TypeError,
-                r"floating point in \[0, 1\]; got torch.int32",
+                r"Expected floating point images or, .* uint8 images; got torch.int32",
             ),
-            (torch.zeros(1, 1, 3, 40, 40), ValueError, r"must be \(C, H, W\)"),
+            (torch.zeros(1, 1, 3, 40, 40), ValueError, r"Expected an image \(C, H, W\)"),
             (torch.zeros(3, 0, 40), ValueError, "at least 1x1 pixels"),
-            ({"image": 1}, TypeError, "An image is a file, a PIL image, an array or a tensor; got dict"),
+            ({"image": 1}, TypeError, "Expected a file, a PIL image, an array or a tensor; got dict"),
             ([], ValueError, "Got no images"),
         ],
     )
@@ -189,10 +189,10 @@ class TestRefusals:
     @pytest.mark.parametrize(
         ("settings", "message"),
         [
-            ({"size": {"height": 40, "width": 60}}, "A crop is square; got 40x60"),
-            ({"size": {"shortest_edge": 40}}, "size must be a number"),
+            ({"size": {"height": 40, "width": 60}}, "Center crops must be square; got 40x60"),
+            ({"size": {"shortest_edge": 40}}, "size must be an integer"),
             ({"crop_pct": 1.5}, "crop_fraction in"),
-            ({"do_rescale": False}, "do_rescale=False, which leaves only the latter"),
+            ({"do_rescale": False}, "Expected floating point images or, with do_rescale=True"),
         ],
     )
     def test_settings(self, processor, settings, message):

@@ -1,4 +1,4 @@
-"""What importing the package does, and does not do."""
+"""Imports, registration with transformers, and its pipelines."""
 
 import subprocess
 import sys
@@ -7,44 +7,51 @@ import pytest
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 
+#: All checks of imports in one process. Each prints a line.
+PROGRAM = f"""
+import sys
+import kornia_tinyvit, kornia_tinyvit.cli, kornia_tinyvit.checkpoints.hub
+print(sorted({{'transformers', 'peft', 'huggingface_hub'}} & sys.modules.keys()))
 
-def run(program: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+sys.modules['transformers'] = None
+try:
+    import kornia_tinyvit.huggingface
+except ImportError as error:
+    print(error)
+sys.argv = ['kornia-tinyvit', 'convert', 'never-made']
+try:
+    kornia_tinyvit.cli.main()
+except SystemExit as exit:
+    print(exit.code)
 
-
-def test_the_package_does_not_import_transformers():
-    done = run(
-        "import sys, kornia_tinyvit, kornia_tinyvit.cli, kornia_tinyvit.checkpoints.hub\n"
-        "print(sorted({'transformers', 'peft', 'huggingface_hub'} & sys.modules.keys()))"
-    )
-    assert done.stdout.strip() == "[]", done.stderr
-
-
-@pytest.mark.parametrize(
-    "program", ["import kornia_tinyvit.huggingface", "from kornia_tinyvit.cli import main; main()"]
-)
-def test_missing_extra(program):
-    """Without transformers there is one line, which says what to install."""
-    done = run(
-        "import sys\nsys.modules['transformers'] = None\nsys.argv = ['kornia-tinyvit', 'convert', 'never-made']\n"
-        + program
-    )
-    assert done.returncode == 1
-    assert (
-        done.stderr.strip()
-        .splitlines()[-1]
-        .endswith("kornia_tinyvit.huggingface needs transformers: pip install 'kornia-tinyvit[hf]'.")
-    )
+del sys.modules['transformers']
+for name in ('torchvision', 'timm'):
+    sys.modules[name] = None
+import kornia_tinyvit.huggingface as hf
+print(hf.TinyVitImageProcessor(size=64)({str(ASSETS / "photos" / "horse.png")!r})['pixel_values'].shape)
+"""
+MISSING = "kornia_tinyvit.huggingface needs transformers: pip install 'kornia-tinyvit[hf]'."
 
 
-def test_nothing_needs_torchvision_or_timm():
+@pytest.fixture(scope="module")
+def imports() -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-c", PROGRAM], capture_output=True, text=True, check=False)
+
+
+def test_package_does_not_import_transformers(imports):
+    assert imports.stdout.splitlines()[0] == "[]", imports.stderr
+
+
+def test_missing_extra(imports):
+    """Without transformers the error states what to install, in Python and on the command line."""
+    assert imports.stdout.splitlines()[1:3] == [MISSING, "1"], imports.stderr
+    assert any(line.endswith(MISSING) for line in imports.stderr.splitlines())
+
+
+def test_without_torchvision_and_timm(imports):
     pytest.importorskip("transformers")
-    done = run(
-        "import sys\nfor name in ('torchvision', 'timm'): sys.modules[name] = None\n"
-        "import kornia_tinyvit.huggingface as hf\n"
-        f"print(hf.TinyVitImageProcessor(size=64)({str(ASSETS / 'photos' / 'horse.png')!r})['pixel_values'].shape)"
-    )
-    assert done.stdout.strip() == "torch.Size([1, 3, 64, 64])", done.stderr
+    assert imports.stdout.splitlines()[3:] == ["torch.Size([1, 3, 64, 64])"], imports.stderr
+    assert imports.returncode == 0
 
 
 def test_classification_pipeline(tmp_path):
@@ -56,12 +63,12 @@ def test_classification_pipeline(tmp_path):
 
     save_hub_folder(tmp_path, "cifar10", "1m")
     photo = ASSETS / "photos" / "horse.png"
-    (wanted,) = ImageClassifier.from_config("1m", pretrained="cifar10").predict(photo, top_k=3)
+    (expected,) = ImageClassifier.from_config("1m", pretrained="cifar10").predict(photo, top_k=3)
     classify = transformers.pipeline("image-classification", model=str(tmp_path))
     for given in (str(photo), Image.open(photo)):
         found = classify(given, top_k=3)
-        assert [each["label"] for each in found] == [each.label for each in wanted]
-        assert [each["score"] for each in found] == pytest.approx([each.score for each in wanted], rel=1e-4)
+        assert [each["label"] for each in found] == [each.label for each in expected]
+        assert [each["score"] for each in found] == pytest.approx([each.score for each in expected], rel=1e-4)
     assert found[0]["label"] == "horse"
 
 

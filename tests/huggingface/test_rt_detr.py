@@ -1,4 +1,4 @@
-"""Weights between kornia's RT-DETR and transformers': the same outputs, both ways, and what cannot be moved."""
+"""Conversion between kornia's and transformers' RT-DETR: equal outputs in both directions, and errors."""
 
 from __future__ import annotations
 
@@ -32,16 +32,16 @@ def test_same_outputs(detector):
     torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-4)
 
 
-def test_there_and_back(detector):
+def test_round_trip(detector):
     again = from_rt_detr(to_rt_detr(detector))
     assert (again.config, again.class_names, again.training) == (detector.config, NAMES, False)
-    unused = ("backbone.norm_head.weight", "backbone.norm_head.bias")  # which the maps do without
+    unused = ("backbone.norm_head.weight", "backbone.norm_head.bias")  # not used for feature maps
     own = detector.state_dict()
     assert all(torch.equal(own[name], x) for name, x in again.state_dict().items() if name not in unused)
     assert len(own) > 300
 
 
-def test_a_change_there_shows_here(detector):
+def test_changed_weights(detector):
     model = to_rt_detr(detector)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -73,13 +73,16 @@ def test_precision_mode_and_changes(detector):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"encoder_attention_heads": 4, "decoder_attention_heads": 4}, "encoder_attention_heads=4 instead of 8"),
-        ({"normalize_before": True}, "normalize_before=True instead of False"),
-        ({"encoder_ffn_dim": 32}, "encoder_ffn_dim=32 instead of 64"),
-        ({"decoder_activation_function": "gelu"}, "decoder_activation_function='gelu'"),
+        (
+            {"encoder_attention_heads": 4, "decoder_attention_heads": 4},
+            "encoder_attention_heads: kornia has 8",
+        ),
+        ({"normalize_before": True}, "normalize_before: kornia has False, the model True"),
+        ({"encoder_ffn_dim": 32}, "encoder_ffn_dim: kornia has 64, the model 32"),
+        ({"decoder_activation_function": "gelu"}, "decoder_activation_function: kornia has relu, the model gelu"),
     ],
 )
-def test_what_kornia_does_not_have(detector, changes, message):
+def test_unsupported(detector, changes, message):
     config = to_rt_detr(detector).config
     for name, value in changes.items():
         setattr(config, name, value)

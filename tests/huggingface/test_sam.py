@@ -1,4 +1,4 @@
-"""MobileSAM inside transformers' SAM computes what MobileSAM does."""
+"""Equivalence of MobileSAM and its transformers model."""
 
 import json
 
@@ -85,13 +85,13 @@ class TestMasks:
         prompts = {name: torch.tensor(value) for name, value in ours.items()}
         with torch.no_grad():
             found = model(**inputs, multimask_output=multimask)
-        (wanted,) = sam.predict_masks(sam.embed(photo), multimask_output=multimask, **prompts)
-        assert wanted.low_res_logits.std() > 0.1
-        torch.testing.assert_close(found.pred_masks[0], wanted.low_res_logits, rtol=1e-4, atol=1e-5)
-        torch.testing.assert_close(found.iou_scores[0], wanted.scores, rtol=1e-4, atol=1e-5)
+        (expected,) = sam.predict_masks(sam.embed(photo), multimask_output=multimask, **prompts)
+        assert expected.low_res_logits.std() > 0.1
+        torch.testing.assert_close(found.pred_masks[0], expected.low_res_logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(found.iou_scores[0], expected.scores, rtol=1e-4, atol=1e-5)
         masks = processor.post_process_masks(found.pred_masks, inputs["original_sizes"], inputs["reshaped_input_sizes"])
         assert masks[0].shape == (1, 3 if multimask else 1, photo.height, photo.width)
-        assert (masks[0] == wanted.masks()).float().mean() > 0.9999
+        assert (masks[0] == expected.masks()).float().mean() > 0.9999
 
     def test_mask_as_prompt(self, sam, model, processor, photo):
         before = torch.randn(1, 1, SIZE // 4, SIZE // 4)
@@ -99,11 +99,11 @@ class TestMasks:
         with torch.no_grad():
             found = model(**inputs, input_masks=before).pred_masks[0]
         box = torch.tensor([[100.0, 50.0, 300.0, 250.0]])
-        (wanted,) = sam.predict_masks(sam.embed(photo), boxes=box, masks=before)
-        torch.testing.assert_close(found, wanted.low_res_logits, rtol=1e-4, atol=1e-5)
+        (expected,) = sam.predict_masks(sam.embed(photo), boxes=box, masks=before)
+        torch.testing.assert_close(found, expected.low_res_logits, rtol=1e-4, atol=1e-5)
 
     def test_images(self, sam, processor, photo):
-        """Both resize as the originals do."""
+        """Both preprocess as segment-anything."""
         inputs, _ = sam.preprocess(photo)
         torch.testing.assert_close(processor(photo, return_tensors="pt")["pixel_values"].float(), inputs)
 
@@ -113,7 +113,7 @@ class TestMasks:
             assert torch.equal(model.get_image_embeddings(inputs), sam.image_encoder(inputs))
 
     def test_real_encoder(self):
-        """The reference's encoder, in a whole model, through a file of transformers."""
+        """The encoder of the reference file in a complete model."""
         encoder = TinyViT.from_config(pretrained=shared("reference/mobilesam_tiny_encoder.safetensors"))
         sam = MobileSAM(encoder, 1024).eval()
         images = torch.rand(1, 3, 1024, 1024)
@@ -122,7 +122,7 @@ class TestMasks:
 
 
 class TestOutputs:
-    def test_of_the_encoder(self, model):
+    def test_encoder(self, model):
         images = torch.rand(1, 3, SIZE, SIZE)
         outputs = model.vision_encoder(images, output_hidden_states=True)
         assert [tuple(each.shape[1:]) for each in outputs.hidden_states] == [
@@ -132,18 +132,18 @@ class TestOutputs:
             (24, 8, 8),
             (32, 8, 8),
         ]
-        with pytest.raises(ValueError, match="'sdpa' has no weights"):
+        with pytest.raises(ValueError, match="'sdpa' does not return weights"):
             model.vision_encoder(images, output_attentions=True)
 
     def test_eager(self, sam, processor, photo):
         model = from_mobile_sam(sam)
         inputs = processor(photo, input_boxes=[[[100.0, 50.0, 300.0, 250.0]]], return_tensors="pt")
         with torch.no_grad():
-            wanted = model(**inputs).pred_masks
+            expected = model(**inputs).pred_masks
             model.set_attn_implementation("eager")
             outputs = model(**inputs, output_attentions=True)
         assert len(outputs.vision_attentions) == 4
-        torch.testing.assert_close(outputs.pred_masks, wanted, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(outputs.pred_masks, expected, rtol=1e-3, atol=1e-4)
 
     def test_gradients(self, processor, photo):
         model = from_mobile_sam(make_sam()).train()
@@ -162,8 +162,8 @@ class TestFiles:
         processor.save_pretrained(tmp_path)
         assert type(AutoConfig.from_pretrained(tmp_path)) is TinyVitSamConfig
         assert type(AutoModel.from_pretrained(tmp_path)) is TinyVitSamModel
-        again, told = TinyVitSamModel.from_pretrained(tmp_path, output_loading_info=True)
-        assert not any(told.values())
+        again, info = TinyVitSamModel.from_pretrained(tmp_path, output_loading_info=True)
+        assert not any(info.values())
         loaded = AutoProcessor.from_pretrained(tmp_path)
         assert type(loaded) is SamProcessor
         assert type(loaded.image_processor) is TinyVitSamImageProcessor
@@ -171,23 +171,23 @@ class TestFiles:
         with torch.no_grad():
             assert torch.equal(again(**inputs).pred_masks, model(**inputs).pred_masks)
 
-    def test_there_and_back(self, sam, model):
+    def test_round_trip(self, sam, model):
         back = to_mobile_sam(model)
         assert back.config == sam.config
         assert back.img_size == sam.img_size
         assert back.state_dict().keys() == sam.state_dict().keys()
         assert all(torch.equal(tensor, sam.state_dict()[name]) for name, tensor in back.state_dict().items())
 
-    def test_names_of_the_published_file(self):
-        """``mobile_sam.pt`` goes in, and what comes out has its names and shapes."""
+    def test_published_file(self):
+        """The names and shapes of ``mobile_sam.pt`` are unchanged after a round trip."""
         with torch.device("meta"):
             sam = MobileSAM.from_config("5m")
-        told = json.loads(shared("reference/checkpoint_keys.json").read_text())["mobile_sam.pt"]
-        wanted = {name: tuple(shape) for name, shape in told.items() if not name.endswith("attention_bias_idxs")}
-        weights = {name: torch.zeros(shape) for name, shape in wanted.items()}
+        published = json.loads(shared("reference/checkpoint_keys.json").read_text())["mobile_sam.pt"]
+        expected = {name: tuple(shape) for name, shape in published.items() if not name.endswith("attention_bias_idxs")}
+        weights = {name: torch.zeros(shape) for name, shape in expected.items()}
         back = to_mobile_sam(from_mobile_sam(MobileSAM.from_config(pretrained=weights)))
-        assert {name: tuple(tensor.shape) for name, tensor in back.state_dict().items()} == wanted
-        assert sam.state_dict().keys() == wanted.keys()
+        assert {name: tuple(tensor.shape) for name, tensor in back.state_dict().items()} == expected
+        assert sam.state_dict().keys() == expected.keys()
 
     def test_hub_folder(self, sam, tmp_path):
         path = save_checkpoint(sam, tmp_path / "mine.safetensors")
@@ -197,13 +197,13 @@ class TestFiles:
         assert ModelCard.load(tmp_path / "hub" / "README.md").data.pipeline_tag == "mask-generation"
         assert type(AutoModelForMaskGeneration.from_pretrained(tmp_path / "hub")) is TinyVitSamModel
 
-    def test_oblong_inputs_are_refused(self):
-        with pytest.raises(ValueError, match="square inputs; this one's are 64x128"):
+    def test_rejects_non_square_input(self):
+        with pytest.raises(ValueError, match="requires a square input; got 64x128"):
             from_mobile_sam(make_sam((64, SIZE)))
 
 
 class TestPipeline:
-    def test_everything_in_a_photo(self, sam, model, processor, photo, tmp_path):
+    def test_mask_generation(self, sam, model, processor, photo, tmp_path):
         model.save_pretrained(tmp_path)
         processor.save_pretrained(tmp_path)
         segment = pipeline("mask-generation", model=str(tmp_path))

@@ -15,7 +15,7 @@ from tests.huggingface.helpers import tiny_backbone, tiny_classifier
 
 
 class Colors(Dataset):
-    """Images whose class is which third of them is bright."""
+    """Images whose class is their bright channel."""
 
     def __len__(self) -> int:
         return 24
@@ -32,7 +32,7 @@ class TestProblemTypes:
         [
             ("single_label_classification", 7, torch.tensor([3, 5]), F.cross_entropy),
             ("multi_label_classification", 7, torch.eye(7)[:2], F.binary_cross_entropy_with_logits),
-            ("regression", 1, torch.tensor([0.5, -1.0]), lambda found, wanted: F.mse_loss(found.squeeze(), wanted)),
+            ("regression", 1, torch.tensor([0.5, -1.0]), lambda found, expected: F.mse_loss(found.squeeze(), expected)),
         ],
     )
     def test_loss(self, problem, classes, labels, loss, images):
@@ -43,7 +43,7 @@ class TestProblemTypes:
         outputs.loss.backward()
         assert model.classifier.weight.grad.any()
 
-    def test_it_is_told_from_the_labels(self, images):
+    def test_derived_from_labels(self, images):
         model = tiny_classifier()
         model(images, labels=torch.tensor([0, 1]))
         assert model.config.problem_type == "single_label_classification"
@@ -59,7 +59,7 @@ class TestCheckpointing:
         counted = [module for module in model.modules() if isinstance(module, (MBConv, TinyViTBlock))]
         handles = [module.register_forward_pre_hook(lambda *_: calls.append(1)) for module in counted]
         model.zero_grad()
-        # The statistics of the norms are a side effect that a second forward pass would repeat.
+        # In training mode the second forward pass would update the batch statistics again.
         outputs = model.eval()(images, return_dict=False)[0]
         outputs = outputs if isinstance(outputs, torch.Tensor) else outputs[0]
         outputs.square().mean().backward()
@@ -72,17 +72,17 @@ class TestCheckpointing:
     def test_same_gradients(self, make, reentrant, images):
         model = make()
         plain, recomputed = [], []
-        wanted = self.gradients(model, images, plain)
+        reference = self.gradients(model, images, plain)
         model.activation_checkpointing_enable({"use_reentrant": reentrant})
         assert model.is_activation_checkpointing
-        for found, expected in zip(self.gradients(model, images, recomputed), wanted, strict=True):
+        for found, expected in zip(self.gradients(model, images, recomputed), reference, strict=True):
             torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
         assert len(recomputed) == 2 * len(plain) == 10
         model.activation_checkpointing_disable()
         assert not model.is_activation_checkpointing
 
     def test_with_attentions(self, images):
-        """The second forward pass of a block does not record its attention again."""
+        """The second forward pass of a block does not record its attention weights again."""
         model = tiny_classifier()
         model.set_attn_implementation("eager")
         model.activation_checkpointing_enable()
@@ -111,14 +111,16 @@ class TestTrainer:
             seed=0,
         )
 
-    def test_it_learns(self, arguments):
+    def test_training(self, arguments):
         model = tiny_classifier(num_classes=3)
         trainer = Trainer(
             model,
             arguments,
             train_dataset=Colors(),
             eval_dataset=Colors(),
-            compute_metrics=lambda told: {"accuracy": float((told.predictions.argmax(1) == told.label_ids).mean())},
+            compute_metrics=lambda result: {
+                "accuracy": float((result.predictions.argmax(1) == result.label_ids).mean())
+            },
         )
         before = trainer.evaluate()
         trainer.train()
@@ -126,16 +128,16 @@ class TestTrainer:
         assert after["eval_loss"] < 0.5 * before["eval_loss"]
         assert after["eval_accuracy"] > 0.9
 
-    def test_it_resumes(self, arguments, tmp_path):
+    def test_resume(self, arguments, tmp_path):
         model = tiny_classifier(num_classes=3)
         Trainer(model, arguments, train_dataset=Colors(), eval_dataset=Colors()).train()
         kept = TinyVitForImageClassification.from_pretrained(tmp_path / "checkpoint-12")
-        # Not from_pretrained, which maps weights from the file: where they lie makes some processors round otherwise.
+        # Not from_pretrained, which maps weights from the file: some kernels round differently for their alignment.
         half = tiny_classifier(num_classes=3)
         resumed = Trainer(half, arguments, train_dataset=Colors(), eval_dataset=Colors())
         assert resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-6")).global_step == 12
-        for found, wanted in zip(half.state_dict().values(), kept.state_dict().values(), strict=True):
-            torch.testing.assert_close(found, wanted)
+        for found, expected in zip(half.state_dict().values(), kept.state_dict().values(), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 class TestPeft:
@@ -147,10 +149,10 @@ class TestPeft:
         settings = {"target_modules": ["qkv", "proj"], "modules_to_save": ["classifier"], "r": 4, **changes}
         return peft.get_peft_model(tiny_classifier(), peft.LoraConfig(**settings))
 
-    def test_only_adapters_learn(self, peft, images):
+    def test_trainable_parameters(self, peft, images):
         model = self.adapted(peft)
-        wanted = tiny_classifier()(images).logits
-        torch.testing.assert_close(model.eval()(images).logits, wanted)  # an adapter starts as nothing
+        expected = tiny_classifier()(images).logits
+        torch.testing.assert_close(model.eval()(images).logits, expected)  # an adapter is initialized to zero
         model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
         learning = {name for name, parameter in model.named_parameters() if parameter.grad is not None}
         assert all("lora_" in name or "classifier" in name for name in learning)
