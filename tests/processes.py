@@ -8,7 +8,8 @@ from typing import Any
 
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([
-    "tests.checkpoints.test_loading", "tests.distillation.test_saving", "tests.distillation.test_store",
+    "accelerate", "tests.checkpoints.test_loading", "tests.distillation.test_saving", "tests.distillation.test_store",
+    "tests.training.test_loop", "torch.utils.tensorboard",
 ])  # fmt: skip
 
 

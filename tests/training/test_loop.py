@@ -1,16 +1,15 @@
-"""The training loop: what it does at every step, what it writes, and that it goes on after a kill."""
+"""The training loop: steps, output files, errors, and resuming after a kill."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import multiprocessing
 import os
 import random
 import re
 import resource
 import signal
-import subprocess
+import socket
 import sys
 import time
 from dataclasses import replace
@@ -33,6 +32,7 @@ from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import TINY
 from tests.distillation.helpers import write_records
+from tests.processes import PROCESSES, start
 from tests.scenes import CLASSES, damage, make_images
 from tests.training.runs import Interrupted, losses, metrics
 
@@ -63,8 +63,8 @@ def make_samples(folder, recipe=RECIPE, on_broken="stop") -> ReplayedSamples:
     return ReplayedSamples(images, augmentation, on_broken)
 
 
-class Spoiled(ClassificationLoss):
-    """Labels that do something before a batch."""
+class HookedLoss(ClassificationLoss):
+    """A loss that calls a function before each batch and multiplies by its result."""
 
     def __init__(self, augmentation, before) -> None:
         super().__init__(augmentation)
@@ -78,18 +78,18 @@ class Spoiled(ClassificationLoss):
 
 def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", **options):
     samples = make_samples(folder, recipe, on_broken)
-    objective = ClassificationLoss(samples.augmentation)
+    loss = ClassificationLoss(samples.augmentation)
     if before is not None:
-        objective = Spoiled(samples.augmentation, before)
-        objective.__class__ = type("ClassificationLoss", (Spoiled,), {})  # the name that run.json notes down
+        loss = HookedLoss(samples.augmentation, before)
+        loss.__class__ = type("ClassificationLoss", (HookedLoss,), {})  # the name in run.json
     options = {"cpu": True, "log_every": 1, "class_names": CLASSES} | options
-    return train(model or make_model(), samples, objective, recipe, out, **options)
+    return train(model or make_model(), samples, loss, recipe, out, **options)
 
 
-def hold(out, told):
-    """Train in a folder for as long as this process lives."""
+def hold(out, connection):
+    """Lock a folder until this process is killed."""
     with RunFolder(out).lock():
-        told.send("held")
+        connection.send("locked")
         time.sleep(600)
 
 
@@ -107,7 +107,7 @@ def weights(path) -> TinyViT:
 
 
 def assert_same_run(out, other):
-    """The same lines but for the clock."""
+    """Assert that metrics, except times, and weights are equal."""
     one, two = ([{k: v for k, v in line.items() if k not in ("seconds", "images_per_s")} for line in metrics(each)]
                 for each in (out, other))  # fmt: skip
     assert [line.keys() for line in one] == [line.keys() for line in two]
@@ -120,7 +120,7 @@ def assert_same_run(out, other):
 
 @pytest.fixture
 def spy():
-    """Record what the optimizer is given at each step: learning rates of its groups and the norm of the gradients."""
+    """Record the learning rates of all groups and the norm of the gradients at each step."""
     seen = []
 
     def before(optimizer, args, kwargs):
@@ -133,7 +133,7 @@ def spy():
     handle.remove()
 
 
-class TestWhatComesOut:
+class TestOutputs:
     def test_it_learns(self, folder, tmp_path):
         validation = ClassificationDataset.open(make_images(tmp_path / "val", each=5, seed=9))
         recipe = replace(EASY, epochs=8, warmup_epochs=1)
@@ -150,8 +150,8 @@ class TestWhatComesOut:
         validation = ClassificationDataset.open(make_images(tmp_path / "val", each=3, seed=9))
         result = fit(folder, out, validation=validation, log_every=2)
         lines = metrics(out)
-        told = [(line["step"], line["epoch"], "loss" in line) for line in lines]
-        assert told == [(2, 0.6667, True), (3, 1, True), (3, 1, False),
+        rows = [(line["step"], line["epoch"], "loss" in line) for line in lines]
+        assert rows == [(2, 0.6667, True), (3, 1, True), (3, 1, False),
                         (4, 1.3333, True), (6, 2, True), (6, 2, False)]  # fmt: skip
         for line in lines:
             if "loss" in line:
@@ -166,7 +166,7 @@ class TestWhatComesOut:
         wanted = {"metrics.jsonl", "run.json", "best.safetensors", "last.safetensors", "state-000000006", ".lock"}
         assert names == wanted
 
-    def test_losses_are_means_since_the_last_line(self, folder, tmp_path):
+    def test_losses_are_means_over_the_logged_steps(self, folder, tmp_path):
         fit(folder, tmp_path / "each")
         fit(folder, tmp_path / "some", log_every=2)
         each, some = losses(tmp_path / "each"), losses(tmp_path / "some")
@@ -187,7 +187,7 @@ class TestWhatComesOut:
         assert {each.label for each in answer[0]} == set(CLASSES)
 
     def test_the_best_is_kept(self, folder, tmp_path):
-        """The network unlearns in the last epochs, and the weights of one before stay the best."""
+        """The gradient is inverted in the last epochs, and the weights of an earlier epoch remain the best."""
         validation = ClassificationDataset.open(folder)
         recipe = replace(EASY, epochs=10, min_lr=0.5)
 
@@ -202,7 +202,7 @@ class TestWhatComesOut:
         assert accuracy(result.best, validation) == pytest.approx(max(top1), abs=1e-3)
         assert accuracy(result.last, validation) == pytest.approx(top1[-1], abs=1e-3)
 
-    def test_validation_equals_a_direct_one(self, folder, tmp_path):
+    def test_validation_accuracy(self, folder, tmp_path):
         validation = ClassificationDataset.open(make_images(tmp_path / "val", each=7, seed=9, size=36))
         result = fit(folder, tmp_path / "out", validation=validation, process_batch=4)  # 21 images, 6 batches
         assert result.top1 == pytest.approx(accuracy(result.best, validation), abs=1e-4)
@@ -329,8 +329,8 @@ class TestSteps:
         fit(folder, tmp_path / "out", replace(RECIPE, epochs=1), make_model(use_checkpoint=True))
         assert len(calls) == STEPS * 5
 
-    def test_drop_path_is_drawn_anew_at_each_step(self, folder, tmp_path):
-        """With a learning rate of next to nothing, the same images give other losses in each epoch."""
+    def test_drop_path_differs_between_steps(self, folder, tmp_path):
+        """With a negligible learning rate, the same images have other losses in each epoch."""
         recipe = replace(FROZEN, base_lr=1e-12, min_lr=1e-12, epochs=3, batch_size=24)
         for name, rate in (("same", 0.0), ("other", 0.5)):
             fit(folder, tmp_path / name, recipe, make_model(drop_path_rate=rate), replays=[0])
@@ -338,7 +338,7 @@ class TestSteps:
         assert len({round(loss, 5) for loss in losses(tmp_path / "other")}) == 3
 
     def test_lower_precision(self, folder, tmp_path):
-        """In one process, one after the other, and the network has its own forward afterwards."""
+        """Trainings of one process may differ in precision, and the network's own forward is restored."""
         curves = []
         for number, precision in enumerate(("no", "bf16", "no")):
             model, kinds = make_model(), []
@@ -359,7 +359,7 @@ class TestSteps:
             fit(folder, tmp_path / "out", precision="fp7")
 
     def test_stored_labels(self, folder, tmp_path):
-        """A store is replayed in turn, and its labels are what is learnt."""
+        """The stored epochs are replayed, and the network learns their labels."""
         samples = make_samples(folder, EASY)
         manifest = Manifest(num_samples=24, num_classes=3, top_k=2, seed=1)
         with LabelStore.create(tmp_path / "store", manifest) as store:
@@ -368,28 +368,28 @@ class TestSteps:
                 wrong = (torch.tensor(samples.images.labels)[order.tolist()] + 1) % 3
                 params = samples.augmentation.sample_params(epoch, order)
                 write_records(store, epoch, order, F.one_hot(wrong, 3).float(), params.checksums())
-        objective = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
+        loss = StoredLabelLoss(LabelStore(tmp_path / "store"), samples.augmentation)
         recipe = replace(EASY, epochs=8)
-        train(make_model(), samples, objective, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)
+        train(make_model(), samples, loss, recipe, tmp_path / "out", replays=[0, 1], log_every=1, cpu=True)
         curve = losses(tmp_path / "out")
         assert np.mean(curve[-3:]) < 0.6 * np.mean(curve[:3])
-        assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # since each is told its neighbor
+        assert accuracy(tmp_path / "out" / "last.safetensors", samples.images) < 34  # the stored labels are wrong
 
-    def test_a_processor_keeps_its_memory(self, folder, tmp_path, monkeypatch):
+    def test_memory_is_kept_on_a_cpu(self, folder, tmp_path, monkeypatch):
         calls = []
         monkeypatch.setattr(loop, "keep_memory", lambda: calls.append(1))
         fit(folder, tmp_path / "out", replace(RECIPE, epochs=1))
         assert calls == [1]
 
-    def test_workers_change_nothing(self, folder, tmp_path):
-        fit(folder, tmp_path / "alone")
-        fit(folder, tmp_path / "helped", workers=1)
-        assert_same_run(tmp_path / "alone", tmp_path / "helped")
+    def test_workers(self, folder, tmp_path):
+        fit(folder, tmp_path / "none")
+        fit(folder, tmp_path / "one", workers=1)
+        assert_same_run(tmp_path / "none", tmp_path / "one")
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.mark.parametrize(("batch", "message"), [(3, "no multiple of 3"), (5, "no multiple of 5"), (1, "even")])
-    def test_batches_that_do_not_divide(self, folder, tmp_path, batch, message):
+    def test_indivisible_batches(self, folder, tmp_path, batch, message):
         with pytest.raises(ValueError, match=message):
             fit(folder, tmp_path / "out", process_batch=batch)
 
@@ -412,14 +412,12 @@ class TestRefusals:
             fit(tmp_path / "more", out)
         assert (out / "metrics.jsonl").read_text() == before
 
-    def test_another_process_trains_there(self, folder, tmp_path):
+    def test_another_process_trains_in_the_folder(self, folder, tmp_path):
         out = tmp_path / "out"
-        context = multiprocessing.get_context("spawn")
-        told, ours = context.Pipe()
-        other = context.Process(target=hold, args=(out, ours))
-        other.start()
+        receiver, sender = PROCESSES.Pipe()
+        other = start(hold, out, sender)
         try:
-            assert told.poll(60), "the other process did not start"
+            assert receiver.poll(60), "the other process did not start"
             with pytest.raises(ValueError, match=r"Another process trains in .*out; wait"):
                 fit(folder, out)
             assert [path.name for path in out.iterdir()] == [".lock"]
@@ -436,11 +434,11 @@ class TestRefusals:
         assert [line["step"] for line in metrics(out)] == [1, 2, 3, 3, 4]
         assert (out / "state-000000003").is_dir()
         fit(folder, tmp_path / "undisturbed")
-        fit(folder, out)  # goes on before it went wrong
+        fit(folder, out)  # resumes before the failure
         assert_same_run(out, tmp_path / "undisturbed")
 
 
-class TestBrokenImages:
+class TestCorruptImages:
     def test_stop(self, folder, tmp_path):
         damage(folder / "green" / "02.png")
         with pytest.raises(BrokenImageError, match=r"green/02\.png"):
@@ -454,14 +452,14 @@ class TestBrokenImages:
             fit(folder, tmp_path / "out", recipe, on_broken="skip", before=stop_at(4))
         assert metrics(tmp_path / "out")[-2]["broken"] == 2
         for name, content in zip(names, whole, strict=True):
-            (folder / name).write_bytes(content)  # whoever went on would not know
+            (folder / name).write_bytes(content)  # the resumed training does not see them
         result = fit(folder, tmp_path / "out", recipe, on_broken="skip")
         assert result.broken == names
         assert [line["broken"] for line in metrics(tmp_path / "out") if "broken" in line] == [2, 2]
         assert fit(folder, tmp_path / "out", recipe, on_broken="skip").broken == names
 
-    def test_they_have_no_say(self, folder, tmp_path):
-        """Losses and gradients are those of the other images."""
+    def test_they_do_not_count(self, folder, tmp_path):
+        """Losses and gradients depend on the other images only."""
         recipe = replace(FROZEN, epochs=1, batch_size=24)
         for number, name in enumerate(("first", "second")):
             damage(folder / "red" / "03.png")
@@ -470,7 +468,7 @@ class TestBrokenImages:
             fit(folder, tmp_path / name, recipe, model, lambda _, weight=weight: weight, on_broken="skip")
         assert losses(tmp_path / "first") == losses(tmp_path / "second")
 
-    def test_nothing_but_broken_images_in_a_batch(self, folder, tmp_path):
+    def test_a_batch_of_corrupt_images(self, folder, tmp_path):
         for path in folder.rglob("*.png"):
             damage(path)
         result = fit(folder, tmp_path / "out", on_broken="skip")
@@ -497,10 +495,8 @@ def broken_row(folder):
     return samples.order.permutation(0) == index
 
 
-PROCESSES = multiprocessing.get_context("forkserver")
-PROCESSES.set_forkserver_preload([__name__])
 RESUMED = replace(RECIPE, epochs=3, ema_decay=0.9)
-PAUSE = 0.1
+PAUSE = 0.05  # seconds before each batch: kills hit both steps and saves
 
 
 def resumable(folder, out, save_minutes, pause=0.0):
@@ -515,8 +511,8 @@ def resumable(folder, out, save_minutes, pause=0.0):
     return fit(folder, out, RESUMED, model, before, validation=validation, save_minutes=save_minutes, process_batch=4)
 
 
-def train_without_room(folder, out, queue):
-    """Train until a state is there, and let no file be longer from then on."""
+def train_on_a_full_disk(folder, out, queue):
+    """Train until the first state, and limit the size of files from then on."""
     torch.set_num_threads(1)
 
     def before(number):
@@ -534,11 +530,10 @@ def train_without_room(folder, out, queue):
 
 
 class TestResuming:
-    def test_full(self, folder, tmp_path):
-        """A state that there is no room for leaves nothing, and the one before to go on from."""
+    def test_full_disk(self, folder, tmp_path):
+        """A state that does not fit on the disk is removed, and the training resumes from the previous one."""
         out, queue = tmp_path / "out", PROCESSES.Queue()
-        process = PROCESSES.Process(target=train_without_room, args=(folder, out, queue))
-        process.start()
+        process = start(train_on_a_full_disk, folder, out, queue)
         assert re.search(rf"(File too large|No space left on device): '{out}/state.tmp'", queue.get(timeout=300))
         process.join()
         assert process.exitcode == 0
@@ -549,25 +544,24 @@ class TestResuming:
 
     @pytest.mark.parametrize("save_minutes", [0, 10], ids=["each step", "each epoch"])
     def test_killed(self, folder, tmp_path, save_minutes):
-        """Killed in the middle of epochs again and again, the training tells the same as one that was left alone."""
+        """A training that is killed several times within epochs equals an uninterrupted one."""
         make_images(tmp_path / "val", each=3, seed=9)
         out, chance = tmp_path / "out", random.Random(3)
         reached = []
-        for target in (2, 6, 9) if save_minutes == 0 else (7, 10):
-            process = PROCESSES.Process(target=resumable, args=(folder, out, save_minutes, PAUSE))
-            process.start()
+        for target in (2, 5, 8) if save_minutes == 0 else (6, 9):
+            process = start(resumable, folder, out, save_minutes, PAUSE)
             file = out / "metrics.jsonl"
             while not file.exists() or file.read_text().count("\n") < target:
                 assert process.is_alive()
-                time.sleep(0.005)
-            time.sleep(chance.random() * PAUSE * 1.5)  # in a step, or while the state is saved
+                time.sleep(0.01)
+            time.sleep(chance.random() * PAUSE * 1.5)  # in a step, or while a state is saved
             process.kill()
             process.join()
             assert process.exitcode == -signal.SIGKILL
             reached.append(metrics(out)[-1]["step"])
         assert reached[-1] < 3 * STEPS, f"killed too late: {reached}"
         with (out / "metrics.jsonl").open("a") as file:
-            file.write('{"step": 9, "epo')  # what a killed write leaves
+            file.write('{"step": 9, "epo')  # an incomplete line
         resumable(folder, out, save_minutes)
         resumable(folder, tmp_path / "undisturbed", save_minutes)
         assert len(losses(out)) == 3 * STEPS
@@ -576,7 +570,7 @@ class TestResuming:
 
     @pytest.mark.parametrize("call", [1, 3, 4, 5, 6])
     def test_interrupted(self, folder, tmp_path, call):
-        """With what lines and files a kill may leave behind."""
+        """With the incomplete files of a killed process."""
         model = {"drop_path_rate": 0.4}
         fit(folder, tmp_path / "undisturbed", model=make_model(**model))
         out = tmp_path / "out"
@@ -591,19 +585,19 @@ class TestResuming:
         assert_same_run(out, tmp_path / "undisturbed")
         assert not (out / "state.tmp").exists()
 
-    def test_an_older_state_that_was_not_removed(self, folder, tmp_path):
+    def test_an_older_state_is_removed(self, folder, tmp_path):
         out = tmp_path / "out"
         fit(folder, tmp_path / "undisturbed")
         with pytest.raises(Interrupted):
             fit(folder, out, before=stop_at(5))
-        (out / "state-000000001").mkdir()  # killed while it was being removed
+        (out / "state-000000001").mkdir()  # a process was killed while it removed this state
         fit(folder, out)
         assert_same_run(out, tmp_path / "undisturbed")
         assert [path.name for path in out.glob("state*")] == ["state-000000006"]
 
     @pytest.mark.parametrize(("first", "second"), [(8, 2), (2, 8)])
-    def test_with_another_number_of_accumulated_batches(self, folder, tmp_path, first, second):
-        """The state counts steps, not batches, so a training may go on with another batch of a process."""
+    def test_another_process_batch(self, folder, tmp_path, first, second):
+        """The state counts steps, not batches: a training may resume with another ``process_batch``."""
         recipe = replace(FROZEN, ema_decay=0.5)
         fit(folder, tmp_path / "undisturbed", recipe)
         out = tmp_path / "out"
@@ -639,7 +633,7 @@ class TestTensorBoard:
         assert [event.step for event in events.Scalars("top1")] == [3, 6]
         assert {"lr", "images_per_s", "top5"} <= set(events.Tags()["scalars"])
 
-    def test_nothing_of_a_refused_training(self, folder, tmp_path):
+    def test_a_rejected_training_writes_nothing(self, folder, tmp_path):
         fit(folder, tmp_path / "out")
         files = sorted((tmp_path / "out").rglob("*"))
         with pytest.raises(ValueError, match="another training"):
@@ -667,50 +661,14 @@ TWO = replace(FROZEN, ema_decay=0.5)
 
 
 def shared_run(folder, out, epochs_before_stop=None):
-    """What each of two processes does, and one alone; where there is no GPU nobody has to say so."""
+    """Train on two ranks, or in one process; without a GPU ``cpu`` is not needed."""
     validation = ClassificationDataset.open(folder.parent / "val")
     before = None if epochs_before_stop is None else stop_at(epochs_before_stop * STEPS + 2)
-    cpu = torch.accelerator.is_available()
-    return fit(folder, out, TWO, validation=validation, on_broken="skip", save_minutes=0, cpu=cpu, before=before)
+    cpu, save_minutes = torch.accelerator.is_available(), 10 if before is None else 0
+    return fit(
+        folder, out, TWO, validation=validation, on_broken="skip", save_minutes=save_minutes, cpu=cpu, before=before
+    )
 
-
-SCRIPT = """
-import json, os, sys
-from pathlib import Path
-from tests.training.test_loop import Interrupted, shared_run
-
-folder, out = Path(sys.argv[1]), Path(sys.argv[2])
-result = shared_run(folder, out)
-out.with_name(f"told-{os.environ['RANK']}.json").write_text(json.dumps(result.to_dict()))
-try:
-    shared_run(folder, out.with_name("stopped"), 1)
-except Interrupted:
-    pass
-"""
-
-
-# accelerate shards on accelerators alone: let it believe that two processes on the CPU are some.
-SHARDED = (
-    """
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
-
-begin = AcceleratorState.__init__
-
-def begin_sharded(self, *args, fsdp_plugin=None, **kwargs):
-    begin(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
-    if fsdp_plugin is not None:
-        self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
-        PartialState._shared_state["distributed_type"] = DistributedType.FSDP
-
-AcceleratorState.__init__ = begin_sharded
-"""
-    + SCRIPT
-    + """
-assert AcceleratorState().distributed_type is DistributedType.FSDP
-shared_run(folder, out.with_name("stopped"))
-"""
-)
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true",
@@ -726,21 +684,55 @@ needs_gloo = pytest.mark.skipif(
 )
 
 
-def run_twice(text, folder, tmp_path, **variables):
-    """Run a script in two processes that torchrun joins."""
-    script, root = tmp_path / "script.py", Path(__file__).parents[2]
-    script.write_text(text)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    process = subprocess.run(
-        [*launch, str(script), str(folder), str(tmp_path / "two")],
-        env=os.environ | variables | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
-        capture_output=True, text=True, timeout=300, check=False,
-    )  # fmt: skip
-    assert process.returncode == 0, process.stderr[-3000:]
+def shard_on_cpu():
+    """Let accelerate, which shards on GPUs only, shard on the CPU."""
+    from accelerate.state import AcceleratorState, PartialState
+    from accelerate.utils import DistributedType
+
+    init = AcceleratorState.__init__
+
+    def init_sharded(self, *args, fsdp_plugin=None, **kwargs):
+        init(self, *args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None:
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+
+    AcceleratorState.__init__ = init_sharded
 
 
-def assert_alike(one, other):
-    """The same metrics but for the clock and for rounding, and the same weights."""
+def train_rank(rank, port, folder, sharded):
+    """Train on one of two ranks, with torchrun's variables; then again, interrupted in the second epoch."""
+    torch.set_num_threads(1)
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2",
+                   "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}  # fmt: skip
+    if sharded:
+        os.environ |= FSDP2
+        shard_on_cpu()
+    result = shared_run(folder, folder.parent / "two")
+    (folder.parent / f"result-{rank}.json").write_text(json.dumps(result.to_dict()))
+    with pytest.raises(Interrupted):
+        shared_run(folder, folder.parent / "stopped", 1)
+    if sharded:
+        from accelerate.state import AcceleratorState
+        from accelerate.utils import DistributedType
+
+        assert AcceleratorState().distributed_type is DistributedType.FSDP
+        shared_run(folder, folder.parent / "stopped")
+    torch.distributed.destroy_process_group()
+
+
+def train_ranks(folder, sharded=False):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    ranks = [start(train_rank, rank, port, folder, sharded) for rank in range(2)]
+    for process in ranks:
+        process.join(300)
+    assert [process.exitcode for process in ranks] == [0, 0]
+
+
+def assert_equal_runs(one, other):
+    """Assert that metrics, except times, and weights are equal up to rounding."""
     assert len(metrics(one)) == len(metrics(other)) == 2 * STEPS + 2
     for first, second in zip(metrics(one), metrics(other), strict=True):
         for key in first.keys() - {"seconds", "images_per_s"}:
@@ -750,31 +742,31 @@ def assert_alike(one, other):
 
 
 @needs_gloo
-def test_sharded_processes_equal_one(folder, tmp_path):
-    """FSDP2, whose average each process keeps of its own part; and two go on where two were stopped."""
+def test_sharded_ranks_equal_one_process(folder, tmp_path):
+    """FSDP2 with a sharded moving average; an interrupted training resumes on two ranks."""
     make_images(tmp_path / "val", each=7, seed=9)
-    run_twice(SHARDED, folder, tmp_path, **FSDP2)
+    train_ranks(folder, sharded=True)
     shared_run(folder, tmp_path / "one")
     for name in ("two", "stopped"):
-        assert_alike(tmp_path / "one", tmp_path / name)
+        assert_equal_runs(tmp_path / "one", tmp_path / name)
 
 
 @needs_gloo
-def test_two_processes_equal_one(folder, tmp_path):
-    """Losses, accuracy, weights and names of broken images; and one process goes on where two were stopped."""
+def test_two_ranks_equal_one_process(folder, tmp_path):
+    """Losses, accuracy, weights and names of corrupt images; an interrupted training resumes in one process."""
     damage(folder / "red" / "02.png")
-    data = make_images(tmp_path / "val", each=7, seed=9)  # 17 and a broken one: in the end shares of 2 and none
+    data = make_images(tmp_path / "val", each=7, seed=9)  # 17 and a corrupt one: the last batches have 2 and 0
     damage(data / "blue" / "05.png")
     for name in ("04.png", "05.png", "06.png"):
         (data / "red" / name).unlink()
-    run_twice(SCRIPT, folder, tmp_path)
-    told = [json.loads((tmp_path / f"told-{rank}.json").read_text()) for rank in (0, 1)]
-    assert [each["is_main_process"] for each in told] == [True, False]
+    train_ranks(folder)
+    results = [json.loads((tmp_path / f"result-{rank}.json").read_text()) for rank in (0, 1)]
+    assert [each["is_main_process"] for each in results] == [True, False]
     alone = shared_run(folder, tmp_path / "one")
-    for each in told:
+    for each in results:
         assert each["top1"] == pytest.approx(alone.top1, abs=1e-4)
         assert tuple(each["broken"]) == alone.broken == ("red/02.png", "validation: blue/05.png")
     assert len((tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()) < 2 * STEPS + 2
     shared_run(folder, tmp_path / "stopped")
     for name in ("two", "stopped"):
-        assert_alike(tmp_path / "one", tmp_path / name)
+        assert_equal_runs(tmp_path / "one", tmp_path / name)
