@@ -174,8 +174,8 @@ class EpochBatches(Sampler[list[Key]]):
         order: order of the samples in each epoch.
         batch_size: samples per batch and rank; even, which keeps mixed pairs together.
         epochs: number of epochs.
-        process: rank of this process.
-        processes: world size.
+        rank: rank of this process.
+        world_size: number of ranks.
         accumulate: batches of a rank per optimizer step.
         start: batches of a rank that are done already, over all epochs.
         replays: the epochs to repeat in turn; ``None`` for 0, 1, 2, ...
@@ -192,23 +192,23 @@ class EpochBatches(Sampler[list[Key]]):
         order: EpochOrder,
         batch_size: int,
         epochs: int,
-        process: int = 0,
-        processes: int = 1,
+        rank: int = 0,
+        world_size: int = 1,
         accumulate: int = 1,
         start: int = 0,
         replays: Sequence[int] | None = None,
     ) -> None:
         if batch_size < 2 or batch_size % 2:
             raise ValueError(f"batch_size must be even to keep pairs of samples together; got {batch_size}.")
-        step = batch_size * processes * accumulate
+        step = batch_size * world_size * accumulate
         if order.num_samples < step:
             raise ValueError(
                 f"The dataset has {order.num_samples} samples, fewer than a global batch of {step}; reduce batch_size."
             )
         self.order = order
         self.batch_size = batch_size
-        self.process = process
-        self.processes = processes
+        self.rank = rank
+        self.world_size = world_size
         self.start = start
         self.replays = range(epochs) if replays is None else replays
         self.batches_per_epoch = order.num_samples // step * accumulate
@@ -221,7 +221,7 @@ class EpochBatches(Sampler[list[Key]]):
         for number in range(self.start, self.end):
             turn, batch = divmod(number, self.batches_per_epoch)
             epoch = self.replays[turn % len(self.replays)]
-            first = (batch * self.processes + self.process) * self.batch_size
+            first = (batch * self.world_size + self.rank) * self.batch_size
             samples = self.order.permutation(epoch)[first : first + self.batch_size]
             yield [(epoch, index) for index in samples.tolist()]
 

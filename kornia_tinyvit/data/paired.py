@@ -44,18 +44,20 @@ class PairedAugmentation:
     kind: ClassVar[str]
     #: Version of the augmentation. Raise it when its results change.
     version: ClassVar[int] = 1
-    usual_preset: ClassVar[str]
+    #: Name of the preset if none is given.
+    default_preset: ClassVar[str]
+    #: kornia's name for the kind of the targets.
     data_key: ClassVar[str]
 
     def __init__(
         self, img_size: int, preset: str | TrainingPreset | None = None, seed: int = 0, **changes: object
     ) -> None:
         self.img_size, self.seed = img_size, seed
-        self.preset = found = find_preset(preset or self.usual_preset, **changes)
+        self.preset = found = find_preset(preset or self.default_preset, **changes)
         unfit = [name for name in ("policy", "erasing", "mixup", "cutmix") if getattr(found, name)]
         if unfit:
             raise ValueError(
-                f"{self.kind.capitalize()} do not support {', '.join(unfit)}; use the preset {self.usual_preset!r} or "
+                f"{self.kind.capitalize()} do not support {', '.join(unfit)}; use the preset {self.default_preset!r} or "
                 "another one without them."
             )
         jitter = found.color_jitter

@@ -30,12 +30,12 @@ def assert_equal_batches(one, other):
 
 
 class TestEpochBatches:
-    @pytest.mark.parametrize("processes", [1, 2, 3])
+    @pytest.mark.parametrize("world_size", [1, 2, 3])
     @pytest.mark.parametrize("accumulate", [1, 2])
-    def test_global_batches_are_the_same(self, processes, accumulate):
+    def test_global_batches_are_the_same(self, world_size, accumulate):
         order = EpochOrder(61, seed=5)
-        size = 24 // (processes * accumulate)
-        shards = [list(EpochBatches(order, size, 3, process, processes, accumulate)) for process in range(processes)]
+        size = 24 // (world_size * accumulate)
+        shards = [list(EpochBatches(order, size, 3, rank, world_size, accumulate)) for rank in range(world_size)]
         assert {len(shard) for shard in shards} == {2 * accumulate * 3}
         for step in range(6):
             parts = range(step * accumulate, (step + 1) * accumulate)
@@ -46,8 +46,8 @@ class TestEpochBatches:
 
     def test_pairs_stay_together(self):
         order = EpochOrder(50, seed=1)
-        for process in range(3):
-            for keys in EpochBatches(order, 4, 2, process, 3):
+        for rank in range(3):
+            for keys in EpochBatches(order, 4, 2, rank, 3):
                 samples = np.array([sample for _, sample in keys])
                 assert set(order.partners(keys[0][0], samples)) == set(samples.tolist())
 
@@ -79,8 +79,8 @@ class TestEpochBatches:
 
     def test_rejects_too_few_samples(self):
         with pytest.raises(ValueError, match="23 samples, fewer than a global batch of 24"):
-            EpochBatches(EpochOrder(23), 4, 1, processes=3, accumulate=2)
-        assert len(EpochBatches(EpochOrder(24), 4, 1, processes=3, accumulate=2)) == 2
+            EpochBatches(EpochOrder(23), 4, 1, world_size=3, accumulate=2)
+        assert len(EpochBatches(EpochOrder(24), 4, 1, world_size=3, accumulate=2)) == 2
 
 
 class TestReplayedSamples:

@@ -38,7 +38,7 @@ class BoxAugmentation(PairedAugmentation):
     """
 
     kind = "boxes"
-    usual_preset = "detection"
+    default_preset = "detection"
     data_key = "bbox_xyxy"
 
     def __call__(self, image: Tensor, objects: Objects, epoch: int, index: int) -> tuple[Tensor, dict[str, Tensor]]:

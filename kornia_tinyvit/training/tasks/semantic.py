@@ -33,7 +33,7 @@ class MaskAugmentation(PairedAugmentation):
     """
 
     kind = "masks"
-    usual_preset = "semantic"
+    default_preset = "semantic"
     data_key = "mask"
 
     def __call__(self, image: Tensor, mask: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:
