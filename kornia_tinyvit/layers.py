@@ -256,6 +256,12 @@ class TinyViTBlock(nn.Module):
 
         Eager mode skips the partition and the padding where the size needs none. A traced graph must hold for every
         size and always contains both.
+
+        Args:
+            tokens: tokens :math:`(B, H, W, C)`.
+
+        Returns:
+            Tokens of the same shape.
         """
         batch, height, width, channels = tokens.shape
         side = self.attn.window_size

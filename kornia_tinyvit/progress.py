@@ -27,5 +27,11 @@ def progress_bar(shown: bool = True, counts: bool = True, fields: tuple[str, ...
 
 
 def track_progress(items: Iterable[Item], description: str, shown: bool = True) -> Iterator[Item]:
-    """Yield items while a bar shows how many are done; it disappears at the end."""
+    """Yield items while a bar shows how many are done; it disappears at the end.
+
+    Args:
+        items: the items.
+        description: text beside the bar.
+        shown: show the bar.
+    """
     yield from track(items, description, disable=not shown, transient=True)

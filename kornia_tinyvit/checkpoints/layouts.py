@@ -87,6 +87,9 @@ def to_timm(name: str) -> str:
     Args:
         name: official name.
 
+    Returns:
+        timm's name.
+
     Example:
         >>> to_timm("layers.0.downsample.conv1.c.weight")
         'stages.1.downsample.conv1.conv.weight'
@@ -99,6 +102,9 @@ def to_transformers(name: str) -> str:
 
     Args:
         name: official name.
+
+    Returns:
+        The name in transformers.
 
     Example:
         >>> to_transformers("head.bias"), to_transformers("norm_head.bias")

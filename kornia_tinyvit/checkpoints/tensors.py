@@ -175,6 +175,9 @@ def list_names(names: Sequence[str], limit: int = 4) -> str:
     Args:
         names: the names.
         limit: maximum number of names to list.
+
+    Returns:
+        The names, separated by commas.
     """
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"

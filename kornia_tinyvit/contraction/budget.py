@@ -67,6 +67,9 @@ class Budget:
         """Return by how much costs exceed the limits: the sum of log(cost / limit) over the exceeded limits.
 
         A search step can therefore lower any of the exceeded costs, and a factor that lowers two counts for both.
+
+        Args:
+            costs: costs of a network.
         """
         return sum(max(0.0, ratio) for ratio in self._log_ratios(costs))
 

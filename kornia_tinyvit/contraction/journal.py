@@ -41,11 +41,25 @@ class Journal:
             )
 
     def find(self, event: str, config: TinyViTConfig) -> dict[str, Any] | None:
-        """Return the line of an event for a network, or ``None``."""
+        """Return the line of an event for a network, or ``None``.
+
+        Args:
+            event: name of the event.
+            config: configuration of the network.
+        """
         return self._events.get((event, config))
 
     def write(self, event: str, config: TinyViTConfig, **values: Any) -> dict[str, Any]:
-        """Record an event for a network durably and return its line; an existing line is kept."""
+        """Record an event for a network durably and return its line; an existing line is kept.
+
+        Args:
+            event: name of the event.
+            config: configuration of the network.
+            **values: further values of the line.
+
+        Returns:
+            The line.
+        """
         known = self.find(event, config)
         return known or self._remember(self._append({"event": event, "config": config.to_dict(), **values}))
 

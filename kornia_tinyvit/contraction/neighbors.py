@@ -99,7 +99,12 @@ def expansions(config: TinyViTConfig, within: TinyViTConfig, space: SearchSpace)
 
 
 def smallest(config: TinyViTConfig, space: SearchSpace) -> TinyViTConfig:
-    """Return the network with every factor contracted to its minimum."""
+    """Return the network with every factor contracted to its minimum.
+
+    Args:
+        config: configuration of the network.
+        space: the search space, which sets the minimums.
+    """
     for factor in _FACTORS:
         for least in _less(config, factor, space):
             config = _with(config, factor, least)

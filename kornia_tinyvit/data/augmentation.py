@@ -107,6 +107,9 @@ class ReplayableAugmentation(nn.Module):
             epoch: number of the epoch, from 0.
             indices: indices of the samples, :math:`(B,)`.
 
+        Returns:
+            The parameters of the batch.
+
         Raises:
             ValueError: if ``epoch`` is not in [0, 2**32).
             IndexError: with mixup or cutmix, if an index is not in [0, num_samples).

@@ -19,6 +19,9 @@ class ClassificationDataset(ImageDataset[int]):
     Nothing is unpacked: images in tar files are read in place, and those in parquet files stay in Arrow's memory, which
     forked workers of a data loader share. Hidden files and folders are ignored.
 
+    Args:
+        contents: the images and targets, as read by ``open``.
+
     Attributes:
         class_names: sorted names of the classes, where folders or tar files state them; ``None`` for parquet files.
         num_classes: number of classes; for parquet files the largest label plus one.

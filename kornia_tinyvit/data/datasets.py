@@ -65,6 +65,9 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
 
     The class method ``open`` of each subclass detects the format of a path.
 
+    Args:
+        contents: the images and targets, as read by ``open``.
+
     Attributes:
         class_names: names of the classes in the order of their indices; ``None`` where the format states none.
         num_classes: number of classes.
@@ -94,6 +97,9 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
 
     def read(self, index: int) -> tuple[Tensor, Target]:
         """Return an image :math:`(3, H, W)`, uint8 in [0, 255], and its target.
+
+        Args:
+            index: index of the image.
 
         Raises:
             BrokenImageError: if one of them cannot be decoded, or their sizes differ.
@@ -129,6 +135,9 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         Args:
             count: number of held-out images.
             seed: random seed.
+
+        Returns:
+            The remaining data set and the held-out one.
 
         Raises:
             ValueError: if ``count`` is not in [1, len(self) - 1].

@@ -35,6 +35,10 @@ class InstanceDataset(ImageDataset[Tensor]):
     Files of a folder have the name of their image but for the suffix. Images without labels are dropped and reported.
     The EXIF orientation is applied to images but not to masks.
 
+    Args:
+        contents: the images and targets, as read by ``open``.
+        min_area: least area of an instance in pixels.
+
     Attributes:
         class_names: ``None``: classes are not read.
         without_mask: names of images that have no labels.

@@ -150,7 +150,12 @@ class ReplayedSamples(KeyedSamples[Batch]):
         }
 
     def inputs(self, batch: Batch, device: torch.device) -> Tensor:
-        """Return the augmented images :math:`(B, 3, S, S)` of a batch on a device."""
+        """Return the augmented images :math:`(B, 3, S, S)` of a batch on a device.
+
+        Args:
+            batch: the batch.
+            device: device of the result.
+        """
         return self.augmentation.to(device)(batch.crops.to(device, non_blocking=True), batch.params)
 
     def __getitems__(self, keys: Sequence[Key]) -> Batch:

@@ -123,6 +123,10 @@ class EpochOrder:
         """Return the sample that each is mixed with: its neighbor in the pairs (0, 1), (2, 3), ... of the order.
 
         The last sample of an odd number is its own partner. See :meth:`positions` for the arguments.
+
+        Args:
+            epoch: number of the epoch, from 0.
+            indices: indices of the samples, :math:`(B,)`.
         """
         neighbors = self.positions(epoch, indices) ^ 1
         return np.where(neighbors < self.num_samples, self.permutation(epoch)[neighbors % self.num_samples], indices)

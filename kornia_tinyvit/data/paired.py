@@ -115,7 +115,12 @@ class PairedSamples(KeyedSamples[PairedBatch]):
     """Images and their targets, decoded and augmented; the network takes the images in [0, 1]."""
 
     def inputs(self, batch: PairedBatch, device: torch.device) -> Any:
-        """Return the images :math:`(B, 3, S, S)` of a batch in [0, 1] on a device."""
+        """Return the images :math:`(B, 3, S, S)` of a batch in [0, 1] on a device.
+
+        Args:
+            batch: the batch.
+            device: device of the result.
+        """
         return batch.images.to(device, non_blocking=True).float() / 255
 
     def __getitems__(self, keys: Sequence[Key]) -> PairedBatch:

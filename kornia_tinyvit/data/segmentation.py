@@ -33,6 +33,13 @@ class SegmentationDataset(ImageDataset[Tensor]):
     or 16 bits. Images without a mask and masks without an image are dropped and reported. The EXIF orientation is
     applied to images but not to masks.
 
+    Args:
+        contents: the images and targets, as read by ``open``.
+        classes: names and ids of the classes, see :meth:`open`.
+
+    Raises:
+        ValueError: if the names do not match the ids; see :meth:`open`.
+
     Attributes:
         class_names: names of the classes in the order of their indices.
         num_classes: number of classes.

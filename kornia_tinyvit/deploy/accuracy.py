@@ -51,6 +51,9 @@ def compare(
         candidate: maps the same images to outputs of the same shapes, in any floating-point precision.
         batches: images, or pairs of images and class indices :math:`(B,)`.
 
+    Returns:
+        The agreement over all images.
+
     Raises:
         ValueError: if there are no images, only some have labels, or the outputs differ in number or shape.
 

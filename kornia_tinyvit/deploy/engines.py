@@ -46,7 +46,11 @@ class Engine(ABC):
 
     @abstractmethod
     def prepare(self, example: Tensor) -> None:
-        """Compile the graph for images like ``example``; called once by the constructor."""
+        """Compile the graph for images like ``example``; called once by the constructor.
+
+        Args:
+            example: example images :math:`(B, C, H, W)`.
+        """
 
     @abstractmethod
     def __call__(self, images: Tensor) -> Outputs:

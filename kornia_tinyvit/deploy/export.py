@@ -143,7 +143,11 @@ class ExportTask:
         return ["logits" if self.graph.method == "forward" and self.config.num_classes else "features"]
 
     def program(self) -> ExportedProgram:
-        """Trace the graph."""
+        """Trace the graph.
+
+        Returns:
+            The exported program.
+        """
         return trace_images(self.graph, self.example_images(1, self.size), self.dynamic_batch, self.dynamic_size)
 
     def metadata(self) -> dict[str, str]:
@@ -166,6 +170,9 @@ class ExportTask:
             write: writes to the given path and returns the loaded export.
             tolerance: see :func:`export_onnx`.
 
+        Returns:
+            The path.
+
         Raises:
             ExportError: if an output differs; an existing file at ``path`` is kept.
         """
@@ -187,13 +194,23 @@ class ExportTask:
                     check_difference(name, expected, found, tolerance)
 
     def example_images(self, batch: int, size: tuple[int, int]) -> Tensor:
-        """Return images :math:`(B, C, H, W)` in the pixel format of the graph."""
+        """Return images :math:`(B, C, H, W)` in the pixel format of the graph.
+
+        Args:
+            batch: number of images.
+            size: height and width in pixels.
+        """
         images = synthetic_images(self.config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 
 def describe(config: TinyViTConfig, **properties: Any) -> dict[str, str]:
-    """Return metadata properties: the package's version, the configuration and others, as JSON by key."""
+    """Return metadata properties: the package's version, the configuration and others, as JSON by key.
+
+    Args:
+        config: configuration of the network.
+        **properties: further properties.
+    """
     properties = {"version": __version__, "config": config.to_dict(), **properties}
     return {f"kornia_tinyvit.{key}": json.dumps(value) for key, value in properties.items()}
 

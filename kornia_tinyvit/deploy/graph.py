@@ -78,6 +78,9 @@ class InferenceGraph(nn.Module):
         Args:
             images: example images :math:`(B, C, H, W)`.
             dynamic_size: make height and width dynamic as well.
+
+        Returns:
+            The ONNX model.
         """
         key = None if dynamic_size else tuple(images.shape[2:])
         if key not in self.onnx_models:

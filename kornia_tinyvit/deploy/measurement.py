@@ -68,6 +68,9 @@ def describe_machine(device: str | torch.device = "cpu", allocator_tuned: bool =
         device: the measured device.
         allocator_tuned: whether the process tuned the allocator; the environment variable ``MALLOC_MMAP_THRESHOLD_``
             also counts as tuned.
+
+    Returns:
+        The description.
     """
     fields = _read_cpuinfo()
     flags = fields.get("flags", fields.get("Features", "")).split()
@@ -133,6 +136,9 @@ def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
     Args:
         module: a network in plain PyTorch, or its method; torch does not count the custom operators of engines.
         images: images :math:`(B, C, H, W)`; the result is for the whole batch.
+
+    Returns:
+        The number of operations.
     """
     # Only recent versions of torch count fused attention on the CPU; the math backend is counted by all.
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -141,7 +147,12 @@ def count_flops(module: Callable[[Tensor], object], images: Tensor) -> int:
 
 
 def as_step(run: Callable[[Tensor], object], images: Tensor) -> Callable[[], object]:
-    """Return a function for :func:`interleaved` that runs a network on images and synchronizes their device."""
+    """Return a function for :func:`interleaved` that runs a network on images and synchronizes their device.
+
+    Args:
+        run: function of images.
+        images: images :math:`(B, C, H, W)`.
+    """
 
     def step() -> object:
         out = run(images)

@@ -53,6 +53,11 @@ class Optimized(nn.Module):
 
     Later changes of the model's weights do not affect it.
 
+    Args:
+        graph: the inference graph.
+        example: example images :math:`(B, C, H, W)`.
+        calibration: images of the calibration for int8.
+
     Attributes:
         engine: name of the engine.
         dtype: dtype that it computes in.

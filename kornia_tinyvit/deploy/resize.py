@@ -51,6 +51,9 @@ class ResizeAndCrop(nn.Module):
         """Map images :math:`(B, C, H, W)` in [0, max_value] to :math:`(B, C, S, S)` in the same range.
 
         Integers become float32; floating-point images keep their dtype.
+
+        Args:
+            images: images :math:`(B, C, H, W)`.
         """
         dtype = images.dtype if images.is_floating_point() else torch.float32
         exact = torch.promote_types(dtype, torch.float32)

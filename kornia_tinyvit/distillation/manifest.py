@@ -208,6 +208,9 @@ def readable_size(size: int) -> str:
     Args:
         size: number of bytes, at least 0.
 
+    Returns:
+        Both numbers with their units.
+
     Example:
         >>> readable_size(16_964_000_000)
         '16.96 GB (15.80 GiB)'

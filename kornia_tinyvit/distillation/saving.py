@@ -83,6 +83,9 @@ def save_records(
         autocast: data type of the teacher's forward pass; ``None`` disables autocast.
         progress: called with the number of new records, first with those that exist already.
 
+    Returns:
+        The numbers of new and of existing records, and the duration.
+
     Raises:
         BrokenImageError: if an image is corrupt and ``samples`` does not skip corrupt images.
         StoreError: if a shard is damaged, or the outputs do not match the store.

@@ -326,7 +326,13 @@ class RecordStore(ABC):
 
 
 class ShardWriter:
-    """Writer of one shard, created by :meth:`RecordStore.writer`. The file is written with the last record."""
+    """Writer of one shard, created by :meth:`RecordStore.writer`. The file is written with the last record.
+
+    Args:
+        store: the store.
+        path: path of the shard.
+        samples: indices of the samples of the shard.
+    """
 
     def __init__(self, store: RecordStore, path: Path, samples: NDArray[np.int64]) -> None:
         self._store, self._path, self._missing = store, path, samples

@@ -93,6 +93,9 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
             config_dict: the content.
             **kwargs: as in transformers.
 
+        Returns:
+            The configuration.
+
         Raises:
             ValueError: if it is a file of timm, all fields of which transformers would ignore.
         """
@@ -111,6 +114,9 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
             network: configuration of the network, such as ``model.config``.
             **kwargs: other fields, such as ``id2label``.
 
+        Returns:
+            The configuration for transformers.
+
         Raises:
             ValueError: if the activation is not one of :mod:`torch.nn`, or the network is MobileSAM's encoder.
         """
@@ -127,6 +133,9 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
 
         Args:
             num_classes: number of classes of its head.
+
+        Returns:
+            The configuration of the network.
 
         Raises:
             ValueError: if a field is out of range.

@@ -14,6 +14,9 @@ __all__ = ["central_points", "mask_boxes", "nms"]
 def mask_boxes(masks: Tensor) -> Tensor:
     """Return boxes :math:`(N, 4)` around masks :math:`(N, H, W)`: left, top, right, bottom in pixels; zeros if empty.
 
+    Args:
+        masks: boolean masks :math:`(N, H, W)`.
+
     Example:
         >>> mask_boxes(torch.tensor([[[False, True], [False, True]]]))
         tensor([[1., 0., 2., 2.]])

@@ -36,6 +36,9 @@ def remove_small_regions(
     Returns:
         The mask, itself or a changed copy, and whether it was changed.
 
+    Raises:
+        ValueError: if ``mode`` is another.
+
     Example:
         >>> mask = np.array([[True, True, True, False], [True, False, True, False], [True, True, True, False]])
         >>> remove_small_regions(mask, 2, "holes")[0].astype(int)

@@ -45,6 +45,9 @@ def encode_rle(mask: Tensor | NDArray[np.bool_], compressed: bool = False) -> RL
         compressed: write the runs as text, as :func:`compress_rle` does, without the list in between, which takes
             twenty times the memory.
 
+    Returns:
+        The run-length code, a dictionary of ``size`` and ``counts``.
+
     Raises:
         ValueError: if it is not a boolean array of two dimensions.
 
@@ -61,6 +64,9 @@ def encode_rle(mask: Tensor | NDArray[np.bool_], compressed: bool = False) -> RL
 
 def decode_rle(rle: RLE) -> NDArray[np.bool_]:
     """Decode a mask, compressed or not.
+
+    Args:
+        rle: run-length code, compressed or not.
 
     Returns:
         Boolean array :math:`(H, W)`.
@@ -83,6 +89,9 @@ def decode_rle(rle: RLE) -> NDArray[np.bool_]:
 def compress_rle(rle: RLE) -> RLE:
     """Return a mask with its runs as text, as pycocotools has it (there as bytes); compressed ones as they are.
 
+    Args:
+        rle: run-length code, compressed or not.
+
     Raises:
         ValueError: if a length is negative or not below :math:`2^{32}`.
 
@@ -99,6 +108,9 @@ def compress_rle(rle: RLE) -> RLE:
 
 def uncompress_rle(rle: RLE) -> RLE:
     """Return a mask with its runs as a list; uncompressed ones equal what they were.
+
+    Args:
+        rle: run-length code, compressed or not.
 
     Raises:
         ValueError: if the text is not one of COCO's.

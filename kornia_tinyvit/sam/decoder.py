@@ -190,6 +190,9 @@ class FoldedMaskDecoder(nn.Module):
             image: the image, prepared.
             sparse_prompt_embeddings: embeddings of points and boxes, :math:`(P, N, C)`.
 
+        Returns:
+            The image with the results of the prompts.
+
         Raises:
             RuntimeError: if gradients would be wanted.
             ValueError: if the image was prepared for another number of prompts.

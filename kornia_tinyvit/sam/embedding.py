@@ -70,6 +70,9 @@ class Geometry:
 
         That is a multiplication by the ratio of the sides. kornia's ``VisualPrompter`` lets a point mark the center of
         a pixel instead, which is up to half a pixel of the input away.
+
+        Args:
+            points: points :math:`(*, 2)`.
         """
         height, width = (new / old for new, old in zip(self.input_size, self.original_size, strict=True))
         return points * points.new_tensor([width, height])
@@ -79,6 +82,12 @@ class Geometry:
 
         Bilinear, first to the input's size, then without the padding to the photo's, as
         ``Sam.postprocess_masks`` of segment-anything does; differentiable.
+
+        Args:
+            low_res_logits: logits :math:`(P, M, h/4, w/4)`.
+
+        Returns:
+            Logits :math:`(P, M, H, W)`.
         """
         height, width = self.input_size
         padded = F.interpolate(low_res_logits, self.img_size, mode="bilinear", align_corners=False)
@@ -208,6 +217,9 @@ def fingerprint(encoder: nn.Module) -> str | None:
     It reads 16 numbers of each tensor, bit for bit: enough to notice any training, cheap enough for every call. The
     same weights in another precision are others. A module that keeps its weights out of sight, such as an optimized
     network, has none.
+
+    Args:
+        encoder: the image encoder.
     """
     digest = hashlib.sha256()
     samples: dict[torch.dtype, list[Tensor]] = {}

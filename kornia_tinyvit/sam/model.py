@@ -153,6 +153,9 @@ class MobileSAM(Sam):
             images: photos as :meth:`preprocess` takes them, of any sizes.
             batch_size: photos at a time; all of them when gradients are recorded.
 
+        Returns:
+            The embeddings of all images.
+
         Raises:
             TypeError, ValueError, FileNotFoundError: as :meth:`preprocess`.
 
@@ -174,6 +177,9 @@ class MobileSAM(Sam):
 
         Args:
             pixels: photos :math:`(3, H, W)`, uint8 or floating point in [0, 1].
+
+        Returns:
+            The embeddings of all images.
         """
         return ImageEmbedding(*self._encode(pixels), fingerprint(self.image_encoder))
 
@@ -296,6 +302,9 @@ class MobileSAM(Sam):
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
         """Refuse an embedding that this network cannot read.
+
+        Args:
+            embedding: the embedding.
 
         Raises:
             ValueError: if it is of another input size, or made by an encoder with other weights.

@@ -39,6 +39,9 @@ def list_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
 def open_image(image: ImageLike) -> Tensor:
     """Return a photo :math:`(3, H, W)`: uint8 if it is a file, a PIL image or an array; a tensor as it is.
 
+    Args:
+        image: the image.
+
     Raises:
         TypeError: if it is no photo, or a tensor that is not floating point.
         ValueError: if a file cannot be read, the shape is another, or a tensor holds NaN or infinity.
@@ -89,7 +92,15 @@ def preprocess_image(
 
 
 def resize_image(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a photo :math:`(3, H, W)`, bilinear with antialiasing: uint8 as Pillow does, floating point by torch."""
+    """Resize a photo :math:`(3, H, W)`, bilinear with antialiasing: uint8 as Pillow does, floating point by torch.
+
+    Args:
+        pixels: image :math:`(3, H, W)`.
+        size: height and width of the result in pixels.
+
+    Returns:
+        The image :math:`(3, height, width)` in the same dtype.
+    """
     if tuple(pixels.shape[1:]) == size:
         return pixels
     if pixels.dtype == torch.uint8:

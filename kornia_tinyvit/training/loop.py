@@ -124,6 +124,9 @@ def train(
         cpu: train on the CPU even if there is an accelerator.
         progress: show a progress bar.
 
+    Returns:
+        The result of the training.
+
     Raises:
         ValueError: if the batch is not divisible by ranks and ``process_batch``, the augmentation has another size
             than the recipe, ``out`` holds another training or is in use, or the validation images have other classes.

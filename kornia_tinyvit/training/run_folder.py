@@ -40,6 +40,9 @@ class RunFolder:
     def check_config(self, config: dict[str, Any]) -> None:
         """Reject a training of another configuration.
 
+        Args:
+            config: configuration of the training.
+
         Raises:
             ValueError: naming the differences, if the folder holds another training.
         """
@@ -52,6 +55,9 @@ class RunFolder:
     def lock(self) -> AbstractContextManager[None]:
         """Lock the folder until the end of the context or of the process.
 
+        Returns:
+            The context.
+
         Raises:
             ValueError: if another process trains in the folder.
         """
@@ -59,7 +65,12 @@ class RunFolder:
         return locked(self.path / ".lock", message, ValueError)
 
     def start(self, config: dict[str, Any], step: int) -> None:
-        """Write the configuration, truncate the metrics after the resumed step, and open TensorBoard's file."""
+        """Write the configuration, truncate the metrics after the resumed step, and open TensorBoard's file.
+
+        Args:
+            config: configuration of the training.
+            step: optimizer step to resume after; 0 for a new training.
+        """
         write_text(self.path / "run.json", json.dumps(config, indent=1))
         metrics = self.path / "metrics.jsonl"
         if metrics.exists():

@@ -28,6 +28,9 @@ def distinct_colors(count: int) -> Tensor:
     """Return colors that can be told apart, :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
 
     Hues are a golden ratio of the circle apart, which leaves no two neighbors alike however many there are.
+
+    Args:
+        count: number of colors.
     """
     return torch.tensor([_color(index) for index in range(count)]).reshape(count, 3)
 

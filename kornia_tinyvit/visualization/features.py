@@ -90,6 +90,9 @@ def overlay_heatmap(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tens
         images: images :math:`(B, 3, H, W)` in [0, 1].
         heat: maps :math:`(B, 1, H, W)` in [0, 1].
         opacity: share of the color where the heat is highest.
+
+    Returns:
+        Images :math:`(B, 3, H, W)` in [0, 1].
     """
     colormap = ApplyColorMap(ColorMap("plasma", num_colors=256, device=images.device, dtype=images.dtype))
     gray = images.mean(1, keepdim=True).expand_as(images) * 0.6

@@ -96,6 +96,9 @@ def build_page(classifier: ImageClassifier, sam: str, device: str, examples: Seq
         sam: ``"mobile_sam"``, or a file or address of a whole MobileSAM; loaded when it is needed first.
         device: where MobileSAM runs.
         examples: photos to offer, one at least; the first one is open at the start.
+
+    Returns:
+        The page.
     """
     with gr.Blocks(title="kornia-tinyvit", analytics_enabled=False, delete_cache=(600, KEPT_SECONDS)) as page:
         photo = gr.State()

@@ -245,11 +245,27 @@ class UserPrompts:
     box: tuple[float, float, float, float] | None = None
 
     def add_point(self, x: float, y: float, on: bool) -> UserPrompts:
-        """Mark a point on or off the object."""
+        """Mark a point on or off the object.
+
+        Args:
+            x: column in pixels of the photo.
+            y: row in pixels of the photo.
+            on: whether the point is on the object.
+
+        Returns:
+            The new prompts.
+        """
         return dataclasses.replace(self, points=(*self.points, (x, y, int(on))))
 
     def add_corner(self, x: float, y: float) -> UserPrompts:
         """Mark a corner of the box; the second makes the box, and a third starts another.
+
+        Args:
+            x: column in pixels of the photo.
+            y: row in pixels of the photo.
+
+        Returns:
+            The new prompts.
 
         Raises:
             ValueError: if the second lies on a line with the first.

@@ -28,6 +28,9 @@ Run = Callable[..., list[Tensor]]
 def check_opset(opset: int) -> None:
     """Check the opset and the installed packages before the graph is traced, which takes seconds.
 
+    Args:
+        opset: opset version.
+
     Raises:
         ValueError: if the opset is older than 18 or newer than the installed onnx.
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
@@ -51,6 +54,9 @@ def to_onnx(
         opset: opset version.
         inputs: names of the inputs.
         outputs: names of the outputs.
+
+    Returns:
+        The model.
     """
     with quiet(), without_size_specialization():
         converted: Any = torch.onnx.export(

@@ -50,6 +50,9 @@ def trace_images(
         images: example images :math:`(B, C, H, W)` with the sizes of the static dimensions.
         dynamic_batch: make the batch size dynamic.
         dynamic_size: make height and width dynamic.
+
+    Returns:
+        The exported program.
     """
     batch, channels, height, width = images.shape
     # A dynamic size must not be 1, and height and width must differ, see trace.
@@ -60,6 +63,10 @@ def trace_images(
 
 def check_program(path: Path, compiled: bool) -> None:
     """Check the path and the compiler before the graph is traced, which takes seconds.
+
+    Args:
+        path: path of the export.
+        compiled: whether the export is compiled by inductor.
 
     Raises:
         ValueError: if the path does not end in ``.pt2``.

@@ -46,6 +46,9 @@ class ClassificationScores:
     def confusions(self, count: int = 10) -> list[tuple[int, int, int]]:
         """Return the most frequent errors as (class, predicted class, count), sorted by descending count.
 
+        Args:
+            count: maximum number of errors.
+
         Raises:
             ValueError: if there are too many classes for a confusion matrix.
         """

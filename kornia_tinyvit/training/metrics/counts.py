@@ -33,6 +33,9 @@ class Counts:
     def load_state(self, state: Tensor) -> None:
         """Replace the counts by a vector, such as a sum of :meth:`state`.
 
+        Args:
+            state: the vector :math:`(n,)`.
+
         Raises:
             ValueError: if the length differs, for example for another number of classes.
         """

@@ -66,7 +66,12 @@ class PromptMetrics(Counts):
 
 
 def mask_ious(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the IoUs of masks :math:`(*, H, W)`, bool; 0 for two empty masks."""
+    """Return the IoUs of masks :math:`(*, H, W)`, bool; 0 for two empty masks.
+
+    Args:
+        predictions: predicted masks :math:`(*, H, W)`.
+        targets: ground-truth masks :math:`(*, H, W)`.
+    """
     intersection = (predictions & targets).flatten(-2).sum(-1)
     union = (predictions | targets).flatten(-2).sum(-1)
     return intersection / union.clamp(min=1)

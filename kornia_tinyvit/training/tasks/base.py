@@ -33,7 +33,12 @@ class Samples(Protocol):
     augmentation: Any
 
     def inputs(self, batch: Any, device: torch.device) -> Any:
-        """Return the network's inputs of a batch, on a device."""
+        """Return the network's inputs of a batch, on a device.
+
+        Args:
+            batch: the batch.
+            device: device of the result.
+        """
 
 
 class Loss(Protocol):
@@ -137,6 +142,11 @@ class Task:
     def check(self, images: Any, config: Any, class_names: Sequence[str] | None) -> None:
         """Check that validation images have the classes of the network.
 
+        Args:
+            images: validation data set.
+            config: configuration of the network.
+            class_names: names of the classes.
+
         Raises:
             ValueError: if the names or the number of classes differ.
         """
@@ -157,28 +167,55 @@ class Task:
         return type(self).evaluator_class(images, config, **options)
 
     def preprocessing(self, model: nn.Module, samples: Any) -> Preprocessing:
-        """Return the preprocessing to save with the weights: by default the network's before training."""
+        """Return the preprocessing to save with the weights: by default the network's before training.
+
+        Args:
+            model: the trained network.
+            samples: the training images.
+        """
         return _encoder(model).preprocessing
 
     def restore(
         self, config: Any, state: dict[str, Tensor], class_names: Sequence[str] | None, preprocessing: Preprocessing
     ) -> Any:
-        """Build the network to save and load the trained weights."""
+        """Build the network to save and load the trained weights.
+
+        Args:
+            config: configuration of the network.
+            state: trained weights.
+            class_names: names of the classes.
+            preprocessing: preprocessing to save with the weights.
+        """
         network = self.build(config, class_names)
         _encoder(network).preprocessing = preprocessing
         self.load(network, {name.removeprefix(self.prefix): tensor for name, tensor in state.items()})
         return network
 
     def build(self, config: Any, class_names: Sequence[str] | None) -> Any:
-        """Build the network to save, with random weights."""
+        """Build the network to save, with random weights.
+
+        Args:
+            config: configuration of the network.
+            class_names: names of the classes.
+        """
         return type(self).network_class.from_config(config, class_names=class_names)
 
     def load(self, network: Any, state: dict[str, Tensor]) -> None:
-        """Load trained weights, without :attr:`prefix`, into the network to save."""
+        """Load trained weights, without :attr:`prefix`, into the network to save.
+
+        Args:
+            network: the network to save.
+            state: trained weights.
+        """
         network.load_state_dict(state)
 
     def save(self, network: Any, path: Path) -> None:
-        """Write a file that the network's ``from_config`` reads."""
+        """Write a file that the network's ``from_config`` reads.
+
+        Args:
+            network: the network to save.
+            path: the file to write.
+        """
         network.save(path)
 
 

@@ -162,6 +162,9 @@ class DetectorTraining(nn.Module):
             weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
             layer_decay: factor in (0, 1] from one block of the backbone to the one before.
 
+        Returns:
+            Dictionaries with ``params``, ``lr`` and ``weight_decay``.
+
         Raises:
             ValueError: if ``layer_decay`` is outside of (0, 1].
         """

@@ -104,6 +104,9 @@ class PromptedSAM(nn.Module):
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Return all masks of the prompts.
 
+        Args:
+            prompts: prompts of the images, see :class:`Prompts`.
+
         Returns:
             Logits :math:`(P, M, S/4, S/4)`, the single mask first, then those of ``multimask_output``, and predicted
             IoUs :math:`(P, M)`.
@@ -145,6 +148,9 @@ class PromptedSAM(nn.Module):
             lr: learning rate of the mask decoder and of the encoder's last block.
             weight_decay: weight decay of the matrices; one-dimensional parameters are not decayed.
             layer_decay: factor in (0, 1] from one block of the encoder to the one before.
+
+        Returns:
+            Dictionaries with ``params``, ``lr`` and ``weight_decay``.
 
         Raises:
             ValueError: if ``layer_decay`` is outside of (0, 1].
