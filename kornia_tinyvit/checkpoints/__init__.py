@@ -1,4 +1,4 @@
-"""Weights in and out: what is published, how foreign files name their tensors, and reading them safely."""
+"""Weights: catalog of published weights, layouts of tensor names, and reading, loading and saving checkpoints."""
 
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, list_pretrained
 from kornia_tinyvit.checkpoints.loading import (

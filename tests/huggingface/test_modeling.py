@@ -91,7 +91,7 @@ class TestAttention:
     def test_eager_returns_attentions(self):
         config = tiny_config(attn_implementation="eager")
         outputs = TinyVitModel(config).eval()(torch.rand(2, 3, 64, 96), output_attentions=True)
-        # Stages of 1, 2 and 1 blocks; maps of 8x12, 4x6 and 2x3 tokens in windows of 4, 5 and 3.
+        # Stages of 1, 2 and 1 blocks; feature maps of 8x12, 4x6 and 2x3 tokens in windows of 4, 5 and 3.
         windows = [(2, 6, 16), (3, 2, 25), (3, 2, 25), (4, 1, 9)]
         shapes = [tuple(each.shape) for each in outputs.attentions]
         assert shapes == [(2 * count, heads, tokens, tokens) for heads, count, tokens in windows]
