@@ -1,4 +1,4 @@
-"""Trainings that stop in the middle, and what they write down."""
+"""Interrupted trainings, and their metrics."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ class Interrupted(Exception):
 
 
 class Stopping:
-    """An objective that stops at a batch, such as the third; 0 for none."""
+    """A loss that raises :class:`Interrupted` at a batch, counted from 1; 0 for none."""
 
-    def __init__(self, objective, call: int) -> None:
-        self.objective, self.call = objective, call
+    def __init__(self, loss, call: int) -> None:
+        self.loss, self.call = loss, call
 
     def describe(self) -> dict[str, Any]:
-        return self.objective.describe()
+        return self.loss.describe()
 
     def __call__(self, outputs, images, batch):
         self.call -= 1
         if not self.call:
             raise Interrupted
-        return self.objective(outputs, images, batch)
+        return self.loss(outputs, images, batch)
 
 
 def metrics(out: Path) -> list[dict[str, Any]]:

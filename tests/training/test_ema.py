@@ -1,4 +1,4 @@
-"""The moving average of weights."""
+"""The exponential moving average of weights."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def network() -> nn.Module:
 
 
 def shake(model: nn.Module) -> None:
-    """Move all weights and statistics."""
+    """Change all weights and statistics."""
     with torch.no_grad():
         for tensor in [*model.parameters(), *model.buffers()]:
             tensor.add_(torch.randn(tensor.shape).to(tensor.dtype) * 3)
@@ -47,7 +47,7 @@ class TestMovingAverage:
         with average.applied(model):
             assert_same(values(model), expected)
 
-    def test_integers_are_left_alone(self):
+    def test_integers_are_not_averaged(self):
         model = network()
         average = MovingAverage(model, 0.9)
         model[1].num_batches_tracked += 7
@@ -55,20 +55,20 @@ class TestMovingAverage:
         with average.applied(model):
             assert model[1].num_batches_tracked == 7
 
-    def test_own_weights_come_back(self):
+    def test_own_weights_are_restored(self):
         model = network()
         average = MovingAverage(model, 0.5)
         shake(model)
         own = values(model)
         with average.applied(model):
             inside = values(model)
-            shake(model)  # what is done to the average's copy is lost
+            shake(model)  # has no effect on the average
         assert_same(values(model), own)
         assert not torch.allclose(inside[0], own[0])
         with average.applied(model):
             assert_same(values(model), inside)
 
-    def test_own_weights_come_back_after_an_error(self):
+    def test_own_weights_are_restored_after_an_error(self):
         model = network()
         average = MovingAverage(model, 0.5)
         shake(model)
@@ -77,7 +77,7 @@ class TestMovingAverage:
             raise KeyError
         assert_same(values(model), own)
 
-    def test_gradients_go_on(self):
+    def test_training_continues(self):
         model = network()
         average = MovingAverage(model, 0.5)
         model(torch.rand(2, 3, 4, 4)).sum().backward()

@@ -1,4 +1,4 @@
-"""The recipes against the numbers of the paper and its code."""
+"""The recipes and the hyperparameters of the paper and its code."""
 
 from __future__ import annotations
 
@@ -58,10 +58,10 @@ class TestLearningRate:
             ("224_to_384", 128, 5e-6),
         ],
     )
-    def test_swins_rule(self, name, batch, peak):
+    def test_linear_scaling_rule(self, name, batch, peak):
         assert find_recipe(name, batch_size=batch).peak_lr == pytest.approx(peak)
 
-    def test_warm_up_is_a_line(self):
+    def test_linear_warm_up(self):
         recipe = Recipe(epochs=30, warmup_epochs=5)
         assert [recipe.lr_factor(epoch) for epoch in (1, 2.5, 4)] == pytest.approx([0.2, 0.5, 0.8])
         assert 0 < recipe.lr_factor(0) <= 1e-3
@@ -71,7 +71,7 @@ class TestLearningRate:
     def test_no_warm_up(self):
         assert Recipe(epochs=3, warmup_epochs=0).lr_factor(0) == 1
 
-    def test_nothing_but_warm_up(self):
+    def test_warm_up_only(self):
         recipe = Recipe(epochs=3, warmup_epochs=3)
         assert recipe.lr_factor(1.5) == pytest.approx(0.5)
         assert math.isfinite(recipe.lr_factor(3))
@@ -81,9 +81,9 @@ class TestLearningRate:
         recipe = RECIPES[name]
         lowest = recipe.min_lr / recipe.base_lr
         after = recipe.epochs - recipe.warmup_epochs
-        for share in (0, 0.25, 0.5, 0.9, 1):
-            wanted = recipe.min_lr + (recipe.base_lr - recipe.min_lr) * (1 + math.cos(math.pi * share)) / 2
-            assert recipe.base_lr * recipe.lr_factor(recipe.warmup_epochs + share * after) == pytest.approx(wanted)
+        for fraction in (0, 0.25, 0.5, 0.9, 1):
+            wanted = recipe.min_lr + (recipe.base_lr - recipe.min_lr) * (1 + math.cos(math.pi * fraction)) / 2
+            assert recipe.base_lr * recipe.lr_factor(recipe.warmup_epochs + fraction * after) == pytest.approx(wanted)
         assert recipe.lr_factor(recipe.epochs) == pytest.approx(lowest)
         assert recipe.lr_factor(recipe.epochs + 1) == pytest.approx(lowest)
         factors = [recipe.lr_factor(recipe.epochs * step / 100) for step in range(101)]

@@ -14,12 +14,12 @@ def generator(seed: int = 0) -> torch.Generator:
 
 @pytest.fixture
 def outputs():
-    """Logits of 200 images of 7 classes, right a little more often than by chance, and no image of class 6."""
+    """Logits of 200 images of 7 classes, more accurate than chance, and no image of class 6."""
     labels = torch.randint(6, (200,), generator=generator())
     return torch.randn(200, 7, generator=generator(1)) + 2 * F.one_hot(labels, 7), labels
 
 
-def measure(logits, labels, batch=32):
+def update(logits, labels, batch=32):
     metrics = ClassificationMetrics(logits.shape[1])
     for some, classes in zip(logits.split(batch), labels.split(batch), strict=True):
         metrics.update(some, classes)
@@ -30,7 +30,7 @@ class TestMetrics:
     @pytest.mark.parametrize("batch", [1, 32, 200])
     def test_by_hand(self, outputs, batch):
         logits, labels = outputs
-        found = measure(logits, labels, batch).compute()
+        found = update(logits, labels, batch).compute()
         order = logits.argsort(1, descending=True).tolist()
         rows = list(zip(order, labels.tolist(), strict=True))
         assert (found.images, found.top_k) == (200, 5)
@@ -47,7 +47,7 @@ class TestMetrics:
 
     def test_calibration(self, outputs):
         logits, labels = outputs
-        found = measure(logits, labels).compute()
+        found = update(logits, labels).compute()
         scores, answers = logits.softmax(1).max(1)
         error = 0.0
         for number in range(15):
@@ -65,17 +65,17 @@ class TestMetrics:
         assert found.calibration_error == pytest.approx(error)
         assert error > 1
 
-    def test_calibration_of_the_certain_and_of_the_uncertain(self):
-        certain = measure(torch.tensor([[100.0, 0.0], [100.0, 0.0]]), torch.tensor([0, 1])).compute()
+    def test_calibration_of_extreme_confidences(self):
+        certain = update(torch.tensor([[100.0, 0.0], [100.0, 0.0]]), torch.tensor([0, 1])).compute()
         assert certain.calibration_error == pytest.approx(50)
         assert certain.calibration_bins[-1].tolist() == pytest.approx([2, 100, 50])
-        uncertain = measure(torch.zeros(2, 2), torch.tensor([0, 1])).compute()
+        uncertain = update(torch.zeros(2, 2), torch.tensor([0, 1])).compute()
         assert uncertain.calibration_error == pytest.approx(0)
 
-    def test_processes_add_up(self, outputs):
+    def test_counts_add_up(self, outputs):
         logits, labels = outputs
-        whole = measure(logits, labels)
-        parts = [measure(logits[:77], labels[:77]), measure(logits[77:], labels[77:])]
+        whole = update(logits, labels)
+        parts = [update(logits[:77], labels[:77]), update(logits[77:], labels[77:])]
         summed = ClassificationMetrics(7)
         summed.load_state(parts[0].state() + parts[1].state())
         torch.testing.assert_close(summed.state(), whole.state(), rtol=1e-12, atol=0)
@@ -94,13 +94,13 @@ class TestMetrics:
         assert metrics.compute().confusions(1) == [(2, 1, 5)]
 
     def test_ties_count_once(self):
-        found = measure(torch.zeros(10, 10), torch.arange(10)).compute()
+        found = update(torch.zeros(10, 10), torch.arange(10)).compute()
         assert found.top1 <= found.top5
         assert found.confusion.diagonal().sum() == found.top1 / 10
         assert found.top5 == 50
 
     def test_one_class(self):
-        found = measure(torch.randn(3, 1), torch.zeros(3, dtype=torch.long)).compute()
+        found = update(torch.randn(3, 1), torch.zeros(3, dtype=torch.long)).compute()
         assert (found.top1, found.top5, found.top_k) == (100, 100, 1)
         assert found.confusion.tolist() == [[3]]
 
@@ -115,11 +115,11 @@ class TestMetrics:
 
     def test_half_precision_and_empty_batches(self, outputs):
         logits, labels = outputs
-        metrics = measure(logits.bfloat16(), labels)
+        metrics = update(logits.bfloat16(), labels)
         metrics.update(logits[:0], labels[:0])
         assert metrics.compute().images == 200
 
-    def test_refused(self):
+    def test_errors(self):
         metrics = ClassificationMetrics(3)
         with pytest.raises(ValueError, match="No images were evaluated"):
             metrics.compute()
@@ -137,13 +137,13 @@ class TestMetrics:
 
 
 class TestSelectClasses:
-    def test_picks(self):
+    def test_selection(self):
         logits = torch.arange(10.0).view(2, 5)
         found = select_classes(logits, torch.tensor([4, -1, 0]))
         assert found.tolist() == [[4, -math.inf, 0], [9, -math.inf, 5]]
 
     @pytest.mark.parametrize("index", [5, -2])
-    def test_refused(self, index):
+    def test_errors(self, index):
         with pytest.raises(ValueError, match=r"Class indices must be -1 or in \[0, 5\)"):
             select_classes(torch.zeros(2, 5), torch.tensor([0, index]))
 

@@ -12,7 +12,7 @@ def generator(seed: int = 0) -> torch.Generator:
 
 
 class TestFeatures:
-    def test_what_the_head_sees(self, tiny, images):
+    def test_inputs_of_the_head(self, tiny, images):
         tiny.train()
         batches = [(images, torch.tensor([1, 0])), (images[:1], torch.tensor([4]))]
         features, labels = extract_features(tiny, iter(batches))
@@ -23,7 +23,7 @@ class TestFeatures:
         torch.testing.assert_close(features[2], features[0])
         assert not features.requires_grad
 
-    def test_none(self, tiny):
+    def test_no_images(self, tiny):
         with pytest.raises(ValueError, match="There are no images"):
             extract_features(tiny, [])
 
@@ -42,7 +42,7 @@ class TestNearestNeighbors:
                 expected[labels[index]] += math.exp((similarity[index].item() - 1) / 0.5)
             torch.testing.assert_close(row, expected)
 
-    def test_pieces_and_length_do_not_matter(self, monkeypatch):
+    def test_chunks_and_norms_have_no_effect(self, monkeypatch):
         known, features = torch.randn(30, 4, generator=generator()), torch.randn(11, 4, generator=generator(1))
         labels = torch.arange(30) % 3
         whole = k_nearest_neighbors(known, labels, features)
@@ -54,7 +54,7 @@ class TestNearestNeighbors:
         assert votes.argmax(1).tolist() == [2, 0, 1]
         assert torch.isfinite(votes).all()
 
-    def test_refused(self):
+    def test_errors(self):
         with pytest.raises(ValueError, match="k and temperature must be positive; got 0"):
             k_nearest_neighbors(torch.eye(3), torch.arange(3), torch.eye(3), k=0)
         with pytest.raises(ValueError, match="and as many labels; got 3 and 2"):
@@ -64,7 +64,7 @@ class TestNearestNeighbors:
 class TestLinearProbe:
     @pytest.fixture
     def data(self):
-        """Features of three classes that overlap, of very different scales."""
+        """Return features of three overlapping classes, of very different scales."""
         labels = torch.arange(300) % 3
         features = torch.randn(300, 5, generator=generator()) + 2 * F.one_hot(labels, 5)
         return features * torch.tensor([1000.0, 1.0, 0.01, 1.0, 0.0]) + 50, labels
@@ -75,7 +75,7 @@ class TestLinearProbe:
         accuracy = (layer(features).argmax(1) == labels).double().mean()
         assert 0.8 < accuracy < 1
         spread = features.std(0, correction=0)
-        spread[4] = 1  # the feature that never changes
+        spread[4] = 1  # the constant feature
         weight = (layer.weight * spread).double().requires_grad_()
         bias = (layer.bias + layer.weight @ features.mean(0)).double().requires_grad_()
         inputs = ((features - features.mean(0)) / spread).double()
@@ -84,7 +84,7 @@ class TestLinearProbe:
         assert max(slope[:3].abs().max() for slope in slopes) < 1e-3
         assert not layer.weight.requires_grad
 
-    def test_the_same_each_time_and_in_inference(self, data):
+    def test_deterministic_and_in_inference_mode(self, data):
         first = linear_probe(*data, 3)
         torch.manual_seed(5)
         with torch.inference_mode():
@@ -96,7 +96,7 @@ class TestLinearProbe:
         small, large = (linear_probe(*data, 3, penalty=penalty).weight.norm() for penalty in (1e-3, 1.0))
         assert large < small / 3
 
-    def test_refused(self, data):
+    def test_errors(self, data):
         with pytest.raises(ValueError, match=r"Labels must be in \[0, 2\); got one of 2"):
             linear_probe(*data, 2)
         with pytest.raises(ValueError, match="and as many labels; got 0 and 0"):

@@ -15,7 +15,7 @@ class TestMetrics:
         scores = metrics.compute()
         assert vars(scores) == pytest.approx({"instances": 3, "box_iou": 62.5, "point_iou": 50 / 3})
 
-    def test_states_add_up(self):
+    def test_counts_add_up(self):
         found, wanted = torch.rand(2, 4, 8, 8) > 0.5
         parts = [PromptMetrics() for _ in range(3)]
         for part, rows in zip(parts, (slice(None), slice(3), slice(3, None)), strict=True):

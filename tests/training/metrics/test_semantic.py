@@ -24,7 +24,7 @@ class TestMetrics:
         metrics.update(torch.tensor([[3], [1]]), torch.tensor([[3], [IGNORED]]))
         found = metrics.compute()
         assert found.per_class.tolist() == pytest.approx([100 / 3, 50, np.nan, 100, np.nan], nan_ok=True)
-        assert found.mean_iou == pytest.approx((100 / 3 + 50 + 100) / 3)  # of the classes that are there
+        assert found.mean_iou == pytest.approx((100 / 3 + 50 + 100) / 3)  # of the classes in the masks
         assert (found.pixels, found.present, found.class_pixels.tolist()) == (5, 3, [2, 2, 0, 1, 0])
         assert found.confusion[0].tolist() == [1, 0, 1, 0, 0]
 
@@ -37,7 +37,7 @@ class TestMetrics:
         all_of_them.update(classes, masks)
         assert torch.equal(some.state(), all_of_them.state())
 
-    def test_states_add_up(self):
+    def test_counts_add_up(self):
         classes, masks = torch.randint(0, 3, (2, 40))
         parts = [SegmentationMetrics(3) for _ in range(3)]
         for part, rows in zip(parts, (slice(None), slice(20), slice(20, None)), strict=True):
@@ -50,7 +50,7 @@ class TestMetrics:
         metrics.update(torch.zeros(5, dtype=torch.long), torch.zeros(5, dtype=torch.long))
         assert metrics.compute().mean_iou == 100
 
-    def test_exceptions(self):
+    def test_errors(self):
         metrics = SegmentationMetrics(3)
         with pytest.raises(ValueError, match="No labeled pixels"):
             metrics.compute()

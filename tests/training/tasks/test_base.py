@@ -1,4 +1,4 @@
-"""What all tasks share: reading that leaves out broken images, and the loop that evaluates a network."""
+"""Reading of samples with corrupt images, and the evaluation loop."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ class TestReadableItems:
 
 
 class Recorder(Evaluator):
-    """Adds nothing, and notes what it is asked to measure."""
+    """Records the indices of each batch and the mode of the network."""
 
     seen: list
 
@@ -50,7 +50,7 @@ class Recorder(Evaluator):
 
 
 class TestEvaluateNetwork:
-    def test_broken_images_are_named_and_left_out(self, images):
+    def test_corrupt_images_are_skipped_and_returned(self, images):
         network = torch.nn.Identity().train()
         recorder = Recorder(images, Counts(), device=torch.device("cpu"), batch_size=3, skip_broken=True)
         recorder.seen = []

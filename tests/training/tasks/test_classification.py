@@ -1,4 +1,4 @@
-"""The labels that classifiers are trained towards."""
+"""The loss of classifiers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Training detectors: boxes follow their images, nothing to find is no error, and it learns and goes on."""
+"""Training detectors: augmentation, samples, loss, evaluation and resuming."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def augment(augmentation, image, objects, epoch=0, index=0) -> tuple:
 
 class TestAugmentation:
     @pytest.mark.parametrize("size", [(60, 90), (300, 200)])
-    def test_boxes_follow_what_is_painted(self, size):
+    def test_boxes_follow_the_image(self, size):
         height, width = size
         left, top, right, bottom = (round(width * 0.4), round(height * 0.35), round(width * 0.7), round(height * 0.6))
         image = torch.zeros(3, height, width, dtype=torch.uint8)
@@ -82,7 +82,7 @@ class TestAugmentation:
         assert (crop[0] > 127).any(0).nonzero().flatten()[[0, -1]].tolist() == [34, 59]
         assert (64 * boxes[0]).tolist() == pytest.approx([47, 15, 26, 10], abs=0.02)
 
-    def test_it_is_a_function_of_the_key(self):
+    def test_it_depends_on_seed_epoch_and_index(self):
         image = torch.randint(0, 256, (3, 50, 70), dtype=torch.uint8)
         objects = objects_of([[10, 10, 40, 30], [0, 0, 69, 49]])
         augmentation = BoxAugmentation(32, seed=3)
@@ -94,19 +94,19 @@ class TestAugmentation:
             other = BoxAugmentation(32, seed=seed)(image, objects, epoch, index)
             assert not torch.equal(first[0], other[0])
 
-    def test_what_is_cut_away_is_left_out(self):
+    def test_invisible_objects_are_dropped(self):
         augmentation = BoxAugmentation(64, crop_scale=(0.05, 0.06), flip=0.0, color_jitter=0.0)
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         corners = [[0, 0, 16, 16], [48, 0, 64, 16], [0, 48, 16, 64], [48, 48, 64, 64], [0, 0, 64, 64]]
         for epoch in range(10):
             _, boxes, labels = augment(augmentation, image, objects_of(corners), epoch)
             assert len(labels) < 3
-            assert 4 not in labels  # of the whole a crop holds 6 %
+            assert 4 not in labels  # a crop contains 6 % of it
             low, high = boxes[:, :2] - boxes[:, 2:] / 2, boxes[:, :2] + boxes[:, 2:] / 2
             assert (low > -1e-6).all()
             assert (high < 1 + 1e-6).all()
 
-    def test_crowds_and_nothing(self):
+    def test_crowds_and_no_objects(self):
         image = torch.zeros(3, 64, 64, dtype=torch.uint8)
         augmentation = BoxAugmentation(64, crop_scale=(0.9, 1.0))
         objects = objects_of([[5, 5, 50, 50], [9, 9, 40, 40]], crowds=[True, False])
@@ -136,7 +136,7 @@ class TestSamples:
         assert (images.shape, images.dtype) == ((3, 3, 64, 64), torch.float32)
         assert objects[1]["boxes"] is batch.targets[1]["boxes"]
 
-    def test_broken_images(self, folder):
+    def test_corrupt_images(self, folder):
         damage(folder / "images" / "01.png")
         with pytest.raises(BrokenImageError, match=r"01\.png"):
             self.samples(folder)[(0, 1)]
@@ -147,7 +147,7 @@ class TestSamples:
         assert len(images) == len(objects) == 1
         torch.testing.assert_close(images[0], batch.images[1] / 255)
         images, _ = samples.inputs(samples[(0, 1)], torch.device("cpu"))
-        assert len(images) == 1  # all are broken, and the network is called all the same
+        assert len(images) == 1  # all are corrupt; the network is called nevertheless
 
     def test_workers(self, folder):
         keys = [[(0, 0), (0, 1)], [(1, 2), (1, 3)]]
@@ -172,7 +172,7 @@ class TestLoss:
     def targets(self, *counts):
         return [{"boxes": torch.full((count, 4), 0.4), "class_labels": torch.arange(count) % 3} for count in counts]
 
-    def test_it_is_transformers(self):
+    def test_it_equals_transformers(self):
         objects = self.targets(2, 1)
         _, losses = self.step(objects)
         torch.manual_seed(0)
@@ -185,12 +185,12 @@ class TestLoss:
 
     @pytest.mark.parametrize("counts", [(2, 0), (0, 0), (30, 1)])
     def test_any_number_of_objects(self, counts):
-        """None at all, or more than there are queries; every weight that is trained has a gradient each time."""
+        """No objects, or more than queries; all trained weights have gradients."""
         training, losses = self.step(self.targets(*counts))
         assert losses.isfinite().all()
         losses.mean().backward()
-        idle = [name for name, each in training.named_parameters() if each.requires_grad and each.grad is None]
-        assert idle == []
+        unused = [name for name, each in training.named_parameters() if each.requires_grad and each.grad is None]
+        assert unused == []
         assert all(each.grad.isfinite().all() for each in training.parameters() if each.grad is not None)
 
     def test_without_denoising(self):
@@ -208,7 +208,7 @@ class TestLoss:
 
 
 class TestDetectorTraining:
-    def test_evaluation_is_the_detectors(self):
+    def test_evaluation_mode_equals_the_detector(self):
         detector = make_detector()
         training = DetectorTraining(detector).eval()
         images = torch.rand(2, 3, 64, 64)
@@ -223,16 +223,16 @@ class TestDetectorTraining:
         assert all(each.ndim > 1 for group in groups if group["weight_decay"] for each in group["params"])
         assert min(group["lr"] for group in groups) == pytest.approx(1e-3 * 0.5**4)
 
-    @pytest.mark.parametrize("asked", [False, True])
-    def test_gradient_checkpointing(self, asked):
-        backbone = make_detector().config.backbone.replace(use_checkpoint=asked)
+    @pytest.mark.parametrize("use_checkpoint", [False, True])
+    def test_gradient_checkpointing(self, use_checkpoint):
+        backbone = make_detector().config.backbone.replace(use_checkpoint=use_checkpoint)
         training = DetectorTraining(make_detector(backbone=backbone)).train()
         seen = []
         network = network_of(training.rt_detr)
         network.layers[2].blocks[0].register_forward_pre_hook(lambda *_: seen.append(1))
         logits, _ = training(torch.rand(1, 3, 64, 64))
         logits.sum().backward()
-        assert len(seen) == 1 + asked  # once more in the backward pass
+        assert len(seen) == 1 + use_checkpoint  # once more in the backward pass
 
 
 def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
@@ -247,9 +247,10 @@ def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
 
 
 class TestTraining:
-    def test_it_learns_and_is_measured(self, folder, tmp_path):
-        recipe = replace(RECIPE, epochs=12, ema_decay=0.5)
-        result = fit(folder, tmp_path / "out", recipe, validation=DetectionDataset.open(folder), validate_every=12)
+    def test_it_learns(self, folder, tmp_path):
+        recipe = replace(RECIPE, epochs=3, ema_decay=0.5)
+        data = make_boxes(tmp_path / "more", 24)
+        result = fit(data, tmp_path / "out", recipe, validation=DetectionDataset.open(folder), validate_every=3)
         curve = losses(tmp_path / "out")
         assert np.mean(curve[-9:]) < 0.9 * np.mean(curve[:9])
         assert result.metric == "map"
@@ -259,7 +260,7 @@ class TestTraining:
         assert scores.map == pytest.approx(result.score, abs=1e-3)
         assert metrics(tmp_path / "out")[-1]["map50"] == pytest.approx(scores.map50, abs=1e-3)
 
-    def test_a_killed_training_goes_on(self, folder, tmp_path):
+    def test_resuming(self, folder, tmp_path):
         fit(folder, tmp_path / "whole")
         with pytest.raises(Interrupted):
             fit(folder, tmp_path / "parts", stop_at=5)
@@ -270,7 +271,7 @@ class TestTraining:
         )
         assert all(torch.allclose(first[name], second[name], rtol=1e-4, atol=1e-6) for name in first)
 
-    def test_broken_images(self, folder, tmp_path):
+    def test_corrupt_images(self, folder, tmp_path):
         damage(folder / "images" / "04.png")
         with pytest.raises(BrokenImageError, match=r"04\.png"):
             fit(folder, tmp_path / "out")
@@ -288,7 +289,7 @@ class TestTraining:
 
 
 class TestEvaluator:
-    def test_processes_without_images(self, folder):
+    def test_ranks_without_images(self, folder):
         detector, images = make_detector(), DetectionDataset.open(folder)
         evaluator = DetectionEvaluator(images, detector.config, device=torch.device("cpu"), batch_size=2)
         evaluator.update(detector, [])

@@ -1,4 +1,4 @@
-"""Training on prompts: they lie on their masks and come again, the loss chooses as SAM's does, boxes are learned."""
+"""Training on prompts: sampling, samples, network, loss, evaluation and resuming."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def make_sam(**changes) -> MobileSAM:
 
 
 def lively_sam() -> MobileSAM:
-    """Return a network whose masks depend on the photo."""
+    """Return a network whose masks depend on the image."""
     sam = make_sam()
     liven(sam.image_encoder)
     return sam.eval()
@@ -86,14 +86,14 @@ class TestPrompting:
         augment = PromptAugmentation(64, seed=seed, prompting=prompting, **(WHOLE | changes))
         return augment.sample(torch.zeros(3, 60, 80, dtype=torch.uint8), self.masks(), epoch, index)
 
-    def test_boxes_and_points_are_those_of_the_masks(self):
+    def test_boxes_and_points_belong_to_the_masks(self):
         for index in range(5):
-            _, masks, asked = self.draw(index, prompting=Prompting(jitter=0.0, points=(1, 4)))
-            assert torch.equal(asked.boxes, mask_boxes(masks))
-            for mask, points in zip(masks, asked.points, strict=True):
+            _, masks, prompts = self.draw(index, prompting=Prompting(jitter=0.0, points=(1, 4)))
+            assert torch.equal(prompts.boxes, mask_boxes(masks))
+            for mask, points in zip(masks, prompts.points, strict=True):
                 columns, rows = points.long().unbind(1)
                 assert mask[rows, columns].all()
-        assert (asked.points.shape, masks.shape[1:]) == ((3, 4, 2), (64, 64))
+        assert (prompts.points.shape, masks.shape[1:]) == ((3, 4, 2), (64, 64))
 
     def test_masks_follow_the_image(self):
         image = self.masks().any(0).expand(3, -1, -1).to(torch.uint8) * 255
@@ -101,14 +101,14 @@ class TestPrompting:
             crop, masks, _ = PromptAugmentation(64, seed=2, **changes).sample(image, self.masks(), 0, 3)
             assert ((crop[0] > 127) == masks.any(0)).float().mean() > 0.97
 
-    def test_whole_photos_are_what_inference_sees(self, folder):
+    def test_whole_images_equal_inference(self, folder):
         photo = torch.randint(0, 256, (3, 60, 80), dtype=torch.uint8)
-        crop, masks, asked = PromptAugmentation(64, **WHOLE).sample(photo, self.masks(), 0, 0)
-        batch = PairedBatch(crop[None], PromptTargets(asked, masks, torch.ones(3)), torch.ones(1), ())
+        crop, masks, prompts = PromptAugmentation(64, **WHOLE).sample(photo, self.masks(), 0, 0)
+        batch = PairedBatch(crop[None], PromptTargets(prompts, masks, torch.ones(3)), torch.ones(1), ())
         found = samples_of(folder).inputs(batch, torch.device("cpu")).images[0]
         sam = make_sam()
         wanted, (geometry,) = sam.preprocess(Image.fromarray(photo.movedim(0, -1).numpy()))
-        assert torch.allclose(found, wanted[0], atol=0.01)  # the padding is an 8-bit level, at most half a level off
+        assert torch.allclose(found, wanted[0], atol=0.01)  # the padding is rounded to uint8
         assert geometry.input_size == (48, 64)
 
     def test_noise_on_boxes(self):
@@ -124,15 +124,15 @@ class TestPrompting:
         assert (moved <= 64).all()
         assert (moved[..., 2:] > moved[..., :2]).all()
 
-    def test_shares_of_kinds(self):
+    def test_fractions_of_kinds(self):
         counts = torch.cat([self.draw(index, prompting=Prompting(box_fraction=0.6))[2].counts for index in range(80)])
         assert sorted(set(counts.tolist())) == [0, 1, 3]
         assert (counts == 0).float().mean() == pytest.approx(0.6, abs=0.1)
-        for share, wanted in ((0.0, {2}), (1.0, {0})):
-            asked = Prompting(box_fraction=share, points=(2,))
-            assert set(self.draw(prompting=asked)[2].counts.tolist()) == wanted
+        for fraction, wanted in ((0.0, {2}), (1.0, {0})):
+            prompts = Prompting(box_fraction=fraction, points=(2,))
+            assert set(self.draw(prompting=prompts)[2].counts.tolist()) == wanted
 
-    def test_some_of_many_instances(self):
+    def test_number_of_instances(self):
         drawn = [self.draw(index, prompting=Prompting(instances=1, jitter=0.0)) for index in range(20)]
         assert {len(each[1]) for each in drawn} == {1}
         assert len({tuple(each[2].boxes[0].tolist()) for each in drawn}) == 3
@@ -150,7 +150,7 @@ class TestPrompting:
     @pytest.mark.parametrize(
         "wrong", [{"instances": 0}, {"box_fraction": 1.5}, {"points": ()}, {"points": (0,)}, {"jitter": -1.0}]
     )
-    def test_exceptions(self, wrong):
+    def test_errors(self, wrong):
         with pytest.raises(ValueError, match="Prompting needs"):
             Prompting(**wrong)
 
@@ -161,7 +161,7 @@ class TestPrompting:
 
 
 class TestSamples:
-    def test_workers_change_nothing(self, folder):
+    def test_workers(self, folder):
         samples = samples_of(folder)
         keys = [[(0, 1), (0, 2)], [(1, 0), (1, 3)]]
         alone, helped = (list(replay_loader(samples, keys, workers)) for workers in (0, 1))
@@ -175,7 +175,7 @@ class TestSamples:
         assert (inputs.images.dtype, inputs.images.shape) == (torch.float32, (2, 3, 64, 64))
         assert torch.equal(inputs.boxes, alone[0].targets.prompts.boxes)
 
-    def test_nothing_to_find(self, folder):
+    def test_no_instances(self, folder):
         Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "02.png")
         batch = samples_of(folder).__getitems__([(0, 2), (0, 3)])
         prompts, _, weights = batch.targets
@@ -183,7 +183,7 @@ class TestSamples:
         assert set(weights[1:].tolist()) == {1 / 8}  # 1 / Prompting.instances
         assert prompts.boxes[0].tolist() == [0, 0, 64, 64]
 
-    def test_broken(self, folder):
+    def test_corrupt_images(self, folder):
         damage(folder / "masks" / "02.png")
         with pytest.raises(BrokenImageError, match=r"02\.png"):
             samples_of(folder)[0, 2]
@@ -196,7 +196,7 @@ class TestSamples:
 
 
 class TestNetwork:
-    def asked(self, photos=2) -> Prompts:
+    def prompts(self, photos=2) -> Prompts:
         generator = torch.Generator().manual_seed(0)
         images = torch.randn(photos, 3, 64, 64, generator=generator)
         photo = torch.tensor([0, 0, 0, 1, 1, 1]) if photos == 2 else torch.zeros(6, dtype=torch.int64)
@@ -205,44 +205,44 @@ class TestNetwork:
         points = torch.rand(6, 3, 2, generator=generator) * 64
         return Prompts(images, photo, boxes, points, torch.tensor([1, 0, 3, 0, 1, 0]))
 
-    def reference(self, sam, asked, row):
-        """What kornia's parts say to one prompt alone."""
-        count = int(asked.counts[row])
-        points = (asked.points[row : row + 1, :count], torch.ones(1, count)) if count else None
-        boxes = None if count else asked.boxes[row : row + 1]
+    def reference(self, sam, prompts, row):
+        """Decode one prompt with kornia's modules."""
+        count = int(prompts.counts[row])
+        points = (prompts.points[row : row + 1, :count], torch.ones(1, count)) if count else None
+        boxes = None if count else prompts.boxes[row : row + 1]
         sparse, dense = sam.prompt_encoder(points, boxes, None)
-        features = sam.image_encoder(asked.images)[asked.photo[row]][None]
+        features = sam.image_encoder(prompts.images)[prompts.photo[row]][None]
         return sam.mask_decoder.predict_masks(features, sam.prompt_encoder.get_dense_pe(), sparse, dense)
 
     @pytest.mark.parametrize("recording", [True, False])
-    def test_each_prompt_as_if_alone(self, recording):
-        sam, asked = lively_sam(), self.asked()
+    def test_prompts_are_independent(self, recording):
+        sam, prompts = lively_sam(), self.prompts()
         with torch.set_grad_enabled(recording):
-            logits, scores = PromptedSAM(sam)(asked)
+            logits, scores = PromptedSAM(sam)(prompts)
         assert (logits.shape, scores.shape) == ((6, 4, 16, 16), (6, 4))
         with torch.no_grad():
             for row in range(6):
-                wanted = self.reference(sam, asked, row)
+                wanted = self.reference(sam, prompts, row)
                 assert torch.allclose(logits[row], wanted[0][0], atol=1e-4)
                 assert torch.allclose(scores[row], wanted[1][0], atol=1e-4)
 
-    def test_the_encoder_runs_once(self):
+    def test_the_encoder_runs_once_per_image(self):
         sam = make_sam().eval()
         calls = []
         sam.image_encoder.register_forward_hook(lambda *_: calls.append(1))
-        PromptedSAM(sam)(self.asked())
+        PromptedSAM(sam)(self.prompts())
         assert len(calls) == 1
 
-    def test_frozen_parts_have_no_gradients_and_do_not_move(self):
+    def test_frozen_parts(self):
         sam = make_sam(drop_path_rate=0.5)
         network = PromptedSAM(sam, ["image_encoder"]).train()
         before = copy.deepcopy(sam.image_encoder.state_dict())
         features = []
         sam.image_encoder.register_forward_hook(lambda _, __, found: features.append(found))
         for _ in range(2):
-            network(self.asked())[0].sum().backward()
-        assert not features[0].requires_grad  # nothing was recorded
-        assert torch.equal(*features)  # neither stochastic depth nor batch norm's statistics at work
+            network(self.prompts())[0].sum().backward()
+        assert not features[0].requires_grad  # no graph is recorded
+        assert torch.equal(*features)  # no drop path, and no update of batch norm
         assert all(torch.equal(before[name], tensor) for name, tensor in sam.image_encoder.state_dict().items())
         assert not any(parameter.grad is not None for parameter in sam.image_encoder.parameters())
         assert sam.mask_decoder.iou_token.weight.grad.any()
@@ -263,11 +263,11 @@ class TestNetwork:
         assert (min(group["lr"] for group in groups) < 1) == (not freeze)
 
     def test_described(self):
-        told = PromptedSAM(make_sam(), ["prompt_encoder", "image_encoder"]).config.to_dict()
-        assert (told["frozen"], told["img_size"]) == (["image_encoder", "prompt_encoder"], 64)
-        assert json.loads(json.dumps(told))
+        config = PromptedSAM(make_sam(), ["prompt_encoder", "image_encoder"]).config.to_dict()
+        assert (config["frozen"], config["img_size"]) == (["image_encoder", "prompt_encoder"], 64)
+        assert json.loads(json.dumps(config))
 
-    def test_exceptions(self):
+    def test_errors(self):
         with pytest.raises(ValueError, match="image_encoder, prompt_encoder; got mask_decoder"):
             PromptedSAM(make_sam(), ["mask_decoder"])
         with pytest.raises(ValueError, match="square"):
@@ -275,15 +275,15 @@ class TestNetwork:
 
 
 class TestMaskLoss:
-    def batch(self, prompts=3, photos=2) -> tuple[Prompts, PairedBatch]:
-        masks = torch.zeros(prompts, 32, 32, dtype=torch.bool)
-        for row in range(prompts):
+    def batch(self, count=3, photos=2) -> tuple[Prompts, PairedBatch]:
+        masks = torch.zeros(count, 32, 32, dtype=torch.bool)
+        for row in range(count):
             masks[row, 4 * row : 4 * row + 12, 8:24] = True
-        photo = torch.tensor([0, 1, 1])[:prompts]
-        asked = Prompts(torch.empty(photos, 0), photo, torch.zeros(prompts, 4), torch.zeros(prompts, 1, 2),
-                        torch.zeros(prompts, dtype=torch.int64))  # fmt: skip
-        targets = PromptTargets(asked, masks, torch.ones(prompts))
-        return asked, PairedBatch(torch.empty(0), targets, torch.ones(photos), ())
+        photo = torch.tensor([0, 1, 1])[:count]
+        prompts = Prompts(torch.empty(photos, 0), photo, torch.zeros(count, 4), torch.zeros(count, 1, 2),
+                          torch.zeros(count, dtype=torch.int64))  # fmt: skip
+        targets = PromptTargets(prompts, masks, torch.ones(count))
+        return prompts, PairedBatch(torch.empty(0), targets, torch.ones(photos), ())
 
     def change(self, batch, **targets) -> PairedBatch:
         return batch._replace(targets=batch.targets._replace(**targets))
@@ -293,16 +293,16 @@ class TestMaskLoss:
         return scale * (2 * small - 1).repeat(1, 4, 1, 1)
 
     def test_smaller_for_better_masks(self):
-        asked, batch = self.batch()
+        prompts, batch = self.batch()
         logits = self.logits(batch)
         perfect = torch.ones(3, 4)
-        good, poor = (MaskLoss()((each, perfect), asked, batch) for each in (logits, -logits))
+        good, poor = (MaskLoss()((each, perfect), prompts, batch) for each in (logits, -logits))
         assert good.shape == (2,)
         assert (good < 0.5).all()
         assert (poor > 1).all()
 
     def test_by_hand(self):
-        asked, batch = self.batch(1, 1)
+        prompts, batch = self.batch(1, 1)
         logits = torch.randn(1, 4, 32, 32, generator=torch.Generator().manual_seed(0))  # of the size of the masks
         truth = batch.targets.masks[:, None].float()
         p = logits.sigmoid()
@@ -315,43 +315,43 @@ class TestMaskLoss:
         ).sum((2, 3))
         scores = torch.rand(1, 4)
         wanted = (masks[0, 0] + masks[0, 1:].min()) / 2 + (scores - ious).square().mean()
-        assert MaskLoss()((logits, scores), asked, batch).item() == pytest.approx(wanted.item(), rel=1e-4)
-        single = MaskLoss(iou=0.0)((logits, scores), asked._replace(counts=torch.ones(1, dtype=torch.int64)), batch)
+        assert MaskLoss()((logits, scores), prompts, batch).item() == pytest.approx(wanted.item(), rel=1e-4)
+        single = MaskLoss(iou=0.0)((logits, scores), prompts._replace(counts=torch.ones(1, dtype=torch.int64)), batch)
         assert single.item() == pytest.approx(masks[0, 1:].min().item(), rel=1e-4)
 
     @pytest.mark.parametrize(("count", "single"), [(0, True), (3, True), (1, False)])
     def test_the_best_mask_learns(self, count, single):
-        asked, batch = self.batch()
-        asked = asked._replace(counts=torch.full((3,), count))
+        prompts, batch = self.batch()
+        prompts = prompts._replace(counts=torch.full((3,), count))
         logits = -self.logits(batch)
         logits[:, 2] *= -1  # the second of the ambiguous ones is right
         logits.requires_grad_()
-        MaskLoss(iou=0.0)((logits, torch.zeros(3, 4)), asked, batch).sum().backward()
+        MaskLoss(iou=0.0)((logits, torch.zeros(3, 4)), prompts, batch).sum().backward()
         assert logits.grad.flatten(2).any(2).tolist() == [[single, False, True, False]] * 3
 
     def test_scores_learn_the_iou(self):
-        asked, batch = self.batch()
+        prompts, batch = self.batch()
         logits = self.logits(batch)
-        logits[:, 1] = -1.0  # nothing
+        logits[:, 1] = -1.0  # an empty mask
         scores = torch.zeros(3, 4, requires_grad=True)
-        MaskLoss(focal=0.0, dice=0.0)((logits, scores), asked, batch).sum().backward()
+        MaskLoss(focal=0.0, dice=0.0)((logits, scores), prompts, batch).sum().backward()
         assert (scores.grad[:, [0, 2, 3]] < 0).all()  # towards 1
         assert not scores.grad[:, 1].any()  # it is 0
 
-    def test_objects_count_alike_and_stand_ins_not(self):
-        asked, batch = self.batch()
+    def test_objects_have_equal_weights_and_placeholders_none(self):
+        prompts, batch = self.batch()
         logits, scores = -self.logits(batch), torch.zeros(3, 4)
-        losses = MaskLoss()((logits, scores), asked, batch)
+        losses = MaskLoss()((logits, scores), prompts, batch)
         alone, other = (
             MaskLoss()(
                 (logits[rows], scores[rows]),
-                asked._replace(photo=asked.photo[rows], counts=asked.counts[rows]),
+                prompts._replace(photo=prompts.photo[rows], counts=prompts.counts[rows]),
                 self.change(batch, masks=batch.targets.masks[rows], weights=batch.targets.weights[rows]),
             )
             for rows in (slice(1, 2), slice(2, None))
         )
         assert losses[1].item() == pytest.approx((alone[1] + other[1]).item())
-        empty = MaskLoss()((logits, scores), asked, self.change(batch, weights=torch.tensor([0.0, 1, 1])))
+        empty = MaskLoss()((logits, scores), prompts, self.change(batch, weights=torch.tensor([0.0, 1, 1])))
         assert empty.tolist() == [0, losses[1].item()]
 
     def test_gradcheck(self):
@@ -359,7 +359,7 @@ class TestMaskLoss:
         logits = torch.randn(2, 4, 4, 4, generator=torch.Generator().manual_seed(1)).double().requires_grad_()
         scores = torch.rand(2, 4).double().requires_grad_()
 
-        class Double(MaskLoss):  # the loss itself works in single precision
+        class Double(MaskLoss):  # the loss computes in float32
             def __call__(self, logits, scores):
                 truth = batch.targets.masks[:, None].double()
                 return self._losses(logits, scores, truth, torch.tensor([True, False]))
@@ -368,8 +368,8 @@ class TestMaskLoss:
 
 
 class TestEvaluation:
-    def test_as_a_user_would(self, folder):
-        """The measure is that of the public calls on the photos' own size."""
+    def test_it_equals_the_public_api(self, folder):
+        """The scores equal those of ``embed`` and ``predict_masks``."""
         sam, data = lively_sam(), InstanceDataset.open(folder)
         metrics = PromptMetrics()
         for row in range(len(data)):
@@ -405,7 +405,7 @@ class TestBuildSam:
         assert (again.config.drop_path_rate, again.img_size, again.training) == (0.2, (64, 64), True)
         assert build_sam(pretrained=path, img_size=96).img_size == (96, 96)
 
-    def test_exceptions(self, tmp_path):
+    def test_errors(self, tmp_path):
         with pytest.raises(CheckpointError, match="no weights and no file"):
             build_sam("1m", pretrained="nothing")
         with pytest.raises(ValueError, match="multiple of 16"):
@@ -415,7 +415,7 @@ class TestBuildSam:
 class TestTraining:
     def test_it_learns_boxes(self, tmp_path):
         data = make_instances(tmp_path / "data", 2)
-        for copied in range(2, 40):  # more steps an epoch, and fewer files to write
+        for copied in range(2, 40):  # fewer epochs, each of which saves a state
             for kind in ("images", "masks"):
                 shutil.copy(data / kind / f"{copied % 2:02}.png", data / kind / f"{copied:02}.png")
         images = InstanceDataset.open(data)
@@ -475,15 +475,15 @@ class TestTraining:
         one, two = (losses(tmp_path / size) for size in ("4", "2"))
         assert one == pytest.approx(two, rel=1e-4)
 
-    def test_broken_images(self, folder, tmp_path):
+    def test_corrupt_images(self, folder, tmp_path):
         damage(folder / "masks" / "02.png")
         val = make_instances(tmp_path / "val", 2, seed=20)
         damage(val / "images" / "01.png")
-        Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "01.png")  # nothing to find
+        Image.fromarray(np.zeros((44, 60), dtype=np.uint8)).save(folder / "masks" / "01.png")  # no instances
         result = fit(folder, tmp_path / "out", on_broken="skip", validation=InstanceDataset.open(val))
         assert result.broken == ("02.png", "validation: 01.png")
 
-    def test_the_recipe_fits(self):
+    def test_preset_of_the_recipe(self):
         recipe = find_recipe("promptable")
         described = PromptAugmentation(recipe.img_size, recipe.preset, **recipe.changes).describe()
         assert json.loads(json.dumps(described))["crop_scale"] == [0.5, 1.0]
