@@ -57,8 +57,8 @@ class PairedAugmentation:
         unfit = [name for name in ("policy", "erasing", "mixup", "cutmix") if getattr(found, name)]
         if unfit:
             raise ValueError(
-                f"{self.kind.capitalize()} do not support {', '.join(unfit)}; use the preset {self.default_preset!r} or "
-                "another one without them."
+                f"{self.kind.capitalize()} do not support {', '.join(unfit)}; use the preset {self.default_preset!r} "
+                "or another one without them."
             )
         jitter = found.color_jitter
         self._change = K.AugmentationSequential(
