@@ -8,38 +8,17 @@ from torch import nn
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.deploy.engines import ENGINES, EagerEngine, InductorEngine, fuse_activations
-from kornia_tinyvit.deploy.graph import InferenceGraph, build_graph
+from kornia_tinyvit.deploy.graph import build_graph
 from kornia_tinyvit.folding import fold
 from tests.conftest import SHALLOW, liven
 
+pytestmark = pytest.mark.usefixtures("exported_once")
 CPU = torch.device("cpu")
 SHAPES = [(2, 3, 64, 64), (3, 3, 64, 64), (1, 3, 70, 96)]
 
 
-@pytest.fixture(scope="module")
-def model() -> TinyViT:
-    torch.manual_seed(0)
-    return liven(TinyViT(**SHALLOW))
-
-
-def photos(*shape: int) -> torch.Tensor:
+def random_images(*shape: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
-
-
-@pytest.fixture(scope="module", autouse=True)
-def exported_once():
-    """Export the network once with closed sizes and once with open ones, whichever engine asks: it takes seconds."""
-    with pytest.MonkeyPatch.context() as patch:
-        export, made = InferenceGraph.to_onnx, {}
-
-        def keep(graph, example, dynamic_size):
-            key = None if dynamic_size else example.shape[2:]
-            if key not in made:
-                made[key] = export(graph, example, dynamic_size)
-            return made[key]
-
-        patch.setattr(InferenceGraph, "to_onnx", keep)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +30,7 @@ def engines(model):
         if ENGINES[name].missing():
             pytest.skip(ENGINES[name].missing())
         if name not in made:
-            made[name] = ENGINES[name](build_graph(model), photos(*SHAPES[0]), torch.float32)
+            made[name] = ENGINES[name](build_graph(model), random_images(*SHAPES[0]), torch.float32)
         return made[name]
 
     return make
@@ -61,19 +40,19 @@ class TestSameResults:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
     def test_any_batch_and_size(self, engines, model, name, shape):
-        images = photos(*shape)
+        images = random_images(*shape)
         torch.testing.assert_close(engines(name)(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.parametrize("name", ["onnxruntime", "openvino"])
     def test_results_outlive_the_next_call(self, engines, name):
-        first = engines(name)(photos(2, 3, 64, 64))
+        first = engines(name)(random_images(2, 3, 64, 64))
         kept = first.clone()
-        engines(name)(10 * photos(2, 3, 64, 64))
+        engines(name)(10 * random_images(2, 3, 64, 64))
         assert torch.equal(first, kept)
 
     @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
     def test_threads(self, engines, model, name):
-        engine, images = engines(name), [photos(2, 3, 64, 64) * scale for scale in (1, 2, 3, 4)]
+        engine, images = engines(name), [random_images(2, 3, 64, 64) * scale for scale in (1, 2, 3, 4)]
         found: dict[int, list[torch.Tensor]] = {}
 
         def work(index: int) -> None:
@@ -88,10 +67,10 @@ class TestSameResults:
             for output in outputs:
                 torch.testing.assert_close(output, model(images[index]).detach(), atol=1e-4, rtol=1e-4)
 
-    def test_openvino_leaves_every_processor_to_its_threads(self, engines):
+    def test_openvino_threads_are_not_pinned(self, engines):
         if not hasattr(os, "sched_getaffinity") or len(os.sched_getaffinity(0)) < 2:
             pytest.skip("needs Linux and two processors")
-        engine, images, bound = engines("openvino"), photos(2, 3, 64, 64), set()
+        engine, images, bound = engines("openvino"), random_images(2, 3, 64, 64), set()
         worker = threading.Thread(target=lambda: [engine(images) for _ in range(20)])
         worker.start()
         while worker.is_alive():
@@ -104,24 +83,25 @@ class TestSameResults:
         for name, engine in ENGINES.items():
             if name == "inductor" or engine.missing() or torch.bfloat16 not in engine.dtypes(CPU):
                 continue
-            images = photos(2, 3, 64, 64)
+            images = random_images(2, 3, 64, 64)
             found = engine(build_graph(model), images, torch.bfloat16)(images)
             assert found.dtype == torch.float32
             error = (found - model(images)).norm() / model(images).norm()
             assert 1e-5 < error < 0.05
 
+    @pytest.mark.slow
     def test_inductor(self, model):
         if InductorEngine.missing():
             pytest.skip(InductorEngine.missing())
-        engine = InductorEngine(build_graph(model), photos(2, 3, 32, 32), torch.float32)
-        images = photos(2, 3, 32, 32)
+        engine = InductorEngine(build_graph(model), random_images(2, 3, 32, 32), torch.float32)
+        images = random_images(2, 3, 32, 32)
         torch.testing.assert_close(engine(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
 
 class TestFusedActivations:
     def test_exact_and_complete(self, model):
         folded = fold(model)
-        images = photos(2, 3, 64, 64)
+        images = random_images(2, 3, 64, 64)
         expected = folded(images)
         fuse_activations(folded)
         left = [name for name, module in folded.named_modules() if isinstance(module, nn.GELU)]
@@ -130,14 +110,14 @@ class TestFusedActivations:
 
     def test_other_activations_stay(self):
         folded = fold(liven(TinyViT(**SHALLOW | {"activation": nn.Hardswish})))
-        images = photos(1, 3, 64, 64)
+        images = random_images(1, 3, 64, 64)
         expected = folded(images)
         fuse_activations(folded)
         assert sum(isinstance(module, nn.Hardswish) for module in folded.modules()) > 10
         torch.testing.assert_close(folded(images), expected)
 
 
-class TestWhatRunsHere:
+class TestSupport:
     def test_dtypes(self):
         assert EagerEngine.dtypes(CPU)[0] == torch.float32
         assert torch.int8 not in EagerEngine.dtypes(CPU)
@@ -161,7 +141,7 @@ class TestCuda:
     @pytest.mark.parametrize("name", ["eager", "inductor"])
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
     def test_same_results(self, model, name, dtype):
-        images = photos(2, 3, 64, 64)
+        images = random_images(2, 3, 64, 64)
         on_gpu = TinyViT(**SHALLOW).eval()
         on_gpu.load_state_dict(model.state_dict())
         on_gpu.cuda()

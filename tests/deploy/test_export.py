@@ -12,6 +12,7 @@ from kornia_tinyvit.deploy.export import ExportError, check_difference, export_o
 from kornia_tinyvit.deploy.openvino_core import openvino_core
 from kornia_tinyvit.extras import MissingExtraError
 from tests.conftest import SHALLOW, liven
+from tests.deploy.conftest import checksum
 
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
@@ -33,9 +34,8 @@ def by_openvino(path):
 ENGINES = [by_onnxruntime, by_openvino]
 
 
-def check(found, expected):
-    for have, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(have, want.detach(), atol=1e-3, rtol=1e-3)
+def check(outputs, expected):
+    torch.testing.assert_close(list(outputs), [each.detach() for each in expected], atol=1e-3, rtol=1e-3)
 
 
 def outputs(path):
@@ -51,15 +51,26 @@ def folder(tmp_path_factory):
     return tmp_path_factory.mktemp("exports")
 
 
-@pytest.fixture(scope="module")
-def network():
-    torch.manual_seed(0)
-    return liven(TinyViT(**SHALLOW))
+@pytest.fixture(scope="module", autouse=True)
+def traced_once():
+    """Trace equal graphs only once in this module."""
+    with pytest.MonkeyPatch.context() as patch:
+        trace, programs = export.ExportTask.program, {}
+
+        def program(task):
+            graph = task.graph
+            key = (checksum(graph), graph.method, graph.pixels, task.size, task.dynamic_batch, task.dynamic_size)
+            if key not in programs:
+                programs[key] = trace(task)
+            return programs[key]
+
+        patch.setattr(export.ExportTask, "program", program)
+        yield
 
 
 @pytest.fixture(scope="module")
-def classifier(network):
-    return ImageClassifier(network, class_names=["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]).eval()
+def classifier(model):
+    return ImageClassifier(model, class_names=["ant", "bee", "cat", "dog", "elk", "fox", "gnu"]).eval()
 
 
 @pytest.fixture(scope="module")
@@ -68,9 +79,9 @@ def classifier_file(classifier, folder):
 
 
 @pytest.fixture(scope="module")
-def backbone_file(network, folder):
+def backbone_file(model, folder):
     path = folder / "new" / "backbone.onnx"
-    return str(export_onnx(network, path, method="forward_intermediates", dynamic_size=True))
+    return str(export_onnx(model, path, method="forward_intermediates", dynamic_size=True))
 
 
 @pytest.fixture(scope="module")
@@ -94,10 +105,10 @@ class TestOnnx:
 
     @pytest.mark.parametrize("engine", ENGINES)
     @pytest.mark.parametrize("shape", [(1, 64, 64), (3, 70, 33), (2, 39, 128), (1, 32, 32)])
-    def test_backbone(self, network, backbone_file, engine, shape):
+    def test_backbone(self, model, backbone_file, engine, shape):
         batch, height, width = shape
         images = torch.randn(batch, 3, height, width)
-        check(engine(backbone_file)(images), network.forward_intermediates(images))
+        check(engine(backbone_file)(images), model.forward_intermediates(images))
 
     @pytest.mark.parametrize("engine", ENGINES)
     def test_encoder(self, encoder, encoder_file, engine):
@@ -119,84 +130,84 @@ class TestOnnx:
         assert "Gelu" in kinds[20]
         assert "Attention" not in kinds[20]
 
-    def test_fixed_sizes(self, encoder_file):
+    def test_static_shapes(self, encoder_file):
         [images] = onnx.load(encoder_file).graph.input
         assert images.name == "images"
         assert [dim.dim_value for dim in images.type.tensor_type.shape.dim] == [1, 3, 64, 96]
 
-    def test_metadata(self, classifier, classifier_file, network, backbone_file):
-        told = properties(classifier_file)
-        assert TinyViTConfig.from_dict(told["config"]) == classifier.model.config
-        assert tuple(told["class_names"]) == classifier.class_names
-        assert told["method"] == "forward"
-        assert told["input"]["pixels"] == "uint8"
-        assert told["input"]["range"] == [0, 255]
-        assert told["input"]["normalization_inside"]
-        assert told["input"]["resize_inside"]
-        assert told["input"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
-        told = properties(backbone_file)
-        assert TinyViTConfig.from_dict(told["config"]) == network.config
-        assert "class_names" not in told
-        assert not told["input"]["normalization_inside"]
-        assert not told["input"]["resize_inside"]
+    def test_metadata(self, classifier, classifier_file, model, backbone_file):
+        values = properties(classifier_file)
+        assert TinyViTConfig.from_dict(values["config"]) == classifier.model.config
+        assert tuple(values["class_names"]) == classifier.class_names
+        assert values["method"] == "forward"
+        assert values["input"]["pixels"] == "uint8"
+        assert values["input"]["range"] == [0, 255]
+        assert values["input"]["normalization_inside"]
+        assert values["input"]["resize_inside"]
+        assert values["input"]["mean"] == pytest.approx([0.485, 0.456, 0.406])
+        values = properties(backbone_file)
+        assert TinyViTConfig.from_dict(values["config"]) == model.config
+        assert "class_names" not in values
+        assert not values["input"]["normalization_inside"]
+        assert not values["input"]["resize_inside"]
 
 
 class TestPrograms:
-    def test_backbone(self, network, folder):
-        path = export_program(network, folder / "backbone.pt2", method="forward_intermediates", dynamic_size=True)
+    def test_backbone(self, model, folder):
+        path = export_program(model, folder / "backbone.pt2", method="forward_intermediates", dynamic_size=True)
         files = {"metadata.json": ""}
         program = torch.export.load(path, extra_files=files).module()
         for shape in ((1, 3, 64, 64), (3, 3, 70, 33), (2, 3, 39, 128)):
             images = torch.randn(shape)
-            check(program(images), network.forward_intermediates(images))
+            check(program(images), model.forward_intermediates(images))
         assert "kornia_tinyvit.config" in json.loads(files["metadata.json"])
 
-    def test_name(self, network, folder):
+    def test_suffix(self, model, folder):
         with pytest.raises(ValueError, match=r"end in \.pt2; got backbone\.onnx"):
-            export_program(network, folder / "backbone.onnx")
+            export_program(model, folder / "backbone.onnx")
 
-    def test_without_compiler(self, network, folder, monkeypatch):
+    def test_without_compiler(self, model, folder, monkeypatch):
         from torch._inductor import cpp_builder, exc
 
-        def nothing(*_):
+        def raise_error(*_):
             raise exc.InvalidCxxCompiler
 
-        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", nothing)
+        monkeypatch.setattr(cpp_builder, "get_cpp_compiler", raise_error)
         with pytest.raises(ExportError, match="needs a C\\+\\+ compiler"):
-            export_program(network, folder / "none.pt2", compiled=True)
+            export_program(model, folder / "none.pt2", compiled=True)
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.fixture
     def place(self, tmp_path):
         path = tmp_path / "network.pt2"
-        path.write_text("the old file")
+        path.write_text("old")
         yield path
         assert [entry.name for entry in tmp_path.iterdir()] == ["network.pt2"]
-        assert path.read_text() == "the old file"
+        assert path.read_text() == "old"
 
-    def test_mismatch(self, network, place, monkeypatch):
+    def test_mismatch(self, model, place, monkeypatch):
         load = torch.export.load
 
-        def wrong(path):
+        def load_modified(path):
             program = load(path)
             with torch.no_grad():
                 program.state_dict["network.head.bias"][0] += 0.01
             return program
 
-        monkeypatch.setattr(torch.export, "load", wrong)
+        monkeypatch.setattr(torch.export, "load", load_modified)
         with pytest.raises(ExportError, match=r"differs from the network by .* in logits, more than 0\.0001"):
-            export_program(network, place)
+            export_program(model, place)
 
-    def test_failing_write(self, network, place, monkeypatch):
-        def full(path, archive):
+    def test_failing_write(self, model, place, monkeypatch):
+        def write_partially(path, archive):
             with path.open("wb") as file:
                 file.write(archive[:99])
             raise OSError(errno.ENOSPC, "No space left on device")
 
-        monkeypatch.setattr(Path, "write_bytes", full)
+        monkeypatch.setattr(Path, "write_bytes", write_partially)
         with pytest.raises(OSError, match=rf"No space left on device: '{place}'"):
-            export_program(network, place)
+            export_program(model, place)
 
     def test_shapes_and_nan(self):
         with pytest.raises(ExportError, match=r"\(1, 2\) instead of \(1, 3\)"):
@@ -205,25 +216,25 @@ class TestRefusals:
             check_difference("logits", torch.zeros(1, 3), torch.full((1, 3), torch.nan), 1e-4)
 
     @pytest.mark.parametrize("opset", [17, 99])
-    def test_opset(self, network, place, opset):
+    def test_opset(self, model, place, opset):
         with pytest.raises(ValueError, match=f"opset must be from 18 to .*; got {opset}"):
-            export_onnx(network, place, opset=opset)
+            export_onnx(model, place, opset=opset)
 
     def test_another_opset(self, encoder, encoder_file, place, monkeypatch):
-        """As torch does with an opset that it does not know: it writes one that it knows, and says nothing."""
+        """torch silently falls back to another opset if it does not support the requested one."""
         monkeypatch.setattr(export, "to_onnx", lambda *_, **__: onnx.load(encoder_file))
         with pytest.raises(ExportError, match=r"wrote opset \{'': 20\} instead of 21"):
             export_onnx(encoder, place, opset=21)
 
     @pytest.mark.usefixtures("without_onnxscript")
-    def test_missing_extra(self, network, place):
+    def test_missing_extra(self, model, place):
         with pytest.raises(MissingExtraError, match=r"pip install 'kornia-tinyvit\[export\]'"):
-            export_onnx(network, place)
+            export_onnx(model, place)
 
-    def test_class_names(self, network, place):
+    def test_class_names(self, model, place):
         with pytest.raises(ValueError, match="Got 1 class names for 7 classes"):
-            export_onnx(network, place, class_names=["cat"])
+            export_onnx(model, place, class_names=["cat"])
 
-    def test_no_network(self, place):
+    def test_model_without_tinyvit(self, place):
         with pytest.raises(ValueError, match="no TinyViT in this Identity"):
             export_onnx(nn.Identity(), place)

@@ -9,17 +9,12 @@ from torch import nn
 
 import kornia_tinyvit
 from kornia_tinyvit import ImageClassifier, TinyViT, allocator
-from kornia_tinyvit.deploy import graph
-from kornia_tinyvit.deploy import optimization as optimizing
+from kornia_tinyvit.deploy import graph, optimization
 from kornia_tinyvit.deploy.engines import EagerEngine
 from kornia_tinyvit.deploy.optimization import Optimized, optimize
 from tests.conftest import SHALLOW, liven
 
-
-@pytest.fixture(scope="module")
-def model() -> TinyViT:
-    torch.manual_seed(0)
-    return liven(TinyViT(**SHALLOW))
+pytestmark = pytest.mark.usefixtures("exported_once")
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +39,7 @@ class TestSignatureAndResults:
         assert fast.dtype == torch.float32
         assert fast.warmup_s > 0
 
-    def test_intermediates_are_a_list(self, model, images):
+    def test_intermediates(self, model, images):
         found = eager(model, method="forward_intermediates")(images)
         assert isinstance(found, list)
         expected = [each.detach() for each in model.forward_intermediates(images)]
@@ -57,16 +52,16 @@ class TestSignatureAndResults:
         torch.testing.assert_close(eager(encoder)(images), encoder(images).detach(), atol=1e-4, rtol=1e-4)
 
     def test_uint8(self, model):
-        levels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
-        unit = eager(model, pixels="unit")(levels / 255)
-        torch.testing.assert_close(eager(model, pixels="uint8")(levels), unit, atol=1e-4, rtol=1e-4)
+        pixels = torch.randint(0, 256, (2, 3, 64, 64), dtype=torch.uint8)
+        unit = eager(model, pixels="unit")(pixels / 255)
+        torch.testing.assert_close(eager(model, pixels="uint8")(pixels), unit, atol=1e-4, rtol=1e-4)
 
-    def test_no_images(self, model, images):
+    def test_empty_batch(self, model, images):
         assert eager(model)(images[:0]).shape == (0, 7)
-        maps = eager(model, method="forward_intermediates")(images[:0])
-        assert [tuple(each.shape) for each in maps] == [tuple(e.shape) for e in model.forward_intermediates(images[:0])]
+        features = eager(model, method="forward_intermediates")(images[:0])
+        assert [each.shape for each in features] == [each.shape for each in model.forward_intermediates(images[:0])]
 
-    def test_keeps_its_own_weights(self, images):
+    def test_copies_weights(self, images):
         model = liven(TinyViT(**SHALLOW))
         fast = eager(model)
         before = fast(images)
@@ -79,14 +74,14 @@ class TestInt8:
     def test_labeled_images_and_other_sizes(self, model, images):
         labeled = [(images, torch.zeros(2, dtype=torch.long)), (images.flip(3), torch.zeros(2, dtype=torch.long))]
         fast = optimize(model, "onnxruntime", torch.int8, calibration=labeled)
-        for size in (64, 96):  # the second makes the engine calibrate again
+        for size in (64, 96):  # the second size compiles and calibrates dynamic shapes
             images = torch.nn.functional.interpolate(images, (size, size), mode="bilinear")
             error = (fast(images) - model(images)).norm() / model(images).norm()
             assert 1e-4 < error < 0.3
 
 
 class TestClassifier:
-    def test_is_a_classifier(self, classifier):
+    def test_predict(self, classifier):
         fast = optimize(classifier, "eager", tune_allocator=False)
         photos = sorted((Path(kornia_tinyvit.__file__).parent / "assets" / "photos").glob("*.[jp][pn]g"))
         assert isinstance(fast, ImageClassifier)
@@ -95,36 +90,36 @@ class TestClassifier:
             assert [each.label for each in ours] == [each.label for each in theirs]
             assert [each.score for each in ours] == pytest.approx([each.score for each in theirs], abs=1e-4)
 
-    def test_takes_photos_of_any_size(self, classifier):
+    def test_any_image_size(self, classifier):
         fast = optimize(classifier, "eager", tune_allocator=False)
         for size in ((48, 80), (200, 150)):
             photos = torch.rand(2, 3, *size)
             torch.testing.assert_close(fast(photos), classifier(photos).detach(), atol=1e-4, rtol=1e-4)
 
-    def test_pixels_are_its_own_business(self, classifier):
+    def test_pixels(self, classifier):
         with pytest.raises(ValueError, match="pixels is supported for a TinyViT"):
             optimize(classifier, "eager", pixels="uint8")
 
 
 class TestAuto:
-    def test_takes_the_fastest_within_the_tolerance(self, classifier, monkeypatch):
+    def test_fastest_within_tolerance(self, classifier, monkeypatch):
         photos = torch.rand(8, 3, 64, 64)
         delays = {torch.float32: 2.0, torch.bfloat16: 1.0}
         monkeypatch.setattr(
-            optimizing, "interleaved", lambda steps, _repetitions: {key: delays[key[1]] for key in steps}
+            optimization, "interleaved", lambda steps, _repetitions: {key: delays[key[1]] for key in steps}
         )
         if torch.bfloat16 not in EagerEngine.dtypes(torch.device("cpu")):
             pytest.skip("bfloat16 is not supported here")
         settings = {"dtype": None, "calibration": [photos], "tune_allocator": False}
         fast = optimize(classifier, ["eager"], tolerance=1.0, **settings).model
         assert fast.dtype == torch.bfloat16
-        told = {choice.dtype: choice for choice in fast.choices}
-        assert told[torch.bfloat16].ms == 1000
-        assert told[torch.bfloat16].agreement.images == 8
-        assert "not torch.int8" in told[torch.int8].rejected
-        # The same, where bfloat16 is judged to be too far off.
+        choices = {choice.dtype: choice for choice in fast.choices}
+        assert choices[torch.bfloat16].ms == 1000
+        assert choices[torch.bfloat16].agreement.images == 8
+        assert "not torch.int8" in choices[torch.int8].rejected
+        # The same with bfloat16 beyond the tolerance.
         monkeypatch.setattr(
-            optimizing, "_disagreement", lambda found, _: "too far" if found.mean_error > 1e-4 else None
+            optimization, "_disagreement", lambda found, _: "too large" if found.mean_error > 1e-4 else None
         )
         fast = optimize(classifier, ["eager"], **settings).model
         assert fast.dtype == torch.float32
@@ -137,7 +132,7 @@ class TestAuto:
         assert 0 < measured[0].ms <= measured[1].ms
         torch.testing.assert_close(fast(images), model(images).detach(), atol=1e-4, rtol=1e-4)
 
-    def test_folds_and_translates_once(self, model, images, monkeypatch):
+    def test_folds_and_exports_once(self, model, images, monkeypatch):
         counts = Counter()
 
         def counting(function):
@@ -150,19 +145,19 @@ class TestAuto:
         assert sum(choice.rejected is None for choice in fast.choices) >= 3
         assert counts == {"fold": 1, "to_onnx": 1}
 
-    def test_without_images_nothing_is_judged(self, model):
+    def test_without_images(self, model):
         fast = optimize(model, "eager", None, tune_allocator=False)
         assert fast.dtype == torch.float32
         assert all("images" in choice.rejected for choice in fast.choices if choice.dtype == torch.bfloat16)
 
-    def test_tolerance_of_maps(self, model, images, monkeypatch):
-        monkeypatch.setattr(optimizing, "DTYPES", (torch.bfloat16,))
+    def test_tolerance_of_feature_maps(self, model, images, monkeypatch):
+        monkeypatch.setattr(optimization, "DTYPES", (torch.bfloat16,))
         settings = {"method": "forward_features", "calibration": [images], "tune_allocator": False}
         with pytest.raises(ValueError, match="mean relative error"):
             optimize(model, ["eager"], None, tolerance=1e-9, **settings)
 
 
-class TestRefusals:
+class TestErrors:
     def test_settings(self, model):
         with pytest.raises(ValueError, match="engine must be auto"):
             optimize(model, "tensorrt")
@@ -195,7 +190,7 @@ class TestRefusals:
         with torch.no_grad():
             assert fast(images).shape == (2, 7)
 
-    def test_moving(self, model):
+    def test_move(self, model):
         fast = eager(model)
         fast.eval().float().cpu()
         with pytest.raises(RuntimeError, match="cannot be moved or cast"):
@@ -203,31 +198,31 @@ class TestRefusals:
 
 
 class TestAllocator:
-    def test_asked_for_by_default(self, model, monkeypatch):
+    def test_tuned_by_default(self, model, monkeypatch):
         calls = []
-        monkeypatch.setattr(optimizing, "keep_memory", lambda: calls.append(1))
+        monkeypatch.setattr(optimization, "keep_memory", lambda: calls.append(1))
         eager(model)
         assert calls == []
         optimize(model, "eager")
         assert calls == [1]
 
-    @pytest.mark.parametrize(("refuses_threshold", "done"), [(False, True), (True, True)])
-    def test_mallopt(self, monkeypatch, refuses_threshold, done):
-        asked = []
+    @pytest.mark.parametrize(("rejects_threshold", "done"), [(False, True), (True, True)])
+    def test_mallopt(self, monkeypatch, rejects_threshold, done):
+        parameters = []
 
         class Libc:
             gnu_get_libc_version = None
 
             @staticmethod
             def mallopt(parameter: int, value: int) -> int:
-                asked.append(parameter)
-                return 0 if refuses_threshold and parameter == allocator.M_MMAP_THRESHOLD else 1
+                parameters.append(parameter)
+                return 0 if rejects_threshold and parameter == allocator.M_MMAP_THRESHOLD else 1
 
         monkeypatch.setattr(ctypes, "CDLL", lambda _: Libc())
         monkeypatch.setattr(sys, "platform", "linux")
         assert allocator.keep_memory() is done
-        assert (allocator.M_MMAP_MAX in asked) is refuses_threshold
-        assert allocator.M_TRIM_THRESHOLD in asked
+        assert (allocator.M_MMAP_MAX in parameters) is rejects_threshold
+        assert allocator.M_TRIM_THRESHOLD in parameters
 
     def test_elsewhere(self, monkeypatch):
         monkeypatch.setattr(sys, "platform", "darwin")

@@ -24,7 +24,7 @@ SIZES = [(150, 200), (301, 77), (256, 256), (1, 90), (31, 2001)]
 
 @pytest.fixture(scope="module")
 def sam():
-    """A network with a small encoder, whose masks depend on the prompts."""
+    """A network with a small encoder, and masks that depend on the prompts."""
     torch.manual_seed(0)
     reference = build_network()
     config = SHALLOW | {"mobile_sam": True, "num_classes": 0, "img_size": IMG_SIZE}
@@ -46,7 +46,7 @@ def sessions(files):
 
 @pytest.fixture
 def written(files, monkeypatch):
-    """Take the graphs of the files, since tracing is slow and not what is asked here."""
+    """Load the graphs from the files instead of tracing them, which is slow."""
     for name, path in zip(("_encoder", "_decoder"), files, strict=True):
         monkeypatch.setattr(export, name, lambda *_, path=path: onnx.load(path))
 
@@ -58,10 +58,11 @@ def draw_photo(height, width):
 
 
 def draw_prompts(prompts, height, width):
-    """Return two points and a box for each prompt, in pixels of the photo."""
-    places = torch.rand(prompts, 4, 2, generator=torch.Generator().manual_seed(prompts)) * torch.tensor([width, height])
-    boxes = torch.cat([places[:, 2:].amin(1) * 0.9, places[:, 2:].amax(1)], 1)
-    return places[:, :2], torch.tensor([[1, 0]]).expand(prompts, -1), boxes
+    """Return two points and one box per prompt in pixels of the image."""
+    generator = torch.Generator().manual_seed(prompts)
+    positions = torch.rand(prompts, 4, 2, generator=generator) * torch.tensor([width, height])
+    boxes = torch.cat([positions[:, 2:].amin(1) * 0.9, positions[:, 2:].amax(1)], 1)
+    return positions[:, :2], torch.tensor([[1, 0]]).expand(prompts, -1), boxes
 
 
 def run_encoder(session, photo):
@@ -71,21 +72,21 @@ def run_encoder(session, photo):
 
 
 def run_decoder(session, features, size, points, labels, boxes=None, masks=None):
-    """Ask the decoder as a browser would: with numbers, and without this package's geometry."""
+    """Run the decoder like a client in a browser, without this package's geometry."""
     scale = IMG_SIZE / max(size)
     used = np.maximum(1, np.floor(np.array(size) * scale + 0.5))
     ratio = (used / np.array(size))[::-1]
     prompts = len(points)
     if boxes is None:
-        corners, kinds = np.zeros((prompts, 1, 2)), -np.ones((prompts, 1))
+        corners, corner_labels = np.zeros((prompts, 1, 2)), -np.ones((prompts, 1))
     else:
-        corners, kinds = boxes.numpy().reshape(-1, 2, 2) * ratio, np.tile([2, 3], (prompts, 1))
+        corners, corner_labels = boxes.numpy().reshape(-1, 2, 2) * ratio, np.tile([2, 3], (prompts, 1))
     side = IMG_SIZE // 4
     given = np.zeros((prompts, 1, side, side)) if masks is None else masks.numpy()
     inputs = {
         "image_embeddings": features,
         "point_coords": np.concatenate([points.numpy() * ratio, corners], 1),
-        "point_labels": np.concatenate([labels.numpy(), kinds], 1),
+        "point_labels": np.concatenate([labels.numpy(), corner_labels], 1),
         "mask_input": given,
         "has_mask_input": np.full(prompts, masks is not None),
         "orig_im_size": np.array(size),
@@ -94,21 +95,21 @@ def run_decoder(session, features, size, points, labels, boxes=None, masks=None)
 
 
 def check(found, predictions):
-    """Compare all four masks with those of both kinds of prediction."""
+    """Compare the four masks with the single-mask and the multimask output."""
     single, several = predictions
     expected = [single.logits(), several.logits()], [single.scores, several.scores]
     expected += ([single.low_res_logits, several.low_res_logits],)
-    for have, want in zip(found, expected, strict=True):
-        torch.testing.assert_close(torch.from_numpy(have), torch.cat(want, 1), atol=2e-3, rtol=1e-3)
+    for actual, reference in zip(found, expected, strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), torch.cat(reference, 1), atol=2e-3, rtol=1e-3)
 
 
 class TestFiles:
     @pytest.mark.parametrize("size", SIZES)
     def test_encoder(self, sam, sessions, size):
         photo = draw_photo(*size)
-        want = sam.embed(photo).features
-        torch.testing.assert_close(torch.from_numpy(run_encoder(sessions[0], photo)), want, atol=1e-3, rtol=1e-3)
-        assert want.std() > 0.1
+        expected = sam.embed(photo).features
+        torch.testing.assert_close(torch.from_numpy(run_encoder(sessions[0], photo)), expected, atol=1e-3, rtol=1e-3)
+        assert expected.std() > 0.1
 
     @pytest.mark.parametrize("size", SIZES[:2])
     @pytest.mark.parametrize("prompts", [1, 5])
@@ -129,21 +130,21 @@ class TestFiles:
 
     @pytest.mark.parametrize("size", SIZES[2:])
     def test_sides(self, sam, sessions, size):
-        """Photos without padding, of a single row, and whose short side would vanish in proportion."""
+        """Images without padding, of a single row, and with a short side that scales to less than a pixel."""
         embedding = sam.embed(draw_photo(*size))
         points, labels, _ = draw_prompts(2, *size)
         both = [sam.predict_masks(embedding, points, labels, multimask_output=some)[0] for some in (False, True)]
         check(run_decoder(sessions[1], embedding.features.numpy(), size, points, labels), both)
 
     def test_next_mask(self, sam, sessions):
-        """What the decoder returns is what it takes."""
+        """Low-resolution logits are valid mask inputs."""
         embedding = sam.embed(draw_photo(150, 200))
         points, labels, _ = draw_prompts(2, 150, 200)
         first = run_decoder(sessions[1], embedding.features.numpy(), (150, 200), points, labels)
         best = torch.from_numpy(first[2][:, 2:3])
         second = run_decoder(sessions[1], embedding.features.numpy(), (150, 200), points, labels, masks=best)
-        (want,) = sam.predict_masks(embedding, points, labels, masks=best)
-        torch.testing.assert_close(torch.from_numpy(second[1][:, 1:]), want.scores, atol=2e-3, rtol=1e-3)
+        (expected,) = sam.predict_masks(embedding, points, labels, masks=best)
+        torch.testing.assert_close(torch.from_numpy(second[1][:, 1:]), expected.scores, atol=2e-3, rtol=1e-3)
         assert abs(second[1] - first[1]).max() > 0.01
 
     def test_names_and_shapes(self, sessions):
@@ -164,22 +165,22 @@ class TestFiles:
         assert {shapes[name][0] for name in ("point_labels", "mask_input", "has_mask_input")} == {prompts}
 
     def test_metadata(self, sam, files):
-        told = [{each.key: json.loads(each.value) for each in onnx.load(path).metadata_props} for path in files]
-        for each, part in zip(told, ("encoder", "decoder"), strict=True):
+        metadata = [{each.key: json.loads(each.value) for each in onnx.load(path).metadata_props} for path in files]
+        for each, part in zip(metadata, ("encoder", "decoder"), strict=True):
             assert TinyViTConfig.from_dict(each["kornia_tinyvit.config"]) == sam.config
             assert each["kornia_tinyvit.part"] == part
             assert each["kornia_tinyvit.input"]["img_size"] == [IMG_SIZE, IMG_SIZE]
-        assert told[0]["kornia_tinyvit.input"]["pixels"] == "uint8"
-        assert told[1]["kornia_tinyvit.input"]["point_labels"]["bottom_right"] == 3
-        assert told[1]["kornia_tinyvit.mask_threshold"] == 0
+        assert metadata[0]["kornia_tinyvit.input"]["pixels"] == "uint8"
+        assert metadata[1]["kornia_tinyvit.input"]["point_labels"]["bottom_right"] == 3
+        assert metadata[1]["kornia_tinyvit.mask_threshold"] == 0
 
 
-class TestRefusals:
+class TestErrors:
     @pytest.fixture
     def folder(self, tmp_path):
-        (tmp_path / "encoder.onnx").write_text("the old encoder")
+        (tmp_path / "encoder.onnx").write_text("old")
         yield tmp_path
-        assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"encoder.onnx": "the old encoder"}
+        assert {entry.name: entry.read_text() for entry in tmp_path.iterdir()} == {"encoder.onnx": "old"}
 
     @pytest.mark.parametrize(
         ("name", "output"),
@@ -215,14 +216,14 @@ class TestRefusals:
 
     @pytest.mark.usefixtures("written")
     def test_another_opset(self, sam, folder):
-        """As torch does with an opset that it does not know: it writes one that it knows, and says nothing."""
+        """torch silently falls back to another opset if it does not support the requested one."""
         with pytest.raises(ExportError, match=r"wrote opset \{'': 20\} instead of 21"):
             export_mobile_sam(sam, folder, opset=21)
 
 
 @pytest.mark.usefixtures("written")
-def test_network_stays(sam, tmp_path):
-    """A network in training is exported as it answers in evaluation, and left as it is."""
+def test_network_is_not_modified(sam, tmp_path):
+    """A network in training mode is exported in evaluation mode, and not modified."""
     training = copy.deepcopy(sam).train()
     before = {name: tensor.clone() for name, tensor in training.state_dict().items()}
     export_mobile_sam(training, tmp_path)
