@@ -25,13 +25,14 @@ UNDERSCORE = "\N{FULLWIDTH LOW LINE}"
 
 
 def to_html(formula: str) -> str:
-    """Convert letters, numbers, the symbols above, indices and exponents to HTML.
+    """Convert letters, numbers, the symbols above, square roots, indices and exponents to HTML.
 
     An exponent may contain indices; other nesting is not supported.
 
     Raises:
         ValueError: if the formula contains anything else.
     """
+    formula = re.sub(r"\\sqrt\{([^{}]*)\}", r"√(\1)", formula)
     for name, symbol in SYMBOLS.items():
         formula = re.sub(re.escape(name) + r"(?![A-Za-z])", symbol, formula)
     formula = formula.replace("⌈ ", "⌈").replace(" ⌉", "⌉").replace("Δ ", "Δ")

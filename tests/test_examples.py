@@ -272,9 +272,9 @@ def write_parquet(path: Path, count: int, seed: int) -> None:
 @pytest.mark.slow
 def test_train_cifar10_resumes(tmp_path):
     pytest.importorskip("pyarrow")
-    write_parquet(tmp_path / "train.parquet", 84, seed=0)
+    write_parquet(tmp_path / "train.parquet", 104, seed=0)
     write_parquet(tmp_path / "test.parquet", 20, seed=1)
-    options = ("--held-out", 20, "--limit", 64, "--batch-size", 16)
+    options = ("--held-out", 40, "--limit", 64, "--batch-size", 16)
     command = (EXAMPLES / "train_cifar10.py", ".", "--out", "run", *options)
     first = json_lines(run(*command, "--epochs", 2, cwd=tmp_path))
     assert [line.get("epoch") for line in first] == [1, 2, None]

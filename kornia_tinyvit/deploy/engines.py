@@ -132,7 +132,7 @@ class StaticEngine(Engine):
     static_dims: ClassVar[slice]  # dimensions of an image batch that are static in the first compilation
 
     def prepare(self, example: Tensor) -> None:
-        """Compile the graph for the static dimensions of ``example``."""
+        """Compile the graph for the static dimensions of ``example`` :math:`(B, C, H, W)`."""
         self.static_shape = example.shape[self.static_dims]
         self.static = self.compile(example, dynamic=False)
         self.dynamic: Any = None
@@ -140,7 +140,7 @@ class StaticEngine(Engine):
 
     @abstractmethod
     def compile(self, example: Tensor, dynamic: bool) -> Any:
-        """Compile the graph for images like ``example``, or of any batch and image size."""
+        """Compile the graph for images like ``example`` :math:`(B, C, H, W)`, or of any batch and image size."""
 
     def compiled_for(self, images: Tensor) -> Any:
         """Return the compiled graph for images :math:`(B, C, H, W)`."""
