@@ -231,7 +231,7 @@ SECTIONS: dict[str, tuple[Source, ...]] = {
                 ),
                 ("on 100 held-out images", "IoU {} %", f'"split": "others"[^\n]*"box_iou": {N}'),
             ),
-            start=r"--base-lr 0.192 --pretrained runs/finer",
+            start=r"--base-lr 0.192 --weights runs/finer",
         ),
         Source(
             f"{OUTPUTS}/detect_objects.txt",

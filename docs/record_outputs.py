@@ -38,9 +38,9 @@ COMMANDS = {
     "classify": "kornia-tinyvit classify chelsea.png horse.png --top-k 3",
     "classify_json": "kornia-tinyvit classify horse.png --top-k 2 --json",
     "pretrained": "kornia-tinyvit pretrained",
-    "export": "kornia-tinyvit export photos.onnx --photos --pixels uint8",
+    "export": "kornia-tinyvit export --out photos.onnx --photos --pixels uint8",
     "segment": """kornia-tinyvit segment chelsea.png --box 100,20,400,290 --box 10,150,120,290 \\
-    --checkpoint mobile_sam.safetensors""",
+    --weights mobile_sam.safetensors""",
     "error": "kornia-tinyvit classify no_such.png",
     "distill_estimate": SAVE + " --estimate",
     "distill_save": SAVE,
@@ -48,7 +48,7 @@ COMMANDS = {
     --recipe cifar10_distill""",
     "distill_train": """kornia-tinyvit distill train photos labels --variant 1m \\
     --recipe cifar10_distill --epochs 4 --batch-size 8 --out runs/student""",
-    "train": """kornia-tinyvit train photos --variant 1m --pretrained cifar10 --recipe cifar10 \\
+    "train": """kornia-tinyvit train photos --variant 1m --weights cifar10 --recipe cifar10 \\
     --epochs 8 --batch-size 8 --base-lr 0.03 --validation photos --out runs/photos""",
 }
 ON_CIFAR10 = {

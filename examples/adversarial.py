@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("photo", type=Path, nargs="?", default=ASSETS / "photos" / "chelsea.png")
     parser.add_argument("--out", type=Path, default=Path("attack"), help="folder for the two images")
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--weights", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--epsilon", type=float, default=4.0, help="largest change of a channel, of 255")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--target", default=None, help="target class (default: any other than the predicted one)")
@@ -73,7 +73,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    classifier = ImageClassifier.from_config(args.variant, pretrained=args.pretrained).to(args.device).eval()
+    classifier = ImageClassifier.from_config(args.variant, pretrained=args.weights).to(args.device).eval()
     classifier.requires_grad_(False)  # only the input gradient is needed
     names = classifier.class_names
     if args.target is not None and args.target not in names:

@@ -68,7 +68,7 @@ def main() -> None:
     parser.add_argument("photos", type=Path, nargs="*", default=PHOTOS, help="default: the photos of the package")
     parser.add_argument("--out", type=Path, default=Path("augmented.png"), help="file for the contact sheet")
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--weights", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--copies", type=int, default=6, help="augmented copies per image")
     parser.add_argument("--size", type=int, default=160, help="height and width of the copies in pixels")
     parser.add_argument("--batch-size", type=int, default=32, help="batch size for timing")
@@ -78,7 +78,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.manual_seed(args.seed)
 
-    classifier = ImageClassifier.from_config(args.variant, pretrained=args.pretrained)
+    classifier = ImageClassifier.from_config(args.variant, pretrained=args.weights)
     pipeline = nn.Sequential(build_augmentations(args.size), classifier).to(args.device).eval()
 
     # A batch needs one size, so a central square of each image is augmented.

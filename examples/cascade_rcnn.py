@@ -152,7 +152,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=2)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone, or 'none'")
+    parser.add_argument("--weights", default="cifar10", help="weights of the backbone, or 'none'")
     parser.add_argument("--size", type=int, default=256, help="shorter side in pixels (800 in the paper)")
     parser.add_argument("--channels", type=int, default=128)
     parser.add_argument("--hidden", type=int, default=256)
@@ -162,7 +162,7 @@ def main() -> None:
 
     images = DetectionDataset.open(args.data, "train").sample(args.images)
     network = TinyViT.from_config(
-        args.variant, pretrained=False if args.pretrained == "none" else args.pretrained, num_classes=0
+        args.variant, pretrained=False if args.weights == "none" else args.weights, num_classes=0
     )
     model = cascade_rcnn(
         network, images.num_classes, args.channels, args.hidden, min_size=args.size, max_size=2 * args.size

@@ -62,7 +62,7 @@ def train_seed(args: argparse.Namespace) -> str:
 
 def search(seed: str, args: argparse.Namespace) -> dict:
     proxy = ["--epochs", args.proxy_epochs, "--limit", args.proxy_images, "--hold-out", args.hold_out]
-    options = ["--variant", seed, "--pretrained", seed, *BUDGET, *proxy, *recipe(args.proxy_batch_size)]
+    options = ["--variant", seed, "--weights", seed, *BUDGET, *proxy, *recipe(args.proxy_batch_size)]
     steps = ["--steps", args.steps, "--min-depth", args.min_depth, "--processes", args.processes, "--seed", 0]
     rate = ["--base-lr", args.search_lr]
     return run("contract", args.data / "train.parquet", *options, *rate, *steps, "--out", args.out / "search")
@@ -90,7 +90,7 @@ def train(name: str, variant: str, args: argparse.Namespace, seed: int) -> float
     length = ["--epochs", args.epochs, *limited(args), "--workers", args.workers]
     options = ["--variant", variant, *recipe(args.batch_size), *length, "--init-seed", seed, "--out", out]
     run("train", args.data / "train.parquet", *options)
-    return run("evaluate", args.data / "test.parquet", "--pretrained", out / "last.safetensors")["top1"]
+    return run("evaluate", args.data / "test.parquet", "--weights", out / "last.safetensors")["top1"]
 
 
 def main() -> None:

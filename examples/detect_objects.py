@@ -59,7 +59,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a YAML or JSON file, or a folder with one")
     parser.add_argument("--images", type=int, default=16, help="size of a random training subset with a fixed seed")
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a detector, or 'none'")
+    parser.add_argument("--weights", default="cifar10", help="weights of the backbone or of a detector, or 'none'")
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--hidden-dim", type=int, default=128, help="channels of encoder and decoder")
     parser.add_argument("--queries", type=int, default=60)
@@ -72,7 +72,7 @@ def main() -> None:
     parser.add_argument("--hide-photos", action="store_true", help="draw boxes on white")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/detect"))
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -89,7 +89,7 @@ def main() -> None:
     )
     detector = TinyViTDetector.from_config(
         args.variant,
-        pretrained=False if args.pretrained == "none" else args.pretrained,
+        pretrained=False if args.weights == "none" else args.weights,
         class_names=images.class_names,
         img_size=args.img_size,
         hidden_dim=args.hidden_dim,
@@ -105,10 +105,10 @@ def main() -> None:
         args.out,
         task=DETECTION,
         class_names=images.class_names,
-        origin={"pretrained": args.pretrained},
+        origin={"weights": args.weights},
         workers=args.workers,
         log_every=5,
-        cpu=args.cpu,
+        cpu=args.device == "cpu",
     )
     print(f"{len(images)} images, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
 

@@ -49,7 +49,7 @@ def student(kind: str, seed: int, args: argparse.Namespace, store: Path) -> dict
     teacher = ["--teacher", args.teacher] if kind == "online" else []
     fixed = ["--variant", "1m", "--init-seed", str(seed), "--workers", "0", "--out", str(out), *common(args)]
     trained = run([*source, *data, *teacher, *fixed, "--batch-size", str(args.batch_size)], out / "trained.json")
-    weights = ["--pretrained", str(out / "last.safetensors"), "--img-size", str(args.img_size)]
+    weights = ["--weights", str(out / "last.safetensors"), "--img-size", str(args.img_size)]
     tested = run(["evaluate", str(args.data / "test.parquet"), *weights], out / "tested.json")
     return trained | {"top1": tested["top1"]}
 

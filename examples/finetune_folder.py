@@ -1,7 +1,7 @@
 """Fine-tune a pretrained network on a folder of images.
 
-    python examples/finetune_folder.py PHOTOS --variant 5m --pretrained in1k --preset finetune --out runs/mine
-    kornia-tinyvit classify --pretrained runs/mine/best.safetensors PHOTO.jpg
+    python examples/finetune_folder.py PHOTOS --variant 5m --weights in1k --preset finetune --out runs/mine
+    kornia-tinyvit classify --weights runs/mine/best.safetensors PHOTO.jpg
 
 PHOTOS is a folder with one subfolder per class, named after the class, with images of any size and format. The images
 are kept in memory as squares of the network's resolution: 12 kB each at 64 pixels, 150 kB at 224. A fifth of every
@@ -61,7 +61,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="a folder with one subfolder per class")
     parser.add_argument("--out", type=Path, default=Path("runs/finetune"))
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="a name of the catalog, a path or a URL")
+    parser.add_argument("--weights", default="cifar10", help="a name of the catalog, a path or a URL")
     parser.add_argument("--img-size", type=int, default=None, help="default: that of the weights")
     parser.add_argument("--preset", choices=list(TRAINING_PRESETS), default="small")
     parser.add_argument("--epochs", type=int, default=20)
@@ -81,7 +81,7 @@ def main() -> None:
         parser.error(f"{args.folder} must be a folder with one subfolder per class")
     names, labels = images.class_names, torch.tensor(images.labels)
     size = {} if args.img_size is None else {"img_size": args.img_size, "window_sizes": "scale"}
-    model = TinyViT.from_config(args.variant, pretrained=args.pretrained, **size)
+    model = TinyViT.from_config(args.variant, pretrained=args.weights, **size)
     # Reset the head also if the number of classes is equal: the classes are others.
     model.reset_classifier(len(names))
     classifier = ImageClassifier(model, class_names=names).to(args.device)
@@ -125,7 +125,7 @@ def main() -> None:
     kept = TinyViT.from_config(pretrained=args.out / "best.safetensors").to(args.device)
     train = accuracy(kept, prepare, squares[training], labels[training], args.batch_size)
     print(json.dumps({"held_out_best": best, "train": train}))
-    print(f"kornia-tinyvit classify --pretrained {args.out / 'best.safetensors'} PHOTO")
+    print(f"kornia-tinyvit classify --weights {args.out / 'best.safetensors'} PHOTO")
 
 
 if __name__ == "__main__":

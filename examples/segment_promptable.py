@@ -77,7 +77,7 @@ def main() -> None:
     parser.add_argument("--min-area", type=int, default=1024, help="smallest area of an instance in pixels")
     parser.add_argument("--others", nargs=2, type=Path, help="folders of held-out images and their masks")
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="weights of the encoder or of a MobileSAM, or 'none'")
+    parser.add_argument("--weights", default="cifar10", help="weights of the encoder or of a MobileSAM, or 'none'")
     parser.add_argument("--freeze", nargs="*", default=[], help="image_encoder, prompt_encoder")
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--windows", nargs=4, type=int, default=(8, 8, 16, 8), help="attention windows of the stages")
@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--hide-photos", action="store_true", help="draw masks on white")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/promptable"))
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -113,7 +113,7 @@ def main() -> None:
         clip_norm=0.5,
         changes={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0},
     )
-    pretrained = False if args.pretrained == "none" else args.pretrained
+    pretrained = False if args.weights == "none" else args.weights
     sam = build_sam(args.variant, pretrained=pretrained, img_size=args.img_size, window_sizes=tuple(args.windows))
     report("before", "train", sam, images)
     prompting = Prompting(args.instances_per_image, args.box_fraction, jitter=args.jitter)
@@ -127,10 +127,10 @@ def main() -> None:
         task=PROMPTABLE,
         validation=images,
         validate_every=args.measure_every,
-        origin={"pretrained": args.pretrained},
+        origin={"weights": args.weights},
         workers=args.workers,
         log_every=5,
-        cpu=args.cpu,
+        cpu=args.device == "cpu",
     )
     print(f"{len(images)} images, {result.steps} steps in {result.seconds:.0f} s")
 

@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("data", type=Path, help="a YAML file, or a folder with images and masks")
     parser.add_argument("--images", type=int, default=32, help="size of a random training subset with a fixed seed")
     parser.add_argument("--variant", default="1m")
-    parser.add_argument("--pretrained", default="cifar10", help="weights of the backbone or of a segmenter, or 'none'")
+    parser.add_argument("--weights", default="cifar10", help="weights of the backbone or of a segmenter, or 'none'")
     parser.add_argument("--img-size", type=int, default=192)
     parser.add_argument("--width", type=int, default=128, help="channels of the decoder")
     parser.add_argument("--epochs", type=int, default=180)
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--hide-photos", action="store_true", help="draw class maps only")
     parser.add_argument("--workers", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("runs/segment"))
-    parser.add_argument("--cpu", action="store_true")
+    parser.add_argument("--device", default="auto", choices=("auto", "cpu"))
     args = parser.parse_args()
     torch.manual_seed(0)
 
@@ -113,7 +113,7 @@ def main() -> None:
     )
     segmenter = SemanticSegmenter.from_config(
         args.variant,
-        pretrained=False if args.pretrained == "none" else args.pretrained,
+        pretrained=False if args.weights == "none" else args.weights,
         class_names=images.class_names,
         width=args.width,
         img_size=args.img_size,
@@ -128,10 +128,10 @@ def main() -> None:
         args.out,
         task=SEMANTIC,
         class_names=images.class_names,
-        origin={"pretrained": args.pretrained},
+        origin={"weights": args.weights},
         workers=args.workers,
         log_every=5,
-        cpu=args.cpu,
+        cpu=args.device == "cpu",
     )
     print(f"{len(images)} images, {images.num_classes} classes, {result.steps} steps in {result.seconds:.0f} s")
 

@@ -1,4 +1,4 @@
-"""What tests of several rooms do: run the command line and other processes, and read what they wrote."""
+"""Run the command line, and read its output."""
 
 from __future__ import annotations
 
@@ -26,25 +26,31 @@ def make_weights(model: TinyViT, folder: Path) -> str:
     return str(save_checkpoint(model, folder / "weights.safetensors", CIFAR))
 
 
-def run(*arguments: str) -> str:
-    """Run the command line in this process and return what it prints."""
+def run_both(*arguments: str) -> tuple[str, str]:
+    """Run the command line in this process and return its stdout and stderr."""
     result = CliRunner().invoke(app, list(arguments), catch_exceptions=False)
     assert result.exit_code == 0, result.output
-    return result.stdout
+    return result.stdout, result.stderr
+
+
+def run(*arguments: str) -> str:
+    """Run the command line in this process and return its stdout."""
+    return run_both(*arguments)[0]
 
 
 def error_of(capfd, monkeypatch, *arguments: str) -> str:
-    """Run the command line in this process and return the one line that it says before it gives up."""
+    """Run the command line in this process, expect exit code 1, and return the line of the error."""
     monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", *arguments])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 1
     captured = capfd.readouterr()
     assert captured.out == ""
-    assert captured.err.startswith("Error: ")
     assert captured.err.endswith("\n")
-    assert captured.err.count("\n") == 1
-    return captured.err
+    *notes, error = captured.err.splitlines()
+    assert error.startswith("Error: ")
+    assert not any("Error" in note or "Traceback" in note for note in notes)
+    return error
 
 
 def cells(output: str) -> list[list[str]]:

@@ -15,7 +15,7 @@ from tests.test_examples import EXAMPLES, json_lines, read_uint8, run
 def test_detect_objects(tmp_path):
     data = scenes.make_boxes(tmp_path / "data", 4, seed=1)
     options = ("--images", 2, "--img-size", 64, "--hidden-dim", 16, "--queries", 8, "--decoder-layers", 1)
-    options += ("--denoising", 4, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--cpu", "--out", "runs/it")
+    options += ("--denoising", 4, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--device", "cpu", "--out", "runs/it")
     output = run(EXAMPLES / "detect_objects.py", data, *options, cwd=tmp_path)
     assert "2 images, 3 classes, 2 steps" in output
     train, val = json_lines(output)

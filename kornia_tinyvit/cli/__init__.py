@@ -1,58 +1,126 @@
-"""The command line, one file a command."""
+"""The command line: a module per command."""
 
 from __future__ import annotations
 
+import shlex
 import sys
+from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
 
+from kornia_tinyvit.cli import distill
 from kornia_tinyvit.cli.benchmark import benchmark
 from kornia_tinyvit.cli.classify import classify
 from kornia_tinyvit.cli.contract import contract
 from kornia_tinyvit.cli.convert import convert
 from kornia_tinyvit.cli.demo import demo
 from kornia_tinyvit.cli.detect import detect
-from kornia_tinyvit.cli.distill import distill
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.export import export
 from kornia_tinyvit.cli.pretrained import pretrained
+from kornia_tinyvit.cli.requests import Interrupted
 from kornia_tinyvit.cli.segment import segment
 from kornia_tinyvit.cli.train import train
 from kornia_tinyvit.deploy.export import ExportError
+from kornia_tinyvit.version import __version__
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(
-    name="kornia-tinyvit",
-    help="TinyViT for kornia and PyTorch: classify and segment images, find objects; train, distil, contract, "
-    "evaluate and export networks.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
+OVERVIEW = """TinyViT for kornia and PyTorch.
+
+  Classify photos            kornia-tinyvit classify photo.jpg
+  Segment objects            kornia-tinyvit segment photo.jpg --point 200,150
+  Detect objects             kornia-tinyvit detect photo.jpg --weights detector.safetensors
+  Train and evaluate         kornia-tinyvit train photos --weights cifar10 --variant 1m --recipe cifar10
+    or shrink a network      kornia-tinyvit contract photos --max-parameters 1M
+  Export to other runtimes   kornia-tinyvit export --out network.onnx
+
+Options of all commands: kornia-tinyvit --help. Options of one: kornia-tinyvit classify --help."""
+
+EXIT_CODES = "Exit codes: 0 success, 1 error or failed check, 2 wrong usage, 130 interrupted."
+COMMANDS = (
+    (demo, "demo photo.jpg"),
+    (classify, "classify photo.jpg --top-k 3"),
+    (segment, "segment photo.jpg --point 200,150"),
+    (detect, "detect photo.jpg --weights runs/train/best.safetensors"),
+    (train, "train photos --variant 1m --weights cifar10 --recipe cifar10 --out runs/photos"),
+    (evaluate, "evaluate photos --weights runs/photos/best.safetensors --per-class"),
+    (distill.save, "distill save photos labels --teacher 21m/in22k"),
+    (distill.check, "distill check photos labels --teacher 21m/in22k"),
+    (distill.train, "distill train photos labels --variant 5m"),
+    (contract, "contract photos --variant 5m --weights in1k --max-parameters 3M"),
+    (export, "export --weights runs/photos/best.safetensors --out network.onnx"),
+    (convert, "convert --variant 5m --weights in1k --out tinyvit-5m"),
+    (benchmark, "benchmark --variant 5m --engines eager,onnxruntime"),
+    (pretrained, "pretrained --variant 5m"),
 )
-for command in (
-    demo, classify, segment, detect, evaluate, train, contract, export, convert, benchmark, pretrained
-):  # fmt: skip
-    app.command()(command)
-app.add_typer(distill, name="distill")
+RESUMABLE = ("train ", "contract ", "distill save ", "distill train ")
+# Newer versions of typer contain click instead of depending on it.
+UsageError: Any = typer.BadParameter.__mro__[1]
+
+app = typer.Typer(name="kornia-tinyvit", epilog=EXIT_CODES, add_completion=False, pretty_exceptions_enable=False)
+distill_app = typer.Typer(help="Distill with stored soft labels: save, check, train.", no_args_is_help=True)
+for run, example in COMMANDS:
+    if run is distill.save:
+        app.add_typer(distill_app, name="distill")
+    (distill_app if example.startswith("distill ") else app).command(epilog=f"Example: kornia-tinyvit {example}")(run)
+
+
+@app.callback(invoke_without_command=True)
+def overview(
+    context: typer.Context,
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    """TinyViT for kornia and PyTorch: classify, segment and detect; train, distill, contract, evaluate and export."""
+    if version:
+        print(f"kornia-tinyvit {__version__}")
+        raise typer.Exit
+    if context.invoked_subcommand is None:
+        print(OVERVIEW)
 
 
 def main() -> None:
-    """Run the command line; what a user can mend is said in a sentence, without a traceback."""
+    """Run the command line; errors are one or two lines on stderr.
+
+    Raises:
+        SystemExit: with the exit code, if it is not 0.
+    """
     try:
-        app()
+        code = app(prog_name="kornia-tinyvit", standalone_mode=False)
+    except Interrupted:
+        _fail(130, _resume_hint())
+    except UsageError as error:
+        context = getattr(error, "ctx", None)
+        command = context.command_path if context else "kornia-tinyvit"
+        _fail(2, f"Error: {_one_line(error.format_message())}\nSee {command} --help.")
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, ExportError) as error:
-        print("Error:", " ".join(str(error).split()), file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(1, f"Error: {_one_line(str(error))}")
     except (MemoryError, RuntimeError) as error:
-        if not _lacks_memory(error):
+        if not _is_out_of_memory(error):
             raise
-        print("Error: The memory does not suffice; try fewer images at a time, or smaller ones.", file=sys.stderr)
-        raise SystemExit(1) from None
+        _fail(1, "Error: Out of memory; use a smaller batch or smaller images.")
+    if code:
+        raise SystemExit(code)
 
 
-def _lacks_memory(error: Exception) -> bool:
-    """Tell whether an error is that of numpy, or of torch on any device, when there is no more memory."""
-    # torch has no class of its own for the CPU's.
+def _fail(code: int, message: str) -> NoReturn:
+    print(message, file=sys.stderr)
+    raise SystemExit(code) from None
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def _resume_hint() -> str:
+    arguments = sys.argv[1:]
+    if not " ".join(arguments).startswith(RESUMABLE):
+        return "Interrupted."
+    return f"Interrupted. Resume: {shlex.join(['kornia-tinyvit', *arguments])}"
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    """Return whether numpy or torch, on any device, ran out of memory."""
+    # torch has no class for this error of the CPU.
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -14,98 +15,110 @@ import typer
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli.export import Method
-from kornia_tinyvit.cli.options import Device, ImgSize, Json, Pretrained, build_classifier, build_network, refuse_idle
+from kornia_tinyvit.cli.requests import Request, command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.deploy.benchmark import DTYPES, Benchmark, Row, read_images
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.measurement import describe_machine
 
+measurement_option = partial(typer.Option, rich_help_panel="Metrics")
 
-def benchmark(
-    context: typer.Context,
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkRequest(Request):
+    """The options of ``benchmark``."""
+
     variant: Annotated[
-        str | None, typer.Option(help="1m, 5m, 11m or 21m; with random weights, as fast as any, but for --pretrained.")
-    ] = None,
-    pretrained: Pretrained = None,
-    img_size: ImgSize = None,
-    device: Device = "cpu",
-    engines: Annotated[str, typer.Option(help="Which engines, with commas between them.")] = ",".join(ENGINES),
-    dtypes: Annotated[str, typer.Option(help=f"Which of {', '.join(DTYPES)}.")] = "float32,bfloat16,int8",
-    batch_sizes: Annotated[str, typer.Option(help="Images at a time, with commas between them.")] = "1,16",
-    repetitions: Annotated[int, typer.Option(min=1, help="Timed runs of each; their median is told.")] = 15,
-    threads: Annotated[int | None, typer.Option(min=1, help="Default: as many as torch takes, one a core.")] = None,
+        str | None,
+        options.weights_option(help="1m, 5m, 11m or 21m; random weights without --weights, which are as fast."),
+    ] = None
+    weights: options.Weights = None
+    img_size: options.ImgSize = None
     data: Annotated[
         Path | None,
-        typer.Option(help="Labeled images, as for 'evaluate', to calibrate int8 on and judge by."),
-    ] = None,
-    limit: Annotated[int, typer.Option(min=1, help="How many of them to judge by.")] = 1000,
-    method: Annotated[Method, typer.Option(help="What to run.")] = Method.forward,
+        options.data_option(help="Labeled images as for 'evaluate', to calibrate int8 and measure agreement."),
+    ] = None
+    limit: Annotated[int, options.data_option(min=1, help="Number of images to measure agreement on.")] = 1000
+    engines: Annotated[str, measurement_option(help="Engines, separated by commas.")] = ",".join(ENGINES)
+    dtypes: Annotated[str, measurement_option(help=f"Types, separated by commas: {', '.join(DTYPES)}.")] = (
+        "float32,bfloat16,int8"
+    )
+    batch_sizes: Annotated[str, measurement_option(help="Batch sizes, separated by commas.")] = "1,16"
+    repetitions: Annotated[int, measurement_option(min=1, help="Timed runs; the median is reported.")] = 15
+    method: Annotated[Method, measurement_option(help="Method of the network to run.")] = Method.forward
+    device: options.Device = "auto"
+    threads: Annotated[int | None, options.hardware_option(min=1, help="Default: torch.get_num_threads().")] = None
     tune_allocator: Annotated[
-        bool, typer.Option(help="Let this process keep the memory that it frees, which is faster.")
-    ] = True,
-    as_json: Json = False,
-) -> None:
-    """Measure in turn how fast engines run a network here, and how far its answers stay the same.
+        bool, options.hardware_option(help="Keep freed memory in the process, which is faster.")
+    ] = True
 
-    Without --variant and --pretrained it is the network in the package. It gets normalized images from memory.
+
+@command
+def benchmark(request: BenchmarkRequest) -> None:
+    """Measure the speed of inference engines on this machine, and the agreement of their outputs.
+
+    The default network is the one of the package. Its inputs are normalized images in memory.
     """
-    if data is None:
-        refuse_idle(context, ("limit",), "without --data")
+    random = request.variant is not None and request.weights is None
+    if request.data is None or random:
+        request.reject_unused(("limit",), "without --data" if request.data is None else "with random weights")
     rows = [
         Row(engine, dtype, batch)
-        for batch in _numbers(batch_sizes)
-        for engine in _choose(engines, ENGINES, "--engines")
-        for dtype in _choose(dtypes, DTYPES, "--dtypes")
+        for batch in _numbers(request.batch_sizes)
+        for engine in _choose(request.engines, ENGINES, "--engines")
+        for dtype in _choose(request.dtypes, DTYPES, "--dtypes")
     ]
-    if threads is not None:
-        torch.set_num_threads(threads)
-    tuned = tune_allocator and keep_memory()
-    random = variant is not None and pretrained is None
+    if request.threads is not None:
+        torch.set_num_threads(request.threads)
+    tuned = request.tune_allocator and keep_memory()
+    device = str(options.find_device(request.device))
     if random:
         torch.manual_seed(0)
-        classifier = build_network(ImageClassifier, variant, False, device, img_size)
+        classifier = options.build_network(ImageClassifier, request.variant, False, device, request.img_size)
     else:
-        classifier = build_classifier(variant, pretrained, device, img_size)
-    images = None if data is None else read_images(classifier, data, limit)
+        classifier = options.build_classifier(request.variant, request.weights, device, request.img_size)
+    images = None if request.data is None else read_images(classifier, request.data, request.limit)
     for row in rows:
         if row.dtype == "int8" and images is None:
             row.skipped = "int8 is calibrated on images: give --data"
-    bench = Benchmark(classifier.model, method.value, images, compared=not random)
-    bench.measure(rows, repetitions, progress=not as_json and sys.stdout.isatty())
+    bench = Benchmark(classifier.model, request.method.value, images, compared=not random)
+    bench.measure(rows, request.repetitions, progress=request.shows_progress)
     machine = describe_machine(device, tuned)
-    report = {
-        "network": {"variant": variant, "pretrained": pretrained, "img_size": classifier.model.config.img_size},
-        "method": method.value,
-        "gflop": bench.flops / 1e9,
-        "peak_gflops": bench.peaks,
-        "reference_top1": bench.top1,
-        "rows": [dataclasses.asdict(row) for row in rows],
-        "machine": dataclasses.asdict(machine),
-    }
-    if as_json:
+    if request.as_json:
+        size = classifier.model.config.img_size
+        report = {
+            "network": {"variant": request.variant, "weights": request.weights, "img_size": size},
+            "method": request.method.value,
+            "gflop": bench.flops / 1e9,
+            "peak_gflops": bench.peaks,
+            "reference_top1": bench.top1,
+            "rows": [dataclasses.asdict(row) for row in rows],
+            "machine": dataclasses.asdict(machine),
+        }
         print(json.dumps(report))
     else:
         _show(rows, bench)
         print(f"{machine}, allocator {machine.allocator}")
     if random:
-        print("The weights are random: agreement and accuracy would mean nothing and are not told.", file=sys.stderr)
-    elif data is None:
-        print("Give --data to be told agreement and accuracy.", file=sys.stderr)
+        request.note("The weights are random, so agreement and accuracy are not measured.")
+    elif request.data is None:
+        request.note("Give --data to measure agreement and accuracy.")
 
 
 def _choose(text: str, known: Iterable[str], option: str) -> list[str]:
     names = [name.strip() for name in text.split(",")]
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{option} takes {', '.join(known)}, with commas between them; got {text!r}.")
+        raise ValueError(f"{option} takes {', '.join(known)}, separated by commas; got {text!r}.")
     return list(dict.fromkeys(names))
 
 
 def _numbers(text: str) -> list[int]:
     numbers = [int(each) if each.strip().isdecimal() else 0 for each in text.split(",")]
     if min(numbers) < 1:
-        raise ValueError(f"--batch-sizes takes positive numbers, with commas between them; got {text!r}.")
+        raise ValueError(f"--batch-sizes takes positive numbers, separated by commas; got {text!r}.")
     return list(dict.fromkeys(numbers))
 
 
@@ -128,9 +141,9 @@ def _show(rows: list[Row], bench: Benchmark) -> None:
     for row in {(row.engine, row.dtype): row for row in rows if row.skipped}.values():
         print(f"{row.engine} {row.dtype}: {row.skipped}")
     peaks = ", ".join(f"{name} {_number(peak, '.0f')}" for name, peak in bench.peaks.items())
-    print(f"{bench.flops / 1e9:.2f} GFLOP an image; GFLOP/s of large matrix products: {peaks}")
+    print(f"{bench.flops / 1e9:.2f} GFLOP per image; GFLOP/s of large matrix products: {peaks}")
     if bench.top1 is not None:
-        print(f"top-1 of the network as it is: {bench.top1:.2f} %")
+        print(f"top-1 of the unconverted network: {bench.top1:.2f} %")
 
 
 def _number(value: float | None, form: str) -> str:

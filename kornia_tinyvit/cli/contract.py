@@ -6,6 +6,7 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,7 +15,7 @@ import typer
 from kornia_tinyvit import contraction
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import Device, parse_device, refuse_idle
+from kornia_tinyvit.cli.options import data_option, find_device, training_option
 from kornia_tinyvit.cli.requests import command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.contraction import Candidate, SearchResult
@@ -25,141 +26,138 @@ from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.distillation.losses import StoredLabelLoss
 from kornia_tinyvit.model import TinyViT
 
-Amount = Annotated[str | None, typer.Option(help="A number; k, M and G are thousands, millions and billions.")]
-
-
-class From(StrEnum):
-    """What a candidate's training begins with."""
+class Start(StrEnum):
+    """First weights of candidates."""
 
     inherit = "inherit"
     fresh = "fresh"
+
+budget_option = partial(typer.Option, rich_help_panel="Budget")
+search_option = partial(typer.Option, rich_help_panel="Search")
+Amount = Annotated[str | None, budget_option(help="Number, with the suffix k, M or G for 1e3, 1e6 or 1e9.")]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContractRequest(shared.TrainingRequest):
     """The options of ``contract``."""
 
-    data: Annotated[Path, typer.Argument(help="Images: class folders, parquet files or tar files, as for 'train'.")]
     max_parameters: Amount = None
     max_macs: Amount = None
-    max_latency_ms: Annotated[float | None, typer.Option(help="Milliseconds for one image, in --engine.")] = None
-    min_throughput: Annotated[float | None, typer.Option(help="Images a second in batches, in --engine.")] = None
     max_memory: Amount = None
-    steps: Annotated[int, typer.Option(min=1, help="Steps from the seed to the budget.")] = 8
+    max_latency_ms: Annotated[float | None, budget_option(help="Milliseconds per image, in --engine.")] = None
+    min_throughput: Annotated[float | None, budget_option(help="Images per second in batches, in --engine.")] = None
+    engine: Annotated[str, budget_option(help=f"Engine of the limits of time: auto, {', '.join(ENGINES)}.")] = "eager"
+    engine_device: Annotated[str, budget_option(help="Device of the engine, as for --device.")] = "cpu"
+    engine_batch: Annotated[int, budget_option(min=1, help="Batch size of --min-throughput.")] = 16
+    dtype_name: Annotated[str, budget_option("--dtype", help=f"Type of the engine: {', '.join(DTYPES)}.")] = "float32"
+    steps: Annotated[int, search_option(min=1, help="Steps from the seed to the budget.")] = 8
     refine: Annotated[
-        Path | None, typer.Option(help="File of a contracted network: improve it by trades within the budget instead.")
+        Path | None, search_option(help="File of a contracted network to improve within the budget instead.")
     ] = None
-    rounds: Annotated[int, typer.Option(min=1, help="Rounds of trades, with --refine.")] = 2
-    candidates: Annotated[int, typer.Option(min=1, help="Networks that a round evaluates, with --refine.")] = 8
+    rounds: Annotated[int, search_option(min=1, help="Rounds of --refine.")] = 2
+    candidates: Annotated[int, search_option(min=1, help="Networks that a round of --refine evaluates.")] = 8
     min_depth: Annotated[
-        int, typer.Option(min=1, help="Fewest blocks of a stage; brief trainings undervalue depth.")
+        int, search_option(min=1, help="Minimum blocks per stage; brief trainings undervalue depth.")
     ] = 1
-    min_ratio: Annotated[float, typer.Option(help="Smallest expansion of the MBConv blocks and of the MLPs.")] = 1.0
-    start: Annotated[
-        From, typer.Option(help="Train candidates from what is left of their parent's weights, or fresh.")
-    ] = From.inherit
-    store: Annotated[Path | None, typer.Option(help="Soft labels of these images to learn from.")] = None
+    min_ratio: Annotated[float, search_option(help="Minimum expansion ratio of MBConv blocks and MLPs.")] = 1.0
+    start: Annotated[Start, search_option(help="Weights of candidates: inherited from their parent, or random.")] = (
+        Start.inherit
+    )
+    processes: Annotated[int, search_option(min=1, help="Candidates that are trained in parallel.")] = 1
+    store: Annotated[Path | None, training_option(help="Label store of these images, to train on soft labels.")] = None
     recipe: shared.RecipeName = "in1k"
-    epochs: Annotated[int, typer.Option(min=1, help="Epochs that each candidate is trained for.")] = 1
+    epochs: Annotated[int, training_option(min=1, help="Epochs of each candidate.")] = 1
     hold_out: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the images to measure on where there is no --validation.")
+        float, data_option(min=0, max=1, help="Fraction of the images to evaluate on without --validation.")
     ] = 0.01
     out: shared.Out = Path("runs/contract")
-    processes: Annotated[int, typer.Option(min=1, help="Candidates that are trained at a time.")] = 1
-    engine: Annotated[str, typer.Option(help=f"Where times are measured: auto, {', '.join(ENGINES)}.")] = "eager"
-    dtype_name: Annotated[
-        str, typer.Option("--dtype", help=f"Type that the engine computes in: {', '.join(DTYPES)}.")
-    ] = "float32"
-    device: Device = "cpu"
-    engine_batch: Annotated[int, typer.Option(min=1, help="Images at a time for the throughput.")] = 16
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.dtype_name not in DTYPES:
-            raise ValueError(f"--dtype is one of {', '.join(DTYPES)}; got {self.dtype_name!r}.")
-
-    def refuse_idle(self, context: typer.Context) -> None:
-        """Reject options without effect."""
+            raise ValueError(f"--dtype must be one of {', '.join(DTYPES)}; got {self.dtype_name!r}.")
         timed = self.max_latency_ms is not None or self.min_throughput is not None
-        for idle, names, where in (
+        for unused, names, reason in (
             (self.refine is None, ("rounds", "candidates"), "without --refine"),
             (self.refine is not None, ("steps",), "with --refine"),
             (self.validation is not None, ("hold_out",), "with --validation"),
-            (not timed, ("engine", "device"), "without --max-latency-ms and --min-throughput"),
+            (self.start is Start.fresh, ("weights",), "with --start fresh"),
+            (not timed, ("engine", "engine_device"), "without --max-latency-ms and --min-throughput"),
+            (not timed and self.max_memory is None, ("dtype_name",), "without limits of time or memory"),
             (self.min_throughput is None, ("engine_batch",), "without --min-throughput"),
         ):
-            if idle:
-                refuse_idle(context, names, where)
+            if unused:
+                self.reject_unused(names, reason)
 
 
 @command
-def contract(context: typer.Context, asked: ContractRequest) -> None:
-    """Contract a network until it fits a budget, one factor at a time; the same command goes on after a stop.
+def contract(request: ContractRequest) -> None:
+    """Contract a network until it fits a budget, one factor at a time, or resume a search.
 
-    With --refine a network that fits it is improved: one factor is given back for what another one takes.
-    --out gets search.jsonl with all candidates, search.png, and winner.safetensors, a file for every command's
-    --pretrained and for 'train --variant', which trains a network like it.
+    --refine improves a network that fits: it enlarges one factor and reduces another. The folder gets search.jsonl with
+    all candidates, search.png, and winner.safetensors, a file for --weights of every command and for the --variant of
+    'train', which trains the same architecture.
     """
-    asked.refuse_idle(context)
     budget = contraction.Budget(
-        _amount(asked.max_parameters, "--max-parameters"),
-        _amount(asked.max_macs, "--max-macs"),
-        asked.max_latency_ms,
-        asked.min_throughput,
-        _amount(asked.max_memory, "--max-memory"),
+        _amount(request.max_parameters, "--max-parameters"),
+        _amount(request.max_macs, "--max-macs"),
+        request.max_latency_ms,
+        request.min_throughput,
+        _amount(request.max_memory, "--max-memory"),
     )
-    bench = contraction.Bench(
-        asked.engine, DTYPES[asked.dtype_name], str(parse_device(asked.device)), asked.engine_batch
-    )
-    recipe, out = asked.find_recipe(asked.recipe), asked.out
-    images, measured = _split(asked.drawn(ClassificationDataset.open(asked.data)), asked)
-    samples = asked.samples(recipe, asked.on_broken, images)
+    device = str(find_device(request.engine_device))
+    bench = contraction.Bench(request.engine, DTYPES[request.dtype_name], device, request.engine_batch)
+    recipe, out = request.find_recipe(request.recipe), request.out
+    images, validation = _split(request.sample(ClassificationDataset.open(request.data)), request)
+    samples = request.augment(recipe, request.on_broken, images)
     objective, replays = None, None
-    if asked.store is not None:
-        opened = shared.open_labels(asked.store, samples)
-        objective, replays = StoredLabelLoss(opened, samples.augmentation), shared.whole_epochs(opened, recipe.epochs)
-        if opened.manifest.num_classes != images.num_classes:
+    if request.store is not None:
+        store = shared.open_labels(request.store, samples)
+        objective = StoredLabelLoss(store, samples.augmentation)
+        replays = shared.find_epochs(store, recipe.epochs, request)
+        if store.manifest.num_classes != images.num_classes:
             raise ValueError(
-                f"The teacher knows {opened.manifest.num_classes} classes, but the images have {images.num_classes}."
+                f"The store has {store.manifest.num_classes} classes, but the images have {images.num_classes}."
             )
     evaluate = contraction.ProxyTraining(
-        samples, measured, recipe, out / "training", objective, asked.start.value, replays, asked.seed,
-        asked.process_batch, precision=asked.precision, cpu=asked.cpu,
+        samples, validation, recipe, out / "training", objective, request.start.value, replays, request.seed,
+        request.process_batch, precision=request.precision, cpu=request.cpu,
     )  # fmt: skip
-    network = asked.build(TinyViT.from_config, recipe, asked.seed, num_classes=images.num_classes)
-    seeded = network if asked.pretrained else network.config
-    options: dict[str, Any] = {
-        "space": contraction.SearchSpace(asked.min_depth, min_ratio=asked.min_ratio),
+    network = request.build(TinyViT.from_config, recipe, request.seed, num_classes=images.num_classes)
+    seed = network if request.weights else network.config
+    settings: dict[str, Any] = {
+        "space": contraction.SearchSpace(request.min_depth, min_ratio=request.min_ratio),
         "bench": bench,
-        "processes": asked.processes,
-        "progress": not asked.as_json,
+        "processes": request.processes,
+        "progress": request.shows_progress,
     }
-    if asked.refine is None:
-        result = contraction.contract(seeded, budget, evaluate, out, steps=asked.steps, **options)
+    if request.refine is None:
+        result = contraction.contract(seed, budget, evaluate, out, steps=request.steps, **settings)
     else:
-        options |= {"rounds": asked.rounds, "candidates": asked.candidates}
-        result = contraction.refine(shared.like(str(asked.refine)), seeded, budget, evaluate, out, **options)
+        settings |= {"rounds": request.rounds, "candidates": request.candidates}
+        start = shared.read_config(str(request.refine))
+        result = contraction.refine(start, seed, budget, evaluate, out, **settings)
     winner, plot = out / "winner.safetensors", out / "search.png"
     save_checkpoint(result.network(), winner, class_names=images.class_names)
     contraction.save_search(plot, result)
-    if asked.as_json:
-        told = {"winner": str(winner), "evaluated": len(result.evaluated)}
-        print(json.dumps(told | {"path": [candidate.to_dict() for candidate in result.path]}))
+    if request.as_json:
+        report = {"winner": str(winner), "evaluated": len(result.evaluated)}
+        print(json.dumps(report | {"path": [candidate.to_dict() for candidate in result.path]}))
     else:
         _show(result)
         print(f"{len(result.evaluated)} networks trained: {winner}, {plot}")
 
 
 def _split(
-    images: ClassificationDataset, asked: ContractRequest
+    images: ClassificationDataset, request: ContractRequest
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
-    """Return what to train on and what to measure on."""
-    validation = asked.validation_images(images.class_names)
+    """Return the images to train on and those to evaluate on."""
+    validation = request.open_validation(images.class_names)
     if validation is not None:
         return images, validation
-    if asked.store is not None:
-        raise ValueError("A store holds labels of all the images, so none can be held out: give --validation.")
-    return images.split(max(1, round(asked.hold_out * len(images))))
+    if request.store is not None:
+        raise ValueError("A store has labels of all images, so none can be held out; give --validation.")
+    return images.split(max(1, round(request.hold_out * len(images))))
 
 
 def _amount(text: str | None, option: str) -> float | None:
@@ -168,7 +166,7 @@ def _amount(text: str | None, option: str) -> float | None:
         return None
     found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\d+)?)([kMG]?)", text.strip(), re.ASCII)
     if found is None:
-        raise ValueError(f"{option} is a number such as 1.3M, 30e6 or 2G; got {text!r}.")
+        raise ValueError(f"{option} must be a number such as 1.3M, 30e6 or 2G; got {text!r}.")
     return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
 
 
@@ -185,9 +183,9 @@ def _show(result: SearchResult) -> None:
 
 
 def change(result: SearchResult, candidate: Candidate) -> str:
-    """Tell what was contracted, such as ``depths[2] 6 -> 5``, or what was given back for it."""
+    """Return what was contracted, e.g. ``depths[2] 6 -> 5``, and of a trade also what was enlarged."""
     if candidate.parent is None or candidate.factor is None:
-        return "the first"
+        return "start"
     changes = []
     for factor in candidate.factor.split(" for "):
         name, stage = read_factor(factor)

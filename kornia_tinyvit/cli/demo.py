@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 from urllib.parse import urlparse
@@ -10,68 +13,87 @@ import torch
 import typer
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli.options import Device, Pretrained, Variant, build_classifier, refuse_idle
+from kornia_tinyvit.cli import options
+from kornia_tinyvit.cli.requests import Request, command
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_figure
 
-_SUFFIXES = {".jpg", ".png"}
-_HOST, _SAM = "127.0.0.1", "mobile_sam"
+HOST, SAM = "127.0.0.1", "mobile_sam"
+web_option = partial(typer.Option, rich_help_panel="Web demo")
 
 
-def demo(
-    context: typer.Context,
-    photos: Annotated[list[Path] | None, typer.Argument(help="Image files. Default: those in the package.")] = None,
-    out: Annotated[Path, typer.Option(help="Folder for the sheets.")] = Path("demo"),
-    variant: Variant = None,
-    pretrained: Pretrained = None,
-    device: Device = "cpu",
-    web: Annotated[bool, typer.Option("--web", help="Serve a page to play with; the photos are its examples.")] = False,
+@dataclass(frozen=True, kw_only=True)
+class DemoRequest(Request):
+    """The options of ``demo``."""
+
+    photos: Annotated[list[Path] | None, typer.Argument(help="Image files. Default: those of the package.")] = None
+    variant: options.Variant = None
+    weights: options.Weights = None
+    device: options.Device = "auto"
+    web: Annotated[bool, web_option("--web", help="Serve the web demo, with the photos as examples.")] = False
     host: Annotated[
         str,
-        typer.Option(
-            help="With --web: address to listen on; the default is this machine alone, 0.0.0.0 lets the whole network "
-            "in, without a password."
-        ),
-    ] = _HOST,
-    port: Annotated[int, typer.Option(min=0, max=65535, help="With --web: port; 0 for any that is free.")] = 7860,
-    sam: Annotated[
+        web_option(help="Address to listen on. Default: this machine only; 0.0.0.0: the network, without a password."),
+    ] = HOST
+    port: Annotated[int, web_option(min=0, max=65535, help="Port; 0 for any free one.")] = 7860
+    sam_weights: Annotated[
         str,
-        typer.Option(
-            help="With --web: file or URL of a whole MobileSAM to segment with, or mobile_sam, the published one, "
-            "downloaded once at the first use."
-        ),
-    ] = _SAM,
-) -> None:
-    """Classify photos, averaged over a flip and a closer look, and draw for each a sheet of what the network sees.
+        web_option(help="Path or URL of a MobileSAM, or mobile_sam: the published one, downloaded at the first use."),
+    ] = SAM
+    out: Annotated[Path, options.output_option(help="Folder for the contact sheets.")] = Path("demo")
 
-    With --web, serve a page where photos can be classified, augmented and segmented instead.
+
+@command
+def demo(request: DemoRequest) -> None:
+    """Classify photos and draw a contact sheet of predictions and features for each.
+
+    With --web, serve a web page to classify, augment and segment photos instead.
     """
-    photos = photos or sorted(path for path in (ASSETS / "photos").iterdir() if path.suffix in _SUFFIXES)
-    if web:
-        refuse_idle(context, ("out",), "with --web")
-        from kornia_tinyvit.web.page import serve  # gradio takes seconds, and may be missing
-
-        sam = sam or _SAM
-        if sam != _SAM and not urlparse(sam).scheme and not Path(sam).is_file():
-            raise FileNotFoundError(f"There is no file {sam} for --sam.")
-        missing = [path for path in photos if not path.is_file()]
-        if missing:
-            raise FileNotFoundError(f"There is no image {missing[0]}.")
-        classifier = build_classifier(variant, pretrained, device, tta=True)
-        # A script's empty variable means the default: an empty address would listen to the whole network.
-        serve(classifier, sam, device, photos, host or _HOST, port)
+    folder = ASSETS / "photos"
+    photos = request.photos or sorted(path for path in folder.iterdir() if path.suffix in {".jpg", ".png"})
+    if request.web:
+        _serve(request, photos)
         return
-    refuse_idle(context, ("host", "port", "sam"), "without --web")
-    torch.manual_seed(0)  # one view has noise
-    sheets = [out / f"{photo.stem}.png" for photo in photos]
+    request.reject_unused(("host", "port", "sam_weights"), "without --web")
+    torch.manual_seed(0)  # one augmented view has noise
+    sheets = [request.out / f"{photo.stem}.png" for photo in photos]
     if len({path.resolve() for path in (*photos, *sheets)}) < 2 * len(photos):
-        raise ValueError(f"A sheet in {out} would replace a photo or another sheet; rename photos or change --out.")
-    classifier = build_classifier(variant, pretrained, device, tta=True)
-    views = demo_augmentations()
+        raise ValueError(
+            f"A sheet in {request.out} would replace a photo or another sheet; rename photos or change --out."
+        )
+    classifier = options.build_classifier(request.variant, request.weights, request.device, tta=True)
+    device, views = options.find_device(request.device), demo_augmentations()
     rows = []
     for photo, sheet in zip(photos, sheets, strict=True):
-        image = read_image(photo).to(device)
-        first, second, *_ = save_figure(sheet, classifier, image, photo.name, views)
-        rows.append([photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet])
-    print_table(["photo", "class", "score", "second", "score", "sheet"], rows, left=6)
+        first, second, *_ = save_figure(sheet, classifier, read_image(photo).to(device), photo.name, views)
+        rows.append((photo.name, first, second, sheet))
+    if request.as_json:
+        print(json.dumps([
+            {"photo": name, "predictions": [vars(first), vars(second)], "sheet": str(sheet)}
+            for name, first, second, sheet in rows
+        ]))  # fmt: skip
+        return
+    print_table(
+        ["photo", "class", "score", "second", "score", "sheet"],
+        [
+            [name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet]
+            for name, first, second, sheet in rows
+        ],
+        left=6,
+    )
+
+
+def _serve(request: DemoRequest, photos: list[Path]) -> None:
+    request.reject_unused(("out", "as_json"), "with --web")
+    from kornia_tinyvit.web.page import serve  # gradio takes seconds to import, and is an extra
+
+    sam = request.sam_weights or SAM
+    if sam != SAM and not urlparse(sam).scheme and not Path(sam).is_file():
+        raise FileNotFoundError(f"There is no file {sam} for --sam-weights.")
+    missing = [path for path in photos if not path.is_file()]
+    if missing:
+        raise FileNotFoundError(f"There is no image {missing[0]}.")
+    classifier = options.build_classifier(request.variant, request.weights, request.device, tta=True)
+    # An empty --host (an unset variable of a script) would listen to the whole network.
+    serve(classifier, sam, str(options.find_device(request.device)), photos, request.host or HOST, request.port)

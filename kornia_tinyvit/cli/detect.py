@@ -5,44 +5,49 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-
-from kornia_tinyvit.cli.options import Device, Json, build_network
+from kornia_tinyvit.cli import options
+from kornia_tinyvit.cli.requests import Request, command
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import draw_detections, save_image
 
 
-def detect(
-    photos: Annotated[list[Path], typer.Argument(help="Image files.")],
-    checkpoint: Annotated[Path, typer.Option(help="A detector's file, such as 'train --task detection' writes.")],
-    out: Annotated[Path, typer.Option(help="Folder for the images with boxes and detections.json.")] = Path(
+@dataclass(frozen=True, kw_only=True)
+class DetectRequest(Request):
+    """The options of ``detect``."""
+
+    photos: options.Photos
+    weights: Annotated[str, options.weights_option(help="Path of a detector, e.g. of 'train --task detection'.")]
+    threshold: Annotated[float, options.output_option(min=0, max=0.999, help="Lowest score of a detection.")] = 0.3
+    out: Annotated[Path, options.output_option(help="Folder for images with boxes and detections.json.")] = Path(
         "detections"
-    ),
-    threshold: Annotated[float, typer.Option(min=0, max=0.999, help="Least score of what is told.")] = 0.3,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Find the objects of photos and draw boxes around them."""
-    detector = build_network(TinyViTDetector, None, checkpoint, device)
-    out.mkdir(parents=True, exist_ok=True)
+    )
+    device: options.Device = "auto"
+
+
+@command
+def detect(request: DetectRequest) -> None:
+    """Detect objects in photos and draw their boxes."""
+    detector = options.build_network(TinyViTDetector, None, request.weights, request.device)
+    request.out.mkdir(parents=True, exist_ok=True)
     rows = []
-    for photo, name in zip(photos, _names(photos), strict=True):
+    for photo, name in zip(request.photos, _names(request.photos), strict=True):
         image = read_image(photo)
-        (found,) = detector.predict(image, threshold)
-        drawn = out / f"{name}.png"
+        (found,) = detector.predict(image, request.threshold)
+        drawn = request.out / f"{name}.png"
         save_image(drawn, draw_detections(image, found))
         height, width = image.shape[1:]
         rows.append({
             "photo": str(photo), "drawn": str(drawn), "width": width, "height": height,
             "detections": [vars(each) for each in found],
         })  # fmt: skip
-    write_text(out / "detections.json", json.dumps(rows, indent=1))
-    if as_json:
+    write_text(request.out / "detections.json", json.dumps(rows, indent=1))
+    if request.as_json:
         print(json.dumps(rows))
         return
     for row in rows:
@@ -50,7 +55,7 @@ def detect(
 
 
 def _names(photos: Sequence[Path]) -> list[str]:
-    """Return a file name for each photo: its own, with a number where several have one name."""
+    """Return a file name per photo: its stem, numbered where several have the same."""
     seen: Counter[str] = Counter()
     names = []
     for photo in photos:

@@ -1,9 +1,10 @@
-"""Options that commands share."""
+"""Options of several commands, and the networks and devices that they describe."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from enum import StrEnum
+from functools import partial
+from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import torch
@@ -12,88 +13,84 @@ from torch import nn
 
 from kornia_tinyvit.classification import ImageClassifier
 
-Variant = Annotated[
+#: Groups of options in ``--help``, in their order.
+PANELS = (
+    "Weights", "Data", "Prompts", "Budget", "Search", "Training", "Teacher", "Semantic segmentation",
+    "Promptable segmentation", "Detection", "Metrics", "Graph", "Web demo", "Hardware", "Output",
+)  # fmt: skip
+weights_option = partial(typer.Option, rich_help_panel="Weights")
+data_option = partial(typer.Option, rich_help_panel="Data")
+training_option = partial(typer.Option, rich_help_panel="Training")
+promptable_option = partial(typer.Option, rich_help_panel="Promptable segmentation")
+hardware_option = partial(typer.Option, rich_help_panel="Hardware")
+output_option = partial(typer.Option, rich_help_panel="Output")
+
+Photos = Annotated[list[Path], typer.Argument(help="Image files.")]
+Variant = Annotated[str | None, weights_option(help="1m, 5m, 11m or 21m. Default: the variant of --weights.")]
+Weights = Annotated[
     str | None,
-    typer.Option(help="1m, 5m, 11m or 21m; may be left out when --pretrained is a file with its configuration."),
-]
-Pretrained = Annotated[
-    str | None,
-    typer.Option(
-        help="Weights: a name that 'pretrained' lists, a file, a hub folder or a URL. Default: the variant's best."
+    weights_option(
+        help="Name in 'kornia-tinyvit pretrained', path, hub folder or URL. Default: the best of --variant; without "
+        "it, the CIFAR-10 network of the package."
     ),
 ]
-Device = Annotated[str, typer.Option(help="cpu, cuda, mps, ...")]
-ImgSize = Annotated[int | None, typer.Option(help="Side in pixels to run at. Default: what the weights were made for.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Augmented = Annotated[bool, typer.Option("--tta", help="Average over a flip and a closer look (3 times the work).")]
-
-MinArea = Annotated[int, typer.Option(min=1, help="Promptable: leave out objects of fewer pixels of their image.")]
-
+ImgSize = Annotated[int | None, weights_option(help="Side of the input in pixels. Default: that of the weights.")]
+Augmented = Annotated[bool, weights_option("--tta", help="Average over a flip and a crop, at 3 times the cost.")]
+Device = Annotated[str, hardware_option(help="auto (a GPU if available), cpu, cuda, cuda:1, mps, ...")]
+Precision = Annotated[str, hardware_option(help="no, bf16 or fp16.")]
+Workers = Annotated[int, hardware_option(min=0, help="Processes that read images.")]
+MinArea = Annotated[int, promptable_option(min=1, help="Leave out objects of fewer pixels.")]
+Json = Annotated[bool, output_option("--json", help="Print one JSON document.")]
+Quiet = Annotated[bool, output_option("--quiet", help="Print results and errors only, no progress and no notes.")]
 
 Network = TypeVar("Network", bound=nn.Module)
 
-#: What a network can be trained for.
+#: What a network is trained for.
 TaskName = StrEnum("TaskName", ("classification", "semantic", "promptable", "detection"))
 
 
-def refuse_idle(context: typer.Context, names: Iterable[str], where: str) -> None:
-    """Refuse options that were given where they would do nothing, lest someone takes them for done.
-
-    Args:
-        context: the command's.
-        names: the parameters of the command that do nothing.
-        where: what makes them idle, such as ``"with --task semantic"``.
-
-    Raises:
-        ValueError: naming the options that were given.
-    """
-    spelled = {str(parameter.name): parameter.opts[0] for parameter in context.command.params}
-    sources = {name: context.get_parameter_source(name) for name in names}
-    given = [spelled[name] for name, source in sources.items() if source is not None and source.name == "COMMANDLINE"]
-    if given:
-        them = "it" if len(given) == 1 else "them"
-        raise ValueError(f"{', '.join(given)} would do nothing {where}; leave {them} out.")
-
-
 def build_network(
-    kind: type[Network], variant: str | None, pretrained: Any, device: str, img_size: Any = None, **settings: Any
+    kind: type[Network], variant: str | None, weights: Any, device: str, img_size: Any = None, **settings: Any
 ) -> Network:
-    """Build what the options describe, in evaluation mode.
+    """Build a network in evaluation mode.
 
     Args:
-        kind: class of the network.
-        variant: as ``from_config`` of the class takes it, like the rest.
-        pretrained: weights.
-        device: name of a device.
-        img_size: size to run at, ``None`` for that of the weights.
+        kind: class of the network; its ``from_config`` takes the other arguments.
+        variant: ``--variant``.
+        weights: ``--weights``.
+        device: ``--device``.
+        img_size: input size, ``None`` for that of the weights.
         **settings: for ``from_config``.
     """
     if img_size is not None:
         settings["img_size"] = img_size
-    network: Network = kind.from_config(variant, pretrained=pretrained, **settings)  # type: ignore[attr-defined]
-    return network.to(parse_device(device)).eval()
+    network: Network = kind.from_config(variant, pretrained=weights, **settings)  # type: ignore[attr-defined]
+    return network.to(find_device(device)).eval()
 
 
 def build_classifier(
-    variant: str | None, pretrained: str | None, device: str, img_size: int | None = None, tta: bool = False
+    variant: str | None, weights: str | None, device: str, img_size: int | None = None, tta: bool = False
 ) -> ImageClassifier:
-    """Build what the options describe; with none, the network that comes with the package."""
-    if variant is None and pretrained is None:
-        variant, pretrained = "1m", "cifar10"
+    """Build a classifier; without variant and weights, the network of the package."""
+    if variant is None and weights is None:
+        variant, weights = "1m", "cifar10"
     views = ImageClassifier.DEFAULT_VIEWS if tta else ()
-    return build_network(ImageClassifier, variant, pretrained or True, device, img_size, views=views)
+    return build_network(ImageClassifier, variant, weights or True, device, img_size, views=views)
 
 
-def parse_device(name: str) -> torch.device:
-    """Turn a name into a device that is there.
+def find_device(name: str) -> torch.device:
+    """Return an available device; ``"auto"`` is the accelerator, or the CPU without one.
 
     Raises:
-        ValueError: if there is no such kind of device, or it is not available.
+        ValueError: if there is no such device.
     """
+    if name == "auto":
+        accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
+        return accelerator or torch.device("cpu")
     try:
         device = torch.device(name)
         torch.zeros(1, device=device)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
-        raise ValueError(f"The device {name!r} cannot be used here ({reason}); try --device cpu.") from error
+        raise ValueError(f"--device {name} is not available ({reason}); use --device auto.") from error
     return device

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -14,62 +16,62 @@ from PIL import Image
 from torch import Tensor
 
 from kornia_tinyvit.checkpoints import CheckpointError
-from kornia_tinyvit.cli.options import Device, Json, build_network
+from kornia_tinyvit.cli import options
+from kornia_tinyvit.cli.requests import Request, command
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_pixels, to_pil
-from kornia_tinyvit.ops import RLE, decode_rle, encode_rle, mask_boxes
+from kornia_tinyvit.ops import decode_rle, encode_rle, mask_boxes
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.visualization import draw_overlay, save_image
 
-Found = list[dict[str, Any]]
-
-
-#: How masks are written.
 Format = StrEnum("Format", ("png", "coco"))
-
-
-#: Points :math:`(N, 2)` on one object, their labels :math:`(N,)`, and boxes :math:`(K, 4)` around one each.
+#: Points of one object :math:`(N, 2)`, their labels :math:`(N,)`, and boxes :math:`(K, 4)` of one object each.
 Prompts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
+prompt_option = partial(typer.Option, rich_help_panel="Prompts")
 
-def segment(
-    photo: Annotated[Path, typer.Argument(help="Image file.")],
+
+@dataclass(frozen=True, kw_only=True)
+class SegmentRequest(Request):
+    """The options of ``segment``."""
+
+    photo: Annotated[Path, typer.Argument(help="Image file.")]
     point: Annotated[
         list[str] | None,
-        typer.Option(help="x,y on the object, or x,y,0 off it; several describe one object. In pixels of the photo."),
-    ] = None,
-    box: Annotated[
-        list[str] | None, typer.Option(help="left,top,right,bottom around an object; each finds one of its own.")
-    ] = None,
-    everything: Annotated[bool, typer.Option("--everything", help="Find all there is, without prompts.")] = False,
-    out: Annotated[Path, typer.Option(help="Folder for the overlay and the masks.")] = Path("segments"),
-    mask_format: Annotated[
-        Format, typer.Option("--format", help="Masks as a PNG file each, or as one COCO JSON file.")
-    ] = Format.png,
+        prompt_option(help="x,y on the object or x,y,0 on the background, in pixels; all points mark one object."),
+    ] = None
+    box: Annotated[list[str] | None, prompt_option(help="left,top,right,bottom; one object per box.")] = None
+    everything: Annotated[bool, prompt_option("--everything", help="Segment everything, without prompts.")] = False
     variant: Annotated[
-        str | None, typer.Option(help="Encoder: 1m, 5m, 11m or 21m. Default: that of the weights.")
-    ] = None,
-    checkpoint: Annotated[
-        str | None, typer.Option(help="Path or URL of a whole MobileSAM. Default: the published one, downloaded once.")
-    ] = None,
+        str | None, options.weights_option(help="Encoder: 1m, 5m, 11m or 21m. Default: that of --weights.")
+    ] = None
+    weights: Annotated[
+        str | None,
+        options.weights_option(help="Path or URL of a MobileSAM. Default: the published one, downloaded once."),
+    ] = None
     img_size: Annotated[
         str | None,
-        typer.Option(
-            help="Side in pixels to run at, or heightxwidth such as 512x1024; multiples of 16. Default: that of the "
-            "weights, 1024."
+        options.weights_option(
+            help="Input size in pixels, a side or heightxwidth such as 512x1024; multiples of 16. Default: that of "
+            "the weights, 1024."
         ),
-    ] = None,
-    device: Device = "cpu",
-    as_json: Json = False,
-) -> None:
-    """Cut objects out of a photo: those at points, in boxes, or everything."""
-    prompts = _parse(point or [], box or [], everything)
+    ] = None
+    device: options.Device = "auto"
+    out: Annotated[Path, options.output_option(help="Folder for the overlay and the masks.")] = Path("segments")
+    format: Annotated[
+        Format, options.output_option(help="png: one file per mask; coco: one JSON file with run-length codes.")
+    ] = Format.png
+
+
+@command
+def segment(request: SegmentRequest) -> None:
+    """Segment objects in a photo: at points, in boxes, or everything."""
+    photo, prompts = request.photo, _parse_prompts(request)
     pixels = read_pixels(photo)
-    sam = _build(variant, checkpoint, device, _parse_size(img_size))
-    image = to_pil(pixels)
-    found = _everything(sam, image) if everything else _prompted(sam, image, prompts)
-    written = _write(out, photo, pixels, found, prompts, mask_format)
-    if as_json:
+    sam = _build(request)
+    found = _segment_everything(sam, to_pil(pixels)) if request.everything else _segment_prompts(sam, pixels, prompts)
+    written = _write(request, pixels, found, prompts)
+    if request.as_json:
         rows = [{name: value for name, value in each.items() if name != "segmentation"} for each in found]
         print(json.dumps({"photo": str(photo), "files": [str(path) for path in written], "masks": rows}))
         return
@@ -80,37 +82,30 @@ def segment(
         print(f"{number:4} {place}, predicted IoU {each['predicted_iou']:.3f}")
 
 
-def _parse(points: list[str], boxes: list[str], everything: bool) -> Prompts:
-    if everything and (points or boxes):
-        raise ValueError("--everything takes no --point and no --box.")
-    if not (everything or points or boxes):
-        raise ValueError("Say what to find: --point x,y, --box left,top,right,bottom or --everything.")
+def _parse_prompts(request: SegmentRequest) -> Prompts:
+    points, boxes = request.point or [], request.box or []
+    if request.everything:
+        request.reject_unused(("point", "box"), "with --everything")
+    elif not (points or boxes):
+        raise ValueError("No prompt; give --point x,y, --box left,top,right,bottom or --everything.")
     if points and len(boxes) > 1:
-        raise ValueError("Points describe one object, so they go with one --box at most.")
+        raise ValueError(f"Points mark one object and go with at most one --box; got {len(boxes)} boxes.")
     places = [_numbers("--point", text, (2, 3), "x,y or x,y,label, such as 1,2") for text in points]
     corners = [_numbers("--box", text, (4,), "left,top,right,bottom, such as 1,2,3,4") for text in boxes]
-    labels = [int(place[2]) if len(place) == 3 else 1 for place in places]
-    if any(label not in (0, 1) for label in labels) or any(len(each) == 3 and each[2] % 1 for each in places):
-        raise ValueError("The label of a --point is 1 on the object or 0 off it.")
+    if any(place[2:] not in ([], [0], [1]) for place in places):
+        raise ValueError("The label of a --point must be 1 (object) or 0 (background).")
     return (
         torch.tensor([place[:2] for place in places]) if places else None,
-        torch.tensor(labels) if places else None,
+        torch.tensor([int(place[2]) if len(place) == 3 else 1 for place in places]) if places else None,
         torch.tensor(corners) if corners else None,
     )
 
 
-def _parse_size(text: str | None) -> int | tuple[int, int] | None:
-    if text is None:
-        return None
-    sides = _numbers("--img-size", text, (1, 2), "a side, or heightxwidth such as 512x1024", int, "x")
-    return sides[0] if len(sides) == 1 else (sides[0], sides[1])
-
-
 def _numbers(
-    option: str, text: str, counts: tuple[int, ...], form: str, kind: Callable[[str], Any] = float, between: str = ","
+    option: str, text: str, counts: tuple[int, ...], form: str, kind: Callable[[str], Any] = float, separator: str = ","
 ) -> list[Any]:
     try:
-        numbers = [kind(part) for part in text.split(between)]
+        numbers = [kind(part) for part in text.split(separator)]
     except ValueError:
         numbers = []
     if len(numbers) not in counts:
@@ -118,22 +113,27 @@ def _numbers(
     return numbers
 
 
-def _build(variant: str | None, checkpoint: str | None, device: str, size: int | tuple[int, int] | None) -> MobileSAM:
+def _build(request: SegmentRequest) -> MobileSAM:
+    size: Any = None
+    if request.img_size is not None:
+        form = "a side, or heightxwidth such as 512x1024"
+        sides = _numbers("--img-size", request.img_size, (1, 2), form, int, "x")
+        size = sides[0] if len(sides) == 1 else tuple(sides)
     try:
-        return build_network(MobileSAM, variant, checkpoint or True, device, size)
+        return options.build_network(MobileSAM, request.variant, request.weights or True, request.device, size)
     except CheckpointError as error:
-        if checkpoint is not None:
+        if request.weights is not None:
             raise
-        raise CheckpointError(f"{error} On the command line that is --checkpoint FILE.") from error
+        raise CheckpointError(f"{error} Give the file by --weights FILE.") from error
 
 
-def _everything(sam: MobileSAM, image: Image.Image) -> Found:
+def _segment_everything(sam: MobileSAM, image: Image.Image) -> list[dict[str, Any]]:
     # Encoded, because hundreds of masks of a large photo do not fit into memory.
     masks = sam.generate_masks(image, output_mode="coco_rle")
     return [
         {
             "segmentation": mask.segmentation,
-            # segment-anything tells the distance of the outermost pixels, COCO how many pixels there are.
+            # segment-anything returns the distance between the outermost pixels, COCO counts pixels.
             "bbox": [*mask.bbox[:2], mask.bbox[2] + 1, mask.bbox[3] + 1],
             "area": mask.area,
             "predicted_iou": mask.predicted_iou,
@@ -143,50 +143,47 @@ def _everything(sam: MobileSAM, image: Image.Image) -> Found:
     ]
 
 
-def _prompted(sam: MobileSAM, image: Image.Image, prompts: Prompts) -> Found:
+def _segment_prompts(sam: MobileSAM, pixels: Tensor, prompts: Prompts) -> list[dict[str, Any]]:
     points, labels, boxes = prompts
     if points is not None and labels is not None:
         points, labels = points[None], labels[None]
-    best = sam.predict_best(sam.embed(image), points, labels, boxes)
+    best = sam.predict_best(sam.embed(to_pil(pixels)), points, labels, boxes)
     masks = best.masks()[:, 0].cpu()
-    found = []
-    for mask, corners, score in zip(masks, mask_boxes(masks).long().tolist(), best.scores[:, 0].tolist(), strict=True):
-        left, top, right, bottom = corners
-        found.append(
-            {
-                "segmentation": encode_rle(mask, compressed=True),
-                "bbox": [left, top, right - left, bottom - top],
-                "area": int(mask.sum()),
-                "predicted_iou": score,
-            }
-        )
-    return found
+    corners = mask_boxes(masks).long().tolist()
+    return [
+        {
+            "segmentation": encode_rle(mask, compressed=True),
+            "bbox": [left, top, right - left, bottom - top],
+            "area": int(mask.sum()),
+            "predicted_iou": score,
+        }
+        for mask, (left, top, right, bottom), score in zip(masks, corners, best.scores[:, 0].tolist(), strict=True)
+    ]
 
 
-def _write(out: Path, photo: Path, pixels: Tensor, found: Found, prompts: Prompts, form: Format) -> list[Path]:
-    """Write the overlay and the masks; return their paths, the overlay first."""
+def _write(request: SegmentRequest, pixels: Tensor, found: list[dict[str, Any]], prompts: Prompts) -> list[Path]:
+    """Write the overlay and the masks and return their paths, the overlay first."""
+    out, photo = request.out, request.photo
     overlay = out / f"{photo.stem}_overlay.png"
-    save_image(overlay, draw_overlay(pixels, _decoded(found), *prompts))
+    save_image(overlay, draw_overlay(pixels, _decode(found), *prompts))
     written = [overlay]
-    if form is Format.coco:
+    if request.format is Format.coco:
         written.append(out / f"{photo.stem}.json")
         write_text(written[-1], json.dumps(_coco(photo, pixels, found)))
         return written
-    for number, (each, mask) in enumerate(zip(found, _decoded(found), strict=True)):
+    for number, (each, mask) in enumerate(zip(found, _decode(found), strict=True)):
         written.append(out / f"{photo.stem}_mask_{number:03}.png")
         save_image(written[-1], Image.fromarray(mask.numpy()))
         each["file"] = str(written[-1])
     return written
 
 
-def _decoded(found: Found) -> Iterator[Tensor]:
-    for each in found:
-        rle: RLE = each["segmentation"]
-        yield torch.from_numpy(decode_rle(rle).copy())
+def _decode(found: list[dict[str, Any]]) -> Iterator[Tensor]:
+    return (torch.from_numpy(decode_rle(each["segmentation"]).copy()) for each in found)
 
 
-def _coco(photo: Path, pixels: Tensor, found: Found) -> dict[str, Any]:
-    """Return COCO's record of a photo and its masks (cocodataset.org, "Data format")."""
+def _coco(photo: Path, pixels: Tensor, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Return a COCO record of a photo and its masks (cocodataset.org, "Data format")."""
     height, width = pixels.shape[1:]
     return {
         "images": [{"id": 1, "file_name": photo.name, "height": height, "width": width}],

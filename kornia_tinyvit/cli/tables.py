@@ -8,17 +8,17 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-__all__ = ["print_names", "print_table"]
+__all__ = ["print_table"]
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: int = 1, notes: int = 0) -> None:
-    """Print a table; names and numbers stand as they are, without markup or color.
+    """Print a table of plain text, without markup and color.
 
     Args:
         columns: headings.
         rows: cells of each row.
-        left: how many of the first columns are texts, aligned to the left; the others are numbers, to the right.
-        notes: how many of the last columns are texts, too. Texts are folded where the terminal is narrow.
+        left: number of first columns with text, aligned to the left; the others hold numbers, aligned to the right.
+        notes: number of last columns with text. Text is folded where the terminal is narrow.
     """
     table = Table(box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for number, name in enumerate(columns):
@@ -27,9 +27,3 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]], left: 
     for row in rows:
         table.add_row(*map(str, row))
     Console(highlight=False, markup=False, emoji=False).print(table)
-
-
-def print_names(text: str, names: Sequence[str], most: int = 5) -> None:
-    """Print how many names there are and some of them after a text; nothing if there are none."""
-    if names:
-        print(f"{text}: {len(names)}, such as {'; '.join(names[:most])}")

@@ -12,9 +12,8 @@ import typer
 
 from kornia_tinyvit import training
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import MinArea, TaskName, refuse_idle
+from kornia_tinyvit.cli.options import MinArea, TaskName, promptable_option, training_option
 from kornia_tinyvit.cli.requests import command
-from kornia_tinyvit.cli.tables import print_names
 from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.model import TinyViT
@@ -23,7 +22,7 @@ from kornia_tinyvit.training import RECIPES, Recipe
 from kornia_tinyvit.training.tasks.base import Task
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
-#: Parts of MobileSAM whose weights may stay as they are.
+#: Parts of MobileSAM that can be frozen.
 Frozen = StrEnum("Frozen", ("image_encoder", "prompt_encoder"))
 
 _OPTIONS_OF_TASKS = {
@@ -40,115 +39,133 @@ class TrainRequest(shared.LoopRequest):
     data: Annotated[
         Path,
         typer.Argument(
-            help="Images: a folder of class folders, parquet files of the Hugging Face hub, or tar files. Semantic: "
-            "a folder with images and masks, or a YAML file that names those of train and val and the classes. "
-            "Promptable: a folder with images and masks or labels, or a YAML file that names images and instances. "
-            "Detection: the YAML file of a YOLO data set, a JSON file of COCO's, or a folder with one of them."
+            help="Images. Classification: folder of class folders, parquet files of the Hugging Face hub, tar files. "
+            "Semantic: folder with images and masks, or YAML file that names those of train and val and the classes. "
+            "Promptable: folder with images and masks or labels, or YAML file that names images and instances. "
+            "Detection: YAML file of a YOLO dataset, COCO JSON file, folder with one of them, or Pascal VOC folder."
         ),
     ]
     task: Annotated[
         TaskName,
         typer.Option(
-            help="classification: a class an image; semantic: a class a pixel; promptable: MobileSAM, on a mask for "
-            "each object; detection: boxes, by RT-DETR."
+            rich_help_panel="Training",
+            help="classification: a class per image; semantic: a class per pixel; promptable: MobileSAM, a mask per "
+            "object; detection: boxes, by RT-DETR.",
         ),
     ] = TaskName.classification
-    recipe: Annotated[str | None, typer.Option(help=f"{', '.join(RECIPES)}. Default: in1k, or that of the task.")] = (
-        None
-    )
+    recipe: Annotated[
+        str | None, training_option(help=f"{', '.join(RECIPES)}. Default: in1k, or the name of the task.")
+    ] = None
     out: shared.Out = Path("runs/train")
-    validate_every: Annotated[int, typer.Option(min=1, help="Epochs from one measurement to the next.")] = 1
+    validate_every: Annotated[int, training_option(min=1, help="Epochs between evaluations.")] = 1
     class_balance: Annotated[
-        float, typer.Option(min=0, max=1, help="Semantic: make up for rare classes; 0 not at all, 1 wholly.")
+        float,
+        typer.Option(
+            rich_help_panel="Semantic segmentation", min=0, max=1, help="Weight of rare classes, from 0 (none) to 1."
+        ),
     ] = 0.0
     freeze: Annotated[
-        list[Frozen] | None, typer.Option(help="Promptable: a part whose weights stay; may be given twice.")
+        list[Frozen] | None, promptable_option(help="Part whose weights are not trained; may be repeated.")
     ] = None
-    prompts: Annotated[int, typer.Option(min=1, help="Promptable: objects of an image to ask for each time.")] = 8
+    prompts: Annotated[int, promptable_option(min=1, help="Objects per image and step.")] = 8
     box_fraction: Annotated[
-        float, typer.Option(min=0, max=1, help="Promptable: share of boxes among the prompts; the others are points.")
+        float, promptable_option(min=0, max=1, help="Fraction of prompts that are boxes; the others are points.")
     ] = 0.5
     min_area: MinArea = 1
-    queries: Annotated[int, typer.Option(min=1, help="Detection: how many objects an image may show.")] = 300
+    queries: Annotated[
+        int, typer.Option(rich_help_panel="Detection", min=1, help="Maximum number of objects per image.")
+    ] = 300
 
 
 @command
-def train(context: typer.Context, asked: TrainRequest) -> None:
-    """Train a network on labeled images; start it with torchrun or accelerate launch for several GPUs."""
-    idle = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not asked.task for name in names)
-    refuse_idle(context, idle, f"with --task {asked.task}")
-    if asked.validation is None:
-        refuse_idle(context, ("validate_every",), "without --validation")
-    usual = "in1k" if asked.task is TaskName.classification else asked.task.value
-    recipe = asked.find_recipe(asked.recipe or usual)
-    task, model, samples, objective, validation = _PLANS[asked.task](asked, recipe)
+def train(request: TrainRequest) -> None:
+    """Train a network on labeled images, or resume a training.
+
+    Start it with torchrun or accelerate launch for several GPUs.
+    """
+    unused = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not request.task for name in names)
+    request.reject_unused(unused, f"with --task {request.task}")
+    if request.validation is None:
+        request.reject_unused(("validate_every",), "without --validation")
+    default = "in1k" if request.task is TaskName.classification else request.task.value
+    recipe = request.find_recipe(request.recipe or default)
+    task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
     images = samples.images
-    if not asked.as_json:
-        missing = (*getattr(images, "without_mask", ()), *getattr(images, "without_image", ()))
-        print_names("Left out, since their images or masks are missing", missing)
-        print_names("Boxes left out", getattr(images, "left_out", ()))
-    asked.train(
+    request.note_names(
+        "Images and labels left out because the other is missing", (*images.without_mask, *images.without_image)
+    )
+    request.note_names("Boxes left out", images.left_out)
+    request.train(
         model,
         samples,
         objective,
         recipe,
         task=task,
         validation=validation,
-        validate_every=asked.validate_every,
+        validate_every=request.validate_every,
         class_names=images.class_names,
     )
 
 
-def _augment(asked: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **options: Any) -> Any:
-    """Return a recipe's augmentation."""
-    return kind(recipe.img_size, recipe.preset, asked.seed, **options, **recipe.changes)
+def _augment(request: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **options: Any) -> Any:
+    """Return the augmentation of a recipe."""
+    return kind(recipe.img_size, recipe.preset, request.seed, **options, **recipe.changes)
 
 
-#: A task, what is trained, its samples, the loss, and the validation data.
+#: A task, the network in training, the samples, the loss, and the validation images.
 _Plan = tuple[Task, Any, Any, Any, Any]
 
 
-def _plan_classifier(asked: TrainRequest, recipe: Recipe) -> _Plan:
-    samples = asked.samples(recipe, asked.on_broken)
+def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
+    samples = request.augment(recipe, request.on_broken)
     images = samples.images
-    model = asked.network(TinyViT.from_config, recipe, num_classes=images.num_classes)
-    validation = asked.validation_images(images.class_names)
+    model = request.build_network(TinyViT.from_config, recipe, num_classes=images.num_classes)
+    validation = request.open_validation(images.class_names)
     return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 
 
-def _plan_segmenter(asked: TrainRequest, recipe: Recipe) -> _Plan:
-    images = asked.drawn(SegmentationDataset.open(asked.data, "train"))
-    samples = training.SegmentationSamples(images, _augment(asked, recipe, training.MaskAugmentation), asked.on_broken)
-    model = asked.network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
+def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
+    images = request.sample(SegmentationDataset.open(request.data, "train"))
+    samples = training.SegmentationSamples(
+        images, _augment(request, recipe, training.MaskAugmentation), request.on_broken
+    )
+    model = request.build_network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
     validation = None
-    if asked.validation is not None:
+    if request.validation is not None:
         classes = dict(zip(images.ids, images.class_names, strict=True))
-        validation = SegmentationDataset.open(asked.validation, "val", classes, images.ignored)
-    weights = training.balanced_weights(images, asked.class_balance) if asked.class_balance else None
+        validation = SegmentationDataset.open(request.validation, "val", classes, images.ignored)
+    weights = training.balanced_weights(images, request.class_balance) if request.class_balance else None
     objective = training.SegmentationLoss(samples.augmentation.preset.label_smoothing, weights)
     return training.SEMANTIC, model, samples, objective, validation
 
 
-def _plan_promptable(asked: TrainRequest, recipe: Recipe) -> _Plan:
-    images = asked.drawn(InstanceDataset.open(asked.data, "train", asked.min_area))
+def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
+    images = request.sample(InstanceDataset.open(request.data, "train", request.min_area))
     augmentation = _augment(
-        asked, recipe, training.PromptAugmentation, prompting=training.Prompting(asked.prompts, asked.box_fraction)
+        request,
+        recipe,
+        training.PromptAugmentation,
+        prompting=training.Prompting(request.prompts, request.box_fraction),
     )
-    sam = asked.network(training.build_sam, recipe, scaled=False)  # windows are MobileSAM's own at every size
-    held_out = asked.validation
-    validation = None if held_out is None else InstanceDataset.open(held_out, "val", asked.min_area)
-    samples = training.PromptedSamples(images, augmentation, asked.on_broken)
-    model = training.PromptedSAM(sam, asked.freeze or ())
+    sam = request.build_network(
+        training.build_sam, recipe, scale_windows=False
+    )  # MobileSAM has the same windows at every size
+    held_out = request.validation
+    validation = None if held_out is None else InstanceDataset.open(held_out, "val", request.min_area)
+    samples = training.PromptedSamples(images, augmentation, request.on_broken)
+    model = training.PromptedSAM(sam, request.freeze or ())
     return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
 
 
-def _plan_detector(asked: TrainRequest, recipe: Recipe) -> _Plan:
-    images = asked.drawn(DetectionDataset.open(asked.data, "train"))
-    samples = training.DetectionSamples(images, _augment(asked, recipe, training.BoxAugmentation), asked.on_broken)
-    options: dict[str, Any] = {"class_names": images.class_names, "num_queries": asked.queries}
-    detector = asked.network(TinyViTDetector.from_config, recipe, scaled=False, **options)  # its images are large
+def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
+    images = request.sample(DetectionDataset.open(request.data, "train"))
+    samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
+    options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
+    detector = request.build_network(
+        TinyViTDetector.from_config, recipe, scale_windows=False, **options
+    )  # images are large
     model = training.DetectorTraining(detector)
-    validation = None if asked.validation is None else DetectionDataset.open(asked.validation, "val")
+    validation = None if request.validation is None else DetectionDataset.open(request.validation, "val")
     return training.DETECTION, model, samples, training.DetectionLoss(model), validation
 
 

@@ -40,7 +40,7 @@ def folder(tmp_path):
 class TestBenchmark:
     def test_json(self, weights):
         options = ("--engines", "eager", "--dtypes", "float32,int8", "--batch-sizes", "2,1", "--json", *FAST)
-        report = json.loads(run("benchmark", "--pretrained", weights, *options))
+        report = json.loads(run("benchmark", "--weights", weights, *options))
         measured, skipped, *others = report["rows"]
         assert [(row["batch"], row["dtype"]) for row in others] == [(1, "float32"), (1, "int8")]
         assert (measured["engine"], measured["dtype"], measured["batch"]) == ("eager", "float32", 2)
@@ -57,7 +57,7 @@ class TestBenchmark:
 
     def test_judged_by_data(self, weights, folder):
         options = ("--engines", "eager", "--dtypes", "float32,bfloat16", "--batch-sizes", "4", "--json", *FAST)
-        report = json.loads(run("benchmark", "--pretrained", weights, "--data", folder, *options))
+        report = json.loads(run("benchmark", "--weights", weights, "--data", folder, *options))
         exact = report["rows"][0]
         assert exact["agreement"] == 100
         assert exact["error"] < 1e-4
@@ -67,13 +67,13 @@ class TestBenchmark:
 
     def test_table(self, weights, folder):
         options = ("--engines", "eager", "--dtypes", "float32,int8", "--batch-sizes", "3", "--data", folder, *FAST)
-        output = run("benchmark", "--pretrained", weights, *options)
+        output = run("benchmark", "--weights", weights, *options)
         rows = [line.split() for line in output.splitlines() if line.split()[:1] == ["eager"]]
         assert rows[0][:3] == ["eager", "float32", "3"]
         assert rows[0][-2] == "100.00"
         assert rows[1] == ["eager", "int8", "3", *6 * ["-"]]
         assert "\neager int8: " in output
-        assert "top-1 of the network as it is: " in output
+        assert "top-1 of the unconverted network: " in output
         assert output.endswith("allocator default\n")
 
     def test_random_weights_are_not_judged(self, folder):
@@ -87,7 +87,7 @@ class TestBenchmark:
 
     def test_method(self, weights, folder):
         options = ("--engines", "eager", "--dtypes", "float32", "--batch-sizes", "1", "--json", *FAST)
-        arguments = ("benchmark", "--pretrained", weights, "--data", folder, *options)
+        arguments = ("benchmark", "--weights", weights, "--data", folder, *options)
         report = json.loads(run(*arguments, "--method", "forward_intermediates"))
         assert report["rows"][0]["agreement"] is None
         assert report["rows"][0]["error"] < 1e-4
@@ -103,9 +103,9 @@ class TestBenchmark:
 
         monkeypatch.setattr(ENGINES["inductor"], "__init__", fail)
         options = ("--engines", "onnxruntime,inductor,eager", "--dtypes", "float32", "--batch-sizes", "1", *FAST)
-        rows = json.loads(run("benchmark", "--pretrained", weights, *options, "--json"))["rows"]
+        rows = json.loads(run("benchmark", "--weights", weights, *options, "--json"))["rows"]
         assert [row["skipped"] for row in rows] == ["needs what is not here", "compiling failed", None]
-        output = run("benchmark", "--pretrained", weights, *options)
+        output = run("benchmark", "--weights", weights, *options)
         assert "onnxruntime float32: needs what is not here\ninductor float32: compiling failed\n" in output
 
     def test_allocator_and_threads(self, weights, monkeypatch):
@@ -114,11 +114,11 @@ class TestBenchmark:
         before = torch.get_num_threads()
         options = ("--engines", "eager", "--dtypes", "float32", "--batch-sizes", "1", "--repetitions", "1", "--json")
         try:
-            report = json.loads(run("benchmark", "--pretrained", weights, *options, "--threads", "3"))
+            report = json.loads(run("benchmark", "--weights", weights, *options, "--threads", "3"))
         finally:
             torch.set_num_threads(before)
         assert (report["machine"]["allocator"], report["machine"]["threads"]) == ("tuned", 3)
-        run("benchmark", "--pretrained", weights, *options, "--no-tune-allocator")
+        run("benchmark", "--weights", weights, *options, "--no-tune-allocator")
         assert len(done) == 1
 
 
@@ -133,4 +133,4 @@ class TestBenchmark:
     ],
 )
 def test_errors(weights, capfd, monkeypatch, options, message):
-    assert message in error_of(capfd, monkeypatch, "benchmark", "--pretrained", weights, *options, "--json")
+    assert message in error_of(capfd, monkeypatch, "benchmark", "--weights", weights, *options, "--json")

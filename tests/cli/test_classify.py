@@ -28,7 +28,7 @@ def wide(monkeypatch):
 
 class TestClassify:
     def test_json(self, weights):
-        rows = json.loads(run("classify", *PHOTOS, "--pretrained", weights, "--json"))
+        rows = json.loads(run("classify", *PHOTOS, "--weights", weights, "--json"))
         assert [row["photo"] for row in rows] == PHOTOS
         expected = ImageClassifier.from_config(pretrained=weights).predict(PHOTOS)
         for row, found in zip(rows, expected, strict=True):
@@ -37,24 +37,24 @@ class TestClassify:
             assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
 
     def test_table_tells_the_same(self, weights):
-        rows = json.loads(run("classify", *PHOTOS, "--pretrained", weights, "--json"))
+        rows = json.loads(run("classify", *PHOTOS, "--weights", weights, "--json"))
         expected = [
             [row["photo"] if rank == 0 else "", each["label"], f"{each['score']:.1%}"]
             for row in rows
             for rank, each in enumerate(row["predictions"])
         ]
-        assert cells(run("classify", *PHOTOS, "--pretrained", weights)) == expected
+        assert cells(run("classify", *PHOTOS, "--weights", weights)) == expected
 
     @pytest.mark.parametrize(("top_k", "count"), [("1", 1), ("3", 3), ("50", 10)])
     def test_top_k(self, weights, top_k, count):
-        (row,) = json.loads(run("classify", PHOTOS[0], "--pretrained", weights, "--top-k", top_k, "--json"))
+        (row,) = json.loads(run("classify", PHOTOS[0], "--weights", weights, "--top-k", top_k, "--json"))
         assert len(row["predictions"]) == count
 
     @pytest.mark.parametrize(
         ("option", "changes"), [(["--tta"], {"views": ImageClassifier.DEFAULT_VIEWS}), (["--img-size", "48"], {})]
     )
     def test_options(self, weights, option, changes):
-        arguments = ("classify", PHOTOS[0], "--pretrained", weights, "--json", "--top-k", "10")
+        arguments = ("classify", PHOTOS[0], "--weights", weights, "--json", "--top-k", "10")
         scores, plain = (
             {each["label"]: each["score"] for each in json.loads(run(*arguments, *more))[0]["predictions"]}
             for more in (option, [])
@@ -66,7 +66,7 @@ class TestClassify:
 
     def test_names_are_no_markup(self, weights, tmp_path):
         shutil.copy(PHOTOS[1], tmp_path / "a[bold]b :cat:.png")
-        output = run("classify", str(tmp_path / "a[bold]b :cat:.png"), "--pretrained", weights, "--top-k", "1")
+        output = run("classify", str(tmp_path / "a[bold]b :cat:.png"), "--weights", weights, "--top-k", "1")
         assert "a[bold]b :cat:.png" in output
 
     def test_network_in_the_package(self):
@@ -83,20 +83,20 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["{tmp}/gone.jpg", "--pretrained", "{weights}"], "There is no image {tmp}/gone.jpg"),
-            (["{tmp}/notes.jpg", "--pretrained", "{weights}"], "{tmp}/notes.jpg is not an image that can be read"),
-            (["{tmp}", "--pretrained", "{weights}"], "{tmp} is not an image that can be read"),
+            (["{tmp}/gone.jpg", "--weights", "{weights}"], "There is no image {tmp}/gone.jpg"),
+            (["{tmp}/notes.jpg", "--weights", "{weights}"], "{tmp}/notes.jpg is not an image that can be read"),
+            (["{tmp}", "--weights", "{weights}"], "{tmp} is not an image that can be read"),
             (["{photo}", "--variant", "6m"], "no TinyViT variant '6m'; choose one of 1m, 5m, 11m, 21m"),
-            (["{photo}", "--pretrained", "{weights}", "--variant", "6m"], "no TinyViT variant '6m'"),
-            (["{photo}", "--pretrained", "{weights}", "--variant", "5m"], "{weights}"),
-            (["{photo}", "--pretrained", "in2k", "--variant", "5m"], "no weights and no file 'in2k'"),
-            (["{photo}", "--pretrained", "{tmp}/gone.pth"], "no checkpoint file {tmp}/gone.pth"),
-            (["{photo}", "--pretrained", "{tmp}/notes.jpg"], "{tmp}/notes.jpg"),
-            (["{photo}", "--pretrained", "{weights}", "--device", "toaster"], "'toaster' cannot be used here"),
-            (["{photo}", "--pretrained", "{weights}", "--device", "cuda:99"], "'cuda:99' cannot be used here"),
-            (["{photo}", "--pretrained", "{weights}", "--top-k", "0"], "top_k must be a positive integer; got 0"),
-            (["{photo}", "--pretrained", "{weights}", "--img-size", "8"], "img_size must be an integer of at least 32"),
-            (["{photo}", "--variant", "5m", "--pretrained", "mobile_sam_"], "no weights and no file"),
+            (["{photo}", "--weights", "{weights}", "--variant", "6m"], "no TinyViT variant '6m'"),
+            (["{photo}", "--weights", "{weights}", "--variant", "5m"], "{weights}"),
+            (["{photo}", "--weights", "in2k", "--variant", "5m"], "no weights and no file 'in2k'"),
+            (["{photo}", "--weights", "{tmp}/gone.pth"], "no checkpoint file {tmp}/gone.pth"),
+            (["{photo}", "--weights", "{tmp}/notes.jpg"], "{tmp}/notes.jpg"),
+            (["{photo}", "--weights", "{weights}", "--device", "toaster"], "--device toaster is not available"),
+            (["{photo}", "--weights", "{weights}", "--device", "cuda:99"], "--device cuda:99 is not available"),
+            (["{photo}", "--weights", "{weights}", "--top-k", "0"], "top_k must be a positive integer; got 0"),
+            (["{photo}", "--weights", "{weights}", "--img-size", "8"], "img_size must be an integer of at least 32"),
+            (["{photo}", "--variant", "5m", "--weights", "mobile_sam_"], "no weights and no file"),
         ],
     )
     def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
@@ -115,12 +115,12 @@ class TestProcess:
 
     def test_answers(self, weights, tmp_path):
         Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-        done = self.process("classify", str(tmp_path / "red.png"), "--pretrained", weights, "--json")
+        done = self.process("classify", str(tmp_path / "red.png"), "--weights", weights, "--json")
         assert (done.returncode, done.stderr) == (0, "")
         assert json.loads(done.stdout)[0]["photo"] == str(tmp_path / "red.png")
 
     def test_mistakes(self, weights, tmp_path):
-        done = self.process("classify", str(tmp_path / "gone.jpg"), "--pretrained", weights)
+        done = self.process("classify", str(tmp_path / "gone.jpg"), "--weights", weights)
         assert (done.returncode, done.stdout) == (1, "")
         assert done.stderr == f"Error: There is no image {tmp_path / 'gone.jpg'}.\n"
 
@@ -128,7 +128,7 @@ class TestProcess:
         url = "http://weights.invalid/tiny.safetensors"
         dead = "http://127.0.0.1:9"
         done = self.process(
-            *("classify", PHOTOS[0], "--pretrained", url),
+            *("classify", PHOTOS[0], "--weights", url),
             **{"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "KORNIA_DOWNLOAD_TIMEOUT": "1"},
             TORCH_HOME=str(tmp_path),
         )

@@ -61,7 +61,7 @@ class TestContract:
         assert depths == {TINY["depths"]}, "no stage has more than two blocks"
         assert told["evaluated"] == sum(line["event"] == "evaluated" for line in journal(tmp_path / "out"))
         assert Image.open(tmp_path / "out" / "search.png").size == (1120, 400)
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["winner"], "--json"))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["winner"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
 
         # 'train' takes the file in the place of a variant, for a network like it with first weights of its own.
@@ -71,7 +71,7 @@ class TestContract:
         assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
 
     def test_text(self, folder, seed, tmp_path):
-        options = ("--max-parameters", "25k", "--start", "fresh", "--pretrained", str(seed))
+        options = ("--max-parameters", "25k", "--weights", str(seed))
         printed = run(*command(folder, seed, tmp_path / "out", *options))
         assert (tmp_path / "out" / "weights" / "seed.safetensors").exists()
         assert "step 2 of 2" in printed
@@ -116,11 +116,11 @@ class TestContract:
         result = SearchResult(tuple(pair), (0, 1), None, Budget(max_macs=1))
         before, after = first.depths[2], 1
         told = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
-        assert [change(result, each) for each in pair] == ["the first", told]
+        assert [change(result, each) for each in pair] == ["start", told]
 
     def test_killed(self, folder, seed, tmp_path):
         """Killed again and again, the search does nothing twice and comes to what one that was left alone comes to."""
-        options = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--cpu", "--json")
+        options = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--device", "cpu", "--json")
         whole = json.loads(run(*command(folder, seed, tmp_path / "whole", *options)))
         out = tmp_path / "out"
         evaluated: list[dict] = []
@@ -146,7 +146,7 @@ class TestContract:
         assert [line for line in journal(out) if line["event"] == "evaluated"][: len(evaluated)] == evaluated
 
     def test_processes_end_with_a_killed_search(self, folder, seed, tmp_path):
-        options = ("--max-parameters", "15k", "--processes", "2", "--cpu", "--json")
+        options = ("--max-parameters", "15k", "--processes", "2", "--device", "cpu", "--json")
         arguments = command(folder, seed, tmp_path / "out", *options)
         process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *arguments])
         while not any(line["event"] == "evaluated" for line in journal(tmp_path / "out")):
@@ -168,9 +168,9 @@ class TestContract:
         save = ("distill", "save", str(folder), str(store), "--teacher", teacher, *recipe, "--workers", "0")
         run(*save, "--epochs", "1", "--top-k", "2", "--json")
         os.unlink(tmp_path / "colors.py")  # no teacher runs
-        options = ("--max-parameters", "28k", "--store", str(store), "--json")
+        options = ("--max-parameters", "28k", "--store", str(store), "--start", "fresh", "--json")
         held_out = error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", *options))
-        assert "none can be held out: give --validation" in held_out
+        assert "none can be held out; give --validation" in held_out
         validation = make_images(tmp_path / "val", each=2, seed=5)
         told = json.loads(run(*command(folder, seed, tmp_path / "out", *options, "--validation", str(validation))))
         assert told["path"][-1]["costs"]["parameters"] <= 28e3
@@ -180,10 +180,10 @@ class TestContract:
         ("options", "message"),
         [
             ((), "A budget needs positive limits (max_parameters, "),
-            (("--max-macs", "30MM"), "--max-macs is a number such as 1.3M, 30e6 or 2G; got '30MM'"),
+            (("--max-macs", "30MM"), "--max-macs must be a number such as 1.3M, 30e6 or 2G; got '30MM'"),
             (("--max-macs", "1..2"), "got '1..2'"),
             (("--max-parameters", "10"), "cannot be met"),
-            (("--max-parameters", "20k", "--dtype", "float7"), "--dtype is one of float32"),
+            (("--max-memory", "20k", "--dtype", "float7"), "--dtype must be one of float32"),
             (("--max-latency-ms", "1", "--engine", "steam"), "engine must be auto"),
             (("--max-parameters", "20k", "--min-ratio", "0"), "min_ratio > 0; got SearchSpace(min_depth=1, "),
             (("--max-parameters", "20k", "--hold-out", "1"), "Cannot hold out 24 of 24"),

@@ -19,7 +19,7 @@ class TestTransformers:
 
     def test_folder(self, weights, images, tmp_path):
         folder = tmp_path / "hub"
-        output = run("convert", str(folder), "--pretrained", weights, "--name", "me/mine")
+        output = run("convert", "--out", str(folder), "--weights", weights, "--name", "me/mine")
         assert output.splitlines()[-1] == str(folder)
         classifier = ImageClassifier.from_config(pretrained=folder)
         assert classifier.class_names == CIFAR
@@ -28,30 +28,30 @@ class TestTransformers:
 
     def test_folder_that_is_a_file(self, tmp_path, capfd, monkeypatch):
         (tmp_path / "hub").write_text("mine")
-        assert "hub is a file; give the folder" in error_of(capfd, monkeypatch, "convert", str(tmp_path / "hub"))
+        assert "hub is a file; give the folder" in error_of(capfd, monkeypatch, "convert", "--out", str(tmp_path / "hub"))
         assert (tmp_path / "hub").read_text() == "mine"
 
     def test_of_the_package(self, tmp_path):
-        run("convert", str(tmp_path / "hub"))
+        run("convert", "--out", str(tmp_path / "hub"))
         assert json.loads((tmp_path / "hub" / "config.json").read_text())["id2label"]["7"] == "horse"
 
 
-class TestOtherLayouts:
+class TestOtherFormats:
     def test_around(self, weights, images, tmp_path):
         """From a file to timm's folder and from there to a file again."""
-        run("convert", str(tmp_path / "timm"), "--pretrained", weights, "--layout", "timm")
+        run("convert", "--out", str(tmp_path / "timm"), "--weights", weights, "--format", "timm")
         values = json.loads((tmp_path / "timm" / "config.json").read_text())
         assert values["label_names"] == list(CIFAR)
         assert values["pretrained_cfg"]["crop_pct"] == 15 / 16
         out = tmp_path / "again.safetensors"
-        run("convert", str(out), "--pretrained", str(tmp_path / "timm"), "--layout", "file")
+        run("convert", "--out", str(out), "--weights", str(tmp_path / "timm"))
         again = ImageClassifier.from_config(pretrained=out)
         assert again.class_names == CIFAR
         assert again.model.config == TinyViT.from_config(pretrained=weights).config
         assert torch.equal(again.model(images), TinyViT.from_config(pretrained=weights)(images))
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
-        asked = ("convert", str(tmp_path / "x"), "--layout", "timm", "--pretrained")
-        assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *asked, str(tmp_path / "none.pth"))
-        assert "has no config.json" in error_of(capfd, monkeypatch, *asked, str(tmp_path))
+        command = ("convert", "--out", str(tmp_path / "x"), "--format", "timm", "--weights")
+        assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *command, str(tmp_path / "none.pth"))
+        assert "has no config.json" in error_of(capfd, monkeypatch, *command, str(tmp_path))
         assert not (tmp_path / "x").exists()

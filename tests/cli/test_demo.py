@@ -25,7 +25,7 @@ class TestDemo:
         photo = tmp_path / "odd[name].jpg"
         Image.open(PHOTOS / "rocket.jpg").resize((90, 60)).save(photo)
         out = tmp_path / "sheets" / "new"
-        rows = cells(run("demo", str(photo), str(PHOTOS / "horse.png"), "--out", str(out), "--pretrained", weights))
+        rows = cells(run("demo", str(photo), str(PHOTOS / "horse.png"), "--out", str(out), "--weights", weights))
         assert [row[0] for row in rows] == ["odd[name].jpg", "horse.png"]
         classifier = ImageClassifier.from_config(pretrained=weights, views=ImageClassifier.DEFAULT_VIEWS)
         found = classifier.predict([photo, PHOTOS / "horse.png"])
@@ -37,7 +37,7 @@ class TestDemo:
 
     def test_repeats(self, weights, tmp_path):
         for name in ("a", "b"):
-            run("demo", str(PHOTOS / "horse.png"), "--out", str(tmp_path / name), "--pretrained", weights)
+            run("demo", str(PHOTOS / "horse.png"), "--out", str(tmp_path / name), "--weights", weights)
         sheets = [(tmp_path / name / "horse.png").read_bytes() for name in ("a", "b")]
         assert sheets[0] == sheets[1]
 
@@ -56,7 +56,7 @@ class TestErrors:
     def test_a_photo_is_never_replaced(self, weights, tmp_path, capfd, monkeypatch):
         photo = tmp_path / "horse.png"
         shutil.copy(PHOTOS / "horse.png", photo)
-        error = error_of(capfd, monkeypatch, "demo", str(photo), "--out", str(tmp_path), "--pretrained", weights)
+        error = error_of(capfd, monkeypatch, "demo", str(photo), "--out", str(tmp_path), "--weights", weights)
         assert "would replace a photo or another sheet" in error
         assert photo.read_bytes() == (PHOTOS / "horse.png").read_bytes()
 
@@ -66,38 +66,38 @@ class TestErrors:
             photo.parent.mkdir()
             shutil.copy(PHOTOS / "horse.png", photo)
         out = tmp_path / "demo"
-        error = error_of(capfd, monkeypatch, "demo", *map(str, photos), "--out", str(out), "--pretrained", weights)
+        error = error_of(capfd, monkeypatch, "demo", *map(str, photos), "--out", str(out), "--weights", weights)
         assert "would replace a photo or another sheet" in error
 
     def test_no_image(self, weights, tmp_path, capfd, monkeypatch):
         (tmp_path / "notes.jpg").write_text("no image")
-        arguments = (str(tmp_path / "notes.jpg"), "--out", str(tmp_path / "demo"), "--pretrained", weights)
+        arguments = (str(tmp_path / "notes.jpg"), "--out", str(tmp_path / "demo"), "--weights", weights)
         assert "notes.jpg is not an image that can be read" in error_of(capfd, monkeypatch, "demo", *arguments)
 
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            (["--port", "80"], "--port would do nothing without --web; leave it out"),
-            (["--host", "0.0.0.0"], "--host would do nothing without --web; leave it out"),
-            (["--sam", "mobile_sam"], "--sam would do nothing without --web; leave it out"),
-            (["--web", "--out", "demo"], "--out would do nothing with --web; leave it out"),
+            (["--port", "80"], "--port has no effect without --web; leave it out"),
+            (["--host", "0.0.0.0"], "--host has no effect without --web; leave it out"),
+            (["--sam-weights", "mobile_sam"], "--sam-weights has no effect without --web; leave it out"),
+            (["--web", "--out", "demo"], "--out has no effect with --web; leave it out"),
             (["--web", "gone.png"], "There is no image gone.png"),
-            (["--web", "--sam", "gone.safetensors"], "There is no file gone.safetensors for --sam"),
+            (["--web", "--sam-weights", "gone.safetensors"], "There is no file gone.safetensors for --sam-weights"),
             (["--web", "--host", "203.0.113.7", "--port", "0"], "Port 0 of 203.0.113.7 cannot be used"),
-            (["--web", "--device", "toaster"], "'toaster' cannot be used here"),
+            (["--web", "--device", "toaster"], "--device toaster is not available"),
         ],
     )
     def test_page(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
         pytest.importorskip("gradio", reason="needs the extra demo")
         monkeypatch.chdir(tmp_path)
-        assert message in error_of(capfd, monkeypatch, "demo", "--pretrained", weights, *arguments)
+        assert message in error_of(capfd, monkeypatch, "demo", "--weights", weights, *arguments)
         assert not (tmp_path / "demo").exists()
 
     def test_taken_port(self, weights, capfd, monkeypatch):
         pytest.importorskip("gradio", reason="needs the extra demo")
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
-            told = error_of(capfd, monkeypatch, "demo", "--pretrained", weights, "--web", "--port", port)
+            told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web", "--port", port)
         assert f"Port {port} of 127.0.0.1 cannot be used" in told
         assert "choose another by --port, 0 for any that is free" in told
 
@@ -105,11 +105,11 @@ class TestErrors:
         page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
         served = []
         monkeypatch.setattr(page, "serve", lambda *told: served.append((told[1], told[4])))
-        run("demo", "--pretrained", weights, "--web", "--host", "", "--sam", "")
+        run("demo", "--weights", weights, "--web", "--host", "", "--sam-weights", "")
         assert served == [("mobile_sam", "127.0.0.1")]
 
     def test_page_without_gradio(self, weights, capfd, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "kornia_tinyvit.web.page", raising=False)
-        told = error_of(capfd, monkeypatch, "demo", "--pretrained", weights, "--web")
-        assert told == "Error: The page needs gradio: pip install 'kornia-tinyvit[demo]'.\n"
+        told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web")
+        assert told == "Error: The page needs gradio: pip install 'kornia-tinyvit[demo]'."

@@ -20,7 +20,7 @@ from kornia_tinyvit.images import read_image
 from kornia_tinyvit.training import evaluate
 from kornia_tinyvit.visualization import draw_detections
 from tests import scenes
-from tests.helpers import error_of, run
+from tests.helpers import error_of, run, run_both
 from tests.scenes import damage, make_coco, write_coco
 from tests.test_detection import NAMES, make_detector
 
@@ -36,7 +36,7 @@ def weights(tmp_path_factory) -> str:
 class TestDetect:
     def test_json(self, weights, tmp_path):
         photos = [str(PHOTO), str(ASSETS / "photos" / "rocket.jpg")]
-        options = ("--checkpoint", weights, "--threshold", "0.012", "--out", str(tmp_path / "new" / "folder"), "--json")
+        options = ("--weights", weights, "--threshold", "0.012", "--out", str(tmp_path / "new" / "folder"), "--json")
         rows = json.loads(run("detect", *photos, *options))
         assert rows == json.loads((tmp_path / "new" / "folder" / "detections.json").read_text())
         expected = TinyViTDetector.from_config(pretrained=weights).predict(photos, 0.012)
@@ -49,14 +49,14 @@ class TestDetect:
             assert Image.open(row["drawn"]).size == (row["width"], row["height"]) == Image.open(photo).size
 
     def test_images_with_boxes(self, weights, tmp_path):
-        run("detect", str(PHOTO), "--checkpoint", weights, "--threshold", "0", "--out", str(tmp_path))
+        run("detect", str(PHOTO), "--weights", weights, "--threshold", "0", "--out", str(tmp_path))
         drawn, photo = (np.asarray(Image.open(path).convert("RGB")) for path in (tmp_path / "chelsea.png", PHOTO))
         assert (drawn != photo).any()
         found = TinyViTDetector.from_config(pretrained=weights).predict(PHOTO, 0.0)[0]
         assert np.array_equal(drawn, np.asarray(draw_detections(read_image(PHOTO), found)))
 
     def test_text(self, weights, tmp_path):
-        options = ("--checkpoint", weights, "--out", str(tmp_path))
+        options = ("--weights", weights, "--out", str(tmp_path))
         (first, *lines) = run("detect", str(PHOTO), *options, "--threshold", "0").splitlines()
         assert first == f"{PHOTO}: 10 objects, see {tmp_path / 'chelsea.png'}"
         assert len(lines) == 10
@@ -68,14 +68,14 @@ class TestDetect:
             (tmp_path / folder).mkdir()
             Image.new("RGB", (40, 30), "red").save(tmp_path / folder / "1.png")
         photos = [str(tmp_path / folder / "1.png") for folder in ("a", "b")]
-        rows = json.loads(run("detect", *photos, "--checkpoint", weights, "--out", str(tmp_path / "out"), "--json"))
+        rows = json.loads(run("detect", *photos, "--weights", weights, "--out", str(tmp_path / "out"), "--json"))
         assert [row["drawn"].rsplit("/", 1)[1] for row in rows] == ["1.png", "1-2.png"]
 
     def test_errors(self, weights, tmp_path, capfd, monkeypatch):
         out = ("--out", str(tmp_path))
-        command = ("detect", "gone.png", "--checkpoint", weights, *out)
+        command = ("detect", "gone.png", "--weights", weights, *out)
         assert "gone.png" in error_of(capfd, monkeypatch, *command)
-        command = ("detect", str(PHOTO), "--checkpoint", "gone.safetensors", *out)
+        command = ("detect", str(PHOTO), "--weights", "gone.safetensors", *out)
         assert "gone.safetensors is no detector's file" in error_of(capfd, monkeypatch, *command)
 
 
@@ -93,7 +93,7 @@ class TestDrawing:
 class TestTrain:
     def command(self, folder, tmp_path, *options):
         small = ("--variant", "1m", "--img-size", "64", "--queries", "10", "--batch-size", "2", "--workers", "0")
-        out = ("--epochs", "1", "--cpu", "--out", str(tmp_path / "out"))
+        out = ("--epochs", "1", "--device", "cpu", "--out", str(tmp_path / "out"))
         return ("train", str(folder), "--task", "detection", *small, *out, *options)
 
     def test_yolo(self, tmp_path):
@@ -110,8 +110,8 @@ class TestTrain:
     def test_coco(self, tmp_path):
         annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]
         path = write_coco(tmp_path / "coco", make_coco(annotations=annotations))
-        printed = run(*self.command(path, tmp_path, "--validation", str(path), "--pretrained", "cifar10"))
-        assert "Boxes left out: 1, such as " in printed
+        printed, notes = run_both(*self.command(path, tmp_path, "--validation", str(path), "--weights", "cifar10"))
+        assert "Boxes left out: 1, e.g. " in notes
         assert ", mAP " in printed.strip().splitlines()[-1]
 
     @pytest.mark.skipif(
@@ -146,7 +146,7 @@ class TestTrain:
 
 class TestEvaluate:
     def command(self, folder, weights, *options):
-        return ("evaluate", str(folder), "--task", "detection", "--pretrained", weights, "--batch-size", "2", *options)
+        return ("evaluate", str(folder), "--task", "detection", "--weights", weights, "--batch-size", "2", *options)
 
     @pytest.fixture
     def own(self, tmp_path) -> str:
@@ -181,15 +181,15 @@ class TestEvaluate:
         data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
         damage(data / "images" / "01.png")
         assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, own, "--json"))
-        printed = run(*self.command(data, own, "--on-broken", "skip", "--per-class"))
+        printed, notes = run_both(*self.command(data, own, "--on-broken", "skip", "--per-class"))
         assert "2 images, 2 objects: mAP " in printed
-        assert "left out: 1, such as 01.png" in printed
+        assert "cannot be read: 1, e.g. 01.png" in notes
         assert "disc" in printed
 
     def test_errors(self, weights, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
         error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
-        assert "--tta, --confusion would do nothing with --task detection" in error
+        assert "--tta, --confusion have no effect with --task detection" in error
         error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "detection")
         assert "no published detectors" in error

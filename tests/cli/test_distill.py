@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.distillation import LabelStore, estimated_size
-from tests.helpers import error_of, json_lines, run
+from tests.helpers import error_of, json_lines, run, run_both
 from tests.scenes import CLASSES, damage, make_images
 
 TEACHER = """
@@ -61,7 +61,8 @@ def teacher(tmp_path) -> str:
 
 
 def save(folder, store, teacher, *options, epochs=2):
-    given = ("--teacher", teacher, *SMALL, "--epochs", str(epochs), "--top-k", "2", "--workers", "0")
+    workers = () if "--estimate" in options else ("--workers", "0")
+    given = ("--teacher", teacher, *SMALL, "--epochs", str(epochs), "--top-k", "2", *workers)
     return run("distill", "save", str(folder), str(store), *given, *options)
 
 
@@ -75,8 +76,8 @@ def test_whole_journey(folder, tmp_path, teacher):
     store, out = tmp_path / "store", tmp_path / "out"
     printed = save(folder, store, teacher)
     assert "12 samples x 2 epochs x the top 2 of 3 classes: 656 bytes" in printed
-    assert "24 records written, 0 were there." in printed
-    assert "0 records written, 24 were there." in save(folder, store, teacher)
+    assert "24 records written, 0 already present." in printed
+    assert "0 records written, 24 already present." in save(folder, store, teacher)
     check = run("distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL)
     assert check.startswith("24 records recomputed: largest difference 0.000")
     validation = make_images(tmp_path / "val", each=2, seed=5)
@@ -84,7 +85,7 @@ def test_whole_journey(folder, tmp_path, teacher):
     result = json.loads(run(*train, "--validation", str(validation), "--json"))
     assert result["steps"] == 2
     assert result["best"] == str(out / "best.safetensors")
-    report = json.loads(run("evaluate", str(validation), "--pretrained", result["best"], "--json"))
+    report = json.loads(run("evaluate", str(validation), "--weights", result["best"], "--json"))
     assert report["images"] == 6
     assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
     lines = json_lines(out / "metrics.jsonl")
@@ -129,8 +130,9 @@ class TestSave:
         given = ("--teacher", teacher, *SMALL, "--epochs", "1", "--top-k", "2", "--workers", "0", "--json")
         error = error_of(capfd, monkeypatch, "distill", "save", str(folder), str(tmp_path / "a"), *given)
         assert "green/01.png is not an image" in error
-        printed = save(folder, tmp_path / "store", teacher, "--on-broken", "skip", epochs=1)
-        assert "Could not be read: 1, such as green/01.png" in printed
+        given = (*given[:-1], "--on-broken", "skip")
+        _, notes = run_both("distill", "save", str(folder), str(tmp_path / "store"), *given)
+        assert "Images that cannot be read: 1, e.g. green/01.png" in notes
         report = json.loads(
             run("distill", "check", str(folder), str(tmp_path / "store"), "--teacher", teacher, *SMALL, "--json")
         )
@@ -146,12 +148,12 @@ class TestSave:
     @pytest.mark.parametrize(
         ("options", "message"),
         [
-            (("--precision", "fp7"), "--precision is one of no, bf16, fp16"),
+            (("--precision", "fp7"), "--precision must be one of no, bf16, fp16"),
             (("--teacher", "gone.py:build"), "There is no file gone.py"),
             (("--teacher", "nonsense"), "Unknown teacher"),
             (("--recipe", "in2k"), "There is no recipe 'in2k'"),
-            (("--top-k", "9"), "--top-k is at most the 3 classes of the teacher; got 9"),
-            (("--device", "toaster"), "The device 'toaster' cannot be used"),
+            (("--top-k", "9"), "--top-k must be at most 3, the classes of the teacher; got 9"),
+            (("--device", "toaster"), "--device toaster is not available"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
             (("--limit", "13"), "Cannot sample 13 of 12 images"),
         ],
@@ -191,7 +193,7 @@ class TestCheck:
         given = ["distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 1
-        assert "The store does not hold what this teacher says." in result.stderr
+        assert "The store does not match this teacher." in result.stderr
         result = CliRunner().invoke(app, [*given, "--json"])
         assert result.exit_code == 1
         assert json.loads(result.stdout)["good"] is False
@@ -237,14 +239,14 @@ class TestTrain:
     def test_fewer_epochs_are_stored(self, folder, store, tmp_path):
         result = CliRunner().invoke(app, [*self.command(folder, tmp_path, str(store), *SMALL), "--epochs", "3"])
         assert result.exit_code == 0, result.output
-        assert "Stored whole: 2 of 3 epochs, which are replayed in turn." in result.stderr
+        assert "2 of 3 epochs are complete and are replayed in turn." in result.stderr
         assert json.loads(result.stdout)["steps"] == 3
 
     def test_no_whole_epoch(self, folder, store, tmp_path, capfd, monkeypatch):
         for path in store.glob("epoch-*/*.safetensors"):
             path.unlink()
         error = error_of(capfd, monkeypatch, *self.command(folder, tmp_path, str(store), *SMALL))
-        assert "holds no whole epoch; kornia-tinyvit distill save" in error
+        assert "has no complete epoch; resume 'kornia-tinyvit distill save" in error
 
     def test_hard_weight_changes_the_loss(self, folder, store, tmp_path):
         curves = []
@@ -261,6 +263,6 @@ class TestTrain:
 
     def test_names_are_in_the_checkpoint(self, folder, store, tmp_path):
         told = json.loads(run(*self.command(folder, tmp_path, str(store), *SMALL, "--epochs", "1")))
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["best"], "--json"))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
         assert torch.isfinite(torch.tensor([each["score"] for each in rows[0]["predictions"]])).all()

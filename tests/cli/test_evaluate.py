@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.data.classification import ClassificationDataset
-from tests.helpers import CIFAR, cells, error_of, make_weights, run
+from tests.helpers import CIFAR, cells, error_of, make_weights, run, run_both
 
 FOLDERS = ("truck", "cat", "frog")
 
@@ -65,14 +65,14 @@ def truth(weights, folder) -> list[int]:
 class TestFolder:
     @pytest.mark.parametrize("batch_size", ["1", "5", "64"])
     def test_classes_are_matched_by_name(self, weights, folder, truth, batch_size):
-        report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--batch-size", batch_size, "--json"))
+        report = json.loads(run("evaluate", str(folder), "--weights", weights, "--batch-size", batch_size, "--json"))
         expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
         assert report == {"images": 12, **expected}
         assert 40 < expected["top1"] < 100
 
     def test_text(self, weights, folder, truth):
         expected = expected_accuracy(weights, ClassificationDataset.open(folder), truth)
-        output = run("evaluate", str(folder), "--pretrained", weights)
+        output = run("evaluate", str(folder), "--weights", weights)
         assert output.strip() == f"12 images: top-1 {expected['top1']:.2f} %, top-5 {expected['top5']:.2f} %"
 
     @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ class TestFolder:
         [(["--tta"], {"views": ImageClassifier.DEFAULT_VIEWS}), (["--img-size", "96"], {"img_size": 96})],
     )
     def test_options(self, weights, folder, truth, options, changes):
-        report = json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json", *options))
+        report = json.loads(run("evaluate", str(folder), "--weights", weights, "--json", *options))
         assert report == {
             "images": 12,
             **expected_accuracy(weights, ClassificationDataset.open(folder), truth, **changes),
@@ -88,29 +88,29 @@ class TestFolder:
 
     @pytest.mark.parametrize(("limit", "images"), [("1", 1), ("7", 7), ("1000", 12)])
     def test_limit(self, weights, folder, limit, images):
-        arguments = ("evaluate", str(folder), "--pretrained", weights, "--limit", limit, "--json")
+        arguments = ("evaluate", str(folder), "--weights", weights, "--limit", limit, "--json")
         report = json.loads(run(*arguments))
         assert report["images"] == images
         assert json.loads(run(*arguments)) == report  # the same images each time
 
     def test_workers(self, weights, folder):
-        arguments = ("evaluate", str(folder), "--pretrained", weights, "--json")
+        arguments = ("evaluate", str(folder), "--weights", weights, "--json")
         assert json.loads(run(*arguments, "--workers", "1")) == json.loads(run(*arguments))
 
     @pytest.mark.parametrize("workers", ["0", "1"])
     def test_a_broken_image_is_one_sentence(self, weights, folder, workers, capfd, monkeypatch):
         (folder / "cat" / "a.png").write_bytes(b"nothing")
-        options = ("--pretrained", weights, "--workers", workers, "--json")
+        options = ("--weights", weights, "--workers", workers, "--json")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
-        assert re.fullmatch(r"Error: \S+cat/a\.png is not an image that can be read: Pillow .*\n", error)
+        assert re.fullmatch(r"Error: \S+cat/a\.png is not an image that can be read: Pillow .*", error)
 
     def test_other_names_count_by_position(self, weights, folder):
         for number, name in enumerate(FOLDERS):
             (folder / name).rename(folder / f"class {number}")
         data = ClassificationDataset.open(folder)
-        result = CliRunner().invoke(app, ["evaluate", str(folder), "--pretrained", weights, "--json"])
+        result = CliRunner().invoke(app, ["evaluate", str(folder), "--weights", weights, "--json"])
         assert json.loads(result.stdout) == {"images": 12, **expected_accuracy(weights, data, data.labels)}
-        assert "knows none of the data's 3 classes by name; taking them for the first of its 10" in result.stderr
+        assert "taking its 3 classes for the first of the network's 10" in result.stderr
 
 
 class TestMeasures:
@@ -124,7 +124,7 @@ class TestMeasures:
         return [data.class_names[label] for label in data.labels], [row[0].label for row in found], found
 
     def report(self, weights, folder, *options):
-        return json.loads(run("evaluate", str(folder), "--pretrained", weights, "--json", *options))
+        return json.loads(run("evaluate", str(folder), "--weights", weights, "--json", *options))
 
     def test_per_class(self, weights, folder, truth):
         labels, answers, _ = self.answers(weights, folder)
@@ -134,7 +134,7 @@ class TestMeasures:
             own = [answer for label, answer in zip(labels, answers, strict=True) if label == row["class"]]
             assert row["images"] == len(own)
             assert row["top1"] == round(100 * own.count(row["class"]) / len(own), 2)
-        printed = cells(run("evaluate", str(folder), "--pretrained", weights, "--per-class"))
+        printed = cells(run("evaluate", str(folder), "--weights", weights, "--per-class"))
         for row in rows:
             wanted = [row["class"], str(row["images"]), f"{row['top1']:.2f}"]
             assert wanted in [[cell for cell in line if cell] for line in printed]
@@ -143,10 +143,10 @@ class TestMeasures:
         labels, answers, _ = self.answers(weights, folder)
         pairs = Counter(pair for pair in zip(labels, answers, strict=True) if pair[0] != pair[1])
         rows = self.report(weights, folder, "--confusion")["confusion"]
-        assert {(row["class"], row["taken_for"]): row["images"] for row in rows} == dict(pairs)
+        assert {(row["class"], row["predicted"]): row["images"] for row in rows} == dict(pairs)
         assert [row["images"] for row in rows] == sorted(pairs.values(), reverse=True)
-        output = run("evaluate", str(folder), "--pretrained", weights, "--confusion").strip().splitlines()
-        assert output[1] == f"{rows[0]['class']} taken for {rows[0]['taken_for']}: {rows[0]['images']}"
+        output = run("evaluate", str(folder), "--weights", weights, "--confusion").strip().splitlines()
+        assert output[1] == f"{rows[0]['class']} predicted as {rows[0]['predicted']}: {rows[0]['images']}"
         assert len(output) == 1 + len(rows)
 
     def test_calibration(self, weights, folder, truth):
@@ -158,7 +158,7 @@ class TestMeasures:
         calibration = self.report(weights, folder, "--calibration")["calibration"]
         assert calibration["error"] == pytest.approx(error, abs=0.01)
         assert [each["images"] for each in calibration["bins"]] == [len(bins[key]) for key in sorted(bins)]
-        output = run("evaluate", str(folder), "--pretrained", weights, "--calibration")
+        output = run("evaluate", str(folder), "--weights", weights, "--calibration")
         assert f"expected calibration error {calibration['error']:.2f} %" in output
 
     def test_features_of_training_data(self, weights, photos, tmp_path):
@@ -179,15 +179,15 @@ class TestMeasures:
         (tmp_path / "cats").rename(tmp_path / "test" / "dog")
         report = self.report(weights, tmp_path / "test", *options)
         assert (report["knn"], report["linear"]) == (33.33, 33.33)
-        output = run("evaluate", str(tmp_path / "test"), "--pretrained", weights, "--linear", str(tmp_path / "train"))
+        output = run("evaluate", str(tmp_path / "test"), "--weights", weights, "--linear", str(tmp_path / "train"))
         assert "linear classifier on the features: top-1 33.33 %" in output
         assert "nearest" not in output
 
     def test_training_data_without_a_class(self, weights, folder, tmp_path, capfd, monkeypatch):
         shutil.copytree(folder / "cat", tmp_path / "train" / "cat")
-        options = ("--pretrained", weights, "--json", "--knn", str(tmp_path / "train"))
+        options = ("--weights", weights, "--json", "--knn", str(tmp_path / "train"))
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
-        assert "The training data has no classes frog, truck" in error
+        assert "The training data lacks the classes frog, truck" in error
 
     @pytest.mark.parametrize("workers", ["0", "1"])
     def test_broken_images_are_skipped(self, weights, folder, truth, workers):
@@ -198,8 +198,8 @@ class TestMeasures:
         report = self.report(weights, folder, *options)
         assert sorted(report.pop("broken")) == ["cat/a.png", "truck/b.png"]
         report.pop("knn")
-        output = run("evaluate", str(folder), "--pretrained", weights, *options, "--batch-size", "1")
-        assert "\nCould not be read and were left out: 2, such as " in output
+        _, notes = run_both("evaluate", str(folder), "--weights", weights, *options, "--batch-size", "1")
+        assert "\nImages left out because they cannot be read: 2, e.g. " in notes
         broken.unlink()
         (folder / "truck" / "b.png").unlink()
         assert report == self.report(weights, folder)
@@ -208,7 +208,7 @@ class TestMeasures:
     def test_nothing_but_broken_images(self, weights, folder, capfd, monkeypatch):
         for path in folder.rglob("*.png"):
             path.write_bytes(b"nothing")
-        options = ("--pretrained", weights, "--json", "--on-broken", "skip")
+        options = ("--weights", weights, "--json", "--on-broken", "skip")
         assert "No images were evaluated" in error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
 
 
@@ -228,16 +228,16 @@ class TestImageNet22k:
         for name in ("tabby", "goldfish"):
             (tmp_path / "data" / name).mkdir(parents=True)
             photos[0].save(tmp_path / "data" / name / "1.png")
-        output = CliRunner().invoke(app, ["evaluate", str(tmp_path / "data"), "--pretrained", large, "--confusion"])
+        output = CliRunner().invoke(app, ["evaluate", str(tmp_path / "data"), "--weights", large, "--confusion"])
         assert output.exit_code == 0, output.output
         assert "2 images: top-1 50.00 %" in output.stdout
-        assert "goldfish taken for tabby: 1" in output.stdout
-        assert "taking the 1000 of ImageNet-1k" in output.stderr
+        assert "goldfish predicted as tabby: 1" in output.stdout
+        assert "evaluating the 1000 of ImageNet-1k" in output.stderr
 
     def test_names_of_the_network_come_first(self, large, photos, tmp_path, capfd, monkeypatch):
         (tmp_path / "data" / "class 2399").mkdir(parents=True)
         photos[0].save(tmp_path / "data" / "class 2399" / "1.png")
-        arguments = ("evaluate", str(tmp_path / "data"), "--pretrained", large, "--json")
+        arguments = ("evaluate", str(tmp_path / "data"), "--weights", large, "--json")
         assert json.loads(run(*arguments))["top1"] == 100
         assert "--confusion takes up to 2048" in error_of(capfd, monkeypatch, *arguments, "--confusion")
 
@@ -256,7 +256,7 @@ class TestParquet:
             labels.append(classifier.predict(photo)[0][0].index if number % 3 else 9 - number % 10)
         path = tmp_path / "test.parquet"
         pq.write_table(pa.table({"image": images, "label": labels}), path)
-        report = json.loads(run("evaluate", str(path), "--pretrained", weights, "--json"))
+        report = json.loads(run("evaluate", str(path), "--weights", weights, "--json"))
         expected = expected_accuracy(weights, ClassificationDataset.open(path), labels)
         assert report == {"images": 12, **expected}
         assert 60 < expected["top1"] <= 100
@@ -274,13 +274,11 @@ class TestErrors:
     def test_no_data(self, weights, tmp_path, capfd, monkeypatch, data, message):
         (tmp_path / "empty").mkdir()
         (tmp_path / "notes.parquet").write_text("nothing")
-        assert message in error_of(
-            capfd, monkeypatch, "evaluate", str(tmp_path / data), "--pretrained", weights, "--json"
-        )
+        assert message in error_of(capfd, monkeypatch, "evaluate", str(tmp_path / data), "--weights", weights, "--json")
 
     def test_unknown_class(self, weights, folder, capfd, monkeypatch):
         (folder / "cat").rename(folder / "unicorn")
-        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
         assert "does not have the classes unicorn of the dataset" in error
 
     def test_more_classes_than_the_network(self, weights, folder, capfd, monkeypatch):
@@ -288,12 +286,12 @@ class TestErrors:
             shutil.copytree(folder / "cat", folder / f"kind {number:02}")
         for name in FOLDERS:
             shutil.rmtree(folder / name)
-        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
         assert "The data has a class 10, but the network has 10 classes" in error
 
     def test_damaged_image(self, weights, folder, capfd, monkeypatch):
         (folder / "cat" / "01.png").write_bytes(b"nothing")
-        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--pretrained", weights, "--json")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
         assert "01.png is not an image that can be read" in error
 
     @pytest.mark.parametrize("option", ["--limit", "--batch-size"])

@@ -9,7 +9,7 @@ import pytest
 from kornia_tinyvit import save_checkpoint
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.training import evaluate
-from tests.helpers import error_of, run
+from tests.helpers import error_of, run, run_both
 from tests.scenes import NAMES, damage, make_instances, make_scenes
 from tests.training.tasks.test_promptable import lively_sam
 from tests.training.tasks.test_semantic import make_segmenter
@@ -27,7 +27,7 @@ def sam(tmp_path) -> str:
 
 class TestSemantic:
     def command(self, data, weights, *options):
-        return ("evaluate", str(data), "--task", "semantic", "--pretrained", weights, *options)
+        return ("evaluate", str(data), "--task", "semantic", "--weights", weights, *options)
 
     def test_json(self, tmp_path, segmenter):
         data = make_scenes(tmp_path / "data", 3)
@@ -71,16 +71,16 @@ class TestSemantic:
     def test_errors(self, tmp_path, segmenter, capfd, monkeypatch):
         data = make_scenes(tmp_path / "data", 2)
         error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "semantic")
-        assert "--pretrained FILE" in error
+        assert "--weights FILE" in error
         error = error_of(capfd, monkeypatch, *self.command(data, segmenter, "--confusion", "--tta"))
-        assert "--tta, --confusion would do nothing with --task semantic; leave them out" in error
+        assert "--tta, --confusion have no effect with --task semantic; leave them out" in error
         (data / "classes.txt").write_text("ground\ndisc\ncube")
         assert "other classes" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
 
 
 class TestPromptable:
     def command(self, data, weights, *options):
-        return ("evaluate", str(data), "--task", "promptable", "--pretrained", weights, *options)
+        return ("evaluate", str(data), "--task", "promptable", "--weights", weights, *options)
 
     def test_json(self, tmp_path, sam):
         data = make_instances(tmp_path / "data", 2)
@@ -93,10 +93,11 @@ class TestPromptable:
     def test_text(self, tmp_path, sam):
         data = make_instances(tmp_path / "data", 3)
         damage(data / "masks" / "01.png")
-        last, broken = run(*self.command(data, sam, "--on-broken", "skip")).strip().splitlines()[-2:]
+        output, notes = run_both(*self.command(data, sam, "--on-broken", "skip"))
+        last, broken = (text.strip().splitlines()[-1] for text in (output, notes))
         assert last.startswith("2 images, 4 objects: mean IoU ")
-        assert last.endswith("% from a point each")
-        assert broken == "Could not be read and were left out: 1, such as 01.png"
+        assert last.endswith("% per point")
+        assert broken == "Images left out because they cannot be read: 1, e.g. 01.png"
 
     def test_options(self, tmp_path, sam, capfd, monkeypatch):
         data = make_instances(tmp_path / "data", 2)
@@ -106,4 +107,4 @@ class TestPromptable:
         assert [each["instances"] for each in told] == [4, 4, 2]
         error = error_of(capfd, monkeypatch, *self.command(data, sam, "--json", "--min-area", "2000"))
         assert "None of 2 images has an object of at least 2000 pixels" in error
-        assert "--per-class would do nothing" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))
+        assert "--per-class has no effect" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))

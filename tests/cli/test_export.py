@@ -27,9 +27,10 @@ class TestOnnx:
 
     def test_network(self, runtime, weights, tmp_path):
         out = tmp_path / "new" / "network.onnx"
-        report = json.loads(run("export", str(out), "--pretrained", weights, "--json"))
+        report = json.loads(run("export", "--out", str(out), "--weights", weights, "--json"))
         assert report == {
             "path": str(out),
+            "format": "onnx",
             "method": "forward",
             "pixels": "normalized",
             "dtype": "float32",
@@ -49,7 +50,7 @@ class TestOnnx:
     def test_photos(self, runtime, weights, tmp_path):
         out = tmp_path / "photos.onnx"
         options = ("--photos", "--pixels", "uint8", "--opset", "18", "--img-size", "96")
-        output = run("export", str(out), "--pretrained", weights, *options)
+        output = run("export", "--out", str(out), "--weights", weights, *options)
         assert output.startswith(f"{out}: ")
         assert output.endswith(" MB, from images (B, 3, H, W) uint8, uint8, to (B, 10)\n")
         photo = torch.randint(0, 256, (1, 3, 90, 120), dtype=torch.uint8)
@@ -64,13 +65,13 @@ class TestOnnx:
 
         monkeypatch.setattr(MODULE, "export_onnx", refuse)
         out = str(tmp_path / "x.onnx")
-        assert "The export differs." in error_of(capfd, monkeypatch, "export", out, "--pretrained", weights)
+        assert "The export differs." in error_of(capfd, monkeypatch, "export", "--out", out, "--weights", weights)
 
 
 class TestProgram:
     def test_program(self, weights, tmp_path):
         out = tmp_path / "network.pt2"
-        assert "(B, 3, 64, 64) float32, normalized, to (B, 10)" in run("export", str(out), "--pretrained", weights)
+        assert "(B, 3, 64, 64) float32, normalized, to (B, 10)" in run("export", "--out", str(out), "--weights", weights)
         images = torch.randn(2, 3, 64, 64)
         classifier = ImageClassifier.from_config(pretrained=weights)
         with torch.no_grad():
@@ -82,7 +83,7 @@ class TestProgram:
         torch.manual_seed(0)
         encoder = liven(TinyViT(**TINY | {"num_classes": 0, "mobile_sam": True}))
         path = str(save_checkpoint(encoder, tmp_path / "sam.safetensors"))
-        report = json.loads(run("export", str(tmp_path / "sam.pt2"), "--pretrained", path, "--json"))
+        report = json.loads(run("export", "--out", str(tmp_path / "sam.pt2"), "--weights", path, "--json"))
         assert report["outputs"] == [["B", 256, 4, 4]]
 
     def test_settings_reach_the_exporter(self, weights, tmp_path, monkeypatch):
@@ -94,7 +95,7 @@ class TestProgram:
 
         monkeypatch.setattr(MODULE, "export_program", write)
         options = ("--method", "forward_intermediates", "--dynamic-size", "--pixels", "unit", "--compiled", "--json")
-        report = json.loads(run("export", str(tmp_path / "maps.pt2"), "--pretrained", weights, *options))
+        report = json.loads(run("export", "--out", str(tmp_path / "maps.pt2"), "--weights", weights, *options))
         assert asked == {
             "method": "forward_intermediates",
             "pixels": "unit",
@@ -110,20 +111,20 @@ class TestProgram:
 @pytest.mark.parametrize(
     ("out", "options", "message"),
     [
-        ("network.tflite", (), ".onnx or .pt2; got network.tflite"),
-        ("network.onnx", ("--compiled",), "--compiled is for .pt2 files"),
-        ("network.pt2", ("--opset", "20"), "--opset is for .onnx files"),
+        ("network.tflite", (), "--out must end in .onnx or .pt2; got network.tflite"),
+        ("network.onnx", ("--compiled",), "--compiled has no effect with --format onnx"),
+        ("network.pt2", ("--opset", "20"), "--opset has no effect with --format pt2"),
         ("network.pt2", ("--photos", "--method", "forward_features"), "has one method"),
         ("network.pt2", ("--photos", "--pixels", "normalized"), "takes photos, unit or uint8"),
     ],
 )
 def test_errors(weights, tmp_path, capfd, monkeypatch, out, options, message):
-    error = error_of(capfd, monkeypatch, "export", str(tmp_path / out), "--pretrained", weights, *options)
+    error = error_of(capfd, monkeypatch, "export", "--out", str(tmp_path / out), "--weights", weights, *options)
     assert message in error
     assert not (tmp_path / out).exists()
 
 
 def test_unknown_choices(weights, tmp_path):
     for option in ("--method", "--pixels"):
-        result = CliRunner().invoke(app, ["export", str(tmp_path / "x.onnx"), option, "other"])
+        result = CliRunner().invoke(app, ["export", "--out", str(tmp_path / "x.onnx"), option, "other"])
         assert result.exit_code == 2

@@ -1,4 +1,4 @@
-"""What the command line says when the memory does not suffice."""
+"""What the command line says when the Out of memory."""
 
 from __future__ import annotations
 
@@ -36,18 +36,18 @@ def test_large_photo(tmp_path):
         env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, timeout=120, check=False,
     )  # fmt: skip
     assert done.returncode == 1
-    assert done.stderr.strip().splitlines()[-1].startswith("Error: The memory does not suffice")
+    assert done.stderr.strip().splitlines()[-1].startswith("Error: Out of memory")
     assert "Traceback" not in done.stderr
 
 
 @pytest.mark.parametrize("error", [MemoryError(), torch.OutOfMemoryError("CUDA out of memory")])
 def test_kinds(error, capfd, monkeypatch):
-    monkeypatch.setattr(cli, "app", lambda: throw(error))
-    assert "memory does not suffice" in error_of(capfd, monkeypatch)
+    monkeypatch.setattr(cli, "app", lambda **_: throw(error))
+    assert "Out of memory" in error_of(capfd, monkeypatch)
 
 
 def test_other_errors_are_told_whole(monkeypatch):
-    monkeypatch.setattr(cli, "app", lambda: throw(RuntimeError("a bug")))
+    monkeypatch.setattr(cli, "app", lambda **_: throw(RuntimeError("a bug")))
     with pytest.raises(RuntimeError, match="a bug"):
         cli.main()
 

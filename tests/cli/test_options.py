@@ -1,4 +1,4 @@
-"""An option that would do nothing is refused, not passed over."""
+"""An option that has no effect is refused, not passed over."""
 
 from __future__ import annotations
 
@@ -25,21 +25,21 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
     for task, options in tasks.items():
         for option in options:
             error = error_of(capfd, monkeypatch, command, str(tmp_path), "--task", task, *option.split())
-            assert f"{option.split()[0]} would do nothing with --task {task}; leave it out" in error
+            assert f"{option.split()[0]} has no effect with --task {task}; leave it out" in error
 
 
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ("evaluate x --task semantic --tta --confusion", "--tta, --confusion would do nothing with --task semantic"),
-        ("train x --validate-every 2", "--validate-every would do nothing without --validation"),
-        ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out would do nothing with --validation"),
-        ("contract x --max-macs 1M --rounds 3", "--rounds would do nothing without --refine"),
-        ("contract x --max-macs 1M --refine y --steps 3", "--steps would do nothing with --refine"),
-        ("contract x --max-macs 1M --engine openvino --device cpu", "--engine, --device would do nothing without"),
-        ("contract x --max-latency-ms 9 --engine-batch 4", "--engine-batch would do nothing without --min-throughput"),
-        ("convert x --layout timm --name me", "--name would do nothing with --layout timm"),
-        ("benchmark --limit 4", "--limit would do nothing without --data"),
+        ("evaluate x --task semantic --tta --confusion", "--tta, --confusion have no effect with --task semantic"),
+        ("train x --validate-every 2", "--validate-every has no effect without --validation"),
+        ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out has no effect with --validation"),
+        ("contract x --max-macs 1M --rounds 3", "--rounds has no effect without --refine"),
+        ("contract x --max-macs 1M --refine y --steps 3", "--steps has no effect with --refine"),
+        ("contract x --max-macs 1M --engine openvino --engine-device cpu", "--engine, --engine-device have no effect without"),
+        ("contract x --max-latency-ms 9 --engine-batch 4", "--engine-batch has no effect without --min-throughput"),
+        ("convert --out x --format timm --name me", "--name has no effect with --format timm"),
+        ("benchmark --limit 4", "--limit has no effect without --data"),
     ],
 )
 def test_without_what_it_is_for(capfd, monkeypatch, words, message):

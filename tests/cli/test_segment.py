@@ -51,7 +51,7 @@ class TestSegment:
     )
     def test_masks(self, weights, tmp_path, arguments, prompts, multimask):
         out = str(tmp_path / "new" / "folder")
-        report = json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", out, "--json", *arguments))
+        report = json.loads(run("segment", PHOTO, "--weights", weights, "--out", out, "--json", *arguments))
         sam = MobileSAM.from_config(pretrained=weights)
         given = {name: torch.tensor(values, dtype=torch.float32) for name, values in prompts.items()}
         if len(arguments) == 4 and "--box" not in arguments:
@@ -72,7 +72,7 @@ class TestSegment:
         assert (overlay != pixels_of(PHOTO)).any()
 
     def test_everything_as_coco(self, weights, tmp_path):
-        arguments = (PHOTO, "--checkpoint", weights, "--everything", "--out", str(tmp_path), "--format", "coco")
+        arguments = (PHOTO, "--weights", weights, "--everything", "--out", str(tmp_path), "--format", "coco")
         report = json.loads(run("segment", *arguments, "--json"))
         assert report["files"] == [str(tmp_path / "chelsea_overlay.png"), str(tmp_path / "chelsea.json")]
         record = json.loads((tmp_path / "chelsea.json").read_text())
@@ -91,7 +91,7 @@ class TestSegment:
         assert areas == sorted(areas, reverse=True)
 
     def test_told(self, weights, tmp_path):
-        output = run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX)
+        output = run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *BOX)
         first, second = output.splitlines()
         assert first == f"{PHOTO}: 1 mask, see {tmp_path}/chelsea_overlay.png"
         area = pixels_of(tmp_path / "chelsea_mask_000.png").sum()
@@ -99,7 +99,7 @@ class TestSegment:
 
     @pytest.mark.parametrize(("text", "size"), [("128", 128), ("160x256", (160, 256))])
     def test_size(self, weights, tmp_path, text, size):
-        told = (PHOTO, "--checkpoint", weights, "--out", str(tmp_path), "--json", *BOX)
+        told = (PHOTO, "--weights", weights, "--out", str(tmp_path), "--json", *BOX)
         plain, other = (json.loads(run("segment", *told, *more)) for more in ([], ["--img-size", text]))
         sam = MobileSAM.from_config(pretrained=weights, img_size=size)
         box = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
@@ -118,7 +118,7 @@ class TestSegment:
                 run(
                     "segment",
                     str(tmp_path / name),
-                    "--checkpoint",
+                    "--weights",
                     weights,
                     "--out",
                     str(tmp_path / "out"),
@@ -137,7 +137,7 @@ class TestSegment:
         Image.effect_noise(size, 90).save(tmp_path / "photo.png")
         prompts = (["--point", f"{size[0] / 2},{size[1] / 2}"], ["--everything"])
         for arguments in prompts:
-            told = (str(tmp_path / "photo.png"), "--checkpoint", weights, "--out", str(tmp_path / "out"), "--json")
+            told = (str(tmp_path / "photo.png"), "--weights", weights, "--out", str(tmp_path / "out"), "--json")
             report = json.loads(run("segment", *told, *arguments))
             assert Image.open(report["files"][0]).size == size
             assert all(Image.open(each["file"]).size == size for each in report["masks"])
@@ -147,11 +147,9 @@ class TestSegment:
         exif[0x0112] = 6
         Image.open(PHOTO).transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
         report = json.loads(
-            run(
-                "segment", str(tmp_path / "turned.png"), "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"
-            )
+            run("segment", str(tmp_path / "turned.png"), "--weights", weights, "--out", str(tmp_path), *BOX, "--json")
         )
-        upright = json.loads(run("segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *BOX, "--json"))
+        upright = json.loads(run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *BOX, "--json"))
         assert np.array_equal(pixels_of(report["masks"][0]["file"]), pixels_of(upright["masks"][0]["file"]))
 
 
@@ -159,13 +157,13 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("arguments", "message"),
         [
-            ([], "Say what to find: --point x,y, --box left,top,right,bottom or --everything"),
-            (["--everything", *BOX], "--everything takes no --point and no --box"),
-            (["--point", "1,2", *BOX, *BOX], "so they go with one --box at most"),
+            ([], "No prompt; give --point x,y, --box left,top,right,bottom or --everything"),
+            (["--everything", *BOX], "--box has no effect with --everything"),
+            (["--point", "1,2", *BOX, *BOX], "go with at most one --box; got 2 boxes"),
             (["--point", "1"], "--point takes x,y or x,y,label, such as 1,2; got '1'"),
             (["--point", "1,two"], "got '1,two'"),
-            (["--point", "1,2,3"], "The label of a --point is 1 on the object or 0 off it"),
-            (["--point", "1,2,0.5"], "The label of a --point is 1 on the object or 0 off it"),
+            (["--point", "1,2,3"], "The label of a --point must be 1 (object) or 0 (background)"),
+            (["--point", "1,2,0.5"], "The label of a --point must be 1 (object) or 0 (background)"),
             (["--box", "1,2,3"], "--box takes left,top,right,bottom, such as 1,2,3,4; got '1,2,3'"),
             (["--point", "452,1"], "point (452, 1) lies outside of the photo, which is 451 wide and 300 high"),
             (["--point", "nan,1"], "NaN or infinity"),
@@ -176,13 +174,11 @@ class TestErrors:
             ([*BOX, "--img-size", "64x64x64"], "--img-size takes a side, or heightxwidth"),
             (["--everything", "--img-size", ""], "--img-size takes a side, or heightxwidth"),
             ([*BOX, "--variant", "5m"], "another architecture"),
-            ([*BOX, "--device", "toaster"], "'toaster' cannot be used here"),
+            ([*BOX, "--device", "toaster"], "--device toaster is not available"),
         ],
     )
     def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
-        told = error_of(
-            capfd, monkeypatch, "segment", PHOTO, "--checkpoint", weights, "--out", str(tmp_path), *arguments
-        )
+        told = error_of(capfd, monkeypatch, "segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *arguments)
         assert message in told
         assert not list(tmp_path.iterdir())
 
@@ -191,7 +187,7 @@ class TestErrors:
     )
     def test_photo(self, weights, tmp_path, capfd, monkeypatch, photo, message):
         (tmp_path / "notes.png").write_text("no image")
-        assert message in error_of(capfd, monkeypatch, "segment", str(tmp_path / photo), "--checkpoint", weights, *BOX)
+        assert message in error_of(capfd, monkeypatch, "segment", str(tmp_path / photo), "--weights", weights, *BOX)
 
     def test_no_weights(self, capfd, monkeypatch, tmp_path):
         """One line, with the addresses, and what to do with a file from there."""
@@ -202,13 +198,13 @@ class TestErrors:
         monkeypatch.setattr(tensors, "download_file_from_url", no_network)
         told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX)
         assert all(url in told for url in find_weights("5m", "mobile_sam").urls)
-        assert "On the command line that is --checkpoint FILE." in told
+        assert "Give the file by --weights FILE." in told
         assert "with a 5m encoder, not with 21m" in error_of(
             capfd, monkeypatch, "segment", PHOTO, *BOX, "--variant", "21m"
         )
 
     def test_broken_checkpoint(self, capfd, monkeypatch, tmp_path):
         (tmp_path / "sam.pt").write_bytes(b"<!DOCTYPE html>")
-        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX, "--checkpoint", str(tmp_path / "sam.pt"))
+        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX, "--weights", str(tmp_path / "sam.pt"))
         assert "sam.pt is damaged" in told
-        assert "On the command line" not in told
+        assert "--weights FILE" not in told

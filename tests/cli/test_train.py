@@ -15,7 +15,7 @@ from kornia_tinyvit.cli.training_options import LoopRequest
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
-from tests.helpers import error_of, run
+from tests.helpers import error_of, run, run_both
 from tests.scenes import CLASSES, NAMES, damage, make_images, make_instances, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
@@ -40,13 +40,13 @@ class TestTrain:
         told = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
         assert told.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
         assert (told["steps"], told["broken"], told["is_main_process"]) == (1, [], True)
-        report = json.loads(run("evaluate", str(validation), "--pretrained", told["best"], "--json"))
+        report = json.loads(run("evaluate", str(validation), "--weights", told["best"], "--json"))
         assert report["top1"] == pytest.approx(told["top1"], abs=0.01)
         network = TinyViT.from_config(pretrained=told["last"])
         assert (network.config.num_classes, network.config.img_size) == (3, 32)
         assert network.config.drop_path_rate == RECIPES["cifar10"].drop_path["1m"]
         assert not network.config.use_checkpoint
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--pretrained", told["best"], "--json"))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
 
     def test_text(self, folder, tmp_path):
@@ -62,8 +62,8 @@ class TestTrain:
         damage(folder / "green" / "01.png")
         options = ("--batch-size", "12", "--json")
         assert "green/01.png is not an image" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
-        printed = run(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
-        assert "Could not be read and were left out: 1, such as green/01.png" in printed
+        _, notes = run_both(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
+        assert "cannot be read: 1, e.g. green/01.png" in notes
         told = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
         assert told["broken"] == ["green/01.png"]
 
@@ -71,7 +71,7 @@ class TestTrain:
     def test_pretrained(self, folder, tmp_path, pretrained):
         if pretrained == "file":
             pretrained = json.loads(run(*command(folder, tmp_path / "first", "--json")))["best"]
-        told = json.loads(run(*command(folder, tmp_path, "--pretrained", pretrained, "--base-lr", "1e-3", "--json")))
+        told = json.loads(run(*command(folder, tmp_path, "--weights", pretrained, "--base-lr", "1e-3", "--json")))
         trained = TinyViT.from_config(pretrained=told["last"])
         start = TinyViT.from_config("1m", pretrained=pretrained)
         near = (trained.layers[2].blocks[1].mlp.fc1.weight - start.layers[2].blocks[1].mlp.fc1.weight).abs().max()
@@ -97,7 +97,7 @@ class TestTrain:
             (("--batch-size", "7"), "even batch_size"),
             (("--process-batch", "3"), "no multiple of 3 images"),
             (("--precision", "fp7"), "fp7"),
-            (("--pretrained", "nothing"), "nothing"),
+            (("--weights", "nothing"), "nothing"),
             (("--on-broken", "ignore"), "'stop' or 'skip'"),
             (("--base-lr", "-1"), "Out of range: base_lr=-1.0"),
             (("--validation", "gone"), "There is no dataset gone"),
@@ -141,10 +141,10 @@ class TestSemantic:
     def test_text(self, tmp_path):
         data = make_scenes(tmp_path / "data", 4)
         (data / "masks" / "03.png").unlink()
-        printed = run(*self.command(data, tmp_path, "--validation", str(data), "--pretrained", "cifar10"))
-        assert "missing: 1, such as 03.png" in printed
+        printed, notes = run_both(*self.command(data, tmp_path, "--validation", str(data), "--weights", "cifar10"))
+        assert "missing: 1, e.g. 03.png" in notes
         assert ", mean IoU " in printed.strip().splitlines()[-1]
-        again = self.command(data, tmp_path / "more", "--pretrained", str(tmp_path / "out" / "best.safetensors"))
+        again = self.command(data, tmp_path / "more", "--weights", str(tmp_path / "out" / "best.safetensors"))
         assert "1 steps in " in run(*again)
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
@@ -162,7 +162,7 @@ class TestPromptable:
     def test_json(self, tmp_path):
         data, validation = make_instances(tmp_path / "data", 2), make_instances(tmp_path / "val", 2, seed=9)
         options = ("--validation", str(validation), "--freeze", "image_encoder", "--freeze", "prompt_encoder",
-                   "--pretrained", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
+                   "--weights", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
                    "--json")  # fmt: skip
         told = json.loads(run(*self.command(data, tmp_path, *options)))
         assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
@@ -182,16 +182,16 @@ class TestPromptable:
     def test_text(self, tmp_path):
         data = make_instances(tmp_path / "data", 3)
         (data / "masks" / "02.png").unlink()
-        printed = run(*self.command(data, tmp_path, "--validation", str(data)))
-        assert "missing: 1, such as 02.png" in printed
+        printed, notes = run_both(*self.command(data, tmp_path, "--validation", str(data)))
+        assert "missing: 1, e.g. 02.png" in notes
         assert ", mean IoU of boxes " in printed.strip().splitlines()[-1]
-        again = self.command(data, tmp_path / "more", "--pretrained", str(tmp_path / "out" / "best.safetensors"))
+        again = self.command(data, tmp_path / "more", "--weights", str(tmp_path / "out" / "best.safetensors"))
         assert "1 steps in " in run(*again)
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = make_instances(tmp_path / "data", 2)
         assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
-        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--pretrained", "nothing"))
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--weights", "nothing"))
         assert "no weights and no file 'nothing'" in error
         frozen = self.command(data, tmp_path, "--freeze", "mask_decoder")
         assert CliRunner().invoke(app, frozen).exit_code == 2
@@ -208,12 +208,12 @@ class TestChooseRecipe:
         assert find_recipe("in1k", epochs=60).warmup_epochs == 20
 
 
-def build_student(variant, pretrained, recipe, num_classes, seed, gradient_checkpointing):
-    asked = LoopRequest(
-        data=Path(), out=Path(), variant=variant, pretrained=pretrained, seed=seed,
+def build_student(variant, weights, recipe, num_classes, seed, gradient_checkpointing):
+    request = LoopRequest(
+        context=None, data=Path(), out=Path(), variant=variant, weights=weights, seed=seed,
         gradient_checkpointing=gradient_checkpointing,
     )  # fmt: skip
-    return asked.network(TinyViT.from_config, recipe, num_classes=num_classes)
+    return request.build_network(TinyViT.from_config, recipe, num_classes=num_classes)
 
 
 class TestBuildStudent:

@@ -46,7 +46,7 @@ WORDS = (
 
 
 LONG = ("repetitions", "epochs", "steps")  # 10**20 of them are asked for rightly, and take what they take
-FILES = ("pretrained", "checkpoint", "teacher", "store", "variant")  # texts that may be paths
+FILES = ("weights", "sam_weights", "teacher", "store", "variant")  # texts that may be paths
 
 
 @cache
@@ -137,9 +137,9 @@ def _small(words: tuple[str, ...], given: set[str], folder: Path) -> list[str]:
     """Return options that keep what is accepted small and inside of the folder."""
     known = {name for parameter in commands()[words] for name in parameter.opts}
     usual = {
-        "--out": str(folder / "out"), "--variant": "1m", "--pretrained": "cifar10", "--epochs": "1", "--workers": "0",
+        "--out": str(folder / "out"), "--variant": "1m", "--weights": "cifar10", "--epochs": "1", "--workers": "0",
         "--img-size": "32", "--recipe": "cifar10", "--batch-size": "2", "--repetitions": "1", "--engines": "eager",
-        "--checkpoint": str(folder / "none.safetensors"), "--steps": "1", "--batch-sizes": "1",
+        "--steps": "1", "--batch-sizes": "1",
     }  # fmt: skip
     if words[-1] in ("segment", "detect"):
         usual.pop("--img-size")
