@@ -26,11 +26,13 @@ from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.distillation.losses import StoredLabelLoss
 from kornia_tinyvit.model import TinyViT
 
+
 class Start(StrEnum):
     """First weights of candidates."""
 
     inherit = "inherit"
     fresh = "fresh"
+
 
 budget_option = partial(typer.Option, rich_help_panel="Budget")
 search_option = partial(typer.Option, rich_help_panel="Search")

@@ -71,7 +71,9 @@ class TestOnnx:
 class TestProgram:
     def test_program(self, weights, tmp_path):
         out = tmp_path / "network.pt2"
-        assert "(B, 3, 64, 64) float32, normalized, to (B, 10)" in run("export", "--out", str(out), "--weights", weights)
+        assert "(B, 3, 64, 64) float32, normalized, to (B, 10)" in run(
+            "export", "--out", str(out), "--weights", weights
+        )
         images = torch.randn(2, 3, 64, 64)
         classifier = ImageClassifier.from_config(pretrained=weights)
         with torch.no_grad():
@@ -114,8 +116,8 @@ class TestProgram:
         ("network.tflite", (), "--out must end in .onnx or .pt2; got network.tflite"),
         ("network.onnx", ("--compiled",), "--compiled has no effect with --format onnx"),
         ("network.pt2", ("--opset", "20"), "--opset has no effect with --format pt2"),
-        ("network.pt2", ("--photos", "--method", "forward_features"), "has one method"),
-        ("network.pt2", ("--photos", "--pixels", "normalized"), "takes photos, unit or uint8"),
+        ("network.pt2", ("--photos", "--method", "forward_features"), "supports only forward"),
+        ("network.pt2", ("--photos", "--pixels", "normalized"), "unit or uint8 images"),
     ],
 )
 def test_errors(weights, tmp_path, capfd, monkeypatch, out, options, message):

@@ -36,7 +36,10 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
         ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out has no effect with --validation"),
         ("contract x --max-macs 1M --rounds 3", "--rounds has no effect without --refine"),
         ("contract x --max-macs 1M --refine y --steps 3", "--steps has no effect with --refine"),
-        ("contract x --max-macs 1M --engine openvino --engine-device cpu", "--engine, --engine-device have no effect without"),
+        (
+            "contract x --max-macs 1M --engine openvino --engine-device cpu",
+            "--engine, --engine-device have no effect without",
+        ),
         ("contract x --max-latency-ms 9 --engine-batch 4", "--engine-batch has no effect without --min-throughput"),
         ("convert --out x --format timm --name me", "--name has no effect with --format timm"),
         ("benchmark --limit 4", "--limit has no effect without --data"),
