@@ -406,7 +406,22 @@ def test_feature_distillation(photos, tmp_path):
 @pytest.mark.slow
 def test_segment_semantic(tmp_path):
     data = make_scenes(tmp_path / "data", 4)
-    options = ("--images", 2, "--img-size", 64, "--width", 8, "--epochs", 2, "--batch-size", 2, "--shown", 2, "--device", "cpu")
+    options = (
+        "--images",
+        2,
+        "--img-size",
+        64,
+        "--width",
+        8,
+        "--epochs",
+        2,
+        "--batch-size",
+        2,
+        "--shown",
+        2,
+        "--device",
+        "cpu",
+    )
     output = run(EXAMPLES / "segment_semantic.py", data, *options, "--out", "runs/it", cwd=tmp_path)
     assert "2 images, 3 classes, 2 steps" in output
     train, val = json_lines(output)
@@ -469,7 +484,8 @@ def test_segment_promptable(tmp_path):
     data = make_instances(tmp_path / "data", 3)
     folders = (data / "images", data / "masks")
     options = ("--images", 2, "--min-area", 1, "--img-size", 64, "--windows", 4, 4, 4, 4, "--epochs", 2,
-               "--batch-size", 2, "--shown", 2, "--others", *folders, "--device", "cpu", "--out", "runs/it")  # fmt: skip
+               "--batch-size", 2, "--shown", 2, "--others", *folders, "--device", "cpu",
+               "--out", "runs/it")  # fmt: skip
     output = run(EXAMPLES / "segment_promptable.py", *folders, *options, cwd=tmp_path)
     assert "2 images, 2 steps" in output
     before, after, others = json_lines(output)

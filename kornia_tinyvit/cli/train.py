@@ -94,7 +94,6 @@ def train(request: TrainRequest) -> None:
     request.note_names(
         "Images and labels left out because the other is missing", (*images.without_mask, *images.without_image)
     )
-    request.note_names("Boxes left out", images.left_out)
     request.train(
         model,
         samples,
@@ -159,6 +158,7 @@ def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
 
 def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
     images = request.sample(DetectionDataset.open(request.data, "train"))
+    request.note_names("Boxes left out", images.left_out)
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
     detector = request.build_network(
