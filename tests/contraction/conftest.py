@@ -1,4 +1,4 @@
-"""A small network that the tests of contraction cut down."""
+"""A small parent network and a search result."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Costs, limits and times."""
+"""Budgets, costs and measurements."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def variant(name: str, img_size: int) -> TinyViTConfig:
 
 
 def norm_operations(config: TinyViTConfig) -> int:
-    """What fvcore, to which a multiply-accumulate is one, adds for norms: 2 a value in batch norm, 5 in layer norm."""
+    """Return the operations of norms as fvcore counts them: 2 per value in batch norm, 5 in layer norm."""
     found = []
     costs = {nn.BatchNorm2d: 2, nn.LayerNorm: 5}
     with torch.device("meta"):
@@ -43,14 +43,14 @@ class TestCount:
         costs = count(config)
         assert round(costs["parameters"] / 1e6, 1 if millions < 10 else None) == millions
         assert costs["macs"] / 1e9 == pytest.approx(macs, rel=0.04 if macs < 2 else 0.013)
-        # The rest is norms, which torch's counter leaves out.
+        # The published numbers include norms, which torch does not count.
         assert round((costs["macs"] + norm_operations(config)) / 1e9, 1) == macs
 
     @pytest.mark.parametrize(
         "change",
         [{}, {"num_classes": 0}, {"img_size": 50}, {"window_sizes": (4, 7, 3, 2)}, {"mlp_ratio": 2.5}, {"in_chans": 1}],
     )
-    def test_blocks_add_up_to_the_network(self, change):
+    def test_layers_add_up_to_network(self, change):
         config = SMALL.replace(**change)
         network = TinyViT.from_config(config).eval()
         costs = count(config)
@@ -60,7 +60,7 @@ class TestCount:
         )
 
     def test_memory(self):
-        """Of this network the widest place is the first block, between its expansion and the activation."""
+        """The memory of this network peaks in the first block, between its expansion and the activation."""
         config = TinyViTConfig(img_size=256, embed_dims=(16, 16, 16, 16), num_heads=(1, 1, 1, 1), depths=(1, 1, 1, 1))
         maps = count(config)["memory"] - 4 * count(config)["parameters"]
         expanded = 64 * 64 * 64 * 4
@@ -104,7 +104,7 @@ class TestBudget:
 
 
 class TestBench:
-    def test_times_what_is_asked_for(self):
+    def test_measures_limited_costs(self):
         bench = Bench(batch_size=2, repetitions=2)
         counted = bench.measure(SMALL, Budget(max_macs=1))
         assert counted == count(SMALL)

@@ -1,4 +1,4 @@
-"""Candidates are trained and measured."""
+"""Proxy training of candidates."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ class TestProxyTraining:
         assert again == accuracy
 
     def test_start(self, proxy, parent):
-        # With hardly any learning rate a network stays what it began as.
-        still = replace(proxy, recipe=replace(RECIPE, base_lr=1e-9, min_lr=0.0, ema_decay=0.0))
-        _, inherited = still(SMALL, parent)
-        _, fresh = replace(still, start="fresh")(SMALL, parent)
+        # With a negligible learning rate the weights stay the initial ones.
+        frozen = replace(proxy, recipe=replace(RECIPE, base_lr=1e-9, min_lr=0.0, ema_decay=0.0))
+        _, inherited = frozen(SMALL, parent)
+        _, fresh = replace(frozen, start="fresh")(SMALL, parent)
         torch.testing.assert_close(inherited.head.weight, parent.head.weight)
         assert not torch.allclose(fresh.head.weight, parent.head.weight)
 

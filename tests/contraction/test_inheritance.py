@@ -1,4 +1,4 @@
-"""Contracted networks start from what matters most in their parent."""
+"""Weight inheritance."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ def silence_rows(layer: nn.Linear, rows: list[int]) -> None:
 
 
 class TestInherit:
-    def test_all_of_it(self, parent, images):
+    def test_same_config(self, parent, images):
         child = inherit(parent, SMALL.replace(img_size=64))
         assert child.training
         assert child.config.img_size == 64
         for name, tensor in child.state_dict().items():
             assert torch.equal(tensor, parent.state_dict()[name]), name
         child.head.weight.data.zero_()
-        assert parent.head.weight.any()  # the parent stays as it is
+        assert parent.head.weight.any()  # the parent is not modified
 
     @pytest.mark.parametrize(
         ("factor", "value"),
@@ -46,8 +46,8 @@ class TestInherit:
             ("embed_dims", (12, 16, 24, 32)),
         ],
     )
-    def test_what_is_zero_is_cut_exactly(self, parent, images, factor, value):
-        """Cut channels that contribute nothing, and the outputs stay; cut any others, and they do not."""
+    def test_removing_zero_weights_keeps_outputs(self, parent, images, factor, value):
+        """Removing channels with zero weights keeps the outputs; removing others does not."""
         smaller = SMALL.replace(**{factor: value})
         assert not torch.allclose(inherit(parent, smaller).eval()(images), parent(images), atol=1e-2)
         silence = {
@@ -72,11 +72,11 @@ class TestInherit:
         silence_filters(parent.patch_embed.seq[0], [0, 5])
         for layer in (parent.patch_embed.seq[2], *(block.conv3 for block in parent.layers[0].blocks)):
             silence_filters(layer, [1, 2, 7, 14])
-        for block in parent.layers[0].blocks:  # which shrinks with its width
+        for block in parent.layers[0].blocks:  # its width shrinks with the stage's
             silence_filters(block.conv2, list(range(16, 32)))
 
     def silence_block(self, parent, number=0, scale=1.0):
-        """Let a block of the second stage do nothing but scale its map."""
+        """Reduce a block of the second stage to a scale of its feature map."""
         block = parent.layers[1].blocks[number]
         for layer in (block.attn.proj, block.mlp.fc2):
             silence_rows(layer, list(range(16)))
@@ -87,15 +87,15 @@ class TestInherit:
             norm.bias.copy_(norm.running_mean)
 
     @pytest.mark.parametrize(("number", "scale"), [(0, 1.0), (1, 1.0), (0, -3.0)])
-    def test_blocks_that_do_nothing_are_cut_exactly(self, parent, images, number, scale):
-        """Any block that does nothing, and the first also if it scales, which the merging before it takes over."""
+    def test_removing_identity_blocks_keeps_outputs(self, parent, images, number, scale):
+        """Identity blocks, and a scaling first block, which is folded into the merging before it."""
         self.silence_block(parent, number, scale)
         child = inherit(parent, SMALL.replace(depths=(2, 1, 2, 2))).eval()
         kept = parent.layers[1].blocks[1 - number].mlp.fc1.weight
         assert torch.equal(child.layers[1].blocks[0].mlp.fc1.weight, kept)
         torch.testing.assert_close(child(images), parent(images), atol=1e-5, rtol=1e-4)
 
-    def test_biases_of_the_distances_that_are_left(self, parent):
+    def test_attention_biases_of_smaller_windows(self, parent):
         child = inherit(parent, SMALL.replace(window_sizes=(4, 3, 2, 3)))
         whole = parent.layers[1].blocks[0].attn.attention_biases.view(2, 4, 4)
         assert torch.equal(child.layers[1].blocks[0].attn.attention_biases.view(2, 3, 3), whole[:, :3, :3])
@@ -107,7 +107,7 @@ class TestInherit:
         kept = child.layers[1].blocks[1].attn.attention_biases
         assert torch.equal(kept, attention.attention_biases[1:])
 
-    def test_any_mixture(self, parent, images):
+    def test_all_factors(self, parent, images):
         child = inherit(parent, smallest(SMALL, SearchSpace()))
         assert child(images).shape == (2, 3)
         assert child.config == smallest(SMALL, SearchSpace())
@@ -126,6 +126,7 @@ class TestInherit:
         with pytest.raises(ValueError, match=message):
             inherit(parent, SMALL.replace(**change))
 
+    @pytest.mark.slow
     def test_learns_faster_than_from_scratch_on_cifar10(self):
         photos = ClassificationDataset.open(shared("data/cifar10/test.parquet")).sample(320)
         whole = TinyViT.from_config("1m", pretrained="cifar10")
@@ -142,7 +143,7 @@ class TestInherit:
 
 
 def fit(model: TinyViT, images: torch.Tensor, labels: torch.Tensor) -> float:
-    """Learn from all but 128 images in a few steps, and return the loss on those."""
+    """Train on all but 128 images for one epoch, and return the loss on those."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     for rows in torch.arange(128, len(labels)).split(32):
         optimizer.zero_grad()

@@ -1,4 +1,4 @@
-"""The steps of a search, there and back."""
+"""Contractions and expansions."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class TestContractions:
         assert [each.num_heads[2] for each in found["embed_dims[2]"]] == [4, 3, 2, 1]
         assert [each.embed_dims[0] for each in found["embed_dims[0]"]] == [48, 32, 16]
         assert [each.depths[2] for each in found["depths[2]"]] == [5, 4, 3, 2, 1]
-        assert [each.window_sizes[1] for each in found["window_sizes[1]"]] == [4, 2]  # of a map of 28
+        assert [each.window_sizes[1] for each in found["window_sizes[1]"]] == [4, 2]  # of a feature map of 28
         assert [each.window_sizes[2] for each in found["window_sizes[2]"]] == [7, 2]
         assert found["window_sizes[3]"] == []  # 7 is prime
         assert [each.mlp_ratio for each in found["mlp_ratio"]] == [3.5, 3.0, 2.5, 2.0, 1.5, 1.0]
@@ -52,8 +52,8 @@ class TestExpansions:
     @pytest.mark.parametrize(
         "space", [SearchSpace(), SearchSpace(ratio_step=1.0), SearchSpace(min_depth=2, min_window=4, min_ratio=3.0)]
     )
-    def test_the_way_back(self, space):
-        """What was contracted is given back along the same networks."""
+    def test_expansions_reverse_contractions(self, space):
+        """Expansions lead back through the same networks."""
         seed = VARIANTS["5m"]
         for factor, chain in contractions(seed, SearchSpace(ratio_step=space.ratio_step)).items():
             way = [seed, *chain]
@@ -70,8 +70,8 @@ class TestExpansions:
                 changed = {field for field in vars(config) if getattr(config, field) != getattr(more, field)}
                 assert name in changed <= {name, "num_heads"}
 
-    def test_off_the_way(self):
-        """A ratio that no number of steps leads to is not given back; the others are."""
+    def test_values_between_steps(self):
+        """A ratio that is not a whole number of steps below the maximum is not expanded; other factors are."""
         odd = VARIANTS["5m"].replace(mlp_ratio=3.3, depths=(2, 2, 5, 2))
         found = {name: list(chain) for name, chain in expansions(odd, VARIANTS["5m"], SearchSpace()).items()}
         assert found["mlp_ratio"] == []

@@ -1,4 +1,4 @@
-"""What a search came to."""
+"""Search results."""
 
 from tests.contraction.conftest import FOUND
 

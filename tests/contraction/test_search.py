@@ -1,7 +1,8 @@
-"""Searches that walk a known path, are killed and resumed."""
+"""Searches: paths, constraints and resumption."""
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import math
 
@@ -10,14 +11,25 @@ import torch
 
 from kornia_tinyvit import TinyViT, TinyViTConfig
 from kornia_tinyvit.config import VARIANTS
-from kornia_tinyvit.contraction import Bench, Budget, SearchSpace, contract, contractions, count, expansions, refine
+from kornia_tinyvit.contraction import (
+    Bench,
+    Budget,
+    SearchSpace,
+    contract,
+    contractions,
+    count,
+    expansions,
+    refine,
+    search,
+)
+from kornia_tinyvit.contraction.workers import open_workers
 from tests.conftest import TINY
 from tests.contraction.conftest import SMALL
 from tests.helpers import json_lines
 
 
 def toward(goal: TinyViTConfig):
-    """An evaluation that is the better, the nearer a network comes to a goal without contracting anything else."""
+    """Return an evaluation that increases toward a goal, and is 0 if another factor is contracted."""
 
     def evaluate(config: TinyViTConfig, parent: TinyViT | None) -> float:
         pairs = list(zip(config.embed_dims, goal.embed_dims, strict=True))
@@ -30,17 +42,17 @@ def toward(goal: TinyViTConfig):
 
 
 class Recorder:
-    """An evaluation that likes depth, remembers what it was asked and stops when it is told."""
+    """An evaluation that prefers depth, records its calls and can be interrupted."""
 
     def __init__(self, stop_after: int | None = None, trains: bool = False) -> None:
-        self.asked: list[TinyViTConfig] = []
+        self.configs: list[TinyViTConfig] = []
         self.parents: list[TinyViT | None] = []
         self.stop_after, self.trains = stop_after, trains
 
     def __call__(self, config: TinyViTConfig, parent: TinyViT | None):
-        if len(self.asked) == self.stop_after:
+        if len(self.configs) == self.stop_after:
             raise KeyboardInterrupt
-        self.asked.append(config)
+        self.configs.append(config)
         self.parents.append(parent)
         accuracy = deep(config, parent)
         return (accuracy, TinyViT.from_config(config)) if self.trains else accuracy
@@ -53,9 +65,22 @@ def deep(config: TinyViTConfig, parent: TinyViT | None) -> float:
 BUDGET = Budget(max_parameters=0.6 * count(SMALL)["parameters"], max_macs=0.7 * count(SMALL)["macs"])
 
 
+@pytest.fixture(scope="module")
+def pool():
+    with open_workers(2) as pool:
+        yield pool
+
+
+@pytest.fixture
+def shared_workers(pool, monkeypatch):
+    """Run all searches with two processes in one pool, since each process takes seconds to start."""
+    pools = {1: None, 2: pool}
+    monkeypatch.setattr(search, "open_workers", lambda processes: contextlib.nullcontext(pools[processes]))
+
+
 class TestSearch:
     def test_published_family(self, tmp_path):
-        """From 21m under the published constraints the search comes to 11m, and from there to 5m."""
+        """The published constraints lead from 21m to 11m, and from there to 5m."""
         seed: TinyViTConfig | str = "21m"
         for name, budget in (("11m", Budget(11e6, 2.05e9)), ("5m", Budget(5.4e6, 1.3e9))):
             result = contract(seed, budget, toward(VARIANTS[name]), tmp_path / name, steps=12)
@@ -82,14 +107,14 @@ class TestSearch:
         assert max(each.accuracy for each in siblings) == result.winner.accuracy
         for each in siblings:
             assert BUDGET.excess(each.costs) <= kept[-1]["excess"]
-        # What was measured only is just what a step of its factor does not meet.
+        # Networks that were measured but not evaluated exceed the constraint.
         assert all(BUDGET.excess(each.costs) > 0 for each in result.candidates if each.accuracy is None)
-        assert len(recorder.asked) == len(set(recorder.asked)) == len(result.evaluated)
+        assert len(recorder.configs) == len(set(recorder.configs)) == len(result.evaluated)
         assert result.weights is None
         assert result.network().config == result.config
 
     def test_times(self, tmp_path):
-        """A latency has to fall and a throughput to rise, here those of a machine that does a MAC a nanosecond."""
+        """Latency must fall and throughput rise, here at one MAC per nanosecond."""
 
         class Stopwatch(Bench):
             def measure(self, config, budget):
@@ -103,18 +128,18 @@ class TestSearch:
         rates = [each.costs["throughput"] for each in result.path]
         assert rates == sorted(rates)
 
-    def test_nothing_to_do(self, tmp_path):
+    def test_seed_within_budget(self, tmp_path):
         result = contract(SMALL, Budget(max_parameters=1e9), deep, tmp_path)
         assert [each.config for each in result.candidates] == [SMALL]
 
-    def test_weights_are_handed_on(self, tmp_path):
+    def test_weights_are_inherited(self, tmp_path):
         torch.manual_seed(0)
         seed = TinyViT.from_config(SMALL)
         recorder = Recorder(trains=True)
         result = contract(seed, BUDGET, recorder, tmp_path, steps=2)
         assert torch.equal(recorder.parents[0].head.weight, seed.head.weight)
         by_config = {each.config: each for each in result.candidates}
-        for config, parent in zip(recorder.asked[1:], recorder.parents[1:], strict=True):
+        for config, parent in zip(recorder.configs[1:], recorder.parents[1:], strict=True):
             assert parent.config == result.candidates[by_config[config].parent].config
         files = sorted(file.stem for file in (tmp_path / "weights").glob("0*"))
         assert files == [f"{each.number:05d}" for each in result.path]
@@ -123,38 +148,38 @@ class TestSearch:
             contract(TinyViT.from_config(SMALL), BUDGET, recorder, tmp_path, steps=2)
 
     @pytest.mark.parametrize("stop_after", [0, 1, 7])
-    def test_resumed(self, tmp_path, stop_after):
+    def test_resume(self, tmp_path, stop_after):
         whole = contract(SMALL, BUDGET, Recorder(), tmp_path / "whole", steps=3)
         first, second = Recorder(stop_after), Recorder()
         with pytest.raises(KeyboardInterrupt):
-            contract(SMALL, BUDGET, first, tmp_path / "torn", steps=3)
-        with (tmp_path / "torn" / "search.jsonl").open("a") as file:
-            file.write('{"event": "evaluated", "conf')  # what a killed write leaves
-        assert contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3) == whole
-        assert first.asked + second.asked == [each.config for each in whole.evaluated]
+            contract(SMALL, BUDGET, first, tmp_path / "resumed", steps=3)
+        with (tmp_path / "resumed" / "search.jsonl").open("a") as file:
+            file.write('{"event": "evaluated", "conf')  # an incomplete line
+        assert contract(SMALL, BUDGET, second, tmp_path / "resumed", steps=3) == whole
+        assert first.configs + second.configs == [each.config for each in whole.evaluated]
         third = Recorder()
-        assert contract(SMALL, BUDGET, third, tmp_path / "torn", steps=3) == whole
-        assert third.asked == []
+        assert contract(SMALL, BUDGET, third, tmp_path / "resumed", steps=3) == whole
+        assert third.configs == []
 
-    def test_weights_outlast_a_stop(self, tmp_path):
+    def test_resume_with_weights(self, tmp_path):
         whole = contract(SMALL, BUDGET, Recorder(trains=True), tmp_path / "whole", steps=3)
         first, second = Recorder(len(whole.evaluated) - 2, trains=True), Recorder(trains=True)
         with pytest.raises(KeyboardInterrupt):
-            contract(SMALL, BUDGET, first, tmp_path / "torn", steps=3)
-        result = contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+            contract(SMALL, BUDGET, first, tmp_path / "resumed", steps=3)
+        result = contract(SMALL, BUDGET, second, tmp_path / "resumed", steps=3)
         assert [parent.config for parent in second.parents] == 2 * [whole.path[-2].config]
-        names = [sorted(file.name for file in (tmp_path / run / "weights").iterdir()) for run in ("whole", "torn")]
+        names = [sorted(file.name for file in (tmp_path / run / "weights").iterdir()) for run in ("whole", "resumed")]
         assert names[0] == names[1] == [f"{each.number:05d}.safetensors" for each in whole.path]
         result.weights.unlink()
         with pytest.raises(ValueError, match="is missing"):
-            contract(SMALL, BUDGET, second, tmp_path / "torn", steps=3)
+            contract(SMALL, BUDGET, second, tmp_path / "resumed", steps=3)
 
-    def test_another_search_in_the_folder(self, tmp_path):
+    def test_other_search_in_folder(self, tmp_path):
         contract(SMALL, BUDGET, deep, tmp_path, steps=1)
         with pytest.raises(ValueError, match="steps: it has 1, requested 2"):
             contract(SMALL, BUDGET, deep, tmp_path, steps=2)
 
-    def test_damaged_line(self, tmp_path):
+    def test_corrupt_line(self, tmp_path):
         contract(SMALL, BUDGET, deep, tmp_path, steps=1)
         file = tmp_path / "search.jsonl"
         lines = file.read_text().splitlines()
@@ -171,6 +196,7 @@ class TestSearch:
 
         contract(SMALL, Budget(max_parameters=1e9), again, tmp_path)
 
+    @pytest.mark.usefixtures("shared_workers")
     def test_processes(self, tmp_path):
         one = contract(SMALL, BUDGET, deep, tmp_path / "one", steps=1)
         assert contract(SMALL, BUDGET, deep, tmp_path / "two", steps=1, processes=2) == one
@@ -190,7 +216,7 @@ class TestSearch:
             contract(SMALL, out=tmp_path, **({"budget": BUDGET, "evaluate": deep} | options))
 
 
-# Within the budget, with a part of it unused.
+# Within the budget, with some of it unused.
 FITS = SMALL.replace(embed_dims=(12, 16, 16, 16), num_heads=(1, 2, 2, 2), mlp_ratio=2.0)
 
 
@@ -203,7 +229,7 @@ class TestRefine:
         recorder = Recorder()
         result = improve(evaluate=recorder, out=tmp_path, rounds=3, candidates=6)
         assert result.path[0].config == FITS
-        assert len(recorder.asked) == len(set(recorder.asked)) <= 1 + 3 * 6
+        assert len(recorder.configs) == len(set(recorder.configs)) <= 1 + 3 * 6
         assert all(BUDGET.holds(each.costs) for each in result.evaluated)
         assert len(result.path) > 1
         accuracies = [each.accuracy for each in result.path]
@@ -216,35 +242,35 @@ class TestRefine:
                 before = next(contractions(before, SearchSpace())[taken])
             assert after.config in expansions(before, SMALL, SearchSpace())[given]
 
-    def test_the_last_kept_wins(self, tmp_path):
-        """A network that the first round met and left may be what a later one goes on to: numbers are no order."""
-        asked = itertools.count(1)
-        result = improve(evaluate=lambda *_: float(next(asked)), out=tmp_path, rounds=10, candidates=2)
+    def test_last_selected_wins(self, tmp_path):
+        """A later round can select a network of the first round, so numbers are not in order of selection."""
+        accuracies = itertools.count(1)
+        result = improve(evaluate=lambda *_: float(next(accuracies)), out=tmp_path, rounds=10, candidates=2)
         assert [each.accuracy for each in result.path] == [1, *range(3, 23, 2)]
         assert result.winner.accuracy == max(each.accuracy for each in result.evaluated)
-        assert list(result.kept) != sorted(result.kept), "one that was met early is kept late"
+        assert list(result.kept) != sorted(result.kept), "an early candidate is selected late"
 
-    def test_a_round_looks_at_those_that_leave_the_least(self, tmp_path):
+    def test_trades_with_the_least_slack_are_evaluated(self, tmp_path):
         few = improve(out=tmp_path / "few", rounds=1, candidates=3)
         all_of_them = improve(out=tmp_path / "all", rounds=1, candidates=1000)
         slacks = sorted(BUDGET.slack(each.costs) for each in all_of_them.evaluated[1:])
         assert len(slacks) > 10
         assert sorted(BUDGET.slack(each.costs) for each in few.evaluated[1:]) == slacks[:3]
-        # A trade gives back as far as the budget holds.
+        # A trade expands as far as the budget holds.
         for each in all_of_them.evaluated[1:]:
             given = each.factor.split(" for ")[0]
             further = next(expansions(each.config, SMALL, SearchSpace())[given], None)
             assert further is None or not BUDGET.holds(count(further))
 
-    def test_the_best_there_is(self, tmp_path):
-        """Where nothing better is found the first is kept, and each round looks at others."""
+    def test_no_improvement(self, tmp_path):
+        """Without an improvement the first network stays selected, and each round evaluates others."""
         recorder = Recorder()
-        result = improve(evaluate=lambda *asked: 0 * recorder(*asked), out=tmp_path, rounds=2, candidates=4)
+        result = improve(evaluate=lambda *args: 0 * recorder(*args), out=tmp_path, rounds=2, candidates=4)
         assert [each.config for each in result.path] == [FITS]
-        assert len(recorder.asked) == len(set(recorder.asked)) == 1 + 2 * 4
+        assert len(recorder.configs) == len(set(recorder.configs)) == 1 + 2 * 4
 
     def test_weights(self, tmp_path):
-        """Every candidate starts from the seed's weights, and those of the path are kept."""
+        """Every candidate inherits the seed's weights, and the weights of selected networks are kept."""
         torch.manual_seed(0)
         seed = TinyViT.from_config(SMALL)
         recorder = Recorder(trains=True)
@@ -255,16 +281,16 @@ class TestRefine:
         assert result.network().config == result.config
 
     @pytest.mark.parametrize("stop_after", [0, 2, 5])
-    def test_resumed(self, tmp_path, stop_after):
+    def test_resume(self, tmp_path, stop_after):
         whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=2, candidates=3)
         first, second = Recorder(stop_after, trains=True), Recorder(trains=True)
         with pytest.raises(KeyboardInterrupt):
-            improve(evaluate=first, out=tmp_path / "torn", rounds=2, candidates=3)
-        again = improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=3)
+            improve(evaluate=first, out=tmp_path / "resumed", rounds=2, candidates=3)
+        again = improve(evaluate=second, out=tmp_path / "resumed", rounds=2, candidates=3)
         assert again.candidates == whole.candidates
-        assert len(first.asked) + len(second.asked) == len(whole.evaluated)
+        assert len(first.configs) + len(second.configs) == len(whole.evaluated)
         with pytest.raises(ValueError, match="candidates: it has 3, requested 4"):
-            improve(evaluate=second, out=tmp_path / "torn", rounds=2, candidates=4)
+            improve(evaluate=second, out=tmp_path / "resumed", rounds=2, candidates=4)
 
     def test_more_rounds(self, tmp_path):
         whole = improve(evaluate=Recorder(trains=True), out=tmp_path / "whole", rounds=3, candidates=3)
@@ -273,6 +299,7 @@ class TestRefine:
         assert again.candidates == whole.candidates
         assert again.weights.exists()
 
+    @pytest.mark.usefixtures("shared_workers")
     def test_processes(self, tmp_path):
         one = improve(out=tmp_path / "one", rounds=1)
         assert improve(out=tmp_path / "two", rounds=1, processes=2) == one

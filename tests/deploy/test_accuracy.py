@@ -23,7 +23,7 @@ def read(images):
 
 
 def swap_last(images):
-    """Exchange the two largest logits of a batch's last image."""
+    """Swap the two largest logits of the last image of a batch."""
     output = images.flatten(1).clone()
     output[-1, 2:] = output[-1, 2:].flip(0)
     return output
@@ -56,7 +56,7 @@ class TestCompare:
         assert 0 < result.mean_error < 1e-2
         assert result.agreement == 100.0
 
-    def test_maps(self):
+    def test_feature_maps(self):
         images = torch.rand(3, 2, 8, 8)
         labeled = [(images, torch.zeros(3, dtype=torch.long))]
         several = compare(lambda x: [x, x[:, :, ::2]], lambda x: [x, 1.1 * x[:, :, ::2]], labeled)

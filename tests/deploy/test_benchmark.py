@@ -15,7 +15,7 @@ class TestReadImages:
             Image.new("RGB", (70, 80), (30 * number, 0, 0)).save(path)
         return tmp_path / "data"
 
-    def test_calibration_is_not_judged_by(self, tiny, folder):
+    def test_calibration_and_evaluation_are_disjoint(self, tiny, folder):
         classifier = ImageClassifier(tiny)
         found = read_images(classifier, folder, 3)
         assert (len(found.calibration), len(found.images), len(found.labels)) == (4, 3, 3)

@@ -19,24 +19,24 @@ def classifier() -> ImageClassifier:
 
 class TestNetwork:
     def test_pixels(self, tiny):
-        levels = torch.randint(0, 256, (2, 3, 65, 70), dtype=torch.uint8)
-        unit = levels.float() / 255
+        pixels_uint8 = torch.randint(0, 256, (2, 3, 65, 70), dtype=torch.uint8)
+        unit = pixels_uint8.float() / 255
         expected = tiny(normalize(unit, MEAN, STD))
-        for pixels, images in (("normalized", normalize(unit, MEAN, STD)), ("unit", unit), ("uint8", levels)):
+        for pixels, images in (("normalized", normalize(unit, MEAN, STD)), ("unit", unit), ("uint8", pixels_uint8)):
             torch.testing.assert_close(build_graph(tiny, pixels=pixels)(images), expected, atol=1e-4, rtol=1e-4)
 
     def test_one_channel(self):
         model = liven(TinyViT(**TINY | {"in_chans": 1}))
         unit = torch.rand(1, 1, 64, 64)
-        expected = ImageClassifier(model)(unit)  # whose crop is not the whole image
+        expected = ImageClassifier(model)(unit)  # its crop is smaller than the image
         prepared = ImageClassifier(model).preprocessing.resize_and_crop(unit)
         torch.testing.assert_close(build_graph(model, pixels="unit")(prepared), expected, atol=1e-4, rtol=1e-4)
 
     def test_methods(self, tiny):
         images = torch.randn(1, 3, 64, 64)
-        maps = build_graph(tiny, "forward_intermediates")(images)
-        assert isinstance(maps, tuple)
-        for ours, theirs in zip(maps, tiny.forward_intermediates(images), strict=True):
+        features = build_graph(tiny, "forward_intermediates")(images)
+        assert isinstance(features, tuple)
+        for ours, theirs in zip(features, tiny.forward_intermediates(images), strict=True):
             torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
         features = build_graph(tiny, "forward_features")(images)
         torch.testing.assert_close(features, tiny.forward_features(images), atol=1e-4, rtol=1e-4)
@@ -48,7 +48,7 @@ class TestNetwork:
         assert graph.network.head.weight.dtype == torch.bfloat16
         assert graph.mean.dtype == torch.float32
 
-    def test_module_around_a_network(self, tiny):
+    def test_module_with_network(self, tiny):
         outer = nn.Sequential(tiny, nn.Softmax(1))
         images = torch.randn(2, 3, 64, 64)
         torch.testing.assert_close(build_graph(outer)(images), outer(images), atol=1e-5, rtol=1e-4)
@@ -57,30 +57,30 @@ class TestNetwork:
 class TestClassifier:
     @pytest.mark.parametrize("size", [(48, 80), (120, 64), (64, 64)])
     @pytest.mark.parametrize("pixels", ["unit", "uint8"])
-    def test_from_photos(self, classifier, size, pixels):
-        levels = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
-        unit = levels.float() / 255
+    def test_any_image_size(self, classifier, size, pixels):
+        pixels_uint8 = torch.randint(0, 256, (2, 3, *size), dtype=torch.uint8)
+        unit = pixels_uint8.float() / 255
         graph = build_graph(classifier, pixels=pixels)
-        images = levels if pixels == "uint8" else unit
+        images = pixels_uint8 if pixels == "uint8" else unit
         torch.testing.assert_close(graph(images), classifier(unit), atol=1e-3, rtol=1e-3)
 
     def test_views(self, classifier):
         both = ImageClassifier(classifier.model, views=(hflip,)).eval()
-        photos = torch.rand(2, 3, 70, 90)
-        found = build_graph(both)(photos)
-        torch.testing.assert_close(found, both(photos), atol=1e-3, rtol=1e-3)
-        assert not torch.allclose(found, classifier(photos), atol=1e-2)
+        images = torch.rand(2, 3, 70, 90)
+        found = build_graph(both)(images)
+        torch.testing.assert_close(found, both(images), atol=1e-3, rtol=1e-3)
+        assert not torch.allclose(found, classifier(images), atol=1e-2)
 
-    def test_preprocessing_of_another_kind(self, classifier):
+    def test_other_preprocessing(self, classifier):
         other = ImageClassifier(classifier.model, preprocessing=nn.AvgPool2d(2)).eval()
-        photos = torch.rand(1, 3, 128, 128)
-        torch.testing.assert_close(build_graph(other)(photos), other(photos), atol=1e-4, rtol=1e-4)
+        images = torch.rand(1, 3, 128, 128)
+        torch.testing.assert_close(build_graph(other)(images), other(images), atol=1e-4, rtol=1e-4)
         with pytest.raises(ValueError, match="uint8 images need"):
             build_graph(other, pixels="uint8")
 
 
-class TestRefusals:
-    def test_unknown(self, tiny, classifier):
+class TestErrors:
+    def test_errors(self, tiny, classifier):
         with pytest.raises(ValueError, match="method must be one of"):
             build_graph(tiny, "backward")
         with pytest.raises(ValueError, match="pixels must be"):

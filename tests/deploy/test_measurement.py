@@ -7,12 +7,12 @@ import torch
 from torch import nn
 
 from kornia_tinyvit import TinyViT
-from kornia_tinyvit.deploy import measurement as measuring
+from kornia_tinyvit.deploy import measurement
 from kornia_tinyvit.deploy.measurement import count_flops, describe_machine, interleaved, matrix_peak
 
 
 class TestMachine:
-    def test_describes_this_one(self):
+    def test_current_machine(self):
         machine = describe_machine()
         assert machine.threads == torch.get_num_threads()
         assert machine.versions["torch"].split("+")[0] == torch.__version__.split("+")[0]
@@ -23,7 +23,7 @@ class TestMachine:
 
     def test_cpuinfo(self, monkeypatch):
         fields = {"model name": "Some CPU", "flags": "fpu avx2 amx_int8 sse"}
-        monkeypatch.setattr(measuring, "_read_cpuinfo", lambda: fields)
+        monkeypatch.setattr(measurement, "_read_cpuinfo", lambda: fields)
         machine = describe_machine()
         assert machine.processor == "Some CPU"
         assert machine.instructions == ("avx2", "amx_int8")
@@ -34,21 +34,21 @@ class TestMachine:
         monkeypatch.delenv("MALLOC_MMAP_THRESHOLD_", raising=False)
         if variable:
             monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "1073741824")
-        told = describe_machine(allocator_tuned=tuned).allocator
-        assert told == ("tuned" if tuned or variable else "default")
+        allocator = describe_machine(allocator_tuned=tuned).allocator
+        assert allocator == ("tuned" if tuned or variable else "default")
 
 
 class TestPeak:
     @pytest.fixture(autouse=True)
     def small(self, monkeypatch):
-        monkeypatch.setattr(measuring, "_CPU_SIZES", (64, 128))
+        monkeypatch.setattr(measurement, "_CPU_SIZES", (64, 128))
 
-    def test_counts_two_for_a_product_and_a_sum(self, monkeypatch):
+    def test_multiply_accumulate_counts_as_two(self, monkeypatch):
         ticks = iter(range(1000))
-        monkeypatch.setattr(measuring.time, "perf_counter", lambda: next(ticks))  # each product takes a second
+        monkeypatch.setattr(measurement.time, "perf_counter", lambda: next(ticks))  # each matrix product takes a second
         assert matrix_peak(torch.float32) == pytest.approx(2 * 128**3 / 1e9)
 
-    def test_slow_integers_are_not_told(self, monkeypatch):
+    def test_slow_int8_has_no_peak(self, monkeypatch):
         multiply = torch._int_mm
 
         def slow(left, right):
@@ -88,14 +88,14 @@ class TestInterleaved:
     def test_median_of_timed_runs(self, monkeypatch):
         clock = [0.0]
         durations = iter([100.0, 9.0, 1.0, 50.0, 2.0, 50.0, 7.0])  # a warm-up, then each after an untimed run
-        monkeypatch.setattr(measuring.time, "perf_counter", lambda: clock[0])
-        monkeypatch.setattr(measuring.time, "sleep", lambda _: None)
+        monkeypatch.setattr(measurement.time, "perf_counter", lambda: clock[0])
+        monkeypatch.setattr(measurement.time, "sleep", lambda _: None)
 
         def step():
             clock[0] += next(durations)
 
         assert interleaved({"step": step}, repetitions=3, warmup=1) == {"step": 2.0}
 
-    def test_needs_repetitions(self):
+    def test_errors(self):
         with pytest.raises(ValueError, match="at least 1; got 0"):
             interleaved({}, 0)

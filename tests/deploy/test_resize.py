@@ -12,18 +12,18 @@ FRACTIONS = st.sampled_from([None, 0.875, 0.3, 1.0, "auto"])
 
 
 def images(*shape: int) -> torch.Tensor:
-    """Half noise, half black and white, where the kernel overshoots and is clamped."""
+    """Return noise with columns of black and white, where the kernel overshoots and is clamped."""
     noise = torch.rand(shape, generator=torch.Generator().manual_seed(sum(shape)))
     return torch.where(torch.arange(shape[-1]) % 5 < 3, noise, noise.round())
 
 
-class TestPhotoResize:
+class TestResizeAndCrop:
     @given(st.integers(1, 200), st.integers(1, 200), st.integers(1, 48), FRACTIONS)
-    @example(300, 40, 16, None)  # the height goes first
+    @example(300, 40, 16, None)  # the height is resized first
     @example(40, 300, 16, 0.3)
     @example(1500, 37, 32, "auto")
     @example(48, 61, 48, 1.0)  # one side is not resized
-    def test_equals_the_pipeline(self, height, width, size, crop_fraction):
+    def test_equals_pipeline(self, height, width, size, crop_fraction):
         pipeline = EvaluationPipeline(size, crop_fraction)
         x = images(2, 3, height, width)
         found = ResizeAndCrop(pipeline)(x)
@@ -33,7 +33,7 @@ class TestPhotoResize:
     def test_cardinality(self, shape):
         assert ResizeAndCrop(EvaluationPipeline(32))(torch.rand(shape)).shape == (*shape[:2], 32, 32)
 
-    def test_levels(self):
+    def test_uint8(self):
         pipeline = EvaluationPipeline(32)
         x = torch.randint(256, (2, 3, 70, 90), dtype=torch.uint8)
         found = ResizeAndCrop(pipeline, max_value=255)(x)
@@ -69,8 +69,8 @@ class TestExport:
         x = images(3, 3, *size)
         torch.testing.assert_close(program(x), pipeline.resize_and_crop(x), atol=1e-4, rtol=0)
 
-    def test_towers_differ_by_the_order_alone(self, exported):
-        # The pipeline takes their height first. Without black and white nothing is clamped and both orders agree.
+    def test_order_matters_only_where_values_are_clamped(self, exported):
+        # The pipeline resizes the height first. Without black and white nothing is clamped, and both orders agree.
         pipeline, program = exported
         x = 0.3 + 0.4 * images(2, 3, 400, 60)
         torch.testing.assert_close(program(x), pipeline.resize_and_crop(x), atol=1e-4, rtol=0)
