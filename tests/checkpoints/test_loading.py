@@ -1,4 +1,5 @@
 import http.server
+import io
 import json
 import os
 import pickle
@@ -8,6 +9,7 @@ import stat
 import threading
 import time
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import kornia.core.download
@@ -346,9 +348,13 @@ class Runs:
         return Path.touch, (self.marker,)
 
 
+#: Networks that no test changes.
+cached = cache(fresh)
+
+
 def assert_rejected(source: object, message: str, **changes) -> None:
     """Assert that loading a source raises an error and leaves the network unchanged."""
-    model = fresh(**changes)
+    model = cached(**changes)
     before = weights_of(model)
     with pytest.raises(CheckpointError, match=message):
         load_checkpoint(model, source)
@@ -566,7 +572,7 @@ class TestInvalidMetadata:
             ({"activation": "system"}, "torch.nn has no activation 'system'"),
             ({"activation": "init"}, "torch.nn has no activation 'init'"),
             ({"activation": "Parameter"}, "torch.nn has no activation 'Parameter'"),
-            ({"depths": "1121"}, "depths must be a sequence of integers"),
+            ({"depths": "1121"}, "depths must be 4 positive integers"),
             ({"depths": [1, 1, 2]}, "depths must be 4 positive integers"),
             ({"drop_rate": "0.5"}, "configuration stored in .* cannot be used"),
             ({"mlp_ratio": float("nan")}, "mlp_ratio must be positive"),
@@ -628,6 +634,19 @@ def server(tmp_path, monkeypatch):
     site.server_close()
 
 
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(3)
+    return TinyViT.from_config("1m", num_classes=10)
+
+
+@pytest.fixture(scope="module")
+def pth(model):
+    buffer = io.BytesIO()
+    torch.save({"model": model.state_dict(), "epoch": 1}, buffer)
+    return buffer.getvalue()
+
+
 @pytest.mark.filterwarnings("ignore:Failed to download", "ignore:Transient failure")
 class TestDownloads:
     @pytest.fixture
@@ -645,16 +664,6 @@ class TestDownloads:
         # list_pretrained and its users read CATALOG from this module.
         monkeypatch.setattr(catalog, "CATALOG", (*catalog.CATALOG, entry))
         return entry
-
-    @pytest.fixture
-    def model(self):
-        torch.manual_seed(3)
-        return TinyViT.from_config("1m", num_classes=10)
-
-    @pytest.fixture
-    def pth(self, model, tmp_path):
-        torch.save({"model": model.state_dict(), "epoch": 1}, tmp_path / "served.pth")
-        return (tmp_path / "served.pth").read_bytes()
 
     @staticmethod
     def cached(tmp_path) -> list[str]:
