@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 
@@ -10,6 +12,12 @@ from kornia_tinyvit.contraction import Budget, Candidate, SearchResult
 from tests.conftest import TINY, liven
 
 SMALL = TinyViTConfig(**{**TINY, "depths": (2, 2, 2, 2), "num_classes": 3, "img_size": 32})
+
+
+@pytest.fixture(autouse=True)
+def without_fsync(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave out syncs to the disk, which take 5 ms for each of hundreds of journal lines."""
+    monkeypatch.setattr(os, "fsync", lambda _: None)
 
 
 @pytest.fixture
