@@ -741,6 +741,7 @@ def assert_equal_runs(one, other):
     assert all(torch.allclose(first[key], second[key], atol=2e-4) for key in first)
 
 
+@pytest.mark.slow
 @needs_gloo
 def test_sharded_ranks_equal_one_process(folder, tmp_path):
     """FSDP2 with a sharded moving average; an interrupted training resumes on two ranks."""
