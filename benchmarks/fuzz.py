@@ -53,7 +53,7 @@ def run_all(targets: list[Target], args: argparse.Namespace) -> None:
     totals, reasons = [0] * len(COLUMNS), []
     for target in targets:
         name, tally = target.name, run_in_process(target, args)
-        numbers = [tally.tried, *(tally.counts[each] for each in ("refused", "accepted", "fault"))]
+        numbers = [tally.total, *(tally.counts[each] for each in ("rejected", "accepted", "fault"))]
         totals = [total + number for total, number in zip(totals, numbers, strict=True)]
         reasons += [f"{name}, case {cases[0]} and {len(cases) - 1} more: {why}" for why, cases in tally.faults.items()]
         print(f"{name:{width}}", *(f"{number:9,}" for number in numbers), flush=True)

@@ -20,7 +20,7 @@ from kornia_tinyvit.cli import app, main
 from kornia_tinyvit.cli.distill import distill
 from tests.fuzz.data import a_image, valid
 from tests.fuzz.files import contents
-from tests.fuzz.harness import Refused, Target, broken_promise, mutate
+from tests.fuzz.harness import Rejected, Target, error_fault, mutate
 
 NUMBERS = ("0", "1", "-1", "2", "3", "64", "1e9", "99999999999999999999", "nan", "inf", "0.5", "x", "", "½")
 WORDS = (
@@ -153,13 +153,13 @@ def command_line(rng: random.Random, folder: Path) -> None:
     assert "Traceback" not in error, f"a traceback of {line}"
     if status == 1 and cause is not None:
         assert error.startswith("Error: "), f"{error[:80]!r} of {line}"
-        reason = broken_promise(cause)
+        reason = error_fault(cause)
         place = _place(cause)
         assert reason is None or _of_the_system(cause), (
             f"{reason}: {type(cause).__name__} {place} {str(cause)[:120]} of {line[0]}"
         )
     if status:
-        raise Refused("what the command line refuses")
+        raise Rejected("an error of the command line")
 
 
 def _place(error: BaseException) -> str:
@@ -168,12 +168,12 @@ def _place(error: BaseException) -> str:
 
 
 def _of_the_system(error: BaseException) -> bool:
-    """Tell whether the system refused a file and named it, which is a sentence too."""
+    """Return whether an error is from the operating system and names a file."""
     return isinstance(error, OSError) and error.filename is not None
 
 
 def run(line: list[str], folder: Path) -> tuple[int, str, BaseException | None]:
-    """Run a command in this process, without a network; return its status, what it told, and the error behind it."""
+    """Run a command in this process, without a network; return its status, its errors and their cause."""
     out, error = io.StringIO(), io.StringIO()
 
     def no_network(*_: Any, **__: Any) -> str:
@@ -195,4 +195,4 @@ def run(line: list[str], folder: Path) -> tuple[int, str, BaseException | None]:
     return 0, error.getvalue(), None
 
 
-TARGETS = (Target("command lines", command_line, (), seconds=60, megabytes=2000, share=8),)
+TARGETS = (Target("command lines", command_line, (), seconds=60, megabytes=2000, num_cases=8),)

@@ -31,7 +31,7 @@ KINDS = (
     ("I;16", "pgm"), ("RGB", "tga"), ("RGBA", "ico"), ("F", "pfm"), ("RGB", "jp2"), ("P", "pcx"), ("1", "xbm"),
 )  # fmt: skip
 ANIMATED = ("gif", "png", "webp", "tif")
-#: Widths and heights that a header may tell of a file with no more than a few bytes.
+#: Widths and heights in the header of a file of a few bytes.
 SIDES = (0, 1, 2**15, 2**16 - 1, 2**20, 2**31 - 1)
 
 
@@ -234,9 +234,9 @@ def yolo_labels(rng: random.Random, folder: Path) -> None:
             lines.append(" ".join(words[: rng.choice((3, 5, 9, 9))]))
         content = "\n".join(lines).encode()
         (folder / "labels" / f"{name}.txt").write_bytes(mutate(rng, content) if rng.random() < 0.2 else content)
-    told: Any = {"path": ".", "train": "images", "val": "images", "names": ["a", "b"]}
-    told = tamper(rng, told) if rng.random() < 0.4 else told
-    text = json.dumps(told).encode()  # which is YAML too
+    data: Any = {"path": ".", "train": "images", "val": "images", "names": ["a", "b"]}
+    data = tamper(rng, data) if rng.random() < 0.4 else data
+    text = json.dumps(data).encode()  # which is YAML too
     (folder / "data.yaml").write_bytes(mutate(rng, text) if rng.random() < 0.2 else text)
     if rng.random() < 0.7:
         _check_objects(DetectionDataset.open(folder / "data.yaml", "val"))
@@ -251,7 +251,7 @@ def coco_labels(rng: random.Random, folder: Path) -> None:
         {"size": [10**6, 10**6], "counts": [10**12]}, [[1, 1, 20, 1, 20, 20]], [[1, 1]], [],
         [[float("nan"), 1, 1e300, 3, 5, 5]],
     ))  # fmt: skip
-    told = {
+    data = {
         "images": [{"id": n, "file_name": f"{x}.png", "width": WIDTH, "height": HEIGHT} for n, x in enumerate("ab")],
         "annotations": [
             {"id": 1, "image_id": 0, "category_id": 3, "bbox": [1, 2, 10, 9], "area": 90, "segmentation": runs},
@@ -259,8 +259,8 @@ def coco_labels(rng: random.Random, folder: Path) -> None:
         ],
         "categories": [{"id": 3, "name": "cat"}, {"id": 5, "name": "dog"}],
     }
-    told = tamper(rng, told) if rng.random() < 0.9 else told
-    text = json.dumps(told).encode()
+    data = tamper(rng, data) if rng.random() < 0.9 else data
+    text = json.dumps(data).encode()
     path = folder / "images" / "coco.json"
     path.write_bytes(mutate(rng, text) if rng.random() < 0.2 else text)
     if rng.random() < 0.5:
@@ -288,8 +288,8 @@ def mask_files(rng: random.Random, folder: Path) -> None:
             content = rng.choice((bomb(rng), mutate(rng, content, 60), valid(*rng.choice(KINDS)), animated("gif")))
         (folder / "masks" / f"{name}.png").write_bytes(content)
     (folder / "classes.txt").write_bytes(mutate(rng, b"sky\nroad\ncar\n") if rng.random() < 0.3 else b"sky\nroad\ncar")
-    told = {"val": {"images": "images", "masks": "masks"}, "classes": {"0": "sky", "1": "road", "2": "car"}}
-    (folder / "data.json").write_text(json.dumps(tamper(rng, told | {"ignored": [9]}) if rng.random() < 0.6 else told))
+    data = {"val": {"images": "images", "masks": "masks"}, "classes": {"0": "sky", "1": "road", "2": "car"}}
+    (folder / "data.json").write_text(json.dumps(tamper(rng, data | {"ignored": [9]}) if rng.random() < 0.6 else data))
     which = rng.randrange(3)
     if which == 2:
         _check_instances(InstanceDataset.open(folder / "images", instances=folder / "masks"))

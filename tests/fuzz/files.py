@@ -69,7 +69,7 @@ def check_loaded(path: Any) -> None:
         load_checkpoint(model, path)
     except ValueError:
         same = all(torch.equal(each, before[name]) for name, each in model.state_dict().items())
-        assert same, "a refused file changed the network"
+        assert same, "a rejected file changed the network"
         raise
     found = read_checkpoint(path).state_dict
     for name, each in model.state_dict().items():
@@ -87,8 +87,8 @@ def safetensors_file(rng: random.Random, folder: Path) -> None:
         length = rng.choice((0, 1, 7, head - 9, head, head + 8, 2**31, 2**40, 2**63, 2**64 - 1, rng.randrange(2**20)))
         content = struct.pack("<Q", length) + content[8:]
     elif how <= 2:  # valid JSON that says something else
-        told = tamper(rng, json.loads(content[8:head]))
-        text = json.dumps(told).encode()
+        header = tamper(rng, json.loads(content[8:head]))
+        text = json.dumps(header).encode()
         content = struct.pack("<Q", len(text)) + text + content[head:]
     else:
         content = mutate(rng, content, head)
@@ -184,15 +184,15 @@ def pickled_file(rng: random.Random, folder: Path) -> None:
                 if rng.random() > 0.01:
                     target.writestr(name, content)
     else:
-        told = rng.choice(("bomb", "stack", "text", "empty"))
-        if told == "bomb":
+        kind = rng.choice(("bomb", "stack", "text", "empty"))
+        if kind == "bomb":
             with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as target:
                 for name in ("archive/data.pkl", "archive/data/0", "archive/version"):
                     target.writestr(name, bytes(20 * MEGABYTE))
-        elif told == "stack":
+        elif kind == "stack":
             path.write_bytes(b"\x80\x02" + b"]" * 10**5 + b"a" * (10**5 - 1) + b".")
         else:
-            path.write_bytes(b"" if told == "empty" else b"Not Found" * 99)
+            path.write_bytes(b"" if kind == "empty" else b"Not Found" * 99)
     check_loaded(path)
 
 
@@ -206,14 +206,14 @@ def other_networks(rng: random.Random, folder: Path) -> None:
     ))  # fmt: skip
     content = contents()[name]
     head = 8 + struct.unpack("<Q", content[:8])[0]
-    told = json.loads(content[8:head])
+    header = json.loads(content[8:head])
     if rng.random() < 0.6:
-        metadata = told.get("__metadata__", {})
+        metadata = header.get("__metadata__", {})
         changed = {key: json.dumps(tamper(rng, json.loads(text))) for key, text in metadata.items() if text[0] in "[{"}
-        told["__metadata__"] = metadata | changed
+        header["__metadata__"] = metadata | changed
         if not changed:
-            told = tamper(rng, told)
-        text = json.dumps(told).encode()
+            header = tamper(rng, header)
+        text = json.dumps(header).encode()
         content = struct.pack("<Q", len(text)) + text + content[head:]
     else:
         content = mutate(rng, content, head)
@@ -348,13 +348,13 @@ def feature_embedding(rng: random.Random, folder: Path) -> None:
     sam().embed(torch.rand(3, 20, 30, generator=torch.Generator().manual_seed(0))).save(path)
     content = path.read_bytes()
     head = 8 + struct.unpack("<Q", content[:8])[0]
-    told = json.loads(content[8:head])
+    header = json.loads(content[8:head])
     if rng.random() < 0.6:
-        told["__metadata__"] = {
+        header["__metadata__"] = {
             key: json.dumps(tamper(rng, _parsed(text))) if rng.random() < 0.5 else text
-            for key, text in told.get("__metadata__", {}).items()
+            for key, text in header.get("__metadata__", {}).items()
         }
-        text = json.dumps(told).encode()
+        text = json.dumps(header).encode()
         path.write_bytes(struct.pack("<Q", len(text)) + text + content[head:])
     else:
         path.write_bytes(mutate(rng, content, head))

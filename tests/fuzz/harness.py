@@ -1,16 +1,16 @@
-"""Hostile input by the thousand: what becomes of each is accepted, refused as promised, or a fault.
+"""Fuzzing with random invalid input: each case is accepted, rejected with a documented error, or a fault.
 
-A target makes one input of a random generator and hands it to the package. It returns if the input was taken, and has
-then looked at what came out; a refusal leaves it as an exception. What is no refusal is a fault:
+A target generates a random input and passes it to the package. If the input is accepted, the target checks the result;
+otherwise an exception leaves the target. The following are faults:
 
-- an exception of another kind than the function documents, or one that no ``raise`` of this package made, such as a
-  bare KeyError or torch's own RuntimeError, or one whose message is no sentence. Only where a program passes an
-  argument of another type than is declared, Python's own TypeError will do;
-- an AssertionError of the target: what came out is wrong, such as weights of which half were loaded;
-- more seconds or more memory than the target allows; code of a file that ran; a temporary file that was left behind;
-- a crash of the process, which ``benchmarks/fuzz.py`` sees, since it gives each target a process.
+- an exception of another type than documented, an exception that was not raised by this package, such as a KeyError or
+  torch's RuntimeError, or one without a message of several words. For arguments of another type than declared, Python's
+  TypeError is accepted;
+- an AssertionError of the target: the result is wrong, such as a partly loaded checkpoint;
+- exceeding the limits of time or memory; running code of a file; leaving a temporary file;
+- a crash of the process, which ``benchmarks/fuzz.py`` detects by running each target in a separate process.
 
-A case is a function of target, seed and number alone, so each fault can be repeated by itself.
+A case depends only on target, seed and number, so each fault can be reproduced.
 """
 
 from __future__ import annotations
@@ -31,57 +31,57 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = Path(__file__).parents[2] / "kornia_tinyvit"
-RAN = "CODE-RAN"  # what hostile pickles write into the folder of their case
-WORDS = 4  # of a sentence, at least
+RAN = "CODE-RAN"  # file that malicious pickles write to the folder of their case
+MIN_WORDS = 4  # of an error message
 
 Case = Callable[[random.Random, Path], Any]
 
 
-class TooSlow(BaseException):
-    """A case took more seconds than its target allows."""
+class TimeLimitExceeded(BaseException):
+    """A case exceeded the time limit of its target."""
 
 
-class Refused(Exception):
-    """A target's word that an input was refused, which it has looked at itself."""
+class Rejected(Exception):
+    """Raised by a target that has checked the error of a rejected input."""
 
 
 @dataclass(frozen=True)
 class Target:
-    """What is attacked.
+    """A function under test and its limits.
 
     Args:
-        name: for the table.
-        case: makes an input and hands it over; gets a random generator and an empty folder.
-        refusals: the documented exceptions.
-        seconds: that a case may take.
-        megabytes: that the process may grow by, at most, during a case.
-        share: how many cases the tests run.
-        typed: whether the input is arguments of declared types, and not the content of a file.
+        name: name in the table.
+        case: function of a random generator and an empty folder that generates an input and runs it.
+        errors: the documented exceptions.
+        seconds: time limit of a case.
+        megabytes: limit of the memory growth of the process during a case.
+        num_cases: number of cases in the tests.
+        typed: whether the input consists of arguments with declared types, not the content of a file.
     """
 
     name: str
     case: Case
-    refusals: tuple[type[BaseException], ...] = (ValueError, TypeError, FileNotFoundError)
+    errors: tuple[type[BaseException], ...] = (ValueError, TypeError, FileNotFoundError)
     seconds: float = 20
     megabytes: int = 700
-    share: int = 25
+    num_cases: int = 25
     typed: bool = False
 
 
 @dataclass
 class Tally:
-    """What became of a target's inputs."""
+    """Outcomes of the cases of a target."""
 
     counts: Counter[str] = field(default_factory=Counter)
     faults: dict[str, list[int]] = field(default_factory=dict)
 
     @property
-    def tried(self) -> int:
+    def total(self) -> int:
         return sum(self.counts.values())
 
     def add(self, number: int, outcome: str, reason: str = "") -> None:
         self.counts[outcome] += 1
-        if outcome == "fault":  # those of one place in the code are one, whatever they say
+        if outcome == "fault":  # faults at the same line are counted as one
             place = reason.split(": ")[0]
             first = next((known for known in self.faults if known.split(": ")[0] == place), reason)
             self.faults.setdefault(first, []).append(number)
@@ -90,17 +90,17 @@ class Tally:
 def attack(
     target: Target, seed: int, numbers: Iterable[int], folder: Path, seconds: float = 1e9, tally: Tally | None = None
 ) -> Tally:
-    """Run cases of a target, until the time is up, and count what became of them."""
+    """Run cases of a target within a time limit and count their outcomes."""
     tally, end = tally or Tally(), time.monotonic() + seconds
     for number in numbers:
-        tally.add(number, *judge(target, seed, number, folder))
+        tally.add(number, *run_case(target, seed, number, folder))
         if time.monotonic() > end:
             break
     return tally
 
 
-def judge(target: Target, seed: int, number: int, folder: Path) -> tuple[str, str]:
-    """Run one case; return ``"accepted"``, ``"refused"`` or ``"fault"``, and the reason of a fault."""
+def run_case(target: Target, seed: int, number: int, folder: Path) -> tuple[str, str]:
+    """Run one case; return ``"accepted"``, ``"rejected"`` or ``"fault"``, and the reason of a fault."""
     place = folder / f"{target.name.replace(' ', '-')}-{number}"
     place.mkdir(parents=True)
     generator = random.Random(f"{target.name}/{seed}/{number}")
@@ -109,43 +109,45 @@ def judge(target: Target, seed: int, number: int, folder: Path) -> tuple[str, st
     try:
         with _limited(target.seconds):
             target.case(generator, place)
-    except (Exception, SystemExit, TooSlow) as error:
-        outcome, reason = _judge_error(error, target)
+    except (Exception, SystemExit, TimeLimitExceeded) as error:
+        outcome, reason = _classify_error(error, target)
     grown = _peak() - before
     if outcome != "fault" and grown > target.megabytes:
         outcome, reason = "fault", f"took more than {target.megabytes} MB"
     if any(place.rglob(RAN)):
         outcome, reason = "fault", "code of the file ran"
     if leftovers := [path.name for path in place.rglob(".*") if path.name.endswith((".tmp", ".part"))]:
-        outcome, reason = "fault", f"left behind {leftovers[0].split('.')[1]}"
+        outcome, reason = "fault", f"left a temporary file of {leftovers[0].split('.')[1]}"
     shutil.rmtree(place, ignore_errors=True)
     return outcome, reason
 
 
-def _judge_error(error: BaseException, target: Target) -> tuple[str, str]:
+def _classify_error(error: BaseException, target: Target) -> tuple[str, str]:
     kind, text = type(error).__name__, " ".join(str(error).split())
-    last = traceback.extract_tb(error.__traceback__)[-2 if isinstance(error, TooSlow) else -1]  # not the alarm's
+    last = traceback.extract_tb(error.__traceback__)[
+        -2 if isinstance(error, TimeLimitExceeded) else -1
+    ]  # skip the signal handler
     place = f"{Path(last.filename).name}:{last.lineno}"
-    if isinstance(error, Refused):
-        return "refused", ""
-    if isinstance(error, TooSlow):
+    if isinstance(error, Rejected):
+        return "rejected", ""
+    if isinstance(error, TimeLimitExceeded):
         return "fault", f"took more than {target.seconds} s, in {place}"
     if isinstance(error, AssertionError):
         return "fault", f"wrong result, {text[:200]}"
-    if not isinstance(error, target.refusals):
+    if not isinstance(error, target.errors):
         return "fault", f"{kind} at {place}: {text[:200]}"
-    if not (target.typed and isinstance(error, TypeError)) and (reason := broken_promise(error)):
+    if not (target.typed and isinstance(error, TypeError)) and (reason := error_fault(error)):
         return "fault", f"{kind} at {place}, {reason}: {text[:200]}"
-    return "refused", ""
+    return "rejected", ""
 
 
-def broken_promise(error: BaseException) -> str | None:
-    """Tell what is wrong with a refusal: not this package's own, or no sentence; ``None`` if nothing is."""
+def error_fault(error: BaseException) -> str | None:
+    """Return the fault of an error: not raised by this package, or too short a message; ``None`` for a valid error."""
     last = traceback.extract_tb(error.__traceback__)[-1]
     own = PACKAGE in Path(last.filename).parents
     if not own or not linecache.getline(last.filename, last.lineno or 0).lstrip().startswith("raise"):
-        return "not refused by the package itself"
-    return None if len(str(error).split()) >= WORDS else "no sentence"
+        return "not raised by the package"
+    return None if len(str(error).split()) >= MIN_WORDS else "message too short"
 
 
 @contextmanager
@@ -155,7 +157,7 @@ def _limited(seconds: float) -> Iterator[None]:
         return
 
     def stop(*_: Any) -> None:
-        raise TooSlow
+        raise TimeLimitExceeded
 
     before = signal.signal(signal.SIGALRM, stop)
     signal.setitimer(signal.ITIMER_REAL, seconds)
@@ -167,7 +169,7 @@ def _limited(seconds: float) -> Iterator[None]:
 
 
 def _peak(reset: bool = False) -> float:
-    """Return the process's largest memory so far in MB; on Linux since the last reset."""
+    """Return the peak memory of the process in MB; on Linux since the last reset."""
     try:
         if reset:
             Path("/proc/self/clear_refs").write_text("5")
@@ -177,12 +179,12 @@ def _peak(reset: bool = False) -> float:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
 
 
-#: Numbers that programs trip over.
+#: Numbers that are likely to cause errors.
 NUMBERS = (
     0, 1, -1, 2, 3, 7, 31, 32, 64, 255, 256, 2**16, 2**31 - 1, 2**31, 2**32, 2**63, 2**64, 10**30, -(2**63),
     0.5, -0.5, 1e-300, 1e300, float("nan"), float("inf"), float("-inf"), True, False,
 )  # fmt: skip
-#: And other things where numbers are expected.
+#: Values of other types.
 THINGS = (None, "", "5m", "x" * 300, "\0", "../..", "ü\n", [], {}, [1], [[1]], {"a": 1}, (1, 2), b"x", object())
 
 
@@ -195,7 +197,7 @@ def a_thing(rng: random.Random) -> Any:
 
 
 def json_thing(rng: random.Random, depth: int = 2) -> Any:
-    """Return anything that JSON can say."""
+    """Return a random JSON value."""
     kind = rng.randrange(6 if depth else 4)
     if kind == 4:
         return [json_thing(rng, depth - 1) for _ in range(rng.randrange(6))]
@@ -207,7 +209,7 @@ def json_thing(rng: random.Random, depth: int = 2) -> Any:
 
 
 def tamper(rng: random.Random, value: Any) -> Any:
-    """Return JSON's value with something in it changed, left out, doubled or put in."""
+    """Return a JSON value with a random change, removal, duplication or insertion."""
     if isinstance(value, dict) and value and rng.random() < 0.85:
         key = rng.choice(list(value))
         how = rng.randrange(8)
@@ -227,7 +229,7 @@ def tamper(rng: random.Random, value: Any) -> Any:
 
 
 def mutate(rng: random.Random, content: bytes, head: int = 0) -> bytes:
-    """Return bytes with some flipped, cut, doubled, zeroed or put in; half of the time among the first ``head``."""
+    """Return bytes with random changes, removals, duplications and insertions, half of them in the first ``head``."""
     changed = bytearray(content)
     for _ in range(rng.choice((1, 1, 2, 4, 16))):
         end = min(head, len(changed)) if head and rng.random() < 0.5 else len(changed)

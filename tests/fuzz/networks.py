@@ -69,8 +69,8 @@ def configuration(rng: random.Random, folder: Path) -> None:
 
 
 def configuration_from_json(rng: random.Random, folder: Path) -> None:
-    told = tamper(rng, BASE.to_dict()) if rng.random() < 0.9 else json_thing(rng)
-    config = TinyViTConfig.from_dict(json.loads(json.dumps(told)))
+    values = tamper(rng, BASE.to_dict()) if rng.random() < 0.9 else json_thing(rng)
+    config = TinyViTConfig.from_dict(json.loads(json.dumps(values)))
     assert TinyViTConfig.from_dict(config.to_dict()) == config, "the round trip changes it"
 
 
@@ -149,7 +149,7 @@ def reset_classifier(rng: random.Random, folder: Path) -> None:
     try:  # heads that no memory holds are asked for rightly
         model.reset_classifier(5 if type(asked) is int and asked > 10**6 else asked)
     except (ValueError, TypeError):
-        assert model.config == before, "a refused head changed the network"
+        assert model.config == before, "a rejected head changed the network"
         raise
     assert model(torch.rand(1, 3, 32, 32)).shape[1] == (model.config.num_classes or 32)
 

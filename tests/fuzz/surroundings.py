@@ -29,7 +29,7 @@ from kornia_tinyvit.training.run_folder import RunFolder
 from tests.conftest import SHALLOW
 from tests.distillation.helpers import write_records
 from tests.fuzz.files import contents
-from tests.fuzz.harness import Refused, Target
+from tests.fuzz.harness import Rejected, Target
 from tests.fuzz.networks import detector, network, sam
 
 
@@ -94,7 +94,7 @@ def writers(rng: random.Random, folder: Path) -> None:
             or (folder / "hub" / "config.json").exists()
             or (_whole(folder / "hub" / "model.safetensors"))
         ), "half a folder"
-        raise Refused("there is no room on the disk") from error
+        raise Rejected("there is no room on the disk") from error
     assert path.read_bytes() == before or _whole(path), "half a file"
 
 
@@ -105,7 +105,7 @@ def _whole(path: Path) -> bool:
         return all(file.get_tensor(name) is not None for name in file.keys())  # noqa: SIM118
 
 
-@mock.patch("torch.utils.tensorboard.SummaryWriter")  # its thread would tell of the disk later
+@mock.patch("torch.utils.tensorboard.SummaryWriter")  # its thread would report the full disk later
 def run_folder(rng: random.Random, folder: Path, _: Any) -> None:
     """A training's state on a full disk: the state before stays, and the folder can be gone on with."""
     run, asked = RunFolder(folder), {"seed": 1, "text": "x" * rng.randrange(3000)}
@@ -127,7 +127,7 @@ def run_folder(rng: random.Random, folder: Path, _: Any) -> None:
         assert state is not None, "the state before is lost"
         assert state[1]["step"] in (1, 2)
         again.start(asked, state[1]["step"])
-        raise Refused("there is no room on the disk") from error
+        raise Rejected("there is no room on the disk") from error
     finally:
         run.close()
     assert RunFolder(folder).newest_state()[1]["step"] == 2  # type: ignore[index]
@@ -270,8 +270,8 @@ def shared_files(rng: random.Random, folder: Path) -> None:
 TARGETS = (
     Target("writing on a full disk", writers, ()),
     Target("a training on a full disk", run_folder, ()),
-    Target("downloads", downloads, seconds=60, share=3),
-    Target("threads", threads, (), seconds=120, share=1),
-    Target("workers of data loaders", workers, (), seconds=120, share=1),
-    Target("writers of one file", shared_files, (), share=1),
+    Target("downloads", downloads, seconds=60, num_cases=3),
+    Target("threads", threads, (), seconds=120, num_cases=1),
+    Target("workers of data loaders", workers, (), seconds=120, num_cases=1),
+    Target("writers of one file", shared_files, (), num_cases=1),
 )

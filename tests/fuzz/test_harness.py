@@ -1,4 +1,4 @@
-"""A share of the attack, and whether the attack would notice."""
+"""A part of the fuzzing, and tests of its harness."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ import torch
 from kornia_tinyvit import TinyViTConfig
 from kornia_tinyvit.checkpoints import load_checkpoint
 from tests.fuzz import TARGETS
-from tests.fuzz.harness import RAN, Refused, Target, attack, judge, mutate
+from tests.fuzz.harness import RAN, Rejected, Target, attack, mutate, run_case
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
-def test_share(target, tmp_path):
-    tally = attack(target, 0, range(target.share), tmp_path)
+def test_targets(target, tmp_path):
+    tally = attack(target, 0, range(target.num_cases), tmp_path)
     assert tally.faults == {}
-    assert tally.tried == target.share
+    assert tally.total == target.num_cases
     assert not list(tmp_path.iterdir())
 
 
@@ -35,7 +35,7 @@ def python_error(rng, folder):
     int("x")
 
 
-def no_sentence(rng, folder):
+def no_message(rng, folder):
     raise ValueError
 
 
@@ -48,14 +48,14 @@ def too_slow(rng, folder):
 
 
 def too_large(rng, folder):
-    # Not from the heap, which may have that much left over.
+    # Not from the heap, which may have this much free memory.
     with mmap.mmap(-1, 200 * 2**20) as memory:
         memory[:: mmap.PAGESIZE] = bytes(len(memory) // mmap.PAGESIZE)
 
 
 def code(rng, folder):
     (folder / RAN).touch()
-    raise Refused
+    raise Rejected
 
 
 def leftover(rng, folder):
@@ -67,32 +67,32 @@ def leftover(rng, folder):
     [
         (bare_error, "KeyError at test_harness.py"),
         (torch_error, "RuntimeError at test_harness.py"),
-        (python_error, "not refused by the package itself: invalid literal"),
-        (no_sentence, "not refused by the package itself"),
+        (python_error, "not raised by the package: invalid literal"),
+        (no_message, "not raised by the package"),
         (wrong_result, "wrong result, the sum is wrong"),
         (too_slow, "took more than 1 s"),
         (too_large, "took more than 100 MB"),
         (code, "code of the file ran"),
-        (leftover, "left behind weights"),
+        (leftover, "left a temporary file of weights"),
     ],
 )
 def test_faults(tmp_path, case, reason):
-    outcome, told = judge(Target("x", case, seconds=1, megabytes=100), 0, 0, tmp_path)
+    outcome, message = run_case(Target("x", case, seconds=1, megabytes=100), 0, 0, tmp_path)
     assert outcome == "fault"
-    assert reason in told
+    assert reason in message
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize(
     ("case", "outcome"),
     [
-        (lambda rng, folder: TinyViTConfig(img_size=3), "refused"),
-        (lambda rng, folder: load_checkpoint(torch.nn.Linear(1, 1), folder / "none.pth"), "refused"),
+        (lambda rng, folder: TinyViTConfig(img_size=3), "rejected"),
+        (lambda rng, folder: load_checkpoint(torch.nn.Linear(1, 1), folder / "none.pth"), "rejected"),
         (lambda rng, folder: None, "accepted"),
     ],
 )
 def test_no_faults(tmp_path, case, outcome):
-    assert judge(Target("x", case), 0, 0, tmp_path) == (outcome, "")
+    assert run_case(Target("x", case), 0, 0, tmp_path) == (outcome, "")
 
 
 def test_cases_repeat(tmp_path):
