@@ -189,9 +189,11 @@ def check_fields(dataclass_type: type, names: Iterable[str]) -> None:
         ValueError: if a field is unknown.
     """
     known = [field.name for field in dataclasses.fields(dataclass_type)]
-    unknown = ", ".join(str(name) for name in names if name not in known)
+    unknown = [str(name) for name in names if name not in known]
     if unknown:
-        raise ValueError(f"{dataclass_type.__name__} has no field {unknown}; its fields are {', '.join(known)}.")
+        raise ValueError(
+            f"{dataclass_type.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(known)}."
+        )
 
 
 def is_integer(value: Any, minimum: int) -> bool:

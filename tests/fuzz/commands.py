@@ -16,8 +16,7 @@ from unittest import mock
 import typer
 
 from kornia_tinyvit.checkpoints import tensors
-from kornia_tinyvit.cli import app, main
-from kornia_tinyvit.cli.distill import distill
+from kornia_tinyvit.cli import app, distill_app, main
 from tests.fuzz.data import a_image, valid
 from tests.fuzz.files import contents
 from tests.fuzz.harness import Rejected, Target, error_fault, mutate
@@ -67,7 +66,7 @@ def commands() -> dict[tuple[str, ...], Any]:
 def kinds() -> dict[str, dict[str, type]]:
     """Return the type of each command's parameters, without ``None`` and lists."""
     found: dict[str, dict[str, type]] = {}
-    for each in (*app.registered_commands, *distill.registered_commands):
+    for each in (*app.registered_commands, *distill_app.registered_commands):
         assert each.callback is not None
         hints = get_type_hints(each.callback)
         found.setdefault(each.callback.__name__, {}).update({name: _plain(hint) for name, hint in hints.items()})
