@@ -18,7 +18,7 @@ try:
     import kornia_tinyvit.huggingface
 except ImportError as error:
     print(error)
-sys.argv = ['kornia-tinyvit', 'convert', 'never-made']
+sys.argv = ['kornia-tinyvit', 'convert', '--out', 'never-made']
 try:
     kornia_tinyvit.cli.main()
 except SystemExit as exit:
