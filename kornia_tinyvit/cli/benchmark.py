@@ -6,53 +6,37 @@ import dataclasses
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated
 
 import torch
-import typer
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli.export import Method
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import NetworkRequest, find_device
+from kornia_tinyvit.cli.requests import command, option
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.deploy.benchmark import DTYPES, Benchmark, Row, read_images
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.measurement import describe_machine
 
-measurement_option = partial(typer.Option, rich_help_panel="Metrics")
-
 
 @dataclass(frozen=True, kw_only=True)
-class BenchmarkRequest(Request):
+class BenchmarkRequest(NetworkRequest):
     """The options of ``benchmark``."""
 
-    variant: Annotated[
-        str | None,
-        options.weights_option(help="1m, 5m, 11m or 21m; random weights without --weights, which are as fast."),
-    ] = None
-    weights: options.Weights = None
-    img_size: options.ImgSize = None
-    data: Annotated[
-        Path | None,
-        options.data_option(help="Labeled images as for 'evaluate', to calibrate int8 and measure agreement."),
-    ] = None
-    limit: Annotated[int, options.data_option(min=1, help="Number of images to measure agreement on.")] = 1000
-    engines: Annotated[str, measurement_option(help="Engines, separated by commas.")] = ",".join(ENGINES)
-    dtypes: Annotated[str, measurement_option(help=f"Types, separated by commas: {', '.join(DTYPES)}.")] = (
-        "float32,bfloat16,int8"
+    variant: str | None = option(
+        "Weights", "1m, 5m, 11m or 21m; random weights without --weights, which are as fast.", None
     )
-    batch_sizes: Annotated[str, measurement_option(help="Batch sizes, separated by commas.")] = "1,16"
-    repetitions: Annotated[int, measurement_option(min=1, help="Timed runs; the median is reported.")] = 15
-    method: Annotated[Method, measurement_option(help="Method of the network to run.")] = Method.forward
-    device: options.Device = "auto"
-    threads: Annotated[int | None, options.hardware_option(min=1, help="Default: torch.get_num_threads().")] = None
-    tune_allocator: Annotated[
-        bool, options.hardware_option(help="Keep freed memory in the process, which is faster.")
-    ] = True
+    data: Path | None = option("Data", "Labeled images as for 'evaluate', to calibrate int8 and compare outputs.", None)
+    limit: int = option("Data", "Number of images to compare outputs on.", 1000, min=1)
+    engines: str = option("Metrics", "Engines, separated by commas.", ",".join(ENGINES))
+    dtypes: str = option("Metrics", f"Types, separated by commas: {', '.join(DTYPES)}.", "float32,bfloat16,int8")
+    batch_sizes: str = option("Metrics", "Batch sizes, separated by commas.", "1,16")
+    repetitions: int = option("Metrics", "Timed runs; the median is reported.", 15, min=1)
+    method: Method = option("Metrics", "Method of the network to run.", Method.forward)
+    threads: int | None = option("Hardware", "Threads. Default: torch.get_num_threads().", None, min=1)
+    tune_allocator: bool = option("Hardware", "Keep freed memory in the process, which is faster.", True)
 
 
 @command
@@ -73,12 +57,12 @@ def benchmark(request: BenchmarkRequest) -> None:
     if request.threads is not None:
         torch.set_num_threads(request.threads)
     tuned = request.tune_allocator and keep_memory()
-    device = str(options.find_device(request.device))
+    device = str(find_device(request.device))
     if random:
         torch.manual_seed(0)
-        classifier = options.build_network(ImageClassifier, request.variant, False, device, request.img_size)
+        classifier = request.build_network(ImageClassifier, False)
     else:
-        classifier = options.build_classifier(request.variant, request.weights, device, request.img_size)
+        classifier = request.build_classifier()
     images = None if request.data is None else read_images(classifier, request.data, request.limit)
     for row in rows:
         if row.dtype == "int8" and images is None:

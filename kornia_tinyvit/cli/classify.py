@@ -5,32 +5,26 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
 
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import TTA, NetworkRequest
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.cli.tables import print_table
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyRequest(Request):
+class ClassifyRequest(NetworkRequest):
     """The options of ``classify``."""
 
-    photos: options.Photos
-    variant: options.Variant = None
-    weights: options.Weights = None
-    img_size: options.ImgSize = None
-    tta: options.Augmented = False
-    top_k: Annotated[int, options.output_option(help="Number of classes to print per photo.")] = 5
-    device: options.Device = "auto"
+    photos: list[Path] = argument("Image files.")
+    tta: bool = option("Weights", TTA, False)
+    top_k: int = option("Output", "Number of classes to print per photo.", 5)
 
 
 @command
 def classify(request: ClassifyRequest) -> None:
     """Classify photos; by default into the ten classes of CIFAR-10."""
-    classifier = options.build_classifier(
-        request.variant, request.weights, request.device, request.img_size, request.tta
-    )
+    classifier = request.build_classifier(request.tta)
     pairs = list(zip(map(str, request.photos), classifier.predict(request.photos, request.top_k), strict=True))
     if request.as_json:
         rows = [{"photo": photo, "predictions": [dataclasses.asdict(each) for each in found]} for photo, found in pairs]

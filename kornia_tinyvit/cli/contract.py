@@ -6,17 +6,14 @@ import json
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from kornia_tinyvit import contraction
 from kornia_tinyvit.checkpoints import save_checkpoint
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import data_option, find_device, training_option
-from kornia_tinyvit.cli.requests import command
+from kornia_tinyvit.cli.options import find_device
+from kornia_tinyvit.cli.requests import command, option
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.contraction import Candidate, SearchResult
 from kornia_tinyvit.contraction.neighbors import read_factor
@@ -34,45 +31,34 @@ class Start(StrEnum):
     fresh = "fresh"
 
 
-budget_option = partial(typer.Option, rich_help_panel="Budget")
-search_option = partial(typer.Option, rich_help_panel="Search")
-Amount = Annotated[str | None, budget_option(help="Number, with the suffix k, M or G for 1e3, 1e6 or 1e9.")]
+AMOUNT = "Number, with the suffix k, M or G for 1e3, 1e6 or 1e9."
 
 
 @dataclass(frozen=True, kw_only=True)
 class ContractRequest(shared.TrainingRequest):
     """The options of ``contract``."""
 
-    max_parameters: Amount = None
-    max_macs: Amount = None
-    max_memory: Amount = None
-    max_latency_ms: Annotated[float | None, budget_option(help="Milliseconds per image, in --engine.")] = None
-    min_throughput: Annotated[float | None, budget_option(help="Images per second in batches, in --engine.")] = None
-    engine: Annotated[str, budget_option(help=f"Engine of the limits of time: auto, {', '.join(ENGINES)}.")] = "eager"
-    engine_device: Annotated[str, budget_option(help="Device of the engine, as for --device.")] = "cpu"
-    engine_batch: Annotated[int, budget_option(min=1, help="Batch size of --min-throughput.")] = 16
-    dtype_name: Annotated[str, budget_option("--dtype", help=f"Type of the engine: {', '.join(DTYPES)}.")] = "float32"
-    steps: Annotated[int, search_option(min=1, help="Steps from the seed to the budget.")] = 8
-    refine: Annotated[
-        Path | None, search_option(help="File of a contracted network to improve within the budget instead.")
-    ] = None
-    rounds: Annotated[int, search_option(min=1, help="Rounds of --refine.")] = 2
-    candidates: Annotated[int, search_option(min=1, help="Networks that a round of --refine evaluates.")] = 8
-    min_depth: Annotated[
-        int, search_option(min=1, help="Minimum blocks per stage; brief trainings undervalue depth.")
-    ] = 1
-    min_ratio: Annotated[float, search_option(help="Minimum expansion ratio of MBConv blocks and MLPs.")] = 1.0
-    start: Annotated[Start, search_option(help="Weights of candidates: inherited from their parent, or random.")] = (
-        Start.inherit
-    )
-    processes: Annotated[int, search_option(min=1, help="Candidates that are trained in parallel.")] = 1
-    store: Annotated[Path | None, training_option(help="Label store of these images, to train on soft labels.")] = None
-    recipe: shared.RecipeName = "in1k"
-    epochs: Annotated[int, training_option(min=1, help="Epochs of each candidate.")] = 1
-    hold_out: Annotated[
-        float, data_option(min=0, max=1, help="Fraction of the images to evaluate on without --validation.")
-    ] = 0.01
-    out: shared.Out = Path("runs/contract")
+    max_parameters: str | None = option("Budget", AMOUNT, None)
+    max_macs: str | None = option("Budget", AMOUNT, None)
+    max_memory: str | None = option("Budget", AMOUNT, None)
+    max_latency_ms: float | None = option("Budget", "Milliseconds per image, in --engine.", None)
+    min_throughput: float | None = option("Budget", "Images per second in batches, in --engine.", None)
+    engine: str = option("Budget", f"Engine of the limits of time: auto, {', '.join(ENGINES)}.", "eager")
+    engine_device: str = option("Budget", "Device of the engine, as for --device.", "cpu")
+    engine_batch: int = option("Budget", "Batch size of --min-throughput.", 16, min=1)
+    dtype_name: str = option("Budget", f"Type of the engine: {', '.join(DTYPES)}.", "float32", "--dtype")
+    steps: int = option("Search", "Steps from the seed to the budget.", 8, min=1)
+    refine: Path | None = option("Search", "File of a contracted network to improve within the budget instead.", None)
+    rounds: int = option("Search", "Rounds of --refine.", 2, min=1)
+    candidates: int = option("Search", "Networks that a round of --refine evaluates.", 8, min=1)
+    min_depth: int = option("Search", "Minimum blocks per stage; brief trainings undervalue depth.", 1, min=1)
+    min_ratio: float = option("Search", "Minimum expansion ratio of MBConv blocks and MLPs.", 1.0)
+    start: Start = option("Search", "Weights of candidates: inherited from their parent, or random.", Start.inherit)
+    processes: int = option("Search", "Candidates that are trained in parallel.", 1, min=1)
+    store: Path | None = option("Training", "Label store of these images, to train on soft labels.", None)
+    epochs: int = option("Training", "Epochs of each candidate.", 1, min=1)
+    hold_out: float = option("Data", "Fraction of the images to evaluate on without --validation.", 0.01, min=0, max=1)
+    out: Path = option("Output", shared.OUT, Path("runs/contract"))
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -109,7 +95,7 @@ def contract(request: ContractRequest) -> None:
     )
     device = str(find_device(request.engine_device))
     bench = contraction.Bench(request.engine, DTYPES[request.dtype_name], device, request.engine_batch)
-    recipe, out = request.find_recipe(request.recipe), request.out
+    recipe, out = request.find_recipe(), request.out
     images, validation = _split(request.sample(ClassificationDataset.open(request.data)), request)
     samples = request.augment(recipe, request.on_broken, images)
     objective, replays = None, None

@@ -4,44 +4,35 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated
 from urllib.parse import urlparse
 
 import torch
-import typer
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import NetworkRequest, find_device
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.images import read_image
 from kornia_tinyvit.visualization import demo_augmentations, save_figure
 
 HOST, SAM = "127.0.0.1", "mobile_sam"
-web_option = partial(typer.Option, rich_help_panel="Web demo")
 
 
 @dataclass(frozen=True, kw_only=True)
-class DemoRequest(Request):
+class DemoRequest(NetworkRequest):
     """The options of ``demo``."""
 
-    photos: Annotated[list[Path] | None, typer.Argument(help="Image files. Default: those of the package.")] = None
-    variant: options.Variant = None
-    weights: options.Weights = None
-    device: options.Device = "auto"
-    web: Annotated[bool, web_option("--web", help="Serve the web demo, with the photos as examples.")] = False
-    host: Annotated[
-        str,
-        web_option(help="Address to listen on. Default: this machine only; 0.0.0.0: the network, without a password."),
-    ] = HOST
-    port: Annotated[int, web_option(min=0, max=65535, help="Port; 0 for any free one.")] = 7860
-    sam_weights: Annotated[
-        str,
-        web_option(help="Path or URL of a MobileSAM, or mobile_sam: the published one, downloaded at the first use."),
-    ] = SAM
-    out: Annotated[Path, options.output_option(help="Folder for the contact sheets.")] = Path("demo")
+    photos: list[Path] | None = argument("Image files. Default: those of the package.", None)
+    web: bool = option("Web demo", "Serve the web demo, with the photos as examples.", False)
+    host: str = option(
+        "Web demo", "Address to listen on. Default: this machine only; 0.0.0.0: the network, without a password.", HOST
+    )
+    port: int = option("Web demo", "Port; 0 for any free one.", 7860, min=0, max=65535)
+    sam_weights: str = option(
+        "Web demo", "Path or URL of a MobileSAM, or mobile_sam: the published one, downloaded at the first use.", SAM
+    )
+    out: Path = option("Output", "Folder for the contact sheets.", Path("demo"))
 
 
 @command
@@ -62,8 +53,8 @@ def demo(request: DemoRequest) -> None:
         raise ValueError(
             f"A sheet in {request.out} would replace a photo or another sheet; rename photos or change --out."
         )
-    classifier = options.build_classifier(request.variant, request.weights, request.device, tta=True)
-    device, views = options.find_device(request.device), demo_augmentations()
+    classifier = request.build_classifier(tta=True)
+    device, views = find_device(request.device), demo_augmentations()
     rows = []
     for photo, sheet in zip(photos, sheets, strict=True):
         first, second, *_ = save_figure(sheet, classifier, read_image(photo).to(device), photo.name, views)
@@ -94,6 +85,6 @@ def _serve(request: DemoRequest, photos: list[Path]) -> None:
     missing = [path for path in photos if not path.is_file()]
     if missing:
         raise FileNotFoundError(f"There is no image {missing[0]}.")
-    classifier = options.build_classifier(request.variant, request.weights, request.device, tta=True)
+    classifier = request.build_classifier(tta=True)
     # An empty --host (an unset variable of a script) would listen to the whole network.
-    serve(classifier, sam, str(options.find_device(request.device)), photos, request.host or HOST, request.port)
+    serve(classifier, sam, str(find_device(request.device)), photos, request.host or HOST, request.port)

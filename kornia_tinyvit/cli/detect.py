@@ -7,10 +7,10 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import NetworkRequest
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_image
@@ -18,22 +18,19 @@ from kornia_tinyvit.visualization import draw_detections, save_image
 
 
 @dataclass(frozen=True, kw_only=True)
-class DetectRequest(Request):
+class DetectRequest(NetworkRequest):
     """The options of ``detect``."""
 
-    photos: options.Photos
-    weights: Annotated[str, options.weights_option(help="Path of a detector, e.g. of 'train --task detection'.")]
-    threshold: Annotated[float, options.output_option(min=0, max=0.999, help="Lowest score of a detection.")] = 0.3
-    out: Annotated[Path, options.output_option(help="Folder for images with boxes and detections.json.")] = Path(
-        "detections"
-    )
-    device: options.Device = "auto"
+    photos: list[Path] = argument("Image files.")
+    weights: str = option("Weights", "Path of a detector, e.g. of 'train --task detection'.")
+    threshold: float = option("Output", "Lowest score of a detection.", 0.3, min=0, max=0.999)
+    out: Path = option("Output", "Folder for images with boxes and detections.json.", Path("detections"))
 
 
 @command
 def detect(request: DetectRequest) -> None:
     """Detect objects in photos and draw their boxes."""
-    detector = options.build_network(TinyViTDetector, None, request.weights, request.device)
+    detector = request.build_network(TinyViTDetector, request.weights)
     request.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for photo, name in zip(request.photos, _names(request.photos), strict=True):

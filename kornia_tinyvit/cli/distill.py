@@ -5,17 +5,15 @@ from __future__ import annotations
 import json
 import sys
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
 import typer
 
 from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import output_option, training_option
-from kornia_tinyvit.cli.requests import command
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineDistillationLoss, StoredLabelLoss
 from kornia_tinyvit.distillation.manifest import Manifest, estimated_size, readable_size
@@ -27,8 +25,7 @@ from kornia_tinyvit.progress import progress_bar
 from kornia_tinyvit.training.recipes import find_recipe
 from kornia_tinyvit.training.run_folder import RunFolder
 
-teacher_option = partial(typer.Option, rich_help_panel="Teacher")
-Batch = Annotated[int, options.hardware_option("--batch-size", min=1, help="Batch size of the teacher.")]
+BATCH_SIZE = "Batch size of the teacher."
 PATIENCE = 1800.0  # seconds to wait for the next shard of a running teacher
 
 
@@ -36,13 +33,12 @@ PATIENCE = 1800.0  # seconds to wait for the next shard of a running teacher
 class StoreRequest(shared.DataRequest):
     """A label store and its teacher."""
 
-    store: Annotated[Path, typer.Argument(help="Folder of the soft labels.")]
-    teacher: Annotated[
-        str,
-        teacher_option(help="file.py:function, timm:NAME, transformers:NAME, path, or VARIANT/NAME such as 21m/in22k."),
-    ]
-    recipe: shared.RecipeName = "in22k_distill"
-    device: options.Device = "auto"
+    store: Path = argument("Folder of the soft labels.")
+    teacher: str = option(
+        "Teacher", "file.py:function, timm:NAME, transformers:NAME, path, or VARIANT/NAME such as 21m/in22k."
+    )
+    recipe: str = option("Training", f"{shared.RECIPE_NAMES}.", "in22k_distill")
+    device: str = option("Hardware", options.DEVICE, "auto")
 
     def load_teacher(self) -> tuple[Teacher, dict[str, Any]]:
         """Return the teacher and its description in the store."""
@@ -54,12 +50,12 @@ class StoreRequest(shared.DataRequest):
 class SaveRequest(StoreRequest):
     """The options of ``distill save``."""
 
-    epochs: shared.Epochs = None
-    top_k: Annotated[int, teacher_option(min=1, help="Classes stored per record.")] = 10
-    batch_size: Batch = 128
-    workers: options.Workers = 2
-    on_broken: shared.OnBroken = "stop"
-    estimate: Annotated[bool, output_option("--estimate", help="Print the size on disk and stop.")] = False
+    epochs: int | None = option("Training", shared.EPOCHS, None, min=1)
+    top_k: int = option("Teacher", "Classes stored per record.", 10, min=1)
+    batch_size: int = option("Hardware", BATCH_SIZE, 128, min=1)
+    workers: int = option("Hardware", options.WORKERS, 2, min=0)
+    on_broken: str = option("Data", shared.ON_BROKEN, "stop")
+    estimate: bool = option("Output", "Print the size on disk and stop.", False)
 
 
 @command
@@ -103,9 +99,9 @@ def save(request: SaveRequest) -> None:
 class CheckRequest(StoreRequest):
     """The options of ``distill check``."""
 
-    records: Annotated[int, teacher_option(min=1, help="Number of records to recompute.")] = 256
-    tolerance: Annotated[float, teacher_option(min=0, help="Largest difference of a probability that passes.")] = 0.02
-    batch_size: Batch = 32
+    records: int = option("Teacher", "Number of records to recompute.", 256, min=1)
+    tolerance: float = option("Teacher", "Largest difference of a probability that passes.", 0.02, min=0)
+    batch_size: int = option("Hardware", BATCH_SIZE, 32, min=1)
 
 
 @command
@@ -134,17 +130,17 @@ def check(request: CheckRequest) -> None:
 class TrainRequest(shared.LoopRequest):
     """The options of ``distill train``."""
 
-    store: Annotated[Path | None, typer.Argument(help="Folder of the soft labels; leave it out with --teacher.")] = None
-    teacher: Annotated[str | None, teacher_option(help="Run this teacher in each step instead of a store.")] = None
-    recipe: shared.RecipeName = "in22k_distill"
-    out: shared.Out = Path("runs/distill")
-    replays: Annotated[
-        int | None,
-        training_option(
-            min=1, help="Stored epochs to replay in turn; waits for those still being written. Default: complete ones."
-        ),
-    ] = None
-    hard_weight: Annotated[float, training_option(min=0, max=1, help="Weight of the true labels.")] = 0.0
+    store: Path | None = argument("Folder of the soft labels; leave it out with --teacher.", None)
+    teacher: str | None = option("Teacher", "Run this teacher in each step instead of a store.", None)
+    recipe: str = option("Training", f"{shared.RECIPE_NAMES}.", "in22k_distill")
+    replays: int | None = option(
+        "Training",
+        "Stored epochs to replay in turn; waits for unfinished ones. Default: complete ones.",
+        None,
+        min=1,
+    )
+    hard_weight: float = option("Training", "Weight of the true labels.", 0.0, min=0, max=1)
+    out: Path = option("Output", shared.OUT, Path("runs/distill"))
 
 
 @command
@@ -159,7 +155,7 @@ def train(request: TrainRequest) -> None:
         raise ValueError("Give either the folder of a store or --teacher.")
     if request.teacher is not None:
         request.reject_unused(("hard_weight", "replays"), "with --teacher")
-    recipe = request.find_recipe(request.recipe)
+    recipe = request.find_recipe()
     samples = request.augment(recipe, request.on_broken)
     objective: StoredLabelLoss | OnlineDistillationLoss
     epochs = None

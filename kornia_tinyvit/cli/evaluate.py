@@ -4,25 +4,22 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.options import TaskName
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import MIN_AREA, TTA, WORKERS, NetworkRequest, TaskName
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
-from kornia_tinyvit.data.datasets import match_classes
+from kornia_tinyvit.data.datasets import ImageDataset, match_classes
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.sam.model import MobileSAM
@@ -38,41 +35,28 @@ from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, 
 IMAGENET_22K = 21841
 OnBroken = StrEnum("OnBroken", ("stop", "skip"))
 
-metric_option = partial(typer.Option, rich_help_panel="Metrics")
-
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateRequest(Request):
+class EvaluateRequest(NetworkRequest):
     """The options of ``evaluate``."""
 
-    data: Annotated[
-        Path,
-        typer.Argument(
-            help="Images: folder of class folders, tar file of one, or parquet files of the Hugging Face hub. Other "
-            "tasks: see 'train'."
-        ),
-    ]
-    task: Annotated[TaskName, options.data_option(help="What the network was trained for.")] = TaskName.classification
-    split: Annotated[str, options.data_option(help="Split of the data; not for classification.")] = "val"
-    limit: Annotated[int | None, options.data_option(min=1, help="Number of images, sampled with a fixed seed.")] = None
-    on_broken: Annotated[OnBroken, options.data_option(help="At an image that cannot be read.")] = OnBroken.stop
-    variant: options.Variant = None
-    weights: options.Weights = None
-    img_size: options.ImgSize = None
-    tta: options.Augmented = False
-    min_area: options.MinArea = 1
-    per_class: Annotated[bool, metric_option("--per-class", help="Top-1 accuracy, IoU or mAP of each class.")] = False
-    confusion: Annotated[bool, metric_option("--confusion", help="Most frequent confusions.")] = False
-    calibration: Annotated[bool, metric_option("--calibration", help="Expected calibration error.")] = False
-    knn: Annotated[
-        Path | None, metric_option(help="k-nearest-neighbor accuracy on features of this training data.")
-    ] = None
-    linear: Annotated[Path | None, metric_option(help="Linear-probe accuracy, trained on features of this data.")] = (
-        None
+    data: Path = argument(
+        "Images: folder of class folders, tar file of one, or parquet files of the Hugging Face hub. Other tasks: see "
+        "'train'."
     )
-    device: options.Device = "auto"
-    batch_size: Annotated[int, options.hardware_option(min=1, help="Batch size.")] = 64
-    workers: options.Workers = 0
+    task: TaskName = option("Data", "What the network was trained for.", TaskName.classification)
+    split: str = option("Data", "Split of the data; not for classification.", "val")
+    limit: int | None = option("Data", "Number of images, sampled with a fixed seed.", None, min=1)
+    on_broken: OnBroken = option("Data", "At an image that cannot be read.", OnBroken.stop)
+    tta: bool = option("Weights", TTA, False)
+    min_area: int = option("Promptable segmentation", MIN_AREA, 1, min=1)
+    per_class: bool = option("Metrics", "Top-1 accuracy, IoU or mAP of each class.", False)
+    confusion: bool = option("Metrics", "Most frequent confusions.", False)
+    calibration: bool = option("Metrics", "Expected calibration error.", False)
+    knn: Path | None = option("Metrics", "k-nearest-neighbor accuracy on features of this training data.", None)
+    linear: Path | None = option("Metrics", "Linear-probe accuracy, trained on features of this data.", None)
+    batch_size: int = option("Hardware", "Batch size.", 64, min=1)
+    workers: int = option("Hardware", WORKERS, 0, min=0)
 
     @property
     def skip_broken(self) -> bool:
@@ -80,6 +64,15 @@ class EvaluateRequest(Request):
         return self.on_broken is OnBroken.skip
 
 
+TITLES = {"top1": "top-1", "iou": "IoU", "map": "mAP"}
+SUMMARIES = {
+    TaskName.classification: "{images} images: {accuracies}",
+    TaskName.semantic: "{images} images: mean IoU {mean_iou:.2f} % over {classes_present} classes, pixel accuracy "
+    "{pixel_accuracy:.2f} %",
+    TaskName.promptable: "{images} images, {instances} objects: mean IoU {box_iou:.2f} % per box, {point_iou:.2f} % "
+    "per point",
+    TaskName.detection: "{images} images, {objects} objects: mAP {map:.2f} %, AP50 {map50:.2f} %, AP75 {map75:.2f} %",
+}
 _FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
 _UNUSED = {
     TaskName.classification: ("split", "min_area"),
@@ -93,8 +86,9 @@ _UNUSED = {
 def evaluate(request: EvaluateRequest) -> None:
     """Evaluate a network on labeled images."""
     request.reject_unused(_UNUSED[request.task], f"with --task {request.task}")
-    open_both, describe, show = _TASKS[request.task]
-    network, images = open_both(request)
+    network: Any
+    images: Any
+    network, images = (_open_classifier if request.task is TaskName.classification else _open_network)(request)
     if request.limit is not None:
         images = images.sample(min(request.limit, len(images)))
     device = next(network.parameters()).device
@@ -106,21 +100,19 @@ def evaluate(request: EvaluateRequest) -> None:
     scores = evaluator.counts.compute()
     if request.task is TaskName.promptable and not scores.instances:
         raise ValueError(f"None of {len(images)} images has an object of at least {request.min_area} pixels.")
-    report = {"images": len(images) - len(broken), **describe(scores, network, request)}
+    report = {"images": len(images) - len(broken), **_describe(scores, getattr(network, "class_names", ()), request)}
     if request.knn is not None or request.linear is not None:
         report |= _probe(network, images, request, broken)
     if request.as_json:
         print(json.dumps(report | {"broken": broken} if request.skip_broken else report))
     else:
-        show(report)
+        _show(report, request.task)
     request.note_names("Images left out because they cannot be read", broken)
 
 
 def _open_classifier(request: EvaluateRequest) -> tuple[ImageClassifier, ClassificationDataset]:
     """Open a classifier and its data; one of ImageNet-22k may be evaluated on the classes of ImageNet-1k."""
-    classifier = options.build_classifier(
-        request.variant, request.weights, request.device, request.img_size, request.tta
-    )
+    classifier = request.build_classifier(request.tta)
     images = ClassificationDataset.open(request.data)
     known = bool(set(images.class_names or ()) & set(classifier.class_names))
     if len(classifier.class_names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
@@ -144,37 +136,44 @@ def _open_classifier(request: EvaluateRequest) -> tuple[ImageClassifier, Classif
     return classifier, images
 
 
-def _open_segmenter(request: EvaluateRequest) -> tuple[SemanticSegmenter, SegmentationDataset]:
-    return _build_trained(SemanticSegmenter, "segmenter", request), SegmentationDataset.open(
-        request.data, request.split
-    )
-
-
-def _open_detector(request: EvaluateRequest) -> tuple[TinyViTDetector, DetectionDataset]:
-    return _build_trained(TinyViTDetector, "detector", request), DetectionDataset.open(request.data, request.split)
-
-
-def _open_sam(request: EvaluateRequest) -> tuple[MobileSAM, InstanceDataset]:
-    sam = options.build_network(MobileSAM, request.variant, request.weights or True, request.device, request.img_size)
-    return sam, InstanceDataset.open(request.data, request.split, request.min_area)
-
-
-def _build_trained(kind: type[options.Network], name: str, request: EvaluateRequest) -> options.Network:
-    """Build a network without published weights."""
+def _open_network(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
+    """Open a network of another task and its data."""
+    if request.task is TaskName.promptable:
+        sam = request.build_network(MobileSAM, request.weights or True)
+        return sam, InstanceDataset.open(request.data, request.split, request.min_area)
     if request.weights is None:
-        raise ValueError(f"There are no published {name}s; give --weights FILE, e.g. runs/train/best.safetensors.")
-    return options.build_network(kind, request.variant, request.weights, request.device, request.img_size)
+        raise ValueError(
+            f"There are no published weights for --task {request.task}; give --weights FILE, e.g. "
+            "runs/train/best.safetensors."
+        )
+    if request.task is TaskName.semantic:
+        segmenter = request.build_network(SemanticSegmenter, request.weights)
+        return segmenter, SegmentationDataset.open(request.data, request.split)
+    return request.build_network(TinyViTDetector, request.weights), DetectionDataset.open(request.data, request.split)
 
 
-def _describe_classes(
-    scores: ClassificationScores, network: ImageClassifier, request: EvaluateRequest
-) -> dict[str, Any]:
-    names = network.class_names
-    report: dict[str, Any] = {"top1": round(scores.top1, 2), f"top{scores.top_k}": round(scores.top5, 2)}
+def _describe(scores: Any, names: Sequence[str], request: EvaluateRequest) -> dict[str, Any]:
+    """Return the scores in percent and, if requested, those of each class that the data has."""
+    report: dict[str, Any] = {}
+    columns: dict[str, Tensor] = {}
+    match scores:
+        case ClassificationScores():
+            report = {"top1": round(scores.top1, 2), f"top{scores.top_k}": round(scores.top5, 2)}
+            columns = {"images": scores.class_images, "top1": scores.per_class}
+        case SegmentationScores():
+            report = {name: round(getattr(scores, name), 2) for name in ("mean_iou", "pixel_accuracy")}
+            report["classes_present"] = scores.present
+            columns = {"pixels": scores.class_pixels, "iou": scores.per_class}
+        case DetectionScores():
+            report, columns = scores.to_dict(), {"map": scores.per_class}
+        case PromptScores():
+            report = {name: round(value, 2) for name, value in vars(scores).items()}
     if request.per_class:
-        rows = zip(names, scores.class_images.tolist(), scores.per_class.tolist(), strict=True)
+        rows = zip(names, *(column.tolist() for column in columns.values()), strict=True)
         report["per_class"] = [
-            {"class": name, "images": count, "top1": round(top1, 2)} for name, count, top1 in rows if count
+            {"class": name} | {column: round(value, 2) for column, value in zip(columns, values, strict=True)}
+            for name, *values in rows
+            if not math.isnan(values[-1])
         ]
     if request.confusion:
         report["confusion"] = [
@@ -188,34 +187,6 @@ def _describe_classes(
             if count
         ]
         report["calibration"] = {"error": round(scores.calibration_error, 2), "bins": bins}
-    return report
-
-
-def _describe_pixels(
-    scores: SegmentationScores, network: SemanticSegmenter, request: EvaluateRequest
-) -> dict[str, Any]:
-    report: dict[str, Any] = {
-        "classes_present": scores.present,
-        "mean_iou": round(scores.mean_iou, 2),
-        "pixel_accuracy": round(scores.pixel_accuracy, 2),
-    }
-    if request.per_class:
-        rows = zip(network.class_names, scores.class_pixels.tolist(), scores.per_class.tolist(), strict=True)
-        report["per_class"] = [
-            {"class": name, "pixels": pixels, "iou": round(iou, 2)} for name, pixels, iou in rows if pixels
-        ]
-    return report
-
-
-def _describe_objects(scores: PromptScores, network: MobileSAM, request: EvaluateRequest) -> dict[str, Any]:
-    return {name: round(value, 2) for name, value in vars(scores).items()}
-
-
-def _describe_boxes(scores: DetectionScores, network: TinyViTDetector, request: EvaluateRequest) -> dict[str, Any]:
-    report = scores.to_dict()
-    if request.per_class:
-        pairs = zip(network.class_names, scores.per_class.tolist(), strict=True)
-        report["per_class"] = {name: round(value, 4) for name, value in pairs if not math.isnan(value)}
     return report
 
 
@@ -275,12 +246,14 @@ def _targets_in(training: ClassificationDataset, images: ClassificationDataset, 
     return torch.tensor([training.class_names.index(name) for name in images.class_names])[labels]
 
 
-def _show_classes(report: dict[str, Any]) -> None:
-    if "per_class" in report:
-        rows = [(row["class"], row["images"], f"{row['top1']:.2f}") for row in report["per_class"]]
-        print_table(("class", "images", "top-1"), rows)
+def _show(report: dict[str, Any], task: TaskName) -> None:
+    if rows := report.get("per_class"):
+        print_table(
+            [TITLES.get(name, name) for name in rows[0]],
+            ([f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in rows),
+        )
     accuracies = [f"{name.replace('top', 'top-')} {report[name]:.2f} %" for name in report if name.startswith("top")]
-    print(f"{report['images']} images: {', '.join(accuracies)}")
+    print(SUMMARIES[task].format(**report, accuracies=", ".join(accuracies)))
     for row in report.get("confusion", []):
         print(f"{row['class']} predicted as {row['predicted']}: {row['images']}")
     if "calibration" in report:
@@ -288,37 +261,3 @@ def _show_classes(report: dict[str, Any]) -> None:
     for name, title in (("knn", "nearest neighbors"), ("linear", "linear classifier")):
         if name in report:
             print(f"{title} on the features: top-1 {report[name]:.2f} %")
-
-
-def _show_pixels(report: dict[str, Any]) -> None:
-    if "per_class" in report:
-        rows = [(row["class"], row["pixels"], f"{row['iou']:.2f}") for row in report["per_class"]]
-        print_table(("class", "pixels", "IoU"), rows)
-    print(
-        f"{report['images']} images: mean IoU {report['mean_iou']:.2f} % over {report['classes_present']} "
-        f"classes, pixel accuracy {report['pixel_accuracy']:.2f} %"
-    )
-
-
-def _show_objects(report: dict[str, Any]) -> None:
-    print(
-        f"{report['images']} images, {report['instances']} objects: mean IoU {report['box_iou']:.2f} % per "
-        f"box, {report['point_iou']:.2f} % per point"
-    )
-
-
-def _show_boxes(report: dict[str, Any]) -> None:
-    if "per_class" in report:
-        print_table(("class", "mAP"), [(name, f"{value:.2f}") for name, value in report["per_class"].items()])
-    print(
-        f"{report['images']} images, {report['objects']} objects: mAP {report['map']:.2f} %, "
-        f"AP50 {report['map50']:.2f} %, AP75 {report['map75']:.2f} %"
-    )
-
-
-_TASKS: dict[TaskName, tuple[Callable[..., Any], Callable[..., dict[str, Any]], Callable[[dict[str, Any]], None]]] = {
-    TaskName.classification: (_open_classifier, _describe_classes, _show_classes),
-    TaskName.semantic: (_open_segmenter, _describe_pixels, _show_pixels),
-    TaskName.promptable: (_open_sam, _describe_objects, _show_objects),
-    TaskName.detection: (_open_detector, _describe_boxes, _show_boxes),
-}

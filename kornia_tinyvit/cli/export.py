@@ -5,17 +5,16 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from torch import nn
 
 from kornia_tinyvit.checkpoints import open_pretrained
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.classification import ImageClassifier
+from kornia_tinyvit.cli.options import NetworkRequest
+from kornia_tinyvit.cli.requests import command, option
 from kornia_tinyvit.deploy.accuracy import as_list
 from kornia_tinyvit.deploy.export import ExportTask, export_onnx, export_program
 from kornia_tinyvit.model import TinyViT
@@ -27,31 +26,20 @@ Method = StrEnum("Method", ("forward", "forward_features", "forward_intermediate
 Pixels = StrEnum("Pixels", ("normalized", "unit", "uint8"))
 
 
-graph_option = partial(typer.Option, rich_help_panel="Graph")
-
-
 @dataclass(frozen=True, kw_only=True)
-class ExportRequest(Request):
+class ExportRequest(NetworkRequest):
     """The options of ``export``."""
 
-    variant: options.Variant = None
-    weights: options.Weights = None
-    img_size: options.ImgSize = None
-    photos: Annotated[
-        bool, graph_option("--photos", help="Include resizing, cropping and normalization of photos of any size.")
-    ] = False
-    pixels: Annotated[
-        Pixels | None,
-        graph_option(help="Input: normalized (default), unit (0 to 1, default with --photos) or uint8."),
-    ] = None
-    method: Annotated[Method, graph_option(help="Method of the network to export.")] = Method.forward
-    dynamic_size: Annotated[bool, graph_option("--dynamic-size", help="Make height and width dynamic.")] = False
-    opset: Annotated[int | None, graph_option(help="ONNX opset version. Default: 20.")] = None
-    compiled: Annotated[
-        bool, graph_option("--compiled", help="Compile a .pt2 file with AOTInductor for machines of this kind.")
-    ] = False
-    out: Annotated[Path, options.output_option(help="File to write: .onnx, or .pt2 for torch.export.")]
-    format: Annotated[Format | None, options.output_option(help="onnx or pt2. Default: the ending of --out.")] = None
+    photos: bool = option("Graph", "Include resizing, cropping and normalization of photos of any size.", False)
+    pixels: Pixels | None = option(
+        "Graph", "Input: normalized (default), unit (0 to 1, default with --photos) or uint8.", None
+    )
+    method: Method = option("Graph", "Method of the network to export.", Method.forward)
+    dynamic_size: bool = option("Graph", "Make height and width dynamic.", False)
+    opset: int | None = option("Graph", "ONNX opset version. Default: 20.", None)
+    compiled: bool = option("Graph", "Compile a .pt2 file with AOTInductor for machines of this kind.", False)
+    out: Path = option("Output", "File to write: .onnx, or .pt2 for torch.export.")
+    format: Format | None = option("Output", "onnx or pt2. Default: the ending of --out.", None)
 
 
 @command
@@ -101,12 +89,10 @@ def _choose_format(request: ExportRequest) -> Format:
 
 def _build(request: ExportRequest) -> tuple[nn.Module, tuple[str, ...] | None]:
     """Build the network and return it with its class names; an encoder of MobileSAM has none."""
-    variant, weights, img_size = request.variant, request.weights, request.img_size
-    if variant is not None or weights is not None:
-        checkpoint = open_pretrained(weights or True, variant, img_size=img_size)
-        if checkpoint.config.mobile_sam and not request.photos:
-            return options.build_network(TinyViT, variant, checkpoint, "cpu", img_size), None
-    classifier = options.build_classifier(variant, weights, "cpu", img_size)
+    checkpoint = open_pretrained(request.pretrained, request.variant, request.img_size)
+    if checkpoint.config.mobile_sam and not request.photos:
+        return request.build_network(TinyViT, checkpoint), None
+    classifier = request.build_network(ImageClassifier, checkpoint)
     return classifier if request.photos else classifier.model, classifier.class_names
 
 

@@ -7,8 +7,7 @@ import json
 from dataclasses import dataclass
 
 from kornia_tinyvit.checkpoints import list_pretrained
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.requests import Request, command, option
 from kornia_tinyvit.cli.tables import print_table
 
 
@@ -16,7 +15,7 @@ from kornia_tinyvit.cli.tables import print_table
 class PretrainedRequest(Request):
     """The options of ``pretrained``."""
 
-    variant: options.Variant = None
+    variant: str | None = option("Weights", "1m, 5m, 11m or 21m. Default: all.", None)
 
 
 @command

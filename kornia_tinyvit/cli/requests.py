@@ -2,23 +2,47 @@
 
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import os
 import sys
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import Any, get_type_hints
+from dataclasses import MISSING, dataclass
+from typing import Annotated, Any, get_type_hints
 
 import typer
-from typer.models import OptionInfo
 
-from kornia_tinyvit.cli.options import PANELS, Json, Quiet
+__all__ = ["Interrupted", "Request", "argument", "command", "option"]
 
-__all__ = ["Interrupted", "Request", "command"]
+#: Groups of options in ``--help``, in their order.
+PANELS = (
+    "Weights", "Data", "Prompts", "Budget", "Search", "Training", "Teacher", "Semantic segmentation",
+    "Promptable segmentation", "Detection", "Metrics", "Graph", "Web demo", "Hardware", "Output",
+)  # fmt: skip
 
 
 class Interrupted(Exception):
     """A command was interrupted by Ctrl-C."""
+
+
+def argument(text: str, default: Any = MISSING) -> Any:
+    """Return a field of a request that is a positional argument."""
+    return dataclasses.field(default=default, metadata={"parameter": typer.Argument(help=text)})
+
+
+def option(panel: str, text: str, default: Any = MISSING, *names: str, **settings: Any) -> Any:
+    """Return a field of a request that is an option.
+
+    Args:
+        panel: its group in ``--help``, one of :data:`PANELS`.
+        text: its help.
+        default: its default; without one it is required.
+        *names: its names, by default that of the field.
+        **settings: for ``typer.Option``.
+    """
+    info = typer.Option(help=text, rich_help_panel=panel, **settings)
+    info.param_decls = names
+    return dataclasses.field(default=default, metadata={"parameter": info})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,8 +50,8 @@ class Request:
     """The options of every command, and the messages that they control."""
 
     context: typer.Context
-    as_json: Json = False
-    quiet: Quiet = False
+    as_json: bool = option("Output", "Print one JSON document.", False, "--json")
+    quiet: bool = option("Output", "Print results and errors only, no progress and no notes.", False)
 
     @property
     def shows_progress(self) -> bool:
@@ -73,20 +97,20 @@ class Request:
 def command(run: Callable[..., None]) -> Callable[[], None]:
     """Turn a function of a request into one that typer can register: its parameters are the fields of the request.
 
-    Options are listed by panel, in the order of :data:`~kornia_tinyvit.cli.options.PANELS`.
-
-    Args:
-        run: takes a subclass of :class:`Request`, whose fields are annotated as parameters of typer.
+    Options are sorted by panel. A flag that is off by default has no negative form.
     """
     request = get_type_hints(run)["request"]
-    hints = get_type_hints(request, include_extras=True)
-
-    def position(parameter: inspect.Parameter) -> int:
-        (info,) = getattr(parameter.annotation, "__metadata__", (None,))
-        return PANELS.index(info.rich_help_panel) if isinstance(info, OptionInfo) else -1
-
-    fields = inspect.signature(request).parameters.items()
-    parameters = sorted((field.replace(annotation=hints[name]) for name, field in fields), key=position)
+    hints = get_type_hints(request)
+    parameters = [inspect.Parameter("context", inspect.Parameter.KEYWORD_ONLY, annotation=typer.Context)]
+    for each in sorted(dataclasses.fields(request), key=_position):
+        if info := each.metadata.get("parameter"):
+            if each.default is False and not info.param_decls:
+                info.param_decls = (f"--{each.name.replace('_', '-')}",)
+            default = inspect.Parameter.empty if each.default is MISSING else each.default
+            annotation: Any = Annotated[hints[each.name], info]
+            parameters.append(
+                inspect.Parameter(each.name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
+            )
 
     def call(**options: Any) -> None:
         try:
@@ -98,3 +122,8 @@ def command(run: Callable[..., None]) -> Callable[[], None]:
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     call.__annotations__ = {parameter.name: parameter.annotation for parameter in parameters}
     return call
+
+
+def _position(field: dataclasses.Field[Any]) -> int:
+    panel = getattr(field.metadata.get("parameter"), "rich_help_panel", None)
+    return PANELS.index(panel) if panel else -1

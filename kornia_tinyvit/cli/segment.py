@@ -6,18 +6,16 @@ import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
-from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-import typer
 from PIL import Image
 from torch import Tensor
 
 from kornia_tinyvit.checkpoints import CheckpointError
-from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.requests import Request, command
+from kornia_tinyvit.cli.options import NetworkRequest, find_device
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import read_pixels, to_pil
 from kornia_tinyvit.ops import decode_rle, encode_rle, mask_boxes
@@ -28,39 +26,25 @@ Format = StrEnum("Format", ("png", "coco"))
 #: Points of one object :math:`(N, 2)`, their labels :math:`(N,)`, and boxes :math:`(K, 4)` of one object each.
 Prompts = tuple[Tensor | None, Tensor | None, Tensor | None]
 
-prompt_option = partial(typer.Option, rich_help_panel="Prompts")
-
 
 @dataclass(frozen=True, kw_only=True)
-class SegmentRequest(Request):
+class SegmentRequest(NetworkRequest):
     """The options of ``segment``."""
 
-    photo: Annotated[Path, typer.Argument(help="Image file.")]
-    point: Annotated[
-        list[str] | None,
-        prompt_option(help="x,y on the object or x,y,0 on the background, in pixels; all points mark one object."),
-    ] = None
-    box: Annotated[list[str] | None, prompt_option(help="left,top,right,bottom; one object per box.")] = None
-    everything: Annotated[bool, prompt_option("--everything", help="Segment everything, without prompts.")] = False
-    variant: Annotated[
-        str | None, options.weights_option(help="Encoder: 1m, 5m, 11m or 21m. Default: that of --weights.")
-    ] = None
-    weights: Annotated[
-        str | None,
-        options.weights_option(help="Path or URL of a MobileSAM. Default: the published one, downloaded once."),
-    ] = None
-    img_size: Annotated[
-        str | None,
-        options.weights_option(
-            help="Input size in pixels, a side or heightxwidth such as 512x1024; multiples of 16. Default: that of "
-            "the weights, 1024."
-        ),
-    ] = None
-    device: options.Device = "auto"
-    out: Annotated[Path, options.output_option(help="Folder for the overlay and the masks.")] = Path("segments")
-    format: Annotated[
-        Format, options.output_option(help="png: one file per mask; coco: one JSON file with run-length codes.")
-    ] = Format.png
+    photo: Path = argument("Image file.")
+    point: list[str] | None = option(
+        "Prompts", "x,y on the object or x,y,0 on the background, in pixels; all points mark one object.", None
+    )
+    box: list[str] | None = option("Prompts", "left,top,right,bottom; one object per box.", None)
+    everything: bool = option("Prompts", "Segment everything, without prompts.", False)
+    weights: str | None = option(
+        "Weights", "Path or URL of a MobileSAM. Default: the published one, downloaded once.", None
+    )
+    img_size: str | None = option(  # type: ignore[assignment]
+        "Weights", "Side of the input in pixels, or heightxwidth such as 512x1024. Default: that of the weights.", None
+    )
+    out: Path = option("Output", "Folder for the overlay and the masks.", Path("segments"))
+    format: Format = option("Output", "png: a file per mask; coco: one JSON file with run-length codes.", Format.png)
 
 
 @command
@@ -114,17 +98,18 @@ def _numbers(
 
 
 def _build(request: SegmentRequest) -> MobileSAM:
-    size: Any = None
+    settings: dict[str, Any] = {}
     if request.img_size is not None:
         form = "a side, or heightxwidth such as 512x1024"
         sides = _numbers("--img-size", request.img_size, (1, 2), form, int, "x")
-        size = sides[0] if len(sides) == 1 else tuple(sides)
+        settings["img_size"] = sides[0] if len(sides) == 1 else tuple(sides)
     try:
-        return options.build_network(MobileSAM, request.variant, request.weights or True, request.device, size)
+        sam = MobileSAM.from_config(request.variant, pretrained=request.weights or True, **settings)
     except CheckpointError as error:
         if request.weights is not None:
             raise
         raise CheckpointError(f"{error} Give the file by --weights FILE.") from error
+    return sam.to(find_device(request.device)).eval()
 
 
 def _segment_everything(sam: MobileSAM, image: Image.Image) -> list[dict[str, Any]]:

@@ -6,25 +6,24 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from kornia_tinyvit import training
 from kornia_tinyvit.cli import training_options as shared
-from kornia_tinyvit.cli.options import MinArea, TaskName, promptable_option, training_option
-from kornia_tinyvit.cli.requests import command
+from kornia_tinyvit.cli.options import MIN_AREA, TaskName
+from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.semantic import SemanticSegmenter
-from kornia_tinyvit.training import RECIPES, Recipe
+from kornia_tinyvit.training import Recipe
 from kornia_tinyvit.training.tasks.base import Task
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
 #: Parts of MobileSAM that can be frozen.
 Frozen = StrEnum("Frozen", ("image_encoder", "prompt_encoder"))
 
+_PROMPTABLE = "Promptable segmentation"
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
     TaskName.promptable: ("freeze", "prompts", "box_fraction", "min_area"),
@@ -36,45 +35,37 @@ _OPTIONS_OF_TASKS = {
 class TrainRequest(shared.LoopRequest):
     """The options of ``train``."""
 
-    data: Annotated[
-        Path,
-        typer.Argument(
-            help="Images. Classification: folder of class folders, parquet files of the Hugging Face hub, tar files. "
-            "Semantic: folder with images and masks, or YAML file that names those of train and val and the classes. "
-            "Promptable: folder with images and masks or labels, or YAML file that names images and instances. "
-            "Detection: YAML file of a YOLO dataset, COCO JSON file, folder with one of them, or Pascal VOC folder."
-        ),
-    ]
-    task: Annotated[
-        TaskName,
-        typer.Option(
-            rich_help_panel="Training",
-            help="classification: a class per image; semantic: a class per pixel; promptable: MobileSAM, a mask per "
-            "object; detection: boxes, by RT-DETR.",
-        ),
-    ] = TaskName.classification
-    recipe: Annotated[
-        str | None, training_option(help=f"{', '.join(RECIPES)}. Default: in1k, or the name of the task.")
-    ] = None
-    out: shared.Out = Path("runs/train")
-    validate_every: Annotated[int, training_option(min=1, help="Epochs between evaluations.")] = 1
-    class_balance: Annotated[
-        float,
-        typer.Option(
-            rich_help_panel="Semantic segmentation", min=0, max=1, help="Weight of rare classes, from 0 (none) to 1."
-        ),
-    ] = 0.0
-    freeze: Annotated[
-        list[Frozen] | None, promptable_option(help="Part whose weights are not trained; may be repeated.")
-    ] = None
-    prompts: Annotated[int, promptable_option(min=1, help="Objects per image and step.")] = 8
-    box_fraction: Annotated[
-        float, promptable_option(min=0, max=1, help="Fraction of prompts that are boxes; the others are points.")
-    ] = 0.5
-    min_area: MinArea = 1
-    queries: Annotated[
-        int, typer.Option(rich_help_panel="Detection", min=1, help="Maximum number of objects per image.")
-    ] = 300
+    data: Path = argument(
+        "Images. Classification: folder of class folders, parquet files of the Hugging Face hub, tar files. Semantic: "
+        "folder with images and masks, or YAML file that names those of train and val and the classes. Promptable: "
+        "folder with images and masks or labels, or YAML file that names images and instances. Detection: YAML file of "
+        "a YOLO dataset, COCO JSON file, folder with one of them, or Pascal VOC folder."
+    )
+    task: TaskName = option(
+        "Training",
+        "classification: a class per image; semantic: a class per pixel; promptable: MobileSAM, a mask per object; "
+        "detection: boxes, by RT-DETR.",
+        TaskName.classification,
+    )
+    recipe: str = option("Training", f"{shared.RECIPE_NAMES}. Default: in1k, or the name of the task.", "")
+    validate_every: int = option("Training", "Epochs between evaluations.", 1, min=1)
+    class_balance: float = option(
+        "Semantic segmentation", "Weight of rare classes, from 0 (none) to 1.", 0.0, min=0, max=1
+    )
+    freeze: list[Frozen] | None = option(_PROMPTABLE, "Part whose weights are not trained; may be repeated.", None)
+    prompts: int = option(_PROMPTABLE, "Objects per image and step.", 8, min=1)
+    box_fraction: float = option(
+        _PROMPTABLE, "Fraction of prompts that are boxes; the others are points.", 0.5, min=0, max=1
+    )
+    min_area: int = option(_PROMPTABLE, MIN_AREA, 1, min=1)
+    queries: int = option("Detection", "Maximum number of objects per image.", 300, min=1)
+    out: Path = option("Output", shared.OUT, Path("runs/train"))
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.recipe:
+            name = "in1k" if self.task is TaskName.classification else self.task.value
+            object.__setattr__(self, "recipe", name)
 
 
 @command
@@ -87,8 +78,7 @@ def train(request: TrainRequest) -> None:
     request.reject_unused(unused, f"with --task {request.task}")
     if request.validation is None:
         request.reject_unused(("validate_every",), "without --validation")
-    default = "in1k" if request.task is TaskName.classification else request.task.value
-    recipe = request.find_recipe(request.recipe or default)
+    recipe = request.find_recipe()
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
     images = samples.images
     request.note_names(

@@ -7,15 +7,13 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import torch
-import typer
 
 from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.cli import options
-from kornia_tinyvit.cli.options import data_option, hardware_option, training_option
-from kornia_tinyvit.cli.requests import Request
+from kornia_tinyvit.cli.requests import Request, argument, option
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
@@ -24,13 +22,10 @@ from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
 
-RecipeName = Annotated[str, training_option("--recipe", help=f"{', '.join(RECIPES)}.")]
-Epochs = Annotated[int | None, training_option(min=1, help="Epochs. Default: those of the recipe.")]
-OnBroken = Annotated[str, data_option(help="At an image that cannot be read: stop or skip.")]
-Out = Annotated[
-    Path, options.output_option(help="Folder for weights, metrics and state; the same command resumes from it.")
-]
-
+RECIPE_NAMES = ", ".join(RECIPES)
+EPOCHS = "Epochs. Default: those of the recipe."
+ON_BROKEN = "At an image that cannot be read: stop or skip."
+OUT = "Folder for weights, metrics and state; the same command resumes from it."
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -39,16 +34,11 @@ PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 class DataRequest(Request):
     """The images, and the precision of the networks."""
 
-    data: Annotated[
-        Path,
-        typer.Argument(help="Images: folder of class folders, parquet files of the Hugging Face hub, or tar files."),
-    ]
-    limit: Annotated[int | None, data_option(min=2, help="Number of images, sampled with a fixed seed.")] = None
-    img_size: Annotated[
-        int | None, training_option(min=32, help="Side of the input in pixels. Default: that of the recipe.")
-    ] = None
-    seed: Annotated[int, training_option(min=0, help="Seed of order and augmentation.")] = 0
-    precision: options.Precision = "no"
+    data: Path = argument("Images: folder of class folders, parquet files of the Hugging Face hub, or tar files.")
+    limit: int | None = option("Data", "Number of images, sampled with a fixed seed.", None, min=2)
+    img_size: int | None = option("Training", "Side of the input in pixels. Default: that of the recipe.", None, min=32)
+    seed: int = option("Training", "Seed of order and augmentation.", 0, min=0)
+    precision: str = option("Hardware", "no, bf16 or fp16.", "no")
 
     def __post_init__(self) -> None:
         if self.precision not in PRECISIONS:
@@ -76,30 +66,23 @@ class DataRequest(Request):
 class TrainingRequest(DataRequest):
     """The network, its first weights and its training."""
 
-    variant: Annotated[
-        str,
-        options.weights_option(
-            help="1m, 5m, 11m or 21m; or a file, e.g. of a contracted network, for its architecture."
-        ),
-    ] = "5m"
-    weights: Annotated[
-        str | None,
-        options.weights_option(
-            help="Weights to start from: name in 'kornia-tinyvit pretrained', path, hub folder or URL. Default: random."
-        ),
-    ] = None
-    validation: Annotated[Path | None, data_option(help="Images to evaluate on after each epoch.")] = None
-    on_broken: OnBroken = "stop"
-    epochs: Epochs = None
-    batch_size: Annotated[
-        int | None, training_option(min=2, help="Global batch size. Default: that of the recipe.")
-    ] = None
-    base_lr: Annotated[float | None, training_option(help="Learning rate for a batch of 512, scaled linearly.")] = None
-    process_batch: Annotated[
-        int | None, hardware_option(min=2, help="Batch size per process; gradients are accumulated.")
-    ] = None
-    device: Annotated[str, hardware_option(help="auto (the choice of accelerate) or cpu.")] = "auto"
-    out: Out
+    variant: str = option(
+        "Weights", "1m, 5m, 11m or 21m; or a file, e.g. of a contracted network, for its architecture.", "5m"
+    )
+    weights: str | None = option(
+        "Weights",
+        "Weights to start from: name in 'kornia-tinyvit pretrained', path, hub folder or URL. Default: random.",
+        None,
+    )
+    recipe: str = option("Training", f"{RECIPE_NAMES}.", "in1k")
+    validation: Path | None = option("Data", "Images to evaluate on after each epoch.", None)
+    on_broken: str = option("Data", ON_BROKEN, "stop")
+    epochs: int | None = option("Training", EPOCHS, None, min=1)
+    batch_size: int | None = option("Training", "Global batch size. Default: that of the recipe.", None, min=2)
+    base_lr: float | None = option("Training", "Learning rate for a batch of 512, scaled linearly.", None)
+    process_batch: int | None = option("Hardware", "Batch size per process; gradients are accumulated.", None, min=2)
+    device: str = option("Hardware", "auto (the choice of accelerate) or cpu.", "auto")
+    out: Path = option("Output", OUT, Path("runs"))
 
     @property
     def cpu(self) -> bool:
@@ -119,10 +102,10 @@ class TrainingRequest(DataRequest):
             )
         return False
 
-    def find_recipe(self, name: str) -> Recipe:
-        """Return a recipe, changed by the options that were given."""
+    def find_recipe(self) -> Recipe:
+        """Return the recipe, changed by the options that were given."""
         return find_recipe(
-            name, epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, base_lr=self.base_lr
+            self.recipe, epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, base_lr=self.base_lr
         )
 
     def build(
@@ -164,13 +147,9 @@ class TrainingRequest(DataRequest):
 class LoopRequest(TrainingRequest):
     """A training of one network."""
 
-    init_seed: Annotated[
-        int | None, training_option(min=0, help="Seed of random weights. Default: that of --seed.")
-    ] = None
-    workers: options.Workers = 2
-    gradient_checkpointing: Annotated[
-        bool, hardware_option("--gradient-checkpointing", help="Less memory for a third more work.")
-    ] = False
+    init_seed: int | None = option("Training", "Seed of random weights. Default: that of --seed.", None, min=0)
+    workers: int = option("Hardware", options.WORKERS, 2, min=0)
+    gradient_checkpointing: bool = option("Hardware", "Less memory for a third more work.", False)
 
     @property
     def first_seed(self) -> int:

@@ -28,7 +28,7 @@ class TestTransformers:
 
     def test_folder_that_is_a_file(self, tmp_path, capfd, monkeypatch):
         (tmp_path / "hub").write_text("mine")
-        assert "hub is a file; give the folder" in error_of(
+        assert "hub is a file; expected a folder" in error_of(
             capfd, monkeypatch, "convert", "--out", str(tmp_path / "hub")
         )
         assert (tmp_path / "hub").read_text() == "mine"
