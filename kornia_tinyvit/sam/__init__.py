@@ -1,4 +1,4 @@
-"""Segment Anything on a TinyViT: masks for points and boxes, or for everything in an image."""
+"""Segment Anything on a TinyViT: masks from point, box and mask prompts, or of everything in an image."""
 
 from kornia_tinyvit.sam.decoder import FoldedMaskDecoder, SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, MaskPrediction, fingerprint

@@ -1,8 +1,7 @@
-"""Segment everything: the masks of a grid of points, filtered, each object once."""
+"""Automatic mask generation: masks from a grid of point prompts, filtered and deduplicated."""
 
 from __future__ import annotations
 
-import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -15,54 +14,44 @@ import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kornia_tinyvit.ops import (
-    RLE,
-    compress_rle,
-    decode_rle,
-    encode_rle,
-    mask_boxes,
-    nms,
-    remove_small_regions,
-    rle_area,
-    uncompress_rle,
-)
+from kornia_tinyvit import ops
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
 from kornia_tinyvit.sam.transforms import ImageLike, list_images, open_image
 
 __all__ = ["OUTPUT_MODES", "Mask", "MaskGenerator"]
 
-#: How masks may be returned, and what makes them so.
-OUTPUT_MODES: dict[str, Callable[[RLE], Any]] = {
-    "binary_mask": decode_rle,
-    "uncompressed_rle": uncompress_rle,
-    "coco_rle": compress_rle,
+#: Output modes, and the function from a run-length code to ``Mask.segmentation`` of each.
+OUTPUT_MODES: dict[str, Callable[[ops.RLE], Any]] = {
+    "binary_mask": ops.decode_rle,
+    "uncompressed_rle": ops.uncompress_rle,
+    "coco_rle": ops.compress_rle,
 }
 
-_MOST = 2**53  # whole numbers up to which floats tell apart
-EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off
-PIXELS = 1 << 21  # enlarged at a time: 8 MiB of logits
-LOGITS = 1 << 30  # bytes of a crop's candidates kept as logits, enough for 1,024 points; those beyond are encoded
+_LIMIT = 2**53  # floats represent every integer below
+EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off, as in segment-anything
+PIXELS = 1 << 21  # upsampled at a time: 8 MiB of logits
+LOGITS = 1 << 30  # bytes of logits kept per crop, enough for 1,024 points; further candidates are encoded at once
 
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
 @dataclass(frozen=True, eq=False)
 class Mask:
-    """An object that :func:`generate_masks` found; lengths in pixels of the photo.
+    """A mask of :meth:`MobileSAM.generate_masks`; lengths in pixels of the image.
 
     Args:
         segmentation: the mask: boolean :math:`(H, W)`, or its :class:`~kornia_tinyvit.ops.rle.RLE`.
-        area: its pixels.
-        bbox: left, top, width and height of the box around it. As in segment-anything the last two are differences
-            of pixel indices, one less than the pixels the mask spans.
-        predicted_iou: the network's guess of its quality.
-        stability_score: IoU of the masks at thresholds above and below.
-        point_coords: the point that found it, in a list: ``[[x, y]]``.
-        crop_box: left, top, width and height of the crop it was found in.
+        area: number of pixels.
+        bbox: left, top, width and height of the bounding box. As in segment-anything, width and height are differences
+            of pixel indices, one less than the pixels covered.
+        predicted_iou: IoU with the object, predicted by the network.
+        stability_score: IoU of the masks at a higher and a lower threshold.
+        point_coords: the point prompt, ``[[x, y]]``.
+        crop_box: left, top, width and height of the crop.
     """
 
-    segmentation: NDArray[np.bool_] | RLE
+    segmentation: NDArray[np.bool_] | ops.RLE
     area: int
     bbox: list[int]
     predicted_iou: float
@@ -71,62 +60,48 @@ class Mask:
     crop_box: list[int]
 
 
-@dataclass(frozen=True)
-class _Masks:
-    """Masks and what is known about them; all but logits on the CPU."""
+@dataclass
+class _Candidate:
+    """A mask before non-maximum suppression; box and point in pixels of the crop, later of the image."""
 
-    masks: list[Any]  # logits (r, c), or compressed codes: as lists the runs of a ragged mask take 20 times the memory
-    boxes: Tensor  # (K, 4)
-    iou: Tensor  # (K,)
-    stability: Tensor  # (K,)
-    points: Tensor  # (K, 2)
-    crops: Tensor  # (K, 4)
-
-    def _tensors(self) -> tuple[Tensor, ...]:
-        return self.boxes, self.iou, self.stability, self.points, self.crops
-
-    def select(self, indices: Tensor) -> _Masks:
-        masks = [self.masks[index] for index in indices.tolist()]
-        return _Masks(masks, *(each[indices] for each in self._tensors()))
-
-    @classmethod
-    def join(cls, parts: Sequence[_Masks]) -> _Masks:
-        columns = zip(*(part._tensors() for part in parts), strict=True)
-        return cls([each for part in parts for each in part.masks], *map(torch.cat, columns))
+    mask: Any  # logits (r, c), or compressed RLE: as a list the runs of a ragged mask take 20 times the memory
+    box: list[int]
+    iou: float
+    stability: float
+    point: list[float]
+    crop: Box
 
 
 @dataclass(eq=False)
 class MaskGenerator:
-    """Settings of the search for everything in an image; a call searches, see :meth:`MobileSAM.generate_masks`.
+    """Settings of automatic mask generation; call it, or :meth:`MobileSAM.generate_masks`, with an image.
 
-    Names, order and defaults are those of segment-anything's ``SamAutomaticMaskGenerator``. A point's masks must pass
-    the network's own judgement, be stable against the threshold, and not be cut off by the edge of a crop; of masks
-    whose boxes overlap, the best stays.
+    Names, order and defaults are those of segment-anything's ``SamAutomaticMaskGenerator``. Masks are filtered by
+    predicted IoU, stability score and the edges of crops, then deduplicated by non-maximum suppression of their boxes.
 
     Args:
-        points_per_side: points of the grid along a side of the photo; ``None`` with ``point_grids``.
-        points_per_batch: the most points decoded together. On a CPU 8 are best, and taken if it allows.
-        pred_iou_thresh: keep masks whose predicted IoU is above it; 0 keeps all.
-        stability_score_thresh: keep masks whose stability is at least this; 0 keeps all.
-        stability_score_offset: the stability is the IoU of the masks at the threshold plus and minus this.
-        box_nms_thresh: of masks of a crop whose boxes have a larger IoU, only the best is kept.
-        crop_n_layers: also segment enlarged crops, :math:`4^i` in layer :math:`i`.
-        crop_nms_thresh: as ``box_nms_thresh``, among the masks of all crops; those of smaller crops are preferred.
-        crop_overlap_ratio: overlap of the crops of the first layer as a share of the photo's short side; it is halved
+        points_per_side: points of the grid along each side of the image; ``None`` with ``point_grids``.
+        points_per_batch: maximum number of points decoded together. A CPU decodes at most 8, which is fastest.
+        pred_iou_thresh: keep masks with a larger predicted IoU; 0 keeps all.
+        stability_score_thresh: keep masks with at least this stability score; 0 keeps all.
+        stability_score_offset: the stability score is the IoU of the masks at the threshold plus and minus this.
+        box_nms_thresh: IoU threshold of non-maximum suppression within a crop.
+        crop_n_layers: layers of crops to segment in addition to the image, :math:`4^i` crops in layer :math:`i`.
+        crop_nms_thresh: IoU threshold of non-maximum suppression between crops; masks of smaller crops are preferred.
+        crop_overlap_ratio: overlap of the crops of the first layer as a fraction of the image's shorter side, halved
             from layer to layer.
         crop_n_points_downscale_factor: ``points_per_side`` is divided by this from layer to layer.
-        point_grids: for each layer from 0 on, points :math:`(G, 2)`, x and y in [0, 1], instead of
-            ``points_per_side``.
-        min_mask_region_area: fill holes and drop islands of fewer pixels, then suppress duplicates again.
-        output_mode: what ``segmentation`` is. ``"binary_mask"``: an array, a byte a pixel, so 8 MB each for a photo of
-            3840x2160; ``"coco_rle"``: runs as text, some kilobytes; ``"uncompressed_rle"``: runs as a list, some tens
-            of kilobytes.
-        dtype: precision of the decoder's work on the image. ``torch.bfloat16`` is faster on hardware that has it;
-            masks near a threshold may come or go, and borders move.
-        batch_size: photos that the encoder sees at a time.
+        point_grids: points :math:`(G, 2)` for each layer from 0, x and y in [0, 1], instead of ``points_per_side``.
+        min_mask_region_area: fill holes and remove islands of fewer pixels, then suppress duplicates again.
+        output_mode: form of ``segmentation``. ``"binary_mask"``: an array with a byte per pixel, 8 MB for an image of
+            3840x2160; ``"coco_rle"``: compressed run lengths, some kilobytes; ``"uncompressed_rle"``: a list of run
+            lengths, some tens of kilobytes.
+        dtype: dtype of the decoder's image side. ``torch.bfloat16`` is faster on hardware that supports it; masks near
+            a threshold may change.
+        batch_size: images encoded together.
 
     Raises:
-        ValueError: if a setting is out of its range.
+        ValueError: if a setting is out of range.
     """
 
     points_per_side: int | None = 32
@@ -150,9 +125,9 @@ class MaskGenerator:
             raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {self.output_mode!r}.")
         others = ("point_grids", "output_mode", "dtype")
         numbers = {name: value or 0 for name, value in vars(self).items() if name not in others}
-        broken = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _MOST]  # nor NaN
-        if broken:
-            raise ValueError(f"Settings are finite numbers below 2**53; got {', '.join(broken)}.")
+        invalid = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _LIMIT]  # also NaN
+        if invalid:
+            raise ValueError(f"Settings must be finite numbers below 2**53; got {', '.join(invalid)}.")
         if min(self.points_per_batch, self.batch_size) < 1 or self.crop_n_layers < 0:
             raise ValueError(
                 "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
@@ -161,13 +136,13 @@ class MaskGenerator:
         factor = self.crop_n_points_downscale_factor
         if factor <= 0:
             raise ValueError(f"crop_n_points_downscale_factor must be positive; got {factor}.")
-        self.grids = self._lay_grids()
+        self.grids = self._build_grids()
 
-    def _lay_grids(self) -> list[Tensor]:
+    def _build_grids(self) -> list[Tensor]:
         """Return the points of each layer, :math:`(G, 2)` in [0, 1]."""
         side, factor, layers = self.points_per_side, self.crop_n_points_downscale_factor, self.crop_n_layers + 1
         if (side is None) == (self.point_grids is None):
-            raise ValueError("Give either points_per_side or point_grids, and None for the other.")
+            raise ValueError("Pass either points_per_side or point_grids, and None for the other.")
         if side is not None:
             sides = [int(side / factor**layer) for layer in range(layers)]
             if min(sides) < 1:
@@ -184,52 +159,65 @@ class MaskGenerator:
     def __call__(
         self, sam: Any, image: ImageLike | Sequence[ImageLike] | ImageEmbedding
     ) -> list[Mask] | list[list[Mask]]:
-        """Search an image, several, or an embedding; see :meth:`MobileSAM.generate_masks`, which calls this.
+        """Generate the masks of an image, several images, or an embedding.
 
         Args:
             sam: the :class:`MobileSAM`.
-            image: as there.
+            image: as in :meth:`MobileSAM.generate_masks`, which lists what it returns and raises.
         """
         decoder = FoldedMaskDecoder(sam.mask_decoder, self.dtype)
         if isinstance(image, ImageEmbedding):
             if self.crop_n_layers:
                 raise ValueError(
-                    f"crop_n_layers={self.crop_n_layers} looks at parts of the photo, enlarged, and an embedding "
-                    "holds no pixels: pass the photo, or crop_n_layers=0."
+                    f"crop_n_layers={self.crop_n_layers} needs the pixels of the image, which an embedding does not "
+                    "contain: pass the image, or crop_n_layers=0."
                 )
             sam.check_embedding(image)
             first = next(decoder.parameters())
-            return [self._search(sam, decoder, None, whole.to(first.device, first.dtype)) for whole in image]
-        photos = list_images(image)
-        found = []
-        for start in range(0, len(photos), self.batch_size):
-            pixels = [open_image(photo) for photo in photos[start : start + self.batch_size]]
+            return [self._generate(sam, decoder, None, whole.to(first.device, first.dtype)) for whole in image]
+        images = list_images(image)
+        results = []
+        for start in range(0, len(images), self.batch_size):
+            pixels = [open_image(each) for each in images[start : start + self.batch_size]]
             for each, whole in zip(pixels, sam.embed_pixels(pixels), strict=True):
-                found.append(self._search(sam, decoder, each, whole))
-        return found[0] if len(photos) == 1 and photos[0] is image else found
+                results.append(self._generate(sam, decoder, each, whole))
+        return results[0] if len(images) == 1 and images[0] is image else results
 
-    def _search(self, sam: Any, decoder: FoldedMaskDecoder, pixels: Tensor | None, whole: ImageEmbedding) -> list[Mask]:
-        """Return the masks of an image, whose pixels are needed for crops alone."""
+    def _generate(
+        self, sam: Any, decoder: FoldedMaskDecoder, pixels: Tensor | None, whole: ImageEmbedding
+    ) -> list[Mask]:
+        """Return the masks of an image; the pixels are needed only for crops."""
         size = whole.geometries[0].original_size
-        parts = []
-        for box, layer in _crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio):
+        crops = _crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
+        candidates = []
+        for box, layer in crops:
             embedding = whole
             if pixels is not None and layer:
                 left, top, right, bottom = box
                 embedding = sam.embed_pixels([pixels[:, top:bottom, left:right]])
-            parts.append(_Crop(sam, decoder, self, embedding, box, size).search(self.grids[layer]))
-        found = _Masks.join(parts)
-        if len(parts) > 1:
-            sides = found.crops[:, 2:] - found.crops[:, :2]
-            found = found.select(nms(found.boxes, 1 / sides.prod(1), self.crop_nms_thresh))
+            candidates += _Crop(sam, decoder, self, embedding, box, size).generate(self.grids[layer])
+        if len(crops) > 1:
+            areas = [math.prod(_to_xywh(each.crop)[2:]) for each in candidates]
+            candidates = _suppress(candidates, [1 / area for area in areas], self.crop_nms_thresh)
         if self.min_mask_region_area > 0:
             threshold = max(self.box_nms_thresh, self.crop_nms_thresh)
-            found = _without_small_regions(found, self.min_mask_region_area, threshold)
-        return [_record(found, index, self.output_mode) for index in range(len(found.masks))]
+            candidates = _clean(candidates, self.min_mask_region_area, threshold)
+        return [
+            Mask(
+                segmentation=OUTPUT_MODES[self.output_mode](each.mask),
+                area=ops.rle_area(each.mask),
+                bbox=_to_xywh(each.box),
+                predicted_iou=each.iou,
+                stability_score=each.stability,
+                point_coords=[each.point],
+                crop_box=_to_xywh(each.crop),
+            )
+            for each in candidates
+        ]
 
 
 class _Crop:
-    """A part of an image, searched on its own; its embedding, and the way of its masks back into the image."""
+    """A crop of an image with its embedding; the mapping of its masks to the image."""
 
     def __init__(
         self,
@@ -246,72 +234,76 @@ class _Crop:
         _, dense = self.encoder(points=None, boxes=None, masks=None)
         self.image = decoder.prepare(features, self.encoder.get_dense_pe(), dense)
         low_size = (UPSCALING * features.shape[2], UPSCALING * features.shape[3])
-        self.enlarge = _Enlargement(self.geometry, low_size, features.device)
+        self.upsample = _Upsample(self.geometry, low_size, features.device)
 
-    def search(self, grid: Tensor) -> _Masks:
-        """Return the masks of the points of a grid :math:`(G, 2)` in [0, 1], each object once, in the image."""
+    def generate(self, grid: Tensor) -> list[_Candidate]:
+        """Return the masks of a grid of points :math:`(G, 2)` in [0, 1] after suppression, encoded in the image."""
         left, top, right, bottom = self.box
         points = grid * grid.new_tensor([right - left, bottom - top])
-        masks = (self.decoder.decoder.num_mask_tokens - 1) * len(points)
-        slots = _slots(self.enlarge, masks)
-        found = _Masks.join([self._filter(*proposed, slots) for proposed in self._propose(points)])
-        found = found.select(nms(found.boxes, found.iou, self.settings.box_nms_thresh))
-        offset = torch.tensor([left, top])
-        return dataclasses.replace(
-            found,
-            masks=[_encode(mask, self.enlarge, self.box, self.size, self.threshold) for mask in found.masks],
-            boxes=found.boxes + offset.repeat(2),
-            points=found.points + offset,
-        )
+        # Logits are copied into one block of memory. Small tensors between the large temporary ones would fragment an
+        # allocator that returns memory late, and the process would grow by several times their size.
+        rows, columns = (UPSCALING * cells for cells in self.upsample.cells)
+        count = min((self.decoder.decoder.num_mask_tokens - 1) * len(points), LOGITS // (4 * rows * columns))
+        slots = iter(torch.empty(count, rows, columns, device=self.upsample.rows.device))
+        candidates = [each for batch in self._predict(points) for each in self._filter(*batch, slots)]
+        candidates = _suppress(candidates, [each.iou for each in candidates], self.settings.box_nms_thresh)
+        for each in candidates:
+            each.mask = self._encode(each.mask)
+            each.box = [side + offset for side, offset in zip(each.box, (left, top, left, top), strict=True)]
+            each.point = [each.point[0] + left, each.point[1] + top]
+        return candidates
 
-    def _propose(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-        """Yield logits :math:`(K, r, c)`, predicted IoU and point of the masks whose predicted IoU passes."""
-        device, least = self.image.tokens.device, self.settings.pred_iou_thresh
+    def _predict(self, points: Tensor) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """Yield low-resolution logits :math:`(K, r, c)`, predicted IoU and point of masks above ``pred_iou_thresh``."""
+        device, threshold = self.image.tokens.device, self.settings.pred_iou_thresh
         size = min(self.settings.points_per_batch, CPU_CHUNK if device.type == "cpu" else CHUNK)
         for batch in points.split(size):
-            placed = self.geometry.map_points(batch)[:, None].to(device, torch.float32)
-            labels = torch.ones(placed.shape[:2], device=device)
-            sparse, _ = self.encoder(points=(placed, labels), boxes=None, masks=None)
+            mapped = self.geometry.map_points(batch)[:, None].to(device, torch.float32)
+            labels = torch.ones(mapped.shape[:2], device=device)
+            sparse, _ = self.encoder(points=(mapped, labels), boxes=None, masks=None)
             prompted = self.decoder.prompt(self.image, sparse)
-            iou = prompted.iou[:, 1:]  # the first mask is for prompts that are not ambiguous
-            passing = iou > least if least > 0 else torch.ones_like(iou).bool()
+            iou = prompted.iou[:, 1:]  # the first mask is that of multimask_output=False
+            passing = iou > threshold if threshold > 0 else torch.ones_like(iou).bool()
             (prompts,) = passing.any(1).nonzero(as_tuple=True)
-            logits = self.decoder.upscale(prompted, prompts.tolist(), self.enlarge.cells)[:, 1:]
+            logits = self.decoder.upscale(prompted, prompts.tolist(), self.upsample.cells)[:, 1:]
             yield logits[passing[prompts]], iou[passing], batch[passing.nonzero()[:, 0].cpu()]
 
-    def _filter(self, logits: Tensor, iou: Tensor, points: Tensor, slots: Iterator[Tensor]) -> _Masks:
-        """Keep masks that are stable and not cut off, enlarging a few at a time; as logits, or encoded without room."""
-        s, parts = self.settings, []
-        step = max(1, PIXELS // (self.enlarge.rows.shape[0] * self.enlarge.columns.shape[1]))
-        for start in range(0, max(1, len(logits)), step):
+    def _filter(self, logits: Tensor, iou: Tensor, points: Tensor, slots: Iterator[Tensor]) -> Iterator[_Candidate]:
+        """Yield stable masks that are not cut off, as logits while there are slots, then encoded."""
+        step = max(1, PIXELS // (self.upsample.rows.shape[0] * self.upsample.columns.shape[1]))
+        for start in range(0, len(logits), step):
             rows = slice(start, start + step)
-            large = self.enlarge(logits[rows])
-            inside = large > self.threshold
-            stability = _stability(large, self.threshold, s.stability_score_offset)
+            upsampled = self.upsample(logits[rows])
+            inside = upsampled > self.threshold
+            stability = _stability(upsampled, self.threshold, self.settings.stability_score_offset)
             boxes = _boxes(inside)
             keep = ~_near_crop_edge(boxes, self.box, self.size)
-            if s.stability_score_thresh > 0:  # a mask without a pixel has no stability, and passes no threshold
-                keep &= stability >= s.stability_score_thresh
-            masks: list[Tensor | RLE] = []
-            for index in keep.nonzero()[:, 0].tolist():
-                if (slot := next(slots, None)) is not None:
-                    masks.append(slot.copy_(logits[start + index]))
-                else:
-                    masks.append(_compress(inside[index], self.box, self.size))
-            crops = torch.tensor(self.box).expand(len(masks), 4)
-            kept = (boxes[keep], iou[rows][keep], stability[keep], points[rows][keep.cpu()], crops)
-            parts.append(_Masks(masks, *(each.cpu() for each in kept)))
-        return _Masks.join(parts)
+            if self.settings.stability_score_thresh > 0:  # the score of an empty mask is NaN and passes no threshold
+                keep &= stability >= self.settings.stability_score_thresh
+            values = zip(boxes.tolist(), iou[rows].tolist(), stability.tolist(), points[rows].tolist(), strict=True)
+            for index, fields in itertools.compress(enumerate(values), keep.tolist()):
+                slot = next(slots, None)
+                mask = self._compress(inside[index]) if slot is None else slot.copy_(logits[start + index])
+                yield _Candidate(mask, *fields, self.box)
+
+    def _encode(self, mask: Tensor | ops.RLE) -> ops.RLE:
+        return self._compress(self.upsample(mask[None])[0] > self.threshold) if isinstance(mask, Tensor) else mask
+
+    def _compress(self, mask: Tensor) -> ops.RLE:
+        """Encode a mask of the crop as a mask of the image."""
+        left, top, right, bottom = self.box
+        height, width = self.size
+        return ops.encode_rle(F.pad(mask, (left, width - right, top, height - bottom)), compressed=True)
 
 
 def _grid(side: int) -> Tensor:
-    """Return the centers of a square's cells, row after row, :math:`(side^2, 2)`."""
+    """Return the centers of a grid of cells in row-major order, :math:`(side^2, 2)`."""
     centers = torch.from_numpy(np.linspace(1 / (2 * side), 1 - 1 / (2 * side), side))
     return torch.stack([centers.repeat(side), centers.repeat_interleave(side)], 1)
 
 
 def _crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> list[tuple[Box, int]]:
-    """Return the crops with their layers: the whole photo, then grids of overlapping crops, column after column."""
+    """Return crops with their layers: the whole image, then grids of overlapping crops in column-major order."""
     height, width = size
     crops: list[tuple[Box, int]] = [((0, 0, width, height), 0)]
     for layer in range(1, layers + 1):
@@ -321,20 +313,21 @@ def _crop_boxes(size: tuple[int, int], layers: int, overlap_ratio: float) -> lis
         for column, row in itertools.product(range(side), repeat=2):
             left, top = column * (wide - overlap), row * (high - overlap)
             box = (left, top, min(left + wide, width), min(top + high, height))
-            if box[0] < box[2] and box[1] < box[3]:  # a photo of few pixels has no more to give
+            if box[0] < box[2] and box[1] < box[3]:  # not empty, as in an image of few pixels
                 crops.append((box, layer))
     return crops
 
 
-class _Enlargement:
-    """Enlarge low-resolution logits to the photo, as segment-anything does: to the input, and what is not padding on.
+class _Upsample:
+    """Upsample low-resolution logits to the image in one matrix product per axis.
 
-    Both steps are linear along each side and together a matrix; bilinear interpolation of the unit vectors gives it.
+    segment-anything resizes to the model input, crops the padding and resizes to the image. Both steps are linear in
+    each axis; their product is the bilinear interpolation of the unit vectors.
 
     Args:
-        geometry: how the photo lies in the input.
+        geometry: placement of the image in the model input.
         low_size: height and width of the logits.
-        device: where they are.
+        device: their device.
     """
 
     def __init__(self, geometry: Geometry, low_size: tuple[int, int], device: torch.device) -> None:
@@ -344,7 +337,7 @@ class _Enlargement:
 
     @property
     def cells(self) -> tuple[int, int]:
-        """Rows and columns of the embedding whose masks reach into the photo."""
+        """Rows and columns of the embedding that affect the masks within the image."""
         return math.ceil(self.rows.shape[1] / UPSCALING), math.ceil(self.columns.shape[0] / UPSCALING)
 
     def __call__(self, logits: Tensor) -> Tensor:
@@ -354,21 +347,10 @@ class _Enlargement:
 
 
 def _interpolation(low: int, padded: int, used: int, full: int, device: torch.device) -> Tensor:
-    """Return the weights :math:`(r, full)` of the first :math:`r` values, which are all that the result depends on."""
+    """Return the weights :math:`(r, full)` of the first :math:`r` values; the others do not affect the result."""
     weights = F.interpolate(torch.eye(low, device=device)[None], padded, mode="linear", align_corners=False)
     weights = F.interpolate(weights[..., :used], full, mode="linear", align_corners=False)[0]
     return weights[: int(weights.any(1).nonzero().max()) + 1]
-
-
-def _slots(enlarge: _Enlargement, count: int) -> Iterator[Tensor]:
-    """Return places for the logits of a crop's candidates, as many as there may be and fit, in one block of memory.
-
-    On their own they would lie between the large buffers that come and go, and leave no holes for the next ones: with
-    an allocator that is slow to give memory back, the process would grow by several times what they take.
-    """
-    rows, columns = (UPSCALING * cells for cells in enlarge.cells)
-    fitting = LOGITS // (4 * rows * columns)
-    return iter(torch.empty(min(count, fitting), rows, columns, device=enlarge.rows.device))
 
 
 def _stability(logits: Tensor, threshold: float, offset: float) -> Tensor:
@@ -378,59 +360,38 @@ def _stability(logits: Tensor, threshold: float, offset: float) -> Tensor:
 
 def _boxes(masks: Tensor) -> Tensor:
     """Return the first and last columns and rows of masks :math:`(K, H, W)`, :math:`(K, 4)`; zeros for empty masks."""
-    edges = mask_boxes(masks).long()
+    edges = ops.mask_boxes(masks).long()
     return (edges - edges.new_tensor([0, 0, 1, 1])).clamp(min=0)
 
 
 def _near_crop_edge(boxes: Tensor, crop: Box, size: tuple[int, int]) -> Tensor:
-    """Tell which boxes, in pixels of the crop, end at an edge of the crop that is no edge of the photo."""
-    placed = boxes + boxes.new_tensor(crop[:2] * 2)
-    near_crop, near_photo = (
-        (placed - boxes.new_tensor(edges)).abs() <= EDGE for edges in (crop, (0, 0, size[1], size[0]))
+    """Return which boxes, in pixels of the crop, end at an edge of the crop that is not an edge of the image."""
+    shifted = boxes + boxes.new_tensor(crop[:2] * 2)
+    near_crop, near_image = (
+        (shifted - boxes.new_tensor(edges)).abs() <= EDGE for edges in (crop, (0, 0, size[1], size[0]))
     )
-    return (near_crop & ~near_photo).any(1)
+    return (near_crop & ~near_image).any(1)
 
 
-def _encode(mask: Tensor | RLE, enlarge: _Enlargement, crop: Box, size: tuple[int, int], threshold: float) -> RLE:
-    if not isinstance(mask, Tensor):
-        return mask
-    return _compress(enlarge(mask[None])[0] > threshold, crop, size)
+def _suppress(candidates: list[_Candidate], scores: list[float], threshold: float) -> list[_Candidate]:
+    boxes = torch.tensor([each.box for each in candidates]).view(-1, 4)
+    return [candidates[index] for index in ops.nms(boxes, torch.tensor(scores), threshold).tolist()]
 
 
-def _compress(mask: Tensor, crop: Box, size: tuple[int, int]) -> RLE:
-    """Encode a mask of a crop as one of the photo."""
-    left, top, right, bottom = crop
-    return encode_rle(F.pad(mask, (left, size[1] - right, top, size[0] - bottom)), compressed=True)
+def _clean(candidates: list[_Candidate], min_area: int, threshold: float) -> list[_Candidate]:
+    """Remove small regions and holes, then duplicates; unchanged masks are preferred."""
+    scores = []
+    for each in candidates:
+        mask, filled = ops.remove_small_regions(ops.decode_rle(each.mask), min_area, "holes")
+        mask, removed = ops.remove_small_regions(mask, min_area, "islands")
+        changed = filled or removed
+        if changed:
+            each.mask = ops.encode_rle(mask, compressed=True)
+            each.box = _boxes(torch.from_numpy(mask)[None])[0].tolist()
+        scores.append(float(not changed))
+    return _suppress(candidates, scores, threshold)
 
 
-def _without_small_regions(found: _Masks, min_area: int, threshold: float) -> _Masks:
-    """Remove small regions and holes, then duplicates, of which masks that were not changed are preferred."""
-    rles, boxes, unchanged = [], [], []
-    for rle, box in zip(found.masks, found.boxes, strict=True):
-        mask, filled = remove_small_regions(decode_rle(rle), min_area, "holes")
-        mask, dropped = remove_small_regions(mask, min_area, "islands")
-        unchanged.append(not (filled or dropped))
-        rles.append(rle if unchanged[-1] else encode_rle(mask, compressed=True))
-        boxes.append(box if unchanged[-1] else _boxes(torch.from_numpy(mask)[None])[0])
-    if not rles:
-        return found
-    cleaned = dataclasses.replace(found, masks=rles, boxes=torch.stack(boxes))
-    return cleaned.select(nms(cleaned.boxes, torch.tensor(unchanged).float(), threshold))
-
-
-def _record(found: _Masks, index: int, output_mode: str) -> Mask:
-    rle = found.masks[index]
-    return Mask(
-        segmentation=OUTPUT_MODES[output_mode](rle),
-        area=rle_area(rle),
-        bbox=_to_width_and_height(found.boxes[index]),
-        predicted_iou=found.iou[index].item(),
-        stability_score=found.stability[index].item(),
-        point_coords=[found.points[index].tolist()],
-        crop_box=_to_width_and_height(found.crops[index]),
-    )
-
-
-def _to_width_and_height(box: Tensor) -> list[int]:
-    left, top, right, bottom = box.tolist()
+def _to_xywh(box: Sequence[int]) -> list[int]:
+    left, top, right, bottom = box
     return [left, top, right - left, bottom - top]

@@ -1,4 +1,4 @@
-"""MobileSAM: kornia's Segment Anything with a TinyViT as its encoder."""
+"""MobileSAM: kornia's Segment Anything with a TinyViT image encoder."""
 
 from __future__ import annotations
 
@@ -33,37 +33,43 @@ _ENCODER = "image_encoder."
 
 
 class MobileSAM(Sam):
-    """MobileSAM (arXiv:2306.14289): SAM's prompt encoder and mask decoder, kornia's, over the features of a TinyViT.
+    """MobileSAM (arXiv:2306.14289): kornia's SAM prompt encoder and mask decoder with a TinyViT image encoder.
 
-    Its ``state_dict`` has the names and shapes of the published ``mobile_sam.pt``, which are also those of
-    ``kornia.models.sam.Sam.from_config(SamConfig("mobile_sam"))``. :meth:`forward` is kornia's: it takes inputs as
-    :meth:`preprocess` makes them, with prompts in pixels of the input. :meth:`embed` and :meth:`predict_masks` take
-    photos, and prompts in pixels of the photo.
+    The ``state_dict`` has the names and shapes of the published ``mobile_sam.pt``, which are also those of
+    ``kornia.models.sam.Sam.from_config(SamConfig("mobile_sam"))``. :meth:`forward` is kornia's: it takes model inputs
+    from :meth:`preprocess` and prompts in pixels of the input. :meth:`embed` and :meth:`predict_masks` take images,
+    and prompts in pixels of the image.
 
     ``save_checkpoint(sam, path)`` writes a safetensors file that :meth:`from_config` reads.
 
     Args:
         image_encoder: a TinyViT with ``mobile_sam=True``.
-        img_size: height and width in pixels of the input, multiples of 16; a number for a square. That of the encoder
-            if left out. Position codes are relative to the longer side, so a cell of an oblong input has the code of
-            its place in the square.
+        img_size: height and width of the model input in pixels, multiples of 16, or an int for a square; default that
+            of the encoder. Position embeddings are relative to the longer side: those of a rectangular input are a
+            crop of the square's.
 
     Raises:
-        ValueError: if the encoder has no neck, or the size is not a multiple of 16 from 32 up.
+        ValueError: if the encoder has no neck, or the size is not a multiple of 16 of at least 32.
 
     Example:
         >>> sam = MobileSAM.from_config("1m", img_size=64).eval()
         >>> embedding = sam.embed(torch.rand(3, 48, 80))
-        >>> (found,) = sam.predict_masks(embedding, boxes=torch.tensor([[10.0, 5.0, 60.0, 40.0]]))
-        >>> found.masks().shape, found.scores.shape
+        >>> (prediction,) = sam.predict_masks(embedding, boxes=torch.tensor([[10.0, 5.0, 60.0, 40.0]]))
+        >>> prediction.masks().shape, prediction.scores.shape
         (torch.Size([1, 3, 48, 80]), torch.Size([1, 3]))
     """
 
     def __init__(self, image_encoder: TinyViT, img_size: int | tuple[int, int] | None = None) -> None:
         if not image_encoder.config.mobile_sam or image_encoder.config.in_chans != 3:
-            raise ValueError("MobileSAM needs an encoder of color images built with mobile_sam=True.")
+            raise ValueError("MobileSAM needs an image encoder with 3 input channels and mobile_sam=True.")
         size = _check_size(image_encoder.config.img_size if img_size is None else img_size)
-        super().__init__(image_encoder, _build_prompt_encoder(size), _build_mask_decoder())  # type: ignore[arg-type]
+        cells = (size[0] // STRIDE, size[1] // STRIDE)
+        prompt_encoder = PromptEncoder(NECK_CHANNELS, cells, size, mask_in_chans=16)
+        prompt_encoder.pe_layer = _SquarePositions(NECK_CHANNELS // 2)
+        # Sizes of build_sam.py of segment-anything.
+        transformer = TwoWayTransformer(depth=2, embedding_dim=NECK_CHANNELS, mlp_dim=2048, num_heads=8)
+        mask_decoder = SharingMaskDecoder(transformer_dim=NECK_CHANNELS, transformer=transformer)
+        super().__init__(image_encoder, prompt_encoder, mask_decoder)  # type: ignore[arg-type]
         self.img_size = size
 
     @classmethod
@@ -74,84 +80,84 @@ class MobileSAM(Sam):
         pretrained: bool | str | Path | Mapping[str, Any] = False,
         img_size: int | tuple[int, int] | None = None,
     ) -> MobileSAM:
-        """Build MobileSAM with any variant as its encoder, with or without weights.
+        """Build MobileSAM with any variant as its image encoder, with or without weights.
 
         Args:
             config: ``"1m"``, ``"5m"`` (the published one), ``"11m"``, ``"21m"`` or a
-                :class:`~kornia_tinyvit.TinyViTConfig`; if left out, that of the weights, else ``"5m"``.
-            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or path, URL or state
-                dict of a whole model, of this class, of kornia or of the original code. Only tensors are read: a file
-                that would have to run code is refused.
-            img_size: height and width in pixels of the input, multiples of 16; a number for a square. That of the
-                weights if left out, else 1024. The published weights were made at 1024; smaller inputs take less time
-                in proportion to their area and lose small objects and fine borders.
+                :class:`~kornia_tinyvit.TinyViTConfig`; default that of the weights, else ``"5m"``.
+            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or a path, URL or
+                state dict of a whole model, of this class, of kornia or of the original code. Only tensors are read;
+                code in a file is never run.
+            img_size: height and width of the model input in pixels, multiples of 16, or an int for a square; default
+                that of the weights, else 1024. The published weights were trained at 1024; the time of the encoder is
+                proportional to the area, and smaller inputs lose small objects and fine borders.
 
         Returns:
-            The network, in evaluation mode if weights were loaded, in training mode otherwise, as in kornia.
+            The network, in evaluation mode with weights, in training mode without.
 
         Raises:
             ValueError: if the variant or the size is unknown.
-            CheckpointError: if the weights cannot be fetched or read, or are not those of this whole network.
+            CheckpointError: if the weights cannot be downloaded or read, or do not match the whole network.
         """
-        found = None
+        checkpoint = None
         if pretrained is not False:
-            found = _open_whole(pretrained, config)
-            base = found.config
+            checkpoint = _open_model(pretrained, config)
+            base = checkpoint.config
         else:
             base = config if isinstance(config, TinyViTConfig) else TinyViTConfig.from_variant(config or "5m")
             base = base.replace(img_size=1024)
         size = _check_size(base.img_size if img_size is None else img_size)
         model = cls(TinyViT.from_config(base.replace(mobile_sam=True, img_size=max(size))), size)
-        if found is not None:
+        if checkpoint is not None:
             parts = {name: x for name, x in model.state_dict().items() if not name.startswith(_ENCODER)}
-            check_state_dict(found.others, parts, found.source)  # before the network is touched
-            load_checkpoint(model.image_encoder, found)
-            model.load_state_dict(found.others, strict=False)
+            check_state_dict(checkpoint.others, parts, checkpoint.source)  # before any weight is loaded
+            load_checkpoint(model.image_encoder, checkpoint)
+            model.load_state_dict(checkpoint.others, strict=False)
             model.eval()
         return model
 
     @staticmethod
     def from_name(name: str) -> MobileSAM:
-        """Build a variant with random weights, as :meth:`from_config` does."""
+        """Build a variant with random weights; see :meth:`from_config`."""
         return MobileSAM.from_config(name)
 
     @property
     def config(self) -> TinyViTConfig:
-        """The configuration of the encoder, which files carry."""
+        """Configuration of the image encoder, stored in checkpoints."""
         return self.image_encoder.config  # type: ignore[return-value]
 
     def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, tuple[Geometry, ...]]:
-        """Resize photos as a whole, normalize them, and pad them below and on the right with zeros.
+        """Resize images with their aspect ratio, normalize them, and pad them at the bottom and right with zeros.
 
-        Files and PIL images are resized by Pillow in 8 bits, bilinear with antialiasing, exactly as the predictors of
-        segment-anything and MobileSAM do (``ResizeLongestSide.apply_image``). Tensors are resized by torch in floating
-        point, with gradients, as ``apply_image_torch`` does and kornia's ``VisualPrompter`` too: up to a level of 255
-        away. ``VisualPrompter`` cuts the fraction of the short side off, where the originals and this round it.
+        Files, PIL images and arrays are resized in uint8 by Pillow, bilinear with antialiasing, exactly as
+        ``ResizeLongestSide.apply_image`` of segment-anything and MobileSAM. Tensors are resized in floating point by
+        torch, differentiably, as ``apply_image_torch`` and kornia's ``VisualPrompter``; the results differ by up to
+        1/255. ``VisualPrompter`` truncates the short side; segment-anything and this method round it.
 
         Args:
-            images: one photo or several: files, which are turned upright, PIL images, tensors :math:`(3, H, W)` in
-                [0, 1], or a batch tensor :math:`(B, 3, H, W)`.
+            images: one image or several: files (EXIF orientation is applied), PIL images, uint8 arrays
+                :math:`(H, W, 3)`, tensors :math:`(3, H, W)` in [0, 1], or a batch :math:`(B, 3, H, W)`.
 
         Returns:
-            Inputs of the encoder :math:`(B, 3, h, w)`, on its device and in its precision, and how each photo lies in
-            its input.
+            Model inputs :math:`(B, 3, h, w)`, on the device and in the dtype of the network, and the placement of
+            each image in its input.
 
         Raises:
-            TypeError: if something is no photo, or its tensor is not floating point.
-            ValueError: if a file cannot be read, a tensor has another shape, no pixels, NaN or infinity.
-            FileNotFoundError: if there is no such file.
+            TypeError: if an argument is not an image, or a tensor is not floating point.
+            ValueError: if a file cannot be read, or a tensor has a wrong shape, no pixels, NaN or infinity.
+            FileNotFoundError: if a file does not exist.
         """
         return self._prepare([open_image(image) for image in list_images(images)])
 
     def embed(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 4) -> ImageEmbedding:
-        """Run the encoder on photos, once for any number of prompts.
+        """Compute image embeddings, once per image for any number of prompts.
 
-        No gradient is recorded, and the encoder is in evaluation mode, unless gradients are enabled and it is being
-        trained or a photo requires a gradient.
+        The encoder runs in evaluation mode and without gradients, unless gradients are enabled and the encoder is in
+        training mode or an image requires a gradient.
 
         Args:
-            images: photos as :meth:`preprocess` takes them, of any sizes.
-            batch_size: photos at a time; all of them when gradients are recorded.
+            images: images of any size, as in :meth:`preprocess`.
+            batch_size: images per batch; with gradients all images are one batch.
 
         Returns:
             The embeddings of all images.
@@ -165,23 +171,27 @@ class MobileSAM(Sam):
             torch.Size([2, 256, 4, 4])
         """
         check_counts(batch_size=batch_size)
-        photos = list_images(images)
-        step = max(1, len(photos)) if _records(self.image_encoder, *photos) else batch_size
-        starts = range(0, max(1, len(photos)), step)
-        encoded = [self._encode([open_image(each) for each in photos[start : start + step]]) for start in starts]
-        features, geometries = zip(*encoded, strict=True)
-        return ImageEmbedding(torch.cat(features), sum(geometries, ()), fingerprint(self.image_encoder))
+        listed = list_images(images)
+        step = max(1, len(listed)) if _records(self.image_encoder, *listed) else batch_size
+        starts = range(0, max(1, len(listed)), step)
+        parts = [self.embed_pixels([open_image(each) for each in listed[start : start + step]]) for start in starts]
+        features = torch.cat([part.features for part in parts])
+        return ImageEmbedding(features, sum((part.geometries for part in parts), ()), parts[0].encoder)
 
     def embed_pixels(self, pixels: Sequence[Tensor]) -> ImageEmbedding:
-        """Run the encoder once on photos that are tensors already, :meth:`embed` without opening and batches.
+        """Compute the embeddings of one batch of tensors; see :meth:`embed`.
 
         Args:
-            pixels: photos :math:`(3, H, W)`, uint8 or floating point in [0, 1].
+            pixels: images :math:`(3, H, W)`, uint8 or floating point in [0, 1].
 
         Returns:
             The embeddings of all images.
         """
-        return ImageEmbedding(*self._encode(pixels), fingerprint(self.image_encoder))
+        recording = _records(self.image_encoder, *pixels)
+        # no_grad, not inference mode: a decoder in training saves the features for its backward pass.
+        with nullcontext() if recording else evaluating(self.image_encoder), torch.set_grad_enabled(recording):
+            inputs, geometries = self._prepare(pixels)
+            return ImageEmbedding(self.image_encoder(inputs), geometries, fingerprint(self.image_encoder))
 
     def predict_masks(
         self,
@@ -192,40 +202,39 @@ class MobileSAM(Sam):
         masks: PromptInput = None,
         multimask_output: bool = True,
     ) -> list[MaskPrediction]:
-        """Find what prompts point at.
+        """Predict masks for point, box and mask prompts.
 
-        A photo may have any number of prompts :math:`P`, also 0. A prompt is made of :math:`N` points, a box, a mask,
-        or several of these, the same for all of a photo's prompts. For a single photo the arguments are tensors; for
-        several, lists with a tensor or ``None`` each.
+        Each image may have any number of prompts :math:`P`, including 0. A prompt combines :math:`N` points, a box
+        and a mask, or some of these, the same for all prompts of an image. For a single image the arguments are
+        tensors; for several, lists with a tensor or ``None`` per image.
 
-        Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is being trained or the
-        embedding or a prompt requires one. Otherwise prompts share the work on their photo
-        (:class:`~kornia_tinyvit.sam.FoldedMaskDecoder`): the same results in less time. So they do under
-        :meth:`forward` and :meth:`prompter`.
+        Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is in training mode, or the
+        embedding or a prompt requires one. Otherwise prompts share the computation on their image (see
+        :class:`~kornia_tinyvit.sam.FoldedMaskDecoder`), also in :meth:`forward` and :meth:`prompter`.
 
         Args:
-            embedding: what :meth:`embed` returned, here or before in a file.
-            points: :math:`(P, N, 2)`, x and y in pixels of the photo, from 0 to its width and height.
-            labels: :math:`(P, N)`: 1 for points on the object, 0 off it, -1 for a place that holds no point; all 1 if
-                left out.
-            boxes: :math:`(P, 4)`, left, top, right and bottom in pixels of the photo. They may jut out of it.
-            masks: logits :math:`(P, 1, h/4, w/4)` of an earlier prediction to refine.
-            multimask_output: three masks a prompt, for prompts that may mean several things, such as a single point;
-                otherwise one.
+            embedding: from :meth:`embed`, or loaded from a file.
+            points: point prompts :math:`(P, N, 2)`, x and y in pixels of the image, from 0 to its width and height.
+            labels: point labels :math:`(P, N)`: 1 foreground, 0 background, -1 padding; default all 1.
+            boxes: box prompts :math:`(P, 4)`, left, top, right and bottom in pixels of the image; they may extend
+                beyond it.
+            masks: mask prompts, low-resolution logits :math:`(P, 1, h/4, w/4)` of an earlier prediction.
+            multimask_output: predict three masks per prompt, for ambiguous prompts such as a single point; otherwise
+                one.
 
         Returns:
-            For each photo its masks, on the device of the network.
+            The masks of each image, on the device of the network.
 
         Raises:
-            TypeError: if prompts are no tensors.
-            ValueError: if the embedding is of other weights or another input size, all prompts of a photo are
-                ``None``, or a prompt's shape or place is wrong: outside of the photo, empty, NaN.
+            TypeError: if prompts are not tensors.
+            ValueError: if the embedding has other encoder weights or another input size, an image has no prompts, or
+                a prompt has a wrong shape, is empty, contains NaN or lies outside of the image.
         """
         self.check_embedding(embedding)
         kinds = {"points": points, "labels": labels, "boxes": boxes, "masks": masks}
         given = [split_prompts(kind, prompts, len(embedding)) for kind, prompts in kinds.items()]
         first = next(self.mask_decoder.parameters())
-        found = []
+        predictions = []
         for one, *tensors in zip(embedding, *given, strict=True):
             on_device = [None if each is None else each.to(first.device) for each in tensors]
             prompts = prepare_prompts(one.geometries[0], *on_device)
@@ -234,30 +243,30 @@ class MobileSAM(Sam):
             with torch.set_grad_enabled(_records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)):
                 prompt = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
                 logits, scores = self.mask_decoder(features, position, *prompt, multimask_output)
-            found.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
-        return found
+            predictions.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
+        return predictions
 
     def predict_best(
         self, embedding: ImageEmbedding, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None
     ) -> MaskPrediction:
-        """Find the one mask that each prompt of a photo most likely means.
+        """Predict the most likely mask of each prompt of one image.
 
-        A single point may mean a part or the whole, so three masks are asked for and the best is kept. More than that
-        is unambiguous, and a single mask is better then.
+        A single point is ambiguous: of its three masks the one with the highest score is returned. Other prompts use
+        the single-mask output.
 
         Args:
-            embedding: of one photo.
-            points, labels, boxes: as :meth:`predict_masks` takes them for a single photo.
+            embedding: embedding of one image.
+            points, labels, boxes: as in :meth:`predict_masks` for a single image.
 
         Returns:
             The masks, :math:`M = 1`.
 
         Raises:
-            ValueError: as :meth:`predict_masks`, or if the embedding is of several photos.
+            ValueError: as :meth:`predict_masks`, or if the embedding has several images.
         """
-        several = boxes is None and points is not None and points.shape[1] == 1
-        (found,) = self.predict_masks(embedding, points, labels, boxes, multimask_output=several)
-        return found.best()
+        ambiguous = boxes is None and points is not None and points.shape[1] == 1
+        (prediction,) = self.predict_masks(embedding, points, labels, boxes, multimask_output=ambiguous)
+        return prediction.best()
 
     @overload
     def generate_masks(self, image: ImageLike, **settings: Any) -> list[Mask]: ...
@@ -268,27 +277,25 @@ class MobileSAM(Sam):
     def generate_masks(
         self, image: ImageLike | Sequence[ImageLike] | ImageEmbedding, **settings: Any
     ) -> list[Mask] | list[list[Mask]]:
-        """Segment everything in a photo, or in each of several.
+        """Segment everything in an image, or in each of several.
 
-        The masks are those of segment-anything's ``SamAutomaticMaskGenerator`` on the same weights with the same
-        settings, in the same order. Candidates take up to a quarter of a megabyte each until duplicates are removed;
-        for what is returned see ``output_mode``.
+        Masks and their order are those of segment-anything's ``SamAutomaticMaskGenerator`` with the same weights and
+        settings. Each candidate takes up to 256 KiB until non-maximum suppression; for the size of the result see
+        ``output_mode``.
 
         Args:
-            image: a photo as :meth:`embed` takes it; several of these in a sequence, in a tensor
-                :math:`(B, 3, H, W)` or an array :math:`(B, H, W, 3)`; or what :meth:`embed` returned, here or before
-                in a file, which saves the encoder. Files, PIL images and arrays are resized exactly as
-                segment-anything does it.
-            **settings: those of :class:`~kornia_tinyvit.sam.MaskGenerator`.
+            image: an image as in :meth:`embed`; a sequence of images, a tensor :math:`(B, 3, H, W)` or an array
+                :math:`(B, H, W, 3)`; or an :class:`~kornia_tinyvit.sam.ImageEmbedding`, which skips the encoder.
+            **settings: arguments of :class:`~kornia_tinyvit.sam.MaskGenerator`.
 
         Returns:
-            The masks of a photo, the best first within a crop; of several photos or an embedding, a list of these, one
-            for each photo.
+            The masks of the image, sorted by descending score within each crop; for several images or an embedding, a
+            list of such lists, one per image.
 
         Raises:
-            TypeError: if the image is of no kind that is known.
-            ValueError: if a setting is out of its range, the image has no pixels or another shape, or an embedding is
-                of other weights, of another input size, or given with crop layers, which need the photo.
+            TypeError: if the argument is not an image or an embedding.
+            ValueError: if a setting is out of range, the image has no pixels or a wrong shape, or an embedding has
+                other encoder weights or another input size, or is combined with crop layers, which need the image.
 
         Example:
             >>> sam = MobileSAM.from_config("1m", img_size=64).eval()
@@ -301,29 +308,29 @@ class MobileSAM(Sam):
         return MaskGenerator(**settings)(self, image)
 
     def check_embedding(self, embedding: ImageEmbedding) -> None:
-        """Refuse an embedding that this network cannot read.
+        """Check that an embedding was made by an encoder with the weights and input size of this network.
 
         Args:
             embedding: the embedding.
 
         Raises:
-            ValueError: if it is of another input size, or made by an encoder with other weights.
+            ValueError: if the input size or the encoder weights differ.
         """
         sizes = {geometry.img_size for geometry in embedding.geometries} - {self.img_size}
         if sizes:
-            raise ValueError(f"The embedding is of inputs of {sizes.pop()} pixels; this network has {self.img_size}.")
-        mine = fingerprint(self.image_encoder)
-        if None not in (embedding.encoder, mine) and embedding.encoder != mine:
+            raise ValueError(f"The embedding has input size {sizes.pop()}; this network has {self.img_size}.")
+        expected = fingerprint(self.image_encoder)
+        if None not in (embedding.encoder, expected) and embedding.encoder != expected:
             raise ValueError(
-                "The embedding was made by an encoder with other weights, or in another precision; embed the photos "
-                "again with this network."
+                "The embedding was made by an encoder with other weights or in another dtype. Embed the images again "
+                "with this network."
             )
 
     def prompter(self) -> MobileSAMPrompter:
-        """Return kornia's prompter over this very network; its image conventions are told in :meth:`preprocess`.
+        """Return kornia's ``VisualPrompter`` over this network; for its preprocessing see :meth:`preprocess`.
 
         Raises:
-            ValueError: if the input is not square, which the prompter's always is.
+            ValueError: if the model input is not square.
         """
         return MobileSAMPrompter(self)
 
@@ -332,41 +339,33 @@ class MobileSAM(Sam):
         return f"img_size={self.img_size}"
 
     def _prepare(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
-        """Return inputs :math:`(B, 3, h, w)` of photos and how each lies in its input."""
+        """Return model inputs :math:`(B, 3, h, w)` and the placement of each image in its input."""
         first = next(self.parameters())
         if not pixels:
             return first.new_zeros(0, 3, *self.img_size), ()
         prepared = [preprocess_image(each, self.img_size, first.device, first.dtype) for each in pixels]
         return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
 
-    def _encode(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
-        """Return features :math:`(B, 256, h/16, w/16)` of photos and how each lies in its input."""
-        recording = _records(self.image_encoder, *pixels)
-        # Not inference mode: a decoder that is being trained must be able to keep the features for its gradient.
-        with nullcontext() if recording else evaluating(self.image_encoder), torch.set_grad_enabled(recording):
-            inputs, geometries = self._prepare(pixels)
-            return self.image_encoder(inputs), geometries
-
 
 class _SquarePositions(PositionEmbeddingRandom):
-    """SAM's position code, relative to the longer side.
+    """SAM's position embedding, relative to the longer side.
 
-    kornia divides x by the width and y by the height. The published weights know squares only, so in an oblong input
-    distances across and down would have other codes than they learned.
+    kornia divides x by the width and y by the height. The published weights were trained on squares; in a rectangular
+    input that would change the embedding of distances along one axis.
     """
 
     def forward(self, size: tuple[int, int]) -> Tensor:
-        """Return the codes of a map of cells, :math:`(C, h, w)`."""
+        """Return the embeddings of a grid of cells, :math:`(C, h, w)`."""
         height, width = size
         return super().forward((max(size), max(size)))[:, :height, :width]
 
     def forward_with_coords(self, coords_input: Tensor, image_size: tuple[int, int]) -> Tensor:
-        """Return the codes :math:`(P, N, C)` of points in pixels of the input."""
+        """Return the embeddings :math:`(P, N, C)` of points in pixels of the input."""
         return super().forward_with_coords(coords_input, (max(image_size), max(image_size)))
 
 
-def _open_whole(pretrained: bool | str | Path | Mapping[str, Any], config: str | TinyViTConfig | None) -> Checkpoint:
-    """Read the weights of a whole model, of the architecture that was asked for."""
+def _open_model(pretrained: bool | str | Path | Mapping[str, Any], config: str | TinyViTConfig | None) -> Checkpoint:
+    """Read a checkpoint of a whole model and check its architecture."""
     source: str | Path | Checkpoint
     if isinstance(pretrained, Mapping):
         source = read_checkpoint(pretrained)
@@ -374,41 +373,25 @@ def _open_whole(pretrained: bool | str | Path | Mapping[str, Any], config: str |
         source = "mobile_sam" if pretrained is True else str(pretrained)
     if source == "mobile_sam" and isinstance(config, str) and find_weights(config, source) is None:
         raise CheckpointError(
-            f"MobileSAM is published with a 5m encoder, not with {config}; leave the variant out, or pass a file of "
-            "your own as pretrained=."
+            f"MobileSAM is published with a 5m encoder, not with {config}. Omit the variant, or pass your own file as "
+            "pretrained=."
         )
-    found = open_pretrained(source, config)
-    if found.layout != "mobile_sam":
-        raise CheckpointError(f"{found.source} holds a TinyViT alone, without SAM's prompt encoder and mask decoder.")
-    return found
-
-
-def _build_prompt_encoder(size: tuple[int, int]) -> PromptEncoder:
-    cells = (size[0] // STRIDE, size[1] // STRIDE)
-    encoder = PromptEncoder(NECK_CHANNELS, image_embedding_size=cells, input_image_size=size, mask_in_chans=16)
-    encoder.pe_layer = _SquarePositions(NECK_CHANNELS // 2)
-    return encoder
-
-
-def _build_mask_decoder() -> SharingMaskDecoder:
-    """Return the decoder that all SAMs share (``build_sam.py`` of segment-anything)."""
-    transformer = TwoWayTransformer(depth=2, embedding_dim=NECK_CHANNELS, mlp_dim=2048, num_heads=8)
-    return SharingMaskDecoder(transformer_dim=NECK_CHANNELS, transformer=transformer)
+    checkpoint = open_pretrained(source, config)
+    if checkpoint.layout != "mobile_sam":
+        raise CheckpointError(f"{checkpoint.source} holds only a TinyViT, without prompt encoder and mask decoder.")
+    return checkpoint
 
 
 def _check_size(img_size: int | tuple[int, int]) -> tuple[int, int]:
     sides = tuple(img_size) if isinstance(img_size, Sequence) else (img_size, img_size)
-    whole = all(isinstance(side, int) and side >= MIN_IMAGE_SIZE and side % STRIDE == 0 for side in sides)
-    if len(sides) != 2 or not whole:
-        raise ValueError(
-            f"img_size must be a multiple of {STRIDE} from {MIN_IMAGE_SIZE} up, or two for height and width; got "
-            f"{img_size!r}."
-        )
+    valid = all(isinstance(side, int) and side >= MIN_IMAGE_SIZE and side % STRIDE == 0 for side in sides)
+    if len(sides) != 2 or not valid:
+        raise ValueError(f"img_size must be a multiple of {STRIDE} >= {MIN_IMAGE_SIZE}, or two; got {img_size!r}.")
     return sides[0], sides[1]
 
 
 def _records(*parts: Any) -> bool:
-    """Tell whether gradients are to be recorded: a module is being trained, or a tensor requires one."""
+    """Return whether to record gradients: they are enabled, and a module is training or a tensor requires one."""
     return torch.is_grad_enabled() and any(
         part.training if isinstance(part, nn.Module) else isinstance(part, Tensor) and part.requires_grad
         for part in parts

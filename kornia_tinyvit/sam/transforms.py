@@ -1,4 +1,4 @@
-"""From photos to the inputs of the encoder."""
+"""Images in any form to model inputs."""
 
 from __future__ import annotations
 
@@ -19,33 +19,32 @@ from kornia_tinyvit.sam.embedding import Geometry
 
 __all__ = ["PIXEL_MEAN", "PIXEL_STD", "ImageLike", "list_images", "open_image", "preprocess_image", "resize_image"]
 
-#: What is taken as a photo: a path, a PIL image, a uint8 array :math:`(H, W, 3)`, or a tensor :math:`(3, H, W)` in
-#: [0, 1].
+#: An image: a path, a PIL image, a uint8 array :math:`(H, W, 3)`, or a tensor :math:`(3, H, W)` in [0, 1].
 ImageLike = Tensor | str | Path | Image.Image | NDArray[np.uint8]
 
-#: Channel means that every SAM is normalized with, for values in [0, 1].
+#: Channel means of segment-anything's preprocessing, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
-#: Channel standard deviations that every SAM is normalized with, for values in [0, 1].
+#: Channel standard deviations of segment-anything's preprocessing, for values in [0, 1].
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
 def list_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """Return one photo, several, a batch tensor :math:`(B, 3, H, W)` or array :math:`(B, H, W, 3)` as a list."""
+    """Return one image, a sequence, a batch tensor :math:`(B, 3, H, W)` or array :math:`(B, H, W, 3)` as a list."""
     batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     several = isinstance(images, Sequence) and not isinstance(images, str)
     return list(cast("Sequence[ImageLike]", images)) if batch or several else [cast("ImageLike", images)]
 
 
 def open_image(image: ImageLike) -> Tensor:
-    """Return a photo :math:`(3, H, W)`: uint8 if it is a file, a PIL image or an array; a tensor as it is.
+    """Return an image :math:`(3, H, W)`: uint8 for files, PIL images and arrays; tensors unchanged.
 
     Args:
         image: the image.
 
     Raises:
-        TypeError: if it is no photo, or a tensor that is not floating point.
-        ValueError: if a file cannot be read, the shape is another, or a tensor holds NaN or infinity.
-        FileNotFoundError: if there is no such file.
+        TypeError: if it is not an image, or a tensor that is not floating point.
+        ValueError: if a file cannot be read, the shape is wrong, or a tensor contains NaN or infinity.
+        FileNotFoundError: if the file does not exist.
     """
     if isinstance(image, (str, Path)):
         return read_pixels(image)
@@ -56,29 +55,29 @@ def open_image(image: ImageLike) -> Tensor:
             raise ValueError(f"An array must be uint8 (H, W, 3) with pixels; got {image.dtype} {image.shape}.")
         return torch.from_numpy(np.ascontiguousarray(image)).movedim(-1, 0)
     if not isinstance(image, Tensor):
-        raise TypeError(f"A photo is a tensor, an array, a path or a PIL image; got {type(image).__name__}.")
+        raise TypeError(f"An image is a tensor, an array, a path or a PIL image; got {type(image).__name__}.")
     if not image.is_floating_point():
-        raise TypeError(f"Photos must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
+        raise TypeError(f"Images must be floating point in [0, 1]; got {image.dtype}. Use x.float() / 255.")
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}. A gray one needs .expand(3, -1, -1).")
+        raise ValueError(f"An image must be (3, H, W); got {tuple(image.shape)}. Use .expand(3, -1, -1) for gray.")
     if not image.isfinite().all():
-        raise ValueError("The photo holds NaN or infinity.")
+        raise ValueError("The image contains NaN or infinity.")
     return image
 
 
 def preprocess_image(
     pixels: Tensor, img_size: tuple[int, int], device: torch.device, dtype: torch.dtype
 ) -> tuple[Tensor, Geometry]:
-    """Resize a photo as a whole, normalize it and pad it; see :meth:`MobileSAM.preprocess`.
+    """Resize, normalize and pad an image; see :meth:`MobileSAM.preprocess`.
 
     Args:
-        pixels: photo :math:`(3, H, W)`, uint8 or floating point in [0, 1].
-        img_size: height and width of the input.
-        device: where the input shall be.
-        dtype: its precision.
+        pixels: image :math:`(3, H, W)`, uint8 or floating point in [0, 1].
+        img_size: height and width of the model input.
+        device: device of the result.
+        dtype: dtype of the result.
 
     Returns:
-        An input :math:`(3, h, w)` and how the photo lies in it.
+        A model input :math:`(3, h, w)` and the placement of the image in it.
     """
     geometry = Geometry.fit((pixels.shape[1], pixels.shape[2]), img_size)
     if pixels.dtype == torch.uint8:
@@ -92,7 +91,7 @@ def preprocess_image(
 
 
 def resize_image(pixels: Tensor, size: tuple[int, int]) -> Tensor:
-    """Resize a photo :math:`(3, H, W)`, bilinear with antialiasing: uint8 as Pillow does, floating point by torch.
+    """Resize an image :math:`(3, H, W)`, bilinear with antialiasing: uint8 by Pillow, floating point by torch.
 
     Args:
         pixels: image :math:`(3, H, W)`.

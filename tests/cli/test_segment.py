@@ -165,7 +165,7 @@ class TestErrors:
             (["--point", "1,2,3"], "The label of a --point must be 1 (object) or 0 (background)"),
             (["--point", "1,2,0.5"], "The label of a --point must be 1 (object) or 0 (background)"),
             (["--box", "1,2,3"], "--box takes left,top,right,bottom, such as 1,2,3,4; got '1,2,3'"),
-            (["--point", "452,1"], "point (452, 1) lies outside of the photo, which is 451 wide and 300 high"),
+            (["--point", "452,1"], "Point (452, 1) lies outside of the image of width 451 and height 300"),
             (["--point", "nan,1"], "NaN or infinity"),
             (["--box", "9,9,9,20"], "box (9, 9, 9, 20) is empty"),
             ([*BOX, "--img-size", "100"], "img_size must be a multiple of 16"),

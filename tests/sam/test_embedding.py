@@ -94,11 +94,11 @@ class TestContainer:
 
     def test_features_of_something_else(self):
         features = torch.zeros(1, 256, 16, 16)
-        with pytest.raises(ValueError, match=r"B=2 photos; got \(1, 256, 16, 16\)"):
+        with pytest.raises(ValueError, match=r"B=2 images; got \(1, 256, 16, 16\)"):
             ImageEmbedding(features, (SQUARE, TALL))
-        with pytest.raises(ValueError, match=r"B=1 photos; got \(256, 16, 16\)"):
+        with pytest.raises(ValueError, match=r"B=1 images; got \(256, 16, 16\)"):
             ImageEmbedding(features[0], (SQUARE,))
-        with pytest.raises(ValueError, match=r"\(16, 16\) cells are not those of an input of \(512, 512\) pixels"):
+        with pytest.raises(ValueError, match=r"size \(16, 16\) do not match an input of \(512, 512\) pixels"):
             ImageEmbedding(features, (replace(SQUARE, img_size=(512, 512)),))
 
 

@@ -244,10 +244,10 @@ class TestEmbedding:
         (masks,) = sam.generate_masks(prompter.embedding(), **FEW)
         assert masks[0].segmentation.shape == photo.shape[:2]
 
-    def test_refused(self, sam, photo):
+    def test_errors(self, sam, photo):
         embedding = sam.embed(Image.fromarray(photo))
         with pytest.raises(
-            ValueError, match=r"crop_n_layers=1 looks at parts of the photo.*an embedding holds no pixel"
+            ValueError, match="crop_n_layers=1 needs the pixels of the image, which an embedding does not contain"
         ):
             sam.generate_masks(embedding, **FEW, crop_n_layers=1)
         with pytest.raises(ValueError, match="encoder with other weights"):
@@ -264,17 +264,17 @@ class TestMemory:
         settings = {**FEW, "box_nms_thresh": 0.95, "crop_n_layers": 1, "output_mode": "coco_rle"}
         expected = sam.generate_masks(photo, **settings)
         kept, blocks = [], {}
-        encode = automatic._encode
+        encode = automatic._Crop._encode
 
-        def spy(mask, enlarge, crop, *rest):
+        def spy(self, mask):
             kept.append(isinstance(mask, torch.Tensor))
             if kept[-1]:
-                blocks.setdefault(crop, set()).add(mask.untyped_storage().data_ptr())
-            return encode(mask, enlarge, crop, *rest)
+                blocks.setdefault(self.box, set()).add(mask.untyped_storage().data_ptr())
+            return encode(self, mask)
 
         monkeypatch.setattr(automatic, "LOGITS", room)
         monkeypatch.setattr(automatic, "CPU_CHUNK", 2)
-        monkeypatch.setattr(automatic, "_encode", spy)
+        monkeypatch.setattr(automatic._Crop, "_encode", spy)
         found = sam.generate_masks(photo, **settings)
         assert any(kept) == (room > 0)
         assert not all(kept)
@@ -306,13 +306,13 @@ class TestSavings:
         assert len(masks) / 3 <= sum(chosen) < 64
 
 
-class TestEnlargement:
+class TestUpsample:
     @pytest.mark.parametrize(
         "size", [(150, 200), (200, 150), (1024, 1024), (37, 64), (900, 1700), (1, 300), (256, 256)]
     )
     def test_two_steps(self, size):
         geometry = Geometry.fit(size, (256, 256))
-        enlarge = automatic._Enlargement(geometry, (64, 64), torch.device("cpu"))
+        enlarge = automatic._Upsample(geometry, (64, 64), torch.device("cpu"))
         logits = 10 * torch.randn(3, 64, 64, generator=torch.Generator().manual_seed(0))
         height, width = geometry.input_size
         square = F.interpolate(logits[None], (256, 256), mode="bilinear", align_corners=False)

@@ -163,13 +163,13 @@ class TestSmoke:
 
     @pytest.mark.parametrize("size", [16, 1000, 0, -64, (64,), (64, 64, 64), (64, 100), 64.0, (64.0, 64)])
     def test_size(self, size):
-        with pytest.raises(ValueError, match="img_size must be a multiple of 16 from 32 up"):
+        with pytest.raises(ValueError, match="img_size must be a multiple of 16 >= 32, or two"):
             MobileSAM.from_config(SMALL, img_size=size)
 
     def test_other_encoder(self):
-        with pytest.raises(ValueError, match="built with mobile_sam=True"):
+        with pytest.raises(ValueError, match="3 input channels and mobile_sam=True"):
             MobileSAM(TinyViT(**TINY))
-        with pytest.raises(ValueError, match="encoder of color images"):
+        with pytest.raises(ValueError, match="3 input channels and mobile_sam=True"):
             MobileSAM(TinyViT(**TINY, mobile_sam=True, in_chans=1))
         with pytest.raises(ValueError, match="no TinyViT variant '6m'"):
             MobileSAM.from_config("6m")
@@ -226,7 +226,7 @@ class TestCheckpoints:
         for model in (MobileSAM.from_config(pretrained=path), MobileSAM.from_config(pretrained=path.as_uri())):
             assert not model.training
             assert all(torch.equal(tensor, weights[name]) for name, tensor in model.state_dict().items())
-        # Only our own files tell the resolution.
+        # Only our own files store the resolution.
         assert model.img_size == ((SIDE, SIDE) if wrap == "safetensors" else (1024, 1024))
 
     @pytest.mark.parametrize("suffix", ["pt", "safetensors"])
@@ -275,7 +275,7 @@ class TestCheckpoints:
             MobileSAM.from_config(pretrained=weights)
 
     def test_other_networks(self, sam, tmp_path):
-        with pytest.raises(CheckpointError, match="a TinyViT alone, without SAM's prompt encoder"):
+        with pytest.raises(CheckpointError, match="holds only a TinyViT, without prompt encoder"):
             MobileSAM.from_config(pretrained=sam.image_encoder.state_dict())
         with pytest.raises(CheckpointError, match="has no TinyViT"):
             MobileSAM.from_config(pretrained={"image_encoder.blocks.0.norm1.weight": torch.zeros(768)})
@@ -415,13 +415,13 @@ class TestPreprocessing:
             (torch.zeros(1, 8, 8), ValueError, r"must be \(3, H, W\); got \(1, 8, 8\)"),
             (torch.zeros(8, 8), ValueError, r"must be \(3, H, W\); got \(8, 8\)"),
             (torch.zeros(3, 0, 8), ValueError, "must have pixels; got 0x8"),
-            (torch.full((3, 8, 8), math.nan), ValueError, "The photo holds NaN or infinity"),
-            (torch.full((3, 8, 8), math.inf), ValueError, "The photo holds NaN or infinity"),
-            ([3], TypeError, "A photo is a tensor, an array, a path or a PIL image; got int"),
+            (torch.full((3, 8, 8), math.nan), ValueError, "The image contains NaN or infinity"),
+            (torch.full((3, 8, 8), math.inf), ValueError, "The image contains NaN or infinity"),
+            ([3], TypeError, "An image is a tensor, an array, a path or a PIL image; got int"),
             ("gone.jpg", FileNotFoundError, "There is no image gone.jpg"),
         ],
     )
-    def test_refused(self, sam, photo, error, message):
+    def test_errors(self, sam, photo, error, message):
         for method in (sam.preprocess, sam.embed):
             with pytest.raises(error, match=message):
                 method(photo)
@@ -553,7 +553,7 @@ class TestPredictMasks:
         fast.image_encoder = optimize(fast.image_encoder, engine="eager", tune_allocator=False)
         boxes = torch.tensor([[10.0, 20.0, 90.0, 200.0]])
         (expected,) = sam.predict_masks(sam.embed(photos["tall"]), boxes=boxes)
-        for network in (fast, sam):  # it cannot be told whose the features are
+        for network in (fast, sam):  # an optimized encoder has no fingerprint
             (found,) = network.predict_masks(fast.embed(photos["tall"]), boxes=boxes)
             assert_close(found.low_res_logits, expected.low_res_logits)
 
@@ -577,9 +577,9 @@ class TestPredictMasks:
 
     def test_outside(self, sam, photos):
         embedding = sam.embed(photos["chelsea.png"])
-        with pytest.raises(ValueError, match=r"point \(452, 10\) lies outside of the photo, which is 451 wide"):
+        with pytest.raises(ValueError, match=r"Point \(452, 10\) lies outside of the image of width 451"):
             sam.predict_masks(embedding, torch.tensor([[[452.0, 10.0]]]))
-        with pytest.raises(ValueError, match="nothing to look for"):
+        with pytest.raises(ValueError, match="There are no prompts"):
             sam.predict_masks(embedding)
 
     def test_best_for_a_prompt(self, sam):
@@ -596,7 +596,7 @@ class TestPredictMasks:
             found = sam.predict_best(embedding, *prompts)
             (expected,) = sam.predict_masks(embedding, *prompts, multimask_output=several)
             assert torch.equal(found.low_res_logits, expected.best().low_res_logits)
-        with pytest.raises(ValueError, match="A tensor holds the points of one photo"):
+        with pytest.raises(ValueError, match="A tensor holds the points of one image"):
             sam.predict_best(sam.embed([ASSETS / "photos" / "chelsea.png"] * 2), point, None, None)
 
 
@@ -610,7 +610,7 @@ class TestEmbedding:
         ):
             assert torch.equal(before.logits(), after.logits())
 
-    def test_other_weights_are_refused(self, sam, photos):
+    def test_rejects_other_weights(self, sam, photos):
         embedding = sam.embed(photos["tall"])
         boxes = torch.tensor([[10.0, 20.0, 90.0, 50.0]])
         other = lively(seed=1)
@@ -621,10 +621,10 @@ class TestEmbedding:
         unknown = type(embedding)(embedding.features, embedding.geometries)
         lively(seed=1).predict_masks(unknown, boxes=boxes)
 
-    def test_other_size_is_refused(self, sam, photos):
+    def test_rejects_another_input_size(self, sam, photos):
         small = MobileSAM.from_config(SMALL, img_size=128).eval()
         small.load_state_dict(sam.state_dict())
-        with pytest.raises(ValueError, match=r"inputs of \(128, 128\) pixels; this network has \(256, 256\)"):
+        with pytest.raises(ValueError, match=r"input size \(128, 128\); this network has \(256, 256\)"):
             sam.predict_masks(small.embed(photos["tall"]), boxes=torch.tensor([[10.0, 20.0, 90.0, 50.0]]))
 
     def test_modes_and_gradients(self, photos):
@@ -777,18 +777,18 @@ class TestPrompter:
         assert_close(theirs.logits, ours.low_res_logits)
         assert_close(theirs._original_res_logits, ours.logits())
 
-    def test_embedding_refused(self, sam, photos):
+    def test_embedding_errors(self, sam, photos):
         prompter = sam.prompter()
-        with pytest.raises(RuntimeError, match="There is no photo: call set_image or set_embedding first"):
+        with pytest.raises(RuntimeError, match="There is no image: call set_image or set_embedding first"):
             prompter.embedding()
-        with pytest.raises(ValueError, match="the embedding is of 2"):
+        with pytest.raises(ValueError, match="Expected the embedding of one image; got 2"):
             prompter.set_embedding(sam.embed(torch.rand(2, 3, 50, 60)))
         with pytest.raises(ValueError, match="encoder with other weights"):
             prompter.set_embedding(lively(seed=1).embed(photos["tall"]))
         assert not prompter.is_image_set
 
-    def test_refused(self, sam):
-        with pytest.raises(ValueError, match="the input of this network is 192x256; use embed and predict_masks"):
+    def test_errors(self, sam):
+        with pytest.raises(ValueError, match=r"the input of this network is 192x256\. Use embed and predict_masks"):
             lively((192, 256)).prompter()
         prompter = sam.prompter()
         prompter.set_image(torch.rand(3, 60, 80))

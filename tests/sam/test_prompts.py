@@ -63,40 +63,40 @@ MASK = torch.zeros(1, 1, 64, 64)
 @pytest.mark.parametrize(
     ("prompts", "message"),
     [
-        ({}, "nothing to look for: give points, boxes or masks"),
-        ({"labels": torch.ones(1, 1)}, "Labels belong to points"),
+        ({}, "There are no prompts: pass points, boxes or masks"),
+        ({"labels": torch.ones(1, 1)}, "Got labels without points"),
         ({"points": POINT[0]}, r"Points must be \(P, N, 2\).*got \(1, 2\)"),
         ({"points": torch.zeros(1, 1, 3)}, r"Points must be \(P, N, 2\).*got \(1, 1, 3\)"),
         ({"points": torch.zeros(2, 0, 2)}, r"at least one, each x and y; got \(2, 0, 2\)"),
-        ({"points": POINT, "labels": torch.ones(1)}, r"Labels must be \(1, 1\), one a point; got \(1,\)"),
-        ({"points": POINT, "labels": torch.tensor([[2]])}, r"-1 for no point; got \[2\]"),
-        ({"points": POINT, "labels": torch.tensor([[math.nan]])}, "Labels are 1 on the object"),
-        ({"points": points((400.5, 10))}, r"point \(400.5, 10\) lies outside.*400 wide and 300 high"),
-        ({"points": points((5, 5), (10, -1))}, r"point \(10, -1\) lies outside"),
-        ({"points": points((5, 301))}, r"point \(5, 301\) lies outside"),
-        ({"points": points((math.nan, 1))}, "The points hold NaN or infinity"),
-        ({"points": points((math.inf, 1))}, "The points hold NaN or infinity"),
-        ({"points": POINT, "labels": torch.ones(1, 1) + 0j}, "Labels are 1 on the object.*got torch.complex64"),
-        ({"boxes": torch.tensor([[0.0, 0.0, 1e30, 9.0]])}, r"The boxes lie up to 1e\+30 pixels away; 16777216"),
+        ({"points": POINT, "labels": torch.ones(1)}, r"Labels must be \(1, 1\), one per point; got \(1,\)"),
+        ({"points": POINT, "labels": torch.tensor([[2]])}, r"-1 \(padding\); got \[2\]"),
+        ({"points": POINT, "labels": torch.tensor([[math.nan]])}, r"Labels are 1 \(foreground\)"),
+        ({"points": points((400.5, 10))}, r"Point \(400.5, 10\) lies outside.*width 400 and height 300"),
+        ({"points": points((5, 5), (10, -1))}, r"Point \(10, -1\) lies outside"),
+        ({"points": points((5, 301))}, r"Point \(5, 301\) lies outside"),
+        ({"points": points((math.nan, 1))}, "The points contain NaN or infinity"),
+        ({"points": points((math.inf, 1))}, "The points contain NaN or infinity"),
+        ({"points": POINT, "labels": torch.ones(1, 1) + 0j}, r"Labels are 1 \(foreground\).*got torch.complex64"),
+        ({"boxes": torch.tensor([[0.0, 0.0, 1e30, 9.0]])}, r"Coordinates of boxes reach 1e\+30; the limit is 16777216"),
         ({"masks": MASK.double() + 1e300}, "finite floating point logits"),
         ({"points": POINT + 0j}, "The points must be real numbers; got torch.complex64"),
         ({"boxes": BOX[0]}, r"Boxes must be \(P, 4\).*got \(4,\)"),
         ({"boxes": BOX[:, :3]}, r"Boxes must be \(P, 4\).*got \(1, 3\)"),
-        ({"boxes": torch.tensor([[30.0, 20.0, 10.0, 40.0]])}, r"box \(30, 20, 10, 40\) is empty"),
-        ({"boxes": torch.tensor([[10.0, 20.0, 30.0, 20.0]])}, r"box \(10, 20, 30, 20\) is empty"),
-        ({"boxes": torch.tensor([[400.0, 20.0, 500.0, 40.0]])}, r"box \(400, 20, 500, 40\) lies outside.*400 wide"),
+        ({"boxes": torch.tensor([[30.0, 20.0, 10.0, 40.0]])}, r"Box \(30, 20, 10, 40\) is empty"),
+        ({"boxes": torch.tensor([[10.0, 20.0, 30.0, 20.0]])}, r"Box \(10, 20, 30, 20\) is empty"),
+        ({"boxes": torch.tensor([[400.0, 20.0, 500.0, 40.0]])}, r"Box \(400, 20, 500, 40\) lies outside.*width 400"),
         ({"boxes": torch.tensor([[10.0, -20.0, 30.0, 0.0]])}, "lies outside"),
-        ({"boxes": BOX * math.nan}, "The boxes hold NaN or infinity"),
+        ({"boxes": BOX * math.nan}, "The boxes contain NaN or infinity"),
         ({"masks": MASK[0]}, r"logits \(P, 1, 64, 64\).*got \(1, 64, 64\)"),
         ({"masks": torch.zeros(1, 1, 256, 256)}, r"logits \(P, 1, 64, 64\).*got \(1, 1, 256, 256\)"),
         ({"masks": torch.zeros(1, 3, 64, 64)}, r"got \(1, 3, 64, 64\)"),
         ({"masks": MASK > 0}, "finite floating point logits; got torch.bool"),
         ({"masks": MASK * math.nan}, "finite floating point logits"),
-        ({"points": POINT, "boxes": BOX.repeat(2, 1)}, "equally many; got 1 of points, 2 of boxes"),
-        ({"boxes": BOX, "masks": MASK.repeat(3, 1, 1, 1)}, "equally many; got 1 of boxes, 3 of masks"),
+        ({"points": POINT, "boxes": BOX.repeat(2, 1)}, "the same number of prompts; got 1 points, 2 boxes"),
+        ({"boxes": BOX, "masks": MASK.repeat(3, 1, 1, 1)}, "the same number of prompts; got 1 boxes, 3 masks"),
     ],
 )
-def test_refused(prompts, message):
+def test_errors(prompts, message):
     given = {"points": None, "labels": None, "boxes": None, "masks": None} | prompts
     with pytest.raises(ValueError, match=message):
         prepare_prompts(GEOMETRY, **given)
@@ -109,13 +109,13 @@ class TestSplitPrompts:
         assert split_prompts("boxes", [None, BOX], 2)[1] is BOX
 
     @pytest.mark.parametrize(
-        ("given", "photos", "error", "message"),
+        ("given", "images", "error", "message"),
         [
-            (BOX, 2, ValueError, "boxes of one photo; for 2 photos pass a list"),
-            ([BOX], 2, ValueError, "Got boxes for 1 photos; the embedding has 2"),
-            ([[1, 2, 3, 4]], 1, TypeError, "boxes must be a tensor, or a list with a tensor or None a photo"),
+            (BOX, 2, ValueError, "boxes of one image; for 2 images pass a list"),
+            ([BOX], 2, ValueError, "Got boxes for 1 images; the embedding has 2"),
+            ([[1, 2, 3, 4]], 1, TypeError, "boxes must be a tensor, or a list with a tensor or None per image"),
         ],
     )
-    def test_refused(self, given, photos, error, message):
+    def test_errors(self, given, images, error, message):
         with pytest.raises(error, match=message):
-            split_prompts("boxes", given, photos)
+            split_prompts("boxes", given, images)

@@ -219,7 +219,7 @@ class TestSegment:
         assert changed.mean() == pytest.approx(share, abs=0.02)
 
     def test_nothing_marked(self, sam, photo):
-        with pytest.raises(ValueError, match="There is nothing to look for"):
+        with pytest.raises(ValueError, match="There are no prompts"):
             segment_prompts(sam, photo, UserPrompts())
 
     def test_everything(self, sam, photo, monkeypatch):
