@@ -167,7 +167,7 @@ class TestErrors:
             (["--box", "1,2,3"], "--box takes left,top,right,bottom, such as 1,2,3,4; got '1,2,3'"),
             (["--point", "452,1"], "Point (452, 1) lies outside of the image of width 451 and height 300"),
             (["--point", "nan,1"], "NaN or infinity"),
-            (["--box", "9,9,9,20"], "box (9, 9, 9, 20) is empty"),
+            (["--box", "9,9,9,20"], "Box (9, 9, 9, 20) is empty"),
             ([*BOX, "--img-size", "100"], "img_size must be a multiple of 16"),
             ([*BOX, "--img-size", "160x100"], "img_size must be a multiple of 16"),
             ([*BOX, "--img-size", "large"], "--img-size takes a side, or heightxwidth such as 512x1024; got 'large'"),
