@@ -1,4 +1,4 @@
-"""What the tests share: small networks with weights that mean something, and the data beside the project."""
+"""Fixtures of several tests: small networks with nontrivial weights, and the shared data."""
 
 from __future__ import annotations
 
@@ -31,12 +31,12 @@ TINY = {
     "img_size": 64,
 }
 
-#: The same with a block a stage, for what takes its time by the block, as tracing and compiling do.
+#: The same with one block per stage, for tracing and compilation, whose time is proportional to the blocks.
 SHALLOW = TINY | {"depths": (1, 1, 1, 1)}
 
 
 def shared(path: str) -> Path:
-    """Return a file beside the project, or skip the test that needs it."""
+    """Return a file of the shared data, or skip the test."""
     if not (SHARED / path).exists():
         pytest.skip(f"needs {path} in the folder 'shared' beside the project, which is not part of it")
     return SHARED / path
@@ -44,7 +44,7 @@ def shared(path: str) -> Path:
 
 @torch.no_grad()
 def liven(model: nn.Module, seed: int = 0) -> nn.Module:
-    """Give a network weights whose output depends on the image: statistics from data, biases that are not zero."""
+    """Set weights whose output depends on the image: running statistics from data, nonzero biases."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if name.endswith("attention_biases") or parameter.ndim == 1:
@@ -54,7 +54,7 @@ def liven(model: nn.Module, seed: int = 0) -> nn.Module:
     images = torch.rand(4, model.config.in_chans, 64, 64, generator=generator) if hasattr(model, "config") else None
     norms = [module for module in model.modules() if isinstance(module, nn.BatchNorm2d)]
     for norm in norms:
-        norm.momentum = None  # the plain average of what is seen
+        norm.momentum = None  # a cumulative average
     if images is not None:
         model.train()(images)
     for norm in norms:
@@ -79,7 +79,7 @@ def tiny() -> TinyViT:
 
 @pytest.fixture
 def without_onnxscript(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let ``import onnxscript`` fail as if it were not installed."""
+    """Make ``import onnxscript`` fail as if it were not installed."""
     monkeypatch.setitem(sys.modules, "onnxscript", None)
 
 
@@ -90,7 +90,7 @@ def images() -> Tensor:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Any]:
-    """A headless Chromium that the system has, driven by playwright; a test opens its own contexts and pages."""
+    """The system's headless Chromium, driven by playwright."""
     synchronous = pytest.importorskip("playwright.sync_api", reason="needs playwright: pip install playwright")
     program = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
     if program is None:

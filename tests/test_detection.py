@@ -1,4 +1,4 @@
-"""The detector: kornia's RT-DETR on our maps, boxes in the pixels of each image, files that carry all of it."""
+"""The detector: kornia's RT-DETR on our feature maps, boxes in pixels of each image, and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ CONFIG = DetectorConfig(BACKBONE, 3, hidden_dim=16, num_queries=10, decoder_laye
 
 @torch.no_grad()
 def make_detector(**changes) -> TinyViTDetector:
-    """A detector whose answers depend on the image and on every weight."""
+    """A detector whose outputs depend on the image and on every weight."""
     torch.manual_seed(0)
     detector = TinyViTDetector.from_config(dataclasses.replace(CONFIG, **changes), class_names=NAMES)
     for name, tensor in [*detector.named_parameters(), *detector.named_buffers()]:
@@ -54,12 +54,12 @@ class TestForward:
         assert (logits.shape, boxes.shape) == ((2, 10, 3), (2, 10, 4))
         assert 0 <= boxes.min() <= boxes.max() <= 1
 
-    def test_it_is_kornias_model_on_our_maps(self, detector):
-        class Maps(nn.Module):
+    def test_equals_kornias_rtdetr_on_our_feature_maps(self, detector):
+        class Backbone(nn.Module):
             def forward(self, images):
                 return detector.backbone.forward_intermediates(images)[1:]
 
-        reference = RTDETR(Maps(), detector.encoder, detector.decoder)
+        reference = RTDETR(Backbone(), detector.encoder, detector.decoder)
         (photo,) = make_images((50, 90))
         square = normalize(resize_images(photo[None], 64, 64), detector.mean, detector.std)
         for ours, theirs in zip(detector(photo[None]), reference(square), strict=True):
@@ -97,13 +97,13 @@ class TestForward:
             detector(images)
 
 
-class TestFirstWeights:
+class TestInitialization:
     def test_nothing_is_found_before_training(self):
         torch.manual_seed(0)
         detector = TinyViTDetector.from_config(CONFIG).eval()
         logits, boxes = detector(torch.rand(2, 3, 64, 64))
         assert 0.001 < logits.sigmoid().mean() < 0.05
-        # Boxes are where their anchors are: squares of 0.05, 0.1 or 0.2 of the side, by the stride.
+        # Boxes equal their anchors: squares of 0.05, 0.1 or 0.2 of the side, by the stride.
         assert {round(side, 4) for side in boxes[..., 2:].unique().tolist()} <= {0.05, 0.1, 0.2}
 
     def test_points_lie_on_rings(self):
@@ -134,7 +134,7 @@ class TestConfig:
         with pytest.raises(ValueError, match="DetectorConfig has the fields"):
             DetectorConfig.from_dict({"num_classes": 3})
 
-    def test_variants_look_at_640_pixels(self):
+    def test_default_img_size(self):
         detector = TinyViTDetector.from_config("1m", class_names=NAMES, hidden_dim=16)
         config = detector.config
         assert (config.backbone.img_size, config.num_classes, config.num_queries) == (640, 3, 300)
@@ -177,21 +177,21 @@ class TestPredict:
             assert torch.allclose(torch.tensor([each.box for each in objects]), expected, atol=1e-3)
 
     def test_tensors_files_and_pil(self, detector, tmp_path):
-        levels = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
-        Image.fromarray(levels).save(tmp_path / "photo.png")
-        tensor = torch.from_numpy(levels).movedim(-1, 0) / 255
+        pixels = np.random.default_rng(0).integers(0, 256, (50, 70, 3)).astype(np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "photo.png")
+        tensor = torch.from_numpy(pixels).movedim(-1, 0) / 255
         one = detector.predict(tensor, 0.0)
-        assert one == detector.predict(tmp_path / "photo.png", 0.0) == detector.predict(Image.fromarray(levels), 0.0)
+        assert one == detector.predict(tmp_path / "photo.png", 0.0) == detector.predict(Image.fromarray(pixels), 0.0)
         assert one == detector.predict(tensor[None], 0.0)
 
     def test_threshold(self, detector):
         (everything,) = detector.predict(make_images((64, 64)), 0.0)
         middle = everything[4].score
-        (surest,) = detector.predict(make_images((64, 64)), middle)
-        assert surest == everything[:4]
+        (best,) = detector.predict(make_images((64, 64)), middle)
+        assert best == everything[:4]
         assert detector.predict(make_images((64, 64)), 0.999) == [[]]
 
-    def test_modes_stay(self):
+    def test_predict_keeps_the_modes(self):
         detector = make_detector().train()
         detector.encoder.eval()
         before = detector.decoder.input_proj[0].norm.running_mean.clone()
@@ -252,7 +252,7 @@ class TestFiles:
         assert larger.squares.size == 96
         assert larger(torch.rand(1, 3, 40, 60))[0].shape == (1, 10, 3)
 
-    def test_a_plain_network_is_a_backbone(self, tmp_path):
+    def test_backbone_from_a_plain_network(self, tmp_path):
         network = TinyViT.from_config(BACKBONE)
         file = save_checkpoint(network, tmp_path / "network.safetensors")
         detector = TinyViTDetector.from_config(pretrained=file, num_classes=2, hidden_dim=16, num_queries=5)
@@ -266,18 +266,18 @@ class TestFiles:
         ("field", "value"),
         [("hidden_dim", 24), ("hidden_dim", 8 * 10**11), ("decoder_layers", 3), ("num_classes", 4), ("expansion", 1.0)],
     )
-    def test_false_configuration(self, path, field, value):
+    def test_wrong_configuration(self, path, field, value):
         def change(tensors, metadata):
-            told = json.loads(metadata["kornia_tinyvit.detector"])
-            metadata["kornia_tinyvit.detector"] = json.dumps(told | {field: value})
+            stored = json.loads(metadata["kornia_tinyvit.detector"])
+            metadata["kornia_tinyvit.detector"] = json.dumps(stored | {field: value})
 
         self.spoil(path, change)
         with pytest.raises(CheckpointError, match=r"another (network|architecture)"):
             TinyViTDetector.from_config(pretrained=path)
 
-    @pytest.mark.parametrize("told", ["{", "[]", "{}", '{"class_names": ["a"], "backbone": 3}'])
-    def test_unusable_configuration(self, path, told):
-        self.spoil(path, lambda _, metadata: metadata.update({"kornia_tinyvit.detector": told}))
+    @pytest.mark.parametrize("content", ["{", "[]", "{}", '{"class_names": ["a"], "backbone": 3}'])
+    def test_invalid_configuration(self, path, content):
+        self.spoil(path, lambda _, metadata: metadata.update({"kornia_tinyvit.detector": content}))
         with pytest.raises(CheckpointError, match="an invalid configuration"):
             TinyViTDetector.from_config(pretrained=path)
 

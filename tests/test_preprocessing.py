@@ -25,7 +25,7 @@ PACKAGED = ["chelsea.png", "horse.png", "rocket.jpg"]
 LANDSCAPES = ["000000000009.jpg", "000000000025.jpg", "000000000061.jpg"]
 PORTRAITS = ["000000000036.jpg", "000000000049.jpg", "000000000086.jpg"]  # the last one is gray
 
-#: Nothing changes a square image of the right size, so that what is left can be seen alone.
+#: Disables every augmentation of a square image of the right size; tests enable one at a time.
 NEUTRAL = {
     "crop_scale": (1.0, 1.0),
     "crop_ratio": (1.0, 1.0),
@@ -39,7 +39,7 @@ UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def by_pillow(photo: Image.Image, size: int, crop_fraction: float | None) -> torch.Tensor:
-    """The published evaluation in Pillow alone."""
+    """The original evaluation preprocessing, in Pillow."""
     photo = photo.convert("RGB")
     if crop_fraction is None:
         photo = in_two_passes(photo, size, size)
@@ -60,7 +60,7 @@ def in_two_passes(photo: Image.Image, width: int, height: int) -> Image.Image:
 
 
 def levels(count: int, size: int = 32) -> torch.Tensor:
-    """Plain images, each of its own brightness, so that a mixture tells its parts."""
+    """Images of one color, each of another brightness, which identifies the parts of a mixture."""
     return (0.1 + 0.8 * torch.arange(count) / max(count - 1, 1)).view(-1, 1, 1, 1).repeat(1, 3, size, size)
 
 

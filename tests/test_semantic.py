@@ -1,4 +1,4 @@
-"""Segmenters: what comes out at which size, gradients, and files."""
+"""The segmenter: output sizes, gradients and checkpoints."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def make_segmenter(**changes) -> SemanticSegmenter:
 @pytest.fixture
 def segmenter() -> SemanticSegmenter:
     found = make_segmenter()
-    found(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))  # statistics that mean something
+    found(torch.rand(4, 3, 64, 64, generator=torch.Generator().manual_seed(2)))  # updates the running statistics
     return found.eval()
 
 
@@ -44,19 +44,19 @@ class TestForward:
         assert logits.isfinite().all()
 
     def test_it_normalizes(self, segmenter, images):
-        maps = segmenter.backbone.forward_intermediates(
+        features = segmenter.backbone.forward_intermediates(
             (images - segmenter.mean[:, None, None]) / segmenter.std[:, None, None]
         )
-        logits = segmenter.decoder(maps)
+        logits = segmenter.decoder(features)
         assert logits.shape == (2, 3, 16, 16)
-        wanted = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
-        assert torch.allclose(segmenter(images), wanted, atol=1e-5)
+        expected = torch.nn.functional.interpolate(logits, (64, 64), mode="bilinear")
+        assert torch.allclose(segmenter(images), expected, atol=1e-5)
 
     @pytest.mark.parametrize("stage", range(4))
-    def test_every_stage_has_a_say(self, segmenter, images, stage):
-        maps = segmenter.backbone.forward_intermediates(images)
-        other = [x + (number == stage) * torch.randn(x.shape) for number, x in enumerate(maps)]
-        assert not torch.allclose(segmenter.decoder(maps), segmenter.decoder(other), atol=1e-3)
+    def test_every_stage_affects_the_logits(self, segmenter, images, stage):
+        features = segmenter.backbone.forward_intermediates(images)
+        other = [x + (number == stage) * torch.randn(x.shape) for number, x in enumerate(features)]
+        assert not torch.allclose(segmenter.decoder(features), segmenter.decoder(other), atol=1e-3)
 
     def test_gradients(self, segmenter):
         segmenter = segmenter.double()
@@ -72,13 +72,13 @@ class TestForward:
         numeric = (scores(step * direction) - scores(-step * direction)) / (2 * step)
         assert (gradient * direction).sum().item() == pytest.approx(numeric.item(), rel=1e-5)
 
-    def test_all_that_learns_has_a_gradient(self, images):
+    def test_trainable_parameters_have_gradients(self, images):
         segmenter = make_segmenter()
         segmenter(images).square().mean().backward()
         for name, parameter in segmenter.named_parameters():
             assert (parameter.grad is None) == (not parameter.requires_grad), name
-        still = {name for name, parameter in segmenter.named_parameters() if not parameter.requires_grad}
-        assert still == {"backbone.norm_head.weight", "backbone.norm_head.bias"}
+        frozen = {name for name, parameter in segmenter.named_parameters() if not parameter.requires_grad}
+        assert frozen == {"backbone.norm_head.weight", "backbone.norm_head.bias"}
 
     def test_dropout(self, images):
         segmenter = make_segmenter()
@@ -127,15 +127,15 @@ class TestPredict:
     def test_equals_the_largest_logit(self, segmenter):
         image = torch.rand(3, 50, 77)
         logits = segmenter(resize_images(image[None], *fitted_size(50, 77, segmenter.config.backbone)))
-        wanted = torch.nn.functional.interpolate(logits, (50, 77), mode="bilinear").argmax(1)[0]
-        assert torch.equal(segmenter.predict(image)[0], wanted)
-        assert wanted.unique().numel() > 1
+        expected = torch.nn.functional.interpolate(logits, (50, 77), mode="bilinear").argmax(1)[0]
+        assert torch.equal(segmenter.predict(image)[0], expected)
+        assert expected.unique().numel() > 1
 
     def test_many_classes(self):
         logits = torch.randn(2, 21, 32, 32)
         found = class_maps(lambda images: logits, torch.rand(2, 3, 70, 70), TinyViTConfig(img_size=32))
-        wanted = torch.nn.functional.interpolate(logits, (70, 70), mode="bilinear").argmax(1)
-        assert torch.equal(found, wanted)
+        expected = torch.nn.functional.interpolate(logits, (70, 70), mode="bilinear").argmax(1)
+        assert torch.equal(found, expected)
         assert found.max() > 16
 
     @pytest.mark.parametrize(
@@ -215,7 +215,7 @@ class TestFiles:
         change(tensors, metadata)
         save_file(tensors, path, metadata)
 
-    def test_damaged(self, segmenter, tmp_path):
+    def test_truncated(self, segmenter, tmp_path):
         path = segmenter.save(tmp_path / "segmenter.safetensors")
         whole = path.read_bytes()
         path.write_bytes(whole[:-100])
@@ -232,12 +232,12 @@ class TestFiles:
             ("depth", 3, "has the fields"),
         ],
     )
-    def test_false_configuration(self, segmenter, tmp_path, field, value, message):
+    def test_wrong_configuration(self, segmenter, tmp_path, field, value, message):
         path = segmenter.save(tmp_path / "segmenter.safetensors")
 
         def change(tensors, metadata):
-            told = json.loads(metadata["kornia_tinyvit.segmenter"])
-            metadata["kornia_tinyvit.segmenter"] = json.dumps(told | {field: value})
+            stored = json.loads(metadata["kornia_tinyvit.segmenter"])
+            metadata["kornia_tinyvit.segmenter"] = json.dumps(stored | {field: value})
 
         self.spoil(path, change)
         with pytest.raises(CheckpointError, match=message):
@@ -263,7 +263,7 @@ class TestFiles:
             ImageClassifier.from_config(pretrained=path)
 
 
-class TestRefusals:
+class TestExceptions:
     def test_no_classes(self):
         with pytest.raises(ValueError, match="number of classes is unknown"):
             SemanticSegmenter.from_config("1m")
@@ -289,7 +289,7 @@ class TestParameterGroups:
         assert rates[id(learns["decoder.classifier.weight"])] == (1e-3, 0.1)
         assert rates[id(learns["decoder.classifier.bias"])] == (1e-3, 0)
         assert rates[id(learns["backbone.patch_embed.seq.0.c.weight"])] == (1e-3 * 0.5**4, 0.1)
-        assert groups[-1]["lr"] == 1e-3  # which the training's metrics tell
+        assert groups[-1]["lr"] == 1e-3  # the rate in the training's metrics
 
     def test_frozen_backbone(self):
         segmenter = make_segmenter()
