@@ -1,4 +1,4 @@
-"""Data sets that the tests write: noise in class folders, discs and boxes, and COCO's and YOLO's files."""
+"""Data sets of the tests: noise in class folders, discs and boxes, in the formats of COCO, YOLO and Pascal VOC."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from kornia_tinyvit.data.classification import ClassificationDataset
 CLASSES = ("blue", "green", "red")
 #: The classes of :func:`make_scenes`.
 NAMES = ("ground", "disc", "box")
-#: The classes of :func:`make_boxes`; nothing is of the last one.
+#: The classes of :func:`make_boxes`; no object has the last one.
 BOX_NAMES = ("disc", "box", "none")
-#: The classes of :func:`write_yolo`, and of those of COCO's form all but the dog.
+#: The classes of :func:`write_yolo`, and without the dog of :func:`make_coco`.
 ANIMALS = ("cat", "dog", "owl")
 COLORS = np.array([[60, 60, 60], [220, 40, 40], [40, 80, 220]])
 
@@ -35,20 +35,20 @@ def make_images(root: Path, each: int = 8, size: int = 40, seed: int = 0) -> Pat
 
 
 def samples_of(folder: Path, preset: str = "distill", size: int = 32, on_broken: str = "stop", seed: int = 3):
-    """Give the images of class folders an augmentation."""
+    """Return the images of class folders with an augmentation."""
     images = ClassificationDataset.open(folder)
     return ReplayedSamples(images, ReplayableAugmentation(size, preset, seed, num_samples=len(images)), on_broken)
 
 
 def damage(path: Path) -> bytes:
-    """Spoil an image without changing its size; return what it was."""
+    """Corrupt an image without changing its size; return its previous content."""
     whole = path.read_bytes()
     path.write_bytes(whole[:40] + bytes(len(whole) - 40))
     return whole
 
 
 def write_scene(root: Path, name: str, seed: int, height: int = 44, width: int = 60, frame: int | None = None) -> None:
-    """Write an image of a disc, id 1, and a box, id 2, on noisy ground, and its ids; the frame may have its own."""
+    """Write an image of a disc, id 1, and a box, id 2, and its mask, with an optional id for the frame."""
     random = np.random.default_rng(seed)
     y, x = np.mgrid[:height, :width]
     ids = np.zeros((height, width), dtype=np.uint8)
@@ -63,14 +63,14 @@ def write_scene(root: Path, name: str, seed: int, height: int = 44, width: int =
 
 
 def make_instances(root: Path, count: int = 4, seed: int = 0) -> Path:
-    """Write scenes whose ids are objects."""
+    """Write scenes whose ids are instances."""
     for number in range(count):
         write_scene(root, f"{number:02}", seed + number)
     return root
 
 
 def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
-    """Write scenes whose ids are classes; the upper and the lower edge have no label."""
+    """Write scenes whose ids are classes; the upper and lower edges are unlabeled."""
     for number in range(count):
         write_scene(root, f"{number:02}", seed + number, frame=255)
     (root / "classes.txt").write_text("\n".join(NAMES))
@@ -78,7 +78,7 @@ def make_scenes(root: Path, count: int = 6, seed: int = 0) -> Path:
 
 
 def write_boxes(root: Path, name: str, seed: int, height: int = 60, width: int = 80) -> None:
-    """Write an image of a disc and a box on noisy ground, and where they are; every third shows nothing."""
+    """Write an image of a disc and a box on noisy ground, and their boxes; every third is empty."""
     random = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 60) + random.integers(-25, 25, (height, width, 3))
     lines = []
@@ -97,7 +97,7 @@ def write_boxes(root: Path, name: str, seed: int, height: int = 60, width: int =
 
 
 def make_boxes(root: Path, count: int = 6, seed: int = 0) -> Path:
-    """Write scenes with boxes, in YOLO's form."""
+    """Write scenes with boxes in YOLO's format."""
     for number in range(count):
         write_boxes(root, f"{number:02}", seed + number)
     (root / "data.yaml").write_text(f"path: .\ntrain: images\nval: images\nnames: {json.dumps(BOX_NAMES)}\n")
@@ -111,7 +111,7 @@ def write_image(path: Path, width: int = 40, height: int = 20) -> None:
 
 
 def write_yolo(root: Path, labels: dict[str, str | None], names=ANIMALS, yaml: str | None = None) -> Path:
-    """Write images of 40 x 20 pixels and their labels; ``None`` writes no file of labels."""
+    """Write images of 40 x 20 pixels and their labels; ``None`` writes no label file."""
     for stem, text in labels.items():
         write_image(root / "images" / "train" / f"{stem}.png")
         if text is not None:
@@ -124,7 +124,7 @@ def write_yolo(root: Path, labels: dict[str, str | None], names=ANIMALS, yaml: s
 
 
 def make_coco(**changes) -> dict:
-    """An image with a cat and a crowd of owls, and one without anything."""
+    """Return annotations of an image with a cat and a crowd of owls, and of an empty one."""
     content = {
         "images": [
             {"id": 7, "file_name": "a.png", "width": 40, "height": 20},
@@ -140,7 +140,7 @@ def make_coco(**changes) -> dict:
 
 
 def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
-    """Write red images and what COCO's file says of them."""
+    """Write red images and COCO's annotation file."""
     for image in content["images"]:
         write_image(root / folder / image["file_name"])
     path = root / "annotations" / "instances_val2017.json"
@@ -152,7 +152,7 @@ def write_coco(root: Path, content: dict, folder: str = "val2017") -> Path:
 def write_voc(
     root: Path, objects: dict[str, list[str]], size: tuple[int, int] = (40, 20), split: str = "train"
 ) -> Path:
-    """Write red images and Pascal VOC's files: ``name xmin ymin xmax ymax`` for an object, and a 1 if difficult."""
+    """Write red images and Pascal VOC's annotations of ``name xmin ymin xmax ymax``, and 1 if difficult."""
     for stem, lines in objects.items():
         write_image(root / "JPEGImages" / f"{stem}.jpg")
         found = []

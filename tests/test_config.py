@@ -96,6 +96,8 @@ class TestDictionary:
     def test_unknown_field(self):
         with pytest.raises(ValueError, match="no field code"):
             TinyViTConfig.from_dict({"code": "x"})
+        with pytest.raises(ValueError, match="has no field ; its fields are"):
+            TinyViTConfig.from_dict({"": "x"})
 
 
 @pytest.mark.parametrize("values", [None, 3, ["img_size"], {1: 2}, "5m"])
