@@ -182,18 +182,16 @@ def name_classes(class_names: Sequence[str] | None, num_classes: int) -> tuple[s
     return check_class_names(class_names, num_classes) or tuple(f"class {index}" for index in range(num_classes))
 
 
-def check_fields(dataclass_type: type, names: Iterable[str]) -> None:
+def check_fields(kind: type, names: Iterable[str]) -> None:
     """Raise an error for names that are not fields of a dataclass.
 
     Raises:
         ValueError: if a field is unknown.
     """
-    known = [field.name for field in dataclasses.fields(dataclass_type)]
+    known = [field.name for field in dataclasses.fields(kind)]
     unknown = [str(name) for name in names if name not in known]
     if unknown:
-        raise ValueError(
-            f"{dataclass_type.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(known)}."
-        )
+        raise ValueError(f"{kind.__name__} has no field {', '.join(unknown)}; its fields are {', '.join(known)}.")
 
 
 def is_integer(value: Any, minimum: int) -> bool:

@@ -14,6 +14,8 @@ from kornia_tinyvit.checkpoints import load_checkpoint
 from tests.fuzz import TARGETS
 from tests.fuzz.harness import RAN, Rejected, Target, attack, mutate, run_case
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.parametrize("target", TARGETS, ids=lambda target: target.name)
 def test_targets(target, tmp_path):
