@@ -96,7 +96,7 @@ class TestDictionary:
     def test_unknown_field(self):
         with pytest.raises(ValueError, match="no field code"):
             TinyViTConfig.from_dict({"code": "x"})
-        with pytest.raises(ValueError, match="has no field ; the fields are"):
+        with pytest.raises(ValueError, match="has no field ; its fields are"):
             TinyViTConfig.from_dict({"": "x"})
 
 
