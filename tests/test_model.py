@@ -329,6 +329,7 @@ def shallow() -> TinyViT:
 
 
 class TestCompile:
+    @pytest.mark.slow
     def test_one_graph_for_all_batch_sizes(self):
         torch.compiler.reset()
         graphs: list = []
