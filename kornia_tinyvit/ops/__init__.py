@@ -1,4 +1,4 @@
-"""Operators on tensors that depend on no network: run-length codes, regions and boxes of masks."""
+"""Operators on tensors: run-length encoding, connected regions and boxes of masks."""
 
 from kornia_tinyvit.ops.boxes import central_points, mask_boxes, nms
 from kornia_tinyvit.ops.regions import remove_small_regions

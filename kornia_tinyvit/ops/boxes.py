@@ -1,4 +1,4 @@
-"""Boxes and points of masks."""
+"""Bounding boxes and central points of masks, and non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["central_points", "mask_boxes", "nms"]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
-    """Return boxes :math:`(N, 4)` around masks :math:`(N, H, W)`: left, top, right, bottom in pixels; zeros if empty.
+    """Return bounding boxes :math:`(N, 4)` of masks: left, top, right, bottom in pixels, exclusive; zeros if empty.
 
     Args:
         masks: boolean masks :math:`(N, H, W)`.
@@ -31,12 +31,12 @@ def mask_boxes(masks: Tensor) -> Tensor:
 
 
 def central_points(masks: Tensor) -> Tensor:
-    """Return a point in each mask as far as can be from its border, x and y, :math:`(N, 2)`.
+    """Return the point of each mask with the largest distance to its border, x and y, :math:`(N, 2)`.
 
-    The distance is Chebyshev's; of equal ones the first, row by row, is taken.
+    The distance is the Chebyshev distance; of equal ones the first in row-major order is returned.
 
     Args:
-        masks: bool :math:`(N, H, W)`, none of them empty.
+        masks: bool masks :math:`(N, H, W)`, not empty.
 
     Example:
         >>> central_points(torch.ones(1, 3, 5, dtype=torch.bool))
@@ -58,18 +58,18 @@ def _central_point(mask: Tensor, left: float, top: float, right: float, bottom: 
 
 
 def nms(boxes: Tensor, scores: Tensor, threshold: float) -> Tensor:
-    """Return the indices of the boxes that non-maximum suppression keeps, exactly as torchvision's.
+    """Return the indices of the boxes kept by non-maximum suppression, identical to ``torchvision.ops.nms``.
 
-    kornia's does the work. It may exchange equal scores, drops boxes without area that meet, and compares with the
-    threshold rounded to float32.
+    Unlike kornia's ``nms``, which it calls, it is stable for equal scores, keeps boxes without area, and does not
+    round the threshold to float32.
 
     Args:
         boxes: left, top, right and bottom :math:`(K, 4)`.
-        scores: their scores :math:`(K,)`.
-        threshold: of boxes with a larger IoU, only the best is kept.
+        scores: scores :math:`(K,)`.
+        threshold: boxes with a larger IoU with a box of higher score are removed.
 
     Returns:
-        Indices, sorted by descending score.
+        Indices :math:`(N,)`, sorted by descending score.
     """
     order = scores.argsort(descending=True, stable=True)
     corners = boxes[order].float()

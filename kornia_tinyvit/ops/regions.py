@@ -1,4 +1,4 @@
-"""Small regions and holes of masks, found by joining runs of pixels."""
+"""Removal of small connected regions and holes of masks, by union of runs of pixels."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ Integers = NDArray[np.int64]
 
 
 class _Runs(NamedTuple):
-    """Runs of pixels in a mask whose rows are laid one after the other, each followed by one empty pixel."""
+    """Runs of pixels in a flattened mask, with an empty pixel after each row."""
 
     starts: Integers
     ends: Integers
@@ -23,21 +23,21 @@ class _Runs(NamedTuple):
 def remove_small_regions(
     mask: NDArray[np.bool_], min_area: float, mode: Literal["holes", "islands"]
 ) -> tuple[NDArray[np.bool_], bool]:
-    """Fill small holes of a mask, or drop its small islands, as segment-anything does with OpenCV.
+    """Fill small holes of a mask or remove its small islands, as ``remove_small_regions`` of segment-anything.
 
-    Pixels that touch at a corner belong together, in the mask and in its background alike. Background at the border
-    of the image counts as a hole too. If every island is small, the largest stays.
+    Regions are 8-connected, in the mask and in its background. Background at the border of the image counts as a
+    hole. If every island is small, the largest is kept.
 
     Args:
         mask: boolean :math:`(H, W)`.
-        min_area: pixels from which on a region stays.
+        min_area: regions with fewer pixels are small.
         mode: ``"holes"`` or ``"islands"``.
 
     Returns:
-        The mask, itself or a changed copy, and whether it was changed.
+        The mask, or a changed copy of it, and whether it was changed.
 
     Raises:
-        ValueError: if ``mode`` is another.
+        ValueError: if ``mode`` is unknown.
 
     Example:
         >>> mask = np.array([[True, True, True, False], [True, False, True, False], [True, True, True, False]])
@@ -62,19 +62,16 @@ def remove_small_regions(
 
 
 def _find_runs(mask: NDArray[np.bool_]) -> _Runs:
-    height, width = mask.shape
-    padded = np.zeros((height, width + 1), dtype=np.bool_)
-    padded[:, :width] = mask
-    flat = padded.ravel()
+    flat = np.pad(mask, ((0, 0), (0, 1))).ravel()
     edges = np.flatnonzero(np.diff(flat, prepend=False))
-    return _Runs(edges[0::2], edges[1::2], width + 1)
+    return _Runs(edges[0::2], edges[1::2], mask.shape[1] + 1)
 
 
 def _join(runs: _Runs) -> Integers:
-    """Return for each run the first run of its region."""
+    """Return the first run of each run's region."""
     starts, ends, stride = runs
-    # In the row below, a run touches this one if it ends at its start or later and starts at its end or earlier: ends
-    # are exclusive, so this is contact by a corner.
+    # A run of the next row is connected if it ends at or after this start and starts at or before this end: ends are
+    # exclusive, so equality is contact at a corner.
     first = np.searchsorted(ends, starts + stride, side="left")
     count = np.searchsorted(starts, ends + stride, side="right") - first
     above = np.repeat(np.arange(len(starts)), count)
@@ -91,10 +88,7 @@ def _join(runs: _Runs) -> Integers:
 
 
 def _largest(runs: _Runs, region: Integers, areas: Integers) -> int:
-    """Return the largest region; of several, the one that OpenCV numbers first.
-
-    OpenCV goes through the image in blocks of 2x2 pixels, row of blocks after row of blocks.
-    """
+    """Return the largest region; of equal ones, the first in OpenCV's order, row-major over blocks of 2x2 pixels."""
     rows, columns = np.divmod(runs.starts, runs.stride)
     candidates = np.flatnonzero(areas[region] == areas.max())
     order = np.lexsort((columns[candidates] // 2, rows[candidates] // 2))

@@ -1,4 +1,4 @@
-"""Images of what a network sees and finds: features, saliency, detections and masks."""
+"""Visualization of feature maps, saliency, detections and masks."""
 
 from kornia_tinyvit.visualization.drawing import distinct_colors, draw_detections, draw_overlay, save_image, save_rows
 from kornia_tinyvit.visualization.features import feature_colors, kernel_size, overlay_heatmap, saliency, stage_features

@@ -1,4 +1,4 @@
-"""Masks, prompts and detections drawn over photos, and the files of such images."""
+"""Draw masks, prompts and detections on images, and write image files."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _ON, _OFF, _BOX = "#19c37d", "#e5383b", "#ffffff"
 
 
 def distinct_colors(count: int) -> Tensor:
-    """Return colors that can be told apart, :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
+    """Return distinct colors :math:`(count, 3)` in [0, 1]; the first ones do not depend on the count.
 
-    Hues are a golden ratio of the circle apart, which leaves no two neighbors alike however many there are.
+    Hues are spaced by the golden ratio, which keeps them apart for any count.
 
     Args:
         count: number of colors.
@@ -42,23 +42,23 @@ def draw_overlay(
     labels: Tensor | None = None,
     boxes: Tensor | None = None,
 ) -> Image.Image:
-    """Lay masks over a photo, each tinted and with its contour, and draw the prompts on top.
+    """Draw masks, tinted and with contours, and then prompts on an image.
 
     Args:
-        image: photo :math:`(3, H, W)`, uint8, or floating point in [0, 1].
-        masks: bool, :math:`(H, W)` each; later ones lie on earlier ones. They are taken one at a time.
+        image: image :math:`(3, H, W)`, uint8, or floating point in [0, 1].
+        masks: bool masks :math:`(H, W)`, drawn in order; an iterator is consumed one at a time.
         points: :math:`(N, 2)`, x and y in pixels.
-        labels: :math:`(N,)`, 1 drawn green, 0 red; all 1 if left out.
+        labels: point labels :math:`(N,)`, 1 (foreground) green, 0 (background) red; default all 1.
         boxes: :math:`(K, 4)`, left, top, right and bottom in pixels.
 
     Returns:
-        The image, of the photo's size.
+        The drawing, of the image's size.
 
     Raises:
-        ValueError: if the photo or a mask has another shape.
+        ValueError: if the image or a mask has a wrong shape.
     """
     if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"A photo must be (3, H, W); got {tuple(image.shape)}.")
+        raise ValueError(f"An image must be (3, H, W); got {tuple(image.shape)}.")
     canvas = (image.clone() if image.dtype == torch.uint8 else to_uint8(image)).cpu()
     line = max(1, round(max(image.shape[1:]) / 500))
     for index, mask in enumerate(masks):
@@ -80,15 +80,15 @@ def draw_overlay(
 
 @torch.inference_mode()
 def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
-    """Draw boxes with their names on a photo, each class in a color of its own.
+    """Draw boxes with their labels on an image, with one color per class.
 
     Args:
-        image: photo :math:`(3, H, W)` in [0, 1].
-        detections: what to draw; the first ones lie on top.
-        scores: whether to tell the scores, too.
+        image: image :math:`(3, H, W)` in [0, 1].
+        detections: detections to draw; earlier ones are drawn on top.
+        scores: whether to write the scores.
 
     Returns:
-        The image, of the photo's size.
+        The drawing, of the image's size.
     """
     drawn = to_pil(image)
     draw, line = ImageDraw.Draw(drawn), max(2, round(max(drawn.size) / 250))
@@ -107,15 +107,15 @@ def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool
 
 
 def save_image(path: str | Path, image: Image.Image) -> None:
-    """Write an image in the format that the name's ending tells, or as PNG where it has none.
+    """Write an image atomically in the format of the file extension; PNG without one.
 
     Args:
-        path: the file to write; its folder is made.
+        path: the file to write; its folder is created.
         image: the image.
 
     Raises:
-        OSError: if it cannot be written; what was there before stays.
-        ValueError: if the ending is not that of a format.
+        OSError: if it cannot be written; an existing file is unchanged.
+        ValueError: if the extension is unknown.
     """
     path = Path(path)
     with replacing(path, path.suffix or ".png") as temporary:
@@ -123,11 +123,11 @@ def save_image(path: str | Path, image: Image.Image) -> None:
 
 
 def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
-    """Write images of one width below one another.
+    """Write images of equal width, stacked vertically, to one file.
 
     Args:
-        path: the file to write; its folder is made.
-        rows: the images from above, one at least.
+        path: the file to write; its folder is created.
+        rows: at least one image, from top to bottom.
     """
     save_image(path, Image.fromarray(np.concatenate([np.asarray(row.convert("RGB")) for row in rows])))
 
@@ -140,11 +140,11 @@ def _color(index: int) -> tuple[float, float, float]:
 def _tint(canvas: Tensor, mask: Tensor, color: Tensor, line: int) -> None:
     if not mask.any():
         return
-    # Only the part where the mask is: a photo may have hundreds.
+    # Only the bounding box: an image may have hundreds of masks.
     left, top, right, bottom = mask_boxes(mask[None])[0].int().tolist()
     inside = mask[top:bottom, left:right]
     around = F.pad((~inside).float(), (line, line, line, line), value=1.0)[None]
-    for window in ((2 * line + 1, 1), (1, 2 * line + 1)):  # a square at once would take its area
+    for window in ((2 * line + 1, 1), (1, 2 * line + 1)):  # separable: two 1D windows instead of a square one
         around = F.max_pool2d(around, window, stride=1)
     contour = inside & (around[0] > 0)
     strength = OPACITY * inside.float() + (1 - OPACITY) * contour.float()

@@ -1,4 +1,4 @@
-"""What a network sees, as images: saliency, heat over a photo, and the features of its stages."""
+"""Saliency maps, heatmap overlays and feature maps as images."""
 
 from __future__ import annotations
 
@@ -13,26 +13,20 @@ from torch import Tensor, nn
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.preprocessing import resize_images
 
-__all__ = [
-    "feature_colors",
-    "kernel_size",
-    "overlay_heatmap",
-    "saliency",
-    "stage_features",
-]
+__all__ = ["feature_colors", "kernel_size", "overlay_heatmap", "saliency", "stage_features"]
 
 
 def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = None, blur: float = 0.01) -> Tensor:
-    """Return how strongly each pixel moves a class: the gradient of its logit with respect to the pixels.
+    """Return a saliency map: the absolute gradient of a class's logit with respect to the pixels.
 
     Args:
-        classifier: maps images to logits, such as an :class:`~kornia_tinyvit.ImageClassifier`.
+        classifier: a module from images to logits, such as an :class:`~kornia_tinyvit.ImageClassifier`.
         images: images :math:`(B, C, H, W)` in [0, 1].
-        classes: class indices :math:`(B,)`; the most likely ones if left out.
-        blur: deviation of the Gaussian that smooths the map, as a share of the image's longer side.
+        classes: class indices :math:`(B,)`; default the top-1 classes.
+        blur: standard deviation of the Gaussian smoothing as a fraction of the image's longer side.
 
     Returns:
-        Maps :math:`(B, 1, H, W)` in [0, 1], the largest over the channels, each scaled by its 99th percentile.
+        Saliency maps :math:`(B, 1, H, W)` in [0, 1]: the maximum over the channels, divided by its 99th percentile.
 
     Example:
         >>> classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
@@ -52,7 +46,7 @@ def saliency(classifier: nn.Module, images: Tensor, classes: Tensor | None = Non
 
 
 def kernel_size(sigma: float, images: Tensor) -> int:
-    """Return the side of a Gaussian's kernel: two deviations to each side, odd, and no larger than the images.
+    """Return the kernel size of a Gaussian: two standard deviations on each side, odd, at most the image size.
 
     Args:
         sigma: standard deviation in pixels.
@@ -62,20 +56,20 @@ def kernel_size(sigma: float, images: Tensor) -> int:
 
 
 def feature_colors(features: Tensor) -> Tensor:
-    r"""Show maps of many channels as color: their first three principal components over all their cells.
+    r"""Return the first three principal components of feature maps as colors.
 
     Args:
-        features: maps :math:`(B, C, H, W)` with :math:`C \ge 3`; the components are shared by the batch.
+        features: feature maps :math:`(B, C, H, W)` with :math:`C \ge 3`; the components are shared by the batch.
 
     Returns:
-        Images :math:`(B, 3, H, W)` in [0, 1]; the strongest component is red.
+        Images :math:`(B, 3, H, W)` in [0, 1]; the first component is red.
     """
     cells = features.detach().float().movedim(1, -1).flatten(0, 2)
     cells = cells - cells.mean(0)
     _, _, components = torch.linalg.svd(cells, full_matrices=False)
     axes = torch.zeros(3, cells.shape[1], device=cells.device)
     axes[: min(3, len(components))] = components[:3]
-    # The sign of a component is arbitrary: the largest entry is made positive, so that an image repeats.
+    # The sign of a component is arbitrary; a positive largest entry makes it deterministic.
     largest = axes.gather(1, axes.abs().argmax(1, keepdim=True))
     colors = cells @ (axes * torch.where(largest < 0, -1.0, 1.0)).T
     colors = colors.unflatten(0, (features.shape[0], *features.shape[2:])).movedim(-1, 1)
@@ -84,12 +78,12 @@ def feature_colors(features: Tensor) -> Tensor:
 
 
 def overlay_heatmap(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tensor:
-    """Lay a heat map over dimmed gray images.
+    """Draw a heatmap over darkened grayscale images.
 
     Args:
         images: images :math:`(B, 3, H, W)` in [0, 1].
-        heat: maps :math:`(B, 1, H, W)` in [0, 1].
-        opacity: share of the color where the heat is highest.
+        heat: heatmaps :math:`(B, 1, H, W)` in [0, 1].
+        opacity: opacity of the color where the heat is 1.
 
     Returns:
         Images :math:`(B, 3, H, W)` in [0, 1].
@@ -100,16 +94,16 @@ def overlay_heatmap(images: Tensor, heat: Tensor, opacity: float = 0.75) -> Tens
 
 
 def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
-    r"""Return the maps of the four stages for whole images, their shorter side at four times the resolution.
+    r"""Return the feature maps of the four stages for uncropped images.
 
-    That shows more than the few cells that the classifier itself looks at.
+    The shorter side is resized to four times the network's resolution, for feature maps of more cells.
 
     Args:
-        classifier: the network to look into; images are resized and normalized as its ``model.preprocessing`` says.
+        classifier: the classifier; its ``model.preprocessing`` gives interpolation, mean and standard deviation.
         images: images :math:`(B, C, H, W)` in [0, 1].
 
     Returns:
-        Maps :math:`(B, C_i, H_i, W_i)`, the finest first.
+        Feature maps :math:`(B, C_i, H_i, W_i)`, from the highest resolution to the lowest.
     """
     preprocessing = classifier.model.preprocessing
     scale = 4 * preprocessing.img_size / min(images.shape[-2:])
@@ -119,7 +113,7 @@ def stage_features(classifier: ImageClassifier, images: Tensor) -> list[Tensor]:
     return classifier.model.forward_intermediates(normalize(whole, mean, std))
 
 
-def _percentile(values: Tensor, share: float) -> Tensor:
-    """Return the percentile of each image's channel, shaped to broadcast over it."""
+def _percentile(values: Tensor, fraction: float) -> Tensor:
+    """Return a percentile per image and channel, :math:`(B, C, 1, 1)`."""
     flat = values.flatten(2).sort(2).values
-    return flat[..., round(share * (flat.shape[2] - 1)), None, None]
+    return flat[..., round(fraction * (flat.shape[2] - 1)), None, None]

@@ -1,4 +1,4 @@
-"""The sheet of the demo: a photo, changed views of it, what the network finds in them, and where it looks."""
+"""Figure of a classifier's predictions, saliency and feature maps for one image and augmented views of it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from kornia_tinyvit.visualization.features import feature_colors, overlay_heatma
 
 __all__ = ["demo_augmentations", "save_figure"]
 
-_TILE = 232  # pixels a side
+_TILE = 232  # width in pixels
 _GAP = 12
 _CAPTION = 24
 _TITLE = 48
 
 
 def demo_augmentations() -> dict[str, nn.Module]:
-    """Return the three kornia augmentations that the demo shows, by name; each always changes an image alike."""
+    """Return the demo's three kornia augmentations by name; their parameters, except for the noise, are fixed."""
     return {
         "flip and turn": K.ImageSequential(
             K.RandomHorizontalFlip(p=1.0), K.RandomRotation((12.0, 12.0), p=1.0, resample="bilinear")
@@ -44,21 +44,20 @@ def save_figure(
     views: dict[str, nn.Module] | None = None,
     top_k: int = 5,
 ) -> list[Prediction]:
-    """Draw one image's sheet: predictions, augmented views with theirs, saliency and the features of the stages.
+    """Write a figure of an image: predictions, augmented views with top-1 predictions, saliency and feature maps.
 
-    The features are those of the whole image with its shorter side at four times the network's resolution, which
-    shows more than the few cells that the classifier itself looks at.
+    Feature maps are those of :func:`~kornia_tinyvit.visualization.stage_features`.
 
     Args:
         path: the PNG file to write.
-        classifier: the network to look into.
+        classifier: the classifier.
         image: image :math:`(3, H, W)` in [0, 1].
-        title: what to write above.
-        views: augmentations to show by name; :func:`demo_augmentations` if left out.
-        top_k: how many predictions to list.
+        title: title of the figure.
+        views: augmentations by name; default :func:`demo_augmentations`.
+        top_k: number of predictions to list.
 
     Returns:
-        The predictions for the image itself.
+        The predictions for the original image.
     """
     views = demo_augmentations() if views is None else views
     batch = image.unsqueeze(0)
@@ -75,22 +74,22 @@ def save_figure(
     for number, features in enumerate(stages, 1):
         below.append((feature_colors(features)[0], f"stage {number}", " x ".join(map(str, features.shape[1:]))))
 
-    sheet = _Sheet(columns=max(len(above) + 1, len(below)), aspect=image.shape[-2] / image.shape[-1], title=title)
+    figure = _Figure(columns=max(len(above) + 1, len(below)), aspect=image.shape[-2] / image.shape[-1], title=title)
     for row, tiles in enumerate((above, below)):
         for column, tile in enumerate(tiles):
-            sheet.draw_tile(row, column, *tile)
-    sheet.draw_bars(0, len(above), predictions[0])
-    save_image(path, sheet.canvas)
+            figure.draw_tile(row, column, *tile)
+    figure.draw_bars(0, len(above), predictions[0])
+    save_image(path, figure.canvas)
     return predictions[0]
 
 
-class _Sheet:
-    """A page of equal tiles, each with a line of text below.
+class _Figure:
+    """Canvas of two rows of tiles with captions.
 
     Args:
-        columns: tiles side by side, in two rows.
-        aspect: height over width of the images.
-        title: what to write above.
+        columns: tiles per row.
+        aspect: ratio of height to width of the images.
+        title: title of the figure.
     """
 
     def __init__(self, columns: int, aspect: float, title: str) -> None:
@@ -102,7 +101,7 @@ class _Sheet:
         self.draw.text((_GAP, _GAP), title, fill="black", font=ImageFont.load_default(20))
 
     def draw_tile(self, row: int, column: int, image: Tensor, name: str, note: str) -> None:
-        """Put an image :math:`(3, H, W)` whole into a tile, its name below on the left and a note on the right."""
+        """Draw an image :math:`(3, H, W)`, resized to fit a tile, with its name and a note below."""
         left, top = self._corner(row, column)
         scale = min(side / pixels for side, pixels in zip(self.tile, (image.shape[2], image.shape[1]), strict=True))
         width, height = (max(1, round(pixels * scale)) for pixels in (image.shape[2], image.shape[1]))
@@ -113,7 +112,7 @@ class _Sheet:
         self.draw.text((left + _TILE, below), note, fill="black", font=self.font, anchor="ra")
 
     def draw_bars(self, row: int, column: int, predictions: Sequence[Prediction]) -> None:
-        """Fill a tile with the scores of some classes."""
+        """Draw the scores of some classes as bars in a tile."""
         left, top = self._corner(row, column)
         step = self.tile[1] / max(len(predictions), 1)
         for number, prediction in enumerate(predictions):
