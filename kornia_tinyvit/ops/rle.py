@@ -56,7 +56,7 @@ def encode_rle(mask: Tensor | NDArray[np.bool_], compressed: bool = False) -> RL
     """
     pixels = mask.numpy(force=True) if isinstance(mask, Tensor) else np.asarray(mask)
     if pixels.ndim != 2 or pixels.dtype != np.bool_:
-        raise ValueError(f"A mask must be boolean (H, W); got {pixels.dtype} {pixels.shape}. Use a comparison such as x > 0.")
+        raise ValueError(f"A mask must be boolean (H, W); got {pixels.dtype} {pixels.shape}. Compare, as in x > 0.")
     lengths = _find_lengths(pixels)
     return {"size": list(pixels.shape), "counts": _to_text(lengths) if compressed else lengths.tolist()}
 

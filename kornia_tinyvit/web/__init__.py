@@ -1,1 +1,1 @@
-"""The page of ``kornia-tinyvit demo --web``: what it shows, and how it lies on the screen (needs gradio)."""
+"""The web demo, ``kornia-tinyvit demo --web``: its results and its page (needs gradio)."""

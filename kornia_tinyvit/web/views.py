@@ -1,4 +1,4 @@
-"""What the page shows: functions from a photo to images and numbers, without the page."""
+"""Results that the web demo shows: functions from a photo to images and numbers, independent of gradio."""
 
 from __future__ import annotations
 
@@ -11,21 +11,14 @@ from typing import cast
 
 import kornia.augmentation as K
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor, nn
 
+from kornia_tinyvit import visualization
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.images import read_pixels, to_image, to_pil, to_pixels
 from kornia_tinyvit.ops import RLE, decode_rle
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
-from kornia_tinyvit.visualization import (
-    draw_overlay,
-    feature_colors,
-    kernel_size,
-    overlay_heatmap,
-    saliency,
-    stage_features,
-)
 
 __all__ = [
     "MAX_BYTES",
@@ -42,50 +35,49 @@ __all__ = [
     "show_features",
 ]
 
-#: Largest file in bytes that the page takes.
+#: Maximum size of an uploaded file in bytes.
 MAX_BYTES = 20 * 2**20
-#: Largest image in pixels that the page takes; larger ones are refused before they are decoded.
+#: Maximum number of pixels of an uploaded image, checked before decoding.
 MAX_PIXELS = 40_000_000
 
-SIDE = 1024  # longer side that photos are kept with: what MobileSAM sees, and more than classifiers do
-TILE = 480  # width that the few cells of a stage are drawn with
+SIDE = 1024  # maximum side of stored photos: the input size of MobileSAM, larger than that of classifiers
+TILE = 480  # side in pixels that feature maps are enlarged to
 
-Point = tuple[float, float]
 Row = tuple[str, float, float]
 
 
 @dataclass(eq=False)
 class Photo:
-    """A photo as the page keeps it for a visitor.
+    """An uploaded image in the session state.
 
     Args:
-        image: its pixels, RGB, at most 1,024 a side.
-        embedding: what MobileSAM's encoder saw of it, once it was asked.
+        image: RGB image of at most 1,024 pixels per side.
+        embedding: its image embedding once it is computed.
     """
 
     image: Image.Image
     embedding: ImageEmbedding | None = field(default=None, repr=False)
 
     def tensor(self, model: nn.Module) -> Tensor:
-        """Return the photo as a batch :math:`(1, 3, H, W)` in [0, 1] on the device of a network."""
+        """Return the image as a batch :math:`(1, 3, H, W)` in [0, 1] on the device of a network."""
         return to_image(self.image)[None].to(next(model.parameters()).device)
 
     def embed(self, sam: MobileSAM) -> ImageEmbedding:
-        """Return what the encoder sees of the photo, which it is asked only once."""
+        """Return the image embedding, computed once."""
         if self.embedding is None:
             self.embedding = sam.embed(self.image)
         return self.embedding
 
 
 def open_photo(path: str | Path, max_pixels: int = MAX_PIXELS) -> Photo:
-    """Read a photo that somebody brought, and make it small enough to play with.
+    """Read an uploaded image and limit its size.
 
     Args:
-        path: the file. Of an animation the first image is taken.
-        max_pixels: the most pixels that are decoded.
+        path: the file; of an animation the first frame.
+        max_pixels: maximum number of pixels.
 
     Raises:
-        ValueError: if it is no image, is damaged, or has too many pixels; the file is told by its name alone.
+        ValueError: if it is not an image, is damaged, or has too many pixels; without the folder of the file.
     """
     path = Path(path)
     try:
@@ -98,36 +90,36 @@ def open_photo(path: str | Path, max_pixels: int = MAX_PIXELS) -> Photo:
 
 
 def explain(classifier: ImageClassifier, photo: Photo, top_k: int = 5) -> tuple[dict[str, float], Image.Image]:
-    """Name what a photo shows, and draw where the network looks for it.
+    """Classify a photo and draw its saliency map.
 
     Args:
-        classifier: the network, in evaluation mode.
+        classifier: the classifier, in evaluation mode.
         photo: the photo.
-        top_k: how many classes to name; at most all of them.
+        top_k: maximum number of classes.
 
     Returns:
-        Scores in [0, 1] by label, the best first, and the photo in gray under the saliency of the best.
+        Scores in [0, 1] by label, sorted by descending score, and the saliency map of the top-1 class over the photo.
     """
     image = photo.tensor(classifier)
     (found,) = classifier.predict(image, top_k)
     names = _names(classifier)
-    heat = saliency(classifier, image)
-    return {names[each.index]: each.score for each in found}, to_pil(overlay_heatmap(image, heat)[0])
+    heat = visualization.saliency(classifier, image)
+    return {names[each.index]: each.score for each in found}, to_pil(visualization.overlay_heatmap(image, heat)[0])
 
 
 @dataclass(frozen=True)
 class AugmentationParams:
-    """How a photo is changed; the defaults leave it as it is.
+    """Fixed parameters of augmentations; the defaults are the identity.
 
     Args:
-        brightness: from 0, black, to 2, white; 1 changes nothing.
-        contrast: factor from 0 on.
-        saturation: factor from 0, gray, on.
-        hue: turn of the color circle in [-0.5, 0.5].
-        rotation: degrees, to the left.
-        perspective: share of the height that the right edge loses, or if negative the left edge, in [-1, 1].
-        blur: deviation of the Gaussian in pixels.
-        noise: deviation of the added noise, of values in [0, 1].
+        brightness: in [0, 2]; 0 is black, 2 white.
+        contrast: non-negative factor.
+        saturation: non-negative factor; 0 is gray.
+        hue: shift of the hue in [-0.5, 0.5] turns.
+        rotation: degrees, counterclockwise.
+        perspective: fraction of the height by which the right edge, or if negative the left edge, shrinks, in [-1, 1].
+        blur: standard deviation of the Gaussian blur in pixels.
+        noise: standard deviation of the Gaussian noise, for values in [0, 1].
     """
 
     brightness: float = 1.0
@@ -140,29 +132,26 @@ class AugmentationParams:
     noise: float = 0.0
 
 
-def augment(images: Tensor, changes: AugmentationParams) -> Tensor:
-    """Change images by kornia's augmentations, each with the one strength that is asked for.
-
-    The noise is the same whenever it is drawn, so that an image changes by what was changed alone.
+def augment(images: Tensor, params: AugmentationParams) -> Tensor:
+    """Apply kornia's augmentations with fixed parameters, including fixed noise.
 
     Args:
         images: images :math:`(B, 3, H, W)` in [0, 1].
-        changes: the strengths.
+        params: the parameters.
 
     Returns:
-        Images of the same shape in [0, 1]; what came in where nothing is to be changed.
+        Images of the same shape in [0, 1]; the input itself for the default parameters.
     """
-    thin = min(images.shape[-2:]) == 1  # a line has no perspective
-    for name, value in vars(changes).items():
+    thin = min(images.shape[-2:]) == 1  # a perspective transform needs two rows and columns
+    for name, value in vars(params).items():
         if value != getattr(AugmentationParams, name) and not (thin and name == "perspective"):
             step, fixed = _step(name, value, images)
-            params = step.forward_parameters(images.shape) | fixed
-            images = step(images, params=params).clamp(0, 1)
+            images = step(images, params=step.forward_parameters(images.shape) | fixed).clamp(0, 1)
     return images
 
 
 def _step(name: str, value: float, images: Tensor) -> tuple[K.AugmentationBase2D, dict[str, Tensor]]:
-    """Return an augmentation that always has this strength, and what else it is not to draw at random."""
+    """Return an augmentation with a fixed parameter, and further parameters in place of random ones."""
     if name == "perspective":
         return K.RandomPerspective(abs(value), p=1.0), {"end_points": _corners(images, value)}
     if name == "noise":
@@ -170,14 +159,14 @@ def _step(name: str, value: float, images: Tensor) -> tuple[K.AugmentationBase2D
         return K.RandomGaussianNoise(std=value, p=1.0), {"gaussian_noise": value * noise.to(images)}
     only = (value, value)
     if name == "blur":
-        return K.RandomGaussianBlur(kernel_size(value, images), only, p=1.0), {}
+        return K.RandomGaussianBlur(visualization.kernel_size(value, images), only, p=1.0), {}
     return getattr(K, f"Random{name.capitalize()}")(only, p=1.0), {}
 
 
 def _corners(images: Tensor, perspective: float) -> Tensor:
-    """Return where the corners of images go, clockwise from the upper left, :math:`(B, 4, 2)`."""
+    """Return the target corners of images, clockwise from the upper left, :math:`(B, 4, 2)`."""
     bottom, right = (side - 1.0 for side in images.shape[-2:])
-    cut = min(abs(perspective), 0.98) * bottom / 2  # an edge without length has no way back
+    cut = min(abs(perspective), 0.98) * bottom / 2  # an edge of length 0 is not invertible
     left_cut, right_cut = (0.0, cut) if perspective > 0 else (cut, 0.0)
     corners = [[0, left_cut], [right, right_cut], [right, bottom - right_cut], [0, bottom - left_cut]]
     return torch.tensor(corners, device=images.device).expand(len(images), 4, 2)
@@ -185,21 +174,21 @@ def _corners(images: Tensor, perspective: float) -> Tensor:
 
 @torch.inference_mode()
 def compare(
-    classifier: ImageClassifier, photo: Photo, changes: AugmentationParams, top_k: int = 5
+    classifier: ImageClassifier, photo: Photo, params: AugmentationParams, top_k: int = 5
 ) -> tuple[Image.Image, list[Row]]:
-    """Change a photo and tell how the prediction moves.
+    """Augment a photo and compare the predictions.
 
     Args:
-        classifier: the network, in evaluation mode.
+        classifier: the classifier, in evaluation mode.
         photo: the photo.
-        changes: what to do with it.
-        top_k: how many classes to tell: those with the highest score before or after.
+        params: parameters of the augmentations.
+        top_k: number of classes with the highest score before or after.
 
     Returns:
-        The changed photo, and rows of a label and its score in [0, 1] before and after, the highest first.
+        The augmented photo, and rows of a label and its scores in [0, 1] before and after, in descending order.
     """
     image = photo.tensor(classifier)
-    changed = augment(image, changes)
+    changed = augment(image, params)
     before, after = classifier(torch.cat([image, changed])).float().softmax(1)
     names = _names(classifier)
     highest = torch.maximum(before, after)
@@ -210,47 +199,46 @@ def compare(
 
 @torch.inference_mode()
 def show_features(classifier: ImageClassifier, photo: Photo) -> list[tuple[Image.Image, str]]:
-    """Draw what the four stages of a network hold, the principal components of their channels as color.
+    """Draw the feature maps of the four stages, the principal components of their channels as colors.
 
     Args:
-        classifier: the network, in evaluation mode.
+        classifier: the classifier, in evaluation mode.
         photo: the photo.
 
     Returns:
-        For each stage its image, with the cells as squares, and a line about its map.
+        An image and a caption per stage.
     """
     drawn = []
-    for number, features in enumerate(stage_features(classifier, photo.tensor(classifier)), 1):
-        image = to_pil(feature_colors(features)[0])
-        scale = max(1, round(TILE / max(image.size)))
-        size = (image.width * scale, image.height * scale)
+    for number, features in enumerate(visualization.stage_features(classifier, photo.tensor(classifier)), 1):
+        image = to_pil(visualization.feature_colors(features)[0])
         channels, height, width = features.shape[1:]
-        about = f"stage {number}: {channels} channels of {height} x {width} cells"
-        drawn.append((image.resize(size, Image.Resampling.NEAREST), about))
+        caption = f"stage {number}: {channels} channels of {height} x {width} cells"
+        scale = max(1, round(TILE / max(image.size)))
+        drawn.append((ImageOps.scale(image, scale, Image.Resampling.NEAREST), caption))
     return drawn
 
 
 @dataclass(frozen=True)
 class UserPrompts:
-    """What a visitor marked on a photo, in pixels of it; each mark gives a new record.
+    """Point and box prompts of a user in pixels of the photo; immutable.
 
     Args:
-        points: x, y and 1 for a point on the object or 0 for one off it.
-        corner: the first corner of a box that is being drawn.
+        points: x, y and label: 1 foreground, 0 background.
+        corner: first corner of an incomplete box.
         box: left, top, right and bottom.
     """
 
     points: tuple[tuple[float, float, int], ...] = ()
-    corner: Point | None = None
+    corner: tuple[float, float] | None = None
     box: tuple[float, float, float, float] | None = None
 
     def add_point(self, x: float, y: float, on: bool) -> UserPrompts:
-        """Mark a point on or off the object.
+        """Add a point prompt.
 
         Args:
             x: column in pixels of the photo.
             y: row in pixels of the photo.
-            on: whether the point is on the object.
+            on: whether the point is foreground.
 
         Returns:
             The new prompts.
@@ -258,7 +246,7 @@ class UserPrompts:
         return dataclasses.replace(self, points=(*self.points, (x, y, int(on))))
 
     def add_corner(self, x: float, y: float) -> UserPrompts:
-        """Mark a corner of the box; the second makes the box, and a third starts another.
+        """Add a corner of the box; the second completes it, a third starts a new box.
 
         Args:
             x: column in pixels of the photo.
@@ -268,7 +256,7 @@ class UserPrompts:
             The new prompts.
 
         Raises:
-            ValueError: if the second lies on a line with the first.
+            ValueError: if the box is empty.
         """
         if self.corner is None:
             return dataclasses.replace(self, corner=(x, y), box=None)
@@ -279,69 +267,69 @@ class UserPrompts:
 
     @property
     def ready(self) -> bool:
-        """Whether the marks say what to look for."""
+        """Whether there is a box or a foreground point."""
         return self.box is not None or any(on for *_, on in self.points)
 
 
-def segment_prompts(sam: MobileSAM, photo: Photo, marks: UserPrompts) -> tuple[Image.Image, str]:
-    """Find what a visitor marked.
+def segment_prompts(sam: MobileSAM, photo: Photo, prompts: UserPrompts) -> tuple[Image.Image, str]:
+    """Predict the mask of a user's prompts.
 
     Args:
         sam: the network.
         photo: the photo.
-        marks: what is marked, :attr:`~UserPrompts.ready`.
+        prompts: the prompts, :attr:`~UserPrompts.ready`.
 
     Returns:
-        The photo with the mask and the marks, and a sentence about it.
+        The photo with mask and prompts, and a message with area and predicted IoU.
 
     Raises:
-        ValueError: if nothing on the object is marked.
+        ValueError: if there are no prompts.
     """
-    points, labels, boxes = _prompts(marks)
+    points, labels, boxes = _to_tensors(prompts)
     found = sam.predict_best(photo.embed(sam), points, labels, boxes)
     (mask,) = found.masks()[:, 0].cpu()
-    share, score = mask.float().mean().item(), found.scores.item()
-    return draw_prompts(photo, marks, [mask]), f"The mask covers {share:.1%} of the photo; predicted IoU {score:.2f}."
+    message = f"The mask covers {mask.float().mean():.1%} of the photo; predicted IoU {found.scores.item():.2f}."
+    return draw_prompts(photo, prompts, [mask]), message
 
 
-def draw_prompts(photo: Photo, marks: UserPrompts, masks: Sequence[Tensor] = ()) -> Image.Image:
-    """Draw masks and marks over a photo; a box that has one corner yet is a dot there."""
-    points, labels, boxes = _prompts(marks)
-    if marks.corner is not None:
-        x, y = marks.corner
+def draw_prompts(photo: Photo, prompts: UserPrompts, masks: Sequence[Tensor] = ()) -> Image.Image:
+    """Draw masks and prompts on a photo; an incomplete box as a dot at its corner."""
+    points, labels, boxes = _to_tensors(prompts)
+    if prompts.corner is not None:
+        x, y = prompts.corner
         boxes = torch.tensor([[x - 2, y - 2, x + 2, y + 2]])
     if points is not None and labels is not None:
         points, labels = points[0], labels[0]
-    return draw_overlay(to_pixels(photo.image), masks, points, labels, boxes)
+    return visualization.draw_overlay(to_pixels(photo.image), masks, points, labels, boxes)
 
 
 def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) -> tuple[Image.Image, str]:
-    """Find all there is in a photo.
+    """Segment everything in a photo.
 
     Args:
         sam: the network.
         photo: the photo.
-        points_per_side: points of the grid along a side of the photo.
+        points_per_side: points of the grid along each side of the photo.
 
     Returns:
-        The photo with all masks, small ones on top, and a sentence about them.
+        The photo with all masks, small ones on top, and a message with their number.
     """
-    # Encoded, because hundreds of masks of a photo take much memory.
+    # RLE: hundreds of binary masks would take much memory.
     (masks,) = sam.generate_masks(photo.embed(sam), points_per_side=points_per_side, output_mode="coco_rle")
     masks.sort(key=lambda mask: mask.area, reverse=True)
     decoded = (torch.from_numpy(decode_rle(cast("RLE", mask.segmentation))) for mask in masks)
-    told = f"Found {len(masks)} {'mask' if len(masks) == 1 else 'masks'} at {points_per_side**2} points."
-    return draw_overlay(to_pixels(photo.image), decoded), told
+    message = f"Found {len(masks)} {'mask' if len(masks) == 1 else 'masks'} at {points_per_side**2} points."
+    return visualization.draw_overlay(to_pixels(photo.image), decoded), message
 
 
-def _prompts(marks: UserPrompts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Return marks as the points :math:`(1, N, 2)`, labels :math:`(1, N)` and box :math:`(1, 4)` of one prompt."""
-    points, labels = torch.tensor(marks.points, dtype=torch.float32).view(1, -1, 3).split((2, 1), 2)
-    box = None if marks.box is None else torch.tensor([marks.box], dtype=torch.float32)
-    return (points, labels[..., 0].long(), box) if marks.points else (None, None, box)
+def _to_tensors(prompts: UserPrompts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Return points :math:`(1, N, 2)`, labels :math:`(1, N)` and box :math:`(1, 4)` of one prompt."""
+    points, labels = torch.tensor(prompts.points, dtype=torch.float32).view(1, -1, 3).split((2, 1), 2)
+    box = None if prompts.box is None else torch.tensor([prompts.box], dtype=torch.float32)
+    return (points, labels[..., 0].long(), box) if prompts.points else (None, None, box)
 
 
 def _names(classifier: ImageClassifier) -> list[str]:
-    """Return names of the classes of which no two are alike; ImageNet has two cranes."""
+    """Return unique class names; ImageNet has two classes named crane."""
     counts = Counter(classifier.class_names)
     return [f"{name} ({i})" if counts[name] > 1 else name for i, name in enumerate(classifier.class_names)]

@@ -99,7 +99,7 @@ class TestErrors:
             port = str(taken.getsockname()[1])
             told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web", "--port", port)
         assert f"Port {port} of 127.0.0.1 cannot be used" in told
-        assert "choose another by --port, 0 for any that is free" in told
+        assert "Choose another --port, or 0." in told
 
     def test_empty_options_of_the_page_are_the_defaults(self, weights, monkeypatch):
         page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
@@ -112,4 +112,4 @@ class TestErrors:
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "kornia_tinyvit.web.page", raising=False)
         told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web")
-        assert told == "Error: The page needs gradio: pip install 'kornia-tinyvit[demo]'."
+        assert told == "Error: The web demo needs gradio: pip install 'kornia-tinyvit[demo]'."

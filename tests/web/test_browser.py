@@ -1,4 +1,4 @@
-"""The page in a browser: the command's own process, Debian's Chromium, and a visitor's clicks."""
+"""The web demo in a browser: the command in a process, and a user in Chromium."""
 
 import json
 import os
@@ -17,10 +17,12 @@ from tests.sam.test_model import lively
 
 pytest.importorskip("gradio", reason="needs the extra demo")
 
+pytestmark = pytest.mark.slow  # a process of the command and a browser
+
 SECONDS = 60  # for anything on a busy machine
 WIDE, PHONE = {"width": 1360, "height": 900}, {"width": 390, "height": 844}
 
-# Writes down every address outside of the machine that the process wants to reach.
+# Records every address outside of the machine that the process connects to.
 WATCH = """
 import os, sys
 
@@ -41,13 +43,13 @@ def reached(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory, reached):
-    """The running page, of the embedded network and a small MobileSAM, started behind a proxy that is not there."""
+    """URL of the running web demo with the embedded network and a small MobileSAM, behind an unreachable proxy."""
     folder = tmp_path_factory.mktemp("server")
     (folder / "sitecustomize.py").write_text(WATCH)
     weights = save_checkpoint(lively(), folder / "sam.safetensors")
     proxies = dict.fromkeys(("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY"), "http://127.0.0.1:9")
     paths = os.pathsep.join([str(folder), str(Path(__file__).parents[2])])
-    command = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0", "--sam", str(weights)]
+    command = [sys.executable, "-m", "kornia_tinyvit", "demo", "--web", "--port", "0", "--sam-weights", str(weights)]
     with subprocess.Popen(
         command,
         env=os.environ | proxies | {"PYTHONPATH": paths, "REACHED": str(reached), "TMPDIR": str(folder)},
@@ -55,24 +57,24 @@ def address(tmp_path_factory, reached):
         stdout=subprocess.PIPE,
         text=True,
     ) as process:
-        told = process.stdout.readline()
-        yield re.search(r"http://127\.0\.0\.1:\d+/", told)[0]
+        line = process.stdout.readline()
+        yield re.search(r"http://127\.0\.0\.1:\d+/", line)[0]
         process.terminate()
         process.wait(SECONDS)
-    assert not list(folder.glob("kornia-tinyvit-*"))  # what visitors brought is gone
+    assert not list(folder.glob("kornia-tinyvit-*"))  # uploads are deleted
 
 
 class Visit:
-    """A visitor's page, with what it asked for and complained of."""
+    """A user's page with its requests and errors."""
 
     def __init__(self, chromium, address, viewport=WIDE, color_scheme="light"):
         self.context = chromium.new_context(viewport=viewport, color_scheme=color_scheme)
         self.page = self.context.new_page()
         self.page.set_default_timeout(1000 * SECONDS)
-        self.requests, self.complaints = [], []
+        self.requests, self.errors = [], []
         self.page.on("request", lambda request: self.requests.append(request.url))
-        self.page.on("console", lambda line: line.type == "error" and self.complaints.append(line.text))
-        self.page.on("pageerror", lambda error: self.complaints.append(str(error)))
+        self.page.on("console", lambda line: line.type == "error" and self.errors.append(line.text))
+        self.page.on("pageerror", lambda error: self.errors.append(str(error)))
         self.page.goto(address)
         self.wait("#labels", "cat")
 
@@ -103,7 +105,7 @@ class Visit:
         self.page.locator("#photo input[type=file]").set_input_files(path)
 
     def wait_until_drawn(self, place: str) -> None:
-        """Wait until a place has images, and all of them their pixels."""
+        """Wait until a component has images and all of them are loaded."""
         script = """place => {
             const images = [...document.querySelectorAll(place + " img")];
             return images.length > 0 && images.every(each => each.naturalWidth > 0);
@@ -111,7 +113,7 @@ class Visit:
         self.page.wait_for_function(script, arg=place)
 
     def wait_until_idle(self, place: str) -> None:
-        """Wait until a place takes clicks again: until then a veil lies over it, which a click of ours could hit."""
+        """Wait until a component accepts clicks again: until then an overlay intercepts them."""
         script = """place => [...document.querySelectorAll(place + " [data-testid=status-tracker]")]
             .every(each => each.classList.contains("hide"))"""
         self.page.wait_for_function(script, arg=place)
@@ -121,7 +123,7 @@ class Visit:
 
 
 def test_visit(chromium, address, reached):
-    """Upload, slider, clicks, everything, features; nobody else is asked, and nothing is complained of."""
+    """Upload, slider, clicks, everything, features: without requests to other hosts and without errors."""
     with Visit(chromium, address) as visit:
         visit.upload(PHOTOS / "horse.png")
         visit.wait("#labels", "horse")
@@ -142,54 +144,54 @@ def test_visit(chromium, address, reached):
         masks = visit.page.locator("#masks img")
         plain = visit.look("#masks img", "src")
         masks.click()
-        visit.wait("#told", "The mask covers")
+        visit.wait("#status", "The mask covers")
         one = visit.wait_for_change("#masks img", "src", plain)
         visit.wait_until_idle("#masks")
         visit.page.get_by_label("corner of a box").check()
         masks.click(position={"x": 20, "y": 20})
-        visit.wait("#told", "Now click the opposite corner")
+        visit.wait("#status", "Now click the opposite corner")
         visit.wait_for_change("#masks img", "src", one)
         visit.wait_until_idle("#masks")
         masks.click(position={"x": 200, "y": 150})
-        visit.wait("#told", "The mask covers")
+        visit.wait("#status", "The mask covers")
         visit.wait_until_drawn("#masks")
         visit.wait_until_idle("#masks")
         visit.page.get_by_label("8", exact=True).check()
         visit.page.locator("#everything").click()
-        visit.page.locator("#told").filter(has_text=re.compile(r"Found \d+ masks? at 64 points\.")).wait_for()
+        visit.page.locator("#status").filter(has_text=re.compile(r"Found \d+ masks? at 64 points\.")).wait_for()
         visit.page.get_by_role("button", name="Clear", exact=True).last.click()
-        visit.wait("#told", "Click points on an object")
+        visit.wait("#status", "Click points on an object")
 
         visit.open_tab("Features")
         visit.page.get_by_text("stage 4: 160 channels").wait_for()
         visit.wait_until_drawn(".stage")
         assert [url for url in visit.requests if not url.startswith((address, "data:", "blob:"))] == []
-        assert visit.complaints == []
+        assert visit.errors == []
     assert not reached.exists(), reached.read_text()
 
 
-def test_refusals(chromium, address, tmp_path):
-    """A text, a bomb and a large file are refused in sentences, and the page goes on."""
+def test_errors(chromium, address, tmp_path):
+    """A text file, a decompression bomb and a large file show an error, and the page keeps working."""
     (tmp_path / "<b>notes.png").write_text("no image")
     Image.new("1", (8000, 6000)).save(tmp_path / "bomb.png")
     (tmp_path / "large.png").write_bytes(bytes(21 * 2**20))
     with Visit(chromium, address) as visit:
-        for name, sentence in (
+        for name, message in (
             ("<b>notes.png", "notes.png is not an image that can be read"),
             ("bomb.png", "bomb.png is not an image that can be read: it has 8000x6000 pixels"),
             ("large.png", "maximum allowed size of 20"),
         ):
             visit.upload(tmp_path / name)
-            visit.page.get_by_text(sentence).first.wait_for()
-            # The sentence comes before the place is emptied; what is there until then cannot be removed by a click.
+            visit.page.get_by_text(message).first.wait_for()
+            # The message is shown before the component is cleared, and until then a click cannot remove the image.
             visit.page.locator("#photo img").wait_for(state="detached")
         visit.page.locator("#examples img").last.click()
         visit.page.locator("#labels").filter(has_text="%").wait_for()
         visit.wait_until_drawn("#photo")
 
 
-def test_files_of_the_machine_are_out_of_reach(address, tmp_path):
-    """A request made by hand for an image that nobody uploaded."""
+def test_rejects_files_of_the_server(address, tmp_path):
+    """A handmade request for an image that was not uploaded."""
     Image.new("RGB", (50, 50)).save(tmp_path / "private.png")
     with urllib.request.urlopen(f"{address}config") as answer:
         config = json.load(answer)
@@ -207,9 +209,9 @@ def test_files_of_the_machine_are_out_of_reach(address, tmp_path):
 
 
 def test_phone(chromium, address):
-    """A small screen, dark: all tabs are at hand, and nothing is wider than the screen."""
+    """A small screen in dark mode: all tabs are visible, and nothing overflows."""
     with Visit(chromium, address, PHONE, "dark") as visit:
         for tab in ("Classify", "Augment", "Segment", "Features"):
             visit.open_tab(tab)
             assert not visit.overflows()
-        assert visit.complaints == []
+        assert visit.errors == []

@@ -1,4 +1,4 @@
-"""The page itself, without a browser."""
+"""The page of the web demo, without a browser."""
 
 import dataclasses
 import re
@@ -13,7 +13,7 @@ from kornia_tinyvit.web.views import AugmentationParams
 page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
 
 
-def test_labels_are_no_markup():
+def test_labels_are_escaped():
     table = page.score_table([("<script>", 0.25, 1.0)])
     assert "&lt;script&gt;" in table
     assert "<script>" not in table
@@ -21,7 +21,7 @@ def test_labels_are_no_markup():
     assert re.findall(r">([\d.]+)%<", table) == ["25.0", "100.0"]
 
 
-def test_a_photo_that_comes_while_another_is_opened_is_opened_next():
+def test_uploads_are_queued():
     classifier = ImageClassifier.from_config("1m", pretrained="cifar10")
     events = page.build_page(classifier, "mobile_sam", "cpu", [ASSETS / "photos" / "chelsea.png"]).config[
         "dependencies"
@@ -33,7 +33,7 @@ def test_a_photo_that_comes_while_another_is_opened_is_opened_next():
     assert {event["trigger_mode"] for event in (opening, *shown)} == {"always_last"}
 
 
-def test_a_slider_for_each_change():
+def test_one_slider_per_augmentation():
     assert list(page.SLIDERS) == [each.name for each in dataclasses.fields(AugmentationParams)]
     for name, (low, high, step) in page.SLIDERS.items():
         assert low <= getattr(AugmentationParams, name) <= high
@@ -42,22 +42,22 @@ def test_a_slider_for_each_change():
         )
 
 
-def test_weights_that_cannot_be_had(monkeypatch):
-    """The tab says so, where the weights may be had, and what to do; and it is tried again."""
-    tried = []
+def test_failed_download(monkeypatch):
+    """The error lists the URLs of the weights and the option for a file; the download is retried."""
+    attempts = []
 
     def no_network(urls, **_):
-        tried.append(urls)
+        attempts.append(urls)
         raise RuntimeError("no network")
 
     monkeypatch.setattr(tensors, "download_file_from_url", no_network)
     for _ in range(2):
-        with pytest.raises(page.gr.Error) as refused:
-            page._telling(page._load_sam)("mobile_sam", "cpu")
-        assert all(url in refused.value.message for url in find_weights("5m", "mobile_sam").urls)
-        assert "On the command line that is --sam FILE." in refused.value.message
-    assert len(tried) == 2
+        with pytest.raises(page.gr.Error) as raised:
+            page._with_errors(page._load_sam)("mobile_sam", "cpu")
+        assert all(url in raised.value.message for url in find_weights("5m", "mobile_sam").urls)
+        assert "On the command line: --sam-weights FILE." in raised.value.message
+    assert len(attempts) == 2
 
 
-def test_sentences_are_no_markup():
-    assert page._sentence(ValueError("<img src=x>\n is no image")) == "&lt;img src=x&gt; is no image"
+def test_messages_are_no_markup():
+    assert page._message(ValueError("<img src=x>\n is no image")) == "&lt;img src=x&gt; is no image"

@@ -1,4 +1,4 @@
-"""What the page shows of a photo."""
+"""Results that the web demo shows for a photo."""
 
 import dataclasses
 import io
@@ -74,9 +74,9 @@ class TestOpenPhoto:
 
     def test_text(self, tmp_path):
         (tmp_path / "notes.png").write_text("no image")
-        with pytest.raises(ValueError, match=r"^notes\.png is not an image that can be read") as refused:
+        with pytest.raises(ValueError, match=r"^notes\.png is not an image that can be read") as raised:
             open_photo(tmp_path / "notes.png")
-        assert str(tmp_path) not in str(refused.value)
+        assert str(tmp_path) not in str(raised.value)
 
     def test_truncated(self, tmp_path):
         whole = io.BytesIO()
@@ -88,7 +88,7 @@ class TestOpenPhoto:
     def test_too_many_pixels(self, tmp_path, monkeypatch):
         Image.new("1", (8000, 5001)).save(tmp_path / "large.png")
         monkeypatch.setattr(Image.Image, "load", lambda _: pytest.fail("was decoded"))
-        with pytest.raises(ValueError, match=r"it has 8000x5001 pixels, more than 40000000 in all"):
+        with pytest.raises(ValueError, match=r"it has 8000x5001 pixels, more than 40000000 in total"):
             open_photo(tmp_path / "large.png")
 
 
@@ -125,7 +125,7 @@ class TestAugment:
         ],
     )
     def test_each(self, name, value):
-        """Changes the image, always alike, and stays in range; and tells all there are."""
+        """The result differs from the image, is deterministic and stays in [0, 1]."""
         images = torch.rand(1, 3, 20, 30)
         changed = augment(images, AugmentationParams(**{name: value}))
         assert changed.shape == images.shape
@@ -137,7 +137,7 @@ class TestAugment:
         assert name in {each.name for each in dataclasses.fields(AugmentationParams)}
 
     def test_directions(self):
-        """A turn to the left brings what is on the right to the top; perspective takes the right edge's ends."""
+        """Rotation is counterclockwise; positive perspective shrinks the right edge."""
         images = torch.zeros(1, 3, 21, 21)
         images[..., 10, 18] = 1
         assert augment(images, AugmentationParams(rotation=90.0))[0, 0, 2, 10] > 0.9
@@ -158,7 +158,7 @@ class TestCompare:
         scores, _ = explain(classifier, photo, top_k=7)
         darker, _ = explain(classifier, Photo(changed), top_k=7)
         assert {label: before for label, before, _ in rows} == pytest.approx(scores, rel=1e-3)
-        assert {label: after for label, _, after in rows} == pytest.approx(darker, rel=2e-2)  # it was rounded to levels
+        assert {label: after for label, _, after in rows} == pytest.approx(darker, rel=2e-2)  # rounded to uint8
         highest = [max(scores) for _, *scores in rows]
         assert highest == sorted(highest, reverse=True)
 
@@ -178,20 +178,20 @@ class TestFeatures:
             assert 300 < image.width < 700
 
 
-class TestMarks:
+class TestUserPrompts:
     def test_box(self):
-        marks = UserPrompts().add_corner(30, 5)
-        assert (marks.corner, marks.box, marks.ready) == ((30, 5), None, False)
-        marks = marks.add_corner(10, 20)
-        assert (marks.corner, marks.box, marks.ready) == (None, (10, 5, 30, 20), True)
-        assert marks.add_corner(1, 2) == UserPrompts((), (1, 2), None)
+        prompts = UserPrompts().add_corner(30, 5)
+        assert (prompts.corner, prompts.box, prompts.ready) == ((30, 5), None, False)
+        prompts = prompts.add_corner(10, 20)
+        assert (prompts.corner, prompts.box, prompts.ready) == (None, (10, 5, 30, 20), True)
+        assert prompts.add_corner(1, 2) == UserPrompts((), (1, 2), None)
 
     def test_points(self):
-        marks = UserPrompts().add_point(1, 2, on=False)
-        assert not marks.ready
-        marks = marks.add_point(3, 4, on=True)
-        assert marks.ready
-        assert marks.points == ((1, 2, 0), (3, 4, 1))
+        prompts = UserPrompts().add_point(1, 2, on=False)
+        assert not prompts.ready
+        prompts = prompts.add_point(3, 4, on=True)
+        assert prompts.ready
+        assert prompts.points == ((1, 2, 0), (3, 4, 1))
 
     @pytest.mark.parametrize("second", [(30, 20), (10, 5), (30, 5)])
     def test_empty_box(self, second):
@@ -210,15 +210,15 @@ class TestSegment:
         assert calls == [photo.image]
 
     def test_mask(self, sam, photo):
-        overlay, told = segment_prompts(sam, photo, UserPrompts(((200, 150, 1), (20, 280, 0))))
+        overlay, message = segment_prompts(sam, photo, UserPrompts(((200, 150, 1), (20, 280, 0))))
         points, labels = torch.tensor([[[200.0, 150.0], [20.0, 280.0]]]), torch.tensor([[1, 0]])
         (found,) = sam.predict_masks(sam.embed(CAT), points, labels, multimask_output=False)
-        share = found.masks().float().mean().item()
-        assert told == f"The mask covers {share:.1%} of the photo; predicted IoU {found.scores.item():.2f}."
+        fraction = found.masks().float().mean().item()
+        assert message == f"The mask covers {fraction:.1%} of the photo; predicted IoU {found.scores.item():.2f}."
         changed = (np.asarray(overlay) != np.asarray(photo.image)).any(2)
-        assert changed.mean() == pytest.approx(share, abs=0.02)
+        assert changed.mean() == pytest.approx(fraction, abs=0.02)
 
-    def test_nothing_marked(self, sam, photo):
+    def test_no_prompts(self, sam, photo):
         with pytest.raises(ValueError, match="There are no prompts"):
             segment_prompts(sam, photo, UserPrompts())
 
@@ -226,6 +226,6 @@ class TestSegment:
         whole = MobileSAM.generate_masks
         easy = {"pred_iou_thresh": -1e9, "stability_score_thresh": 0.0, "box_nms_thresh": 1.0}
         monkeypatch.setattr(MobileSAM, "generate_masks", lambda self, image, **more: whole(self, image, **easy, **more))
-        overlay, told = segment_everything(sam, photo, 2)
-        assert re.fullmatch(r"Found \d+ masks at 4 points\.", told)
+        overlay, message = segment_everything(sam, photo, 2)
+        assert re.fullmatch(r"Found \d+ masks at 4 points\.", message)
         assert (np.asarray(overlay) != np.asarray(photo.image)).any()
