@@ -1,37 +1,77 @@
-"""The display of progress."""
+"""Progress on stderr: a bar on a terminal, otherwise plain lines."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
+import sys
+import time
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any, Self
 
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn, track
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-__all__ = ["progress_bar", "track_progress"]
+__all__ = ["ProgressBar", "track_progress"]
 
-Item = TypeVar("Item")
+_LINE_FRACTION, _LINE_SECONDS, _MIN_SECONDS = 0.1, 30.0, 3.0
 
 
-def progress_bar(shown: bool = True, counts: bool = True, fields: tuple[str, ...] = ()) -> Progress:
-    """Return a progress display: a context whose tasks show a description, a bar, and the time that remains.
+class ProgressBar:
+    """Show how much of a task is done, its rate and the time left, on stderr.
+
+    On a terminal it is a bar, which disappears at the end. Elsewhere, e.g. in a log file, it is a line such as
+    ``training 120/600, 12 images/s, 3:20 left`` every 10 % but not more often than every 3 seconds, and every
+    30 seconds. It is a context manager.
 
     Args:
+        name: name of the task.
+        total: number of steps.
         shown: whether to show anything.
-        counts: show how many of how many are done, otherwise percent.
-        fields: further texts, which ``add_task`` and ``update`` take by these names.
+        completed: number of steps that are done already.
     """
-    amount = MofNCompleteColumn() if counts else TextColumn("{task.percentage:.0f} %")
-    texts = [TextColumn(f"{{task.fields[{name}]}}") for name in fields]
-    columns = (TextColumn("{task.description}"), BarColumn(), amount, *texts, TimeRemainingColumn())
-    return Progress(*columns, disable=not shown)
+
+    def __init__(self, name: str, total: int, shown: bool = True, completed: int = 0) -> None:
+        console = Console(stderr=True)
+        self._prints_lines = shown and not console.is_terminal
+        columns = (
+            TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
+            TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
+        )  # fmt: skip
+        disable = not shown or self._prints_lines
+        self._bar = Progress(*columns, console=console, transient=True, disable=disable)
+        self._bar.add_task(name, total=total, completed=completed, text="")
+        self._printed = time.monotonic(), completed
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._bar.stop()
+
+    def update(self, advance: int = 1, text: str | None = None) -> None:
+        """Add completed steps, and replace the text behind their number, such as a rate."""
+        fields: dict[str, Any] = {} if text is None else {"text": text}
+        task = self._bar.tasks[0]
+        self._bar.update(task.id, advance=advance, **fields)
+        now, (then, completed) = time.monotonic(), self._printed
+        due = task.completed - completed >= _LINE_FRACTION * (task.total or 0) and now - then >= _MIN_SECONDS
+        if self._prints_lines and (due or now - then >= _LINE_SECONDS):
+            self._printed = now, int(task.completed)
+            minutes, seconds = divmod(int(task.time_remaining or 0), 60)
+            parts = (
+                f"{task.description} {task.completed:g}/{task.total:g}",
+                task.fields["text"],
+                f"{minutes}:{seconds:02} left",
+            )
+            print(", ".join(part for part in parts if part), file=sys.stderr, flush=True)
 
 
-def track_progress(items: Iterable[Item], description: str, shown: bool = True) -> Iterator[Item]:
-    """Yield items while a bar shows how many are done; it disappears at the end.
-
-    Args:
-        items: the items.
-        description: text beside the bar.
-        shown: show the bar.
-    """
-    yield from track(items, description, disable=not shown, transient=True)
+def track_progress(items: Any, name: str, shown: bool = True) -> Iterator[Any]:
+    """Yield the items of a collection and show how many are done."""
+    with ProgressBar(name, len(items), shown) as bar:
+        for item in items:
+            yield item
+            bar.update()

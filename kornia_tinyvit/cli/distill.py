@@ -21,7 +21,7 @@ from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.progress import progress_bar
+from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.training.recipes import find_recipe
 from kornia_tinyvit.training.run_folder import RunFolder
 
@@ -79,11 +79,11 @@ def save(request: SaveRequest) -> None:
         print(f"{records}: {readable_size(size)}")
     if not request.estimate:
         manifest = Manifest(num_classes=classes, top_k=top_k, teacher=description, **samples.describe())
-        with LabelStore.create(request.store, manifest) as store, progress_bar(request.shows_progress) as bar:
-            task = bar.add_task("saving", total=report["records"])
+        bar = ProgressBar("saving", report["records"], request.shows_progress)
+        with LabelStore.create(request.store, manifest) as store, bar:
             done = save_records(
                 store, teacher, samples, range(recipe.epochs), request.batch_size, request.workers, request.dtype,
-                lambda records: bar.update(task, advance=records),
+                bar.update,
             )  # fmt: skip
         report |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}
         if not request.as_json:

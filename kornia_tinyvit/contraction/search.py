@@ -18,7 +18,7 @@ from kornia_tinyvit.contraction.workers import Evaluate, open_workers, run_evalu
 from kornia_tinyvit.distillation.teachers import checksum
 from kornia_tinyvit.files import locked
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.progress import progress_bar
+from kornia_tinyvit.progress import ProgressBar
 
 __all__ = ["contract", "refine"]
 
@@ -179,7 +179,7 @@ def refine(
 class _Search:
     """State of a search. Results in the journal are reused, so a restarted search follows the same path.
 
-    The lock of the folder, the workers and the progress bar are closed by the stack.
+    The lock of the folder and the workers are closed by the stack.
     """
 
     def __init__(
@@ -199,7 +199,7 @@ class _Search:
         message = f"Another process searches in {out}; wait for it or give another folder."
         stack.enter_context(locked(out / ".lock", message, ValueError))
         self.workers = stack.enter_context(open_workers(processes))
-        self.bar = stack.enter_context(progress_bar(progress))
+        self.progress = progress
         self.seed, self.network = _config_of(seed), seed if isinstance(seed, TinyViT) else None
         self.budget, self.evaluate, self.weights = budget, evaluate, out / "weights"
         self.space, self.bench = space or SearchSpace(), bench or Bench()
@@ -272,14 +272,14 @@ class _Search:
         Args:
             rivals: the networks; of equally accurate ones the one nearer to the budget is better.
             parent: file of the weights that they inherit from.
-            title: description in the progress bar.
+            title: name in the progress bar.
             limit: constraint of the step, for the journal.
         """
         files = {each: self._file_of(each) for each in rivals if self.journal.find("evaluated", each) is None}
-        task = self.bar.add_task(title, total=len(rivals), completed=len(rivals) - len(files))
-        for config, values in run_evaluations(self.workers, self.evaluate, files, parent):
-            self.journal.write("evaluated", config, **values)
-            self.bar.advance(task)
+        with ProgressBar(title, len(rivals), self.progress, len(rivals) - len(files)) as bar:
+            for config, values in run_evaluations(self.workers, self.evaluate, files, parent):
+                self.journal.write("evaluated", config, **values)
+                bar.update()
         for config in rivals:
             line = self.journal.find("evaluated", config) or {}
             self.candidates[config] = dataclasses.replace(self.candidates[config], accuracy=line["accuracy"])

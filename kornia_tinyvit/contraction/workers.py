@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -56,6 +57,10 @@ def run_evaluations(
     try:
         for done in as_completed(running):
             yield running[done], done.result()
+    except KeyboardInterrupt:
+        for child in multiprocessing.active_children():
+            os.kill(child.pid or 0, signal.SIGINT)  # the trainings save their states, see data/interruption.py
+        raise
     finally:
         for future in running:
             future.cancel()
@@ -78,6 +83,7 @@ def _evaluate(evaluate: Evaluate, config: TinyViTConfig, parent: Path | None, fi
 
 def _init_worker(threads: int) -> None:
     torch.set_num_threads(threads)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_exit_with_parent, daemon=True).start()
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Generic, NamedTuple, TypeVar
@@ -248,6 +249,7 @@ def replay_loader(samples: Any, batches: Any, workers: int = 0) -> DataLoader[An
         batch_sampler=batches,
         num_workers=workers,
         collate_fn=_identity,
+        worker_init_fn=_ignore_sigint,
         generator=torch.Generator(),  # for the workers' seeds; by default they change the global random state
         pin_memory=torch.cuda.is_available(),
     )
@@ -276,6 +278,10 @@ class _ErrorReturning(Dataset[Any]):
             return [self.samples[key] for key in keys]
         except (BrokenImageError, OSError) as error:
             return error
+
+
+def _ignore_sigint(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C also reaches the workers; this process decides for them
 
 
 def _identity(batch: Any) -> Any:

@@ -18,7 +18,7 @@ from kornia_tinyvit.deploy.measurement import as_step, count_flops, interleaved,
 from kornia_tinyvit.deploy.optimization import DTYPES as KNOWN_DTYPES
 from kornia_tinyvit.deploy.optimization import Candidates, Optimized
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.progress import progress_bar
+from kornia_tinyvit.progress import ProgressBar
 
 __all__ = ["DTYPES", "Benchmark", "LabeledImages", "Row", "read_images"]
 
@@ -144,18 +144,17 @@ class Benchmark:
         calibration = () if self.images is None else self.images.calibration.split(16)
         candidates = Candidates(build_graph(self.network, self.method), calibration)
         pending = [row for row in rows if row.skipped is None]
-        with progress_bar(progress) as bar:
-            task = bar.add_task("", total=len(pending))
+        with ProgressBar("benchmark", len(pending), progress) as bar:
             for batch, group in itertools.groupby(pending, key=lambda row: row.batch):
                 inputs = synthetic_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
-                    bar.update(task, description=f"{row.engine} {row.dtype}, batch {batch}")
+                    bar.update(0, f"{row.engine} {row.dtype}, batch {batch}")
                     optimized = self._prepare(row, candidates, inputs)
                     if optimized is not None:
                         steps[number] = as_step(optimized, inputs)
-                    bar.advance(task)
-                bar.update(task, description=f"timing, batch {batch}")
+                    bar.update()
+                bar.update(0, f"timing, batch {batch}")
                 for number, seconds in interleaved(steps, repetitions).items():
                     self._fill_in(same[number], seconds)
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
+from kornia_tinyvit.data.interruption import Interruption
 from kornia_tinyvit.data.loader import Batch, Key, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore, Records, RecordStore, ShardWriter
@@ -90,6 +91,7 @@ def save_records(
         BrokenImageError: if an image is corrupt and ``samples`` does not skip corrupt images.
         StoreError: if a shard is damaged, or the outputs do not match the store.
         OSError: if the disk is full.
+        KeyboardInterrupt: after Ctrl-C (SIGINT), when the current batch is finished.
     """
     if device_of(teacher).type == "cpu":
         keep_memory()
@@ -120,15 +122,18 @@ def save_records(
     while waiting:
         locked: list[Key] = []
         try:
-            for batch in replay_loader(samples, take_shards(), workers):
-                writer, held = taken[0]
-                targets = _compute_targets(store, teacher, samples, batch, autocast)
-                written += writer.write(batch.params.indices, targets, batch.params.checksums())
-                broken.update(batch.broken)
-                progress(len(batch.labels))
-                if not len(writer.missing()):
-                    held.close()
-                    taken.popleft()
+            with Interruption() as interruption:
+                for batch in replay_loader(samples, take_shards(), workers):
+                    writer, held = taken[0]
+                    targets = _compute_targets(store, teacher, samples, batch, autocast)
+                    written += writer.write(batch.params.indices, targets, batch.params.checksums())
+                    broken.update(batch.broken)
+                    progress(len(batch.labels))
+                    if not len(writer.missing()):
+                        held.close()
+                        taken.popleft()
+                    if interruption.requested:
+                        raise KeyboardInterrupt
         finally:
             for _, held in taken:
                 held.close()

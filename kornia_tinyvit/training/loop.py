@@ -15,11 +15,12 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
+from kornia_tinyvit.data.interruption import Interruption
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import writing
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.progress import progress_bar
+from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
@@ -131,6 +132,8 @@ def train(
         ValueError: if the batch is not divisible by ranks and ``process_batch``, the augmentation has another size
             than the recipe, ``out`` holds another training or is in use, or the validation images have other classes.
         FloatingPointError: if the loss is not finite.
+        KeyboardInterrupt: after Ctrl-C (SIGINT), when the current step is finished and the state is saved. A second one
+            raises it at once.
         MissingExtraError: if accelerate is missing.
     """
     if samples.augmentation.img_size != recipe.img_size:
@@ -159,29 +162,43 @@ def train(
         per_epoch = batches.batches_per_epoch
         saved = time.perf_counter()
         began = saved - trainer.seconds
-        with progress_bar(progress and accelerator.is_main_process, counts=False, fields=("rate", "loss")) as bar:
-            bar_task = bar.add_task("training", total=batches.end, completed=trainer.done, rate="", loss="")
+        shown = progress and accelerator.is_main_process
+        with Interruption() as interruption, ProgressBar("training", batches.end, shown, trainer.done) as bar:
             for batch in replay_loader(samples, batches, workers):
                 trainer.train_batch(batch, per_epoch)
                 trainer.seconds = time.perf_counter() - began
-                bar.update(bar_task, completed=trainer.done)
+                bar.update()
                 epoch, inside = divmod(trainer.done, per_epoch)
-                if trainer.done % (log_every * trainer.accumulate) and inside:
+                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interruption.requested)
+                if trainer.done % (log_every * trainer.accumulate) and inside and not stop:
                     continue
                 line = trainer.log_metrics(per_epoch)
-                bar.update(bar_task, rate=f"{line['images_per_s']:.0f} images/s", loss=f"loss {line['loss']:.4f}")
+                bar.update(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}")
                 if not inside:
                     due = validation is not None and (epoch % validate_every == 0 or epoch == recipe.epochs)
                     trainer.end_epoch(epoch, validation, due, class_names, workers)
-                if not inside or broadcast_object_list([time.perf_counter() - saved > 60 * save_minutes])[0]:
+                late = time.perf_counter() - saved > 60 * save_minutes
+                if stop or not inside or broadcast_object_list([late])[0]:
                     trainer.save()
                     saved = trainer.logged = time.perf_counter()
+                if stop:
+                    break
         folder.close()
+    if trainer.done < batches.end:
+        raise KeyboardInterrupt
     accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # restores the network's own forward
     return TrainingResult(
         trainer.step, None if trainer.best < 0 else trainer.best, folder.weights("best"), folder.weights("last"),
         tuple(sorted(trainer.broken)), trainer.seconds, accelerator.is_main_process, task.metric,
     )  # fmt: skip
+
+
+def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+    if accelerator.num_processes == 1:
+        return flag
+    if flag:
+        accelerator.set_trigger()
+    return accelerator.check_trigger()
 
 
 def _create_accelerator(model: nn.Module, precision: str, cpu: bool) -> Accelerator:

@@ -13,12 +13,12 @@ import pytest
 import torch
 from PIL import Image
 
-from kornia_tinyvit import TinyViT, TinyViTConfig, save_checkpoint
+from kornia_tinyvit import TinyViT, TinyViTConfig, progress, save_checkpoint
 from kornia_tinyvit.cli.contract import change
 from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.helpers import error_of, json_lines, run
+from tests.helpers import error_of, json_lines, run, run_both
 from tests.scenes import CLASSES, make_images
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
@@ -70,11 +70,12 @@ class TestContract:
         trained = json.loads(run("train", str(folder), "--variant", told["winner"], *training, *out))
         assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
 
-    def test_text(self, folder, seed, tmp_path):
+    def test_text(self, folder, seed, tmp_path, monkeypatch):
         options = ("--max-parameters", "25k", "--weights", str(seed))
-        printed = run(*command(folder, seed, tmp_path / "out", *options))
+        monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
+        printed, notes = run_both(*command(folder, seed, tmp_path / "out", *options))
         assert (tmp_path / "out" / "weights" / "seed.safetensors").exists()
-        assert "step 2 of 2" in printed
+        assert "step 2 of 2" in notes
         rows = [line.split() for line in printed.splitlines() if "->" in line]
         assert len(rows) == sum(line["event"] == "kept" for line in journal(tmp_path / "out")) - 1
         assert all(int(row[3]) < int(row[1]) or float(row[3]) < float(row[1]) for row in rows)
@@ -82,7 +83,7 @@ class TestContract:
         assert " networks trained: " in last
         assert last.endswith("search.png")
 
-    def test_refine(self, folder, seed, tmp_path):
+    def test_refine(self, folder, seed, tmp_path, monkeypatch):
         """A network that lost more than it had to is improved within the same budget, and never left worse."""
         limits = ("--max-parameters", "25k", "--max-macs", "2.5e6")
         slim = TINY | {
@@ -95,8 +96,9 @@ class TestContract:
         start = save_checkpoint(TinyViT(**slim), tmp_path / "start.safetensors")
         trades = ("--refine", str(start), "--rounds", "1", "--candidates", "3", *limits, "--hold-out", "0.25")
         options = ("--variant", str(seed), *SMALL, *trades, "--out", str(tmp_path / "out"))
-        printed = run("contract", str(folder), *options)
-        assert "round 1 of 1" in printed
+        monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
+        _, notes = run_both("contract", str(folder), *options)
+        assert "round 1 of 1" in notes
         lines = journal(tmp_path / "out")
         found = {line["accuracy"] for line in lines if line["event"] == "evaluated"}
         assert sum(line["event"] == "evaluated" for line in lines) == 4

@@ -9,7 +9,7 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from kornia_tinyvit import MobileSAM, TinyViT, save_checkpoint
+from kornia_tinyvit import MobileSAM, TinyViT, progress, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import LoopRequest
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
@@ -49,9 +49,12 @@ class TestTrain:
         rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
 
-    def test_text(self, folder, tmp_path):
-        printed = run(*command(folder, tmp_path, "--validation", str(folder)))
-        assert "training" in printed
+    def test_text(self, folder, tmp_path, monkeypatch):
+        monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
+        printed, notes = run_both(*command(folder, tmp_path, "--validation", str(folder)))
+        assert notes.startswith("12 images, 3 classes; device ")
+        assert "weights random\n" in notes
+        assert "training 1/1, " in notes
         last = printed.strip().splitlines()[-1]
         assert last.startswith("1 steps in ")
         assert "top-1 " in last

@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from PIL import Image
 from torch.optim import optimizer as optimizers
 
-from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit import ImageClassifier, TinyViT, progress
 from kornia_tinyvit.data import ClassificationDataset, ReplayableAugmentation, ReplayedSamples
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
@@ -648,13 +648,14 @@ def test_without_tensorboard(folder, tmp_path, monkeypatch):
     assert len(losses(tmp_path / "out")) == STEPS
 
 
-def test_progress_bar(folder, tmp_path, capsys):
+def test_progress_bar(folder, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
     fit(folder, tmp_path / "out", replace(RECIPE, epochs=1), progress=True)
-    shown = capsys.readouterr().out
-    for part in ("training", "100 %", "images/s", f"loss {losses(tmp_path / 'out')[-1]:.4f}", "0:00:00"):
-        assert part in shown
+    out, shown = capsys.readouterr()
+    assert out == ""
+    assert "training 1/" in shown
     fit(folder, tmp_path / "quiet", replace(RECIPE, epochs=1))
-    assert capsys.readouterr().out == ""
+    assert capsys.readouterr() == ("", "")
 
 
 TWO = replace(FROZEN, ema_decay=0.5)

@@ -1,0 +1,66 @@
+"""Progress on a terminal and in a log file."""
+
+import io
+import re
+
+import pytest
+from rich.console import Console
+
+from kornia_tinyvit import progress
+from kornia_tinyvit.progress import ProgressBar, track_progress
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """Set the time that has passed."""
+    now = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_a_line_every_ten_percent(clock, capsys):
+    with ProgressBar("training", 100) as bar:
+        for step in range(30):
+            clock[0] += 1
+            bar.update(1, f"{step} images/s")
+    out, err = capsys.readouterr()
+    assert out == ""
+    lines = [line.split(", ")[:2] for line in err.splitlines()]
+    assert lines == [
+        ["training 10/100", "9 images/s"],
+        ["training 20/100", "19 images/s"],
+        ["training 30/100", "29 images/s"],
+    ]
+    assert all(line.endswith(" left") for line in err.splitlines())
+
+
+def test_a_line_every_thirty_seconds(clock, capsys):
+    with ProgressBar("training", 1000, completed=5) as bar:
+        for _ in range(4):
+            clock[0] += 15
+            bar.update()
+    assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
+        "training 7/1000",
+        "training 9/1000",
+    ]
+
+
+def test_short_tasks_print_nothing(clock, capsys):
+    assert list(track_progress(range(10), "evaluating")) == [*range(10)]
+    assert capsys.readouterr() == ("", "")
+
+
+def test_hidden(clock, capsys):
+    for _ in track_progress(range(10), "evaluating", shown=False):
+        clock[0] += 100
+    assert capsys.readouterr() == ("", "")
+
+
+def test_terminal(monkeypatch):
+    file = io.StringIO()
+    monkeypatch.setattr(progress, "Console", lambda **_: Console(file=file, force_terminal=True, width=100))
+    with ProgressBar("saving [a]", 4, completed=1) as bar:
+        bar.update(3, "12 images/s")
+    assert "saving [a]" in file.getvalue()
+    shown = re.sub(r"\x1b\[[\d;?]*\w", "", file.getvalue())
+    assert "4/4 12 images/s" in shown
