@@ -21,13 +21,10 @@ def mask_boxes(masks: Tensor) -> Tensor:
         >>> mask_boxes(torch.tensor([[[False, True], [False, True]]]))
         tensor([[1., 0., 2., 2.]])
     """
-    sides = []
-    for axis in (1, 2):  # columns, then rows
-        line = masks.any(axis).to(torch.uint8)
-        last = line.shape[1] - line.flip(1).argmax(1)
-        sides.append((line.argmax(1), last))
-    (left, right), (top, bottom) = sides
-    return torch.stack([left, top, right, bottom], 1).float() * line.any(1, keepdim=True)
+    lines = (masks.any(1).byte(), masks.any(2).byte())  # columns, rows
+    first = [line.argmax(1) for line in lines]
+    last = [line.shape[1] - line.flip(1).argmax(1) for line in lines]
+    return torch.stack(first + last, 1).float() * lines[1].any(1, keepdim=True)
 
 
 def central_points(masks: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from numbers import Real
 from typing import Any, Literal
 
 import numpy as np
@@ -17,7 +18,7 @@ from torch import Tensor
 from kornia_tinyvit import ops
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
-from kornia_tinyvit.sam.transforms import ImageLike, list_images, open_image
+from kornia_tinyvit.sam.transforms import Images, list_images, open_image
 
 __all__ = ["OUTPUT_MODES", "Mask", "MaskGenerator"]
 
@@ -123,8 +124,7 @@ class MaskGenerator:
     def __post_init__(self) -> None:
         if self.output_mode not in OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {self.output_mode!r}.")
-        others = ("point_grids", "output_mode", "dtype")
-        numbers = {name: value or 0 for name, value in vars(self).items() if name not in others}
+        numbers: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Real)}
         invalid = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _LIMIT]  # also NaN
         if invalid:
             raise ValueError(f"Settings must be finite numbers below 2**53; got {', '.join(invalid)}.")
@@ -156,9 +156,7 @@ class MaskGenerator:
         return grids
 
     @torch.no_grad()
-    def __call__(
-        self, sam: Any, image: ImageLike | Sequence[ImageLike] | ImageEmbedding
-    ) -> list[Mask] | list[list[Mask]]:
+    def __call__(self, sam: Any, image: Images | ImageEmbedding) -> list[Mask] | list[list[Mask]]:
         """Generate the masks of an image, several images, or an embedding.
 
         Args:
@@ -174,18 +172,16 @@ class MaskGenerator:
                 )
             sam.check_embedding(image)
             first = next(decoder.parameters())
-            return [self._generate(sam, decoder, None, whole.to(first.device, first.dtype)) for whole in image]
+            return [self._run(sam, decoder, None, whole.to(first.device, first.dtype)) for whole in image]
         images = list_images(image)
         results = []
         for start in range(0, len(images), self.batch_size):
             pixels = [open_image(each) for each in images[start : start + self.batch_size]]
             for each, whole in zip(pixels, sam.embed_pixels(pixels), strict=True):
-                results.append(self._generate(sam, decoder, each, whole))
+                results.append(self._run(sam, decoder, each, whole))
         return results[0] if len(images) == 1 and images[0] is image else results
 
-    def _generate(
-        self, sam: Any, decoder: FoldedMaskDecoder, pixels: Tensor | None, whole: ImageEmbedding
-    ) -> list[Mask]:
+    def _run(self, sam: Any, decoder: FoldedMaskDecoder, pixels: Tensor | None, whole: ImageEmbedding) -> list[Mask]:
         """Return the masks of an image; the pixels are needed only for crops."""
         size = whole.geometries[0].original_size
         crops = _crop_boxes(size, self.crop_n_layers, self.crop_overlap_ratio)
@@ -216,23 +212,21 @@ class MaskGenerator:
         ]
 
 
+@dataclass(eq=False)
 class _Crop:
     """A crop of an image with its embedding; the mapping of its masks to the image."""
 
-    def __init__(
-        self,
-        sam: Any,
-        decoder: FoldedMaskDecoder,
-        settings: MaskGenerator,
-        embedding: ImageEmbedding,
-        box: Box,
-        size: tuple[int, int],
-    ) -> None:
-        self.encoder, self.decoder, self.settings = sam.prompt_encoder, decoder, settings
-        self.threshold, self.box, self.size = sam.mask_threshold, box, size
-        self.geometry, features = embedding.geometries[0], embedding.features
-        _, dense = self.encoder(points=None, boxes=None, masks=None)
-        self.image = decoder.prepare(features, self.encoder.get_dense_pe(), dense)
+    sam: Any
+    decoder: FoldedMaskDecoder
+    settings: MaskGenerator
+    embedding: ImageEmbedding
+    box: Box
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        self.geometry, features = self.embedding.geometries[0], self.embedding.features
+        _, dense = self.sam.prompt_encoder(points=None, boxes=None, masks=None)
+        self.image = self.decoder.prepare(features, self.sam.prompt_encoder.get_dense_pe(), dense)
         low_size = (UPSCALING * features.shape[2], UPSCALING * features.shape[3])
         self.upsample = _Upsample(self.geometry, low_size, features.device)
 
@@ -260,7 +254,7 @@ class _Crop:
         for batch in points.split(size):
             mapped = self.geometry.map_points(batch)[:, None].to(device, torch.float32)
             labels = torch.ones(mapped.shape[:2], device=device)
-            sparse, _ = self.encoder(points=(mapped, labels), boxes=None, masks=None)
+            sparse, _ = self.sam.prompt_encoder(points=(mapped, labels), boxes=None, masks=None)
             prompted = self.decoder.prompt(self.image, sparse)
             iou = prompted.iou[:, 1:]  # the first mask is that of multimask_output=False
             passing = iou > threshold if threshold > 0 else torch.ones_like(iou).bool()
@@ -274,8 +268,8 @@ class _Crop:
         for start in range(0, len(logits), step):
             rows = slice(start, start + step)
             upsampled = self.upsample(logits[rows])
-            inside = upsampled > self.threshold
-            stability = _stability(upsampled, self.threshold, self.settings.stability_score_offset)
+            inside = upsampled > self.sam.mask_threshold
+            stability = _stability(upsampled, self.sam.mask_threshold, self.settings.stability_score_offset)
             boxes = _boxes(inside)
             keep = ~_near_crop_edge(boxes, self.box, self.size)
             if self.settings.stability_score_thresh > 0:  # the score of an empty mask is NaN and passes no threshold
@@ -287,7 +281,9 @@ class _Crop:
                 yield _Candidate(mask, *fields, self.box)
 
     def _encode(self, mask: Tensor | ops.RLE) -> ops.RLE:
-        return self._compress(self.upsample(mask[None])[0] > self.threshold) if isinstance(mask, Tensor) else mask
+        if not isinstance(mask, Tensor):
+            return mask
+        return self._compress(self.upsample(mask[None])[0] > self.sam.mask_threshold)
 
     def _compress(self, mask: Tensor) -> ops.RLE:
         """Encode a mask of the crop as a mask of the image."""
@@ -367,9 +363,8 @@ def _boxes(masks: Tensor) -> Tensor:
 def _near_crop_edge(boxes: Tensor, crop: Box, size: tuple[int, int]) -> Tensor:
     """Return which boxes, in pixels of the crop, end at an edge of the crop that is not an edge of the image."""
     shifted = boxes + boxes.new_tensor(crop[:2] * 2)
-    near_crop, near_image = (
-        (shifted - boxes.new_tensor(edges)).abs() <= EDGE for edges in (crop, (0, 0, size[1], size[0]))
-    )
+    near_crop = (shifted - boxes.new_tensor(crop)).abs() <= EDGE
+    near_image = (shifted - boxes.new_tensor((0, 0, size[1], size[0]))).abs() <= EDGE
     return (near_crop & ~near_image).any(1)
 
 

@@ -25,7 +25,7 @@ from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskP
 from kornia_tinyvit.sam.generator import Mask, MaskGenerator
 from kornia_tinyvit.sam.prompter import MobileSAMPrompter
 from kornia_tinyvit.sam.prompts import PromptInput, prepare_prompts, split_prompts
-from kornia_tinyvit.sam.transforms import ImageLike, list_images, open_image, preprocess_image
+from kornia_tinyvit.sam.transforms import ImageLike, Images, list_images, open_image, preprocess_image
 
 __all__ = ["MobileSAM"]
 
@@ -99,9 +99,8 @@ class MobileSAM(Sam):
             ValueError: if the variant or the size is unknown.
             CheckpointError: if the weights cannot be downloaded or read, or do not match the whole network.
         """
-        checkpoint = None
-        if pretrained is not False:
-            checkpoint = _open_model(pretrained, config)
+        checkpoint = None if pretrained is False else _open_model(pretrained, config)
+        if checkpoint is not None:
             base = checkpoint.config
         else:
             base = config if isinstance(config, TinyViTConfig) else TinyViTConfig.from_variant(config or "5m")
@@ -126,7 +125,7 @@ class MobileSAM(Sam):
         """Configuration of the image encoder, stored in checkpoints."""
         return self.image_encoder.config  # type: ignore[return-value]
 
-    def preprocess(self, images: ImageLike | Sequence[ImageLike]) -> tuple[Tensor, tuple[Geometry, ...]]:
+    def preprocess(self, images: Images) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Resize images with their aspect ratio, normalize them, and pad them at the bottom and right with zeros.
 
         Files, PIL images and arrays are resized in uint8 by Pillow, bilinear with antialiasing, exactly as
@@ -149,7 +148,7 @@ class MobileSAM(Sam):
         """
         return self._prepare([open_image(image) for image in list_images(images)])
 
-    def embed(self, images: ImageLike | Sequence[ImageLike], batch_size: int = 4) -> ImageEmbedding:
+    def embed(self, images: Images, batch_size: int = 4) -> ImageEmbedding:
         """Compute image embeddings, once per image for any number of prompts.
 
         The encoder runs in evaluation mode and without gradients, unless gradients are enabled and the encoder is in
@@ -274,9 +273,7 @@ class MobileSAM(Sam):
     @overload
     def generate_masks(self, image: Sequence[ImageLike] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
 
-    def generate_masks(
-        self, image: ImageLike | Sequence[ImageLike] | ImageEmbedding, **settings: Any
-    ) -> list[Mask] | list[list[Mask]]:
+    def generate_masks(self, image: Images | ImageEmbedding, **settings: Any) -> list[Mask] | list[list[Mask]]:
         """Segment everything in an image, or in each of several.
 
         Masks and their order are those of segment-anything's ``SamAutomaticMaskGenerator`` with the same weights and

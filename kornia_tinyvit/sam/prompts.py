@@ -124,10 +124,7 @@ def _boxes(geometry: Geometry, boxes: Tensor) -> Tensor:
 def _masks(geometry: Geometry, masks: Tensor) -> Tensor:
     height, width = (side // 4 for side in geometry.img_size)
     if masks.ndim != 4 or tuple(masks.shape[1:]) != (1, height, width):
-        raise ValueError(
-            f"Masks must be low-resolution logits (P, 1, {height}, {width}), as low_res_logits of a prediction; got "
-            f"{tuple(masks.shape)}."
-        )
+        raise ValueError(f"Masks must be low-resolution logits (P, 1, {height}, {width}); got {tuple(masks.shape)}.")
     if not masks.is_floating_point() or not masks.float().isfinite().all():
         raise ValueError(f"Masks must be finite floating point logits; got {masks.dtype}, or NaN or infinity.")
     return masks

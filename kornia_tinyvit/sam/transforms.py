@@ -21,6 +21,8 @@ __all__ = ["PIXEL_MEAN", "PIXEL_STD", "ImageLike", "list_images", "open_image", 
 
 #: An image: a path, a PIL image, a uint8 array :math:`(H, W, 3)`, or a tensor :math:`(3, H, W)` in [0, 1].
 ImageLike = Tensor | str | Path | Image.Image | NDArray[np.uint8]
+#: One image, a sequence, a batch tensor :math:`(B, 3, H, W)` in [0, 1] or a batch array :math:`(B, H, W, 3)`.
+Images = ImageLike | Sequence[ImageLike]
 
 #: Channel means of segment-anything's preprocessing, for values in [0, 1].
 PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
@@ -28,8 +30,8 @@ PIXEL_MEAN = (123.675 / 255, 116.28 / 255, 103.53 / 255)
 PIXEL_STD = (58.395 / 255, 57.12 / 255, 57.375 / 255)
 
 
-def list_images(images: ImageLike | Sequence[ImageLike]) -> list[ImageLike]:
-    """Return one image, a sequence, a batch tensor :math:`(B, 3, H, W)` or array :math:`(B, H, W, 3)` as a list."""
+def list_images(images: Images) -> list[ImageLike]:
+    """Return images as a list; batches :math:`(B, ...)` are split."""
     batch = isinstance(images, (Tensor, np.ndarray)) and images.ndim == 4
     several = isinstance(images, Sequence) and not isinstance(images, str)
     return list(cast("Sequence[ImageLike]", images)) if batch or several else [cast("ImageLike", images)]

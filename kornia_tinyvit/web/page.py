@@ -10,7 +10,7 @@ import socket
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from PIL import Image
 
@@ -28,7 +28,6 @@ except ImportError as error:
 
 __all__ = ["build_page", "serve"]
 
-Result = TypeVar("Result")
 #: How a tab is updated for a photo: a function of the photo and further inputs, these inputs, and its outputs.
 Tab = tuple[Callable[..., Any], list[Any], list[Any]]
 
@@ -43,7 +42,6 @@ SLIDERS = {
     "blur": (0.0, 12.0, 0.25),
     "noise": (0.0, 0.5, 0.01),
 }
-BUTTONS: list[Any] = ["download", "fullscreen"]  # without the button that shares images publicly
 ON, OFF, BOX = "on the object", "off the object", "corner of a box"
 
 WAITING = 32  # maximum length of the request queue
@@ -187,11 +185,11 @@ def _load_sam(source: str, device: str) -> MobileSAM:
         raise CheckpointError(f"{error} On the command line: --sam-weights FILE.") from error
 
 
-def _with_errors(function: Callable[..., Result]) -> Callable[..., Result]:
+def _with_errors(function: Callable[..., Any]) -> Callable[..., Any]:
     """Show the errors of a function in the page."""
 
     @functools.wraps(function)
-    def wrapper(*args: Any) -> Result:
+    def wrapper(*args: Any) -> Any:
         try:
             return function(*args)
         except (ValueError, TypeError, OSError) as error:
@@ -214,8 +212,9 @@ def _open(file: dict[str, Any] | None) -> tuple[Any, Photo | None]:
 
 
 def _output_image(label: str | None, about: str, **options: Any) -> gr.Image:
-    """Return a component for a computed image."""
-    return gr.Image(label=label, alt_text=about, interactive=False, buttons=BUTTONS, **options)
+    """Return a component for a computed image, without the button that shares images publicly."""
+    buttons: list[Any] = ["download", "fullscreen"]
+    return gr.Image(label=label, alt_text=about, interactive=False, buttons=buttons, **options)
 
 
 def _classify_tab(classifier: ImageClassifier) -> Tab:

@@ -298,8 +298,7 @@ def draw_prompts(photo: Photo, prompts: UserPrompts, masks: Sequence[Tensor] = (
     if prompts.corner is not None:
         x, y = prompts.corner
         boxes = torch.tensor([[x - 2, y - 2, x + 2, y + 2]])
-    if points is not None and labels is not None:
-        points, labels = points[0], labels[0]
+    points, labels = (None if each is None else each[0] for each in (points, labels))
     return visualization.draw_overlay(to_pixels(photo.image), masks, points, labels, boxes)
 
 
