@@ -14,7 +14,7 @@ PIXELS = (96, 144)
 
 @torch.no_grad()
 def scramble(network: nn.Module, seed: int) -> nn.Module:
-    """Give every number of a network a part in its outputs."""
+    """Randomize all parameters of a network."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in network.parameters():
         noise = torch.randn(parameter.shape, generator=generator)
@@ -46,8 +46,8 @@ def features():
     return torch.randn(1, CHANNELS, *CELLS, generator=torch.Generator().manual_seed(4))
 
 
-def ask(prompt_encoder, kinds, count=5):
-    """Return the arguments of a decoder for some prompts of the kinds in a text."""
+def embed_prompts(prompt_encoder, kinds, count=5):
+    """Return sparse and dense embeddings of prompts of the given kinds."""
     generator = torch.Generator().manual_seed(5)
     size = torch.tensor([PIXELS[1], PIXELS[0]])
     points = torch.rand(count, 3, 2, generator=generator) * size
@@ -80,14 +80,14 @@ class TestParity:
     @pytest.mark.parametrize("kinds", ["points", "boxes", "points boxes", "masks", "points masks", "boxes masks"])
     @pytest.mark.parametrize("multimask", [True, False])
     def test_kornia(self, decoder, prompt_encoder, features, kinds, multimask):
-        found, expected = run_both(decoder, prompt_encoder, features, *ask(prompt_encoder, kinds), multimask)
+        found, expected = run_both(decoder, prompt_encoder, features, *embed_prompts(prompt_encoder, kinds), multimask)
         assert_same(found, expected)
         assert (expected[0][0] - expected[0][1]).abs().mean() > 0.01 * expected[0].abs().mean()  # prompts matter
 
     @pytest.mark.parametrize("count", [1, module.CPU_CHUNK, 2 * module.CPU_CHUNK + 3])
     @pytest.mark.parametrize("kinds", ["points", "points masks"])
     def test_any_number_of_prompts(self, decoder, prompt_encoder, features, count, kinds):
-        assert_same(*run_both(decoder, prompt_encoder, features, *ask(prompt_encoder, kinds, count)))
+        assert_same(*run_both(decoder, prompt_encoder, features, *embed_prompts(prompt_encoder, kinds, count)))
 
     def test_no_prompt_of_any_kind(self, decoder, prompt_encoder, features):
         assert_same(*run_both(decoder, prompt_encoder, features, *prompt_encoder(points=None, boxes=None, masks=None)))
@@ -95,7 +95,7 @@ class TestParity:
     @pytest.mark.parametrize(("depth", "heads"), [(1, 4), (3, 2)])
     def test_other_transformers(self, prompt_encoder, features, depth, heads):
         decoder = build_decoder(depth, heads)
-        assert_same(*run_both(decoder, prompt_encoder, features, *ask(prompt_encoder, "points")))
+        assert_same(*run_both(decoder, prompt_encoder, features, *embed_prompts(prompt_encoder, "points")))
 
     @pytest.mark.parametrize("cells", [(1, 1), (3, 14), (20, 2)])
     def test_other_sizes(self, decoder, cells):
@@ -107,7 +107,7 @@ class TestParity:
         assert_same(*run_both(decoder, prompt_encoder, torch.randn(1, CHANNELS, *cells), *prompts))
 
     def test_dense_embedding_for_all(self, decoder, prompt_encoder, features):
-        sparse, dense = ask(prompt_encoder, "points masks")
+        sparse, dense = embed_prompts(prompt_encoder, "points masks")
         found, expected = (
             run_both(decoder, prompt_encoder, features, sparse, each)[index]
             for index, each in enumerate((dense[:1], dense[:1].repeat(len(sparse), 1, 1, 1)))
@@ -116,7 +116,7 @@ class TestParity:
 
     def test_double_precision(self, decoder, prompt_encoder, features):
         decoder, prompt_encoder = decoder.double(), prompt_encoder.double()
-        sparse, dense = ask(prompt_encoder.float(), "points")
+        sparse, dense = embed_prompts(prompt_encoder.float(), "points")
         prompts = (sparse.double(), dense.double())
         found, expected = run_both(decoder, prompt_encoder.double(), features.double(), *prompts)
         assert_same(found, expected, tolerance=1e-10)
@@ -125,7 +125,7 @@ class TestParity:
 class TestPrecision:
     @torch.no_grad()
     def test_bfloat16(self, decoder, prompt_encoder, features):
-        sparse, dense = ask(prompt_encoder, "points")
+        sparse, dense = embed_prompts(prompt_encoder, "points")
         pe = prompt_encoder.get_dense_pe()
         expected = decoder(features, pe, sparse, dense, multimask_output=True)
         found = FoldedMaskDecoder(decoder, torch.bfloat16)(features, pe, sparse, dense, multimask_output=True)
@@ -137,7 +137,7 @@ class TestPrecision:
 class TestParts:
     @pytest.fixture
     def prompted(self, decoder, prompt_encoder, features):
-        sparse, dense = ask(prompt_encoder, "points")
+        sparse, dense = embed_prompts(prompt_encoder, "points")
         folded = FoldedMaskDecoder(decoder)
         with torch.no_grad():
             image = folded.prepare(features, prompt_encoder.get_dense_pe(), dense[:1])
@@ -167,7 +167,7 @@ class TestParts:
         calls = []
         for layer in decoder.output_upscaling:
             layer.register_forward_hook(lambda *_: calls.append(1))
-        sparse, dense = ask(prompt_encoder, "points")
+        sparse, dense = embed_prompts(prompt_encoder, "points")
         folded = FoldedMaskDecoder(decoder)
         with torch.no_grad():
             image = folded.prepare(features, prompt_encoder.get_dense_pe(), dense[:1])
@@ -185,17 +185,17 @@ class TestParts:
                     getattr(attention, name).register_forward_hook(
                         lambda _module, args, _out: seen.append(args[0].shape[:2].numel())
                     )
-        sparse, dense = ask(prompt_encoder, "points", count=20)
+        sparse, dense = embed_prompts(prompt_encoder, "points", count=20)
         with torch.no_grad():
             FoldedMaskDecoder(decoder)(features, prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True)
-        assert max(seen) <= module.CPU_CHUNK * 20  # never the tokens of the image for each prompt
+        assert max(seen) <= module.CPU_CHUNK * 20  # not the image tokens of each prompt
         assert 3 <= seen.count(tokens) <= 4
 
 
 class TestStaleness:
     @torch.no_grad()
     def test_follows_the_decoder(self, decoder, prompt_encoder, features):
-        sparse, dense = ask(prompt_encoder, "points")
+        sparse, dense = embed_prompts(prompt_encoder, "points")
         pe = prompt_encoder.get_dense_pe()
         folded = FoldedMaskDecoder(decoder)
         before = folded(features, pe, sparse, dense, True)[0]
@@ -206,9 +206,9 @@ class TestStaleness:
 
 
 class TestExceptions:
-    def test_gradients_refused(self, decoder, prompt_encoder, features):
+    def test_rejects_gradients(self, decoder, prompt_encoder, features):
         folded = FoldedMaskDecoder(decoder)
-        arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"), True)
+        arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"), True)
         with pytest.raises(RuntimeError, match="inference only"):
             folded(*arguments)
         with torch.inference_mode():
@@ -218,7 +218,7 @@ class TestExceptions:
         with pytest.raises(RuntimeError, match="MaskDecoder"):
             folded(features.clone().requires_grad_(), *arguments[1:])
 
-    def test_other_modules_refused(self):
+    def test_rejects_other_modules(self):
         with pytest.raises(TypeError, match="got Linear"):
             FoldedMaskDecoder(nn.Linear(2, 2))
 
@@ -235,7 +235,7 @@ class TestExceptions:
     )
     @torch.no_grad()
     def test_shapes(self, decoder, prompt_encoder, features, change, message):
-        sparse, dense = ask(prompt_encoder, "points")
+        sparse, dense = embed_prompts(prompt_encoder, "points")
         arguments = {
             "image_embeddings": features,
             "image_pe": prompt_encoder.get_dense_pe(),
@@ -248,7 +248,7 @@ class TestExceptions:
 
     @torch.no_grad()
     def test_prepared_for_other_prompts(self, decoder, prompt_encoder, features):
-        sparse, dense = ask(prompt_encoder, "points masks")
+        sparse, dense = embed_prompts(prompt_encoder, "points masks")
         folded = FoldedMaskDecoder(decoder)
         image = folded.prepare(features, prompt_encoder.get_dense_pe(), dense)
         with pytest.raises(ValueError, match="5 dense prompts"):
@@ -262,7 +262,7 @@ class TestExceptions:
 
 
 class TestSharing:
-    """kornia's decoder by name and weights, the folded one at work."""
+    """kornia's weights and arguments, computed by the folded decoder."""
 
     @pytest.fixture
     def sharing(self, decoder, monkeypatch):
@@ -282,13 +282,13 @@ class TestSharing:
 
     @torch.no_grad()
     def test_without_gradients(self, sharing, decoder, prompt_encoder, features):
-        arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"))
+        arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"))
         for found, expected in zip(sharing(*arguments, True), decoder(*arguments, True), strict=True):
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
         assert sharing.calls == [5]
 
     def test_with_gradients(self, sharing, decoder, prompt_encoder, features):
-        arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"))
+        arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"))
         found, _ = sharing(*arguments, True)
         assert torch.equal(found, decoder(*arguments, True)[0])
         found.sum().backward()
@@ -298,14 +298,14 @@ class TestSharing:
     @pytest.mark.parametrize("recorded", [True, False])
     def test_no_prompts(self, sharing, prompt_encoder, features, recorded):
         with torch.set_grad_enabled(recorded):
-            sparse, dense = ask(prompt_encoder, "points", count=2)
+            sparse, dense = embed_prompts(prompt_encoder, "points", count=2)
             masks, scores = sharing(features, prompt_encoder.get_dense_pe(), sparse[:0], dense[:0], True)
         assert (masks.shape, scores.shape) == ((0, 3, 24, 36), (0, 3))
         assert not masks.requires_grad
 
     def test_exported(self, sharing, decoder, prompt_encoder, features):
         with torch.no_grad():
-            arguments = (features, prompt_encoder.get_dense_pe(), *ask(prompt_encoder, "points"), True)
+            arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"), True)
             program = torch.export.export(sharing, arguments)
             assert torch.equal(program.module()(*arguments)[0], decoder(*arguments)[0])
         assert sharing.calls == []

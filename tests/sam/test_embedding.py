@@ -42,14 +42,14 @@ class TestGeometry:
         ("original", "expected"),
         [((3, 12000), (1, 1024)), ((12000, 1), (1024, 1)), ((1, 500), (2, 1024)), ((500, 1), (1024, 2))],
     )
-    def test_something_is_left_of_the_short_side(self, original, expected):
+    def test_short_side_of_one_pixel(self, original, expected):
         assert Geometry.fit(original, (1024, 1024)).input_size == expected
 
     @pytest.mark.parametrize(
         ("original", "expected"),
         [((300, 400), (768, 1024)), ((300, 300), (768, 768)), ((900, 300), (768, 256)), ((100, 400), (256, 1024))],
     )
-    def test_oblong_input(self, original, expected):
+    def test_rectangular_input(self, original, expected):
         assert Geometry.fit(original, (768, 1024)).input_size == expected
 
     @pytest.mark.parametrize("size", [(0, 5), (5, 0)])
@@ -63,9 +63,9 @@ class TestGeometry:
         expected = torch.tensor([[0.0, 0.0], [1024.0, 681.0], [512.0, 227.0]])
         torch.testing.assert_close(geometry.map_points(points), expected)
 
-    def test_restore_cuts_the_padding_off(self):
+    def test_restore_crops_the_padding(self):
         logits = torch.full((1, 1, 64, 64), -5.0)
-        logits[..., :43, :] = 5.0  # the rows that the photo covers
+        logits[..., :43, :] = 5.0  # the rows of the image
         restored = SQUARE.restore(logits)
         assert restored.shape == (1, 1, 300, 451)
         assert (restored[..., :295, :] > 0).all()
@@ -92,7 +92,7 @@ class TestContainer:
         assert embedding.features.dtype == torch.bfloat16
         assert embedding.geometries == (SQUARE,)
 
-    def test_features_of_something_else(self):
+    def test_mismatched_features(self):
         features = torch.zeros(1, 256, 16, 16)
         with pytest.raises(ValueError, match=r"B=2 images; got \(1, 256, 16, 16\)"):
             ImageEmbedding(features, (SQUARE, TALL))
@@ -119,7 +119,7 @@ class TestFiles:
         assert (len(found), found.features.shape) == (0, (0, 256, 16, 16))
 
     def test_interrupted(self, tmp_path, monkeypatch):
-        """A process that dies while it writes leaves the old file."""
+        """An interrupted write leaves the old file."""
         path = embedding_of(SQUARE).save(tmp_path / "photo.safetensors")
         before = path.read_bytes()
 
@@ -178,7 +178,7 @@ class TestFingerprint:
         return TinyViT(**TINY, mobile_sam=True).eval()
 
     def test_any_training_step_changes_it(self, encoder):
-        """Even the smallest that float32 can hold, in any one of the tensors that the embedding depends on."""
+        """Also the smallest change in float32 of any tensor that the embedding depends on."""
         before = fingerprint(encoder)
         unused = {"head.weight", "head.bias", "norm_head.weight", "norm_head.bias"}
         with torch.no_grad():
@@ -189,9 +189,9 @@ class TestFingerprint:
                 parameter.copy_(old)
         assert fingerprint(encoder) == before
         encoder.train()(torch.rand(2, 3, 64, 64))
-        assert fingerprint(encoder) != before  # running statistics are weights too
+        assert fingerprint(encoder) != before  # running statistics are included
 
-    def test_layout_of_memory_does_not_matter(self, encoder):
+    def test_independent_of_memory_format(self, encoder):
         before = fingerprint(encoder)
         assert fingerprint(encoder.to(memory_format=torch.channels_last)) == before
         assert fingerprint(encoder.train()) == before

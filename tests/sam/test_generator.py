@@ -82,7 +82,7 @@ class TestParity:
         assert [(each.name, each.default) for each in ours[: len(theirs)]] == list(theirs.items())
 
     def test_recorded_settings_differ(self):
-        """Crops and the removal of regions do something to these masks, so that agreeing on them means something."""
+        """Crops and the removal of regions change the recorded masks."""
         assert len({tuple(record["crop_box"]) for record in RECORDED["crops"]}) > 1
         plain = {record["segmentation"]["counts"] for record in RECORDED["grid"]}
         assert not plain.issuperset(record["segmentation"]["counts"] for record in RECORDED["regions"])
@@ -109,7 +109,7 @@ class TestOutput:
             box = [columns.min(), rows.min(), np.ptp(columns), np.ptp(rows)] if len(rows) else [0, 0, 0, 0]
             assert array.bbox == box
 
-    def test_same_photo_in_every_form(self, sam, photo, tmp_path):
+    def test_input_types(self, sam, photo, tmp_path):
         path = tmp_path / "photo.png"
         Image.fromarray(photo).save(path)
         expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
@@ -117,13 +117,13 @@ class TestOutput:
             found = sam.generate_masks(form, **FEW, output_mode="coco_rle")
             assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned to the right
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise
         turned = tmp_path / "turned.png"
         Image.fromarray(photo).transpose(Image.Transpose.ROTATE_90).save(turned, exif=exif)
         assert [m.segmentation for m in sam.generate_masks(turned, **FEW, output_mode="coco_rle")] == [
             mask.segmentation for mask in expected
         ]
-        tensor = torch.from_numpy(photo).movedim(-1, 0) / 255  # resized in floating point, not in 8 bits
+        tensor = torch.from_numpy(photo).movedim(-1, 0) / 255  # resized in floating point, not in uint8
         assert sam.generate_masks(tensor, **FEW)
 
     @pytest.mark.parametrize("points_per_batch", [1, 5, 1000])
@@ -142,7 +142,7 @@ class TestOutput:
         )
         assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
-    def test_training_mode_and_gradients_are_left_alone(self, sam, photo):
+    def test_training_mode_is_unchanged(self, sam, photo):
         expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         sam.train()
         found = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
@@ -191,7 +191,7 @@ class TestSeveralPhotos:
         return [photo, photo[:90, 20:], photo[::-1, ::2].copy()]
 
     @pytest.mark.parametrize("batch_size", [1, 2, 9])
-    def test_each_as_alone(self, sam, photos, batch_size, monkeypatch):
+    def test_same_as_single_images(self, sam, photos, batch_size, monkeypatch):
         expected = [sam.generate_masks(photo, **FEW) for photo in photos]
         seen = []
         encoder = type(sam.image_encoder).forward
@@ -203,7 +203,7 @@ class TestSeveralPhotos:
             assert min(overlaps(masks, alone)) > 0.99
 
     def test_batches(self, sam, photo):
-        """Arrays and tensors with a first dimension more."""
+        """Arrays and tensors with a batch dimension."""
         (alone,) = sam.generate_masks([photo], **FEW)
         for masks in sam.generate_masks(np.stack([photo, photo]), **FEW):
             assert min(overlaps(masks, alone)) > 0.99
@@ -221,7 +221,7 @@ class TestSeveralPhotos:
             alone = sam.generate_masks(photo, **settings)
             assert [mask.crop_box for mask in masks] == [mask.crop_box for mask in alone]
 
-    def test_a_wrong_one(self, sam, photo):
+    def test_invalid_image(self, sam, photo):
         with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
             sam.generate_masks([photo, photo[..., 0]], **FEW)
         with pytest.raises(TypeError, match="got int"):
@@ -233,7 +233,7 @@ class TestEmbedding:
         images = [Image.fromarray(photo), Image.fromarray(photo[:90])]
         expected = [sam.generate_masks(image, **FEW) for image in images]
         path = sam.embed(images, batch_size=1).save(tmp_path / "photos.safetensors")
-        monkeypatch.setattr(type(sam.image_encoder), "forward", None)  # is not to be called
+        monkeypatch.setattr(type(sam.image_encoder), "forward", None)  # must not be called
         for masks, alone in zip(sam.generate_masks(ImageEmbedding.load(path), **FEW), expected, strict=True):
             assert [mask.bbox for mask in masks] == [mask.bbox for mask in alone]
             assert min(overlaps(masks, alone)) == 1
@@ -260,7 +260,7 @@ class TestEmbedding:
 class TestMemory:
     @pytest.mark.parametrize("room", [0, 20_000])
     def test_encoded_early(self, sam, photo, monkeypatch, room):
-        """Beyond some bytes of logits candidates are kept encoded, and nothing else is different."""
+        """Candidates beyond a number of bytes are kept encoded; the result is the same."""
         settings = {**FEW, "box_nms_thresh": 0.95, "crop_n_layers": 1, "output_mode": "coco_rle"}
         expected = sam.generate_masks(photo, **settings)
         kept, blocks = [], {}
@@ -278,7 +278,7 @@ class TestMemory:
         found = sam.generate_masks(photo, **settings)
         assert any(kept) == (room > 0)
         assert not all(kept)
-        assert all(len(block) == 1 for block in blocks.values())  # nothing small between large buffers
+        assert all(len(block) == 1 for block in blocks.values())  # a single allocation
         assert len(found) == len(expected)
         for one, other in zip(found, expected, strict=True):
             assert iou(decode_rle(one.segmentation), decode_rle(other.segmentation)) > 0.99
@@ -287,11 +287,11 @@ class TestMemory:
 
 class TestSavings:
     def test_upscales_only_what_passes(self, sam, photo, monkeypatch):
-        asked, chosen = [], []
+        decoded, chosen = [], []
         prompt, upscale = automatic.FoldedMaskDecoder.prompt, automatic.FoldedMaskDecoder.upscale
 
         def count_prompts(self, image, sparse):
-            asked.append(len(sparse))
+            decoded.append(len(sparse))
             return prompt(self, image, sparse)
 
         def count_upscaled(self, prompted, prompts, cells):
@@ -302,7 +302,7 @@ class TestSavings:
         monkeypatch.setattr(automatic.FoldedMaskDecoder, "prompt", count_prompts)
         monkeypatch.setattr(automatic.FoldedMaskDecoder, "upscale", count_upscaled)
         masks = sam.generate_masks(photo, **{**SETTINGS["grid"], "pred_iou_thresh": 4})
-        assert sum(asked) == 64
+        assert sum(decoded) == 64
         assert len(masks) / 3 <= sum(chosen) < 64
 
 

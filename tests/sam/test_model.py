@@ -20,7 +20,7 @@ from kornia.models.sam.architecture.prompt_encoder import PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from kornia.models.tiny_vit import TinyViT as KorniaTinyViT
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 import kornia_tinyvit
 from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, save_checkpoint
@@ -69,18 +69,38 @@ def kornia_parts(side: int) -> tuple[PromptEncoder, MaskDecoder]:
     return prompt_encoder, MaskDecoder(transformer_dim=256, transformer=transformer)
 
 
+class CachedEncoder(nn.Module):
+    """An image encoder that computes the embedding of each input once, for comparisons of decoders."""
+
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder, self.img_size, self.cache = encoder, SIDE, {}
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        key = inputs.numpy().tobytes()
+        if key not in self.cache:
+            self.cache[key] = self.encoder(inputs)
+        return self.cache[key]
+
+
 @pytest.fixture(scope="module")
 def twin(sam) -> Sam:
-    """kornia's SAM with the same weights, moved by load_state_dict."""
+    """kornia's SAM with the same weights, copied by load_state_dict."""
     fields = {name: getattr(SMALL, name) for name in ("embed_dims", "depths", "num_heads", "window_sizes")}
     encoder = KorniaTinyViT(img_size=SIDE, num_classes=7, mobile_sam=True, **fields)
     model = Sam(encoder, *kornia_parts(SIDE))
     model.load_state_dict(sam.state_dict())
+    model.image_encoder = CachedEncoder(model.image_encoder)
     return model.eval()
 
 
+@pytest.fixture(scope="module")
+def embeddings(sam, photos) -> dict[str, ImageEmbedding]:
+    return {name: sam.embed(photos[name]) for name in PHOTOS}
+
+
 def predictor_input(path: Path, side: int) -> tuple[Tensor, tuple[int, int], tuple[int, int]]:
-    """What segment-anything's ``SamPredictor.set_image`` feeds its encoder with, transcribed."""
+    """Model input of ``SamPredictor.set_image`` of segment-anything."""
     image = Image.open(path).convert("RGB")
     scale = side / max(image.size)
     width, height = (int(pixels * scale + 0.5) for pixels in image.size)
@@ -91,7 +111,7 @@ def predictor_input(path: Path, side: int) -> tuple[Tensor, tuple[int, int], tup
 
 
 def prompts_for(kind: str, height: int, width: int) -> dict[str, Tensor]:
-    """Three prompts of a kind, spread over a photo."""
+    """Three prompts of a kind at different places of an image."""
     scale = torch.tensor([width, height])
     points = torch.tensor([[[0.5, 0.5], [0.1, 0.9]], [[0.2, 0.3], [0.9, 0.8]], [[0.0, 0.0], [1.0, 1.0]]]) * scale
     boxes = torch.tensor([[[0.2, 0.1], [0.7, 0.9]], [[0.0, 0.0], [1.0, 1.0]], [[0.45, 0.4], [0.52, 0.6]]]) * scale
@@ -107,7 +127,7 @@ def prompts_for(kind: str, height: int, width: int) -> dict[str, Tensor]:
 
 
 def expected_by_kornia(twin: Sam, path: Path, prompts: dict[str, Tensor], multimask: bool):
-    """kornia's ``Sam.forward`` on inputs and prompts that were made as segment-anything makes them."""
+    """kornia's ``Sam.forward`` with segment-anything's preprocessing of image and prompts."""
     inputs, size, original = predictor_input(path, SIDE)
     scale = torch.tensor([size[1] / original[1], size[0] / original[0]])
     record = {}
@@ -153,8 +173,8 @@ class TestSmoke:
         with pytest.raises(AttributeError, match="has no attribute 'MobileSam'"):
             _ = kornia_tinyvit.MobileSam
 
-    def test_imported_when_asked_for(self):
-        """Those who classify do not wait for it."""
+    def test_lazy_import(self):
+        """Importing the package does not import SAM."""
         code = "import sys, kornia_tinyvit; print([each for each in sys.modules if 'segment' in each or 'sam' in each])"
         done = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=True)
         assert not {"kornia_tinyvit.sam", "kornia.models.sam", "kornia.contrib.visual_prompter"} & set(
@@ -190,7 +210,7 @@ def tensors() -> dict[str, Tensor]:
 
 
 class TestPublishedFile:
-    """A file of random numbers with exactly the names and shapes of mobile_sam.pt."""
+    """A file of random numbers with the names and shapes of mobile_sam.pt."""
 
     def test_loads_whole(self, tensors, tmp_path):
         torch.save(tensors, tmp_path / "mobile_sam.pt")
@@ -247,7 +267,7 @@ class TestCheckpoints:
         with torch.no_grad():
             assert torch.equal(encoder(inputs), sam.image_encoder(inputs))
 
-    def test_derived_tables_are_ignored(self, sam):
+    def test_ignores_attention_bias_indices(self, sam):
         weights = sam.state_dict()
         weights["image_encoder.layers.1.blocks.0.attn.attention_bias_idxs"] = torch.zeros(49, 49)
         MobileSAM.from_config(pretrained=weights)
@@ -290,7 +310,7 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match=r"sam\.pt is (truncated|damaged)"):
             MobileSAM.from_config(pretrained=path)
 
-    def test_code_does_not_run(self, sam, tmp_path):
+    def test_rejects_code(self, sam, tmp_path):
         torch.save(sam.state_dict() | {"mask_decoder.extra": Runs(tmp_path / "marker")}, tmp_path / "sam.pt")
         with pytest.raises(CheckpointError, match="unpickling could execute code"):
             MobileSAM.from_config(pretrained=tmp_path / "sam.pt")
@@ -319,7 +339,7 @@ class TestDownload:
 
     @pytest.mark.parametrize("pretrained", [True, "mobile_sam"])
     def test_once(self, server, published, tensors, pretrained):  # noqa: F811
-        server.files = {"/1/mobile_sam.pt": published}  # the second place, the first having failed
+        server.files = {"/1/mobile_sam.pt": published}  # the second URL, after the first failed
         for _ in range(2):
             model = MobileSAM.from_config(pretrained=pretrained)
             assert torch.equal(model.mask_decoder.iou_token.weight, tensors["mask_decoder.iou_token.weight"])
@@ -342,7 +362,7 @@ class TestPreprocessing:
 
     @pytest.mark.parametrize("name", PHOTOS)
     def test_tensors(self, sam, photos, name):
-        """``apply_image_torch``; a level of 255 away from Pillow's 8 bits."""
+        """``apply_image_torch``; up to 1/255 from Pillow's result in uint8."""
         photo = kornia.image.image_to_tensor(np.array(Image.open(photos[name]))).float() / 255
         inputs, (geometry,) = sam.preprocess(photo)
         height, width = geometry.input_size
@@ -380,7 +400,7 @@ class TestPreprocessing:
         upright = Image.fromarray(pixels)
         upright.save(tmp_path / "upright.png")
         exif = Image.Exif()
-        exif[0x0112] = 6  # to be turned to the right
+        exif[0x0112] = 6  # rotate by 90 degrees clockwise
         upright.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
         upright.convert("RGBA").save(tmp_path / "opacity.png")
         expected, (geometry,) = sam.preprocess(tmp_path / "upright.png")
@@ -433,8 +453,8 @@ class TestPositions:
         theirs.load_state_dict(sam.prompt_encoder.state_dict())
         assert torch.equal(sam.prompt_encoder.get_dense_pe(), theirs.get_dense_pe())
 
-    def test_a_smaller_input_is_the_same_map_seen_coarser(self, sam):
-        """Four cells of 256 pixels have the mean place of one of 128, and a point has the code of its place."""
+    def test_scale_invariance(self, sam):
+        """A point has the same position embedding at twice the input size."""
         small = MobileSAM.from_config(SMALL, img_size=SIDE // 2).eval()
         small.load_state_dict(sam.state_dict())
         points, labels = torch.tensor([[[100.0, 30.0]]]), torch.ones(1, 1)
@@ -443,7 +463,7 @@ class TestPositions:
         torch.testing.assert_close(fine, coarse)
 
     @pytest.mark.parametrize("size", [(192, 256), (256, 128)])
-    def test_an_oblong_input_is_part_of_the_square(self, sam, size):
+    def test_rectangular_input_is_a_crop_of_the_square(self, sam, size):
         oblong = MobileSAM.from_config(SMALL, img_size=size).eval()
         oblong.load_state_dict(sam.state_dict())
         height, width = size[0] // 16, size[1] // 16
@@ -455,7 +475,7 @@ class TestPositions:
 
     @pytest.mark.parametrize("size", [512, 768, (512, 1024), (1024, 512)])
     def test_usual_sizes(self, sam, photos, size):
-        """The positions of a cell or a point are those that kornia's encoder of the square has."""
+        """Position embeddings are those of kornia's encoder of the square."""
         side = size if isinstance(size, int) else max(size)
         model = MobileSAM.from_config(SMALL, img_size=size).eval()
         model.load_state_dict(sam.state_dict())
@@ -470,7 +490,7 @@ class TestPositions:
         assert found.low_res_logits.shape == (1, 3, height // 4, width // 4)
         assert found.masks().shape == (1, 3, 61, 640)
 
-    def test_oblong_masks(self, photos):
+    def test_rectangular_masks(self, photos):
         oblong = lively((192, 256))
         embedding = oblong.embed(photos["chelsea.png"])
         assert embedding.features.shape == (1, 256, 12, 16)
@@ -485,19 +505,19 @@ class TestPredictMasks:
     @pytest.mark.parametrize("multimask", [True, False])
     @pytest.mark.parametrize("kind", ["point", "points", "box", "mask", "points+box", "box+mask", "point+box+mask"])
     @pytest.mark.parametrize("name", PHOTOS)
-    def test_as_kornia(self, sam, twin, photos, name, kind, multimask):
+    def test_as_kornia(self, sam, twin, photos, embeddings, name, kind, multimask):
         height, width = Image.open(photos[name]).size[::-1]
         prompts = prompts_for(kind, height, width)
         expected = expected_by_kornia(twin, photos[name], prompts, multimask)
-        embedding = sam.embed(photos[name])
-        for count in (3, 1):  # many prompts, whose work is shared, and one alone
+        for count in (3, 1):  # several prompts, which share the computation on the image, and a single one
             some = {key: tensor[:count] for key, tensor in prompts.items()}
-            (found,) = sam.predict_masks(embedding, **some, multimask_output=multimask)
+            (found,) = sam.predict_masks(embeddings[name], **some, multimask_output=multimask)
             assert_close(found.low_res_logits, expected.logits[:count])
             assert_close(found.scores, expected.scores[:count])
-            assert_close(found.logits(), expected._original_res_logits[:count])
-            assert torch.equal(found.masks(), found.logits() > 0)
-        # Otherwise the comparison would not say much.
+            logits = found.logits()
+            assert_close(logits, expected._original_res_logits[:count])
+            assert torch.equal(found.masks(), logits > 0)
+        # The masks depend on the image and on the prompts.
         assert expected.logits.std() > 0.3
         assert (expected.logits[0] - expected.logits[1]).abs().max() > 0.1
 
@@ -508,7 +528,7 @@ class TestPredictMasks:
             assert_close(ours.logits, theirs.logits)
             assert_close(ours.scores, theirs.scores)
 
-    def test_each_photo_its_own_prompts(self, sam, photos):
+    def test_prompts_per_image(self, sam, photos):
         names = ["chelsea.png", "tall", "strip"]
         paths = [photos[name] for name in names]
         points = [torch.tensor([[[20.0, 30.0]], [[100.0, 50.0]]]), None, torch.zeros(0, 1, 2)]
@@ -538,7 +558,7 @@ class TestPredictMasks:
         assert [each.scores.shape for each in model.predict_masks(embedding, boxes=empty)] == [(0, 3)] * 2
 
     def test_half_precision(self, sam, photos):
-        """Places stay exact; a few per cent of the logits' range is what bfloat16 leaves."""
+        """Coordinates are exact; the error of bfloat16 is a few percent of the logits' range."""
         half = copy.deepcopy(sam).bfloat16()
         height, width = Image.open(photos["tall"]).size[::-1]
         prompts = prompts_for("points+box", height, width)
@@ -568,7 +588,7 @@ class TestPredictMasks:
         assert torch.equal(prediction.best().scores, torch.tensor([[0.9], [0.5]]))
         assert prediction.best().low_res_logits[:, :, 0, 0].tolist() == [[1.0], [3.0]]
 
-    def test_refine_with_an_earlier_mask(self, sam, photos):
+    def test_mask_prompt_of_an_earlier_prediction(self, sam, photos):
         embedding = sam.embed(photos["chelsea.png"])
         boxes = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
         (first,) = sam.predict_masks(embedding, boxes=boxes)
@@ -583,7 +603,7 @@ class TestPredictMasks:
             sam.predict_masks(embedding)
 
     def test_best_for_a_prompt(self, sam):
-        """Of three masks for a lone point; one for anything that says more."""
+        """The best of three masks for a single point; the single mask for other prompts."""
         embedding = sam.embed(ASSETS / "photos" / "chelsea.png")
         point, box = torch.tensor([[[200.0, 150.0]]]), torch.tensor([[100.0, 20.0, 300.0, 280.0]])
         two, labels = torch.tensor([[[200.0, 150.0], [20.0, 280.0]]]), torch.tensor([[1, 0]])
@@ -628,7 +648,7 @@ class TestEmbedding:
             sam.predict_masks(small.embed(photos["tall"]), boxes=torch.tensor([[10.0, 20.0, 90.0, 50.0]]))
 
     def test_modes_and_gradients(self, photos):
-        """Without training it is inference whatever the mode; what it returns can be trained on."""
+        """Under no_grad the embedding is that of evaluation mode; in training mode it requires a gradient."""
         model = lively()
         quiet = model.embed(photos["tall"])
         assert not quiet.features.requires_grad
@@ -638,7 +658,7 @@ class TestEmbedding:
             assert torch.equal(model.embed(photos["tall"]).features, quiet.features)
         assert model.image_encoder.layers[0].blocks[0].training
         assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
-        assert model.embed(photos["tall"]).features.requires_grad  # batch norms learn, too
+        assert model.embed(photos["tall"]).features.requires_grad  # including batch normalization
 
     def test_batch_size(self, sam, photos):
         with pytest.raises(ValueError, match="batch_size must be a positive integer; got 0"):
@@ -649,7 +669,7 @@ class TestGradients:
     BOXES = torch.tensor([[10.0, 20.0, 90.0, 200.0], [30.0, 20.0, 120.0, 180.0]])
 
     def test_decoder_is_trained(self, photos):
-        """As fine-tuning does with a frozen encoder."""
+        """Fine-tuning with a frozen encoder."""
         model = lively()
         model.train()
         model.image_encoder.eval().requires_grad_(False)
@@ -685,7 +705,7 @@ class TestGradients:
             assert not found.scores.requires_grad
 
     def test_work_is_shared(self, sam, photos, monkeypatch):
-        """By every call with several prompts: ours, kornia's own and the prompter's."""
+        """In predict_masks, in kornia's forward and in the prompter."""
         calls = []
 
         class Counted(decoder.FoldedMaskDecoder):
@@ -710,36 +730,41 @@ def theirs(twin) -> VisualPrompter:
     prompter.model = twin
     side = kornia.augmentation.Resize(SIDE, side="long", align_corners=False, antialias=True)
     prompter.transforms = kornia.augmentation.AugmentationSequential(side, same_on_batch=True)
-    prompter._valid_masks = lambda masks: masks  # it knows 1024 pixels only
+    prompter._valid_masks = lambda masks: masks  # kornia supports only 1024 pixels
     return prompter
 
 
+@pytest.fixture(scope="module", params=PHOTOS)
+def prompters(request, sam, theirs, photos):
+    """Both prompters with an image set, and its size."""
+    image = kornia.image.image_to_tensor(np.array(Image.open(photos[request.param]))).float() / 255
+    ours = sam.prompter()
+    for prompter in (ours, theirs):
+        prompter.set_image(image)
+    return ours, theirs, tuple(image.shape[1:])
+
+
 class TestPrompter:
-    """kornia's prompter over our network and over kornia's own."""
+    """kornia's prompter over MobileSAM and over kornia's own network."""
 
     @pytest.mark.parametrize("kind", ["point", "points", "box", "mask", "points+box", "box+mask"])
-    @pytest.mark.parametrize("name", PHOTOS)
-    def test_as_over_kornias_network(self, sam, theirs, photos, name, kind):
-        ours = sam.prompter()
-        photo = kornia.image.image_to_tensor(np.array(Image.open(photos[name]))).float() / 255
-        prompts = prompts_for(kind, *photo.shape[1:])
+    def test_as_over_kornias_network(self, prompters, kind):
+        *both, size = prompters
+        prompts = prompts_for(kind, *size)
         given = {
             "keypoints": prompts.get("points"),
             "keypoints_labels": prompts.get("labels"),
             "boxes": prompts.get("boxes"),
             "masks": prompts.get("masks"),
         }
-        results = []
-        for prompter in (ours, theirs):
-            prompter.set_image(photo)
-            results.append(prompter.predict(**given))
+        results = [prompter.predict(**given) for prompter in both]
         assert_close(results[0].logits, results[1].logits)
         assert_close(results[0].scores, results[1].scores)
         assert_close(results[0]._original_res_logits, results[1]._original_res_logits)
-        assert results[0].binary_masks.shape == (3, 3, *photo.shape[1:])
+        assert results[0].binary_masks.shape == (3, 3, *size)
 
     def test_close_to_ours(self, sam):
-        """A photo whose sides need no rounding: then only the half pixel of points is different, and boxes agree."""
+        """Without rounding of the image size the prompters differ only by half a pixel of points; boxes agree."""
         photo = torch.rand(3, 128, 256, generator=torch.Generator().manual_seed(0))
         boxes = torch.tensor([[10.0, 20.0, 200.0, 100.0]])
         prompter = sam.prompter()
@@ -747,7 +772,7 @@ class TestPrompter:
         (found,) = sam.predict_masks(sam.embed(photo), boxes=boxes)
         assert_close(prompter.predict(boxes=boxes).logits, found.low_res_logits)
 
-    def test_over_the_very_network(self):
+    def test_shares_the_network(self):
         model = lively()
         state = torch.random.get_rng_state()
         prompter = model.prompter()
@@ -757,7 +782,7 @@ class TestPrompter:
         assert not any(isinstance(value, Tensor) and value.is_meta for value in vars(prompter).values())
 
     def test_embedding(self, sam, photos, tmp_path):
-        """What the encoder saw outlives the prompter, in a file, and goes both ways."""
+        """Embeddings are exchanged with embed in both directions, also through a file."""
         photo = kornia.image.image_to_tensor(np.array(Image.open(photos["tall"]))).float() / 255
         prompts = prompts_for("points+box", *photo.shape[1:])
         given = {"keypoints": prompts["points"], "keypoints_labels": prompts["labels"], "boxes": prompts["boxes"]}

@@ -40,16 +40,16 @@ class TestMapping:
         prepare_prompts(GEOMETRY, None, None, boxes, None).boxes.sum().backward()
         assert torch.equal(boxes.grad, torch.full((1, 4), 0.64))
 
-    def test_boxes_may_jut_out(self):
+    def test_boxes_beyond_the_image(self):
         prompts = prepare_prompts(GEOMETRY, None, None, torch.tensor([[-50.0, -50.0, 500.0, 10.0]]), None)
         torch.testing.assert_close(prompts.boxes, torch.tensor([[-32.0, -32.0, 320.0, 6.4]]))
 
-    def test_labels_that_are_true_or_false(self):
+    def test_bool_labels(self):
         pairs, labels = points((1.0, 2.0), (3.0, 4.0)), torch.tensor([[True], [False]])
         assert prepare_prompts(GEOMETRY, pairs, labels, None, None).points[1].tolist() == [[1], [0]]
 
-    def test_places_that_hold_no_point(self):
-        """Prompts of fewer points than others are filled up, with whatever."""
+    def test_padding_points(self):
+        """Padding points with label -1 may have any coordinates."""
         pairs = torch.tensor([[[1.0, 1.0], [2.0, 2.0]], [[3.0, 3.0], [-9.0, 900.0]]])
         labels = torch.tensor([[1, 0], [1, -1]])
         assert prepare_prompts(GEOMETRY, pairs, labels, None, None).points[1] is labels
