@@ -24,7 +24,7 @@ SIXTEENTHS = [
     for left, right in ((0, 221), (140, 361), (280, 501), (420, 640))
     for top, bottom in ((0, 181), (100, 281), (200, 381), (300, 480))
 ]
-FEW = {"points_per_side": 3, "pred_iou_thresh": 0, "stability_score_thresh": 0}
+FEW = {"points_per_side": 2, "pred_iou_thresh": 0, "stability_score_thresh": 0}
 
 
 @pytest.fixture(scope="module")
@@ -135,7 +135,7 @@ class TestOutput:
         assert [mask.area for mask in found] == pytest.approx([mask.area for mask in expected], abs=2)
 
     def test_point_grids(self, sam, photo):
-        grid = automatic._grid(3).numpy()
+        grid = automatic._grid(2).numpy()
         expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         found = sam.generate_masks(
             photo, **{**FEW, "points_per_side": None}, point_grids=[grid], output_mode="coco_rle"
