@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,6 +17,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli import app, main
+from tests.processes import start
 
 CIFAR = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 PHOTOS = ASSETS / "photos"
@@ -51,6 +55,37 @@ def error_of(capfd, monkeypatch, *arguments: str) -> str:
     assert error.startswith("Error: ")
     assert not any("Error" in note or "Traceback" in note for note in notes)
     return error
+
+
+class CommandProcess:
+    """The command line in a process, whose stdout and stderr go to files of a folder."""
+
+    def __init__(self, folder: Path, *arguments: str, **environment: str) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        self._files = folder / "stdout.txt", folder / "stderr.txt"
+        self.process = start(_run_main, [*map(str, arguments)], environment, *self._files)
+
+    def wait(self) -> tuple[int | None, str, str]:
+        """Return the exit code, stdout and stderr."""
+        self.process.join(300)
+        out, err = (file.read_text() for file in self._files)
+        return self.process.exitcode, out, err
+
+    def signal(self, number: int, ready: Callable[[], bool]) -> None:
+        """Send a signal once ``ready`` returns true."""
+        while not ready():
+            assert self.process.is_alive(), self.wait()
+            time.sleep(0.005)
+        os.kill(self.process.pid, number)
+
+
+def _run_main(arguments: list[str], environment: dict[str, str], out: Path, err: Path) -> None:
+    for number, file in ((1, out), (2, err)):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))  # noqa: SIM115
+    os.environ |= environment
+    sys.argv = ["kornia-tinyvit", *arguments]
+    main()
 
 
 def cells(output: str) -> list[list[str]]:

@@ -9,7 +9,7 @@ from typing import Any
 PROCESSES = multiprocessing.get_context("forkserver")
 PROCESSES.set_forkserver_preload([
     "accelerate", "tests.checkpoints.test_loading", "tests.distillation.test_saving", "tests.distillation.test_store",
-    "tests.training.test_loop", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard",
+    "tests.helpers", "tests.training.test_loop", "torch._dynamo", "torch.distributed.fsdp", "torch.utils.tensorboard",
 ])  # fmt: skip
 
 

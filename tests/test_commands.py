@@ -129,7 +129,7 @@ def parse_script(script: str, arguments: list[str], monkeypatch: pytest.MonkeyPa
 
 
 def check_extras(arguments: list[str]) -> None:
-    """Assert that what pip is asked for, if it is this project, has the extras that are named."""
+    """Assert that this project has the extras in a pip command."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]["optional-dependencies"]
     for named in re.findall(r"(?:kornia-tinyvit|\.)\[([^]]*)\]", " ".join(arguments)):
         assert set(named.split(",")) <= set(extras), named

@@ -8,6 +8,7 @@ from typing import Annotated, Any, NoReturn
 
 import torch
 import typer
+from typer.core import TyperGroup
 
 from kornia_tinyvit.cli import distill
 from kornia_tinyvit.cli.benchmark import benchmark
@@ -29,15 +30,13 @@ __all__ = ["app", "main"]
 
 OVERVIEW = """TinyViT for kornia and PyTorch.
 
-  Classify photos            kornia-tinyvit classify photo.jpg
-  Segment objects            kornia-tinyvit segment photo.jpg --point 200,150
-  Detect objects             kornia-tinyvit detect photo.jpg --weights detector.safetensors
-  Train and evaluate         kornia-tinyvit train photos --weights cifar10 --variant 1m --recipe cifar10
-    or shrink a network      kornia-tinyvit contract photos --max-parameters 1M
-  Export to other runtimes   kornia-tinyvit export --out network.onnx
+Classify photos:                       kornia-tinyvit classify photo.jpg
+Segment objects:                       kornia-tinyvit segment photo.jpg --point 200,150
+Detect objects:                        kornia-tinyvit detect photo.jpg --weights runs/train/best.safetensors
+Train, evaluate, distill or contract:  kornia-tinyvit train photos --variant 1m --weights cifar10 --recipe cifar10
+Export to other runtimes:              kornia-tinyvit export --out network.onnx
 
-Options of all commands: kornia-tinyvit --help. Options of one: kornia-tinyvit classify --help."""
-
+All commands: kornia-tinyvit --help. Options of one: kornia-tinyvit classify --help."""
 EXIT_CODES = "Exit codes: 0 success, 1 error or failed check, 2 wrong usage, 130 interrupted."
 COMMANDS = (
     (demo, "demo photo.jpg"),
@@ -59,11 +58,20 @@ RESUMABLE = ("train ", "contract ", "distill save ", "distill train ")
 # Newer versions of typer contain click instead of depending on it.
 UsageError: Any = typer.BadParameter.__mro__[1]
 
-app = typer.Typer(name="kornia-tinyvit", epilog=EXIT_CODES, add_completion=False, pretty_exceptions_enable=False)
+
+class _Group(TyperGroup):
+    """Commands in the order of :data:`COMMANDS`; typer lists groups first."""
+
+    def list_commands(self, ctx: typer.Context) -> list[str]:  # type: ignore[override]
+        return [*dict.fromkeys(example.split()[0] for _, example in COMMANDS)]
+
+
+app = typer.Typer(
+    name="kornia-tinyvit", cls=_Group, epilog=EXIT_CODES, add_completion=False, pretty_exceptions_enable=False
+)
 distill_app = typer.Typer(help="Distill with stored soft labels: save, check, train.", no_args_is_help=True)
+app.add_typer(distill_app, name="distill")
 for run, example in COMMANDS:
-    if run is distill.save:
-        app.add_typer(distill_app, name="distill")
     (distill_app if example.startswith("distill ") else app).command(epilog=f"Example: kornia-tinyvit {example}")(run)
 
 

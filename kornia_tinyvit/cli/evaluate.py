@@ -88,11 +88,13 @@ def evaluate(request: EvaluateRequest) -> None:
     request.reject_unused(_UNUSED[request.task], f"with --task {request.task}")
     network: Any
     images: Any
-    network, images = (_open_classifier if request.task is TaskName.classification else _open_network)(request)
+    network, images = _open(request)
     if request.limit is not None:
         images = images.sample(min(request.limit, len(images)))
     device = next(network.parameters()).device
     request.note_run(images, device, request.weights or request.variant or "cifar10")
+    if request.task is TaskName.classification:
+        _choose_classes(network, images, request)
     module, evaluator = create_evaluator(
         network, images, batch_size=request.batch_size, skip_broken=request.skip_broken
     )
@@ -110,10 +112,8 @@ def evaluate(request: EvaluateRequest) -> None:
     request.note_names("Images left out because they cannot be read", broken)
 
 
-def _open_classifier(request: EvaluateRequest) -> tuple[ImageClassifier, ClassificationDataset]:
-    """Open a classifier and its data; one of ImageNet-22k may be evaluated on the classes of ImageNet-1k."""
-    classifier = request.build_classifier(request.tta)
-    images = ClassificationDataset.open(request.data)
+def _choose_classes(classifier: ImageClassifier, images: ClassificationDataset, request: EvaluateRequest) -> None:
+    """Evaluate a classifier of ImageNet-22k on the classes of ImageNet-1k, and note classes without a name."""
     known = bool(set(images.class_names or ()) & set(classifier.class_names))
     if len(classifier.class_names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
         kept = imagenet_1k_in_22k()
@@ -133,11 +133,12 @@ def _open_classifier(request: EvaluateRequest) -> tuple[ImageClassifier, Classif
         )
     if request.confusion and len(names) > CONFUSION_CLASSES:
         raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
-    return classifier, images
 
 
-def _open_network(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
-    """Open a network of another task and its data."""
+def _open(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
+    """Open the network and the data."""
+    if request.task is TaskName.classification:
+        return request.build_classifier(request.tta), ClassificationDataset.open(request.data)
     if request.task is TaskName.promptable:
         sam = request.build_network(MobileSAM, request.weights or True)
         return sam, InstanceDataset.open(request.data, request.split, request.min_area)

@@ -80,10 +80,6 @@ def train(request: TrainRequest) -> None:
         request.reject_unused(("validate_every",), "without --validation")
     recipe = request.find_recipe()
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
-    images = samples.images
-    request.note_names(
-        "Images and labels left out because the other is missing", (*images.without_mask, *images.without_image)
-    )
     request.train(
         model,
         samples,
@@ -92,7 +88,7 @@ def train(request: TrainRequest) -> None:
         task=task,
         validation=validation,
         validate_every=request.validate_every,
-        class_names=images.class_names,
+        class_names=samples.images.class_names,
     )
 
 
@@ -148,7 +144,6 @@ def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
 
 def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
     images = request.sample(DetectionDataset.open(request.data, "train"))
-    request.note_names("Boxes left out", images.left_out)
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
     detector = request.build_network(

@@ -163,7 +163,11 @@ class LoopRequest(TrainingRequest):
     def train(self, model: Any, samples: Any, objective: Any, recipe: Recipe, **settings: Any) -> None:
         """Train, or resume, and print the result; see :func:`~kornia_tinyvit.training.train`."""
         cpu = self.cpu
-        self.note_run(samples.images, "cpu" if cpu else options.find_device("auto"), self.weights or "random")
+        images = samples.images
+        self.note_run(images, "cpu" if cpu else options.find_device("auto"), self.weights or "random")
+        unpaired = (*images.without_mask, *images.without_image)
+        self.note_names("Images and labels left out because the other is missing", unpaired)
+        self.note_names("Boxes left out", getattr(images, "left_out", ()))
         result = train(
             model,
             samples,

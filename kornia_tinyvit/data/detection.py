@@ -81,6 +81,11 @@ class DetectionDataset(ImageDataset[Objects]):
             return cls(coco.read_boxes(path, None if images is None else Path(images)), path)
         return cls(yolo.read_boxes(path, split), path)
 
+    @property
+    def num_objects(self) -> int:
+        """Number of objects in all images."""
+        return sum(len(boxes.labels) for boxes in self._targets)
+
     def objects(self, index: int, height: int, width: int) -> Objects:
         """Return the objects of an image of a known size without decoding it.
 

@@ -55,7 +55,7 @@ class TestBenchmark:
         assert report["machine"]["allocator"] == "default"
         assert report["network"]["img_size"] == 64
 
-    def test_judged_by_data(self, weights, folder):
+    def test_agreement(self, weights, folder):
         options = ("--engines", "eager", "--dtypes", "float32,bfloat16", "--batch-sizes", "4", "--json", *FAST)
         report = json.loads(run("benchmark", "--weights", weights, "--data", folder, *options))
         exact = report["rows"][0]
@@ -76,7 +76,7 @@ class TestBenchmark:
         assert "top-1 of the unconverted network: " in output
         assert output.endswith("allocator default\n")
 
-    def test_random_weights_are_not_judged(self, folder):
+    def test_random_weights_are_not_compared(self, folder):
         options = ("--engines", "eager", "--dtypes", "float32", "--batch-sizes", "1", "--img-size", "64", "--json")
         result = CliRunner().invoke(app, ["benchmark", "--variant", "1m", *options, *FAST, "--data", folder])
         assert result.exit_code == 0, result.output
@@ -95,7 +95,7 @@ class TestBenchmark:
         assert "error" in output
         assert "top-1" not in output
 
-    def test_missing_and_failing_engines_tell_why(self, weights, monkeypatch):
+    def test_reason_of_skipped_engines(self, weights, monkeypatch):
         monkeypatch.setattr(ENGINES["onnxruntime"], "missing", classmethod(lambda cls: "needs what is not here"))
 
         def fail(*args, **kwargs):

@@ -1,8 +1,5 @@
 import json
-import os
 import shutil
-import subprocess
-import sys
 
 import pytest
 from PIL import Image
@@ -11,7 +8,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli import app
-from tests.helpers import CIFAR, cells, error_of, make_weights, run
+from tests.helpers import CIFAR, CommandProcess, cells, error_of, make_weights, run
 
 PHOTOS = [str(ASSETS / "photos" / name) for name in ("chelsea.png", "horse.png", "rocket.jpg")]
 
@@ -36,7 +33,7 @@ class TestClassify:
             assert [each["index"] for each in row["predictions"]] == [each.index for each in found]
             assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
 
-    def test_table_tells_the_same(self, weights):
+    def test_table_has_the_same_values(self, weights):
         rows = json.loads(run("classify", *PHOTOS, "--weights", weights, "--json"))
         expected = [
             [row["photo"] if rank == 0 else "", each["label"], f"{each['score']:.1%}"]
@@ -107,34 +104,27 @@ class TestErrors:
 
 
 class TestProcess:
-    @staticmethod
-    def process(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
-        code = "from kornia_tinyvit.cli import main; main()"
-        command = [sys.executable, "-c", code, *arguments]
-        return subprocess.run(command, capture_output=True, text=True, env=os.environ | environment, check=False)
-
-    def test_answers(self, weights, tmp_path):
+    def test_json_output(self, weights, tmp_path):
         Image.new("RGB", (50, 40), "red").save(tmp_path / "red.png")
-        done = self.process("classify", str(tmp_path / "red.png"), "--weights", weights, "--json")
-        assert (done.returncode, done.stderr) == (0, "")
-        assert json.loads(done.stdout)[0]["photo"] == str(tmp_path / "red.png")
+        photo = str(tmp_path / "red.png")
+        code, out, err = CommandProcess(tmp_path, "classify", photo, "--weights", weights, "--json").wait()
+        assert (code, err) == (0, "")
+        assert json.loads(out)[0]["photo"] == photo
 
-    def test_mistakes(self, weights, tmp_path):
-        done = self.process("classify", str(tmp_path / "gone.jpg"), "--weights", weights)
-        assert (done.returncode, done.stdout) == (1, "")
-        assert done.stderr == f"Error: There is no image {tmp_path / 'gone.jpg'}.\n"
+    def test_error(self, weights, tmp_path):
+        photo = tmp_path / "gone.jpg"
+        done = CommandProcess(tmp_path, "classify", str(photo), "--weights", weights).wait()
+        assert done == (1, "", f"Error: There is no image {photo}.\n")
 
     def test_no_network(self, tmp_path):
         url = "http://weights.invalid/tiny.safetensors"
         dead = "http://127.0.0.1:9"
-        done = self.process(
-            *("classify", PHOTOS[0], "--weights", url),
-            **{"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "KORNIA_DOWNLOAD_TIMEOUT": "1"},
-            TORCH_HOME=str(tmp_path),
-        )
-        assert (done.returncode, done.stdout) == (1, "")
-        assert "Traceback" not in done.stderr
-        *progress, last = done.stderr.splitlines()
+        proxies = {"http_proxy": dead, "https_proxy": dead, "no_proxy": "", "KORNIA_DOWNLOAD_TIMEOUT": "1"}
+        arguments = ("classify", PHOTOS[0], "--weights", url)
+        code, out, err = CommandProcess(tmp_path, *arguments, **proxies, TORCH_HOME=str(tmp_path)).wait()
+        assert (code, out) == (1, "")
+        assert "Traceback" not in err
+        *progress, last = err.splitlines()
         assert not any(line.startswith("Error") for line in progress)
         assert last.startswith(f"Error: The weights could not be downloaded from {url}")
         assert "Without a network connection, download" in last

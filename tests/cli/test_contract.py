@@ -1,11 +1,10 @@
-"""Contraction on the command line: a budget is met, and a search that was killed goes on."""
+"""Contraction on the command line: a budget is met, and a killed search is resumed."""
 
 from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -18,7 +17,7 @@ from kornia_tinyvit.cli.contract import change
 from kornia_tinyvit.contraction import Budget, Candidate, SearchResult, count
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.helpers import error_of, json_lines, run, run_both
+from tests.helpers import CommandProcess, error_of, json_lines, run, run_both
 from tests.scenes import CLASSES, make_images
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8")
@@ -45,29 +44,33 @@ def journal(out: Path) -> list[dict]:
     return json_lines(out / "search.jsonl")
 
 
+def count_evaluated(out: Path) -> int:
+    return sum(line["event"] == "evaluated" for line in journal(out))
+
+
 class TestContract:
     def test_json(self, folder, seed, tmp_path):
         limits = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--min-depth", "2")
-        told = json.loads(run(*command(folder, seed, tmp_path / "out", *limits, "--json")))
-        assert told.keys() == {"winner", "evaluated", "path"}
-        network = TinyViT.from_config(pretrained=told["winner"])
+        report = json.loads(run(*command(folder, seed, tmp_path / "out", *limits, "--json")))
+        assert report.keys() == {"winner", "evaluated", "path"}
+        network = TinyViT.from_config(pretrained=report["winner"])
         assert network.config.num_classes == 3
         costs = count(network.config)
         assert costs["parameters"] <= 25e3
         assert costs["macs"] <= 2.5e6
-        assert TinyViTConfig.from_dict(told["path"][-1]["config"]) == network.config
-        assert told["path"][-1]["costs"] == costs
+        assert TinyViTConfig.from_dict(report["path"][-1]["config"]) == network.config
+        assert report["path"][-1]["costs"] == costs
         depths = {tuple(line["config"]["depths"]) for line in journal(tmp_path / "out") if line["event"] == "measured"}
         assert depths == {TINY["depths"]}, "no stage has more than two blocks"
-        assert told["evaluated"] == sum(line["event"] == "evaluated" for line in journal(tmp_path / "out"))
+        assert report["evaluated"] == sum(line["event"] == "evaluated" for line in journal(tmp_path / "out"))
         assert Image.open(tmp_path / "out" / "search.png").size == (1120, 400)
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["winner"], "--json"))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", report["winner"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
 
         # 'train' takes the file in the place of a variant, for a network like it with first weights of its own.
         training = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--workers", "0", "--epochs", "1")
         out = ("--out", str(tmp_path / "trained"), "--json")
-        trained = json.loads(run("train", str(folder), "--variant", told["winner"], *training, *out))
+        trained = json.loads(run("train", str(folder), "--variant", report["winner"], *training, *out))
         assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
 
     def test_text(self, folder, seed, tmp_path, monkeypatch):
@@ -102,37 +105,34 @@ class TestContract:
         lines = journal(tmp_path / "out")
         found = {line["accuracy"] for line in lines if line["event"] == "evaluated"}
         assert sum(line["event"] == "evaluated" for line in lines) == 4
-        told = json.loads(run("contract", str(folder), *options, "--json"))
+        report = json.loads(run("contract", str(folder), *options, "--json"))
         assert journal(tmp_path / "out") == lines, "all was known"
-        assert told["path"][0]["config"]["embed_dims"] == [8, 8, 8, 16]
-        assert told["path"][-1]["accuracy"] == max(found)
-        costs = count(TinyViT.from_config(pretrained=told["winner"]).config)
+        assert report["path"][0]["config"]["embed_dims"] == [8, 8, 8, 16]
+        assert report["path"][-1]["accuracy"] == max(found)
+        costs = count(TinyViT.from_config(pretrained=report["winner"]).config)
         assert costs["parameters"] <= 25e3
         assert costs["macs"] <= 2.5e6
 
-    def test_trades_are_told(self):
+    def test_trades(self):
         first = TinyViTConfig(**TINY)
         grown = first.replace(mlp_ratio=first.mlp_ratio + 1, depths=(2, 2, 1, 2))
         pair = [Candidate(0, None, None, first, {}, 50.0)]
         pair.append(Candidate(1, 0, "mlp_ratio for depths[2]", grown, {}, 51.0))
         result = SearchResult(tuple(pair), (0, 1), None, Budget(max_macs=1))
         before, after = first.depths[2], 1
-        told = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
-        assert [change(result, each) for each in pair] == ["start", told]
+        report = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
+        assert [change(result, each) for each in pair] == ["start", report]
 
     def test_killed(self, folder, seed, tmp_path):
-        """Killed again and again, the search does nothing twice and comes to what one that was left alone comes to."""
+        """A search that is killed twice repeats no evaluation and finds the same as an uninterrupted one."""
         options = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--device", "cpu", "--json")
         whole = json.loads(run(*command(folder, seed, tmp_path / "whole", *options)))
         out = tmp_path / "out"
         evaluated: list[dict] = []
         for target in (2, 5):
-            process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *command(folder, seed, out, *options)])
-            while sum(line["event"] == "evaluated" for line in journal(out)) < target:
-                assert process.poll() is None
-                time.sleep(0.01)
-            process.kill()
-            process.wait()
+            search = CommandProcess(tmp_path, *command(folder, seed, out, *options))
+            search.signal(signal.SIGKILL, lambda: count_evaluated(out) >= target)  # noqa: B023 - called in this turn
+            search.wait()
             found = [line for line in journal(out) if line["event"] == "evaluated"]
             assert found[: len(evaluated)] == evaluated
             evaluated = found
@@ -150,14 +150,17 @@ class TestContract:
     def test_processes_end_with_a_killed_search(self, folder, seed, tmp_path):
         options = ("--max-parameters", "15k", "--processes", "2", "--device", "cpu", "--json")
         arguments = command(folder, seed, tmp_path / "out", *options)
-        process = subprocess.Popen([sys.executable, "-m", "kornia_tinyvit", *arguments])
-        while not any(line["event"] == "evaluated" for line in journal(tmp_path / "out")):
-            assert process.poll() is None
-            time.sleep(0.01)
-        children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+        search = CommandProcess(tmp_path, *arguments)
+        children: list[str] = []
+
+        def ready() -> bool:
+            pid = search.process.pid
+            children[:] = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+            return count_evaluated(tmp_path / "out") > 0
+
+        search.signal(signal.SIGKILL, ready)
+        search.wait()
         assert children
-        process.kill()
-        process.wait()
         deadline = time.monotonic() + 60
         while any(Path(f"/proc/{child}").exists() for child in children):
             assert time.monotonic() < deadline, "a worker outlives its search"
@@ -174,8 +177,8 @@ class TestContract:
         held_out = error_of(capfd, monkeypatch, *command(folder, seed, tmp_path / "out", *options))
         assert "none can be held out; give --validation" in held_out
         validation = make_images(tmp_path / "val", each=2, seed=5)
-        told = json.loads(run(*command(folder, seed, tmp_path / "out", *options, "--validation", str(validation))))
-        assert told["path"][-1]["costs"]["parameters"] <= 28e3
+        report = json.loads(run(*command(folder, seed, tmp_path / "out", *options, "--validation", str(validation))))
+        assert report["path"][-1]["costs"]["parameters"] <= 28e3
         assert journal(tmp_path / "out")[0]["evaluation"]["objective"]["kind"] == "stored labels"
 
     @pytest.mark.parametrize(

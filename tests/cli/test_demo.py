@@ -97,19 +97,19 @@ class TestErrors:
         pytest.importorskip("gradio", reason="needs the extra demo")
         with socket.create_server(("127.0.0.1", 0)) as taken:
             port = str(taken.getsockname()[1])
-            told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web", "--port", port)
-        assert f"Port {port} of 127.0.0.1 cannot be used" in told
-        assert "Choose another --port, or 0." in told
+            output = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web", "--port", port)
+        assert f"Port {port} of 127.0.0.1 cannot be used" in output
+        assert "Choose another --port, or 0." in output
 
     def test_empty_options_of_the_page_are_the_defaults(self, weights, monkeypatch):
         page = pytest.importorskip("kornia_tinyvit.web.page", reason="needs the extra demo")
         served = []
-        monkeypatch.setattr(page, "serve", lambda *told: served.append((told[1], told[4])))
+        monkeypatch.setattr(page, "serve", lambda *output: served.append((output[1], output[4])))
         run("demo", "--weights", weights, "--web", "--host", "", "--sam-weights", "")
         assert served == [("mobile_sam", "127.0.0.1")]
 
     def test_page_without_gradio(self, weights, capfd, monkeypatch):
         monkeypatch.setitem(sys.modules, "gradio", None)
         monkeypatch.delitem(sys.modules, "kornia_tinyvit.web.page", raising=False)
-        told = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web")
-        assert told == "Error: The web demo needs gradio: pip install 'kornia-tinyvit[demo]'."
+        output = error_of(capfd, monkeypatch, "demo", "--weights", weights, "--web")
+        assert output == "Error: The web demo needs gradio: pip install 'kornia-tinyvit[demo]'."

@@ -1,12 +1,10 @@
-"""Detectors on the command line: trained, and asked about photos."""
+"""Detectors on the command line: trained, and config about photos."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
+import socket
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -20,7 +18,7 @@ from kornia_tinyvit.images import read_image
 from kornia_tinyvit.training import evaluate
 from kornia_tinyvit.visualization import draw_detections
 from tests import scenes
-from tests.helpers import error_of, run, run_both
+from tests.helpers import CommandProcess, error_of, run, run_both
 from tests.scenes import damage, make_coco, write_coco
 from tests.test_detection import NAMES, make_detector
 
@@ -98,20 +96,22 @@ class TestTrain:
 
     def test_yolo(self, tmp_path):
         data, validation = (scenes.make_boxes(tmp_path / name, 2, seed=1) for name in ("data", "val"))
-        told = json.loads(run(*self.command(data, tmp_path, "--validation", str(validation), "--json")))
-        assert told.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
-        detector = TinyViTDetector.from_config(pretrained=told["best"])
+        result = json.loads(run(*self.command(data, tmp_path, "--validation", str(validation), "--json")))
+        assert result.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
+        detector = TinyViTDetector.from_config(pretrained=result["best"])
         assert (detector.class_names, detector.config.num_queries) == (scenes.BOX_NAMES, 10)
         scores = evaluate(detector, DetectionDataset.open(validation))
-        assert scores.map == pytest.approx(told["map"], abs=1e-3)
-        asked = json.loads((tmp_path / "out" / "run.json").read_text())
-        assert (asked["augmentation"]["kind"], asked["loss"]["kind"]) == ("boxes", "boxes")
+        assert scores.map == pytest.approx(result["map"], abs=1e-3)
+        config = json.loads((tmp_path / "out" / "run.json").read_text())
+        assert (config["augmentation"]["kind"], config["loss"]["kind"]) == ("boxes", "boxes")
 
     def test_coco(self, tmp_path):
         annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]
         path = write_coco(tmp_path / "coco", make_coco(annotations=annotations))
         printed, notes = run_both(*self.command(path, tmp_path, "--validation", str(path), "--weights", "cifar10"))
-        assert "Boxes left out: 1, e.g. " in notes
+        opening, dropped = notes.splitlines()
+        assert opening == "2 images, 2 objects, 2 classes; device cpu; weights cifar10"
+        assert dropped.startswith("Boxes left out: 1, e.g. ")
         assert ", mAP " in printed.strip().splitlines()[-1]
 
     @pytest.mark.skipif(
@@ -121,25 +121,28 @@ class TestTrain:
         """They share the images, some without objects, and three validation images between them."""
         data = scenes.make_boxes(tmp_path / "data", 4)
         validation = scenes.make_boxes(tmp_path / "val", 3, seed=1)
-        launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]
         options = ("--validation", str(validation), "--process-batch", "2", "--batch-size", "4", "--json")
-        root = Path(__file__).parents[2]
-        process = subprocess.run(
-            [*launch, "kornia_tinyvit", *self.command(data, tmp_path, *options)],
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}, cwd=root,
-            capture_output=True, text=True, timeout=300, check=False,
-        )  # fmt: skip
-        assert process.returncode == 0, process.stderr[-3000:]
-        told = json.loads(process.stdout.strip().splitlines()[-1])
-        kept = TinyViTDetector.from_config(pretrained=told["best"])
-        assert told["map"] == pytest.approx(evaluate(kept, DetectionDataset.open(validation)).map, abs=1e-3)
-        assert told["steps"] == 1
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = str(free.getsockname()[1])
+        ranks = [
+            CommandProcess(
+                tmp_path / str(rank), *self.command(data, tmp_path, *options), RANK=str(rank), LOCAL_RANK=str(rank),
+                WORLD_SIZE="2", LOCAL_WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=port,
+            )
+            for rank in range(2)
+        ]  # fmt: skip
+        (code, out, err), other = (rank.wait() for rank in ranks)
+        assert (code, other[:2]) == (0, (0, "")), err + other[2]
+        result = json.loads(out)
+        kept = TinyViTDetector.from_config(pretrained=result["best"])
+        assert result["map"] == pytest.approx(evaluate(kept, DetectionDataset.open(validation)).map, abs=1e-3)
+        assert result["steps"] == 1
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
         assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--queries", "90"))
-        assert "84 cells to look for objects in, fewer than 90" in error
+        assert "num_queries=90 exceeds the 84 cells" in error
         (data / "labels" / "00.txt").write_text("7 0.5 0.5 0.1 0.1")
         assert "00.txt:1 has the class 7" in error_of(capfd, monkeypatch, *self.command(data, tmp_path))
 
@@ -156,11 +159,11 @@ class TestEvaluate:
 
     def test_json(self, own, tmp_path):
         data = scenes.make_boxes(tmp_path / "data", 3, seed=1)
-        told = json.loads(run(*self.command(data, own, "--per-class", "--json")))
+        result = json.loads(run(*self.command(data, own, "--per-class", "--json")))
         images = DetectionDataset.open(data, "val")
         found = evaluate(TinyViTDetector.from_config(pretrained=own), images)
-        assert [row["class"] for row in told.pop("per_class")] == ["disc", "box"]
-        assert told == pytest.approx(found.to_dict(), abs=1e-3)
+        assert [row["class"] for row in result.pop("per_class")] == ["disc", "box"]
+        assert result == pytest.approx(found.to_dict(), abs=1e-3)
         assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["images"] == 2
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):

@@ -1,4 +1,4 @@
-"""The whole way on the command line: a teacher's labels are stored, checked, learnt from and evaluated."""
+"""Distillation on the command line: save, check, train and evaluate."""
 
 from __future__ import annotations
 
@@ -102,14 +102,14 @@ class TestSave:
         assert printed.splitlines() == [
             f"12 samples x 300 epochs x the top 2 of 3 classes: {size / 1e3:.2f} kB ({size / 2**10:.2f} KiB)"
         ]
-        told = json.loads(save(folder, tmp_path / "store", teacher, "--estimate", "--json", epochs=300))
-        assert told == {"records": 3600, "bytes": size}
+        report = json.loads(save(folder, tmp_path / "store", teacher, "--estimate", "--json", epochs=300))
+        assert report == {"records": 3600, "bytes": size}
         assert not (tmp_path / "store").exists()
 
     def test_json_and_what_is_written(self, folder, tmp_path, teacher):
-        told = json.loads(save(folder, tmp_path / "store", teacher, "--json"))
+        report = json.loads(save(folder, tmp_path / "store", teacher, "--json"))
         size = sum(path.stat().st_size for path in (tmp_path / "store").rglob("*.safetensors"))
-        assert told == {
+        assert report == {
             "records": 24, "bytes": size, "written": 24, "present": 0, "locked": 0, "broken": [],
         }  # fmt: skip
         opened = LabelStore(tmp_path / "store")
@@ -165,8 +165,8 @@ class TestSave:
         assert not list(tmp_path.glob("store/epoch*"))
 
     def test_limit(self, folder, tmp_path, teacher):
-        told = json.loads(save(folder, tmp_path / "store", teacher, "--json", "--limit", "5"))
-        assert told["written"] == 10
+        report = json.loads(save(folder, tmp_path / "store", teacher, "--json", "--limit", "5"))
+        assert report["written"] == 10
 
 
 class TestCheck:
@@ -185,7 +185,7 @@ class TestCheck:
         assert "teacher.checksum" in error_of(capfd, monkeypatch, *given)
 
     def test_records_that_are_wrong(self, folder, store, teacher):
-        """Of the same teacher, as the manifest says; but the file says otherwise."""
+        """Records that do not match the manifest's teacher."""
         shard = store / "epoch-00001" / "shard-00000.safetensors"
         records = load_file(shard)
         records["probabilities"][:, 0] = 0  # their checksums are right
@@ -219,7 +219,7 @@ class TestTrain:
             ((*SMALL, "--limit", "10"), ["num_samples: the store has 12, this pipeline 10", "data.fingerprint"]),
         ],
     )  # fmt: skip
-    def test_what_does_not_match_is_spelled_out(self, folder, store, tmp_path, capfd, monkeypatch, options, messages):
+    def test_mismatch_is_listed(self, folder, store, tmp_path, capfd, monkeypatch, options, messages):
         error = error_of(capfd, monkeypatch, *self.command(folder, tmp_path, str(store), *options))
         assert "does not match this pipeline" in error
         assert all(message in error for message in messages)
@@ -231,9 +231,9 @@ class TestTrain:
             assert "Give either the folder of a store or --teacher" in error
 
     def test_online(self, folder, teacher, tmp_path):
-        told = json.loads(run(*self.command(folder, tmp_path, "--teacher", teacher, *SMALL, "--epochs", "1")))
-        assert told["steps"] == 1
-        network = TinyViT.from_config(pretrained=told["last"])
+        report = json.loads(run(*self.command(folder, tmp_path, "--teacher", teacher, *SMALL, "--epochs", "1")))
+        assert report["steps"] == 1
+        network = TinyViT.from_config(pretrained=report["last"])
         assert network.config.num_classes == 3
 
     def test_fewer_epochs_are_stored(self, folder, store, tmp_path):
@@ -262,7 +262,7 @@ class TestTrain:
         assert json.loads(run(*self.command(folder, tmp_path, *options)))["steps"] == 2
 
     def test_names_are_in_the_checkpoint(self, folder, store, tmp_path):
-        told = json.loads(run(*self.command(folder, tmp_path, str(store), *SMALL, "--epochs", "1")))
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["best"], "--json"))
+        report = json.loads(run(*self.command(folder, tmp_path, str(store), *SMALL, "--epochs", "1")))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", report["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
         assert torch.isfinite(torch.tensor([each["score"] for each in rows[0]["predictions"]])).all()

@@ -98,7 +98,7 @@ class TestFolder:
         assert json.loads(run(*arguments, "--workers", "1")) == json.loads(run(*arguments))
 
     @pytest.mark.parametrize("workers", ["0", "1"])
-    def test_a_broken_image_is_one_sentence(self, weights, folder, workers, capfd, monkeypatch):
+    def test_broken_image_is_one_line(self, weights, folder, workers, capfd, monkeypatch):
         (folder / "cat" / "a.png").write_bytes(b"nothing")
         options = ("--weights", weights, "--workers", workers, "--json")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
@@ -114,7 +114,7 @@ class TestFolder:
 
 
 class TestMeasures:
-    """The other numbers that the command tells when asked."""
+    """Further metrics."""
 
     def answers(self, weights, folder):
         """The classes of the images and what the network takes them for, by name."""
@@ -162,7 +162,7 @@ class TestMeasures:
         assert f"expected calibration error {calibration['error']:.2f} %" in output
 
     def test_features_of_training_data(self, weights, photos, tmp_path):
-        """Three kinds of images that a network with any weights tells apart."""
+        """Three kinds of images that a network with random weights separates."""
         for split, shift in (("train", 0), ("test", 7)):
             for number, name in enumerate(("cat", "dog", "frog")):
                 (tmp_path / split / name).mkdir(parents=True)

@@ -32,9 +32,9 @@ class TestSemantic:
     def test_json(self, tmp_path, segmenter):
         data = make_scenes(tmp_path / "data", 3)
         wanted = evaluate(make_segmenter(), SegmentationDataset.open(data))
-        told = json.loads(run(*self.command(data, segmenter, "--json", "--per-class")))
-        rows = told.pop("per_class")
-        assert told == {
+        result = json.loads(run(*self.command(data, segmenter, "--json", "--per-class")))
+        rows = result.pop("per_class")
+        assert result == {
             "images": 3,
             "classes_present": 3,
             "mean_iou": round(wanted.mean_iou, 2),
@@ -65,8 +65,8 @@ class TestSemantic:
         data = make_scenes(tmp_path / "data", 3)
         damage(data / "images" / "01.png")
         assert "01.png" in error_of(capfd, monkeypatch, *self.command(data, segmenter, "--json"))
-        told = json.loads(run(*self.command(data, segmenter, "--json", "--on-broken", "skip")))
-        assert (told["images"], told["broken"]) == (2, ["01.png"])
+        result = json.loads(run(*self.command(data, segmenter, "--json", "--on-broken", "skip")))
+        assert (result["images"], result["broken"]) == (2, ["01.png"])
 
     def test_errors(self, tmp_path, segmenter, capfd, monkeypatch):
         data = make_scenes(tmp_path / "data", 2)
@@ -85,10 +85,10 @@ class TestPromptable:
     def test_json(self, tmp_path, sam):
         data = make_instances(tmp_path / "data", 2)
         wanted = evaluate(lively_sam(), InstanceDataset.open(data))
-        told = json.loads(run(*self.command(data, sam, "--json", "--workers", "1")))
+        result = json.loads(run(*self.command(data, sam, "--json", "--workers", "1")))
         rounded = {name: round(value, 2) for name, value in vars(wanted).items()}
-        assert told == {"images": 2, **rounded}
-        assert told["instances"] == 4
+        assert result == {"images": 2, **rounded}
+        assert result["instances"] == 4
 
     def test_text(self, tmp_path, sam):
         data = make_instances(tmp_path / "data", 3)
@@ -101,10 +101,10 @@ class TestPromptable:
 
     def test_options(self, tmp_path, sam, capfd, monkeypatch):
         data = make_instances(tmp_path / "data", 2)
-        told = [json.loads(run(*self.command(data, sam, "--json", *options)))
+        result = [json.loads(run(*self.command(data, sam, "--json", *options)))
                 for options in ((), ("--img-size", "96"), ("--limit", "1"))]  # fmt: skip
-        assert told[0]["box_iou"] != told[1]["box_iou"]
-        assert [each["instances"] for each in told] == [4, 4, 2]
+        assert result[0]["box_iou"] != result[1]["box_iou"]
+        assert [each["instances"] for each in result] == [4, 4, 2]
         error = error_of(capfd, monkeypatch, *self.command(data, sam, "--json", "--min-area", "2000"))
         assert "None of 2 images has an object of at least 2000 pixels" in error
         assert "--per-class has no effect" in error_of(capfd, monkeypatch, *self.command(data, sam, "--per-class"))

@@ -60,10 +60,10 @@ class TestOnnx:
             torch.testing.assert_close(torch.from_numpy(found), classifier(photo / 255), rtol=1e-3, atol=1e-3)
 
     def test_differences_are_errors(self, weights, tmp_path, capfd, monkeypatch):
-        def refuse(*args, **kwargs):
+        def fail(*args, **kwargs):
             raise ExportError("The export differs.")
 
-        monkeypatch.setattr(MODULE, "export_onnx", refuse)
+        monkeypatch.setattr(MODULE, "export_onnx", fail)
         out = str(tmp_path / "x.onnx")
         assert "The export differs." in error_of(capfd, monkeypatch, "export", "--out", out, "--weights", weights)
 
@@ -89,16 +89,16 @@ class TestProgram:
         assert report["outputs"] == [["B", 256, 4, 4]]
 
     def test_settings_reach_the_exporter(self, weights, tmp_path, monkeypatch):
-        asked = {}
+        received = {}
 
         def write(model, path, **settings):
-            asked.update(settings)
+            received.update(settings)
             path.write_bytes(b"12345")
 
         monkeypatch.setattr(MODULE, "export_program", write)
         options = ("--method", "forward_intermediates", "--dynamic-size", "--pixels", "unit", "--compiled", "--json")
         report = json.loads(run("export", "--out", str(tmp_path / "maps.pt2"), "--weights", weights, *options))
-        assert asked == {
+        assert received == {
             "method": "forward_intermediates",
             "pixels": "unit",
             "dynamic_size": True,

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import re
 import shlex
 import signal
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -22,37 +19,13 @@ from kornia_tinyvit.cli.requests import Interrupted
 from kornia_tinyvit.distillation import LabelStore
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
-from tests.helpers import json_lines, run
+from tests.helpers import CommandProcess, json_lines, run
 from tests.scenes import make_images
 
-#: One process for all commands, because it imports torch once.
-DRIVER = """
-import json, sys
-from kornia_tinyvit import cli
-for line in sys.stdin:
-    sys.argv = ["kornia-tinyvit", *json.loads(line)]
-    code = 0
-    try:
-        cli.main()
-    except SystemExit as stop:
-        code = stop.code
-    print("exit code", code, flush=True)
-"""
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "4")
 SLOW_TEACHER = TEACHER.replace(
     "        return images", "        import time\n        time.sleep(0.05)\n        return images"
 )
-
-
-@pytest.fixture(scope="module")
-def driver() -> Iterator[subprocess.Popen]:
-    root = Path(__file__).parents[2]
-    process = subprocess.Popen(
-        [sys.executable, "-c", DRIVER], cwd=root, env=os.environ | {"PYTHONPATH": str(root)}, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-    )  # fmt: skip
-    yield process
-    process.kill()
 
 
 @pytest.fixture(scope="module")
@@ -68,24 +41,19 @@ def network(tmp_path_factory) -> str:
     )
 
 
-def interrupt(driver: subprocess.Popen, command: tuple[str, ...], ready: Callable[[], bool]) -> list[str]:
-    """Start a command, send SIGINT when it is ready, and return the command that it prints."""
-    driver.stdin.write(json.dumps(command) + "\n")
-    driver.stdin.flush()
-    while not ready():
-        assert driver.poll() is None
-        time.sleep(0.005)
-    driver.send_signal(signal.SIGINT)
-    while not (line := driver.stdout.readline()).startswith("exit code"):
-        pass
-    assert line == "exit code 130\n"
-    while not (line := driver.stderr.readline()).startswith("Interrupted"):
-        assert "Traceback" not in line
-    assert line.startswith("Interrupted. Resume: kornia-tinyvit ")
-    return shlex.split(line.partition(": kornia-tinyvit ")[2])
+def interrupt(folder: Path, command: tuple[str, ...], ready: Callable[[], bool]) -> list[str]:
+    """Run a command, send SIGINT when it is ready, and return the command that it prints."""
+    process = CommandProcess(folder, *command)
+    process.signal(signal.SIGINT, ready)
+    code, _, err = process.wait()
+    assert code == 130, err
+    assert "Traceback" not in err
+    last = err.splitlines()[-1]
+    assert last.startswith("Interrupted. Resume: kornia-tinyvit ")
+    return shlex.split(last.partition(": kornia-tinyvit ")[2])
 
 
-def test_train(driver, folder, network, tmp_path):
+def test_train(folder, network, tmp_path):
     command = (
         "train",
         str(folder),
@@ -100,7 +68,7 @@ def test_train(driver, folder, network, tmp_path):
         "cpu",
     )
     out, whole = tmp_path / "it's out", tmp_path / "whole"
-    resume = interrupt(driver, (*command, "--out", str(out)), lambda: len(json_lines(out / "metrics.jsonl")) > 1)
+    resume = interrupt(tmp_path, (*command, "--out", str(out)), lambda: len(json_lines(out / "metrics.jsonl")) > 1)
     assert resume == [*command, "--out", str(out)]
     state = json_lines(out / "metrics.jsonl")[-1]["step"]
     assert 0 < state < 36
@@ -113,7 +81,7 @@ def test_train(driver, folder, network, tmp_path):
     assert [line["epoch"] for line in epochs[0]] == [line["epoch"] for line in epochs[1]] == [*range(1, 13)]
 
 
-def test_distill_save(driver, folder, tmp_path):
+def test_distill_save(folder, tmp_path):
     (tmp_path / "colors.py").write_text(SLOW_TEACHER)
     command = ("distill", "save", str(folder))
     options = (
@@ -121,7 +89,7 @@ def test_distill_save(driver, folder, tmp_path):
         "--top-k", "2", "--workers", "1", "--batch-size", "2",
     )  # fmt: skip
     store = tmp_path / "store"
-    resume = interrupt(driver, (*command, str(store), *options), lambda: any(store.glob("epoch-*/*.safetensors")))
+    resume = interrupt(tmp_path, (*command, str(store), *options), lambda: any(store.glob("epoch-*/*.safetensors")))
     assert resume == [*command, str(store), *options]
     written, present = map(int, re.search(r"(\d+) records written, (\d+) already present", run(*resume)).groups())
     assert written + present == 48
@@ -132,7 +100,7 @@ def test_distill_save(driver, folder, tmp_path):
         assert torch.equal(found.probabilities, expected.probabilities)
 
 
-def test_contract(driver, folder, network, tmp_path):
+def test_contract(folder, network, tmp_path):
     options = ("--variant", network, *SMALL, "--hold-out", "0.25", "--max-parameters", "28k", "--steps", "2", "--json")
     out = tmp_path / "out"
     command = ("contract", str(folder), *options, "--device", "cpu", "--out", str(out))
@@ -140,7 +108,7 @@ def test_contract(driver, folder, network, tmp_path):
     def ready() -> bool:
         return any(line["event"] == "evaluated" for line in json_lines(out / "search.jsonl"))
 
-    resume = interrupt(driver, command, ready)
+    resume = interrupt(tmp_path, command, ready)
     assert resume == [*command]
     evaluated = [line for line in json_lines(out / "search.jsonl") if line["event"] == "evaluated"]
     report = json.loads(run(*resume))

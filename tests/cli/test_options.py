@@ -1,4 +1,4 @@
-"""An option that has no effect is refused, not passed over."""
+"""Options without effect are errors."""
 
 from __future__ import annotations
 
@@ -45,5 +45,5 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
         ("benchmark --limit 4", "--limit has no effect without --data"),
     ],
 )
-def test_without_what_it_is_for(capfd, monkeypatch, words, message):
+def test_without_the_option_it_belongs_to(capfd, monkeypatch, words, message):
     assert message in error_of(capfd, monkeypatch, *words.split())

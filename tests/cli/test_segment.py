@@ -90,7 +90,7 @@ class TestSegment:
             areas.append(each["area"])
         assert areas == sorted(areas, reverse=True)
 
-    def test_told(self, weights, tmp_path):
+    def test_text(self, weights, tmp_path):
         output = run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *BOX)
         first, second = output.splitlines()
         assert first == f"{PHOTO}: 1 mask, see {tmp_path}/chelsea_overlay.png"
@@ -99,8 +99,8 @@ class TestSegment:
 
     @pytest.mark.parametrize(("text", "size"), [("128", 128), ("160x256", (160, 256))])
     def test_size(self, weights, tmp_path, text, size):
-        told = (PHOTO, "--weights", weights, "--out", str(tmp_path), "--json", *BOX)
-        plain, other = (json.loads(run("segment", *told, *more)) for more in ([], ["--img-size", text]))
+        command = (PHOTO, "--weights", weights, "--out", str(tmp_path), "--json", *BOX)
+        plain, other = (json.loads(run("segment", *command, *more)) for more in ([], ["--img-size", text]))
         sam = MobileSAM.from_config(pretrained=weights, img_size=size)
         box = torch.tensor([[100.0, 20.0, 300.0, 280.0]])
         (found,) = sam.predict_masks(sam.embed(PHOTO), boxes=box, multimask_output=False)
@@ -137,8 +137,8 @@ class TestSegment:
         Image.effect_noise(size, 90).save(tmp_path / "photo.png")
         prompts = (["--point", f"{size[0] / 2},{size[1] / 2}"], ["--everything"])
         for arguments in prompts:
-            told = (str(tmp_path / "photo.png"), "--weights", weights, "--out", str(tmp_path / "out"), "--json")
-            report = json.loads(run("segment", *told, *arguments))
+            command = (str(tmp_path / "photo.png"), "--weights", weights, "--out", str(tmp_path / "out"), "--json")
+            report = json.loads(run("segment", *command, *arguments))
             assert Image.open(report["files"][0]).size == size
             assert all(Image.open(each["file"]).size == size for each in report["masks"])
 
@@ -178,8 +178,8 @@ class TestErrors:
         ],
     )
     def test_one_line(self, weights, tmp_path, capfd, monkeypatch, arguments, message):
-        told = error_of(capfd, monkeypatch, "segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *arguments)
-        assert message in told
+        error = error_of(capfd, monkeypatch, "segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *arguments)
+        assert message in error
         assert not list(tmp_path.iterdir())
 
     @pytest.mark.parametrize(
@@ -196,15 +196,15 @@ class TestErrors:
             raise RuntimeError("no network")
 
         monkeypatch.setattr(tensors, "download_file_from_url", no_network)
-        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX)
-        assert all(url in told for url in find_weights("5m", "mobile_sam").urls)
-        assert "Give the file by --weights FILE." in told
+        error = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX)
+        assert all(url in error for url in find_weights("5m", "mobile_sam").urls)
+        assert "Give the file by --weights FILE." in error
         assert "with a 5m encoder, not with 21m" in error_of(
             capfd, monkeypatch, "segment", PHOTO, *BOX, "--variant", "21m"
         )
 
     def test_broken_checkpoint(self, capfd, monkeypatch, tmp_path):
         (tmp_path / "sam.pt").write_bytes(b"<!DOCTYPE html>")
-        told = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX, "--weights", str(tmp_path / "sam.pt"))
-        assert "sam.pt is damaged" in told
-        assert "--weights FILE" not in told
+        error = error_of(capfd, monkeypatch, "segment", PHOTO, *BOX, "--weights", str(tmp_path / "sam.pt"))
+        assert "sam.pt is damaged" in error
+        assert "--weights FILE" not in error

@@ -37,16 +37,16 @@ def recorded(tmp_path):
 class TestTrain:
     def test_json(self, folder, tmp_path):
         validation = make_images(tmp_path / "val", each=2, seed=5)
-        told = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
-        assert told.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
-        assert (told["steps"], told["broken"], told["is_main_process"]) == (1, [], True)
-        report = json.loads(run("evaluate", str(validation), "--weights", told["best"], "--json"))
-        assert report["top1"] == pytest.approx(told["top1"], abs=0.01)
-        network = TinyViT.from_config(pretrained=told["last"])
+        result = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
+        assert result.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
+        assert (result["steps"], result["broken"], result["is_main_process"]) == (1, [], True)
+        report = json.loads(run("evaluate", str(validation), "--weights", result["best"], "--json"))
+        assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
+        network = TinyViT.from_config(pretrained=result["last"])
         assert (network.config.num_classes, network.config.img_size) == (3, 32)
         assert network.config.drop_path_rate == RECIPES["cifar10"].drop_path["1m"]
         assert not network.config.use_checkpoint
-        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", told["best"], "--json"))
+        rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", result["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
 
     def test_text(self, folder, tmp_path, monkeypatch):
@@ -67,15 +67,15 @@ class TestTrain:
         assert "green/01.png is not an image" in error_of(capfd, monkeypatch, *command(folder, tmp_path, *options))
         _, notes = run_both(*command(folder, tmp_path, "--batch-size", "12", "--on-broken", "skip"))
         assert "cannot be read: 1, e.g. green/01.png" in notes
-        told = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
-        assert told["broken"] == ["green/01.png"]
+        result = json.loads(run(*command(folder, tmp_path, *options, "--on-broken", "skip")))
+        assert result["broken"] == ["green/01.png"]
 
     @pytest.mark.parametrize("pretrained", ["cifar10", "file"])
     def test_pretrained(self, folder, tmp_path, pretrained):
         if pretrained == "file":
             pretrained = json.loads(run(*command(folder, tmp_path / "first", "--json")))["best"]
-        told = json.loads(run(*command(folder, tmp_path, "--weights", pretrained, "--base-lr", "1e-3", "--json")))
-        trained = TinyViT.from_config(pretrained=told["last"])
+        result = json.loads(run(*command(folder, tmp_path, "--weights", pretrained, "--base-lr", "1e-3", "--json")))
+        trained = TinyViT.from_config(pretrained=result["last"])
         start = TinyViT.from_config("1m", pretrained=pretrained)
         near = (trained.layers[2].blocks[1].mlp.fc1.weight - start.layers[2].blocks[1].mlp.fc1.weight).abs().max()
         assert near < 0.01
@@ -84,12 +84,12 @@ class TestTrain:
     def test_options_reach_the_training(self, folder, tmp_path):
         run(*command(folder, tmp_path, "--process-batch", "4", "--seed", "7", "--base-lr", "0.004",
                      "--gradient-checkpointing", "--precision", "bf16", "--limit", "10", "--json"))  # fmt: skip
-        asked = recorded(tmp_path)
-        assert asked["recipe"]["base_lr"] == 0.004
-        assert asked["recipe"]["batch_size"] == 8
-        assert asked["augmentation"]["seed"] == 7
-        assert asked["model"]["use_checkpoint"] is True
-        assert asked["loss"] == {"kind": "labels", "label_smoothing": 0.1}
+        config = recorded(tmp_path)
+        assert config["recipe"]["base_lr"] == 0.004
+        assert config["recipe"]["batch_size"] == 8
+        assert config["augmentation"]["seed"] == 7
+        assert config["model"]["use_checkpoint"] is True
+        assert config["loss"] == {"kind": "labels", "label_smoothing": 0.1}
 
     @pytest.mark.parametrize(
         ("options", "message"),
@@ -130,21 +130,22 @@ class TestSemantic:
     def test_json(self, tmp_path):
         data, validation = make_scenes(tmp_path / "data", 4), make_scenes(tmp_path / "val", 2, seed=9)
         options = ("--validation", str(validation), "--class-balance", "0.5", "--json")
-        told = json.loads(run(*self.command(data, tmp_path, *options)))
-        assert told.keys() == {"steps", "mean_iou", "best", "last", "broken", "seconds", "is_main_process"}
-        segmenter = SemanticSegmenter.from_config(pretrained=told["best"])
+        result = json.loads(run(*self.command(data, tmp_path, *options)))
+        assert result.keys() == {"steps", "mean_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        segmenter = SemanticSegmenter.from_config(pretrained=result["best"])
         assert segmenter.class_names == NAMES
         assert segmenter.config.backbone.window_sizes == (8, 4, 2, 1)
         found = evaluate(segmenter, SegmentationDataset.open(validation))
-        assert found.mean_iou == pytest.approx(told["mean_iou"], abs=1e-3)
-        asked = recorded(tmp_path)
-        assert asked["augmentation"]["kind"] == "masks"
-        assert len(set(asked["loss"]["class_weights"])) == 3
+        assert found.mean_iou == pytest.approx(result["mean_iou"], abs=1e-3)
+        config = recorded(tmp_path)
+        assert config["augmentation"]["kind"] == "masks"
+        assert len(set(config["loss"]["class_weights"])) == 3
 
     def test_text(self, tmp_path):
         data = make_scenes(tmp_path / "data", 4)
         (data / "masks" / "03.png").unlink()
         printed, notes = run_both(*self.command(data, tmp_path, "--validation", str(data), "--weights", "cifar10"))
+        assert notes.startswith("3 images, 3 classes, ignored ids 255; device cpu; weights cifar10\n")
         assert "missing: 1, e.g. 03.png" in notes
         assert ", mean IoU " in printed.strip().splitlines()[-1]
         again = self.command(data, tmp_path / "more", "--weights", str(tmp_path / "out" / "best.safetensors"))
@@ -167,20 +168,20 @@ class TestPromptable:
         options = ("--validation", str(validation), "--freeze", "image_encoder", "--freeze", "prompt_encoder",
                    "--weights", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
                    "--json")  # fmt: skip
-        told = json.loads(run(*self.command(data, tmp_path, *options)))
-        assert told.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
-        sam = MobileSAM.from_config(pretrained=told["best"])
+        result = json.loads(run(*self.command(data, tmp_path, *options)))
+        assert result.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        sam = MobileSAM.from_config(pretrained=result["best"])
         assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (12, 12, 6, 3))
         start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()
         kept = sam.image_encoder.state_dict()
         assert all(torch.equal(kept[name], start[name]) for name in start if not name.startswith("head."))
         found = evaluate(sam, InstanceDataset.open(validation, min_area=100))
-        assert found.box_iou == pytest.approx(told["box_iou"], abs=1e-3)
-        asked = recorded(tmp_path)
-        assert asked["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
-        assert asked["augmentation"]["prompting"]["instances"] == 3
-        assert asked["augmentation"]["prompting"]["box_fraction"] == 0.75
-        assert asked["loss"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
+        assert found.box_iou == pytest.approx(result["box_iou"], abs=1e-3)
+        config = recorded(tmp_path)
+        assert config["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
+        assert config["augmentation"]["prompting"]["instances"] == 3
+        assert config["augmentation"]["prompting"]["box_fraction"] == 0.75
+        assert config["loss"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
 
     def test_text(self, tmp_path):
         data = make_instances(tmp_path / "data", 3)
