@@ -47,7 +47,7 @@ class TrainRequest(shared.LoopRequest):
         "detection: boxes, by RT-DETR.",
         TaskName.classification,
     )
-    recipe: str = option("Training", f"{shared.RECIPE_NAMES}. Default: in1k, or the name of the task.", "")
+    recipe: str | None = option("Training", f"{shared.RECIPE_NAMES}. Default: in1k, or the name of the task.", None)
     validate_every: int = option("Training", "Epochs between evaluations.", 1, min=1)
     class_balance: float = option(
         "Semantic segmentation", "Weight of rare classes, from 0 (none) to 1.", 0.0, min=0, max=1
@@ -61,12 +61,6 @@ class TrainRequest(shared.LoopRequest):
     queries: int = option("Detection", "Maximum number of objects per image.", 300, min=1)
     out: Path = option("Output", shared.OUT, Path("runs/train"))
 
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if not self.recipe:
-            name = "in1k" if self.task is TaskName.classification else self.task.value
-            object.__setattr__(self, "recipe", name)
-
 
 @command
 def train(request: TrainRequest) -> None:
@@ -78,7 +72,7 @@ def train(request: TrainRequest) -> None:
     request.reject_unused(unused, f"with --task {request.task}")
     if request.validation is None:
         request.reject_unused(("validate_every",), "without --validation")
-    recipe = request.find_recipe()
+    recipe = request.find_recipe("in1k" if request.task is TaskName.classification else request.task.value)
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
     request.train(
         model,

@@ -74,7 +74,7 @@ class TrainingRequest(DataRequest):
         "Weights to start from: name in 'kornia-tinyvit pretrained', path, hub folder or URL. Default: random.",
         None,
     )
-    recipe: str = option("Training", f"{RECIPE_NAMES}.", "in1k")
+    recipe: str | None = option("Training", f"{RECIPE_NAMES}.", "in1k")
     validation: Path | None = option("Data", "Images to evaluate on after each epoch.", None)
     on_broken: str = option("Data", ON_BROKEN, "stop")
     epochs: int | None = option("Training", EPOCHS, None, min=1)
@@ -102,10 +102,14 @@ class TrainingRequest(DataRequest):
             )
         return False
 
-    def find_recipe(self) -> Recipe:
+    def find_recipe(self, default: str = "") -> Recipe:
         """Return the recipe, changed by the options that were given."""
         return find_recipe(
-            self.recipe, epochs=self.epochs, img_size=self.img_size, batch_size=self.batch_size, base_lr=self.base_lr
+            self.recipe or default,
+            epochs=self.epochs,
+            img_size=self.img_size,
+            batch_size=self.batch_size,
+            base_lr=self.base_lr,
         )
 
     def build(
