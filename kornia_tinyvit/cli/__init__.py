@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import torch
 import typer
@@ -94,41 +94,28 @@ def main() -> None:
     Raises:
         SystemExit: with the exit code, if it is not 0.
     """
+    message = ""
     try:
-        code = app(prog_name="kornia-tinyvit", standalone_mode=False)
+        code = app(prog_name="kornia-tinyvit", standalone_mode=False) or 0
     except Interrupted:
-        _fail(130, _resume_hint())
+        resumable = " ".join(sys.argv[1:]).startswith(RESUMABLE)
+        resume = f" Resume: {shlex.join(['kornia-tinyvit', *sys.argv[1:]])}" if resumable else ""
+        code, message = 130, f"Interrupted.{resume}"
     except UsageError as error:
-        context = getattr(error, "ctx", None)
-        command = context.command_path if context else "kornia-tinyvit"
-        _fail(2, f"Error: {_one_line(error.format_message())}\nSee {command} --help.")
+        command = error.ctx.command_path if error.ctx else "kornia-tinyvit"
+        code, message = 2, f"Error: {_one_line(error.format_message())}\nSee {command} --help."
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, ExportError) as error:
-        _fail(1, f"Error: {_one_line(str(error))}")
+        code, message = 1, f"Error: {_one_line(str(error))}"
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        # torch has no class for this error of the CPU.
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
-        _fail(1, "Error: Out of memory; use a smaller batch or smaller images.")
+        code, message = 1, "Error: Out of memory; use a smaller batch or smaller images."
+    if message:
+        print(message, file=sys.stderr)
     if code:
         raise SystemExit(code)
 
 
-def _fail(code: int, message: str) -> NoReturn:
-    print(message, file=sys.stderr)
-    raise SystemExit(code) from None
-
-
 def _one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def _resume_hint() -> str:
-    arguments = sys.argv[1:]
-    if not " ".join(arguments).startswith(RESUMABLE):
-        return "Interrupted."
-    return f"Interrupted. Resume: {shlex.join(['kornia-tinyvit', *arguments])}"
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    """Return whether numpy or torch, on any device, ran out of memory."""
-    # torch has no class for this error of the CPU.
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in str(error)

@@ -86,13 +86,8 @@ def contract(request: ContractRequest) -> None:
     all candidates, search.png, and winner.safetensors, a file for --weights of every command and for the --variant of
     'train', which trains the same architecture.
     """
-    budget = contraction.Budget(
-        _amount(request.max_parameters, "--max-parameters"),
-        _amount(request.max_macs, "--max-macs"),
-        request.max_latency_ms,
-        request.min_throughput,
-        _amount(request.max_memory, "--max-memory"),
-    )
+    amounts = {name: _amount(request, name) for name in ("max_parameters", "max_macs", "max_memory")}
+    budget = contraction.Budget(**amounts, max_latency_ms=request.max_latency_ms, min_throughput=request.min_throughput)
     device = str(find_device(request.engine_device))
     bench = contraction.Bench(request.engine, DTYPES[request.dtype_name], device, request.engine_batch)
     recipe, out = request.find_recipe(), request.out
@@ -113,12 +108,9 @@ def contract(request: ContractRequest) -> None:
     )  # fmt: skip
     network = request.build(TinyViT.from_config, recipe, request.seed, num_classes=images.num_classes)
     seed = network if request.weights else network.config
-    settings: dict[str, Any] = {
-        "space": contraction.SearchSpace(request.min_depth, min_ratio=request.min_ratio),
-        "bench": bench,
-        "processes": request.processes,
-        "progress": request.shows_progress,
-    }
+    space = contraction.SearchSpace(request.min_depth, min_ratio=request.min_ratio)
+    settings: dict[str, Any] = {"space": space, "bench": bench, "processes": request.processes}
+    settings["progress"] = request.shows_progress
     if request.refine is None:
         result = contraction.contract(seed, budget, evaluate, out, steps=request.steps, **settings)
     else:
@@ -148,13 +140,14 @@ def _split(
     return images.split(max(1, round(request.hold_out * len(images))))
 
 
-def _amount(text: str | None, option: str) -> float | None:
+def _amount(request: ContractRequest, name: str) -> float | None:
     """Read a number such as 1300000, 1.3e6 or 1.3M."""
+    text = getattr(request, name)
     if text is None:
         return None
     found = re.fullmatch(r"((?:\d+\.?\d*|\.\d+)(?:e\d+)?)([kMG]?)", text.strip(), re.ASCII)
     if found is None:
-        raise ValueError(f"{option} must be a number such as 1.3M, 30e6 or 2G; got {text!r}.")
+        raise ValueError(f"--{name.replace('_', '-')} must be a number such as 1.3M, 30e6 or 2G; got {text!r}.")
     return float(found[1]) * {"": 1, "k": 1e3, "M": 1e6, "G": 1e9}[found[2]]
 
 

@@ -55,24 +55,15 @@ def demo(request: DemoRequest) -> None:
         )
     classifier = request.build_classifier(tta=True)
     device, views = find_device(request.device), demo_augmentations()
-    rows = []
+    rows, reports = [], []
     for photo, sheet in zip(photos, sheets, strict=True):
         first, second, *_ = save_figure(sheet, classifier, read_image(photo).to(device), photo.name, views)
-        rows.append((photo.name, first, second, sheet))
+        rows.append([photo.name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", str(sheet)])
+        reports.append({"photo": str(photo), "predictions": [vars(first), vars(second)], "sheet": str(sheet)})
     if request.as_json:
-        print(json.dumps([
-            {"photo": name, "predictions": [vars(first), vars(second)], "sheet": str(sheet)}
-            for name, first, second, sheet in rows
-        ]))  # fmt: skip
-        return
-    print_table(
-        ["photo", "class", "score", "second", "score", "sheet"],
-        [
-            [name, first.label, f"{first.score:.1%}", second.label, f"{second.score:.1%}", sheet]
-            for name, first, second, sheet in rows
-        ],
-        left=6,
-    )
+        print(json.dumps(reports))
+    else:
+        print_table(["photo", "class", "score", "second", "score", "sheet"], rows, left=6)
 
 
 def _serve(request: DemoRequest, photos: list[Path]) -> None:
@@ -82,8 +73,7 @@ def _serve(request: DemoRequest, photos: list[Path]) -> None:
     sam = request.sam_weights or SAM
     if sam != SAM and not urlparse(sam).scheme and not Path(sam).is_file():
         raise FileNotFoundError(f"There is no file {sam} for --sam-weights.")
-    missing = [path for path in photos if not path.is_file()]
-    if missing:
+    if missing := [path for path in photos if not path.is_file()]:
         raise FileNotFoundError(f"There is no image {missing[0]}.")
     classifier = request.build_classifier(tta=True)
     # An empty --host (an unset variable of a script) would listen to the whole network.

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,38 +31,24 @@ def detect(request: DetectRequest) -> None:
     """Detect objects in photos and draw their boxes."""
     detector = request.build_network(TinyViTDetector, request.weights)
     request.out.mkdir(parents=True, exist_ok=True)
-    rows = []
-    for photo, name in zip(request.photos, _names(request.photos), strict=True):
+    rows: list[dict[str, Any]] = []
+    seen: Counter[str] = Counter()
+    for photo in request.photos:
+        seen[photo.stem] += 1  # photos of several folders may have one name
+        suffix = "" if seen[photo.stem] == 1 else f"-{seen[photo.stem]}"
         image = read_image(photo)
         (found,) = detector.predict(image, request.threshold)
-        drawn = request.out / f"{name}.png"
+        drawn = request.out / f"{photo.stem}{suffix}.png"
         save_image(drawn, draw_detections(image, found))
-        height, width = image.shape[1:]
-        rows.append({
-            "photo": str(photo), "drawn": str(drawn), "width": width, "height": height,
-            "detections": [vars(each) for each in found],
-        })  # fmt: skip
+        size = {"width": image.shape[2], "height": image.shape[1]}
+        rows.append({"photo": str(photo), "drawn": str(drawn), **size, "detections": [vars(each) for each in found]})
     write_text(request.out / "detections.json", json.dumps(rows, indent=1))
     if request.as_json:
         print(json.dumps(rows))
         return
     for row in rows:
-        _show(row)
-
-
-def _names(photos: Sequence[Path]) -> list[str]:
-    """Return a file name per photo: its stem, numbered where several have the same."""
-    seen: Counter[str] = Counter()
-    names = []
-    for photo in photos:
-        seen[photo.stem] += 1
-        names.append(photo.stem if seen[photo.stem] == 1 else f"{photo.stem}-{seen[photo.stem]}")
-    return names
-
-
-def _show(row: dict[str, Any]) -> None:
-    count = len(row["detections"])
-    print(f"{row['photo']}: {count} {'object' if count == 1 else 'objects'}, see {row['drawn']}")
-    for each in row["detections"]:
-        left, top, right, bottom = (round(value) for value in each["box"])
-        print(f"{100 * each['score']:6.1f} %  {each['label']} at ({left}, {top}) to ({right}, {bottom})")
+        count = len(row["detections"])
+        print(f"{row['photo']}: {count} {'object' if count == 1 else 'objects'}, see {row['drawn']}")
+        for each in row["detections"]:
+            left, top, right, bottom = (round(value) for value in each["box"])
+            print(f"{100 * each['score']:6.1f} %  {each['label']} at ({left}, {top}) to ({right}, {bottom})")

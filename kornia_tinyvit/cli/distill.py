@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import typer
 
 from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineDistillationLoss, StoredLabelLoss
-from kornia_tinyvit.distillation.manifest import Manifest, estimated_size, readable_size
+from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size, readable_size
 from kornia_tinyvit.distillation.saving import check_records, save_records
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.distillation.teachers import Teacher, device_of, load_teacher
@@ -80,11 +78,9 @@ def save(request: SaveRequest) -> None:
     if not request.estimate:
         manifest = Manifest(num_classes=classes, top_k=top_k, teacher=description, **samples.describe())
         bar = ProgressBar("saving", report["records"], request.shows_progress)
+        settings = request.batch_size, request.workers, request.dtype, bar.update
         with LabelStore.create(request.store, manifest) as store, bar:
-            done = save_records(
-                store, teacher, samples, range(recipe.epochs), request.batch_size, request.workers, request.dtype,
-                bar.update,
-            )  # fmt: skip
+            done = save_records(store, teacher, samples, range(recipe.epochs), *settings)
         report |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}
         if not request.as_json:
             print(f"{done.written} records written, {done.present} already present.")
@@ -122,8 +118,7 @@ def check(request: CheckRequest) -> None:
         if report.drifted:
             print(f"{len(report.drifted)} samples have another augmentation than in the store.")
     if not good:
-        print("Error: The store does not match this teacher.", file=sys.stderr)
-        raise typer.Exit(1)
+        raise StoreError("The store does not match this teacher.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -134,10 +129,7 @@ class TrainRequest(shared.LoopRequest):
     teacher: str | None = option("Teacher", "Run this teacher in each step instead of a store.", None)
     recipe: str = option("Training", f"{shared.RECIPE_NAMES}.", "in22k_distill")
     replays: int | None = option(
-        "Training",
-        "Stored epochs to replay in turn; waits for unfinished ones. Default: complete ones.",
-        None,
-        min=1,
+        "Training", "Stored epochs to replay in turn; waits for unfinished ones. Default: complete ones.", None, min=1
     )
     hard_weight: float = option("Training", "Weight of the true labels.", 0.0, min=0, max=1)
     out: Path = option("Output", shared.OUT, Path("runs/distill"))

@@ -48,23 +48,21 @@ def export(request: ExportRequest) -> None:
 
     The file is compared with the network before it is written; if the outputs differ, there is no file.
     """
-    form = _choose_format(request)
-    if form is Format.onnx:
-        request.reject_unused(("compiled",), "with --format onnx")
-    else:
-        request.reject_unused(("opset",), "with --format pt2")
+    out, ending = request.out, request.out.suffix.removeprefix(".")
+    form = request.format or ending
+    if form not in list(Format):
+        raise ValueError(f"--out must end in .onnx or .pt2; got {out.name}.")
+    if ending in list(Format) and ending != form:
+        raise ValueError(f"--format {form} contradicts the ending of --out {out.name}; change one of them.")
+    request.reject_unused(("compiled",) if form == Format.onnx else ("opset",), f"with --format {form}")
     if request.photos:
         request.reject_unused(("dynamic_size",), "with --photos, which takes any size")
-    out = request.out
     model, class_names = _build(request)
-    settings: dict[str, Any] = {
-        "method": request.method.value,
-        "pixels": request.pixels and request.pixels.value,
-        "dynamic_size": request.dynamic_size,
-        "class_names": class_names,
-    }
+    pixels = request.pixels and request.pixels.value
+    settings: dict[str, Any] = {"method": request.method.value, "pixels": pixels, "class_names": class_names}
+    settings["dynamic_size"] = request.dynamic_size
     report = {"path": str(out), "format": form, **_describe(model, **settings)}
-    if form is Format.onnx:
+    if form == Format.onnx:
         export_onnx(model, out, opset=20 if request.opset is None else request.opset, **settings)
     else:
         export_program(model, out, compiled=request.compiled, **settings)
@@ -72,19 +70,9 @@ def export(request: ExportRequest) -> None:
     if request.as_json:
         print(json.dumps(report))
         return
-    outputs = ", ".join(_shape(shape) for shape in report["outputs"])
-    source = f"{_shape(report['input'])} {report['dtype']}, {report['pixels']}"
-    print(f"{out}: {report['bytes'] / 1e6:.1f} MB, from images {source}, to {outputs}")
-
-
-def _choose_format(request: ExportRequest) -> Format:
-    ending = request.out.suffix.removeprefix(".")
-    if request.format is None and ending not in list(Format):
-        raise ValueError(f"--out must end in .onnx or .pt2; got {request.out.name}.")
-    form = request.format or Format(ending)
-    if ending in list(Format) and ending != form:
-        raise ValueError(f"--format {form} contradicts the ending of --out {request.out.name}; change one of them.")
-    return form
+    shape, *outputs = (f"({', '.join(map(str, sizes))})" for sizes in (report["input"], *report["outputs"]))
+    source = f"{shape} {report['dtype']}, {report['pixels']}"
+    print(f"{out}: {report['bytes'] / 1e6:.1f} MB, from images {source}, to {', '.join(outputs)}")
 
 
 def _build(request: ExportRequest) -> tuple[nn.Module, tuple[str, ...] | None]:
@@ -109,7 +97,3 @@ def _describe(model: nn.Module, **settings: Any) -> dict[str, Any]:
         "input": ["B", images.shape[1], *sides],
         "outputs": [["B", *output.shape[1:]] for output in as_list(task.graph(images))],
     }
-
-
-def _shape(sizes: list[str | int]) -> str:
-    return f"({', '.join(map(str, sizes))})"

@@ -74,16 +74,9 @@ def train(request: TrainRequest) -> None:
         request.reject_unused(("validate_every",), "without --validation")
     recipe = request.find_recipe("in1k" if request.task is TaskName.classification else request.task.value)
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
-    request.train(
-        model,
-        samples,
-        objective,
-        recipe,
-        task=task,
-        validation=validation,
-        validate_every=request.validate_every,
-        class_names=samples.images.class_names,
-    )
+    settings = {"validation": validation, "validate_every": request.validate_every}
+    names = samples.images.class_names
+    request.train(model, samples, objective, recipe, task=task, class_names=names, **settings)
 
 
 def _augment(request: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **options: Any) -> Any:
@@ -105,9 +98,8 @@ def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
 
 def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
     images = request.sample(SegmentationDataset.open(request.data, "train"))
-    samples = training.SegmentationSamples(
-        images, _augment(request, recipe, training.MaskAugmentation), request.on_broken
-    )
+    augmentation = _augment(request, recipe, training.MaskAugmentation)
+    samples = training.SegmentationSamples(images, augmentation, request.on_broken)
     model = request.build_network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
     validation = None
     if request.validation is not None:
@@ -120,17 +112,12 @@ def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
 
 def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
     images = request.sample(InstanceDataset.open(request.data, "train", request.min_area))
-    augmentation = _augment(
-        request,
-        recipe,
-        training.PromptAugmentation,
-        prompting=training.Prompting(request.prompts, request.box_fraction),
-    )
-    sam = request.build_network(
-        training.build_sam, recipe, scale_windows=False
-    )  # MobileSAM has the same windows at every size
-    held_out = request.validation
-    validation = None if held_out is None else InstanceDataset.open(held_out, "val", request.min_area)
+    prompting = training.Prompting(request.prompts, request.box_fraction)
+    augmentation = _augment(request, recipe, training.PromptAugmentation, prompting=prompting)
+    # MobileSAM has the same windows at every size.
+    sam = request.build_network(training.build_sam, recipe, scale_windows=False)
+    path = request.validation
+    validation = None if path is None else InstanceDataset.open(path, "val", request.min_area)
     samples = training.PromptedSamples(images, augmentation, request.on_broken)
     model = training.PromptedSAM(sam, request.freeze or ())
     return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
@@ -140,9 +127,7 @@ def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
     images = request.sample(DetectionDataset.open(request.data, "train"))
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
-    detector = request.build_network(
-        TinyViTDetector.from_config, recipe, scale_windows=False, **options
-    )  # images are large
+    detector = request.build_network(TinyViTDetector.from_config, recipe, scale_windows=False, **options)
     model = training.DetectorTraining(detector)
     validation = None if request.validation is None else DetectionDataset.open(request.validation, "val")
     return training.DETECTION, model, samples, training.DetectionLoss(model), validation

@@ -172,20 +172,10 @@ class LoopRequest(TrainingRequest):
         unpaired = (*images.without_mask, *images.without_image)
         self.note_names("Images and labels left out because the other is missing", unpaired)
         self.note_names("Boxes left out", getattr(images, "left_out", ()))
-        result = train(
-            model,
-            samples,
-            objective,
-            recipe,
-            self.out,
-            origin={"weights": self.weights, "init_seed": self.first_seed},
-            process_batch=self.process_batch,
-            workers=self.workers,
-            precision=self.precision,
-            cpu=cpu,
-            progress=self.shows_progress,
-            **settings,
-        )
+        settings |= {name: getattr(self, name) for name in ("process_batch", "workers", "precision")}
+        origin = {"weights": self.weights, "init_seed": self.first_seed}
+        settings |= {"origin": origin, "cpu": cpu, "progress": self.shows_progress}
+        result = train(model, samples, objective, recipe, self.out, **settings)
         if not result.is_main_process:
             return
         if self.as_json:

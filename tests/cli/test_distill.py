@@ -193,7 +193,7 @@ class TestCheck:
         given = ["distill", "check", str(folder), str(store), "--teacher", teacher, *SMALL]
         result = CliRunner().invoke(app, given)
         assert result.exit_code == 1
-        assert "The store does not match this teacher." in result.stderr
+        assert str(result.exception) == "The store does not match this teacher."
         result = CliRunner().invoke(app, [*given, "--json"])
         assert result.exit_code == 1
         assert json.loads(result.stdout)["good"] is False
