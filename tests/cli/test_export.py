@@ -8,15 +8,16 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.deploy.export import ExportError
-from tests.conftest import TINY, liven
+from tests.conftest import SHALLOW, liven
 from tests.helpers import CIFAR, error_of, make_weights, run
 
 MODULE = sys.modules["kornia_tinyvit.cli.export"]  # the package has the command under this name
 
 
-@pytest.fixture
-def weights(tiny, tmp_path) -> str:
-    return make_weights(tiny, tmp_path)
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> str:
+    torch.manual_seed(0)
+    return make_weights(liven(TinyViT(**SHALLOW)).eval(), tmp_path_factory.mktemp("weights"))
 
 
 class TestOnnx:
@@ -83,7 +84,7 @@ class TestProgram:
     def test_mobile_sam(self, tmp_path):
         """An encoder, which is no classifier."""
         torch.manual_seed(0)
-        encoder = liven(TinyViT(**TINY | {"num_classes": 0, "mobile_sam": True}))
+        encoder = liven(TinyViT(**SHALLOW | {"num_classes": 0, "mobile_sam": True}))
         path = str(save_checkpoint(encoder, tmp_path / "sam.safetensors"))
         report = json.loads(run("export", "--out", str(tmp_path / "sam.pt2"), "--weights", path, "--json"))
         assert report["outputs"] == [["B", 256, 4, 4]]
@@ -106,8 +107,8 @@ class TestProgram:
             "class_names": CIFAR,
         }
         assert (report["input"], report["bytes"]) == (["B", 3, "H", "W"], 5)
-        assert report["outputs"][0] == ["B", TINY["embed_dims"][0], 16, 16]
-        assert len(report["outputs"]) == len(TINY["depths"])
+        assert report["outputs"][0] == ["B", SHALLOW["embed_dims"][0], 16, 16]
+        assert len(report["outputs"]) == len(SHALLOW["depths"])
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from tests.scenes import make_images
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "4")
 SLOW_TEACHER = TEACHER.replace(
-    "        return images", "        import time\n        time.sleep(0.05)\n        return images"
+    "        return images", "        import time\n        time.sleep(0.02)\n        return images"
 )
 
 
