@@ -30,6 +30,7 @@ Pixels = StrEnum("Pixels", ("normalized", "unit", "uint8"))
 class ExportRequest(NetworkRequest):
     """The options of ``export``."""
 
+    device: str = "cpu"  # no option: graphs are traced and compared on the CPU
     photos: bool = option("Graph", "Include resizing, cropping and normalization of photos of any size.", False)
     pixels: Pixels | None = option(
         "Graph", "Input: normalized (default), unit (0 to 1, default with --photos) or uint8.", None
