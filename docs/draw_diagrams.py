@@ -38,7 +38,10 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("model", "folding"), "TinyViT; folding of its operators"),
     (("checkpoints", "data"), "weights; data sets and loading"),
     (("config", "layers", "images", "preprocessing", "ops"), "blocks; images to tensors; masks"),
-    (("version", "extras", "files", "allocator", "progress"), "atomic files, optional packages, progress"),
+    (
+        ("version", "extras", "files", "allocator", "progress", "interruption"),
+        "atomic files, optional packages, progress",
+    ),
 )
 
 

@@ -107,15 +107,12 @@ def locked(path: str | Path, message: str, error: type[Exception] = BlockingIOEr
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(path)
     try:
-        lock.acquire(timeout=0)
+        lock = FileLock(path).acquire(timeout=0)
     except Timeout:
         raise error(message) from None
-    try:
+    with lock:
         yield
-    finally:
-        lock.release()
 
 
 def describe_differences(

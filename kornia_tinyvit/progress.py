@@ -5,8 +5,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -16,7 +15,7 @@ __all__ = ["ProgressBar", "track_progress"]
 _LINE_FRACTION, _LINE_SECONDS, _MIN_SECONDS = 0.1, 30.0, 3.0
 
 
-class ProgressBar:
+class ProgressBar(Progress):
     """Show how much of a task is done, its rate and the time left, on stderr.
 
     On a terminal it is a bar, which disappears at the end. Elsewhere, e.g. in a log file, it is a line such as
@@ -37,25 +36,19 @@ class ProgressBar:
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
         )  # fmt: skip
-        disable = not shown or self._prints_lines
-        self._bar = Progress(*columns, console=console, transient=True, disable=disable)
-        self._bar.add_task(name, total=total, completed=completed, text="")
+        super().__init__(*columns, console=console, transient=True, disable=not shown or self._prints_lines)
+        self.add_task(name, total=total, completed=completed, text="")
         self._printed = time.monotonic(), completed
 
-    def __enter__(self) -> Self:
-        self._bar.start()
-        return self
+    def step(self, count: int = 1, text: str | None = None) -> None:
+        """Add completed steps.
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._bar.stop()
-
-    def update(self, advance: int = 1, text: str | None = None) -> None:
-        """Add completed steps, and replace the text behind their number, such as a rate."""
-        fields: dict[str, Any] = {} if text is None else {"text": text}
-        task = self._bar.tasks[0]
-        self._bar.update(task.id, advance=advance, **fields)
+        Args:
+            count: number of steps.
+            text: a new text behind the number of steps, such as a rate; ``None`` keeps the last one.
+        """
+        task = self.tasks[0]
+        self.update(task.id, advance=count, text=task.fields["text"] if text is None else text)
         now, (then, completed) = time.monotonic(), self._printed
         due = task.completed - completed >= _LINE_FRACTION * (task.total or 0) and now - then >= _MIN_SECONDS
         if self._prints_lines and (due or now - then >= _LINE_SECONDS):
@@ -70,8 +63,14 @@ class ProgressBar:
 
 
 def track_progress(items: Any, name: str, shown: bool = True) -> Iterator[Any]:
-    """Yield the items of a collection and show how many are done."""
+    """Yield the items of a collection and show how many are done.
+
+    Args:
+        items: the collection.
+        name: name of the task.
+        shown: whether to show anything.
+    """
     with ProgressBar(name, len(items), shown) as bar:
         for item in items:
             yield item
-            bar.update()
+            bar.step()

@@ -22,7 +22,7 @@ def test_a_line_every_ten_percent(clock, capsys):
     with ProgressBar("training", 100) as bar:
         for step in range(30):
             clock[0] += 1
-            bar.update(1, f"{step} images/s")
+            bar.step(1, f"{step} images/s")
     out, err = capsys.readouterr()
     assert out == ""
     lines = [line.split(", ")[:2] for line in err.splitlines()]
@@ -38,7 +38,7 @@ def test_a_line_every_thirty_seconds(clock, capsys):
     with ProgressBar("training", 1000, completed=5) as bar:
         for _ in range(4):
             clock[0] += 15
-            bar.update()
+            bar.step()
     assert [line.split(",")[0] for line in capsys.readouterr().err.splitlines()] == [
         "training 7/1000",
         "training 9/1000",
@@ -60,7 +60,7 @@ def test_terminal(monkeypatch):
     file = io.StringIO()
     monkeypatch.setattr(progress, "Console", lambda **_: Console(file=file, force_terminal=True, width=100))
     with ProgressBar("saving [a]", 4, completed=1) as bar:
-        bar.update(3, "12 images/s")
+        bar.step(3, "12 images/s")
     assert "saving [a]" in file.getvalue()
     shown = re.sub(r"\x1b\[[\d;?]*\w", "", file.getvalue())
     assert "4/4 12 images/s" in shown

@@ -20,7 +20,6 @@ from kornia_tinyvit.cli.detect import detect
 from kornia_tinyvit.cli.evaluate import evaluate
 from kornia_tinyvit.cli.export import export
 from kornia_tinyvit.cli.pretrained import pretrained
-from kornia_tinyvit.cli.requests import Interrupted
 from kornia_tinyvit.cli.segment import segment
 from kornia_tinyvit.cli.train import train
 from kornia_tinyvit.deploy.export import ExportError
@@ -97,25 +96,21 @@ def main() -> None:
     message = ""
     try:
         code = app(prog_name="kornia-tinyvit", standalone_mode=False) or 0
-    except Interrupted:
-        resumable = " ".join(sys.argv[1:]).startswith(RESUMABLE)
-        resume = f" Resume: {shlex.join(['kornia-tinyvit', *sys.argv[1:]])}" if resumable else ""
-        code, message = 130, f"Interrupted.{resume}"
     except UsageError as error:
         command = error.ctx.command_path if error.ctx else "kornia-tinyvit"
-        code, message = 2, f"Error: {_one_line(error.format_message())}\nSee {command} --help."
+        code, message = 2, f"Error: {' '.join(error.format_message().split())}\nSee {command} --help."
     except (ValueError, TypeError, OSError, ImportError, FloatingPointError, ExportError) as error:
-        code, message = 1, f"Error: {_one_line(str(error))}"
+        code, message = 1, f"Error: {' '.join(str(error).split())}"
     except (MemoryError, RuntimeError) as error:
         # torch has no class for this error of the CPU.
         if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
             raise
         code, message = 1, "Error: Out of memory; use a smaller batch or smaller images."
+    if code == 130:  # typer turns KeyboardInterrupt into this exit code
+        resumable = " ".join(sys.argv[1:]).startswith(RESUMABLE)
+        resume = f" Resume: {shlex.join(['kornia-tinyvit', *sys.argv[1:]])}" if resumable else ""
+        message = f"Interrupted.{resume}"
     if message:
         print(message, file=sys.stderr)
     if code:
         raise SystemExit(code)
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -38,13 +38,12 @@ def convert(request: ConvertRequest) -> None:
     form = request.format or (Format.safetensors if file else Format.transformers)
     if file != (form is Format.safetensors):
         raise ValueError(f"--format {form} contradicts --out {out.name}; only safetensors files end in .safetensors.")
-    if form is not Format.transformers:
-        request.reject_unused(("name",), f"with --format {form}")
     if form is Format.transformers:
         from kornia_tinyvit.huggingface import save_hub_folder
 
         save_hub_folder(out, request.pretrained, request.variant, request.name)
     else:
+        request.reject_unused(("name",), f"with --format {form}")
         write = save_checkpoint if form is Format.safetensors else write_timm_folder
         write(TinyViT.from_config(pretrained=open_pretrained(request.pretrained, request.variant)), out)
     print(json.dumps({"path": str(out), "format": form}) if request.as_json else out)

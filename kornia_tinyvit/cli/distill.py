@@ -78,7 +78,7 @@ def save(request: SaveRequest) -> None:
     if not request.estimate:
         manifest = Manifest(num_classes=classes, top_k=top_k, teacher=description, **samples.describe())
         bar = ProgressBar("saving", report["records"], request.shows_progress)
-        settings = request.batch_size, request.workers, request.dtype, bar.update
+        settings = request.batch_size, request.workers, request.dtype, bar.step
         with LabelStore.create(request.store, manifest) as store, bar:
             done = save_records(store, teacher, samples, range(recipe.epochs), *settings)
         report |= {"written": done.written, "present": done.present, "locked": done.locked, "broken": list(done.broken)}

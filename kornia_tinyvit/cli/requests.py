@@ -12,17 +12,13 @@ from typing import Annotated, Any, get_type_hints
 
 import typer
 
-__all__ = ["Interrupted", "Request", "argument", "command", "option"]
+__all__ = ["Request", "argument", "command", "option"]
 
 #: Groups of options in ``--help``, in their order.
 PANELS = (
     "Weights", "Data", "Prompts", "Budget", "Search", "Training", "Teacher", "Semantic segmentation",
     "Promptable segmentation", "Detection", "Metrics", "Graph", "Web demo", "Hardware", "Output",
 )  # fmt: skip
-
-
-class Interrupted(Exception):
-    """A command was interrupted by Ctrl-C."""
 
 
 def argument(text: str, default: Any = MISSING) -> Any:
@@ -113,10 +109,7 @@ def command(run: Callable[..., None]) -> Callable[[], None]:
             )
 
     def call(**options: Any) -> None:
-        try:
-            run(request(**options))
-        except KeyboardInterrupt:  # typer would exit without a message
-            raise Interrupted from None
+        run(request(**options))
 
     call.__name__, call.__doc__ = run.__name__, run.__doc__
     call.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]

@@ -279,7 +279,7 @@ class _Search:
         with ProgressBar(title, len(rivals), self.progress, len(rivals) - len(files)) as bar:
             for config, values in run_evaluations(self.workers, self.evaluate, files, parent):
                 self.journal.write("evaluated", config, **values)
-                bar.update()
+                bar.step()
         for config in rivals:
             line = self.journal.find("evaluated", config) or {}
             self.candidates[config] = dataclasses.replace(self.candidates[config], accuracy=line["accuracy"])

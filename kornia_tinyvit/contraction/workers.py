@@ -59,7 +59,7 @@ def run_evaluations(
             yield running[done], done.result()
     except KeyboardInterrupt:
         for child in multiprocessing.active_children():
-            os.kill(child.pid or 0, signal.SIGINT)  # the trainings save their states, see data/interruption.py
+            os.kill(child.pid or 0, signal.SIGINT)  # the trainings save their states, see interruption.py
         raise
     finally:
         for future in running:

@@ -149,12 +149,12 @@ class Benchmark:
                 inputs = synthetic_images(self.network.config, batch).to(self.device)
                 same, steps = list(group), {}
                 for number, row in enumerate(same):
-                    bar.update(0, f"{row.engine} {row.dtype}, batch {batch}")
+                    bar.step(0, f"{row.engine} {row.dtype}, batch {batch}")
                     optimized = self._prepare(row, candidates, inputs)
                     if optimized is not None:
                         steps[number] = as_step(optimized, inputs)
-                    bar.update()
-                bar.update(0, f"timing, batch {batch}")
+                    bar.step()
+                bar.step(0, f"timing, batch {batch}")
                 for number, seconds in interleaved(steps, repetitions).items():
                     self._fill_in(same[number], seconds)
 

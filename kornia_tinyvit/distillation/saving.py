@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
-from kornia_tinyvit.data.interruption import Interruption
 from kornia_tinyvit.data.loader import Batch, Key, ReplayedSamples, replay_loader
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore, Records, RecordStore, ShardWriter
 from kornia_tinyvit.distillation.teachers import device_of
+from kornia_tinyvit.interruption import deferred_interrupt
 
 __all__ = ["CheckReport", "SaveReport", "check_records", "save_records"]
 
@@ -122,7 +122,7 @@ def save_records(
     while waiting:
         locked: list[Key] = []
         try:
-            with Interruption() as interruption:
+            with deferred_interrupt() as interrupted:
                 for batch in replay_loader(samples, take_shards(), workers):
                     writer, held = taken[0]
                     targets = _compute_targets(store, teacher, samples, batch, autocast)
@@ -132,7 +132,7 @@ def save_records(
                     if not len(writer.missing()):
                         held.close()
                         taken.popleft()
-                    if interruption.requested:
+                    if interrupted.is_set():
                         raise KeyboardInterrupt
         finally:
             for _, held in taken:

@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
-from kornia_tinyvit.data.interruption import Interruption
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import writing
+from kornia_tinyvit.interruption import deferred_interrupt
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.semantic import SemanticSegmenter
@@ -163,17 +163,17 @@ def train(
         saved = time.perf_counter()
         began = saved - trainer.seconds
         shown = progress and accelerator.is_main_process
-        with Interruption() as interruption, ProgressBar("training", batches.end, shown, trainer.done) as bar:
+        with deferred_interrupt() as interrupted, ProgressBar("training", batches.end, shown, trainer.done) as bar:
             for batch in replay_loader(samples, batches, workers):
                 trainer.train_batch(batch, per_epoch)
                 trainer.seconds = time.perf_counter() - began
-                bar.update()
+                bar.step()
                 epoch, inside = divmod(trainer.done, per_epoch)
-                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interruption.requested)
+                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interrupted.is_set())
                 if trainer.done % (log_every * trainer.accumulate) and inside and not stop:
                     continue
                 line = trainer.log_metrics(per_epoch)
-                bar.update(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}")
+                bar.step(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}")
                 if not inside:
                     due = validation is not None and (epoch % validate_every == 0 or epoch == recipe.epochs)
                     trainer.end_epoch(epoch, validation, due, class_names, workers)

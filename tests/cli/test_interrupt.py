@@ -12,10 +12,10 @@ from pathlib import Path
 
 import pytest
 import torch
+import typer
 from safetensors.torch import load_file
 
 from kornia_tinyvit import TinyViT, cli, save_checkpoint
-from kornia_tinyvit.cli.requests import Interrupted
 from kornia_tinyvit.distillation import LabelStore
 from tests.cli.test_distill import TEACHER
 from tests.conftest import TINY
@@ -121,10 +121,10 @@ def test_contract(folder, network, tmp_path):
 def test_other_commands(command, monkeypatch, capsys):
     """Their work cannot be resumed, so no command is printed."""
 
-    def stop(**_):
-        raise Interrupted
+    def stop(*_):
+        raise KeyboardInterrupt
 
-    monkeypatch.setattr(cli, "app", stop)
+    monkeypatch.setattr(typer.core.TyperGroup, "invoke", stop)
     monkeypatch.setattr(sys, "argv", ["kornia-tinyvit", *command])
     with pytest.raises(SystemExit) as error:
         cli.main()
