@@ -21,7 +21,7 @@ from kornia_tinyvit.contraction import count
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = ROOT / "docs" / "guides" / "outputs"
 OUTPUTS, EXAMPLES = "docs/guides/outputs", "examples/README.md"
-N = r"(\d[\d.,]*\d|\d)"  # a number
+N = r"(\d[\d.,]*\d|\d)"  # pattern of a number
 
 
 @dataclass(frozen=True)

@@ -39,7 +39,7 @@ UNIT = {"mean": (0.0, 0.0, 0.0), "std": (1.0, 1.0, 1.0)}
 
 
 def by_pillow(photo: Image.Image, size: int, crop_fraction: float | None) -> torch.Tensor:
-    """The original evaluation preprocessing, in Pillow."""
+    """Return the image of the original evaluation preprocessing, in Pillow."""
     photo = photo.convert("RGB")
     if crop_fraction is None:
         photo = in_two_passes(photo, size, size)
@@ -53,14 +53,14 @@ def by_pillow(photo: Image.Image, size: int, crop_fraction: float | None) -> tor
 
 
 def in_two_passes(photo: Image.Image, width: int, height: int) -> Image.Image:
-    """Resize in the order of Pillow 13; before it, the width always went first."""
+    """Resize in the order of Pillow 13; earlier versions always resized the width first."""
     rows_first = photo.height - height > max(0, 2 * (photo.width - width))
     halfway = (photo.width, height) if rows_first else (width, photo.height)
     return photo.resize(halfway, Image.Resampling.BICUBIC).resize((width, height), Image.Resampling.BICUBIC)
 
 
-def levels(count: int, size: int = 32) -> torch.Tensor:
-    """Images of one color, each of another brightness, which identifies the parts of a mixture."""
+def shades(count: int, size: int = 32) -> torch.Tensor:
+    """Return constant images of distinct brightness, which identifies them in a mixture."""
     return (0.1 + 0.8 * torch.arange(count) / max(count - 1, 1)).view(-1, 1, 1, 1).repeat(1, 3, size, size)
 
 
@@ -113,13 +113,13 @@ class TestEvaluationPipeline:
         mean, std = (torch.tensor(values).view(3, 1, 1) for values in (IMAGENET_MEAN, IMAGENET_STD))
         torch.testing.assert_close(EvaluationPipeline(64, 1.0)(x), (x - mean) / std)
 
-    def test_plain_images_stay_plain(self):
+    def test_constant_images_stay_constant(self):
         out = EvaluationPipeline(48, **UNIT)(torch.full((1, 3, 37, 91), 0.3))
         torch.testing.assert_close(out, torch.full((1, 3, 48, 48), 0.3))
 
     @pytest.mark.parametrize("upright", [False, True])
     def test_very_long(self, upright):
-        """A line of 200,000 pixels is not resized to 256 by 51 million, of which the crop takes the middle."""
+        """Only the cropped part of a line of 200,000 pixels is resized, not all 256 x 51 million pixels."""
         x = torch.linspace(0, 1, 200_001).expand(1, 3, 1, -1)
         found = EvaluationPipeline(224).resize_and_crop(x.mT if upright else x)
         assert found.shape == (1, 3, 224, 224)
@@ -249,7 +249,7 @@ class TestTrainingPipeline:
         assert (steps > 0.01).all()
 
     def test_label_smoothing(self):
-        _, targets = TrainingPipeline(32, 4, **NEUTRAL | {"label_smoothing": 0.2})(levels(2), torch.tensor([2, 0]))
+        _, targets = TrainingPipeline(32, 4, **NEUTRAL | {"label_smoothing": 0.2})(shades(2), torch.tensor([2, 0]))
         torch.testing.assert_close(targets, torch.tensor([[0.05, 0.05, 0.85, 0.05], [0.85, 0.05, 0.05, 0.05]]))
 
     def test_normalizes(self):
@@ -270,7 +270,7 @@ class TestTrainingPipeline:
             assert preset != "in1k" or not torch.equal(first, other)
         assert not torch.equal(results[0][0], results[2][0])
 
-    def test_every_image_is_changed_alone(self):
+    def test_images_are_augmented_independently(self):
         torch.manual_seed(0)
         for field, value in {"crop_scale": (0.1, 0.5), "policy": "rand", "color_jitter": 0.9, "erasing": 1.0}.items():
             x = torch.rand(1, 3, 32, 32).expand(6, -1, -1, -1)
@@ -287,11 +287,11 @@ class TestTrainingPipeline:
 
     def test_erases_to_the_mean_color(self):
         torch.manual_seed(0)
-        x = levels(8) + 0.05
+        x = shades(8) + 0.05
         out, _ = TrainingPipeline(32, 8, **NEUTRAL | {"erasing": 1.0})(x, torch.arange(8))
         erased = out == 0
-        shares = erased.float().mean((1, 2, 3))
-        assert ((shares > 0.01) & (shares < 0.4)).all()
+        fractions = erased.float().mean((1, 2, 3))
+        assert ((fractions > 0.01) & (fractions < 0.4)).all()
         assert torch.equal(erased.all(1), erased.any(1))
         kept = EvaluationPipeline(32, 1.0)(x)
         torch.testing.assert_close(out[~erased], kept[~erased], atol=1e-5, rtol=1e-5)
@@ -316,12 +316,12 @@ class TestMixing:
 
     def mix(self, **changes):
         pipeline = TrainingPipeline(32, self.COUNT, **UNIT, **NEUTRAL | changes)
-        x = levels(self.COUNT)
+        x = shades(self.COUNT)
         return x, *pipeline(x, torch.arange(self.COUNT))
 
     @pytest.mark.parametrize("changes", [{"mixup": 1.0}, {"cutmix": 1.0}], ids=["mixup", "cutmix"])
     @pytest.mark.parametrize("seed", range(5))
-    def test_the_target_is_what_the_image_holds(self, changes, seed):
+    def test_targets_are_the_fractions_of_the_images(self, changes, seed):
         torch.manual_seed(seed)
         x, out, targets = self.mix(**changes)
         brightness = targets @ x.mean((1, 2, 3))
@@ -335,7 +335,7 @@ class TestMixing:
         out, targets = TrainingPipeline(32, self.COUNT, **UNIT, **NEUTRAL, mixup=0.8)(x, torch.arange(self.COUNT))
         torch.testing.assert_close(out, torch.einsum("bn,nchw->bchw", targets, x))
 
-    def test_cutmix_share_is_the_changed_area(self):
+    def test_cutmix_target_is_the_changed_area(self):
         torch.manual_seed(0)
         x, out, targets = self.mix(cutmix=1.0)
         changed = (out != x).all(1)
@@ -354,19 +354,19 @@ class TestMixing:
         pipeline = TrainingPipeline(2, count, **UNIT, **NEUTRAL | {"mixup": alpha})
         x = torch.linspace(0, 1, count).view(-1, 1, 1, 1).expand(-1, 3, 2, 2)
         _, targets = pipeline(x, torch.arange(count))
-        share = 1 - targets.diagonal()
-        assert share.mean() == pytest.approx(0.5, abs=0.02)
-        assert share.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
+        weights = 1 - targets.diagonal()
+        assert weights.mean() == pytest.approx(0.5, abs=0.02)
+        assert weights.var() == pytest.approx(1 / (4 * (2 * alpha + 1)), rel=0.08)
 
     def test_both_are_drawn(self):
         torch.manual_seed(0)
-        x = levels(self.COUNT)
+        x = shades(self.COUNT)
         pipeline = TrainingPipeline(32, self.COUNT, **UNIT, **NEUTRAL, mixup=0.8, cutmix=1.0)
         cut = 0
         for _ in range(40):
             out, targets = pipeline(x, torch.arange(self.COUNT))
             torch.testing.assert_close(out.mean((1, 2, 3)), targets @ x.mean((1, 2, 3)), atol=1e-4, rtol=0)
-            cut += out.flatten(1).std(1).max().item() > 1e-3  # mixup of plain images leaves them plain
+            cut += out.flatten(1).std(1).max().item() > 1e-3  # mixup keeps constant images constant
         assert 8 < cut < 32
 
 

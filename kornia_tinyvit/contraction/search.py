@@ -86,7 +86,7 @@ def contract(
             if not budget.holds(least):
                 raise ValueError(
                     f"The budget {budget.limits} cannot be met: the smallest network of the space has "
-                    f"{search.limited(least)}. Give a larger budget, a smaller image size, or a larger space."
+                    f"{search.limited_costs(least)}. Give a larger budget, a smaller image size, or a larger space."
                 )
         current = search.advance([search.seed], search.seed_weights(), "seed", first)
         for step in range(1, steps + 1):
@@ -111,7 +111,7 @@ def refine(
     processes: int = 1,
     progress: bool = False,
 ) -> SearchResult:
-    """Improve a network within its budget by trades: expand one factor, and contract another one by a step or none.
+    """Improve a network within its budget by trades: expand one factor and contract at most one other by a step.
 
     :func:`contract` never undoes an early step, and leaves a part of the budget unused. Each round looks at all trades
     of the current network, with the expansion as large as the budget and the seed allow. The trades that were not
@@ -162,8 +162,8 @@ def refine(
         current = search.measure(first)
         if not budget.holds(current.costs):
             raise ValueError(
-                f"The first network has {search.limited(current.costs)}, beyond the budget {budget.limits}; contract "
-                "it first."
+                f"The first network has {search.limited_costs(current.costs)}, beyond the budget {budget.limits}; "
+                "contract it first."
             )
         check_contracted(first, search.seed)
         search.keep(current, 0.0)
@@ -171,8 +171,8 @@ def refine(
             trades = [each for each in search.trades(current) if each.accuracy is None]
             trades.sort(key=lambda each: budget.slack(each.costs))
             # The current network is new in the first round, and evaluated in parallel with the trades.
-            rivals = [each.config for each in (current, *trades[:candidates])]
-            current = search.advance(rivals, search.seed_weights(), f"round {turn} of {rounds}", 0.0)
+            configs = [each.config for each in (current, *trades[:candidates])]
+            current = search.advance(configs, search.seed_weights(), f"round {turn} of {rounds}", 0.0)
         return search.result()
 
 
@@ -232,7 +232,7 @@ class _Search:
         line = line or self.journal.write(event, config, **origin, costs=self.bench.measure(config, self.budget))
         return dict(line["costs"])
 
-    def limited(self, costs: Costs) -> Costs:
+    def limited_costs(self, costs: Costs) -> Costs:
         """Return the costs that the budget limits."""
         return {name: costs[name] for name in self.budget.limits}
 
@@ -266,24 +266,24 @@ class _Search:
                 found |= {each.config: each for each in within[-1:]}
         return list(found.values())
 
-    def advance(self, rivals: list[TinyViTConfig], parent: Path | None, title: str, limit: float) -> Candidate:
+    def advance(self, configs: list[TinyViTConfig], parent: Path | None, title: str, limit: float) -> Candidate:
         """Evaluate networks, select the best one and remove the weights of the others.
 
         Args:
-            rivals: the networks; of equally accurate ones the one nearer to the budget is better.
+            configs: the networks; of equally accurate ones the one nearer to the budget is better.
             parent: file of the weights that they inherit from.
             title: name in the progress bar.
             limit: constraint of the step, for the journal.
         """
-        files = {each: self._file_of(each) for each in rivals if self.journal.find("evaluated", each) is None}
-        with ProgressBar(title, len(rivals), self.progress, len(rivals) - len(files)) as bar:
+        files = {each: self._file_of(each) for each in configs if self.journal.find("evaluated", each) is None}
+        with ProgressBar(title, len(configs), self.progress, len(configs) - len(files)) as bar:
             for config, values in run_evaluations(self.workers, self.evaluate, files, parent):
                 self.journal.write("evaluated", config, **values)
                 bar.step()
-        for config in rivals:
+        for config in configs:
             line = self.journal.find("evaluated", config) or {}
             self.candidates[config] = dataclasses.replace(self.candidates[config], accuracy=line["accuracy"])
-        found = [self.candidates[config] for config in rivals]
+        found = [self.candidates[config] for config in configs]
         best = self.keep(max(found, key=lambda each: (each.score, -self.budget.excess(each.costs))), limit)
         for each in found:
             if each.number not in self.kept:
