@@ -16,8 +16,9 @@ PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest --numprocesses auto --dist w
 test: setup lint
 	$(PYTEST) -m "not slow" $(COVERAGE)
 
-# The slower checks: the documentation and its code blocks, pages in a browser, commands in pages, examples, wheel, fuzz.
-check: setup docs
+# The slower checks: the documentation, its code blocks and commands, pages in a browser, examples, wheel, fuzz, and
+# compilers and quantizers of other packages. A test builds the documentation as `make docs` does.
+check: setup
 	$(PYTEST) -m slow
 
 lint: setup

@@ -75,7 +75,7 @@ class TinyVitImageProcessor(BaseImageProcessor):
     """
 
     model_input_names = ["pixel_values"]  # noqa: RUF012 - transformers reads them from the class
-    valid_kwargs = TinyVitImageProcessorKwargs  # type: ignore[assignment]
+    valid_kwargs = TinyVitImageProcessorKwargs
     do_resize = True
     size = {"height": 224, "width": 224}  # noqa: RUF012
     do_center_crop = True
@@ -128,7 +128,7 @@ class TinyVitImageProcessor(BaseImageProcessor):
             TypeError: if an input is not an image, or has an unsupported data type.
             ValueError: if a shape is wrong, or a setting is out of range.
         """
-        validate_typed_dict(self.valid_kwargs, kwargs)  # type: ignore[type-var]
+        validate_typed_dict(self.valid_kwargs, kwargs)
         settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
         settings = self._standardize_kwargs(**settings)
         singles = _flatten(images)
@@ -145,7 +145,7 @@ class TinyVitImageProcessor(BaseImageProcessor):
             return BatchFeature({"pixel_values": pixels.detach().cpu().numpy()})
         return BatchFeature({"pixel_values": pixels})
 
-    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:  # type: ignore[override]
+    def _standardize_kwargs(self, **kwargs: Any) -> dict[str, Any]:
         """Convert settings to their canonical types, without fields that this processor does not have."""
         settings = super()._standardize_kwargs(**kwargs, default_to_square=True)
         return {name: value for name, value in settings.items() if name in kwargs}

@@ -25,6 +25,7 @@ with without_telemetry():
     pytest.importorskip("openvino", reason="needs kornia-tinyvit[openvino]")
     pytest.importorskip("nncf", reason="needs kornia-tinyvit[openvino]")
 
+pytestmark = pytest.mark.slow  # exports and calibrates a real network
 PHOTOS = Path(kornia_tinyvit.__file__).parent / "assets" / "photos"
 
 
@@ -165,7 +166,6 @@ class TestOpenvino:
         assert run_openvino(again)(crops[1]).equal(run_openvino(openvino_int8)(crops[1]))
 
 
-@pytest.mark.slow
 class TestCifar10:
     """The accuracy drop on a sample of the test images; the documentation has a table of all of them."""
 

@@ -19,6 +19,7 @@ onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 pytest.importorskip("onnxscript")
 
+pytestmark = pytest.mark.slow  # two exports
 SIZES = [(150, 200), (301, 77), (256, 256), (1, 90), (31, 2001)]
 
 
