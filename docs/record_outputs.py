@@ -14,6 +14,7 @@ import argparse
 import csv
 import io
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -56,6 +57,7 @@ ON_CIFAR10 = {
     "evaluate_more": """kornia-tinyvit evaluate test.parquet --per-class --confusion --calibration \\
     --knn train.parquet --linear train.parquet""",
 }
+PROGRESS = r"^\w[\w ]* \d+/\d+.* \d+:\d\d left$"
 COLUMNS = (
     "recipe",
     "pixels",
@@ -146,7 +148,8 @@ def record(command: str, folder: Path) -> str:
         text=True,
         check=command != COMMANDS["error"],
     )
-    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines()]
+    # On a terminal progress is a bar that disappears.
+    lines = [line.rstrip() for line in done.stdout.strip("\n").splitlines() if not re.search(PROGRESS, line)]
     return "\n".join([f"$ {command}", *lines, ""])
 
 
