@@ -85,7 +85,7 @@ def save_records(
         progress: called with the number of new records, first with those that exist already.
 
     Returns:
-        The numbers of new and of existing records, and the duration.
+        The numbers of new and existing records and of skipped shards, and the names of corrupt images.
 
     Raises:
         BrokenImageError: if an image is corrupt and ``samples`` does not skip corrupt images.

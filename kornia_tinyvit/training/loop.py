@@ -132,8 +132,8 @@ def train(
         ValueError: if the batch is not divisible by ranks and ``process_batch``, the augmentation has another size
             than the recipe, ``out`` holds another training or is in use, or the validation images have other classes.
         FloatingPointError: if the loss is not finite.
-        KeyboardInterrupt: after Ctrl-C (SIGINT), when the current step is finished and the state is saved. A second one
-            raises it at once.
+        KeyboardInterrupt: after Ctrl-C (SIGINT), when the current step is finished and the state is saved; with
+            several ranks at the next line of metrics. A second one raises it at once.
         MissingExtraError: if accelerate is missing.
     """
     if samples.augmentation.img_size != recipe.img_size:
@@ -169,8 +169,10 @@ def train(
                 trainer.seconds = time.perf_counter() - began
                 bar.step()
                 epoch, inside = divmod(trainer.done, per_epoch)
-                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interrupted.is_set())
-                if trainer.done % (log_every * trainer.accumulate) and inside and not stop:
+                logged = not inside or trainer.done % (log_every * trainer.accumulate) == 0
+                # Ranks exchange the flag only where they exchange the loss: both wait for the GPU.
+                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interrupted.is_set(), logged)
+                if not (logged or stop):
                     continue
                 line = trainer.log_metrics(per_epoch)
                 bar.step(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}")
@@ -193,12 +195,13 @@ def train(
     )  # fmt: skip
 
 
-def _any_rank(accelerator: Accelerator, flag: bool) -> bool:
+def _any_rank(accelerator: Accelerator, flag: bool, exchange: bool) -> bool:
+    """Return whether the flag is set on any rank; with several ranks false unless they exchange it now."""
     if accelerator.num_processes == 1:
         return flag
     if flag:
         accelerator.set_trigger()
-    return accelerator.check_trigger()
+    return exchange and accelerator.check_trigger()
 
 
 def _create_accelerator(model: nn.Module, precision: str, cpu: bool) -> Accelerator:
