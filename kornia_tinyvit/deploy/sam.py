@@ -28,6 +28,13 @@ __all__ = ["export_mobile_sam"]
 
 _LABELS = {"none": -1, "off": 0, "on": 1, "top_left": 2, "bottom_right": 3}
 _OUTPUTS = ["masks", "iou_predictions", "low_res_masks"]
+_DECODER_AXES = {
+    "point_coords": {0: "prompts", 1: "points"},
+    "point_labels": {0: "prompts", 1: "points"},
+    "mask_input": {0: "prompts"},
+    "has_mask_input": {0: "prompts"},
+    "masks": {2: "height", 3: "width"},
+}
 
 
 def export_mobile_sam(
@@ -166,14 +173,13 @@ class _DecoderGraph(nn.Module):
 def _encoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     height, width = sam.img_size
     image = torch.zeros(1, 3, height - 1, width - 2, dtype=torch.uint8)  # dynamic sizes must differ, see trace
-    program = trace(_EncoderGraph(sam), {"images": image}, {"images": (2, 3)})
-    return to_onnx(program, opset, outputs=["image_embeddings"])
+    axes = {"images": {2: "height", 3: "width"}}
+    return to_onnx(trace(_EncoderGraph(sam), {"images": image}, axes), opset, outputs=["image_embeddings"], axes=axes)
 
 
 def _decoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     inputs = _example_prompts(sam, prompts=2, points=3, size=(150, 200))
-    dynamic_dims = {"point_coords": (0, 1), "point_labels": (0, 1), "mask_input": (0,), "has_mask_input": (0,)}
-    return to_onnx(trace(_DecoderGraph(sam), inputs, dynamic_dims), opset, list(inputs), _OUTPUTS)
+    return to_onnx(trace(_DecoderGraph(sam), inputs, _DECODER_AXES), opset, list(inputs), _OUTPUTS, _DECODER_AXES)
 
 
 def _example_prompts(

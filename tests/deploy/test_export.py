@@ -42,6 +42,12 @@ def outputs(path):
     return [output.name for output in onnx.load(path).graph.output]
 
 
+def shapes(path):
+    graph = onnx.load(path).graph
+    dims = {each.name: each.type.tensor_type.shape.dim for each in [*graph.input, *graph.output]}
+    return {name: [dim.dim_param or dim.dim_value for dim in sizes] for name, sizes in dims.items()}
+
+
 def properties(path):
     return {each.key.removeprefix("kornia_tinyvit."): json.loads(each.value) for each in onnx.load(path).metadata_props}
 
@@ -134,6 +140,24 @@ class TestOnnx:
         [images] = onnx.load(encoder_file).graph.input
         assert images.name == "images"
         assert [dim.dim_value for dim in images.type.tensor_type.shape.dim] == [1, 3, 64, 96]
+
+    def test_axes(self, classifier_file, backbone_file):
+        assert shapes(classifier_file) == {"images": ["batch", 3, "height", "width"], "logits": ["batch", 7]}
+        found = shapes(backbone_file)
+        assert found["images"] == ["batch", 3, "height", "width"]
+        for name, stride in zip(("stage1", "stage2", "stage3", "stage4"), (4, 8, 16, 32), strict=True):
+            batch, _, *sides = found[name]
+            assert batch == "batch"
+            assert [eval(side, {"height": 70, "width": 33}) for side in sides] == [-(-70 // stride), -(-33 // stride)]
+
+    def test_weights_have_no_value_info(self, classifier_file, backbone_file, encoder_file):
+        """ONNX Runtime's quantizer transposes weights, and then fails on an entry with the old shape."""
+        for path in (classifier_file, backbone_file, encoder_file):
+            graph = onnx.load(path).graph
+            weights = {each.name for each in graph.initializer}
+            assert weights
+            assert graph.value_info
+            assert weights.isdisjoint(each.name for each in graph.value_info)
 
     def test_metadata(self, classifier, classifier_file, model, backbone_file):
         values = properties(classifier_file)

@@ -159,11 +159,12 @@ class TestFiles:
         assert {each.type for each in decoder.get_inputs()} == {"tensor(float)"}
         assert [each.name for each in decoder.get_outputs()] == ["masks", "iou_predictions", "low_res_masks"]
         assert shapes["image_embeddings"] == [1, 256, 16, 16]
-        assert shapes["mask_input"][1:] == [1, 64, 64]
-        prompts, points = shapes["point_coords"][:2]
-        assert isinstance(prompts, str)
-        assert isinstance(points, str)
-        assert {shapes[name][0] for name in ("point_labels", "mask_input", "has_mask_input")} == {prompts}
+        assert shapes["point_coords"] == ["prompts", "points", 2]
+        assert shapes["point_labels"] == ["prompts", "points"]
+        assert shapes["mask_input"] == ["prompts", 1, 64, 64]
+        assert shapes["has_mask_input"] == ["prompts"]
+        assert decoder.get_outputs()[0].shape == ["prompts", 4, "height", "width"]
+        assert encoder.get_inputs()[0].shape == [1, 3, "height", "width"]
 
     def test_metadata(self, sam, files):
         metadata = [{each.key: json.loads(each.value) for each in onnx.load(path).metadata_props} for path in files]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.export import ExportedProgram
 
 from kornia_tinyvit.deploy.formats import ExportError
-from kornia_tinyvit.deploy.formats.program import quiet
+from kornia_tinyvit.deploy.formats.program import IMAGE_AXES, Axes, quiet
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.layers import without_size_specialization
 from kornia_tinyvit.version import __version__
@@ -45,7 +46,11 @@ def check_opset(opset: int) -> None:
 
 
 def to_onnx(
-    program: ExportedProgram, opset: int, inputs: Sequence[str] = ("images",), outputs: Sequence[str] | None = None
+    program: ExportedProgram,
+    opset: int,
+    inputs: Sequence[str] = ("images",),
+    outputs: Sequence[str] | None = None,
+    axes: Axes = {"images": IMAGE_AXES},  # noqa: B006 - not modified
 ) -> onnx.ModelProto:
     """Convert an exported program to an ONNX model; needs onnx and onnxscript.
 
@@ -54,6 +59,7 @@ def to_onnx(
         opset: opset version.
         inputs: names of the inputs.
         outputs: names of the outputs.
+        axes: names of the dynamic dimensions of inputs and outputs; sizes that depend on them have the same names.
 
     Returns:
         The model.
@@ -62,7 +68,37 @@ def to_onnx(
         converted: Any = torch.onnx.export(
             program, (), dynamo=True, opset_version=opset, input_names=inputs, output_names=outputs, verbose=False
         )
-    return converted.model_proto
+    proto: onnx.ModelProto = converted.model_proto
+    _name_axes(proto.graph, axes)
+    _remove_weight_shapes(proto.graph)
+    return proto
+
+
+def _name_axes(graph: onnx.GraphProto, axes: Axes) -> None:
+    """Replace torch's symbols for dynamic sizes, such as ``s77``, by names."""
+    values = [*graph.input, *graph.output, *graph.value_info]
+    names: dict[str, str] = {}
+    for value in values:
+        for position, name in axes.get(value.name, {}).items():
+            if symbol := value.type.tensor_type.shape.dim[position].dim_param:
+                names.setdefault(symbol, name)
+    for value in values:
+        for dim in value.type.tensor_type.shape.dim:
+            if expression := dim.dim_param:  # a symbol, or an expression such as (s77 + 3)//4
+                renamed = re.sub(r"\w+", lambda word: names.get(word[0], word[0]), expression)
+                dim.dim_param = names.get(expression, renamed)
+
+
+def _remove_weight_shapes(graph: onnx.GraphProto) -> None:
+    """Remove the initializers from ``value_info``, where torch's serializer adds them.
+
+    Their shapes are those of their data. Tools that transpose weights, such as ONNX Runtime's quantizer, update only
+    the data, and fail on the contradiction.
+    """
+    weights = {tensor.name for tensor in graph.initializer}
+    kept = [value for value in graph.value_info if value.name not in weights]
+    del graph.value_info[:]
+    graph.value_info.extend(kept)
 
 
 def write_onnx(proto: onnx.ModelProto, path: Path, opset: int, metadata: dict[str, str]) -> Run:

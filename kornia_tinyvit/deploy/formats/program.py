@@ -7,7 +7,7 @@ import io
 import json
 import logging
 import warnings
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,22 +18,27 @@ from torch.export import Dim, ExportedProgram
 from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.layers import TORCH_2_7, without_size_specialization
 
-__all__ = ["check_program", "has_compiler", "quiet", "trace", "trace_images", "write_program"]
+__all__ = ["IMAGE_AXES", "Axes", "check_program", "has_compiler", "quiet", "trace", "trace_images", "write_program"]
+
+#: Names of dynamic dimensions by position, by the name of the input or output.
+Axes = Mapping[str, Mapping[int, str]]
+#: The dimensions of images that can be dynamic.
+IMAGE_AXES = {0: "batch", 2: "height", 3: "width"}
 
 
-def trace(graph: nn.Module, inputs: Mapping[str, Tensor], dynamic: Mapping[str, Collection[int]]) -> ExportedProgram:
+def trace(graph: nn.Module, inputs: Mapping[str, Tensor], axes: Axes) -> ExportedProgram:
     """Trace a module with :func:`torch.export.export`.
 
     Args:
         graph: the module.
         inputs: example inputs by name, in the order of the module's arguments. A dynamic dimension must be 2 or more,
             or torch specializes it, and differ from unrelated dimensions, or torch may treat them as equal.
-        dynamic: dynamic dimensions by input name.
+        axes: the dynamic dimensions.
 
     Returns:
         The program; its inputs and outputs have the shapes of the module's.
     """
-    shapes = tuple(dict.fromkeys(dynamic.get(name, ()), Dim.DYNAMIC) for name in inputs)
+    shapes = tuple(dict.fromkeys(axes.get(name, ()), Dim.DYNAMIC) for name in inputs)
     # As guards of the trace, the graph's checks of dynamic sizes would exclude some sizes; they run as assertions.
     deferred: Any = {"prefer_deferred_runtime_asserts_over_guards": True} if TORCH_2_7 else {}
     with torch.no_grad(), quiet(), without_size_specialization():
@@ -57,8 +62,8 @@ def trace_images(
     batch, channels, height, width = images.shape
     # A dynamic size must not be 1, and height and width must differ, see trace.
     shape = (2 if dynamic_batch else batch, channels, height, height + height // 2 + 1 if dynamic_size else width)
-    dynamic = ([0] if dynamic_batch else []) + ([2, 3] if dynamic_size else [])
-    return trace(graph, {"images": images.new_zeros(shape)}, {"images": dynamic})
+    axes = {dim: name for dim, name in IMAGE_AXES.items() if (dynamic_size if dim else dynamic_batch)}
+    return trace(graph, {"images": images.new_zeros(shape)}, {"images": axes})
 
 
 def check_program(path: Path, compiled: bool) -> None:
