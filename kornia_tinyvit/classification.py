@@ -123,9 +123,10 @@ class ImageClassifier(nn.Module):
             ValueError: if an argument is out of range, or the number of names differs from that of the classes.
             CheckpointError: if the weights cannot be loaded.
         """
-        model = TinyViT.from_config(config, pretrained=pretrained, **kwargs)
+        model = TinyViT.from_config(config, pretrained=pretrained, class_names=class_names, **kwargs)
+        class_names = model.class_names
         if class_names is None and not model.training:
-            class_names = model.class_names or default_class_names(model.config.num_classes)
+            class_names = default_class_names(model.config.num_classes)
         classifier = cls(model, class_names=class_names, views=views)
         return classifier.train(model.training)
 

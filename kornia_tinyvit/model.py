@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
-from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig, WindowSizes, resolve_window_sizes
+from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig, WindowSizes, check_class_names, resolve_window_sizes
 from kornia_tinyvit.images import check_images
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
 from kornia_tinyvit.preprocessing import default_preprocessing
@@ -151,6 +151,7 @@ class TinyViT(nn.Module):
         *,
         pretrained: bool | str | Path | Checkpoint = False,
         window_sizes: WindowSizes | None = None,
+        class_names: Sequence[str] | None = None,
         **overrides: Any,
     ) -> TinyViT:
         """Build a network from a variant or a configuration, with or without pretrained weights.
@@ -165,6 +166,8 @@ class TinyViT(nn.Module):
             window_sizes: a window-size policy or four sizes; see
                 :func:`~kornia_tinyvit.config.resolve_window_sizes`. ``"scale"`` interpolates the attention biases of
                 the checkpoint, ``"fit"`` crops them.
+            class_names: names of the classes, one per class; by default those of the checkpoint. For pretrained weights
+                see :func:`load_checkpoint`, which matches the rows of the head by name.
             **overrides: fields of :class:`TinyViTConfig` to replace. The default is the checkpoint's resolution, number
                 of classes and input channels.
 
@@ -172,7 +175,8 @@ class TinyViT(nn.Module):
             The network, in evaluation mode if all its weights were loaded, otherwise in training mode, as in kornia.
 
         Raises:
-            ValueError: if the variant, the name or a field is unknown or out of range.
+            ValueError: if the variant, the name or a field is unknown or out of range, or the number of names is not
+                that of the classes.
             CheckpointError: if the checkpoint cannot be read or has another architecture.
 
         Example:
@@ -189,13 +193,14 @@ class TinyViT(nn.Module):
         windows = resolve_window_sizes(base, overrides.get("img_size", base.img_size), window_sizes)
         final = base.replace(**overrides, window_sizes=windows)
         model = cls(**{name: getattr(final, name) for name in final.__dataclass_fields__})
+        model.class_names = check_class_names(class_names, final.num_classes)
         if found is not None:
             report = load_checkpoint(model, found, window_adaptation="crop" if window_sizes == "fit" else "interpolate")
             model.train(not report.complete)
             model.preprocessing = found.preprocessing_for(final)
             if "img_size" in overrides:
                 model.preprocessing = model.preprocessing.resize(final.img_size)
-            model.class_names = found.class_names if report.complete and final.num_classes else None
+            model.class_names = model.class_names or report.class_names
         return model
 
     @property

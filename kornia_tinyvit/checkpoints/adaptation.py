@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from kornia_tinyvit.checkpoints.catalog import IMAGENET_22K, imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, list_names
 
 __all__ = ["HEAD", "STEM", "WindowAdaptation", "adapt_head", "adapt_input", "adapt_windows", "check_state_dict"]
@@ -20,28 +21,65 @@ HEAD = ("head.weight", "head.bias")
 WindowAdaptation = Literal["interpolate", "crop"]
 
 
-def adapt_head(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> bool:
-    """Reset the head to zeros if the number of classes differs.
+def adapt_head(
+    state_dict: dict[str, Tensor],
+    target: Mapping[str, Tensor],
+    adapted: list[str],
+    names: tuple[str, ...] | None = None,
+    wanted: Sequence[str] | None = None,
+) -> tuple[bool, tuple[str, ...] | None]:
+    """Adapt the head to the classes of a network.
+
+    If both sides have class names and any is common, the rows are matched by name. From the 21841 classes of
+    ImageNet-22k to 1000 classes, the rows of ImageNet-1k are taken as the official code does, with the mean of the
+    others for the one class that is missing there. Any other head with another number of classes is set to zeros.
 
     Args:
         state_dict: tensors to load, changed in place.
         target: state dict of the network.
         adapted: list to which a description of the change is appended.
+        names: class names of the tensors, if known.
+        wanted: class names of the network, if known.
 
     Returns:
-        Whether the head was reset.
+        Whether all classes have weights of the file, and the class names if so and if they are known.
     """
-    weight = target.get(HEAD[0])
-    old = state_dict.get(HEAD[0])
-    if weight is None or (old is not None and old.shape == weight.shape):
-        return False
-    if old is not None and old.shape[1:] != weight.shape[1:]:
-        return False  # another architecture, reported by check_state_dict
+    weight, old = target.get(HEAD[0]), state_dict.get(HEAD[0])
+    if weight is None or (old is not None and old.shape[1:] != weight.shape[1:]):
+        return True, None  # no head, or another architecture, which check_state_dict reports
+    named = None if wanted is None else tuple(wanted)
+    before, after = 0 if old is None else len(old), len(weight)
+    change = f"the head has {after} classes " + (f"instead of {before}" if before else "and is missing in the file")
+    if before and names and named and names != named and not set(names).isdisjoint(named):
+        known = {name: row for row, name in enumerate(names)}
+        rows = torch.tensor([known.get(name, -1) for name in named])
+        complete = bool((rows >= 0).all())
+        _select_rows(state_dict, rows, fill_with_mean=False)
+        rest = "" if complete else ", the others are initialized with zeros"
+        adapted.append(f"{int((rows >= 0).sum())} of the {after} classes of the head are matched by name{rest}")
+        return complete, named if complete else None
+    if before == after:
+        return True, named or names
+    if (before, after) == (IMAGENET_22K, 1000):
+        _select_rows(state_dict, imagenet_1k_in_22k(), fill_with_mean=True)
+        adapted.append(
+            f"{change}; it has the weights of ImageNet-1k's classes, and for class 850, teddy bear, which ImageNet-22k "
+            "does not have, their mean"
+        )
+        return True, named or imagenet_classes()
     for name in HEAD:
         state_dict[name] = torch.zeros(target[name].shape)
-    origin = f"instead of {old.shape[0]}" if old is not None else "and is missing in the file"
-    adapted.append(f"the head has {weight.shape[0]} classes {origin}; it is initialized with zeros")
-    return True
+    adapted.append(f"{change}; it is initialized with zeros")
+    return False, None
+
+
+def _select_rows(state_dict: dict[str, Tensor], rows: Tensor, fill_with_mean: bool) -> None:
+    """Replace a head by some of its rows; those of index -1 become zero or the mean of the others."""
+    for name in HEAD:
+        if name in state_dict:
+            head = state_dict[name][rows]
+            head[rows < 0] = head[rows >= 0].mean(0) if fill_with_mean else 0
+            state_dict[name] = head
 
 
 def adapt_input(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> None:

@@ -21,6 +21,7 @@ from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 __all__ = [
     "ASSETS",
     "CATALOG",
+    "IMAGENET_22K",
     "PretrainedWeights",
     "default_class_names",
     "default_weights",
@@ -32,6 +33,8 @@ __all__ = [
 
 #: Folder of the package with weights, photos and class names.
 ASSETS = Path(str(resources.files("kornia_tinyvit"))) / "assets"
+#: Number of classes of the published ImageNet-22k heads.
+IMAGENET_22K = 21841
 _ZOO = "https://github.com/wkcn/TinyViT-model-zoo/releases/download/checkpoints"
 _FINETUNED = "ImageNet-22k distillation, then ImageNet-1k"
 

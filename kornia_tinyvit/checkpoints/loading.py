@@ -108,7 +108,9 @@ class LoadReport:
         layout: original layout of the weights.
         adapted: descriptions of the changes made to match the network.
         left_out: names in the file that were not loaded.
-        complete: whether all weights were loaded from the file; otherwise the head has to be trained.
+        complete: whether all weights are those of the file; otherwise some classes have to be trained. A head that was
+            converted from ImageNet-22k to ImageNet-1k is complete: it classifies without training.
+        class_names: class names of the loaded head; ``None`` if they are unknown or the head is not complete.
     """
 
     source: str
@@ -116,6 +118,7 @@ class LoadReport:
     adapted: tuple[str, ...] = field(default=())
     left_out: tuple[str, ...] = field(default=())
     complete: bool = True
+    class_names: tuple[str, ...] | None = None
 
     def __str__(self) -> str:
         lines = [f"Loaded {self.source} ({self.layout} layout)."]
@@ -227,8 +230,10 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights into a network and adapt them to its window sizes, classes and input channels.
 
-    Attention bias tables are resized, a head with another number of classes is initialized with zeros, and the first
-    convolution is adapted to the input channels. If an error is raised, the network is unchanged.
+    Attention bias tables are resized, and the first convolution is adapted to the input channels. If network and file
+    have class names and any is common, the rows of the head are matched by name. A head of ImageNet-22k's 21841
+    classes becomes one of ImageNet-1k for a network of 1000 classes, as in the official code. Otherwise a head with
+    another number of classes is initialized with zeros. If an error is raised, the network is unchanged.
 
     Args:
         model: a :class:`~kornia_tinyvit.TinyViT`.
@@ -264,7 +269,8 @@ def load_checkpoint(
     extra_head = [name for name in HEAD if name in state_dict and name not in target]
     for name in extra_head:
         del state_dict[name]
-    head_reset = adapt_head(state_dict, target, adapted)
+    wanted = getattr(model, "class_names", None)
+    complete, names = adapt_head(state_dict, target, adapted, found.class_names, wanted)
     adapt_input(state_dict, target, adapted)
     adapt_windows(state_dict, target, window_adaptation, adapted)
     check_state_dict(state_dict, target, found.source)
@@ -272,7 +278,7 @@ def load_checkpoint(
     if on_meta:  # nothing to copy into: the tensors are assigned in the precision of the network
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
     model.load_state_dict(state_dict, assign=on_meta)
-    return LoadReport(found.source, found.layout, tuple(adapted), (*extra_head, *found.left_out), not head_reset)
+    return LoadReport(found.source, found.layout, tuple(adapted), (*extra_head, *found.left_out), complete, names)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[str] | None = None) -> Path:

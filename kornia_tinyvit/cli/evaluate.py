@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
+from kornia_tinyvit.checkpoints.catalog import IMAGENET_22K, imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.options import MIN_AREA, TTA, WORKERS, NetworkRequest, TaskName
 from kornia_tinyvit.cli.requests import argument, command, option
@@ -32,7 +32,6 @@ from kornia_tinyvit.training.metrics.promptable import PromptScores
 from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import ReadableItems, evaluate_network, read_batches
 
-IMAGENET_22K = 21841
 OnBroken = StrEnum("OnBroken", ("stop", "skip"))
 
 

@@ -91,7 +91,8 @@ _Plan = tuple[Task, Any, Any, Any, Any]
 def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
     samples = request.augment(recipe, request.on_broken)
     images = samples.images
-    model = request.build_network(TinyViT.from_config, recipe, num_classes=images.num_classes)
+    classes = {"num_classes": images.num_classes, "class_names": images.class_names}
+    model = request.build_network(TinyViT.from_config, recipe, **classes)
     validation = request.open_validation(images.class_names)
     return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 

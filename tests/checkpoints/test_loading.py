@@ -20,7 +20,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from kornia_tinyvit import TinyViT, TinyViTConfig
+from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
 from kornia_tinyvit.checkpoints import (
     CheckpointError,
     PretrainedWeights,
@@ -30,6 +30,7 @@ from kornia_tinyvit.checkpoints import (
     read_checkpoint,
     save_checkpoint,
 )
+from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
 from tests.checkpoints.test_layouts import to_timm
 from tests.conftest import TINY
 from tests.processes import PROCESSES, start
@@ -287,6 +288,54 @@ class TestHead:
         assert report.left_out == ("head.weight", "head.bias")
         pooled = tiny.forward_head(tiny.forward_features(images), pre_logits=True)
         assert torch.equal(model.eval()(images), pooled)
+
+    def test_imagenet_22k_to_1k(self, tiny, tmp_path):
+        """As load_pretrained of the official code: the class missing in ImageNet-22k gets the mean of the others."""
+        weights = tiny.state_dict() | {"head.weight": torch.randn(21841, 32), "head.bias": torch.randn(21841)}
+        torch.save(weights, tmp_path / "22k.pth")
+        model = TinyViT.from_config(pretrained=tmp_path / "22k.pth", num_classes=1000)
+        mapping = imagenet_1k_in_22k()
+        for name in ("head.weight", "head.bias"):
+            mean = weights[name][mapping[mapping != -1]].mean(0, keepdim=True)
+            assert torch.equal(model.state_dict()[name], torch.cat([weights[name], mean])[mapping])
+        assert not model.training
+        assert model.class_names == imagenet_classes()
+        report = load_checkpoint(fresh(num_classes=1000), weights)
+        assert report.complete
+        assert report.adapted == (
+            "the head has 1000 classes instead of 21841; it has the weights of ImageNet-1k's classes, and for class "
+            "850, teddy bear, which ImageNet-22k does not have, their mean",
+        )
+
+    def test_matched_names(self, tiny, images, tmp_path):
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors", tuple("abcdefg"))
+        model = TinyViT.from_config(pretrained=path, class_names=tuple("gfedcba"))
+        torch.testing.assert_close(model(images), tiny(images).flip(1))
+        assert not model.training
+        assert model.class_names == tuple("gfedcba")
+        part = ImageClassifier.from_config(pretrained=path, num_classes=3, class_names=("c", "new", "a")).eval()
+        assert part.model.class_names == part.class_names == ("c", "new", "a")
+        torch.testing.assert_close(part.model(images)[:, [0, 2]], tiny(images)[:, [2, 0]])
+        assert not part.model.head.weight[1].any()
+        model = fresh(num_classes=3)
+        model.class_names = ("c", "new", "a")
+        report = load_checkpoint(model, path)
+        assert not report.complete
+        assert report.adapted == (
+            "2 of the 3 classes of the head are matched by name, the others are initialized with zeros",
+        )
+
+    def test_other_names(self, tiny, images, tmp_path):
+        """Without a common name, the same number of names renames the classes."""
+        path = save_checkpoint(tiny, tmp_path / "model.safetensors", tuple("abcdefg"))
+        model = TinyViT.from_config(pretrained=path, class_names=tuple("ABCDEFG"))
+        assert torch.equal(model(images), tiny(images))
+        assert model.class_names == tuple("ABCDEFG")
+        model = TinyViT.from_config(pretrained=path, num_classes=2, class_names=("A", "B"))
+        assert model.training
+        assert not model.head.weight.any()
+        with pytest.raises(ValueError, match="Got 2 class names for 7 classes"):
+            TinyViT.from_config(pretrained=path, class_names=("A", "B"))
 
     def test_file_without_head(self, tiny, tmp_path):
         tiny.reset_classifier(0)
