@@ -51,6 +51,7 @@ class Contents:
         class_names: names of the classes in the order of their indices, where the format states them.
         without_mask: names of images without labels, which are dropped.
         without_image: names of labels without an image, which are dropped.
+        notes: what else was left out or decided, for the summary.
     """
 
     images: ImageFiles
@@ -58,6 +59,7 @@ class Contents:
     class_names: tuple[str, ...] | None = None
     without_mask: tuple[str, ...] = ()
     without_image: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
@@ -84,6 +86,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         self.class_names = contents.class_names
         self.num_classes = len(contents.class_names or ())
         self.without_mask, self.without_image = contents.without_mask, contents.without_image
+        self._notes = contents.notes
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -114,6 +117,14 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
     def place(self, index: int) -> str:
         """Return an image's location on this machine: the path of its file, and its position in an archive."""
         return self._images.place(self._rows[index])
+
+    @property
+    def summary(self) -> str:
+        """What the data set holds, in one line: images, objects and classes, then what was left out or decided."""
+        unpaired = (("image", "without labels", self.without_mask), ("label", "without an image", self.without_image))
+        left_out = [f"{count_noun(len(names), noun)} {reason}" for noun, reason, names in unpaired if names]
+        skipped = [f"skipped {', '.join(left_out)}"] if left_out else []
+        return "; ".join([", ".join([count_noun(len(self), "image"), *self._counts()]), *skipped, *self._notes])
 
     def sample(self, count: int, seed: int = 0) -> Self:
         """Return a random subset of the images, with the same classes.
@@ -169,6 +180,10 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         """Return the part of a target that the fingerprint depends on."""
         return stored
 
+    def _counts(self) -> list[str]:
+        """Return the parts of the summary that follow the number of images."""
+        return [count_noun(self.num_classes, "class")] if self.num_classes else []
+
     def _settings(self) -> tuple[object, ...]:
         """Return the arguments of :meth:`open` that the fingerprint depends on."""
         return ()
@@ -198,6 +213,17 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
                 reason = ValueError("Pillow does not support its format")
             raise BrokenImageError(f"{place} is not an image that can be read: {reason}") from error
         return image, self._target(self._targets[index], (image.shape[1], image.shape[2]), place)
+
+
+def count_noun(count: int, noun: str) -> str:
+    """Return a number with a noun in the singular or plural, such as "1,920 images".
+
+    Args:
+        count: the number.
+        noun: the singular.
+    """
+    plural = noun if count == 1 else f"{noun}es" if noun.endswith("s") else f"{noun}s"
+    return f"{count:,} {plural}"
 
 
 def check_size(place: str, size: tuple[int, int], stated: tuple[int, int] | None, label: str) -> None:

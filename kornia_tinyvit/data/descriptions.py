@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from kornia_tinyvit.extras import optional_imports
 
+#: Names of the same split in data sets of different origin.
+_SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
+
 
 def read_text(path: Path) -> str:
-    """Return the text of a UTF-8 file.
+    """Return the text of a UTF-8 file, without its byte order mark.
 
     Raises:
         FileNotFoundError: if the file does not exist.
         ValueError: if it is not UTF-8.
     """
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not UTF-8 text: {error}.") from error
+
+
+def read_names(path: Path) -> list[str]:
+    """Return the class names in a text file, one per line; blank lines at its end are ignored.
+
+    Raises:
+        FileNotFoundError: if the file does not exist.
+        ValueError: if it is not UTF-8, or a line is blank.
+    """
+    names = [line.strip() for line in read_text(path).rstrip().splitlines()]
+    if "" in names:
+        raise ValueError(f"{path}:{names.index('') + 1} is blank; expected the name of class {names.index('')}.")
+    return names
 
 
 def read_json(path: Path) -> Any:
@@ -51,6 +67,17 @@ def read_description(path: Path, expected: str) -> dict[str, Any]:
     if not isinstance(described, dict):
         raise ValueError(f"{path} does not describe a dataset; expected {expected}.")
     return described
+
+
+def find_section(described: Mapping[str, Any], split: str) -> Any:
+    """Return the section of a split in a description, also under another name of the split, or ``None``."""
+    return next((described[name] for name in split_names(split) if described.get(name)), None)
+
+
+def split_names(split: str) -> tuple[str, ...]:
+    """Return the names under which data sets store a split, the given one first."""
+    names = next((names for names in _SPLITS if split in names), ())
+    return (split, *(name for name in names if name != split))
 
 
 def _read_yaml(path: Path) -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.boxes import Boxes, Objects
-from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size
+from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size, count_noun
 
 __all__ = ["DetectionDataset"]
 
@@ -50,12 +50,13 @@ class DetectionDataset(ImageDataset[Objects]):
         Args:
             path: one of
 
-                - a YAML file of Ultralytics. It names the classes as ``names``, and for each split a folder of images,
-                  a text file that lists some, or several of them, relative to ``path``, which is relative to the file.
-                  The labels of ``images/a.jpg`` are in ``labels/a.txt``: ``class x y width height`` per line, with
-                  center and size as fractions of the image, or a class and the corners of an outline. An image without
-                  a label file has no objects. If a folder of images does not exist, the same path one folder up is
-                  used;
+                - a YAML file of Ultralytics or Roboflow. It has the class names as ``names``, or their number ``nc``,
+                  and for each split a folder of images, a text file that lists some, or several of them, relative to
+                  ``path``, which is relative to the file. The labels of ``images/a.jpg`` are in ``labels/a.txt``:
+                  ``class x y width height`` per line, with center and size as fractions of the image, or a class and
+                  the corners of an outline. As for Ultralytics, fractions may leave [0, 1] by 0.01 and are clamped,
+                  repeated lines are dropped, an image without a label file has no objects, and ``../train/images`` also
+                  is ``train/images``. If a folder of images does not exist, the same path one folder up is used;
                 - a JSON file in COCO's format. Class indices follow the order of the category ids. Its images lie
                   beside it, or, for ``annotations/instances_NAME.json``, in ``NAME`` or ``images/NAME`` beside
                   ``annotations``;
@@ -100,6 +101,9 @@ class DetectionDataset(ImageDataset[Objects]):
     def _target(self, stored: Boxes, size: tuple[int, int], place: str) -> Objects:
         check_size(place, size, stored.size, "its labels are for")
         return stored.scale(*size)
+
+    def _counts(self) -> list[str]:
+        return [count_noun(self.num_objects, "object"), *super()._counts()]
 
     def _state(self, stored: Boxes) -> object:
         return [values.tolist() for values in (stored.boxes, stored.labels, stored.crowds)]

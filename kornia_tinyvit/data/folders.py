@@ -64,6 +64,12 @@ def list_images(folder: Path) -> list[Path]:
     return sorted(found, key=lambda file: file.parts)
 
 
+def find_file(folder: Path, name: str) -> str:
+    """Return the name of a file in a folder, also if it was written with backslashes; "" if there is none."""
+    names = (name, name.replace("\\", "/"))
+    return next((each for each in names if each.strip() and (folder / each).is_file()), "")
+
+
 def files_by_stem(folder: Path) -> dict[str, str]:
     """Return the paths of the images below a folder, relative to it, by their path without the suffix.
 

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from kornia_tinyvit.data import coco, yolo
-from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size
-from kornia_tinyvit.data.descriptions import read_description
+from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size, count_noun
+from kornia_tinyvit.data.descriptions import find_section, read_description
 from kornia_tinyvit.data.folders import find_folders
-from kornia_tinyvit.data.masks import Instances, pair_masks, read_objects, split_ids
+from kornia_tinyvit.data.masks import Instances, count_ids, pair_masks, read_objects, split_ids
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["InstanceDataset"]
@@ -24,16 +24,18 @@ class InstanceDataset(ImageDataset[Tensor]):
 
     Masks are boolean and may overlap. The supported formats are
 
-    - a folder of masks with an id per pixel, as in :class:`~kornia_tinyvit.data.SegmentationDataset`: each id but 0
-      and 255 is an instance;
+    - a folder of masks with an id per pixel, as in :class:`~kornia_tinyvit.data.SegmentationDataset`: each id but 0 is
+      an instance, also 255;
     - a folder of text files in YOLO's format: one line per instance with its class and the corners of its outline, or
       its box, as fractions of width and height. Where an outline returns to its first corner, another part of the
-      instance begins;
+      instance begins. A line with four numbers is a box, which is filled, also beside outlines. An image without a
+      file has no instances; see :meth:`DetectionDataset.open` for what else is tolerated;
     - a JSON file in COCO's format: polygons or run-length codes, compressed or not. Crowds are dropped;
     - one folder per image with ``images`` and ``masks``, where each object has a file.
 
-    Files of a folder have the name of their image but for the suffix. Images without labels are dropped and reported.
-    The EXIF orientation is applied to images but not to masks.
+    Polygons have the pixels of pycocotools, which the extra ``train`` installs. Files of a folder have the name of
+    their image but for the suffix. Images without a mask are dropped and reported. The EXIF orientation is applied to
+    images but not to masks.
 
     Args:
         contents: the images and targets, as read by ``open``.
@@ -68,7 +70,7 @@ class InstanceDataset(ImageDataset[Tensor]):
         Raises:
             FileNotFoundError: if the path does not exist.
             ValueError: if it holds none of these formats, or no image with labels.
-            MissingExtraError: for YAML files, if PyYAML is missing.
+            MissingExtraError: for YAML files, if PyYAML is missing; for polygons, when one is read, if pycocotools is.
         """
         check_counts(min_area=min_area)
         path = Path(path)
@@ -78,7 +80,7 @@ class InstanceDataset(ImageDataset[Tensor]):
             return cls(_read_folder(path, split), min_area)
         expected = "a folder with 'images' and 'masks' or 'labels', or a YAML file that names them"
         described = read_description(path, expected)
-        section = described.get(split)
+        section = find_section(described, split)
         if isinstance(section, (str, list)):
             return cls(yolo.read_outlines(yolo.find_pairs(path, described, split), path), min_area)
         if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():
@@ -112,11 +114,26 @@ class InstanceDataset(ImageDataset[Tensor]):
         kept = [mask for mask in masks if mask.sum() >= self.min_area]
         return torch.from_numpy(np.stack(kept) if kept else np.zeros((0, *size), dtype=np.bool_))
 
+    @property
+    def num_objects(self) -> int:
+        """Number of instances of any area in all images; this reads the label files, and leaves out broken ones."""
+        return sum(map(_count, self._targets))
+
+    def _counts(self) -> list[str]:
+        return [count_noun(self.num_objects, "object")]
+
     def _state(self, stored: Instances) -> object:
         return [(each.name, each.stat().st_size) if isinstance(each, Path) else each for each in stored.sources]
 
     def _settings(self) -> tuple[object, ...]:
         return (self.min_area,)
+
+
+def _count(stored: Instances) -> int:
+    try:
+        return stored.num_objects
+    except (ValueError, OSError):
+        return 0
 
 
 def _read_folder(path: Path, split: str) -> Contents:
@@ -134,10 +151,10 @@ def _read(images: Path, instances: Path) -> Contents:
         return coco.read_masks(instances, images)
     if not instances.is_dir():
         raise FileNotFoundError(f"There is no folder or file {instances}.")
-    texts = {file for file in instances.rglob("*.txt") if not file.name.startswith(".")}
+    texts = {file for file in instances.rglob("*.txt") if file.name != "classes.txt" and not file.name.startswith(".")}
     if not texts:
         contents = pair_masks(images, instances)
-        return replace(contents, targets=[Instances((mask,), split_ids) for mask in contents.targets])
+        return replace(contents, targets=[Instances((mask,), split_ids, count=count_ids) for mask in contents.targets])
     pairs = yolo.pair_folders(images, instances)
     unused = sorted(texts - {pair.labels for pair in pairs})
     return replace(

@@ -2,25 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageDraw
+from PIL import Image
 
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents
 from kornia_tinyvit.data.folders import Files, files_by_stem, list_images
+from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.images import UNREADABLE
+from kornia_tinyvit.ops.rle import decode_rle
 
 NUM_IDS = 2**16  # of a 16-bit mask
 UNLABELED_ID = 255  # of unlabeled pixels in most datasets
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _LOSSY = (".jpg", ".jpeg")  # compression changes the ids along edges
 
-Ring = list[tuple[float, float]]  # x and y of a polygon's vertices
+Ring = Sequence[tuple[float, float]]  # x and y of a polygon's vertices
 Masks = list[NDArray[np.bool_]]
 
 
@@ -32,11 +34,18 @@ class Instances:
         sources: files, or entries of a file, that hold one or several instances each.
         read: returns the masks :math:`(H, W)` in a source, given the image's height and width.
         size: height and width of the image, if a file states them.
+        count: returns the number of instances in a source; ``None`` if each holds one.
     """
 
     sources: tuple[Any, ...]
     read: Callable[[Any, tuple[int, int]], Masks]
     size: tuple[int, int] | None = None
+    count: Callable[[Any], int] | None = None
+
+    @property
+    def num_objects(self) -> int:
+        """The number of instances; this may read the sources."""
+        return len(self.sources) if self.count is None else sum(map(self.count, self.sources))
 
 
 def pair_masks(images: Path, masks: Path) -> Contents:
@@ -123,15 +132,37 @@ def read_ids(path: Path) -> NDArray[np.int64]:
 
 
 def split_ids(path: Path, _: tuple[int, int]) -> Masks:
-    """Return a mask for each id of a file except 0 and 255."""
+    """Return a mask for each id of a file except 0."""
     ids = read_ids(path)
-    return [ids == each for each in np.unique(ids) if each not in (0, UNLABELED_ID)]
+    return [ids == each for each in _instance_ids(ids)]
 
 
-def fill_rings(rings: Iterable[Ring], size: tuple[int, int]) -> NDArray[np.bool_]:
-    """Return the union of polygons, :math:`(H, W)`; kornia fills only convex ones."""
-    mask = Image.new("1", (size[1], size[0]))
-    for ring in rings:
-        if len(ring) > 1:
-            ImageDraw.Draw(mask).polygon(ring, fill=1)
-    return np.array(mask)
+def count_ids(path: Path) -> int:
+    """Return the number of masks of :func:`split_ids`."""
+    return len(_instance_ids(read_ids(path)))
+
+
+def _instance_ids(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+    found = np.flatnonzero(np.bincount(ids.ravel()))
+    return found[found > 0]
+
+
+def fill_polygons(rings: Iterable[Ring], size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Return the union of polygons, with the pixels of pycocotools.
+
+    Args:
+        rings: polygons of at least three corners in pixels. Their parts outside of the image are cut off.
+        size: height and width of the image.
+
+    Returns:
+        Mask :math:`(H, W)`.
+
+    Raises:
+        MissingExtraError: if pycocotools is missing.
+    """
+    with optional_imports("Masks from polygons need pycocotools", "'kornia-tinyvit[train]'"):
+        from pycocotools import mask as coco_masks
+    flat = [[number for corner in ring for number in corner] for ring in rings]
+    if not flat:
+        return np.zeros(size, dtype=np.bool_)
+    return decode_rle(coco_masks.merge(coco_masks.frPyObjects(flat, *size)))

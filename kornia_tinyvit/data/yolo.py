@@ -9,12 +9,13 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kornia_tinyvit.data.boxes import Box, collect_boxes
-from kornia_tinyvit.data.datasets import Contents
-from kornia_tinyvit.data.descriptions import read_description, read_text
-from kornia_tinyvit.data.folders import Files, list_images
-from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_rings
+from kornia_tinyvit.data.datasets import Contents, count_noun
+from kornia_tinyvit.data.descriptions import find_section, read_description, read_text
+from kornia_tinyvit.data.folders import Files, find_file, list_images
+from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_polygons
 
-_TOLERANCE = 1e-3  # files round fractions of an image, which may leave [0, 1] by this much
+_TOLERANCE = 0.01  # by which fractions may leave [0, 1], as for Ultralytics; they are clamped
+_MAX_CLASSES = 2**16
 
 
 class Pair(NamedTuple):
@@ -42,25 +43,27 @@ class _Label(NamedTuple):
 def read_boxes(path: Path, split: str) -> Contents:
     """Return the images and boxes of a dataset described by a YAML file of Ultralytics.
 
-    See :meth:`DetectionDataset.open <kornia_tinyvit.data.DetectionDataset.open>` for the format. If a folder of images
-    does not exist, the same path one folder up is used, where several sets of labels may share it.
+    See :meth:`DetectionDataset.open <kornia_tinyvit.data.DetectionDataset.open>` for the format.
 
     Raises:
         FileNotFoundError: if a file or a folder does not exist.
         ValueError: if a label has an unknown class or is not a box in fractions of the image; file and line are named.
     """
     described = read_description(path, "a YAML file of a YOLO dataset, a JSON file of a COCO dataset, or its folder")
-    if not described.get(split) or not described.get("names"):
+    if not find_section(described, split) or not (described.get("names") or described.get("nc")):
         raise ValueError(f"{path} does not describe a YOLO dataset with {split!r}; expected 'names' and '{split}'.")
-    class_names = _class_names(path, described["names"])
+    class_names = _class_names(path, described)
     pairs = find_pairs(path, described, split)
-    _labeled(pairs, f"{split!r} in {path}")
-    boxes = [collect_boxes(_box(label) for label in _read_labels(pair.labels, len(class_names))) for pair in pairs]
-    return Contents(_files(pairs), boxes, class_names)
+    notes = _check_labeled(pairs, f"{split!r} in {path}")
+    labels = [_read_labels(pair.labels, len(class_names)) if pair.labels.is_file() else ([], 0) for pair in pairs]
+    boxes = [collect_boxes(map(_box, found)) for found, _ in labels]
+    if repeated := sum(count for _, count in labels):
+        notes = (*notes, f"{count_noun(repeated, 'repeated label')} left out")
+    return Contents(_files(pairs), boxes, class_names, notes=notes)
 
 
-def read_outlines(pairs: list[Pair], source: Path) -> Contents:
-    """Return the images that have a label file, and these files as instances.
+def read_outlines(pairs: list[Pair], source: object) -> Contents:
+    """Return images and their label files as instances; an image without a label file has none.
 
     Args:
         pairs: images and their label files.
@@ -69,10 +72,10 @@ def read_outlines(pairs: list[Pair], source: Path) -> Contents:
     Raises:
         ValueError: if no image has a label file.
     """
-    labeled = _labeled(pairs, source)
-    labels = [Instances((pair.labels,), _read_masks) for pair in labeled]
-    without = tuple(pair.name for pair in pairs if not pair.labels.is_file())
-    return Contents(_files(labeled), labels, without_mask=without)
+    notes = _check_labeled(pairs, source)
+    files = [(pair.labels,) if pair.labels.is_file() else () for pair in pairs]
+    labels = [Instances(each, _read_masks, count=_count_labels) for each in files]
+    return Contents(_files(pairs), labels, notes=notes)
 
 
 def pair_folders(images: Path, labels: Path) -> list[Pair]:
@@ -89,30 +92,40 @@ def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pai
         FileNotFoundError: if a file or a folder does not exist.
         ValueError: if the section is neither a folder nor a file, nor a list of them.
     """
-    root = path.parent / str(described.get("path") or ".")
-    entries = described[split] if isinstance(described[split], list) else [described[split]]
+    section = find_section(described, split)
+    stated = path.parent / _slashes(str(described.get("path") or "."))
+    root = stated if stated.is_dir() else path.parent  # files that were moved keep the path of another machine
     pairs: list[Pair] = []
-    for entry in entries:
+    for entry in section if isinstance(section, list) else [section]:
         if not isinstance(entry, str):
             raise ValueError(f"{path} has {str(entry)[:60]} as {split!r}; expected folders or files of images.")
-        pairs += _find_entry(root, entry)
+        pairs += _find_entry(root, _slashes(entry))
     return pairs
 
 
 def _find_entry(root: Path, entry: str) -> Iterator[Pair]:
+    """Return the pairs of a folder, or of a file that lists images.
+
+    As for Ultralytics, ``../train/images`` also is ``train/images`` (Roboflow's files). Of a missing folder, the same
+    path one folder up is used, where several sets of labels may share the images.
+    """
     stated = root / entry
-    found = stated if stated.exists() else root / ".." / entry
+    inner = root / entry.removeprefix("../")
+    found = next((each for each in (stated, inner, root / ".." / entry) if each.exists()), None)
+    if found is None:
+        raise FileNotFoundError(f"There are no images {stated}, nor {inner}, nor {root / '..' / entry}.")
     if found.is_dir():
-        for image, name, labels in pair_folders(found, stated):  # the labels stay beside the stated folder
-            yield Pair(image, name, _labels_path(labels))
-    elif found.is_file():
-        for line in filter(None, map(str.strip, read_text(found).splitlines())):
-            image = found.parent / line
-            if not image.is_file():
-                raise FileNotFoundError(f"{found} lists {line}, which does not exist.")
-            yield Pair(image, line, _labels_path(image.with_suffix(".txt")))
-    else:
-        raise FileNotFoundError(f"There are no images {stated}, nor {found}.")
+        labels = inner if found == inner else stated  # the labels stay beside the stated folder
+        for image, name, file in pair_folders(found, labels):
+            yield Pair(image, name, _labels_path(file))
+        return
+    for number, line in enumerate(read_text(found).splitlines(), 1):
+        if line.strip():
+            name = find_file(found.parent, line.strip()) or find_file(root, line.strip())
+            if not name:
+                raise FileNotFoundError(f"{found} lists {line.strip()} in line {number}, which does not exist.")
+            image = next(each / name for each in (found.parent, root) if (each / name).is_file())
+            yield Pair(image, name, _labels_path(image.with_suffix(".txt")))
 
 
 def _labels_path(path: Path) -> Path:
@@ -120,40 +133,59 @@ def _labels_path(path: Path) -> Path:
     return Path(re.sub(r"^(.*/)?images/", r"\1labels/", path.as_posix(), flags=re.DOTALL))
 
 
+def _slashes(path: str) -> str:
+    return path.replace("\\", "/")
+
+
 def _files(pairs: list[Pair]) -> Files:
     return Files(Path(), [pair.name for pair in pairs], [str(pair.image) for pair in pairs])
 
 
-def _labeled(pairs: list[Pair], source: object) -> list[Pair]:
-    """Return the images that have a label file, at least one."""
-    labeled = [pair for pair in pairs if pair.labels.is_file()]
-    if not labeled:
+def _check_labeled(pairs: list[Pair], source: object) -> tuple[str, ...]:
+    """Reject images without any label file; return a note on those without one."""
+    missing = sum(not pair.labels.is_file() for pair in pairs)
+    if missing == len(pairs):
         raise ValueError(
             f"None of the {len(pairs)} images of {source} has a label file; expected labels/a.txt for images/a.jpg."
         )
-    return labeled
+    return (f"{count_noun(missing, 'image')} without a label file taken as background",) if missing else ()
 
 
-def _class_names(path: Path, names: Any) -> tuple[str, ...]:
+def _class_names(path: Path, described: Mapping[str, Any]) -> tuple[str, ...]:
+    """Return ``names``, a list or names by index, or "class 0" and so on for ``nc`` classes."""
+    names, count = described.get("names"), described.get("nc")
+    if not (count is None or (isinstance(count, int) and 0 < count <= _MAX_CLASSES)):
+        raise ValueError(f"{path} has {str(count)[:60]} as 'nc'; expected the number of classes.")
+    if not names:
+        return tuple(f"class {index}" for index in range(count or 0))
     if isinstance(names, Mapping):
-        if set(names) != set(range(len(names))):
+        keys = {int(key) if isinstance(key, str) and key.isdecimal() else key: name for key, name in names.items()}
+        if set(keys) != set(range(len(names))):
             raise ValueError(f"{path} names the classes {list(names)[:5]} ...; expected 0, 1, 2, ...")
-        names = [names[index] for index in range(len(names))]
+        names = [keys[index] for index in range(len(names))]
     elif not isinstance(names, list):
         raise ValueError(f"{path} has the names {str(names)[:60]}; expected a list, or names by class index.")
+    if count not in (None, len(names)):
+        raise ValueError(f"{path} has {len(names)} 'names', but {count} as 'nc'; expected the same number.")
     return tuple(str(name) for name in names)
 
 
-def _read_labels(file: Path, num_classes: float = math.inf) -> Iterator[_Label]:
-    """Return the labels in a file; a missing file has none.
+def _read_labels(file: Path, num_classes: float = math.inf) -> tuple[list[_Label], int]:
+    """Return the labels in a file, and how many were left out because they repeat an earlier one.
 
     Raises:
         ValueError: naming file and line, if a line is not a label.
     """
-    lines = read_text(file).splitlines() if file.is_file() else []
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield _parse_line(line, f"{file}:{number}", num_classes)
+    lines = enumerate(read_text(file).splitlines(), 1)
+    found = [_parse_line(line, f"{file}:{number}", num_classes) for number, line in lines if line.strip()]
+    labels: dict[object, _Label] = {}
+    for label in found:
+        labels.setdefault(label[1:], label)
+    return list(labels.values()), len(found) - len(labels)
+
+
+def _count_labels(file: Path) -> int:
+    return len(_read_labels(file)[0])
 
 
 def _parse_line(line: str, place: str, num_classes: float) -> _Label:
@@ -171,10 +203,15 @@ def _parse_line(line: str, place: str, num_classes: float) -> _Label:
             f"{place} has values outside [0, 1]: {line!r}; expected fractions of the image's sides, not pixels."
         )
     if outline:
-        return _Label(place, int(label), list(zip(numbers[::2], numbers[1::2], strict=True)))
+        inside = [min(max(each, 0.0), 1.0) for each in numbers]
+        return _Label(place, int(label), tuple(zip(inside[::2], inside[1::2], strict=True)))
     x, y, width, height = numbers
-    left, top, right, bottom = x - width / 2, y - height / 2, x + width / 2, y + height / 2
-    return _Label(place, int(label), [(left, top), (right, top), (right, bottom), (left, bottom)])
+    left, top, right, bottom = (min(max(each, 0.0), 1.0) for each in _corners(x, y, width, height))
+    return _Label(place, int(label), ((left, top), (right, top), (right, bottom), (left, bottom)))
+
+
+def _corners(x: float, y: float, width: float, height: float) -> tuple[float, float, float, float]:
+    return x - width / 2, y - height / 2, x + width / 2, y + height / 2
 
 
 def _box(label: _Label) -> Box:
@@ -186,17 +223,17 @@ def _box(label: _Label) -> Box:
 def _read_masks(file: Path, size: tuple[int, int]) -> Masks:
     height, width = size
     masks = []
-    for label in _read_labels(file):
+    for label in _read_labels(file)[0]:
         corners = [(x * width, y * height) for x, y in label.corners]
-        masks.append(fill_rings(_split_rings(corners), size))
+        masks.append(fill_polygons(_split_rings(corners), size))
     return masks
 
 
 def _split_rings(corners: Ring) -> list[Ring]:
-    """Split an outline into closed rings; each ends where it returns to its first corner."""
-    rings: list[Ring] = [[]]
+    """Split an outline into closed rings of at least three corners; each ends where it returns to its first corner."""
+    rings: list[list[tuple[float, float]]] = [[]]
     for corner in corners:
         rings[-1].append(corner)
         if len(rings[-1]) > 2 and corner == rings[-1][0]:
             rings.append([])
-    return [ring for ring in rings if ring]
+    return [ring for ring in rings if len(ring) > 2]

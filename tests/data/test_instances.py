@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,8 @@ import torch
 from PIL import Image
 
 from kornia_tinyvit.data import BrokenImageError, InstanceDataset
-from kornia_tinyvit.ops import compress_rle, encode_rle
+from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.ops import compress_rle, decode_rle, encode_rle
 from tests.conftest import shared
 from tests.scenes import damage
 
@@ -61,14 +63,16 @@ class TestFormats:
         Image.fromarray(ids).save(tmp_path / "masks" / "a.png")
         image, masks = InstanceDataset.open(add_image(tmp_path))[0]
         assert (image.shape, image.dtype, float(image[0].min())) == ((3, *SIZE), torch.float32, 1.0)
-        wanted = [box_mask(3, 2, 9, 5), box_mask(0, 19, 30, 20), box_mask(10, 10, 20, 15)]
+        wanted = [
+            box_mask(3, 2, 9, 5), box_mask(0, 19, 30, 20), box_mask(0, 0, 30, 1), box_mask(10, 10, 20, 15)
+        ]  # fmt: skip
         assert torch.equal(masks, torch.stack(wanted))
 
     def test_polygons(self, tmp_path):
         data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE, "", "8 0.5 0 1 0 1 1"))
         masks = data[0][1]
         assert (masks.dtype, masks.shape) == (torch.bool, (2, *SIZE))
-        assert iou(masks[0], box_mask(6, 4, 16, 13)) > 0.95
+        assert torch.equal(masks[0], box_mask(6, 4, 15, 12))
         assert masks[1].float().mean() == pytest.approx(0.25, abs=0.05)
 
     def test_parts_of_an_instance_are_separate(self, tmp_path):
@@ -97,17 +101,18 @@ class TestFormats:
         assert ([data.name(row) for row in range(2)], data.without_image) == (["a.png", "empty.jpg"], ("gone.jpg",))
         masks = data[0][1]
         assert torch.equal(masks[0], ring)
-        assert torch.equal(masks[1], box_mask(6, 4, 16, 13) | box_mask(20, 2, 26, 7))  # including the vertices' pixels
+        assert torch.equal(masks[1], box_mask(6, 4, 15, 12) | box_mask(20, 2, 25, 6))
         assert (len(masks), data[1][1].shape) == (2, (0, *SIZE))
         assert [data.with_instances().name(row) for row in range(1)] == ["a.png"]
 
     def test_real_polygons_agree_with_the_class_masks(self):
         labels = shared("data/coco128/instance_segmentation/labels/train2017")
         data = InstanceDataset.open(shared("data/coco128/images/train2017"), min_area=1024, instances=labels)
-        assert (len(data), len(data.without_mask)) == (100, 28)
+        assert len(data) == 128
+        assert "28 images without a label file taken as background" in data.summary
         semantic = shared("data/coco128/semantic_segmentation/masks/train2017")
         inside = []
-        for row in range(6):
+        for row in [row for row in range(len(data)) if (semantic / f"{Path(data.name(row)).stem}.png").exists()][:6]:
             classes = torch.from_numpy(np.array(Image.open(semantic / data.name(row).replace(".jpg", ".png"))))
             inside += [float((classes[mask] == classes[mask].mode().values).float().mean()) for mask in data[row][1]]
         assert len(inside) > 10
@@ -121,8 +126,74 @@ class TestFormats:
         assert [(data.name(row), len(data[row][1])) for row in range(2)] == [("a.png", 0), ("a.jpg", 1)]
 
     def test_box_lines_are_filled(self, tmp_path):
-        masks = InstanceDataset.open(add_labels(add_image(tmp_path), "1 0.5 0.5 0.4 0.3"))[0][1]
-        assert iou(masks[0], box_mask(9, 7, 22, 14)) == 1  # including the vertices' pixels
+        lines = "1 0.5 0.5 0.4 0.3", "2 0.1 0.1 0.9 0.1 0.9 0.9"
+        (box, outline) = InstanceDataset.open(add_labels(add_image(tmp_path, size=(80, 100)), *lines))[0][1]
+        assert torch.equal(box, box_mask(30, 28, 70, 52, (80, 100)))
+        assert (int(box.sum()), int(outline.sum())) == (960, 2560)
+
+    @pytest.mark.parametrize(
+        ("ring", "pixels"),
+        [
+            ([10, 10, 20, 10, 20, 20, 10, 20], 100),
+            ([10, 10, 30, 10, 30, 11, 10, 11], 20),
+            ([-9, 5, 9, 5, 9, 9, -9, 9], 36),
+        ],
+    )
+    def test_pixels_of_polygons(self, tmp_path, ring, pixels):
+        """A polygon has the pixels of pycocotools, and none beyond its edges."""
+        write_coco(
+            add_image(tmp_path, size=(40, 50)), {1: "a.png"}, {"image_id": 1, "segmentation": [ring]}, size=(40, 50)
+        )
+        (mask,) = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0][1]
+        assert int(mask.sum()) == pixels
+
+    def test_polygons_of_coco128_have_the_pixels_of_pycocotools(self):
+        coco_masks = pytest.importorskip("pycocotools.mask")
+        labels = shared("data/coco128/instance_segmentation/labels/train2017")
+        data = InstanceDataset.open(shared("data/coco128/images/train2017"), instances=labels)
+        row = next(row for row in range(len(data)) if data.name(row).endswith("000000000025.jpg"))
+        masks = data[row][1]
+        height, width = masks.shape[1:]
+        for mask, line in zip(masks, (labels / "000000000025.txt").read_text().splitlines(), strict=True):
+            corners = np.array(line.split()[1:], dtype=float).reshape(-1, 2) * (width, height)
+            code = coco_masks.merge(coco_masks.frPyObjects([corners.ravel().tolist()], height, width))
+            assert torch.equal(mask, torch.from_numpy(decode_rle(code)))
+
+    def test_polygons_without_pycocotools(self, tmp_path, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pycocotools", None)
+        data = InstanceDataset.open(add_labels(add_image(tmp_path), SQUARE))
+        with pytest.raises(
+            MissingExtraError, match=r"polygons need pycocotools: pip install 'kornia-tinyvit\[train\]'"
+        ):
+            data[0]
+
+    def test_runs_are_decoded_as_by_pycocotools(self, tmp_path):
+        coco_masks = pytest.importorskip("pycocotools.mask")
+        mask = np.random.default_rng(0).random(SIZE) < 0.4
+        code = coco_masks.encode(np.asfortranarray(mask.astype(np.uint8)))
+        runs = [{"size": code["size"], "counts": code["counts"].decode()}, encode_rle(mask)]
+        write_coco(add_image(tmp_path), {1: "a.png"}, *({"image_id": 1, "segmentation": each} for each in runs))
+        masks = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0][1]
+        assert torch.equal(masks, torch.from_numpy(np.stack([mask, mask])))
+
+    def test_coco_without_categories(self, tmp_path):
+        write_coco(add_image(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]})
+        content = json.loads((tmp_path / "coco.json").read_text())
+        del content["categories"], content["annotations"][0]["category_id"]
+        (tmp_path / "coco.json").write_text(json.dumps(content))
+        assert len(InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0][1]) == 1
+
+    def test_only_0_and_255(self, tmp_path):
+        """In masks of instances 255 is an object like any other id."""
+        (add_image(tmp_path) / "masks").mkdir()
+        Image.fromarray(box_mask(3, 2, 9, 5).numpy().astype(np.uint8) * 255).save(tmp_path / "masks" / "a.png")
+        assert torch.equal(InstanceDataset.open(tmp_path)[0][1], box_mask(3, 2, 9, 5)[None])
+
+    def test_nuclei_with_the_id_255(self):
+        data = InstanceDataset.open(shared("data/nuclei/val"))
+        assert (len(data), data.num_objects) == (80, 4038)
+        row = [data.name(row) for row in range(len(data))].index("0ea221716cf1.png")
+        assert len(data[row][1]) == 369
 
 
 def write_sample(root: Path, name: str, *boxes: tuple[int, int, int, int]) -> Path:
@@ -214,8 +285,18 @@ class TestOpen:
     def test_unpaired_files_are_dropped(self, tmp_path):
         add_labels(add_image(add_image(tmp_path), "b.png"), SQUARE)
         add_labels(tmp_path, SQUARE, name="c.txt")
+        (tmp_path / "labels" / "classes.txt").write_text("cell\n")  # as LabelImg writes it
         data = InstanceDataset.open(tmp_path)
-        assert (len(data), data.without_mask, data.without_image) == (1, ("b.png",), ("c.txt",))
+        assert (len(data), data.without_image, [len(masks) for _, masks in data]) == (2, ("c.txt",), [1, 0])
+        assert data.summary == (
+            "2 images, 1 object; skipped 1 label without an image; 1 image without a label file taken as background"
+        )
+        (tmp_path / "labels").rename(tmp_path / "gone")
+        (tmp_path / "masks").mkdir()
+        for name in "ac":
+            Image.new("L", SIZE[::-1], 1).save(tmp_path / "masks" / f"{name}.png")
+        data = InstanceDataset.open(tmp_path)
+        assert (len(data), data.without_mask, data.without_image) == (1, ("b.png",), ("c.png",))
 
     def test_small_instances(self, tmp_path):
         add_labels(add_image(tmp_path), SQUARE, "1 0 0 0.1 0 0.1 0.1")
@@ -258,12 +339,50 @@ class TestErrors:
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     @pytest.mark.parametrize(
-        "segmentation", [[], [[]], [[1, 2, 3]], [[1, 2, float("nan"), 3, 4, 5]], "1 2", {"counts": [600]}, [1, 2, 3, 4]]
+        "segmentation",
+        [
+            [],
+            [[]],
+            [[1, 2, 3]],
+            [[10, 10, 20, 20]],
+            None,
+            [[1, 2, float("nan"), 3, 4, 5]],
+            "1 2",
+            {"counts": [600]},
+            [1, 2, 3, 4],
+        ],
     )
     def test_invalid_segmentations(self, tmp_path, segmentation):
         write_coco(add_image(tmp_path), {1: "a.png"}, {"image_id": 1, "segmentation": segmentation})
         with pytest.raises(ValueError, match=r"annotation 0 of a\.png has the segmentation .* expected polygons"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
+
+    @pytest.mark.parametrize(
+        ("change", "message"),
+        [
+            ({"category_id": 2}, "annotation 0 has the category 2, which is not one of the 1"),
+            ({"bbox": [1, 2, float("nan"), 4]}, r"annotation 0 of a\.png has the box"),
+            ({"bbox": [1, 2, 3, 4], "area": -1}, "has the area -1"),
+            ({"image_id": 3}, "unknown image_id 3"),
+            (
+                {"segmentation": [[1, 1, 9, 1, 9, 1e300]]},
+                r"has a corner at \(9, 1e\+300\), far outside of its 30x20 pixels",
+            ),
+        ],
+    )
+    def test_coco_has_the_checks_of_boxes(self, tmp_path, change, message):
+        annotation = {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]} | change
+        write_coco(add_image(tmp_path), {1: "a.png"}, annotation)
+        with pytest.raises(ValueError, match=message):
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")
+
+    def test_coco_states_the_size_before_the_exif_orientation(self, tmp_path):
+        write_coco(add_image(tmp_path), {1: "a.jpg"}, {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]})
+        exif = Image.Exif()
+        exif[274] = 6  # rotated by 90 degrees
+        Image.new("RGB", SIZE[::-1]).save(tmp_path / "images" / "a.jpg", exif=exif)
+        with pytest.raises(BrokenImageError, match="20x30 pixels upright, but its labels are for 30x20"):
+            InstanceDataset.open(tmp_path / "images", instances=tmp_path / "coco.json")[0]
 
     def test_coco_states_another_size(self, tmp_path):
         annotation = {"image_id": 1, "segmentation": [[1, 1, 9, 1, 9, 9]]}
@@ -318,7 +437,7 @@ class TestErrors:
             ("[]", "is not a COCO file"),
             (
                 '{"images": [], "annotations": [{"image_id": 1}], "categories": []}',
-                "number 0 of its annotations has no category_id, segmentation",
+                "number 0 of its annotations has no segmentation",
             ),
         ],
     )
