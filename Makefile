@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 
-.PHONY: demo test check lint docs dist setup clean
+.PHONY: demo test check fuzz lint docs dist setup clean
 
 demo: $(VENV)/.core
 	$(BIN)/kornia-tinyvit demo --out demo
@@ -20,6 +20,14 @@ test: setup lint
 # compilers and quantizers of other packages. A test builds the documentation as `make docs` does.
 check: setup
 	$(PYTEST) -m slow
+
+# Inputs with known answers for images, checkpoints, data sets and modules, in two processes; 20 minutes are about
+# 100,000 inputs. TARGETS=all adds the random invalid input for everything else, of which `make check` runs a part.
+SEEDS ?= 0
+MINUTES ?= 20
+TARGETS ?= gates
+fuzz: setup
+	OMP_NUM_THREADS=1 $(BIN)/python benchmarks/fuzz.py --seeds $(SEEDS) --minutes $(MINUTES) --targets "$(TARGETS)"
 
 lint: setup
 	$(BIN)/ruff check .

@@ -1,10 +1,12 @@
-"""Fuzz the public functions of the package with random invalid input, and count accepted, rejected and faulty cases.
+"""Fuzz the public functions of the package, and count accepted, rejected and faulty cases.
 
-    python benchmarks/fuzz.py --seconds 60 --seed 0
-    python benchmarks/fuzz.py --targets "safetensors files" --seed 0 --case 17      # repeat one case, with traceback
+    python benchmarks/fuzz.py --minutes 20 --seeds 0,1      # inputs with known answers: images, checkpoints, data sets
+    python benchmarks/fuzz.py --targets all --minutes 20    # and random invalid input for everything else
+    python benchmarks/fuzz.py --targets "safetensors files" --seeds 0 --case 17      # repeat one case, with traceback
+    python benchmarks/fuzz.py --mutants                     # which known faults it finds when they are put back
 
-Each target of `tests/fuzz` runs for a time or a number of cases in a separate process. Faults, which are defined in
-`tests/fuzz/harness.py`, are reported with the number of their case.
+Each target of `tests/fuzz` runs for an equal part of the time, or a number of cases, in a separate process. Faults,
+which are defined in `tests/fuzz/harness.py`, are reported with the number of their case.
 """
 
 from __future__ import annotations
@@ -15,83 +17,146 @@ import multiprocessing
 import random
 import sys
 import tempfile
+import time
+import warnings
+from collections import deque
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from kornia_tinyvit.deploy.measurement import describe_machine
-from tests.fuzz import TARGETS
+from tests.fuzz import GATES, TARGETS
 from tests.fuzz.harness import Tally, Target, attack
 
 fork = multiprocessing.get_context("fork")  # imports take seconds and are done once
-COLUMNS = ("cases", "rejected", "accepted", "faults")
+COLUMNS = ("cases", "per s", "rejected", "accepted", "faults")
+GROUPS = {"gates": GATES, "all": TARGETS}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--seconds", type=float, default=60, help="time for each target")
-    parser.add_argument("--count", type=int, default=10**9, help="maximum number of cases for each target")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--targets", help="comma-separated names (default: all)")
+    parser.add_argument("--minutes", type=float, default=10, help="time for all targets and seeds together")
+    parser.add_argument("--count", type=int, default=10**9, help="maximum number of cases per target and seed")
+    parser.add_argument("--seeds", default="0", help="comma-separated random seeds")
+    parser.add_argument("--targets", default="gates", help="gates, all, or comma-separated names")
+    parser.add_argument("--processes", type=int, default=2, help="targets at the same time")
     parser.add_argument("--case", type=int, help="run only this case of one target")
     args = parser.parse_args()
     known = {target.name: target for target in TARGETS}
-    names = list(known) if args.targets is None else [name.strip() for name in args.targets.split(",")]
-    if unknown := [name for name in names if name not in known]:
-        parser.error(f"unknown target {unknown[0]!r}, expected one of {', '.join(known)}")
+    names = [name.strip() for name in args.targets.split(",")]
+    if unknown := [name for name in names if name not in known and name not in GROUPS]:
+        parser.error(f"unknown target {unknown[0]!r}, expected one of {', '.join((*GROUPS, *known))}")
+    targets = [target for name in names for target in GROUPS.get(name, (known.get(name),))]
+    seeds = [int(seed) for seed in args.seeds.split(",")]
+    warnings.simplefilter("ignore")  # about strange images, by Pillow
     if args.case is not None:
-        repeat(known[names[0]], args.seed, args.case)
+        repeat(targets[0], seeds[0], args.case)
         return
-    print("$ python benchmarks/fuzz.py", *sys.argv[1:])
-    print(describe_machine())
-    run_all([known[name] for name in names], args)
+    print("$ python benchmarks/fuzz.py", *(f'"{each}"' if " " in each else each for each in sys.argv[1:]))
+    print(describe_machine(), flush=True)
+    run_all(targets, seeds, args)
 
 
-def run_all(targets: list[Target], args: argparse.Namespace) -> None:
+@dataclass
+class Job:
+    """A target with a seed, in one process at a time."""
+
+    target: Target
+    seed: int
+    seconds: float
+    count: int
+    journal: Path
+    tally: Tally = field(default_factory=Tally)
+    used: float = 0
+    first: int = 0
+    started: float = 0
+    process: Any = None
+
+    def start(self) -> None:
+        """Start the process at the case :attr:`first`."""
+        self.started = time.monotonic()
+        self.process = fork.Process(target=run, args=(self,))
+        self.process.start()
+
+    def ended(self) -> bool:
+        """Read what the process wrote; after a crash, be ready to start with the next case."""
+        self.process.join()
+        self.used += time.monotonic() - self.started
+        lines = [json.loads(line) for line in self.journal.read_text().splitlines()] if self.journal.exists() else []
+        self.journal.unlink(missing_ok=True)
+        for number, outcome, reason in lines:
+            self.tally.add(number, outcome, reason)
+        if self.process.exitcode == 0:
+            return True
+        crashed = lines[-1][0] + 1 if lines else self.first
+        self.tally.add(crashed, "fault", f"the process ended with exit code {self.process.exitcode}: no exception")
+        self.first = crashed + 1
+        return self.first >= self.count or self.used > self.seconds
+
+
+def run_all(targets: list[Target], seeds: list[int], args: argparse.Namespace) -> None:
     width = max(len(target.name) for target in targets)
     print(f"\n{'target':{width}}", *(f"{column:>9}" for column in COLUMNS))
-    totals, reasons = [0] * len(COLUMNS), []
-    for target in targets:
-        name, tally = target.name, run_in_process(target, args)
-        numbers = [tally.total, *(tally.counts[each] for each in ("rejected", "accepted", "fault"))]
-        totals = [total + number for total, number in zip(totals, numbers, strict=True)]
-        reasons += [f"{name}, case {cases[0]} and {len(cases) - 1} more: {why}" for why, cases in tally.faults.items()]
-        print(f"{name:{width}}", *(f"{number:9,}" for number in numbers), flush=True)
-    print(f"{'all':{width}}", *(f"{number:9,}" for number in totals))
-    for reason in reasons:
-        print("  " + reason)
-
-
-def run_in_process(target: Target, args: argparse.Namespace) -> Tally:
-    """Run a target in a separate process; after a crash, continue with the next case."""
-    tally, first = Tally(), 0
+    seconds = 60 * args.minutes * args.processes / (len(targets) * len(seeds))
     with tempfile.TemporaryDirectory() as folder:
-        journal = Path(folder) / "journal.jsonl"
-        while True:
-            process = fork.Process(target=run, args=(target, args, first, journal))
-            process.start()
-            process.join()
-            lines = [json.loads(line) for line in journal.read_text().splitlines()] if journal.exists() else []
-            for number, outcome, reason in lines:
-                tally.add(number, outcome, reason)
-            if process.exitcode == 0:
-                return tally
-            first = lines[-1][0] + 1 if lines else first
-            tally.add(first, "fault", f"the process ended with exit code {process.exitcode}: no exception")
-            first += 1
-            journal.unlink(missing_ok=True)
+        jobs = [
+            Job(target, seed, seconds, args.count, Path(folder) / f"{number}-{seed}.jsonl")
+            for number, target in enumerate(targets)
+            for seed in seeds
+        ]
+        run_jobs(jobs, args.processes, lambda done: print_done(done, jobs, width))
+    print_row("all", jobs, width)
+    for job in jobs:
+        for reason, cases in job.tally.faults.items():
+            seed = f" of seed {job.seed}" if len(seeds) > 1 else ""
+            print(f"  {job.target.name}, case {cases[0]}{seed} and {len(cases) - 1} more: {reason}")
 
 
-def run(target: Target, args: argparse.Namespace, first: int, path: Path) -> None:
+def run_jobs(jobs: list[Job], processes: int, done: Any) -> None:
+    waiting, running = deque(jobs), {}
+    while waiting or running:
+        while waiting and len(running) < processes:
+            job = waiting.popleft()
+            job.start()
+            running[job.process.sentinel] = job
+        for sentinel in wait(list(running)):
+            job = running.pop(sentinel)
+            if job.ended():
+                done(job)
+            else:
+                waiting.appendleft(job)
+
+
+def print_done(done: Job, jobs: list[Job], width: int) -> None:
+    """Print the row of a target when all of its seeds have been run."""
+    same = [job for job in jobs if job.target is done.target]
+    done.process = None
+    if all(job.process is None and job.used for job in same):
+        print_row(done.target.name, same, width)
+
+
+def print_row(name: str, jobs: list[Job], width: int) -> None:
+    total, used = sum(job.tally.total for job in jobs), sum(job.used for job in jobs)
+    numbers = [sum(job.tally.counts[each] for job in jobs) for each in ("rejected", "accepted", "fault")]
+    print(
+        f"{name:{width}} {total:9,} {total / max(used, 1e-9):9.1f}", *(f"{number:9,}" for number in numbers), flush=True
+    )
+
+
+def run(job: Job) -> None:
     """Run a target in this process and write a line to the journal after each case."""
-    with tempfile.TemporaryDirectory() as folder, open(path, "a", buffering=1) as journal:
+    with tempfile.TemporaryDirectory() as folder, open(job.journal, "a", buffering=1) as journal:
 
         class JournalTally(Tally):
             def add(self, number: int, outcome: str, reason: str = "") -> None:
                 super().add(number, outcome, reason)
                 journal.write(json.dumps([number, outcome, reason]) + "\n")
 
-        attack(target, args.seed, range(first, args.count), Path(folder), args.seconds, JournalTally())
+        numbers = range(job.first, job.count)
+        attack(job.target, job.seed, numbers, Path(folder), job.seconds - job.used, JournalTally())
 
 
 def repeat(target: Target, seed: int, number: int) -> None:
