@@ -88,7 +88,7 @@ class PretrainedWeights:
 
     @property
     def preprocessing(self) -> Preprocessing:
-        """Preprocessing of the images."""
+        """Preprocessing of the images, if the file stores none."""
         return default_preprocessing(self.config)
 
     @property

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -17,7 +17,7 @@ from kornia_tinyvit.checkpoints.layouts import to_timm
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.files import write_text
-from kornia_tinyvit.preprocessing import Preprocessing
+from kornia_tinyvit.preprocessing import CROP_FRACTION, SQUARE_FROM, Preprocessing
 
 __all__ = [
     "CONFIG_FILE",
@@ -27,6 +27,7 @@ __all__ = [
     "check_network",
     "read_hub_folder",
     "timm_config",
+    "timm_preprocessing",
     "write_timm_folder",
 ]
 
@@ -34,6 +35,8 @@ __all__ = [
 CONFIG_FILE = "config.json"
 #: File of a hub folder of transformers with the preprocessing.
 _PROCESSOR_FILE = "preprocessor_config.json"
+#: Name of the image processor of this package.
+_PROCESSOR = "TinyVitImageProcessor"
 #: File of a hub folder with the weights.
 WEIGHTS_FILE = "model.safetensors"
 
@@ -98,32 +101,48 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _transformers_metadata(values: Mapping[str, Any], processor: Mapping[str, Any]) -> HubMetadata:
     fields = {ours: values[theirs] for ours, theirs in TRANSFORMERS_NAMES.items() if theirs in values}
+    preprocessing = {**(values.get("preprocessing") or {}), **_processor_settings(processor)}
     labels = values.get("id2label")
     classifier = "TinyVitForImageClassification" in (values.get("architectures") or ())
     # transformers omits its two default labels.
     names = tuple(labels[key] for key in sorted(labels, key=int)) if labels else ("LABEL_0", "LABEL_1")
     config = TinyViTConfig.from_dict(fields | {"num_classes": len(names) if classifier else 0})
-    unnamed = names == tuple(f"LABEL_{index}" for index in range(len(names)))
-    return HubMetadata(config, names if classifier and not unnamed else None, _processor_settings(processor))
+    return HubMetadata(config, _named(names) if classifier else None, preprocessing)
+
+
+def _named(names: Iterable[Any]) -> tuple[str, ...] | None:
+    """Return class names, or ``None`` for the numbers that transformers writes without names."""
+    names = tuple(map(str, names))
+    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
 
 
 def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     """Convert the settings of this package's, ViT's or ConvNeXt's image processor in transformers."""
+    ours = values.get("image_processor_type", _PROCESSOR) == _PROCESSOR
     fields = {name: values[f"image_{name}"] for name in ("mean", "std") if f"image_{name}" in values}
     if values.get("do_normalize") is False:
         fields = {name: [default] * len(fields.get(name, "rgb")) for name, default in (("mean", 0.0), ("std", 1.0))}
+    if not ours:  # mean and standard deviation are those of rescaled pixels
+        scale = 255 * values.get("rescale_factor", 1 / 255) if values.get("do_rescale", True) else 255
+        fields = {name: [value / scale for value in numbers] for name, numbers in fields.items()}
     if values.get("resample") is not None:
         fields["interpolation"] = Image.Resampling(values["resample"]).name.lower()
-    size, crop = values.get("size"), values.get("crop_size")
+    size, crop, fraction = values.get("size"), values.get("crop_size"), values.get("crop_pct")
+    crops = values.get("do_center_crop", True)
     if isinstance(size, Mapping) and "shortest_edge" in size:
-        side = _side(crop) if crop and values.get("do_center_crop", True) else None
-        if side is None:
+        side = size["shortest_edge"]
+        if crop and crops:
+            return fields | {"img_size": _side(crop), "crop_fraction": _side(crop) / side}
+        if fraction is None:
             raise ValueError(f"expected square images; got size {dict(size)} without a crop.")
-        return fields | {"img_size": side, "crop_fraction": side / size["shortest_edge"]}
+        # ConvNeXt's processor crops only smaller sizes.
+        return fields | {"img_size": side, "crop_fraction": fraction if side < SQUARE_FROM else None}
     if size is not None:
         fields["img_size"] = _side(size)
-    if "crop_pct" in values:
-        fields["crop_fraction"] = values["crop_pct"] if values.get("do_center_crop", True) else None
+    if crop and crops and _side(crop) != _side(size):
+        raise ValueError(f"expected a crop after a resize that keeps the aspect ratio; got size {size}, crop {crop}.")
+    if fraction is not None or not ours:  # other processors resize the whole image to a square
+        fields["crop_fraction"] = fraction if crops else None
     return fields
 
 
@@ -135,20 +154,45 @@ def _side(size: Any) -> int:
 
 
 def _timm_metadata(values: Mapping[str, Any]) -> HubMetadata:
-    if not str(values["architecture"]).startswith("tiny_vit_"):
+    if "tiny_vit_" not in str(values["architecture"]):
         raise ValueError(f"expected a TinyViT of timm; got {values['architecture']}.")
-    settings = values.get("pretrained_cfg") or {}
-    names = values.get("label_names") or settings.get("label_names")
+    settings = values.get("pretrained_cfg") or values  # older files have its fields at the top
+    names = values.get("label_names") or settings.get("label_names") or settings.get("labels")
     if isinstance(names, Mapping):
         names = [names[key] for key in sorted(names, key=int)]
-    fields = {name: settings[name] for name in ("mean", "std", "interpolation") if name in settings}
-    if settings.get("crop_mode", "center") != "center":
+    # 0.875 is timm's DEFAULT_CROP_PCT, for every size.
+    fields = {"crop_fraction": CROP_FRACTION} | timm_preprocessing(settings)
+    return HubMetadata(None, _named(names or ()), fields)
+
+
+def timm_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Convert the preprocessing in a ``pretrained_cfg`` or in the arguments of a training of timm.
+
+    As in timm's ``resolve_data_config``, empty values are not stated, and ``test_input_size`` and ``test_crop_pct`` are
+    not used.
+
+    Args:
+        settings: values by timm's names.
+
+    Returns:
+        The stated fields of :class:`~kornia_tinyvit.preprocessing.Preprocessing`.
+
+    Raises:
+        ValueError: if the images are not square, or the crop has no equivalent.
+    """
+    fields = {name: settings[name] for name in ("mean", "std", "interpolation") if settings.get(name)}
+    if size := settings.get("input_size"):
+        fields["img_size"] = _side({"height": size[1], "width": size[2]})
+    elif settings.get("img_size"):
+        fields["img_size"] = settings["img_size"]
+    mode, fraction = settings.get("crop_mode") or "center", settings.get("crop_pct")
+    if mode == "squash" and fraction in (None, 1):
         fields["crop_fraction"] = None
-    elif "crop_pct" in settings:
-        fields["crop_fraction"] = settings["crop_pct"]
-    if settings.get("input_size"):
-        fields["img_size"] = int(settings["input_size"][1])
-    return HubMetadata(None, tuple(map(str, names)) if names else None, fields)
+    elif mode != "center":
+        raise ValueError(f"expected crop_mode center, or squash without a crop; got {mode} with crop_pct {fraction}.")
+    elif fraction:
+        fields["crop_fraction"] = fraction
+    return fields
 
 
 def check_network(model: nn.Module, class_names: Sequence[str] | None) -> tuple[TinyViTConfig, tuple[str, ...] | None]:

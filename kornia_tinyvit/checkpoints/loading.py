@@ -73,7 +73,7 @@ class Checkpoint:
         source: origin of the tensors.
         layout: original layout: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
         class_names: class names, if stored.
-        preprocessing: preprocessing of the images; ``None`` for the default of ``config``.
+        preprocessing: preprocessing of the images, if stored; see :meth:`preprocessing_for`.
         left_out: names in the file that are not weights of the network.
         others: tensors of the prompt encoder and the mask decoder of a MobileSAM.
     """
@@ -88,7 +88,7 @@ class Checkpoint:
     others: dict[str, Tensor] = field(default_factory=dict)
 
     def preprocessing_for(self, config: TinyViTConfig) -> Preprocessing:
-        """Return the preprocessing for a network with these weights.
+        """Return the preprocessing for a network with these weights: the stored one, or the default of their size.
 
         Args:
             config: configuration of the network, which may have another image size and other input channels.
@@ -176,7 +176,8 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
     elif "img_size" in hub.preprocessing:
         config = config.replace(img_size=hub.preprocessing["img_size"])
     others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
-    preprocessing = read_preprocessing({**own.preprocessing, **hub.preprocessing}, config, name)
+    fields = {**own.preprocessing, **hub.preprocessing}
+    preprocessing = read_preprocessing(fields, config, name) if fields else None
     return Checkpoint(state_dict, config, name, layout, classes, preprocessing, (*left_out, *not_tensors), others)
 
 
@@ -206,9 +207,7 @@ def open_pretrained(
         found = pretrained
     elif (weights := find_weights(variant, pretrained, img_size)) is not None:
         found = read_checkpoint(weights.asset_path or fetch_weights(weights))
-        class_names = found.class_names or weights.class_names
-        preprocessing = weights.preprocessing
-        found = replace(found, config=weights.config, class_names=class_names, preprocessing=preprocessing)
+        found = replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
     elif pretrained is True:
         raise CheckpointError("pretrained=True requires a variant such as '5m'; pass a name or a file instead.")
     elif _is_path(str(pretrained)):

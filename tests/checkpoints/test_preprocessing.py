@@ -15,7 +15,7 @@ from kornia_tinyvit import (
     load_checkpoint,
     save_checkpoint,
 )
-from kornia_tinyvit.checkpoints import list_pretrained, read_checkpoint
+from kornia_tinyvit.checkpoints import PretrainedWeights, catalog, list_pretrained, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig
@@ -119,7 +119,8 @@ class TestFiles:
         tensors, metadata = read_tensors(path)
         del metadata["kornia_tinyvit.preprocessing"]
         write_tensors(path, tensors, metadata)
-        assert read_checkpoint(path).preprocessing == default_preprocessing(tiny.config)
+        assert read_checkpoint(path).preprocessing is None
+        assert TinyViT.from_config(pretrained=path).preprocessing == default_preprocessing(tiny.config)
 
     def test_file_with_invalid_preprocessing(self, tiny, tmp_path):
         path = save_checkpoint(tiny, tmp_path / "invalid.safetensors")
@@ -187,6 +188,28 @@ class TestHubFolders:
                 Preprocessing(96, 0.75),
             ),
             ({"do_normalize": False}, Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)),
+            # ViT's processor resizes the whole image; BEiT's and others may have another scale of pixels.
+            (
+                {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}, "resample": 2},
+                Preprocessing(64, None, "bilinear"),
+            ),
+            (
+                {
+                    "image_processor_type": "ViTImageProcessor",
+                    "rescale_factor": 1 / 127.5,
+                    "image_mean": [1.0, 1.0, 1.0],
+                    "image_std": [1.0, 1.0, 1.0],
+                },
+                Preprocessing(64, None, mean=(0.5,) * 3, std=(0.5,) * 3),
+            ),
+            (
+                {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 96}, "crop_pct": 0.8},
+                Preprocessing(96, 0.8),
+            ),
+            (
+                {"image_processor_type": "ConvNextImageProcessor", "size": {"shortest_edge": 384}, "crop_pct": 0.8},
+                Preprocessing(384, None),
+            ),
         ],
     )
     def test_processors_of_transformers(self, tiny, tmp_path, values, expected):
@@ -200,6 +223,7 @@ class TestHubFolders:
             ({"resample": 1}, "interpolation must be one of .* got 'lanczos'"),
             ({"size": {"height": 64, "width": 96}}, "expected square images"),
             ({"size": {"shortest_edge": 64}}, "without a crop"),
+            ({"size": 96, "crop_size": {"height": 64, "width": 64}}, "a resize that keeps the aspect ratio"),
         ],
     )
     def test_exceptions(self, tiny, tmp_path, values, message):
@@ -211,7 +235,75 @@ class TestHubFolders:
     def test_without_a_processor(self, network, tmp_path):
         folder = write_transformers(network, tmp_path / "hub")
         (folder / "preprocessor_config.json").unlink()
-        assert read_checkpoint(folder).preprocessing == default_preprocessing(network.config)
+        assert read_checkpoint(folder).preprocessing is None
+        assert TinyViT.from_config(pretrained=folder).preprocessing == default_preprocessing(network.config)
+
+
+class TestTimm:
+    @pytest.mark.parametrize(
+        ("values", "expected"),
+        [
+            ({}, Preprocessing(64, 0.875)),  # timm's default at every size
+            (
+                {"crop_pct": 0.95, "crop_mode": "center", "interpolation": "bilinear"},
+                Preprocessing(64, 0.95, "bilinear"),
+            ),
+            ({"crop_pct": 1.0, "crop_mode": "squash"}, Preprocessing(64, None)),
+            ({"test_input_size": [3, 96, 96], "test_crop_pct": 1.0}, Preprocessing(64, 0.875)),
+            ({"mean": [0.5, 0.5, 0.5], "std": None}, Preprocessing(64, 0.875, mean=(0.5,) * 3)),
+        ],
+    )
+    @pytest.mark.parametrize("old", [False, True], ids=["pretrained_cfg", "top"])
+    def test_folders(self, tiny, tmp_path, values, expected, old):
+        write_timm_folder(tiny, tmp_path)
+        settings = {"input_size": [3, 64, 64], **values}
+        config = {"architecture": "tiny_vit_5m_224", **(settings if old else {"pretrained_cfg": settings})}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        model = TinyViT.from_config(pretrained=tmp_path)
+        assert (model.preprocessing, model.config.img_size, model.class_names) == (expected, 64, None)
+
+    @pytest.mark.parametrize(
+        ("values", "message"),
+        [
+            ({"crop_mode": "border"}, "expected crop_mode center, or squash without a crop; got border"),
+            ({"crop_mode": "squash", "crop_pct": 0.9}, "got squash with crop_pct 0.9"),
+            ({"input_size": [3, 64, 96]}, "expected square images"),
+        ],
+    )
+    def test_exceptions(self, tiny, tmp_path, values, message):
+        write_timm_folder(tiny, tmp_path)
+        config = {"architecture": "tiny_vit_5m_224", "pretrained_cfg": {"input_size": [3, 64, 64], **values}}
+        (tmp_path / "config.json").write_text(json.dumps(config))
+        with pytest.raises(CheckpointError, match=message):
+            read_checkpoint(tmp_path)
+
+    def test_wrapper_of_transformers(self, tiny, tmp_path):
+        """TimmWrapperModel.save_pretrained writes timm's fields and numbered labels."""
+        path = write_timm_folder(tiny, tmp_path, [f"LABEL_{index}" for index in range(7)]) / "config.json"
+        values = json.loads(path.read_text())
+        values |= {"model_type": "timm_wrapper", "architectures": ["TimmWrapperForImageClassification"]}
+        path.write_text(json.dumps(values))
+        found = read_checkpoint(tmp_path)
+        assert (found.layout, found.class_names, found.preprocessing) == ("timm", None, Preprocessing(64))
+
+
+class TestCatalog:
+    @pytest.fixture
+    def weights(self, network, tmp_path, monkeypatch):
+        entry = PretrainedWeights("1m", "own", "", 7, 64, asset=str(tmp_path / "own.safetensors"))
+        monkeypatch.setattr(PretrainedWeights, "config", network.config)
+        monkeypatch.setattr(catalog, "CATALOG", (entry,))
+        return save_checkpoint(network, entry.asset)
+
+    def test_file_states_its_own(self, weights):
+        found = open_pretrained("own")
+        assert found.preprocessing_for(found.config) == OTHER
+
+    def test_file_states_none(self, weights):
+        tensors, _ = read_tensors(weights)
+        write_tensors(weights, tensors, {})
+        found = open_pretrained("own")
+        assert found.preprocessing_for(found.config) == default_preprocessing(found.config)
 
 
 class TestNetworksOnABackbone:
