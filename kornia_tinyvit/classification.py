@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint
 from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
-from kornia_tinyvit.images import ImageInput, map_images, read_batches
+from kornia_tinyvit.images import Images, map_images, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
@@ -143,17 +143,16 @@ class ImageClassifier(nn.Module):
         """
         return self._average(self._prepare(images))
 
-    def predict(
-        self, images: ImageInput | Iterable[ImageInput], top_k: int = 5, batch_size: int = 16
-    ) -> list[list[Prediction]]:
+    def predict(self, images: Images, top_k: int = 5, batch_size: int = 16) -> list[list[Prediction]]:
         """Classify images of any size.
 
         A thread prepares the next batch while the network processes one. No more than two batches are in memory,
         however many files or images of a generator there are.
 
         Args:
-            images: one or several images: tensors :math:`(C, H, W)` in [0, 1], paths, PIL images, or a tensor
-                :math:`(B, C, H, W)`. They are moved to the network's device.
+            images: one or several images in any form that :func:`~kornia_tinyvit.images.open_image` takes: paths,
+                encoded files, PIL images, arrays :math:`(H, W, C)`, tensors :math:`(C, H, W)`, or a batch. They are
+                moved to the network's device.
             top_k: number of classes to return, at most all.
             batch_size: number of images per forward pass.
 
@@ -162,7 +161,8 @@ class ImageClassifier(nn.Module):
 
         Raises:
             TypeError: if an element is not an image.
-            ValueError: if a file cannot be read, a shape is wrong, or a number is not positive.
+            ValueError: if a file cannot be read, a shape is wrong, values are outside of [0, 1], or a number is not
+                positive.
             FileNotFoundError: if a file does not exist.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
@@ -180,7 +180,7 @@ class ImageClassifier(nn.Module):
         """Return the logits averaged over the views."""
         return torch.stack([self.model(images) for images in inputs]).mean(0)
 
-    def _batches(self, images: ImageInput | Iterable[ImageInput], batch_size: int) -> Iterator[list[Tensor]]:
+    def _batches(self, images: Images, batch_size: int) -> Iterator[list[Tensor]]:
         for batch in read_batches(images, self.model, self.model.config.in_chans, batch_size):
             with torch.no_grad():
                 inputs = self._prepare(batch)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import Prediction
-from kornia_tinyvit.images import ImageInput, check_images, map_images, read_batches
+from kornia_tinyvit.images import Images, check_images, map_images, read_batches
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_counts, resize_images
@@ -191,9 +191,7 @@ class TinyViTDetector(BackboneNetwork):
         features = self.backbone.forward_intermediates(self.normalize(squares))
         return self.decoder(self.encoder(features[1:]))
 
-    def predict(
-        self, images: ImageInput | Iterable[ImageInput], confidence_threshold: float = 0.3, batch_size: int = 8
-    ) -> list[list[Detection]]:
+    def predict(self, images: Images, confidence_threshold: float = 0.3, batch_size: int = 8) -> list[list[Detection]]:
         """Detect objects in images of any size.
 
         Args:
@@ -206,7 +204,7 @@ class TinyViTDetector(BackboneNetwork):
 
         Raises:
             TypeError: if an element is not an image.
-            ValueError: if a file cannot be read, a shape is wrong, or a number is out of range.
+            ValueError: if a file cannot be read, a shape is wrong, or values or a number are out of range.
             FileNotFoundError: if a file does not exist.
         """
         check_counts(batch_size=batch_size)

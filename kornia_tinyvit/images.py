@@ -1,223 +1,192 @@
-"""Conversion of image files, PIL images and tensors to image tensors."""
+"""The conversion of images in any form to tensors: files, PIL images, arrays and tensors."""
 
 from __future__ import annotations
 
+import io
+import math
+import os
 import struct
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
-from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO, cast
 
 import numpy as np
 import torch
+import torch.nn.functional as F
+from kornia.color import rgb_to_grayscale
 from kornia.image import image_to_tensor, tensor_to_image
-from PIL import Image, ImageOps
+from numpy.typing import NDArray
+from PIL import ExifTags, Image, ImageOps, UnidentifiedImageError
 from torch import Tensor, nn
 
-#: An image: a tensor :math:`(C, H, W)` in [0, 1], a path, or a PIL image.
-ImageInput = Tensor | str | Path | Image.Image
+#: An image: a path, an encoded file as bytes or as an open binary file, a PIL image, an array :math:`(H, W, C)` or
+#: :math:`(H, W)`, or a tensor :math:`(C, H, W)`; see :func:`open_image`.
+ImageInput = Tensor | NDArray[Any] | str | os.PathLike[str] | bytes | BinaryIO | Image.Image
+#: One image; or several, as a list or another iterable, as a tensor :math:`(B, C, H, W)` or an array
+#: :math:`(B, H, W, C)`.
+Images = ImageInput | Iterable[ImageInput]
 
 __all__ = [
     "UNREADABLE",
     "ImageInput",
+    "Images",
     "as_images",
     "check_images",
+    "is_single",
+    "list_images",
+    "open_image",
     "read_batches",
     "read_image",
     "read_pixels",
-    "to_image",
+    "to_floats",
     "to_pil",
-    "to_pixels",
     "to_uint8",
 ]
 
-_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+#: Floating point images may exceed [0, 1] by this much, as after resizing or augmentation.
+TOLERANCE = 1e-3
 #: Exceptions that Pillow raises for corrupt files and files that are not images.
 UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
 
-
-def check_images(images: Tensor, channels: int = 3, min_size: int = 1) -> None:
-    """Raise an error for anything but a batch of floating point images.
-
-    Args:
-        images: the value to check, expected to be :math:`(B, C, H, W)`.
-        channels: the expected :math:`C`.
-        min_size: the least :math:`H` and :math:`W`.
-
-    Raises:
-        TypeError: if ``images`` is not a floating point tensor.
-        ValueError: if it has another shape or fewer pixels.
-    """
-    if not isinstance(images, Tensor):
-        raise TypeError(f"Images must be a floating point tensor (B, {channels}, H, W); got {type(images).__name__}.")
-    _check_dtype(images)
-    if images.ndim != 4 or images.shape[1] != channels:
-        raise ValueError(
-            f"Images must have the shape (B, {channels}, H, W); got {tuple(images.shape)}. A single image needs "
-            "unsqueeze(0); a network for other channels needs from_config(..., in_chans=...)."
-        )
-    height, width = images.shape[2:]
-    if height < min_size or width < min_size:
-        raise ValueError(f"Images must have at least {min_size}x{min_size} pixels; got {height}x{width}.")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+#: Modes that Pillow converts to some of these only by way of another one.
+_VIA = {"La": "LA", "RGBa": "RGBA", "LAB": "RGB"}
+#: Pillow's weights of red, green and blue in "L", in units of 2**-16 (``L24`` in ``Convert.c``).
+_LUMA = (19595, 38470, 7471)
+_SAMPLE_RANGE = (340, 341)  # the tags SMinSampleValue and SMaxSampleValue of a TIFF file
+_HEIF_BRANDS = (b"heic", b"heix", b"heim", b"heis", b"hevc", b"hevx", b"hevm", b"hevs", b"mif1", b"msf1")
 
 
-def _check_dtype(images: Tensor) -> None:
-    if not images.is_floating_point():
-        hint = "Use x.float() / 255, and normalize them for a TinyViT without preprocessing."
-        raise TypeError(f"Images must be floating point; got {images.dtype}. {hint}")
+def open_image(image: ImageInput, channels: int = 3, max_pixels: int | None = None) -> Tensor:
+    r"""Convert an image in any form to a tensor; the inputs of every function for images go through it.
 
+    - Paths, encoded files (bytes, or a binary file) and PIL images in any mode. The EXIF orientation is applied. 16-bit
+      images are divided by 65,535. 32-bit images must be in [0, 1] or state their range in the TIFF tags
+      SMinSampleValue and SMaxSampleValue. HEIF files need the package pillow-heif.
+    - Arrays :math:`(H, W, C)` or :math:`(H, W)`, and tensors :math:`(C, H, W)`, :math:`(H, W)` or, if the first
+      dimension is no number of channels, :math:`(H, W, C)`. uint8 is in [0, 255], uint16 is divided by 65,535, bool is
+      0 or 1, and floating point is in [0, 1].
 
-def read_image(path: str | Path | BinaryIO, channels: int = 3) -> Tensor:
-    """Read an image file in any format of Pillow and apply its EXIF orientation.
-
-    kornia.io.load_image ignores the orientation and cannot read CMYK JPEG files.
+    Gray, RGB and RGBA are converted to each other as by Pillow's ``convert``: gray is repeated, alpha is dropped.
 
     Args:
-        path: a path or an open file.
-        channels: 1 for gray, 3 for RGB, 4 for RGBA.
+        image: the image.
+        channels: number of channels of the result. For other numbers than 1 (gray), 3 (RGB) and 4 (RGBA), the image
+            must be a tensor or an array of as many channels.
+        max_pixels: raise an error for larger files before decoding them; ``None`` for no limit.
 
     Returns:
-        The image :math:`(C, H, W)`, float32 in [0, 1].
+        The image :math:`(C, H, W)`: uint8 in [0, 255], or floating point in [0, 1] up to a tolerance of 1e-3. It may
+        share memory with a tensor or an array; gradients of tensors are kept.
 
     Raises:
+        TypeError: if it is not an image, or has another data type.
+        ValueError: if a file is corrupt, not an image or too large, or the shape or a value is wrong.
         FileNotFoundError: if the file does not exist.
-        ValueError: if the file is corrupt or not an image.
+
+    Example:
+        >>> open_image(np.zeros((48, 64), np.uint8)).shape
+        torch.Size([3, 48, 64])
     """
-    return _read(path, channels, to_image)
+    if isinstance(image, Tensor):
+        return _convert_tensor(_channels_first(image, channels), channels)
+    if isinstance(image, np.ndarray):
+        return _convert_tensor(_array_to_tensor(image), channels)
+    if isinstance(image, Image.Image):
+        try:
+            return _convert_pil(image, channels)
+        except UNREADABLE as error:
+            raise ValueError(f"The PIL image cannot be read: {error}") from error
+    if isinstance(image, (str, os.PathLike)):
+        return _read(image, str(image), channels, max_pixels)
+    if isinstance(image, (bytes, bytearray)):
+        return _read(io.BytesIO(image), f"The content of {len(image)} bytes", channels, max_pixels)
+    if hasattr(image, "read") and not isinstance(image, io.TextIOBase):
+        return _read(image, str(getattr(image, "name", "The open file")), channels, max_pixels)
+    raise TypeError(
+        "An image must be a path, an encoded file as bytes or binary file, a PIL image, an array or a tensor; got "
+        f"{type(image).__name__}."
+    )
 
 
-def read_pixels(path: str | Path | BinaryIO, channels: int = 3, max_pixels: int | None = None) -> Tensor:
-    """Read an image file as :func:`read_image` does, as uint8.
+def read_image(image: ImageInput, channels: int = 3) -> Tensor:
+    """Convert an image as :func:`open_image` does, with uint8 images divided by 255.
+
+    kornia.io.load_image ignores the EXIF orientation and cannot read CMYK JPEG files.
 
     Args:
-        path: a path or an open file.
-        channels: 1 for gray, 3 for RGB, 4 for RGBA.
-        max_pixels: raise an error for larger images before decoding them; ``None`` for no limit.
+        image: the image.
+        channels: 1 for gray, 3 for RGB, 4 for RGBA; others only for tensors and arrays.
+
+    Returns:
+        The image :math:`(C, H, W)`, floating point in [0, 1]; float32 for files and PIL images.
+
+    Raises:
+        TypeError, ValueError, FileNotFoundError: as :func:`open_image`.
+    """
+    return to_floats(open_image(image, channels))
+
+
+def read_pixels(image: ImageInput, channels: int = 3, max_pixels: int | None = None) -> Tensor:
+    """Convert an image as :func:`open_image` does, with floating point and 16-bit images rounded to uint8.
+
+    Args:
+        image: the image.
+        channels: 1 for gray, 3 for RGB, 4 for RGBA; others only for tensors and arrays.
+        max_pixels: raise an error for larger files before decoding them; ``None`` for no limit.
 
     Returns:
         The image :math:`(C, H, W)`, uint8 in [0, 255].
 
     Raises:
-        FileNotFoundError: if the file does not exist.
-        ValueError: if the file is corrupt, not an image, or has too many pixels.
+        TypeError, ValueError, FileNotFoundError: as :func:`open_image`.
     """
-    return _read(path, channels, to_pixels, max_pixels)
+    pixels = open_image(image, channels, max_pixels)
+    return pixels if pixels.dtype == torch.uint8 else to_uint8(pixels)
 
 
-def _read(
-    path: str | Path | BinaryIO,
-    channels: int,
-    convert: Callable[[Image.Image, int], Tensor],
-    max_pixels: int | None = None,
-) -> Tensor:
-    try:
-        with Image.open(path) as image:
-            if max_pixels is not None and image.width * image.height > max_pixels:
-                raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in total")
-            ImageOps.exif_transpose(image, in_place=True)  # a copy is made only where needed
-            return convert(image, channels)
-    except FileNotFoundError:
-        raise FileNotFoundError(f"There is no image {path}.") from None
-    except UNREADABLE as error:
-        raise ValueError(f"{path} is not an image that can be read: {error}") from error
-
-
-def to_image(image: Image.Image, channels: int = 3) -> Tensor:
-    """Convert a PIL image to a tensor :math:`(C, H, W)`, float32 in [0, 1].
+def as_images(images: Images, channels: int = 3) -> Iterator[Tensor]:
+    """Convert images with :func:`read_image` lazily.
 
     Args:
-        image: the image, in any mode.
-        channels: 1 for gray, 3 for RGB, 4 for RGBA.
+        images: one or several images.
+        channels: number of channels of the results.
 
     Returns:
-        The tensor.
-
-    Raises:
-        ValueError: if ``channels`` is another number.
+        An iterator over tensors :math:`(C, H, W)` in [0, 1], which raises the errors of :func:`open_image`.
     """
-    return _scale_deep(image, channels) if _is_deep(image) else to_pixels(image, channels).float() / 255
+    each: Iterable[ImageInput] = [cast("ImageInput", images)] if is_single(images) else cast("Any", images)
+    return (read_image(image, channels) for image in each)
 
 
-def to_pixels(image: Image.Image, channels: int = 3) -> Tensor:
-    """Convert a PIL image to a tensor :math:`(C, H, W)`, uint8 in [0, 255], rounding 16-bit images.
+def list_images(images: Images) -> list[ImageInput]:
+    """Return one or several images as a list.
 
     Args:
-        image: the image, in any mode.
-        channels: 1 for gray, 3 for RGB, 4 for RGBA.
-
-    Returns:
-        The tensor.
-
-    Raises:
-        ValueError: if ``channels`` is another number.
+        images: one or several images; batches :math:`(B, ...)` are split.
     """
-    if _is_deep(image):
-        return to_uint8(_scale_deep(image, channels))
-    mode = _mode(channels)
-    return image_to_tensor(np.array(image if image.mode == mode else image.convert(mode)))
+    return [cast("ImageInput", images)] if is_single(images) else list(cast("Iterable[ImageInput]", images))
 
 
-def to_uint8(images: Tensor) -> Tensor:
-    """Return floating point images in [0, 1] rounded and clamped to uint8 in [0, 255].
+def is_single(images: Images) -> bool:
+    """Return whether the argument is one image, not a batch or an iterable of images.
 
     Args:
-        images: tensor of any shape :math:`(*)`.
+        images: one or several images.
     """
-    return (images.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
+    if isinstance(images, (Tensor, np.ndarray)):
+        return images.ndim != 4
+    single = (str, os.PathLike, bytes, bytearray, Image.Image, Mapping)  # a mapping is an error, not its keys
+    return isinstance(images, single) or hasattr(images, "read") or not isinstance(images, Iterable)
 
 
-def to_pil(image: Tensor) -> Image.Image:
-    """Return a tensor as a PIL image.
-
-    Args:
-        image: image :math:`(C, H, W)` of 1, 3 or 4 channels, uint8 or floating point in [0, 1].
-    """
-    return Image.fromarray(tensor_to_image(image if image.dtype == torch.uint8 else to_uint8(image)))
-
-
-def _mode(channels: int) -> str:
-    if channels not in _MODES:
-        raise ValueError(f"Image files have 1, 3 or 4 channels, not {channels}; pass tensors instead.")
-    return _MODES[channels]
-
-
-def _is_deep(image: Image.Image) -> bool:
-    return image.mode.startswith("I")  # 16 bits per pixel; convert() would clip at 255
-
-
-def _scale_deep(image: Image.Image, channels: int) -> Tensor:
-    _mode(channels)
-    gray = torch.from_numpy(np.asarray(image, dtype=np.float32) / 65535).clamp(0, 1)
-    pixels = gray.expand(channels, *gray.shape).clone()
-    pixels[3:] = 1  # opaque
-    return pixels
-
-
-def as_images(images: ImageInput | Iterable[ImageInput], channels: int = 3) -> Iterator[Tensor]:
-    """Convert images to tensors lazily.
-
-    Args:
-        images: one or several images: tensors :math:`(C, H, W)`, paths, PIL images, or a tensor :math:`(B, C, H, W)`.
-        channels: channels of files and PIL images: 1, 3 or 4.
-
-    Returns:
-        An iterator over tensors :math:`(C, H, W)` in [0, 1], which raises TypeError for what is not an image,
-        ValueError for a file that cannot be read and FileNotFoundError for a missing file.
-    """
-    if isinstance(images, (str, Path, Image.Image)) or (isinstance(images, Tensor) and images.ndim != 4):
-        images = [images]
-    return (_as_image(image, channels) for image in images)
-
-
-def read_batches(
-    images: ImageInput | Iterable[ImageInput], network: nn.Module, channels: int, batch_size: int = 1
-) -> Iterator[list[Tensor]]:
+def read_batches(images: Images, network: nn.Module, channels: int, batch_size: int = 1) -> Iterator[list[Tensor]]:
     """Read images with :func:`as_images` and move them to the device and dtype of a network.
 
     Args:
         images: one or several images.
         network: the network.
-        channels: channels of files and PIL images: 1, 3 or 4.
+        channels: number of channels of the network's images.
         batch_size: number of images per batch.
 
     Yields:
@@ -249,12 +218,196 @@ def map_images(function: Callable[[Tensor], Tensor], images: Tensor | Sequence[T
     return torch.cat([function(image.unsqueeze(0)) for image in images])
 
 
-def _as_image(image: ImageInput, channels: int) -> Tensor:
-    if isinstance(image, (str, Path)):
-        return read_image(image, channels)
-    if isinstance(image, Image.Image):
-        return to_image(image, channels)
-    if isinstance(image, Tensor):
-        _check_dtype(image)
+def check_images(images: Tensor, channels: int = 3, min_size: int = 1) -> None:
+    """Raise an error for anything but a batch of floating point images. It does not read their values.
+
+    Args:
+        images: the value to check, expected to be :math:`(B, C, H, W)`.
+        channels: the expected :math:`C`.
+        min_size: the least :math:`H` and :math:`W`.
+
+    Raises:
+        TypeError: if ``images`` is not a floating point tensor.
+        ValueError: if it has another shape or fewer pixels.
+    """
+    if not isinstance(images, Tensor):
+        raise TypeError(f"Images must be a floating point tensor (B, {channels}, H, W); got {type(images).__name__}.")
+    if not images.is_floating_point():
+        hint = "Use x.float() / 255, and normalize them for a TinyViT without preprocessing."
+        raise TypeError(f"Images must be floating point; got {images.dtype}. {hint}")
+    if images.ndim != 4 or images.shape[1] != channels:
+        raise ValueError(
+            f"Images must have the shape (B, {channels}, H, W); got {tuple(images.shape)}. A single image needs "
+            "unsqueeze(0); a network for other channels needs from_config(..., in_chans=...)."
+        )
+    height, width = images.shape[2:]
+    if height < min_size or width < min_size:
+        raise ValueError(f"Images must have at least {min_size}x{min_size} pixels; got {height}x{width}.")
+
+
+def to_floats(images: Tensor) -> Tensor:
+    """Divide uint8 images by 255.
+
+    Args:
+        images: tensor of any shape :math:`(*)`, uint8 or floating point.
+
+    Returns:
+        The images in [0, 1], float32; floating point images unchanged.
+    """
+    return images.float().div_(255) if images.dtype == torch.uint8 else images
+
+
+def to_uint8(images: Tensor) -> Tensor:
+    """Return floating point images in [0, 1] rounded and clamped to uint8 in [0, 255].
+
+    Args:
+        images: tensor of any shape :math:`(*)`.
+    """
+    return (images.detach() * 255).round_().clamp_(0, 255).to(torch.uint8)
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return a tensor as a PIL image.
+
+    Args:
+        image: image :math:`(C, H, W)` of 1, 3 or 4 channels, uint8 or floating point in [0, 1].
+    """
+    return Image.fromarray(tensor_to_image(image if image.dtype == torch.uint8 else to_uint8(image)))
+
+
+def _read(file: Any, name: str, channels: int, max_pixels: int | None) -> Tensor:
+    try:
+        with _open_file(file) as image:
+            if max_pixels is not None and image.width * image.height > max_pixels:
+                raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in total")
+            return _convert_pil(image, channels)
+    except FileNotFoundError:
+        raise FileNotFoundError(f"There is no image {name}.") from None
+    except UNREADABLE as error:
+        raise ValueError(f"{name} is not an image that can be read: {error}") from error
+
+
+def _open_file(file: Any) -> Image.Image:
+    try:
+        return Image.open(file)
+    except UnidentifiedImageError:
+        if not _is_heif(file):
+            raise
+    try:
+        from pillow_heif import register_heif_opener
+    except ImportError:
+        raise ValueError("HEIF files need a package: pip install pillow-heif") from None
+    register_heif_opener()  # from now on Image.open reads them
+    return Image.open(file)
+
+
+def _is_heif(file: Any) -> bool:
+    if isinstance(file, (str, os.PathLike)):
+        with open(file, "rb") as opened:
+            return _is_heif(opened)
+    file.seek(0)
+    head = file.read(12)
+    return head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS
+
+
+def _convert_pil(image: Image.Image, channels: int) -> Tensor:
+    if channels not in _MODES:
+        raise ValueError(f"Image files have 1, 3 or 4 channels, not {channels}; pass tensors instead.")
+    image.load()  # some formats store the orientation after the pixels
+    low, high = _sample_range(image)
+    if image.getexif().get(ExifTags.Base.Orientation, 1) in range(2, 9):
+        image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I") or image.mode == "F":  # more than 8 bits, which convert() would clip at 255
+        gray = (np.asarray(image, np.float64) - low) / (high - low)
+        return _convert_tensor(torch.from_numpy(gray).float()[None], channels)
+    if image.mode == "P" and "transparency" in image.info:  # Pillow warns if it is converted to RGB directly
+        image = image.convert("RGBA")
+    image = image.convert(_VIA[image.mode]) if image.mode in _VIA else image
+    mode = _MODES[channels]
+    return image_to_tensor(np.array(image if image.mode == mode else image.convert(mode)))
+
+
+def _sample_range(image: Image.Image) -> tuple[float, float]:
+    """Return the values of black and white of an image of more than 8 bits; [0, 1] if the file states none."""
+    # Pillow scales gray images of PGM files to 16 bits, and older versions open 16-bit PNG files in mode I.
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format in ("PNG", "PPM")):
+        return 0, 65535
+    tags = getattr(image, "tag_v2", {})
+    low, high = (np.ravel(tags.get(tag, math.nan)).astype(float) for tag in _SAMPLE_RANGE)
+    return (low.min(), high.max()) if -math.inf < low.min() < high.max() < math.inf else (0, 1)
+
+
+def _array_to_tensor(image: NDArray[Any]) -> Tensor:
+    """Return an array :math:`(H, W, C)` or :math:`(H, W)` as a tensor :math:`(C, H, W)`."""
+    if image.dtype.kind not in "bf" and image.dtype.type not in (np.uint8, np.uint16):
+        raise TypeError(_dtype_error(image.dtype))
+    native = np.float64 if image.dtype.type is np.longdouble else image.dtype.newbyteorder("=")
+    tensor = torch.from_numpy(np.require(image, native, ["C", "W", "E"]))
+    if tensor.ndim == 2:
+        return tensor[None]
+    if tensor.ndim != 3:
+        raise ValueError(f"An array must be (H, W, C) or (H, W); got {tuple(image.shape)}.")
+    return tensor.movedim(-1, 0)
+
+
+def _channels_first(image: Tensor, channels: int) -> Tensor:
+    """Return a tensor :math:`(C, H, W)`, :math:`(H, W)` or :math:`(H, W, C)` as :math:`(C, H, W)`."""
+    if image.ndim == 2:
+        return image[None]
+    if image.ndim != 3:
+        raise ValueError(f"An image must be a tensor (C, H, W), (H, W, C) or (H, W); got {tuple(image.shape)}.")
+    counts = (*_MODES, channels)
+    return image.movedim(-1, 0) if image.shape[0] not in counts and image.shape[2] in counts else image
+
+
+def _convert_tensor(image: Tensor, channels: int) -> Tensor:
+    """Check an image :math:`(C, H, W)` and convert its values and channels."""
+    if not image.numel():
+        raise ValueError(f"An image must have pixels; got the shape (C, H, W) = {tuple(image.shape)}.")
+    if image.dtype == torch.bool:
+        image = image.to(torch.uint8) * 255
+    elif image.dtype == torch.uint16:
+        image = image.float() / 65535
+    elif image.is_floating_point():
+        _check_values(image)
+    elif image.dtype != torch.uint8:
+        raise TypeError(_dtype_error(image.dtype))
+    return _match_channels(image, channels)
+
+
+def _dtype_error(dtype: Any) -> str:
+    return (
+        f"Images must be uint8, uint16, bool or floating point; got {dtype}. Convert integers in [0, 255] to uint8, "
+        "others to floating point in [0, 1]."
+    )
+
+
+def _check_values(image: Tensor) -> None:
+    if image.is_meta:
+        return
+    low, high = torch.stack(torch.aminmax(image.detach())).tolist()  # one pass, one transfer; NaN is kept
+    if low >= -TOLERANCE and high <= 1 + TOLERANCE:
+        return
+    if not (math.isfinite(low) and math.isfinite(high)):
+        raise ValueError("The image contains NaN or infinity. Replace them, as by torch.nan_to_num(x).clamp(0, 1).")
+    fix = "Pass the image before its normalization, or clamp it to [0, 1]."
+    if low >= -TOLERANCE and high > 2:
+        fix = "Divide them by 255." if high <= 256 else "Divide them by their full scale, 65535 for 16 bits."
+    raise ValueError(f"Floating point images must be in [0, 1]; got values from {low:.4g} to {high:.4g}. {fix}")
+
+
+def _match_channels(image: Tensor, channels: int) -> Tensor:
+    """Convert gray, RGB and RGBA :math:`(C, H, W)` to each other."""
+    count, integers = image.shape[0], image.dtype == torch.uint8
+    if count == channels:
         return image
-    raise TypeError(f"An image must be a tensor, a path or a PIL image; got {type(image).__name__}.")
+    if count not in _MODES or (channels not in _MODES and count > 1):
+        counts = "1 (gray), 3 (RGB) or 4 (RGBA)" if channels in _MODES else f"{channels} or 1"
+        raise ValueError(f"An image must have {counts} channels; got the shape (C, H, W) = {tuple(image.shape)}.")
+    if channels == 1:
+        if not integers:
+            return rgb_to_grayscale(image[:3])
+        weighted = image[:3].int() * image.new_tensor(_LUMA, dtype=torch.int32)[:, None, None]
+        return ((weighted.sum(0, keepdim=True) + 0x8000) >> 16).to(torch.uint8)
+    color = image[:3] if count > 1 else image.expand(3 if channels == 4 else channels, -1, -1)
+    return F.pad(color, (0, 0, 0, 0, 0, 1), value=255 if integers else 1) if channels == 4 else color

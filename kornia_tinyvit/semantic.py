@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
-from kornia_tinyvit.images import ImageInput, check_images, read_batches
+from kornia_tinyvit.images import Images, check_images, read_batches
 from kornia_tinyvit.layers import ConvBN, evaluating
 from kornia_tinyvit.preprocessing import resize_images
 
@@ -125,7 +125,7 @@ class SemanticSegmenter(BackboneNetwork):
         features = self.backbone.forward_intermediates(self.normalize(images))
         return F.interpolate(self.decoder(features), images.shape[-2:], mode="bilinear", align_corners=False)
 
-    def predict(self, images: ImageInput | Sequence[ImageInput]) -> list[Tensor]:
+    def predict(self, images: Images) -> list[Tensor]:
         """Predict the class of each pixel of images of any size.
 
         Each image is resized to :func:`fitted_size`, and its logits back to the size of the image.
@@ -138,14 +138,13 @@ class SemanticSegmenter(BackboneNetwork):
 
         Raises:
             TypeError: if an element is not an image.
-            ValueError: if a file cannot be read or a shape is wrong.
+            ValueError: if a file cannot be read, a shape is wrong, or values are outside of [0, 1].
             FileNotFoundError: if a file does not exist.
         """
         config = self.backbone.config
         predictions = []
         with evaluating(self), torch.inference_mode():
             for (image,) in read_batches(images, self, config.in_chans):
-                check_images(image[None], config.in_chans)
                 predictions.append(class_maps(self, image[None], config)[0])
         return predictions
 

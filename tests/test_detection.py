@@ -215,7 +215,7 @@ class TestPredict:
             ("no_such.png", {}, FileNotFoundError, "no_such.png"),
             (torch.rand(3, 64, 64), {"confidence_threshold": 1.0}, ValueError, r"in \[0, 1\)"),
             (torch.rand(3, 64, 64), {"batch_size": 0}, ValueError, "batch_size"),
-            (torch.zeros(3, 64, 64, dtype=torch.uint8), {}, TypeError, "floating point"),
+            (torch.zeros(3, 64, 64, dtype=torch.int64), {}, TypeError, "floating point"),
         ],
     )
     def test_exceptions(self, detector, images, options, error, message):

@@ -6,7 +6,7 @@ import torch
 from PIL import Image, features
 
 from kornia_tinyvit.checkpoints.catalog import ASSETS
-from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pil, to_pixels, to_uint8
+from kornia_tinyvit.images import read_image, read_pixels, to_pil, to_uint8
 
 
 class TestReadImage:
@@ -52,13 +52,13 @@ class TestReadImage:
     @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
     def test_jpeg(self, photo, tmp_path, mode):
         photo.convert(mode).save(tmp_path / "photo.jpg", quality=95)
-        expected = to_image(photo.convert(mode))
+        expected = read_image(photo.convert(mode))
         assert (read_image(tmp_path / "photo.jpg") - expected).abs().mean() < 0.02
 
     def test_palette(self, photo, tmp_path):
         photo.quantize(4).save(tmp_path / "photo.png")
         assert Image.open(tmp_path / "photo.png").mode == "P"
-        assert torch.equal(read_image(tmp_path / "photo.png"), to_image(photo))
+        assert torch.equal(read_image(tmp_path / "photo.png"), read_image(photo))
 
     @pytest.mark.parametrize("suffix", ["png", "tiff", "pgm"])
     @pytest.mark.parametrize("channels", [1, 3, 4])
@@ -84,21 +84,21 @@ class TestReadImage:
 
     def test_two_tones_and_transparent_gray(self):
         bits = Image.new("1", (4, 2), 1)
-        assert torch.equal(to_image(bits), torch.ones(3, 2, 4))
-        assert to_image(Image.new("LA", (4, 2), (51, 0)), 1).unique().tolist() == pytest.approx([0.2])
+        assert torch.equal(read_image(bits), torch.ones(3, 2, 4))
+        assert read_image(Image.new("LA", (4, 2), (51, 0)), 1).unique().tolist() == pytest.approx([0.2])
 
     def test_no_mode_of_two_channels(self, photo):
         with pytest.raises(ValueError, match="1, 3 or 4 channels, not 2"):
-            to_image(photo, 2)
+            read_image(photo, 2)
 
     def test_open_file(self, photo, tmp_path):
         buffer = io.BytesIO()
         photo.save(buffer, "PNG")
         buffer.seek(0)
-        assert torch.equal(read_image(buffer), to_image(photo))
+        assert torch.equal(read_image(buffer), read_image(photo))
         photo.save(tmp_path / "photo.png")
         with open(tmp_path / "photo.png", "rb") as file:
-            assert torch.equal(read_image(file), to_image(photo))
+            assert torch.equal(read_image(file), read_image(photo))
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
@@ -151,8 +151,8 @@ class TestToPil:
     @pytest.mark.parametrize("channels", [1, 3, 4])
     def test_there_and_back(self, channels):
         pixels = torch.randint(0, 256, (channels, 5, 7), dtype=torch.uint8)
-        assert torch.equal(to_pixels(to_pil(pixels), channels), pixels)
-        assert torch.equal(to_pixels(to_pil(pixels.float() / 255), channels), pixels)
+        assert torch.equal(read_pixels(to_pil(pixels), channels), pixels)
+        assert torch.equal(read_pixels(to_pil(pixels.float() / 255), channels), pixels)
 
     def test_values_beyond(self):
         assert to_uint8(torch.tensor([-0.5, 0.002, 1.5], requires_grad=True)).tolist() == [0, 1, 255]

@@ -139,7 +139,7 @@ class TestPredict:
         assert found.max() > 16
 
     @pytest.mark.parametrize(
-        ("image", "error"), [("gone.png", FileNotFoundError), (torch.rand(1, 40, 40), ValueError), (3, TypeError)]
+        ("image", "error"), [("gone.png", FileNotFoundError), (torch.rand(2, 40, 40), ValueError), (3, TypeError)]
     )
     def test_exceptions(self, segmenter, image, error):
         with pytest.raises(error):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
@@ -17,7 +17,7 @@ from kornia_tinyvit.checkpoints import CheckpointError
 from kornia_tinyvit.cli.options import NetworkRequest, find_device
 from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.files import write_text
-from kornia_tinyvit.images import read_pixels, to_pil
+from kornia_tinyvit.images import open_image
 from kornia_tinyvit.ops import decode_rle, encode_rle, mask_boxes
 from kornia_tinyvit.sam import MobileSAM
 from kornia_tinyvit.visualization import draw_overlay, save_image
@@ -51,9 +51,9 @@ class SegmentRequest(NetworkRequest):
 def segment(request: SegmentRequest) -> None:
     """Segment objects in a photo: at points, in boxes, or everything."""
     photo, prompts = request.photo, _parse_prompts(request)
-    pixels = read_pixels(photo)
+    pixels = open_image(photo)
     sam = _build(request)
-    found = _segment_everything(sam, to_pil(pixels)) if request.everything else _segment_prompts(sam, pixels, prompts)
+    found = _segment_everything(sam, pixels) if request.everything else _segment_prompts(sam, pixels, prompts)
     written = _write(request, pixels, found, prompts)
     if request.as_json:
         rows = [{name: value for name, value in each.items() if name != "segmentation"} for each in found]
@@ -112,9 +112,9 @@ def _build(request: SegmentRequest) -> MobileSAM:
     return sam.to(find_device(request.device)).eval()
 
 
-def _segment_everything(sam: MobileSAM, image: Image.Image) -> list[dict[str, Any]]:
+def _segment_everything(sam: MobileSAM, pixels: Tensor) -> list[dict[str, Any]]:
     # Encoded, because hundreds of masks of a large photo do not fit into memory.
-    masks = sam.generate_masks(image, output_mode="coco_rle")
+    masks = sam.generate_masks(pixels, output_mode="coco_rle")
     return [
         {
             "segmentation": mask.segmentation,
@@ -132,7 +132,7 @@ def _segment_prompts(sam: MobileSAM, pixels: Tensor, prompts: Prompts) -> list[d
     points, labels, boxes = prompts
     if points is not None and labels is not None:
         points, labels = points[None], labels[None]
-    best = sam.predict_best(sam.embed(to_pil(pixels)), points, labels, boxes)
+    best = sam.predict_best(sam.embed(pixels), points, labels, boxes)
     masks = best.masks()[:, 0].cpu()
     corners = mask_boxes(masks).long().tolist()
     return [
@@ -150,21 +150,17 @@ def _write(request: SegmentRequest, pixels: Tensor, found: list[dict[str, Any]],
     """Write the overlay and the masks and return their paths, the overlay first."""
     out, photo = request.out, request.photo
     overlay = out / f"{photo.stem}_overlay.png"
-    save_image(overlay, draw_overlay(pixels, _decode(found), *prompts))
+    save_image(overlay, draw_overlay(pixels, (each["segmentation"] for each in found), *prompts))
     written = [overlay]
     if request.format is Format.coco:
         written.append(out / f"{photo.stem}.json")
         write_text(written[-1], json.dumps(_coco(photo, pixels, found)))
         return written
-    for number, (each, mask) in enumerate(zip(found, _decode(found), strict=True)):
+    for number, each in enumerate(found):
         written.append(out / f"{photo.stem}_mask_{number:03}.png")
-        save_image(written[-1], Image.fromarray(mask.numpy()))
+        save_image(written[-1], Image.fromarray(decode_rle(each["segmentation"])))
         each["file"] = str(written[-1])
     return written
-
-
-def _decode(found: list[dict[str, Any]]) -> Iterator[Tensor]:
-    return (torch.from_numpy(decode_rle(each["segmentation"]).copy()) for each in found)
 
 
 def _coco(photo: Path, pixels: Tensor, found: list[dict[str, Any]]) -> dict[str, Any]:

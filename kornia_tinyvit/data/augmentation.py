@@ -21,6 +21,7 @@ from kornia_tinyvit.data import operators
 from kornia_tinyvit.data import params as parameters
 from kornia_tinyvit.data.order import EpochOrder, keyed_words
 from kornia_tinyvit.data.params import ATTEMPTS, ReplayParams
+from kornia_tinyvit.images import to_floats
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, TrainingPreset, find_preset
 
 __all__ = ["ReplayableAugmentation"]
@@ -258,7 +259,7 @@ class ReplayableAugmentation(nn.Module):
             factors = torch.from_numpy(params.jitter[rows]).to(images.device)
             for name, factor in zip(("brightness", "contrast", "color"), factors.unbind(1), strict=True):
                 images = operators.OPERATORS[name](images, factor)
-        normalized = KE.normalize(operators.to_floats(images), self.mean, self.std)
+        normalized = KE.normalize(to_floats(images), self.mean, self.std)
         return operators.erase(normalized, params.erased[rows], params.noise[rows])
 
     def _mix(self, images: Tensor, params: ReplayParams) -> Tensor:

@@ -18,18 +18,13 @@ from kornia.geometry.transform import remap
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kornia_tinyvit.images import to_uint8
+from kornia_tinyvit.images import to_floats, to_uint8
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN
 
 __all__ = ["OPERATIONS"]
 
 #: Takes uint8 images :math:`(b, 3, H, W)` and magnitudes :math:`(b,)`; returns new images.
 Operator = Callable[[Tensor, Tensor], Tensor]
-
-
-def to_floats(images: Tensor) -> Tensor:
-    """Convert uint8 images to float32 in [0, 1]."""
-    return images.float().div_(255)
 
 
 def apply_to(images: Tensor, chosen: NDArray[np.bool_], operator: Operator, magnitudes: NDArray[np.float32]) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any, TypedDict
 
 import numpy as np
 import torch
 from huggingface_hub.dataclasses import validate_typed_dict
 from kornia.enhance import normalize
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature
@@ -17,7 +17,7 @@ from transformers.image_utils import ChannelDimension, load_image
 from transformers.utils import TensorType
 from transformers.utils.type_validators import device_validator, image_size_validator, tensor_type_validator
 
-from kornia_tinyvit.images import check_images, to_image
+from kornia_tinyvit.images import check_images, open_image, to_floats
 from kornia_tinyvit.preprocessing import (
     CROP_FRACTION,
     IMAGENET_MEAN,
@@ -51,9 +51,9 @@ class TinyVitImageProcessorKwargs(TypedDict, total=False):
 class TinyVitImageProcessor(BaseImageProcessor):
     r"""Image processor with the transforms of :class:`~kornia_tinyvit.preprocessing.EvaluationPipeline`.
 
-    It accepts files, URLs, PIL images, arrays and tensors: a single image, lists of images of any sizes, or batches
-    :math:`(B, C, H, W)`. uint8 images are divided by 255; floating point images are in [0, 1]. Tensors stay on their
-    device and are differentiable. Grayscale images are repeated for a network of color images.
+    It accepts URLs and images in any form that :func:`~kornia_tinyvit.images.open_image` takes: a single image, lists
+    of images of any sizes, or batches. Unlike that function it also takes arrays :math:`(C, H, W)`, as other processors
+    do. Tensors stay on their device and are differentiable.
 
     Args:
         do_resize: resize and crop; otherwise all images of a call must have the same size.
@@ -126,7 +126,8 @@ class TinyVitImageProcessor(BaseImageProcessor):
 
         Raises:
             TypeError: if an input is not an image, or has an unsupported data type.
-            ValueError: if a shape is wrong, or a setting is out of range.
+            ValueError: if a file cannot be read, a shape is wrong, or values or a setting are out of range.
+            FileNotFoundError: if a file does not exist.
         """
         validate_typed_dict(self.valid_kwargs, kwargs)
         settings = {name: getattr(self, name, None) for name in self._valid_kwargs_names} | kwargs
@@ -152,51 +153,36 @@ class TinyVitImageProcessor(BaseImageProcessor):
 
 
 def _flatten(images: Any) -> list[Any]:
-    """Split lists and batches into single images, and load files and URLs."""
+    """Split lists and batches into single images, and load URLs and base64 strings."""
     if isinstance(images, (list, tuple)):
         return [image for each in images for image in _flatten(each)]
-    if isinstance(images, (str, Path)):
-        return [load_image(str(images))]
+    if isinstance(images, str) and images.startswith(("http://", "https://", "data:image/")):
+        return [load_image(images)]
     return list(images) if getattr(images, "ndim", 0) == 4 else [images]
 
 
 def _to_tensor(image: Any, settings: dict[str, Any]) -> Tensor:
     """Convert an image to a tensor :math:`(C, H, W)` in [0, 1]."""
     channels = len(settings["image_mean"])
-    if isinstance(image, Image.Image):
-        tensor = to_image(image, channels)
-    elif isinstance(image, (Tensor, np.ndarray)):
-        tensor = _scale(image if isinstance(image, Tensor) else torch.tensor(image), settings["do_rescale"])
-        if isinstance(image, np.ndarray) and tensor.numel() and tensor.max() > 1:
-            raise ValueError(
-                f"Floating point images must be in [0, 1]; got {tensor.max():.4g}. Divide them by 255 or pass uint8."
-            )
-        tensor = _channels_first(tensor, channels, settings["input_data_format"])
-    else:
-        raise TypeError(f"Expected a file, a PIL image, an array or a tensor; got {type(image).__name__}.")
-    if tensor.shape[0] == 1:
-        tensor = tensor.expand(channels, -1, -1)
-    return tensor if settings["device"] is None else tensor.to(settings["device"])
+    if isinstance(image, (Tensor, np.ndarray)) and image.ndim == 3:
+        image = _standard_layout(image, channels, settings["input_data_format"])
+    pixels = open_image(image, channels)
+    if pixels.dtype == torch.uint8 and not settings["do_rescale"]:
+        raise TypeError("With do_rescale=False images must be floating point in [0, 1]; got uint8. Divide them by 255.")
+    return to_floats(pixels if settings["device"] is None else pixels.to(settings["device"]))
 
 
-def _scale(image: Tensor, do_rescale: bool) -> Tensor:
-    if image.is_floating_point():
-        return image
-    if image.dtype == torch.uint8 and do_rescale:
-        return image.float() / 255
-    raise TypeError(f"Expected floating point images or, with do_rescale=True, uint8 images; got {image.dtype}.")
-
-
-def _channels_first(image: Tensor, channels: int, layout: str | ChannelDimension | None) -> Tensor:
-    if image.ndim == 2:
-        return image[None]
-    if image.ndim != 3:
-        raise ValueError(f"Expected an image (C, H, W), (H, W, C) or (H, W); got {tuple(image.shape)}.")
+def _standard_layout(
+    image: Tensor | NDArray[Any], channels: int, layout: str | ChannelDimension | None
+) -> Tensor | NDArray[Any]:
+    """Return tensors as :math:`(C, H, W)` and arrays as :math:`(H, W, C)`."""
+    if isinstance(image, Tensor):
+        return image if layout is None or ChannelDimension(layout) == ChannelDimension.FIRST else image.movedim(-1, 0)
+    counts = (1, 3, 4, channels)
     if layout is None:
-        if not {channels, 1} & {image.shape[0], image.shape[2]}:
-            raise ValueError(f"Expected an image with {channels} channels or 1; got {tuple(image.shape)}.")
-        layout = ChannelDimension.FIRST if image.shape[0] in (channels, 1) else ChannelDimension.LAST
-    return image.movedim(-1, 0) if ChannelDimension(layout) == ChannelDimension.LAST else image
+        last = image.shape[2] in counts or image.shape[0] not in counts
+        layout = ChannelDimension.LAST if last else ChannelDimension.FIRST
+    return image if ChannelDimension(layout) == ChannelDimension.LAST else np.moveaxis(image, 0, -1)
 
 
 def _evaluate(images: Tensor, settings: dict[str, Any]) -> Tensor:

@@ -16,9 +16,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kornia_tinyvit import ops
+from kornia_tinyvit.images import Images, is_single, list_images, open_image
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
-from kornia_tinyvit.sam.transforms import Images, list_images, open_image
 
 __all__ = ["OUTPUT_MODES", "Mask", "MaskGenerator"]
 
@@ -177,9 +177,9 @@ class MaskGenerator:
         results = []
         for start in range(0, len(images), self.batch_size):
             pixels = [open_image(each) for each in images[start : start + self.batch_size]]
-            for each, whole in zip(pixels, sam.embed_pixels(pixels), strict=True):
+            for each, whole in zip(pixels, sam.embed(pixels, len(pixels)), strict=True):
                 results.append(self._run(sam, decoder, each, whole))
-        return results[0] if len(images) == 1 and images[0] is image else results
+        return results[0] if is_single(image) else results
 
     def _run(self, sam: Any, decoder: FoldedMaskDecoder, pixels: Tensor | None, whole: ImageEmbedding) -> list[Mask]:
         """Return the masks of an image; the pixels are needed only for crops."""
@@ -190,7 +190,7 @@ class MaskGenerator:
             embedding = whole
             if pixels is not None and layer:
                 left, top, right, bottom = box
-                embedding = sam.embed_pixels([pixels[:, top:bottom, left:right]])
+                embedding = sam.embed(pixels[:, top:bottom, left:right])
             candidates += _Crop(sam, decoder, self, embedding, box, size).generate(self.grids[layer])
         if len(crops) > 1:
             areas = [math.prod(_to_xywh(each.crop)[2:]) for each in candidates]

@@ -17,6 +17,7 @@ from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpo
 from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
+from kornia_tinyvit.images import ImageInput, Images, list_images, open_image
 from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
 from kornia_tinyvit.preprocessing import check_counts
@@ -25,7 +26,7 @@ from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskP
 from kornia_tinyvit.sam.generator import Mask, MaskGenerator
 from kornia_tinyvit.sam.prompter import MobileSAMPrompter
 from kornia_tinyvit.sam.prompts import PromptInput, prepare_prompts, split_prompts
-from kornia_tinyvit.sam.transforms import ImageLike, Images, list_images, open_image, preprocess_image
+from kornia_tinyvit.sam.transforms import preprocess_image
 
 __all__ = ["MobileSAM"]
 
@@ -128,25 +129,32 @@ class MobileSAM(Sam):
     def preprocess(self, images: Images) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Resize images with their aspect ratio, normalize them, and pad them at the bottom and right with zeros.
 
-        Files, PIL images and arrays are resized in uint8 by Pillow, bilinear with antialiasing, exactly as
-        ``ResizeLongestSide.apply_image`` of segment-anything and MobileSAM. Tensors are resized in floating point by
-        torch, differentiably, as ``apply_image_torch`` and kornia's ``VisualPrompter``; the results differ by up to
-        1/255. ``VisualPrompter`` truncates the short side; segment-anything and this method round it.
+        uint8 images (files, PIL images, arrays and tensors) are resized by Pillow, bilinear with antialiasing, exactly
+        as ``ResizeLongestSide.apply_image`` of segment-anything and MobileSAM. Floating point and 16-bit images are
+        resized in floating point by torch, differentiably, as ``apply_image_torch`` and kornia's ``VisualPrompter``;
+        the results differ by up to 1/255. ``VisualPrompter`` truncates the short side; segment-anything and this method
+        round it.
 
         Args:
-            images: one image or several: files (EXIF orientation is applied), PIL images, uint8 arrays
-                :math:`(H, W, 3)`, tensors :math:`(3, H, W)` in [0, 1], or a batch :math:`(B, 3, H, W)`.
+            images: one image or several in any form that :func:`~kornia_tinyvit.images.open_image` takes: paths,
+                encoded files, PIL images, arrays :math:`(H, W, 3)`, tensors :math:`(3, H, W)`, or a batch
+                :math:`(B, 3, H, W)`.
 
         Returns:
             Model inputs :math:`(B, 3, h, w)`, on the device and in the dtype of the network, and the placement of
             each image in its input.
 
         Raises:
-            TypeError: if an argument is not an image, or a tensor is not floating point.
-            ValueError: if a file cannot be read, or a tensor has a wrong shape, no pixels, NaN or infinity.
+            TypeError: if an argument is not an image, or has another data type.
+            ValueError: if a file cannot be read, a shape is wrong, or values are outside of [0, 1].
             FileNotFoundError: if a file does not exist.
         """
-        return self._prepare([open_image(image) for image in list_images(images)])
+        first = next(self.parameters())
+        pixels = [open_image(image) for image in list_images(images)]
+        if not pixels:
+            return first.new_zeros(0, 3, *self.img_size), ()
+        prepared = [preprocess_image(each, self.img_size, first.device, first.dtype) for each in pixels]
+        return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
 
     def embed(self, images: Images, batch_size: int = 4) -> ImageEmbedding:
         """Compute image embeddings, once per image for any number of prompts.
@@ -173,23 +181,15 @@ class MobileSAM(Sam):
         listed = list_images(images)
         step = max(1, len(listed)) if _records(self.image_encoder, *listed) else batch_size
         starts = range(0, max(1, len(listed)), step)
-        parts = [self.embed_pixels([open_image(each) for each in listed[start : start + step]]) for start in starts]
+        parts = [self._embed_batch(listed[start : start + step]) for start in starts]
         features = torch.cat([part.features for part in parts])
         return ImageEmbedding(features, sum((part.geometries for part in parts), ()), parts[0].encoder)
 
-    def embed_pixels(self, pixels: Sequence[Tensor]) -> ImageEmbedding:
-        """Compute the embeddings of one batch of tensors; see :meth:`embed`.
-
-        Args:
-            pixels: images :math:`(3, H, W)`, uint8 or floating point in [0, 1].
-
-        Returns:
-            The embeddings of all images.
-        """
-        recording = _records(self.image_encoder, *pixels)
+    def _embed_batch(self, images: list[ImageInput]) -> ImageEmbedding:
+        recording = _records(self.image_encoder, *images)
         # no_grad, not inference mode: a decoder in training saves the features for its backward pass.
         with nullcontext() if recording else evaluating(self.image_encoder), torch.set_grad_enabled(recording):
-            inputs, geometries = self._prepare(pixels)
+            inputs, geometries = self.preprocess(images)
             return ImageEmbedding(self.image_encoder(inputs), geometries, fingerprint(self.image_encoder))
 
     def predict_masks(
@@ -268,10 +268,10 @@ class MobileSAM(Sam):
         return prediction.best()
 
     @overload
-    def generate_masks(self, image: ImageLike, **settings: Any) -> list[Mask]: ...
+    def generate_masks(self, image: ImageInput, **settings: Any) -> list[Mask]: ...
 
     @overload
-    def generate_masks(self, image: Sequence[ImageLike] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
+    def generate_masks(self, image: Sequence[ImageInput] | ImageEmbedding, **settings: Any) -> list[list[Mask]]: ...
 
     def generate_masks(self, image: Images | ImageEmbedding, **settings: Any) -> list[Mask] | list[list[Mask]]:
         """Segment everything in an image, or in each of several.
@@ -334,14 +334,6 @@ class MobileSAM(Sam):
     def extra_repr(self) -> str:
         """Show the input size."""
         return f"img_size={self.img_size}"
-
-    def _prepare(self, pixels: Sequence[Tensor]) -> tuple[Tensor, tuple[Geometry, ...]]:
-        """Return model inputs :math:`(B, 3, h, w)` and the placement of each image in its input."""
-        first = next(self.parameters())
-        if not pixels:
-            return first.new_zeros(0, 3, *self.img_size), ()
-        prepared = [preprocess_image(each, self.img_size, first.device, first.dtype) for each in pixels]
-        return torch.stack([inputs for inputs, _ in prepared]), tuple(geometry for _, geometry in prepared)
 
 
 class _SquarePositions(PositionEmbeddingRandom):

@@ -10,6 +10,7 @@ from kornia.contrib.visual_prompter import VisualPrompter
 from kornia.models.sam import SamConfig
 from torch import Tensor
 
+from kornia_tinyvit.images import Images, list_images, read_image
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD
 
@@ -47,6 +48,23 @@ class MobileSAMPrompter(VisualPrompter):
         resize = K.Resize(height, side="long", align_corners=False, antialias=True)
         self.transforms = K.AugmentationSequential(resize, same_on_batch=True)
         model.image_encoder.img_size = height  # read by the base class
+
+    def set_image(self, image: Images, mean: Tensor | None = None, std: Tensor | None = None) -> None:
+        """Compute the embedding of an image.
+
+        Args:
+            image: one image in any form that :func:`~kornia_tinyvit.images.open_image` takes, or a batch of one.
+            mean: channel means, by default those of segment-anything.
+            std: channel standard deviations, by default those of segment-anything.
+
+        Raises:
+            TypeError, FileNotFoundError: as :func:`~kornia_tinyvit.images.open_image`.
+            ValueError: as that function, or if there is not one image.
+        """
+        images = list_images(image)
+        if len(images) != 1:
+            raise ValueError(f"Expected one image; got {len(images)}. Use MobileSAM.embed for several.")
+        super().set_image(read_image(images[0]).to(self.device, self.dtype), mean, std)
 
     def embedding(self) -> ImageEmbedding:
         """Return the embedding of the current image.

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import colorsys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from kornia_tinyvit.detection import Detection
 from kornia_tinyvit.files import replacing
-from kornia_tinyvit.images import to_pil, to_uint8
-from kornia_tinyvit.ops import mask_boxes
+from kornia_tinyvit.images import ImageInput, read_pixels, to_pil
+from kornia_tinyvit.ops import RLE, decode_rle, mask_boxes
 
 __all__ = ["distinct_colors", "draw_detections", "draw_overlay", "save_image", "save_rows"]
 
@@ -36,8 +38,8 @@ def distinct_colors(count: int) -> Tensor:
 
 
 def draw_overlay(
-    image: Tensor,
-    masks: Iterable[Tensor],
+    image: ImageInput,
+    masks: Iterable[Tensor | NDArray[Any] | RLE],
     points: Tensor | None = None,
     labels: Tensor | None = None,
     boxes: Tensor | None = None,
@@ -45,8 +47,9 @@ def draw_overlay(
     """Draw masks, tinted and with contours, and then prompts on an image.
 
     Args:
-        image: image :math:`(3, H, W)`, uint8, or floating point in [0, 1].
-        masks: bool masks :math:`(H, W)`, drawn in order; an iterator is consumed one at a time.
+        image: the image, in any form that :func:`~kornia_tinyvit.images.open_image` takes.
+        masks: masks :math:`(H, W)`, drawn in order: bool or integer tensors or arrays, not 0 in the mask, or their
+            run-length codes. An iterator is consumed one at a time.
         points: :math:`(N, 2)`, x and y in pixels.
         labels: point labels :math:`(N,)`, 1 (foreground) green, 0 (background) red; default all 1.
         boxes: :math:`(K, 4)`, left, top, right and bottom in pixels.
@@ -55,16 +58,13 @@ def draw_overlay(
         The drawing, of the image's size.
 
     Raises:
-        ValueError: if the image or a mask has a wrong shape.
+        TypeError: if a mask is floating point, or the image is no image.
+        ValueError: if the image cannot be read, or a mask does not have its size.
     """
-    if image.ndim != 3 or image.shape[0] != 3:
-        raise ValueError(f"An image must be (3, H, W); got {tuple(image.shape)}.")
-    canvas = (image.clone() if image.dtype == torch.uint8 else to_uint8(image)).cpu()
-    line = max(1, round(max(image.shape[1:]) / 500))
+    canvas = read_pixels(image).cpu().clone()
+    line = max(1, round(max(canvas.shape[1:]) / 500))
     for index, mask in enumerate(masks):
-        if mask.shape != image.shape[1:]:
-            raise ValueError(f"A mask must be {tuple(image.shape[1:])}; got {tuple(mask.shape)}.")
-        _tint(canvas, mask.cpu(), 255 * torch.tensor(_color(index)), line)
+        _tint(canvas, _to_bool(mask, canvas.shape[1:]), 255 * torch.tensor(_color(index)), line)
     drawn = to_pil(canvas)
     draw = ImageDraw.Draw(drawn)
     for box in [] if boxes is None else boxes.tolist():
@@ -79,18 +79,18 @@ def draw_overlay(
 
 
 @torch.inference_mode()
-def draw_detections(image: Tensor, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
+def draw_detections(image: ImageInput, detections: Sequence[Detection], scores: bool = True) -> Image.Image:
     """Draw boxes with their labels on an image, with one color per class.
 
     Args:
-        image: image :math:`(3, H, W)` in [0, 1].
+        image: the image, in any form that :func:`~kornia_tinyvit.images.open_image` takes.
         detections: detections to draw; earlier ones are drawn on top.
         scores: whether to write the scores.
 
     Returns:
         The drawing, of the image's size.
     """
-    drawn = to_pil(image)
+    drawn = to_pil(read_pixels(image))
     draw, line = ImageDraw.Draw(drawn), max(2, round(max(drawn.size) / 250))
     font = ImageFont.load_default(max(10, round(max(drawn.size) / 40)))
     colors = distinct_colors(1 + max((each.index for each in detections), default=0))
@@ -135,6 +135,16 @@ def save_rows(path: str | Path, rows: Sequence[Image.Image]) -> None:
 def _color(index: int) -> tuple[float, float, float]:
     hue = (0.58 + index * _GOLDEN_RATIO) % 1
     return colorsys.hsv_to_rgb(hue, (0.85, 0.6)[index % 2], (1.0, 0.8)[index // 2 % 2])
+
+
+def _to_bool(mask: Tensor | NDArray[Any] | RLE, size: torch.Size) -> Tensor:
+    """Return a mask as a bool tensor :math:`(H, W)` on the CPU."""
+    mask = torch.as_tensor(decode_rle(mask) if isinstance(mask, Mapping) else mask).cpu()
+    if mask.shape != size:
+        raise ValueError(f"A mask must be {tuple(size)}; got {tuple(mask.shape)}.")
+    if mask.is_floating_point():
+        raise TypeError(f"A mask must be bool or integer; got {mask.dtype}. Compare logits with a threshold.")
+    return mask != 0
 
 
 def _tint(canvas: Tensor, mask: Tensor, color: Tensor, line: int) -> None:

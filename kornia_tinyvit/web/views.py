@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import cast
 
 import kornia.augmentation as K
 import torch
@@ -16,8 +15,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import visualization
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.images import read_pixels, to_image, to_pil, to_pixels
-from kornia_tinyvit.ops import RLE, decode_rle
+from kornia_tinyvit.images import read_image, read_pixels, to_pil
 from kornia_tinyvit.sam import ImageEmbedding, MobileSAM
 
 __all__ = [
@@ -60,7 +58,7 @@ class Photo:
 
     def tensor(self, model: nn.Module) -> Tensor:
         """Return the image as a batch :math:`(1, 3, H, W)` in [0, 1] on the device of a network."""
-        return to_image(self.image)[None].to(next(model.parameters()).device)
+        return read_image(self.image)[None].to(next(model.parameters()).device)
 
     def embed(self, sam: MobileSAM) -> ImageEmbedding:
         """Return the image embedding, computed once."""
@@ -299,7 +297,7 @@ def draw_prompts(photo: Photo, prompts: UserPrompts, masks: Sequence[Tensor] = (
         x, y = prompts.corner
         boxes = torch.tensor([[x - 2, y - 2, x + 2, y + 2]])
     points, labels = (None if each is None else each[0] for each in (points, labels))
-    return visualization.draw_overlay(to_pixels(photo.image), masks, points, labels, boxes)
+    return visualization.draw_overlay(photo.image, masks, points, labels, boxes)
 
 
 def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) -> tuple[Image.Image, str]:
@@ -316,9 +314,8 @@ def segment_everything(sam: MobileSAM, photo: Photo, points_per_side: int = 16) 
     # RLE: hundreds of binary masks would take much memory.
     (masks,) = sam.generate_masks(photo.embed(sam), points_per_side=points_per_side, output_mode="coco_rle")
     masks.sort(key=lambda mask: mask.area, reverse=True)
-    decoded = (torch.from_numpy(decode_rle(cast("RLE", mask.segmentation))) for mask in masks)
     message = f"Found {len(masks)} {'mask' if len(masks) == 1 else 'masks'} at {points_per_side**2} points."
-    return visualization.draw_overlay(to_pixels(photo.image), decoded), message
+    return visualization.draw_overlay(photo.image, (mask.segmentation for mask in masks)), message
 
 
 def _to_tensors(prompts: UserPrompts) -> tuple[Tensor | None, Tensor | None, Tensor | None]:

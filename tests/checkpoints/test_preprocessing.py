@@ -87,12 +87,12 @@ class TestPreprocessing:
     def test_interpolation(self, interpolation):
         from PIL import Image
 
-        from kornia_tinyvit.images import to_image, to_pil
+        from kornia_tinyvit.images import read_image, to_pil
 
         photo = to_pil(torch.rand(3, 40, 40))
         pipeline = EvaluationPipeline(16, None, (0.0,) * 3, (1.0,) * 3, interpolation)
         theirs = photo.resize((16, 16), Image.Resampling[interpolation.upper()])
-        assert (pipeline(to_image(photo)[None])[0] - to_image(theirs)).abs().max() < 1e-2
+        assert (pipeline(read_image(photo)[None])[0] - read_image(theirs)).abs().max() < 1e-2
 
 
 class TestFiles:

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.images import read_image, read_pixels, to_image, to_pixels
+from kornia_tinyvit.images import read_image, read_pixels
 
 FILES = ["ant/1.png", "cat/0.bmp", "cat/young/1.png", "dog/10.JPG", "dog/2.png"]
 
@@ -155,9 +155,9 @@ class TestPixels:
     def test_as_images(self, mode, channels):
         shades = photo(200)
         shades.putpixel((2, 3), (7, 90, 31))
-        pixels = to_pixels(shades.convert(mode), channels)
+        pixels = read_pixels(shades.convert(mode), channels)
         assert (pixels.dtype, pixels.shape) == (torch.uint8, (channels, 6, 8))
-        assert torch.equal(pixels.float() / 255, to_image(shades.convert(mode), channels))
+        assert torch.equal(pixels.float() / 255, read_image(shades.convert(mode), channels))
 
     @pytest.mark.parametrize("channels", [1, 3, 4])
     def test_16_bits_are_rounded(self, tmp_path, channels):
@@ -173,18 +173,18 @@ class TestPixels:
         photo = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(4, 4, 3))
         photo.save(tmp_path / "photo.png", exif=exif)
         pixels = read_pixels(tmp_path / "photo.png")
-        assert torch.equal(pixels, to_pixels(photo).rot90(-1, (1, 2)))
+        assert torch.equal(pixels, read_pixels(photo).rot90(-1, (1, 2)))
         assert torch.equal(pixels.float() / 255, read_image(tmp_path / "photo.png"))
 
     def test_the_image_is_not_modified(self):
         image = photo(10)
-        to_pixels(image).zero_()
+        read_pixels(image).zero_()
         assert image.getpixel((0, 0)) == (10, 0, 245)
 
     @pytest.mark.parametrize("mode", ["RGB", "I;16"])
     def test_no_mode_of_two_channels(self, mode):
         with pytest.raises(ValueError, match="1, 3 or 4 channels, not 2"):
-            to_pixels(Image.new(mode, (2, 2)), 2)
+            read_pixels(Image.new(mode, (2, 2)), 2)
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"There is no image .*missing\.jpg"):

@@ -13,7 +13,7 @@ from transformers import AutoImageProcessor
 from kornia_tinyvit.checkpoints.catalog import ASSETS, CATALOG
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.huggingface import TinyVitImageProcessor
-from kornia_tinyvit.images import to_image
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.preprocessing import EvaluationPipeline, default_preprocessing
 from tests.huggingface.helpers import tiny_config
 
@@ -38,12 +38,12 @@ class TestEquivalence:
         found = TinyVitImageProcessor.from_preprocessing(evaluation.settings)(photo, return_tensors="pt")[
             "pixel_values"
         ]
-        assert torch.equal(found, evaluation(to_image(photo)[None]))
+        assert torch.equal(found, evaluation(read_image(photo)[None]))
 
     @pytest.mark.parametrize("weights", CATALOG, ids=lambda weights: f"{weights.variant}-{weights.name}")
     def test_published_weights(self, photo, weights):
         found = TinyVitImageProcessor.from_preprocessing(weights.preprocessing)(photo)["pixel_values"]
-        assert torch.equal(found, EvaluationPipeline.from_preprocessing(weights.preprocessing)(to_image(photo)[None]))
+        assert torch.equal(found, EvaluationPipeline.from_preprocessing(weights.preprocessing)(read_image(photo)[None]))
 
     def test_gray_and_many_channels(self, photo):
         for channels in (1, 5):
@@ -68,8 +68,8 @@ class TestInputs:
             pixels[None],
             pixels.astype(np.float32) / 255,
             torch.from_numpy(pixels),
-            to_image(photo),
-            to_image(photo)[None],
+            read_image(photo),
+            read_image(photo)[None],
             [photo],
             [[photo]],
         ]
@@ -91,7 +91,7 @@ class TestInputs:
     @pytest.mark.parametrize("mode", ["L", "RGBA", "P", "CMYK", "I;16"])
     def test_modes(self, processor, photo, mode):
         image = Image.fromarray(np.full((70, 90), 40000, np.uint16)) if mode == "I;16" else photo.convert(mode)
-        assert torch.equal(processor(image)["pixel_values"], processor(to_image(image))["pixel_values"])
+        assert torch.equal(processor(image)["pixel_values"], processor(read_image(image))["pixel_values"])
 
     def test_gray_arrays(self, processor):
         gray = np.random.default_rng(0).integers(0, 256, (70, 90), dtype=np.uint8)
@@ -102,9 +102,12 @@ class TestInputs:
     def test_ambiguous_shape(self, processor):
         image = np.zeros((3, 40, 3), np.uint8)
         image[0] = 255
-        first = processor(image)["pixel_values"]
+        first = processor(image, input_data_format="channels_first")["pixel_values"]
         last = processor(image, input_data_format="channels_last")["pixel_values"]
         assert not torch.equal(first, last)
+        assert torch.equal(processor(image)["pixel_values"], last)
+        assert torch.equal(processor(torch.from_numpy(image))["pixel_values"], first)
+        assert torch.equal(processor(torch.from_numpy(image), input_data_format="channels_last")["pixel_values"], last)
 
     def test_numpy_output(self, processor, photo):
         found = processor(photo, return_tensors="np")["pixel_values"]
@@ -141,8 +144,8 @@ class TestSettings:
         assert processor(photo, size=96)["pixel_values"].shape[-1] == 96
         whole = processor(photo, size={"height": 40, "width": 60}, do_center_crop=False)["pixel_values"]
         assert whole.shape == (1, 3, 40, 60)
-        unchanged = processor(to_image(photo), do_resize=False, do_normalize=False, do_rescale=False)["pixel_values"]
-        assert torch.equal(unchanged[0], to_image(photo))
+        unchanged = processor(read_image(photo), do_resize=False, do_normalize=False, do_rescale=False)["pixel_values"]
+        assert torch.equal(unchanged[0], read_image(photo))
 
     def test_files(self, tmp_path):
         processor = TinyVitImageProcessor(size=96, crop_pct=0.9, do_center_crop=False, image_mean=[0.5] * 3)
@@ -169,16 +172,16 @@ class TestErrors:
     @pytest.mark.parametrize(
         ("image", "error", "message"),
         [
-            (np.full((40, 40, 3), 200.0), ValueError, r"must be in \[0, 1\]; got 200\. Divide"),
-            (np.zeros((40, 40, 5), np.uint8), ValueError, "Expected an image with 3 channels or 1"),
+            (np.full((40, 40, 3), 200.0), ValueError, r"must be in \[0, 1\]; got values from 200 to 200\. Divide"),
+            (np.zeros((40, 40, 5), np.uint8), ValueError, "An image must have 1 .gray., 3 .RGB. or 4 .RGBA. channels"),
             (
                 torch.zeros(3, 40, 40, dtype=torch.int32),
                 TypeError,
-                r"Expected floating point images or, .* uint8 images; got torch.int32",
+                r"must be uint8, uint16, bool or floating point; got torch.int32",
             ),
-            (torch.zeros(1, 1, 3, 40, 40), ValueError, r"Expected an image \(C, H, W\)"),
-            (torch.zeros(3, 0, 40), ValueError, "at least 1x1 pixels"),
-            ({"image": 1}, TypeError, "Expected a file, a PIL image, an array or a tensor; got dict"),
+            (torch.zeros(1, 1, 3, 40, 40), ValueError, r"An image must be a tensor \(C, H, W\)"),
+            (torch.zeros(3, 0, 40), ValueError, "An image must have pixels"),
+            ({"image": 1}, TypeError, "a PIL image, an array or a tensor; got dict"),
             ([], ValueError, "Got no images"),
         ],
     )
@@ -192,7 +195,7 @@ class TestErrors:
             ({"size": {"height": 40, "width": 60}}, "Center crops must be square; got 40x60"),
             ({"size": {"shortest_edge": 40}}, "size must be an integer"),
             ({"crop_pct": 1.5}, "crop_fraction in"),
-            ({"do_rescale": False}, "Expected floating point images or, with do_rescale=True"),
+            ({"do_rescale": False}, "With do_rescale=False images must be floating point"),
         ],
     )
     def test_settings(self, processor, settings, message):

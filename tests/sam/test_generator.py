@@ -222,8 +222,8 @@ class TestSeveralPhotos:
             assert [mask.crop_box for mask in masks] == [mask.crop_box for mask in alone]
 
     def test_invalid_image(self, sam, photo):
-        with pytest.raises(ValueError, match=r"uint8 \(H, W, 3\)"):
-            sam.generate_masks([photo, photo[..., 0]], **FEW)
+        with pytest.raises(ValueError, match=r"3 \(RGB\) or 4 \(RGBA\) channels"):
+            sam.generate_masks([photo, photo[..., :2]], **FEW)
         with pytest.raises(TypeError, match="got int"):
             sam.generate_masks([photo, 3], **FEW)
 
@@ -383,10 +383,10 @@ class TestExceptions:
 
     @pytest.mark.parametrize(
         "image",
-        [np.zeros((9, 9), np.uint8), np.zeros((9, 9, 3)), np.zeros((0, 9, 3), np.uint8), torch.zeros(9, 9)],
+        [np.zeros((9, 9, 2)), np.full((9, 9, 3), 255.0), np.zeros((0, 9, 3), np.uint8), torch.zeros(2, 9, 9)],
     )
     def test_images(self, sam, image):
-        with pytest.raises(ValueError, match=r"\(H, W, 3\)|\(3, H, W\)"):
+        with pytest.raises(ValueError, match=r"\(C, H, W\)|Divide them by 255"):
             sam.generate_masks(image)
 
     def test_no_image(self, sam):
