@@ -20,9 +20,11 @@ import tempfile
 import time
 import warnings
 from collections import deque
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from multiprocessing.connection import wait
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -30,6 +32,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from kornia_tinyvit.deploy.measurement import describe_machine
 from tests.fuzz import GATES, TARGETS
 from tests.fuzz.harness import Tally, Target, attack
+from tests.fuzz.mutants import MUTANTS, Mutant
 
 fork = multiprocessing.get_context("fork")  # imports take seconds and are done once
 COLUMNS = ("cases", "per s", "rejected", "accepted", "faults")
@@ -44,6 +47,7 @@ def main() -> None:
     parser.add_argument("--targets", default="gates", help="gates, all, or comma-separated names")
     parser.add_argument("--processes", type=int, default=2, help="targets at the same time")
     parser.add_argument("--case", type=int, help="run only this case of one target")
+    parser.add_argument("--mutants", action="store_true", help="put known faults back; minutes for each of them")
     args = parser.parse_args()
     known = {target.name: target for target in TARGETS}
     names = [name.strip() for name in args.targets.split(",")]
@@ -57,7 +61,10 @@ def main() -> None:
         return
     print("$ python benchmarks/fuzz.py", *(f'"{each}"' if " " in each else each for each in sys.argv[1:]))
     print(describe_machine(), flush=True)
-    run_all(targets, seeds, args)
+    if args.mutants:
+        run_mutants(seeds[0], args)
+    else:
+        run_all(targets, seeds, args)
 
 
 @dataclass
@@ -69,6 +76,7 @@ class Job:
     seconds: float
     count: int
     journal: Path
+    mutant: Mutant | None = None
     tally: Tally = field(default_factory=Tally)
     used: float = 0
     first: int = 0
@@ -115,6 +123,26 @@ def run_all(targets: list[Target], seeds: list[int], args: argparse.Namespace) -
             print(f"  {job.target.name}, case {cases[0]}{seed} and {len(cases) - 1} more: {reason}")
 
 
+def run_mutants(seed: int, args: argparse.Namespace) -> None:
+    """Print for each mutant whether its target finds it, and after how many cases."""
+    known = {target.name: target for target in GATES}
+    print(f"\n{'mutant':6} {'found':5} {'cases':>6}  fault")
+    with tempfile.TemporaryDirectory() as folder:
+        seconds, jobs = 60 * args.minutes, []
+        for number, mutant in enumerate(MUTANTS):
+            if mutant.target is not None:
+                target, journal = known[mutant.target], Path(folder) / f"{number}.jsonl"
+                jobs.append(Job(target, seed, seconds, args.count, journal, mutant))
+        run_jobs(jobs, args.processes, lambda job: None)
+    results = {id(job.mutant): job for job in jobs}
+    for mutant in MUTANTS:
+        job = results.get(id(mutant))
+        faults = {} if job is None else job.tally.faults
+        cases = f"{job.tally.total:,}" if job is not None else "-"
+        print(f"{mutant.entry:6} {'yes' if faults else 'no':5} {cases:>6}  {mutant.what}")
+        print(f"{'':20}  {shorten(next(iter(faults), mutant.note), 180, placeholder=' ...')}")
+
+
 def run_jobs(jobs: list[Job], processes: int, done: Any) -> None:
     waiting, running = deque(jobs), {}
     while waiting or running:
@@ -156,7 +184,16 @@ def run(job: Job) -> None:
                 journal.write(json.dumps([number, outcome, reason]) + "\n")
 
         numbers = range(job.first, job.count)
-        attack(job.target, job.seed, numbers, Path(folder), job.seconds - job.used, JournalTally())
+        with nullcontext() if job.mutant is None else job.mutant.patch():
+            attack(
+                job.target,
+                job.seed,
+                numbers,
+                Path(folder),
+                job.seconds - job.used,
+                JournalTally(),
+                until_fault=job.mutant is not None,
+            )
 
 
 def repeat(target: Target, seed: int, number: int) -> None:

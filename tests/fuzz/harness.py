@@ -88,13 +88,19 @@ class Tally:
 
 
 def attack(
-    target: Target, seed: int, numbers: Iterable[int], folder: Path, seconds: float = 1e9, tally: Tally | None = None
+    target: Target,
+    seed: int,
+    numbers: Iterable[int],
+    folder: Path,
+    seconds: float = 1e9,
+    tally: Tally | None = None,
+    until_fault: bool = False,
 ) -> Tally:
-    """Run cases of a target within a time limit and count their outcomes."""
+    """Run cases of a target within a time limit, or until the first fault, and count their outcomes."""
     tally, end = tally or Tally(), time.monotonic() + seconds
     for number in numbers:
         tally.add(number, *run_case(target, seed, number, folder))
-        if time.monotonic() > end:
+        if time.monotonic() > end or (until_fault and tally.faults):
             break
     return tally
 

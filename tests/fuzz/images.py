@@ -501,6 +501,27 @@ def compare_everything(found: Any, samples: list[Sample], what: str) -> None:
         assert shapes <= {sample.pixels.shape[1:]}, f"masks of another size for {sample.what}: {sample.detail}"
 
 
+@cache
+def processor() -> Any:
+    from kornia_tinyvit.huggingface import TinyVitImageProcessor  # whose import takes seconds
+
+    return TinyVitImageProcessor(size=32, do_normalize=False)
+
+
+def processed(images: Any) -> tuple[Tensor, bool]:
+    """Return the output of transformers' image processor, without resizing where the sizes allow it."""
+    if isinstance(images, (list, tuple)):
+        return processor()(images)["pixel_values"], True
+    return processor()(images, do_resize=False)["pixel_values"], False
+
+
+def compare_processed(found: tuple[Tensor, bool], samples: list[Sample], what: str) -> None:
+    pixels, resized = found
+    assert len(pixels) == len(samples), f"another number of images: {what}: {len(pixels)}, not {len(samples)}"
+    if not resized:
+        compare_pixels(list(pixels), samples, what)
+
+
 ENTRIES: tuple[tuple[int, Callable[[Any], Any], Callable[[Any, list[Sample], str], None]], ...] = (
     (10, pixels_of_classifier, compare_pixels),
     (4, lambda images: classifier().predict(images, top_k=7), compare_classes),
@@ -509,6 +530,7 @@ ENTRIES: tuple[tuple[int, Callable[[Any], Any], Callable[[Any, list[Sample], str
     (5, lambda images: sam().preprocess(images)[0], compare_inputs),
     (4, lambda images: sam().embed(images), compare_features),
     (1, everything, compare_everything),
+    (1, processed, compare_processed),
 )
 
 
