@@ -315,7 +315,8 @@ def a_ring(rng: random.Random) -> list[float]:
     corners = rng.choice((3, 4, 5, 8))
     if rng.random() < 0.2:  # whole pixels of many sizes, to the border
         values = (0.0, 0.25, 0.5, 0.75, 1.0)
-        return [rng.choice(values) for _ in range(2 * corners)]
+        grid = rng.sample([(x, y) for x in values for y in values], corners)  # YOLO's return to a corner ends a part
+        return [value for corner in grid for value in corner]
     return [round(rng.random(), 6) for _ in range(2 * corners)]
 
 
