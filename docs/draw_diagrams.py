@@ -39,7 +39,7 @@ LAYERS: tuple[tuple[tuple[str, ...], str], ...] = (
     (("checkpoints", "data"), "weights; data sets and loading"),
     (("config", "layers", "images", "preprocessing", "ops"), "blocks; images to tensors; masks"),
     (
-        ("version", "extras", "files", "allocator", "progress", "interruption"),
+        ("version", "extras", "files", "modules", "allocator", "progress", "interruption"),
         "atomic files, optional packages, progress",
     ),
 )

@@ -16,8 +16,8 @@ from kornia_tinyvit.checkpoints import Checkpoint
 from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.images import Images, map_images, read_batches
-from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
 
 __all__ = ["ImageClassifier", "Prediction", "center_zoom"]
@@ -166,10 +166,10 @@ class ImageClassifier(nn.Module):
             FileNotFoundError: if a file does not exist.
         """
         check_counts(top_k=top_k, batch_size=batch_size)
-        predictions = []
-        with evaluating(self), torch.inference_mode(), ThreadPoolExecutor(1) as reader:
-            for inputs in _prefetch(reader, self._batches(images, batch_size)):
-                scores = self._average(inputs).float().softmax(1)
+        network, predictions = evaluation_copy(self), []
+        with torch.inference_mode(), ThreadPoolExecutor(1) as reader:
+            for inputs in _prefetch(reader, network._batches(images, batch_size)):
+                scores = network._average(inputs).float().softmax(1)
                 best = scores.topk(min(top_k, scores.shape[1]))
                 for indices, values in zip(best.indices.tolist(), best.values.tolist(), strict=True):
                     ranked = zip(indices, values, strict=True)

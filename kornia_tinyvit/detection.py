@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import Prediction
 from kornia_tinyvit.images import Images, check_images, map_images, read_batches
-from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.preprocessing import check_counts, resize_images
 
 __all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
@@ -211,10 +211,11 @@ class TinyViTDetector(BackboneNetwork):
         if not 0 <= confidence_threshold < 1:
             raise ValueError(f"confidence_threshold must be in [0, 1); got {confidence_threshold!r}.")
         select = self.post_processor(confidence_threshold)
+        network = evaluation_copy(self)
         detections: list[list[Detection]] = []
-        with evaluating(self), torch.inference_mode():
+        with torch.inference_mode():
             for batch in read_batches(images, self, self.backbone.config.in_chans, batch_size):
-                logits, boxes = self(batch)
+                logits, boxes = network(batch)
                 sizes = torch.tensor([image.shape[-2:] for image in batch], device=logits.device)
                 for rows, size in zip(select(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):
                     detections.append([self._detection(row, *size) for row in rows.tolist()])

@@ -6,8 +6,8 @@ Feature maps are :math:`(B, C, H, W)` tensors in channels-last memory, which mak
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -285,16 +285,3 @@ class TinyViTBlock(nn.Module):
             tokens = tokens.view(batch, rows * side, columns * side, channels)
         # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
         return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if tracing or pad_h or pad_w else tokens
-
-
-@contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Put a module into evaluation mode for a block, and restore the mode of each submodule afterwards."""
-    training = [part for part in module.modules() if part.training]
-    for part in training:
-        part.training = False
-    try:
-        yield
-    finally:
-        for part in training:
-            part.training = True

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.images import Images, check_images, read_batches
-from kornia_tinyvit.layers import ConvBN, evaluating
+from kornia_tinyvit.layers import ConvBN
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.preprocessing import resize_images
 
 __all__ = ["MlpDecoder", "SegmenterConfig", "SemanticSegmenter", "class_maps", "fitted_size"]
@@ -142,10 +143,10 @@ class SemanticSegmenter(BackboneNetwork):
             FileNotFoundError: if a file does not exist.
         """
         config = self.backbone.config
-        predictions = []
-        with evaluating(self), torch.inference_mode():
+        network, predictions = evaluation_copy(self), []
+        with torch.inference_mode():
             for (image,) in read_batches(images, self, config.in_chans):
-                predictions.append(class_maps(self, image[None], config)[0])
+                predictions.append(class_maps(network, image[None], config)[0])
         return predictions
 
 

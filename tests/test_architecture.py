@@ -11,7 +11,7 @@ PACKAGE = Path(__file__).parents[1] / "kornia_tinyvit"
 
 #: From the lowest layer up; described in docs/architecture.rst.
 LAYERS = (
-    ("version", "extras", "files", "allocator", "progress", "interruption"),
+    ("version", "extras", "files", "modules", "allocator", "progress", "interruption"),
     ("config", "layers", "images", "preprocessing", "ops"),
     ("checkpoints", "data"),
     ("model", "folding"),

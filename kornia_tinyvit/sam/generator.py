@@ -17,6 +17,7 @@ from torch import Tensor
 
 from kornia_tinyvit import ops
 from kornia_tinyvit.images import Images, is_single, list_images, open_image
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, UPSCALING, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding
 
@@ -163,6 +164,7 @@ class MaskGenerator:
             sam: the :class:`MobileSAM`.
             image: as in :meth:`MobileSAM.generate_masks`, which lists what it returns and raises.
         """
+        sam = evaluation_copy(sam)
         decoder = FoldedMaskDecoder(sam.mask_decoder, self.dtype)
         if isinstance(image, ImageEmbedding):
             if self.crop_n_layers:

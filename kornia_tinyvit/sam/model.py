@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, overload
 
@@ -18,8 +17,8 @@ from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.images import ImageInput, Images, list_images, open_image
-from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.preprocessing import check_counts
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskPrediction, fingerprint
@@ -187,10 +186,11 @@ class MobileSAM(Sam):
 
     def _embed_batch(self, images: list[ImageInput]) -> ImageEmbedding:
         recording = _records(self.image_encoder, *images)
+        encoder = self.image_encoder if recording else evaluation_copy(self.image_encoder)
         # no_grad, not inference mode: a decoder in training saves the features for its backward pass.
-        with nullcontext() if recording else evaluating(self.image_encoder), torch.set_grad_enabled(recording):
+        with torch.set_grad_enabled(recording):
             inputs, geometries = self.preprocess(images)
-            return ImageEmbedding(self.image_encoder(inputs), geometries, fingerprint(self.image_encoder))
+            return ImageEmbedding(encoder(inputs), geometries, fingerprint(self.image_encoder))
 
     def predict_masks(
         self,
@@ -208,8 +208,9 @@ class MobileSAM(Sam):
         tensors; for several, lists with a tensor or ``None`` per image.
 
         Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is in training mode, or the
-        embedding or a prompt requires one. Otherwise prompts share the computation on their image (see
-        :class:`~kornia_tinyvit.sam.FoldedMaskDecoder`), also in :meth:`forward` and :meth:`prompter`.
+        embedding or a prompt requires one. Otherwise the network runs as in evaluation mode, and prompts share the
+        computation on their image (see :class:`~kornia_tinyvit.sam.FoldedMaskDecoder`), also in :meth:`forward` and
+        :meth:`prompter`.
 
         Args:
             embedding: from :meth:`embed`, or loaded from a file.
@@ -238,10 +239,13 @@ class MobileSAM(Sam):
             on_device = [None if each is None else each.to(first.device) for each in tensors]
             prompts = prepare_prompts(one.geometries[0], *on_device)
             masks = None if prompts.masks is None else prompts.masks.to(first.dtype)
-            features, position = one.features.to(first.device, first.dtype), self.prompt_encoder.get_dense_pe()
-            with torch.set_grad_enabled(_records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)):
-                prompt = self.prompt_encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
-                logits, scores = self.mask_decoder(features, position, *prompt, multimask_output)
+            features = one.features.to(first.device, first.dtype)
+            recording = _records(self.mask_decoder, self.prompt_encoder, one.features, *on_device)
+            encoder = self.prompt_encoder if recording else evaluation_copy(self.prompt_encoder)
+            decoder = self.mask_decoder if recording else evaluation_copy(self.mask_decoder)
+            with torch.set_grad_enabled(recording):
+                prompt = encoder(points=prompts.points, boxes=prompts.boxes, masks=masks)
+                logits, scores = decoder(features, encoder.get_dense_pe(), *prompt, multimask_output)
             predictions.append(MaskPrediction(logits, scores, one.geometries[0], self.mask_threshold))
         return predictions
 

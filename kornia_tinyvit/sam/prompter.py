@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import kornia.augmentation as K
 import torch
 from kornia.contrib.visual_prompter import VisualPrompter
 from kornia.models.sam import SamConfig
+from kornia.models.structures import SegmentationResults
 from torch import Tensor
 
 from kornia_tinyvit.images import Images, list_images, read_image
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.sam.embedding import Geometry, ImageEmbedding, fingerprint
 from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD
 
@@ -20,7 +24,8 @@ __all__ = ["MobileSAMPrompter"]
 class MobileSAMPrompter(VisualPrompter):
     """kornia's ``VisualPrompter`` over an existing network; returned by :meth:`MobileSAM.prompter`.
 
-    Unlike kornia's, it can return the image embedding and accept one instead of an image.
+    Unlike kornia's, it can return the image embedding and accept one instead of an image, and it evaluates a network
+    in training mode as in evaluation mode, without changing it.
 
     Args:
         model: the :class:`MobileSAM`.
@@ -64,7 +69,30 @@ class MobileSAMPrompter(VisualPrompter):
         images = list_images(image)
         if len(images) != 1:
             raise ValueError(f"Expected one image; got {len(images)}. Use MobileSAM.embed for several.")
-        super().set_image(read_image(images[0]).to(self.device, self.dtype), mean, std)
+        with self._evaluation():
+            super().set_image(read_image(images[0]).to(self.device, self.dtype), mean, std)
+
+    def predict(self, *args: Any, **kwargs: Any) -> SegmentationResults:
+        """Predict masks for prompts on the current image.
+
+        Args:
+            *args: arguments of kornia's ``VisualPrompter.predict``.
+            **kwargs: its keyword arguments.
+
+        Returns:
+            Logits and scores.
+        """
+        with self._evaluation():
+            return super().predict(*args, **kwargs)
+
+    @contextmanager
+    def _evaluation(self) -> Iterator[None]:
+        network = self.model
+        self.model = evaluation_copy(network)
+        try:
+            yield
+        finally:
+            self.model = network
 
     def embedding(self) -> ImageEmbedding:
         """Return the embedding of the current image.

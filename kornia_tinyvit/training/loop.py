@@ -373,7 +373,9 @@ class _Trainer:
             skip_broken=self.samples.on_broken == "skip",
         )  # fmt: skip
         shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
+        self.model.eval()  # train_batch sets the mode of each batch; a sharded network cannot be copied
         broken = evaluate_network(self.model, evaluator, workers, **shard)
+        self.model.train()
         self.broken.update(f"validation: {name}" for name in broken)
         if accelerator.num_processes > 1:
             state = evaluator.counts.state().to(accelerator.device)

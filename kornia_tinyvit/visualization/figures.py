@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.classification import ImageClassifier, Prediction
 from kornia_tinyvit.images import to_pil
-from kornia_tinyvit.layers import evaluating
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.visualization.drawing import save_image
 from kornia_tinyvit.visualization.features import feature_colors, overlay_heatmap, saliency, stage_features
 
@@ -62,10 +62,10 @@ def save_figure(
     views = demo_augmentations() if views is None else views
     batch = image.unsqueeze(0)
     changed = {name: view(batch).clamp(0, 1)[0] for name, view in views.items()}
-    with evaluating(classifier):
-        predictions = classifier.predict([image, *changed.values()], top_k)
-        heat = saliency(classifier, batch)
-        stages = stage_features(classifier, batch)
+    network = evaluation_copy(classifier)
+    predictions = network.predict([image, *changed.values()], top_k)
+    heat = saliency(network, batch)
+    stages = stage_features(network, batch)
 
     above = [(image, "the photo", "")]
     for (name, view), found in zip(changed.items(), predictions[1:], strict=True):

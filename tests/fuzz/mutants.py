@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from unittest import mock
 
 IMAGES, CHECKPOINTS = "images with known pixels", "checkpoints with known tensors"
 DATA, MODULES = "data sets with known samples", "modules with known outputs"

@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import evaluation_copy
 
 __all__ = ["extract_features", "k_nearest_neighbors", "linear_probe"]
 
@@ -20,7 +20,7 @@ def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -
     """Return the inputs of a network's head: its normalized pooled features.
 
     Args:
-        model: the network, put into evaluation mode meanwhile.
+        model: the network, evaluated as in evaluation mode and not changed.
         batches: normalized images :math:`(B, C, H, W)` and their class indices :math:`(B,)`.
 
     Returns:
@@ -31,7 +31,8 @@ def extract_features(model: TinyViT, batches: Iterable[tuple[Tensor, Tensor]]) -
     """
     first = next(model.parameters())
     features, labels = [], []
-    with evaluating(model), torch.no_grad():
+    model = evaluation_copy(model)
+    with torch.no_grad():
         for images, classes in batches:
             found = model.forward_head(model.forward_features(images.to(first.device, first.dtype)), pre_logits=True)
             features.append(found.float().cpu())

@@ -15,8 +15,8 @@ from torch.utils.data import DataLoader, Dataset
 from kornia_tinyvit.data.datasets import check_names
 from kornia_tinyvit.data.loader import read_unless_broken, replay_loader
 from kornia_tinyvit.data.order import EpochOrder
-from kornia_tinyvit.layers import evaluating
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import evaluation_copy
 from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.training.metrics.counts import Counts
@@ -230,7 +230,7 @@ def evaluate_network(
     """Run an evaluator over its images, or over the shard of a rank.
 
     Args:
-        network: the network, put into evaluation mode meanwhile.
+        network: the network, evaluated as in evaluation mode and not changed.
         evaluator: the evaluator.
         workers: number of loader processes.
         progress: show a progress bar.
@@ -241,10 +241,10 @@ def evaluate_network(
     """
     loader = read_batches(evaluator.items, evaluator.batch_size, workers, **shard)
     broken: list[str] = []
-    with evaluating(network):
-        for batch in track_progress(loader, "evaluating", progress):
-            evaluator.update(network, [(index, sample) for index, sample in batch if sample is not None])
-            broken += [evaluator.items.images.name(index) for index, sample in batch if sample is None]
+    network = evaluation_copy(network)
+    for batch in track_progress(loader, "evaluating", progress):
+        evaluator.update(network, [(index, sample) for index, sample in batch if sample is not None])
+        broken += [evaluator.items.images.name(index) for index, sample in batch if sample is None]
     return broken
 
 
