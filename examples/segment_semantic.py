@@ -99,8 +99,7 @@ def main() -> None:
     torch.manual_seed(0)
 
     images = SegmentationDataset.open(args.data, "train")
-    classes = dict(zip(images.ids, images.class_names, strict=True))
-    validation = SegmentationDataset.open(args.data, "val", classes, images.ignored)
+    validation = images.open_split(args.data, "val")
     images = images.sample(args.images)
     # To fit a few images: the same learning rate for all layers, and weak augmentation.
     recipe = dataclasses.replace(

@@ -65,12 +65,8 @@ class Request:
             self.note(f"{text}: {len(names)}, e.g. {'; '.join(names[:most])}")
 
     def note_run(self, images: Any, device: object, weights: str) -> None:
-        """Note what a training or an evaluation runs on: images, objects, classes, ignored ids, device and weights."""
-        counts = {"images": len(images), "objects": getattr(images, "num_objects", 0), "classes": images.num_classes}
-        parts = [f"{count} {name}" for name, count in counts.items() if count]
-        if ignored := getattr(images, "ignored", ()):
-            parts.append(f"ignored ids {', '.join(map(str, ignored))}")
-        self.note(f"{', '.join(parts)}; device {device}; weights {weights}")
+        """Note what a training or an evaluation runs on: the summary of the images, device and weights."""
+        self.note(f"{images.summary}; device {device}; weights {weights}")
 
     def reject_unused(self, names: Iterable[str], reason: str) -> None:
         """Reject options that were given although they have no effect.

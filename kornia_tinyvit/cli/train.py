@@ -37,9 +37,10 @@ class TrainRequest(shared.LoopRequest):
 
     data: Path = argument(
         "Images. Classification: folder of class folders, parquet files of the Hugging Face hub, tar files. Semantic: "
-        "folder with images and masks, or YAML file that names those of train and val and the classes. Promptable: "
-        "folder with images and masks or labels, or YAML file that names images and instances. Detection: YAML file of "
-        "a YOLO dataset, COCO JSON file, folder with one of them, or Pascal VOC folder."
+        "folder with images and masks, of train and val or not, Pascal VOC folder, or YAML file that names the folders "
+        "and the classes. Promptable: the same, folder with images and labels of YOLO, folder per image, or COCO JSON "
+        "file. Detection: YAML file of a YOLO dataset, COCO JSON file, folder with one of them or with images and "
+        "labels, or Pascal VOC folder."
     )
     task: TaskName = option(
         "Training",
@@ -102,10 +103,7 @@ def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
     augmentation = _augment(request, recipe, training.MaskAugmentation)
     samples = training.SegmentationSamples(images, augmentation, request.on_broken)
     model = request.build_network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
-    validation = None
-    if request.validation is not None:
-        classes = dict(zip(images.ids, images.class_names, strict=True))
-        validation = SegmentationDataset.open(request.validation, "val", classes, images.ignored)
+    validation = None if request.validation is None else images.open_split(request.validation, "val")
     weights = training.balanced_weights(images, request.class_balance) if request.class_balance else None
     objective = training.SegmentationLoss(samples.augmentation.preset.label_smoothing, weights)
     return training.SEMANTIC, model, samples, objective, validation
@@ -130,7 +128,9 @@ def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
     detector = request.build_network(TinyViTDetector.from_config, recipe, scale_windows=False, **options)
     model = training.DetectorTraining(detector)
-    validation = None if request.validation is None else DetectionDataset.open(request.validation, "val")
+    validation = None
+    if request.validation is not None:
+        validation = DetectionDataset.open(request.validation, "val").with_classes(images.class_names)
     return training.DETECTION, model, samples, training.DetectionLoss(model), validation
 
 

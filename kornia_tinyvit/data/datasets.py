@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -261,6 +262,38 @@ def match_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> l
     if unknown:
         raise ValueError(f"The network does not have the classes {', '.join(unknown[:5])} of the dataset.")
     return [theirs.index(name) for name in ours]
+
+
+def class_positions(ours: Sequence[str], theirs: Sequence[str]) -> list[int]:
+    """Return the class indices of a data set's classes in a network, by name.
+
+    Names such as "class 3" are not names but indices, on either side.
+
+    Args:
+        ours: names of the data set's classes.
+        theirs: names of the network's classes.
+
+    Raises:
+        ValueError: if the network does not have all classes.
+    """
+    unknown = sorted(set(ours) - set(theirs))
+    if not unknown:
+        return [theirs.index(name) for name in ours]
+    numbers, order = _numbers(ours), list(range(len(theirs)))
+    if numbers and not _numbers(theirs) and max(numbers) < len(theirs):
+        return numbers
+    if _numbers(theirs) == order and len(ours) == len(theirs):
+        return order
+    raise ValueError(
+        f"The network does not have the classes {', '.join(unknown[:5])} of the data, but {', '.join(theirs[:5])}"
+        f"{' and others' if len(theirs) > 5 else ''}. Classes are matched by name."
+    )
+
+
+def _numbers(names: Sequence[str]) -> list[int]:
+    """Return the indices in names of the form "class 3"; none if one has another form."""
+    found = [re.fullmatch(r"class (\d+)", name) for name in names]
+    return [int(each[1]) for each in found if each] if all(found) else []
 
 
 def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:

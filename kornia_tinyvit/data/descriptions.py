@@ -74,6 +74,17 @@ def find_section(described: Mapping[str, Any], split: str) -> Any:
     return next((described[name] for name in split_names(split) if described.get(name)), None)
 
 
+def find_root(path: Path, described: Mapping[str, Any]) -> Path:
+    """Return the folder that the paths of a description are relative to: its ``path`` or, if missing, its own."""
+    stated = path.parent / posix(described.get("path") or ".")
+    return stated if stated.is_dir() else path.parent  # files that were moved state the path of another machine
+
+
+def posix(path: object) -> str:
+    """Return a path with slashes, also if it was written on Windows."""
+    return str(path).replace("\\", "/")
+
+
 def split_names(split: str) -> tuple[str, ...]:
     """Return the names under which data sets store a split, the given one first."""
     names = next((names for names in _SPLITS if split in names), ())

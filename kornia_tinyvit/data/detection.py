@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
 
 from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.boxes import Boxes, Objects
-from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size, count_noun
+from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size, class_positions, count_noun
+from kornia_tinyvit.data.layouts import find_in_folder, find_layout
 
 __all__ = ["DetectionDataset"]
+
+_LAYOUTS = (
+    "a YAML file of Ultralytics, images/ and labels/, images/SPLIT/ and labels/SPLIT/, SPLIT/images/ and SPLIT/labels/ "
+    "(SPLIT is train, val or test), annotations/instances_SPLIT.json or SPLIT/_annotations.coco.json of COCO, or the "
+    "folders of Pascal VOC"
+)
 
 
 class DetectionDataset(ImageDataset[Objects]):
@@ -62,6 +73,9 @@ class DetectionDataset(ImageDataset[Objects]):
                   ``annotations``;
                 - a folder that holds one of them: ``annotations/instances_SPLIT*.json``,
                   ``SPLIT*/_annotations.coco.json``, or a YAML file;
+                - a folder with ``images`` and ``labels`` in YOLO's format, with ``images/SPLIT`` and ``labels/SPLIT``,
+                  or with ``SPLIT/images`` and ``SPLIT/labels``; ``classes.txt`` in it or beside the labels names the
+                  classes, which are "class 0" and so on without;
                 - a folder in Pascal VOC's format, with ``JPEGImages``, ``Annotations`` and
                   ``ImageSets/Main/SPLIT.txt``. The classes are the sorted names of all objects. Coordinates count from
                   1 and the last pixels are inside the box; difficult objects are ignored in training and evaluation.
@@ -77,10 +91,46 @@ class DetectionDataset(ImageDataset[Objects]):
         if voc.holds_annotations(path):
             return cls(voc.read_boxes(path, split), path)
         if path.is_dir():
-            path = _find_in_folder(path, split)
+            found = find_in_folder(path, split)
+            layout = None if found else find_layout(path, split, ("labels",))
+            if layout is not None:
+                return cls(yolo.read_folder(path, layout), path)
+            if found is None:
+                raise FileNotFoundError(f"{path} holds no images with boxes of {split!r}. Expected {_LAYOUTS}.")
+            path = found
         if images is not None or path.suffix.lower() == ".json":
             return cls(coco.read_boxes(path, None if images is None else Path(images)), path)
         return cls(yolo.read_boxes(path, split), path)
+
+    def with_classes(self, names: Sequence[str]) -> DetectionDataset:
+        """Return the dataset with the class indices of other class names, such as a network's.
+
+        Args:
+            names: names of the classes in the order of their indices.
+
+        Raises:
+            ValueError: if not all classes of the dataset are among them.
+        """
+        if tuple(names) == self.class_names:
+            return self
+        positions = np.array(class_positions(self.class_names, names))
+        mapped = self._subset(range(len(self)))
+        mapped._targets = [replace(boxes, labels=positions[boxes.labels]) for boxes in self._targets]
+        mapped.class_names, mapped.num_classes = tuple(names), len(names)
+        return mapped
+
+    def require_objects(self) -> None:
+        """Reject images without objects, or with objects that are ignored in training only.
+
+        Raises:
+            ValueError: if no image has an object.
+        """
+        if not any((~boxes.crowds).any() for boxes in self._targets):
+            raise ValueError(
+                f"None of {count_noun(len(self), 'image')} has an object, such as {self.place(0)}; "
+                f"{count_noun(self.num_objects, 'crowd or difficult object')} and "
+                f"{count_noun(len(self.left_out), 'box')} without an area do not count."
+            )
 
     @property
     def num_objects(self) -> int:
@@ -103,27 +153,10 @@ class DetectionDataset(ImageDataset[Objects]):
         return stored.scale(*size)
 
     def _counts(self) -> list[str]:
-        return [count_noun(self.num_objects, "object"), *super()._counts()]
+        crowds = int(sum(boxes.crowds.sum() for boxes in self._targets))
+        ignored = [f"{count_noun(crowds, 'crowd or difficult object')} ignored"] if crowds else []
+        empty = [f"{count_noun(len(self.left_out), 'box')} without an area left out"] if self.left_out else []
+        return [count_noun(self.num_objects - crowds, "object"), *super()._counts(), *ignored, *empty]
 
     def _state(self, stored: Boxes) -> object:
         return [values.tolist() for values in (stored.boxes, stored.labels, stored.crowds)]
-
-
-def _find_in_folder(folder: Path, split: str) -> Path:
-    patterns = (
-        f"annotations/instances_{split}*.json",
-        f"annotations/{split}*.json",
-        f"{split}*/_annotations.coco.json",
-        "*.yaml",
-        "*.yml",
-    )
-    for pattern in patterns:
-        found = sorted(folder.glob(pattern))
-        if len(found) > 1:
-            names = ", ".join(file.name for file in found)
-            raise ValueError(f"{folder} holds several datasets ({names}); open one of the files.")
-        if found:
-            return found[0]
-    raise FileNotFoundError(
-        f"There is no dataset in {folder} for {split!r}; expected {', '.join(patterns)}, or the folders of Pascal VOC."
-    )

@@ -86,17 +86,3 @@ def files_by_stem(folder: Path) -> dict[str, str]:
             raise ValueError(f"{folder} holds both {files[stem]} and {name.as_posix()}; expected one file per image.")
         files[stem] = name.as_posix()
     return files
-
-
-def find_folders(path: Path, split: str, kind: str) -> tuple[Path, Path] | None:
-    """Return the folders of images and labels, ``images/SPLIT`` and ``KIND/SPLIT`` or ``images`` and ``KIND``.
-
-    Args:
-        path: the folder of ``images``.
-        split: name of the split.
-        kind: name of the folder of labels. If it does not exist, ``None`` is returned.
-    """
-    images, labels = path / "images", path / kind
-    if (images / split).is_dir() and (labels / split).is_dir():
-        return images / split, labels / split
-    return (images, labels) if labels.is_dir() else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,14 +10,28 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kornia_tinyvit.data import coco, yolo
+from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size, count_noun
-from kornia_tinyvit.data.descriptions import find_section, read_description
-from kornia_tinyvit.data.folders import find_folders
-from kornia_tinyvit.data.masks import Instances, count_ids, pair_masks, read_objects, split_ids
+from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description, split_names
+from kornia_tinyvit.data.layouts import find_in_folder, find_layout
+from kornia_tinyvit.data.masks import (
+    Instances,
+    count_ids,
+    count_voc_ids,
+    pair_masks,
+    read_objects,
+    split_ids,
+    split_voc_ids,
+)
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["InstanceDataset"]
+
+_LAYOUTS = (
+    "images/ and masks/ or labels/, images/SPLIT/ and masks/SPLIT/, SPLIT/images/ and SPLIT/masks/ (SPLIT is train, "
+    "val or test), a folder per image with images/ and masks/, a COCO file, the folders of Pascal VOC, or a YAML file "
+    "that names images and instances"
+)
 
 
 class InstanceDataset(ImageDataset[Tensor]):
@@ -58,11 +73,19 @@ class InstanceDataset(ImageDataset[Tensor]):
         """Open a dataset from one path.
 
         Args:
-            path: a folder with ``images`` and ``masks`` or ``labels`` (or ``images/SPLIT`` and so on); a folder of
-                folders with ``images`` and ``masks``, or with such folders in ``SPLIT``; or a YAML or JSON file with a
-                section per split, whose ``images`` names the folder of images and whose ``instances`` names the folder
-                or file of instances, relative to the file. A section may also hold folders of images or text files
-                that list some, as in Ultralytics' files; see :meth:`DetectionDataset.open` for their labels.
+            path: one of
+
+                - a folder with ``images`` and ``masks`` or ``labels``, with ``images/SPLIT`` and so on, or with
+                  ``SPLIT/images`` and so on, where the split may also be called ``valid`` or ``train2017``;
+                - a folder of folders with ``images`` and ``masks`` for one image each, or with such folders in
+                  ``SPLIT``;
+                - a folder in Pascal VOC's format, with ``JPEGImages``, ``SegmentationObject`` and
+                  ``ImageSets/Segmentation/SPLIT.txt``; in its masks 255 is no object;
+                - a JSON file in COCO's format or a folder with one, as for :meth:`DetectionDataset.open`;
+                - a YAML or JSON file with a section per split, whose ``images`` names the folder of images and whose
+                  ``instances`` names the folder or file of instances, relative to the file. A section may also hold
+                  folders of images or text files that list some, as in Ultralytics' files; see
+                  :meth:`DetectionDataset.open` for their labels.
             split: name of the split.
             min_area: drop instances of fewer pixels; COCO calls instances below 1024 pixels small.
             instances: folder or JSON file of the instances, if ``path`` is the folder of their images.
@@ -78,18 +101,9 @@ class InstanceDataset(ImageDataset[Tensor]):
             return cls(_read(path, Path(instances)), min_area)
         if path.is_dir():
             return cls(_read_folder(path, split), min_area)
-        expected = "a folder with 'images' and 'masks' or 'labels', or a YAML file that names them"
-        described = read_description(path, expected)
-        section = find_section(described, split)
-        if isinstance(section, (str, list)):
-            return cls(yolo.read_outlines(yolo.find_pairs(path, described, split), path), min_area)
-        if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():
-            raise ValueError(
-                f"{path} does not state the images and instances of {split!r}; expected a section '{split}' with "
-                "'images' and 'instances', or the folder of the images."
-            )
-        root = path.parent / str(described.get("path") or ".")
-        return cls(_read(root / section["images"], root / section["instances"]), min_area)
+        if path.suffix.lower() == ".json" and path.is_file() and coco.is_coco(path):
+            return cls(coco.read_masks(path), min_area)
+        return cls(_read_described(path, split), min_area)
 
     def with_instances(self) -> InstanceDataset:
         """Return the subset of the images that have instances; this reads all images.
@@ -100,8 +114,27 @@ class InstanceDataset(ImageDataset[Tensor]):
         """
         rows = [row for row in range(len(self)) if len(self.read(row)[1])]
         if not rows:
-            raise ValueError(f"None of {len(self)} images has an instance of at least {self.min_area} pixels.")
+            raise self._without_instances()
         return self._subset(rows)
+
+    def require_objects(self) -> None:
+        """Reject images without instances; reading stops at the first one, and corrupt images are left out.
+
+        Raises:
+            ValueError: if no image has instances.
+        """
+        for row in range(len(self)):
+            with contextlib.suppress(BrokenImageError, OSError):
+                if len(self.read(row)[1]):
+                    return
+        raise self._without_instances()
+
+    def _without_instances(self) -> ValueError:
+        labels = [str(source)[:100] for stored in self._targets for source in stored.sources]
+        example = f", such as in {labels[0]}" if labels else ""
+        return ValueError(
+            f"None of {count_noun(len(self), 'image')} has an instance of at least {self.min_area} pixels{example}."
+        )
 
     def _target(self, stored: Instances, size: tuple[int, int], place: str) -> Tensor:
         check_size(place, size, stored.size, "its labels are for")
@@ -137,13 +170,37 @@ def _count(stored: Instances) -> int:
 
 
 def _read_folder(path: Path, split: str) -> Contents:
-    folders = find_folders(path, split, "masks") or find_folders(path, split, "labels")
-    if folders:
-        return _read(*folders)
-    for folder in (path / split, path):
-        if any(images.with_name("masks").is_dir() for images in folder.glob("*/images")):
+    layout = find_layout(path, split, ("masks", "labels"))
+    if layout is not None:
+        contents = _read(layout.images, layout.labels)
+        return replace(contents, notes=(*layout.notes, *contents.notes))
+    if voc.holds_masks(path, voc.OBJECTS):
+        contents = voc.read_masks(path, split, voc.OBJECTS)
+        return replace(
+            contents, targets=[Instances((mask,), split_voc_ids, count=count_voc_ids) for mask in contents.targets]
+        )
+    for folder in (*(path / name for name in split_names(split)), path):
+        if folder.is_dir() and any(images.with_name("masks").is_dir() for images in folder.glob("*/images")):
             return read_objects(folder)
-    raise ValueError(f"{path} holds neither 'masks' nor 'labels' beside 'images'; expected one of them.")
+    found = find_in_folder(path, split)
+    if found is not None:
+        return coco.read_masks(found) if found.suffix.lower() == ".json" else _read_described(found, split)
+    boxes = " It holds boxes of Pascal VOC, which are for --task detection." if voc.holds_annotations(path) else ""
+    raise ValueError(f"{path} holds no images with instances. Expected {_LAYOUTS}.{boxes}")
+
+
+def _read_described(path: Path, split: str) -> Contents:
+    described = read_description(path, _LAYOUTS)
+    section = find_section(described, split)
+    if isinstance(section, (str, list)):
+        return yolo.read_outlines(yolo.find_pairs(path, described, split), path)
+    if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():
+        raise ValueError(
+            f"{path} does not state the images and instances of {split!r}; expected a section '{split}' with "
+            "'images' and 'instances', or the folder of the images."
+        )
+    root = find_root(path, described)
+    return _read(root / posix(section["images"]), root / posix(section["instances"]))
 
 
 def _read(images: Path, instances: Path) -> Contents:

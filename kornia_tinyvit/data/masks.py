@@ -18,7 +18,8 @@ from kornia_tinyvit.images import UNREADABLE
 from kornia_tinyvit.ops.rle import decode_rle
 
 NUM_IDS = 2**16  # of a 16-bit mask
-UNLABELED_ID = 255  # of unlabeled pixels in most datasets
+UNLABELED_ID = 255  # of unlabeled pixels in most datasets of 8-bit class masks
+BINARY = {0, 255}  # the ids of masks that were saved as black and white images
 _INDEX_MODES = ("1", "L", "P", "I", "I;16", "I;16B")
 _LOSSY = (".jpg", ".jpeg")  # compression changes the ids along edges
 
@@ -107,8 +108,8 @@ def _read_object(path: Path, _: tuple[int, int]) -> Masks:
     return [read_ids(path) > 0]
 
 
-def read_ids(path: Path) -> NDArray[np.int64]:
-    """Return the ids of a mask's pixels, :math:`(H, W)`, in [0, 65536).
+def read_ids(path: Path) -> NDArray[np.uint8] | NDArray[np.int64]:
+    """Return the ids of a mask's pixels, :math:`(H, W)`, in [0, 65536); of type uint8 if the file has 8 bits.
 
     Raises:
         BrokenImageError: if the file cannot be decoded or is not a mask.
@@ -125,6 +126,8 @@ def read_ids(path: Path) -> NDArray[np.int64]:
         raise BrokenImageError(
             f"{path} is not a mask: it has the mode {mode}; expected ids in one channel or a palette."
         )
+    if mode in ("1", "L", "P"):
+        return ids.astype(np.uint8)
     ids = ids.astype(np.int64)
     if ids.min() < 0 or ids.max() >= NUM_IDS:
         raise BrokenImageError(f"{path} holds ids from {ids.min()} to {ids.max()}; expected [0, {NUM_IDS}).")
@@ -142,9 +145,43 @@ def count_ids(path: Path) -> int:
     return len(_instance_ids(read_ids(path)))
 
 
-def _instance_ids(ids: NDArray[np.int64]) -> NDArray[np.int64]:
+def split_voc_ids(path: Path, _: tuple[int, int]) -> Masks:
+    """Return a mask for each id of Pascal VOC's ``SegmentationObject``, in which 255 is unlabeled."""
+    ids = read_ids(path)
+    return [ids == each for each in _instance_ids(ids) if each != UNLABELED_ID]
+
+
+def count_voc_ids(path: Path) -> int:
+    """Return the number of masks of :func:`split_voc_ids`."""
+    return sum(each != UNLABELED_ID for each in _instance_ids(read_ids(path)).tolist())
+
+
+def _instance_ids(ids: NDArray[Any]) -> NDArray[np.int64]:
     found = np.flatnonzero(np.bincount(ids.ravel()))
     return found[found > 0]
+
+
+def find_ids(masks: Iterable[Path]) -> tuple[set[int], bool]:
+    """Return the ids in masks, and whether one has 16 bits; masks that cannot be read are left out."""
+    present, deep = np.zeros(NUM_IDS, dtype=np.bool_), False
+    for mask in masks:
+        try:
+            ids = read_ids(mask)
+        except (BrokenImageError, OSError):  # reported when the sample is read
+            continue
+        present[ids.ravel()] = True
+        deep |= ids.dtype != np.uint8
+    return set(np.flatnonzero(present).tolist()), deep
+
+
+def is_binary(masks: Iterable[Path]) -> bool:
+    """Return whether masks hold the ids 0 and 255 and no other one; reading stops at the first other one."""
+    found: set[int] = set()
+    for mask in masks:
+        found |= find_ids([mask])[0]
+        if not found <= BINARY:
+            return False
+    return found == BINARY
 
 
 def fill_polygons(rings: Iterable[Ring], size: tuple[int, int]) -> NDArray[np.bool_]:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents, count_noun
-from kornia_tinyvit.data.descriptions import find_section, read_description, read_text
+from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description, read_names, read_text
 from kornia_tinyvit.data.folders import Files, find_file, list_images
+from kornia_tinyvit.data.layouts import Layout, list_layouts
 from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_polygons
 
 _TOLERANCE = 0.01  # by which fractions may leave [0, 1], as for Ultralytics; they are clamped
@@ -53,8 +55,34 @@ def read_boxes(path: Path, split: str) -> Contents:
     if not find_section(described, split) or not (described.get("names") or described.get("nc")):
         raise ValueError(f"{path} does not describe a YOLO dataset with {split!r}; expected 'names' and '{split}'.")
     class_names = _class_names(path, described)
-    pairs = find_pairs(path, described, split)
-    notes = _check_labeled(pairs, f"{split!r} in {path}")
+    return _read_boxes(find_pairs(path, described, split), class_names, f"{split!r} in {path}")
+
+
+def read_folder(path: Path, layout: Layout) -> Contents:
+    """Return the images and boxes of a folder without a description.
+
+    Args:
+        path: the folder of the data set.
+        layout: the folders of images and labels.
+
+    Raises:
+        ValueError: as :func:`read_boxes`.
+    """
+    places = [path, *(path / "labels", layout.labels)]
+    named = next((each / "classes.txt" for each in places if (each / "classes.txt").is_file()), None)
+    if named is not None:
+        class_names = tuple(read_names(named))
+    else:
+        folders = {layout.labels, *(each.labels for each in list_layouts(path, "labels").values())}
+        files = [file for folder in sorted(folders) for file in sorted(folder.rglob("*.txt"))]
+        count = max((label.label + 1 for file in files for label in _read_labels(file)[0]), default=0)
+        class_names = tuple(f"class {index}" for index in range(count))
+    contents = _read_boxes(pair_folders(layout.images, layout.labels), class_names, layout.images)
+    return replace(contents, notes=(*layout.notes, *contents.notes))
+
+
+def _read_boxes(pairs: list[Pair], class_names: tuple[str, ...], source: object) -> Contents:
+    notes = _check_labeled(pairs, source)
     labels = [_read_labels(pair.labels, len(class_names)) if pair.labels.is_file() else ([], 0) for pair in pairs]
     boxes = [collect_boxes(map(_box, found)) for found, _ in labels]
     if repeated := sum(count for _, count in labels):
@@ -93,13 +121,12 @@ def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pai
         ValueError: if the section is neither a folder nor a file, nor a list of them.
     """
     section = find_section(described, split)
-    stated = path.parent / _slashes(str(described.get("path") or "."))
-    root = stated if stated.is_dir() else path.parent  # files that were moved keep the path of another machine
+    root = find_root(path, described)
     pairs: list[Pair] = []
     for entry in section if isinstance(section, list) else [section]:
         if not isinstance(entry, str):
             raise ValueError(f"{path} has {str(entry)[:60]} as {split!r}; expected folders or files of images.")
-        pairs += _find_entry(root, _slashes(entry))
+        pairs += _find_entry(root, posix(entry))
     return pairs
 
 
@@ -131,10 +158,6 @@ def _find_entry(root: Path, entry: str) -> Iterator[Pair]:
 def _labels_path(path: Path) -> Path:
     """Return a path with its last folder ``images`` replaced by ``labels``."""
     return Path(re.sub(r"^(.*/)?images/", r"\1labels/", path.as_posix(), flags=re.DOTALL))
-
-
-def _slashes(path: str) -> str:
-    return path.replace("\\", "/")
 
 
 def _files(pairs: list[Pair]) -> Files:

@@ -58,8 +58,7 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
 
     Args:
         network: the network; a MobileSAM needs a square input.
-        images: the data set. Classes of a classifier are matched by name, or by index if no name matches; those of
-            other networks must be the same in the same order.
+        images: the data set. Classes are matched by name; those of a classifier by index if no name matches.
         batch_size: images per forward pass of a classifier or a detector.
         workers: number of loader processes.
         progress: show a progress bar.
@@ -100,8 +99,9 @@ def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[n
             return network, ClassificationEvaluator(known, len(network.class_names), **options)
         case SemanticSegmenter() | TinyViTDetector():
             task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
-            task.check(images, network.config, network.class_names)
-            return network, task.evaluator(images, network.config, None, **options)
+            known = images.with_classes(network.class_names)
+            task.check(known, network.config, network.class_names)
+            return network, task.evaluator(known, network.config, None, **options)
         case MobileSAM():
             prompted = PromptedSAM(network)
             return prompted, PromptEvaluator(images, prompted.config, **options)

@@ -130,7 +130,8 @@ def train(
 
     Raises:
         ValueError: if the batch is not divisible by ranks and ``process_batch``, the augmentation has another size
-            than the recipe, ``out`` holds another training or is in use, or the validation images have other classes.
+            than the recipe, ``out`` holds another training or is in use, the training images have no objects, or the
+            validation images have other classes.
         FloatingPointError: if the loss is not finite.
         KeyboardInterrupt: after Ctrl-C (SIGINT), when the current step is finished and the state is saved; with
             several ranks at the next line of metrics. A second one raises it at once.
@@ -141,6 +142,7 @@ def train(
             f"The augmentation makes images of {samples.augmentation.img_size} pixels, but the recipe has "
             f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
         )
+    task.check_training(samples.images)
     if validation is not None:
         task.check(validation, model.config, class_names)
     if validate_every < 1:

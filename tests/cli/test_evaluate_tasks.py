@@ -75,7 +75,7 @@ class TestSemantic:
         error = error_of(capfd, monkeypatch, *self.command(data, segmenter, "--confusion", "--tta"))
         assert "--tta, --confusion have no effect with --task semantic; leave them out" in error
         (data / "classes.txt").write_text("ground\ndisc\ncube")
-        assert "other classes" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
+        assert "does not have the classes cube" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
 
 
 class TestPromptable:

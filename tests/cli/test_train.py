@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from kornia_tinyvit import MobileSAM, TinyViT, progress, save_checkpoint
@@ -145,7 +148,10 @@ class TestSemantic:
         data = make_scenes(tmp_path / "data", 4)
         (data / "masks" / "03.png").unlink()
         printed, notes = run_both(*self.command(data, tmp_path, "--validation", str(data), "--weights", "cifar10"))
-        assert notes.startswith("3 images, 3 classes, ignored ids 255; device cpu; weights cifar10\n")
+        assert notes.startswith(
+            "3 images, 3 classes, ignored ids 255; skipped 1 image without labels; not divided into splits; "
+            "device cpu; weights cifar10\n"
+        )
         assert "missing: 1, e.g. 03.png" in notes
         assert ", mean IoU " in printed.strip().splitlines()[-1]
         again = self.command(data, tmp_path / "more", "--weights", str(tmp_path / "out" / "best.safetensors"))
@@ -156,6 +162,43 @@ class TestSemantic:
         assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--recipe", "in1k"))
         assert "Masks do not support policy, erasing" in error
+
+    def test_masks_without_names_or_objects(self, tmp_path, capfd, monkeypatch):
+        """The validation images have the classes of the training images, also if they show fewer; so has evaluate."""
+        data = make_scenes(tmp_path / "data", 3)
+        (data / "classes.txt").unlink()
+        for split in ("train", "val"):
+            (data / split).mkdir()
+            for kind in ("images", "masks"):
+                shutil.copytree(data / kind, data / split / kind)
+        for mask in (data / "val" / "masks").iterdir():
+            ids = np.array(Image.open(mask))
+            Image.fromarray(np.where(ids == 1, 0, ids)).save(mask)
+        alone = shutil.copytree(data / "val", tmp_path / "alone")
+        result = json.loads(run(*self.command(data, tmp_path, "--validation", str(data), "--json")))
+        for path in (data, alone):
+            options = ("--task", "semantic", "--weights", result["best"], "--json")
+            found = json.loads(run("evaluate", str(path), *options))
+            assert found["mean_iou"] == pytest.approx(result["mean_iou"], abs=0.01)
+            assert found["classes_present"] == 2
+        for mask in (data / "train" / "masks").iterdir():
+            Image.new("L", Image.open(mask).size).save(mask)
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path / "empty"))
+        assert "All labeled pixels of 3 masks have the class 'class 0'" in error
+
+    def test_validation_with_other_class_indices(self, tmp_path):
+        data, validation = make_scenes(tmp_path / "data", 2), make_scenes(tmp_path / "val", 2, seed=9)
+        runs = [("--validation", str(validation), "--json")] * 2
+        found = []
+        for number, options in enumerate(runs):
+            result = json.loads(run(*self.command(data, tmp_path / str(number), *options)))
+            report = ("evaluate", str(validation), "--task", "semantic", "--weights", result["best"], "--json")
+            found += [result["mean_iou"], json.loads(run(*report))["mean_iou"]]
+            (validation / "classes.txt").write_text("\n".join(reversed(NAMES)))
+            for mask in (validation / "masks").iterdir():
+                ids = np.array(Image.open(mask))
+                Image.fromarray(np.where(ids == 255, ids, 2 - ids.clip(max=2)).astype(np.uint8)).save(mask)
+        assert found == pytest.approx([found[0]] * 4, abs=0.01)
 
 
 class TestPromptable:
@@ -197,6 +240,8 @@ class TestPromptable:
         assert "There is no dataset" in error_of(capfd, monkeypatch, *self.command(tmp_path / "gone", tmp_path))
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--weights", "nothing"))
         assert "no weights and no file 'nothing'" in error
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--min-area", "5000"))
+        assert "None of 2 images has an instance of at least 5000 pixels" in error
         frozen = self.command(data, tmp_path, "--freeze", "mask_decoder")
         assert CliRunner().invoke(app, frozen).exit_code == 2
 

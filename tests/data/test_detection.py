@@ -146,7 +146,10 @@ class TestCoco:
     def test_folders(self, tmp_path):
         write_coco(tmp_path / "coco", make_coco())
         assert len(DetectionDataset.open(tmp_path / "coco", "val")) == 2
-        with pytest.raises(FileNotFoundError, match="for 'train'; expected annotations/instances_train"):
+        with pytest.raises(
+            FileNotFoundError,
+            match=r"no images with boxes of 'train'\. Expected a YAML file of Ultralytics, images/ and labels/",
+        ):
             DetectionDataset.open(tmp_path / "coco", "train")
         path = write_coco(tmp_path / "other", make_coco(), "train")
         path.rename(tmp_path / "other" / "train" / "_annotations.coco.json")
@@ -304,7 +307,7 @@ class TestVoc:
         data = DetectionDataset.open(tmp_path)
         assert (len(data), data.without_image) == (1, ("b",))
         (tmp_path / "Annotations" / "a.xml").unlink()
-        with pytest.raises(FileNotFoundError, match=r"a\.xml, though .*train\.txt lists a"):
+        with pytest.raises(FileNotFoundError, match=r"There is no file .*a\.xml for an image of 'train', a"):
             DetectionDataset.open(tmp_path)
 
     def test_image_of_another_size(self, tmp_path):

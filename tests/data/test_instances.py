@@ -219,7 +219,7 @@ class TestOneFilePerObject:
     def test_split(self, tmp_path):
         write_sample(tmp_path / "val", "a", (1, 1, 5, 5))
         assert InstanceDataset.open(tmp_path, "val").name(0) == "a/images/a.png"
-        with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
+        with pytest.raises(ValueError, match="holds no images with instances"):
             InstanceDataset.open(tmp_path, "train")
 
     def test_incomplete_samples_are_dropped(self, tmp_path):
@@ -260,7 +260,8 @@ class TestOpen:
             add_image(tmp_path, f"{split}/{split}.png")
             add_labels(tmp_path, SQUARE, name=f"{split}/{split}.txt")
         assert [InstanceDataset.open(tmp_path, split).name(0) for split in ("train", "val")] == ["train.png", "val.png"]
-        assert InstanceDataset.open(tmp_path, "other").name(0) == "train/train.png"  # without folders of splits
+        with pytest.raises(ValueError, match=r"has no split 'other'; expected one of train, val\."):
+            InstanceDataset.open(tmp_path, "other")
 
     @pytest.mark.parametrize("section", ["images", {"images": "images", "instances": "labels"}])
     def test_described(self, tmp_path, section):
@@ -289,7 +290,8 @@ class TestOpen:
         data = InstanceDataset.open(tmp_path)
         assert (len(data), data.without_image, [len(masks) for _, masks in data]) == (2, ("c.txt",), [1, 0])
         assert data.summary == (
-            "2 images, 1 object; skipped 1 label without an image; 1 image without a label file taken as background"
+            "2 images, 1 object; skipped 1 label without an image; not divided into splits; "
+            "1 image without a label file taken as background"
         )
         (tmp_path / "labels").rename(tmp_path / "gone")
         (tmp_path / "masks").mkdir()
@@ -307,6 +309,9 @@ class TestOpen:
         assert len(InstanceDataset.open(tmp_path, min_area=max(areas) + 1)[0][1]) == 0
         with pytest.raises(ValueError, match="at least 601 pixels"):
             InstanceDataset.open(tmp_path, min_area=601).with_instances()
+        InstanceDataset.open(tmp_path, min_area=max(areas)).require_objects()
+        with pytest.raises(ValueError, match=r"None of 1 image has an instance of at least 601 pixels, .*a\.txt"):
+            InstanceDataset.open(tmp_path, min_area=601).require_objects()
 
     def test_part_and_fingerprint(self, tmp_path):
         for number in range(4):
@@ -450,7 +455,7 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match="There is no dataset"):
             InstanceDataset.open(tmp_path / "gone")
         add_image(tmp_path)
-        with pytest.raises(ValueError, match="neither 'masks' nor 'labels'"):
+        with pytest.raises(ValueError, match=r"no images with instances\. Expected images/ and masks/ or labels/, "):
             InstanceDataset.open(tmp_path)
         with pytest.raises(FileNotFoundError, match="no folder or file"):
             InstanceDataset.open(tmp_path / "images", instances=tmp_path / "labels")

@@ -188,9 +188,9 @@ class TestErrors:
         with pytest.raises(FileNotFoundError, match="There is no folder"):
             SegmentationDataset.open(folder / "images", classes=NAMES, masks=folder / "gone")
 
-    @pytest.mark.parametrize("classes", [{-1: "a"}, {70000: "a"}, {0: "void"}])
+    @pytest.mark.parametrize("classes", [{-1: "a", 0: "b"}, {0: "b", 70000: "a"}, {0: "void", 1: "a"}, ["a"]])
     def test_ids_out_of_range(self, folder, classes):
-        with pytest.raises(ValueError, match=r"at least one class that is not ignored, with ids in"):
+        with pytest.raises(ValueError, match=r"at least two classes that are not ignored, with ids in"):
             opened(folder, classes)
 
 
@@ -207,8 +207,9 @@ class TestOpen:
                 write_pair(tmp_path / "data", "a", ids)
                 (tmp_path / kind).mkdir(exist_ok=True)
                 (tmp_path / "data" / kind).rename(tmp_path / kind / split)
-        assert SegmentationDataset.open(tmp_path, "val").ids == (2,)
-        assert SegmentationDataset.open(tmp_path).ids == (1,)
+        for split, index in (("train", 0), ("val", 1)):
+            data = SegmentationDataset.open(tmp_path, split)
+            assert (data.ids, data[0][1].tolist()) == ((1, 2), [[index]])  # the same classes in both
 
     @pytest.mark.parametrize("suffix", [".yaml", ".json"])
     def test_description(self, folder, suffix):
@@ -229,6 +230,121 @@ class TestOpen:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match="There is no dataset"):
             SegmentationDataset.open(tmp_path / "gone.yaml")
+
+
+def write_binary(root: Path, masks=((0, 255), (0, 0)), dtype=np.uint8) -> Path:
+    """Write masks of 0 and 255."""
+    for number, ids in enumerate(masks):
+        write_pair(root, f"{number}", [list(ids)])
+        Image.fromarray(np.array([ids], dtype=dtype)).save(root / "masks" / f"{number}.png")
+    return root
+
+
+class TestBinaryMasks:
+    @pytest.mark.parametrize("dtype", [np.uint8, np.uint16])
+    def test_without_names(self, tmp_path, dtype):
+        write_binary(tmp_path, dtype=dtype)
+        data = SegmentationDataset.open(tmp_path / "images", masks=tmp_path / "masks")
+        assert (data.class_names, data.ids, data.ignored) == (("background", "object"), (0, 255), ())
+        assert [mask.tolist() for _, mask in data] == [[[0, 1]], [[0, 0]]]
+        assert data.summary == "2 images, 2 classes; 255 is the object, as the masks hold only 0 and 255"
+        data.require_objects()
+
+    def test_with_two_names(self, tmp_path):
+        (write_binary(tmp_path) / "classes.txt").write_text("ground\ncell\n")
+        data = SegmentationDataset.open(tmp_path)
+        assert (data.class_names, data[0][1].tolist()) == (("ground", "cell"), [[0, 1]])
+        assert "255 is 'cell'" in data.summary
+
+    def test_one_other_id_makes_255_unlabeled(self, tmp_path):
+        data = SegmentationDataset.open(write_binary(tmp_path, ((0, 255), (0, 1))))
+        assert (data.ids, data.ignored) == ((0, 1), (255,))
+        (tmp_path / "classes.txt").write_text("ground\ncell\n")
+        assert SegmentationDataset.open(tmp_path)[0][1].tolist() == [[0, IGNORED]]
+
+    def test_255_is_a_class_of_16_bits(self, tmp_path):
+        data = SegmentationDataset.open(write_binary(tmp_path, ((0, 255), (0, 300)), np.uint16))
+        assert data.ids == (0, 255, 300)
+        with pytest.raises(BrokenImageError, match=r"0\.png holds the ids 255, which are not classes"):
+            SegmentationDataset.open(tmp_path, classes={0: "ground", 300: "cell"})[0]
+
+    @pytest.mark.parametrize("masks", [((0, 0),), ((7, 255),), ((255, 255),)])
+    def test_one_class(self, tmp_path, masks):
+        with pytest.raises(
+            ValueError, match=r"All labeled pixels of 1 mask have the id .*expected at least two classes"
+        ):
+            SegmentationDataset.open(write_binary(tmp_path, masks))
+
+    def test_one_class_of_several_names(self, tmp_path):
+        (write_binary(tmp_path, ((0, 0), (0, 255))) / "classes.txt").write_text("ground\ncell\ntree\n")
+        with pytest.raises(ValueError, match=r"2 masks have the class 'ground', .*0\.png.* Ignored ids: 255\."):
+            SegmentationDataset.open(tmp_path).require_objects()
+
+
+class TestClasses:
+    def open(self, root, ids, names=None):
+        write_pair(root, "a", ids)
+        if names is not None:
+            (root / "classes.txt").write_text(names)
+        return SegmentationDataset.open(root)
+
+    @pytest.mark.parametrize(
+        "names", ["\ufeffsky\nroad\ntree\n", "sky\r\nroad\r\ntree\r\n\r\n", "sky \nroad\ntree\n\n\n"]
+    )
+    def test_lines(self, tmp_path, names):
+        assert self.open(tmp_path, [[0, 2]], names).class_names == ("sky", "road", "tree")
+
+    def test_blank_line_between_names(self, tmp_path):
+        with pytest.raises(ValueError, match=r"classes\.txt:2 is blank; expected the name of class 1"):
+            self.open(tmp_path, [[0, 2]], "sky\n\ntree\n")
+
+    @pytest.mark.parametrize(
+        ("ids", "names", "network", "expected"),
+        [
+            ([[0, 1]], "sky\nroad", ("road", "tree", "sky"), [[2, 0]]),  # by name
+            ([[0, 7]], None, ("class 0", "class 3", "class 7"), [[0, 2]]),  # the ids of a split that lacks one
+            ([[1, 2]], None, ("sky", "road", "tree"), [[1, 2]]),  # ids are indices where only the network has names
+            ([[0, 255]], None, ("ground", "cell"), [[0, 1]]),
+            ([[0, 1]], "sky\nroad", ("class 0", "class 1"), [[0, 1]]),  # the network has no names
+        ],
+    )
+    def test_of_a_network(self, tmp_path, ids, names, network, expected):
+        data = self.open(tmp_path, ids, names).with_classes(network)
+        assert (data.class_names, data.num_classes) == (network, len(network))
+        assert data[0][1].tolist() == expected
+        assert len(data.ids) == len(network)
+
+    @pytest.mark.parametrize(
+        ("ids", "names", "network"),
+        [
+            ([[0, 1]], "sky\nroad", ("sky", "tree")),
+            ([[0, 1]], "sky\nroad", ("tree", "ground")),
+            ([[0, 9]], None, ("class 0", "class 3")),
+            ([[0, 2]], None, ("sky", "road")),
+        ],
+    )
+    def test_that_a_network_lacks(self, tmp_path, ids, names, network):
+        with pytest.raises(ValueError, match=r"The network does not have the classes .* matched by name"):
+            self.open(tmp_path, ids, names).with_classes(network)
+
+    def test_of_another_split(self, tmp_path):
+        data = self.open(tmp_path / "train", [[0, 1, 2]], "sky\nvoid\ntree")
+        named = data.open_split(self.open(tmp_path / "named", [[0, 1]], "tree\nsky") and tmp_path / "named")
+        assert (named.class_names, named[0][1].tolist()) == (("sky", "tree"), [[1, 0]])
+        write_pair(tmp_path / "unnamed", "a", [[2, 1]])
+        unnamed = data.open_split(tmp_path / "unnamed")
+        assert (unnamed.class_names, unnamed[0][1].tolist()) == (("sky", "tree"), [[1, IGNORED]])
+
+
+def test_corrupt_masks_are_left_out_of_the_ids(tmp_path):
+    """They are reported when the sample is read, as --on-broken asks."""
+    write_pair(tmp_path, "a", [[0, 1]])
+    write_pair(tmp_path, "b", [[0, 1]])
+    (tmp_path / "masks" / "b.png").write_bytes(b"no image")
+    data = SegmentationDataset.open(tmp_path)
+    assert data.ids == (0, 1)
+    with pytest.raises(BrokenImageError, match=r"b\.png"):
+        data[1]
 
 
 def test_coco128():

@@ -155,6 +155,16 @@ class Task:
         if theirs > ours or (theirs < ours and not self.may_lack_classes):
             raise ValueError(f"The validation data have {theirs} classes, but the network has {ours}.")
 
+    def check_training(self, images: Any) -> None:
+        """Check that training images have something to learn; by default nothing is checked.
+
+        Args:
+            images: training data set.
+
+        Raises:
+            ValueError: if no image has an object.
+        """
+
     def evaluator(self, images: Any, config: Any, samples: Any, **options: Any) -> Evaluator:
         """Create an evaluator on validation images.
 

@@ -22,9 +22,10 @@ from kornia_tinyvit.training import (
     evaluate,
     train,
 )
+from kornia_tinyvit.training.evaluation import create_evaluator
 from kornia_tinyvit.training.tasks.base import evaluate_network
 from kornia_tinyvit.training.tasks.detection import DetectionEvaluator
-from tests.scenes import BOX_NAMES, damage, make_boxes, write_boxes
+from tests.scenes import BOX_NAMES, damage, make_boxes, make_coco, write_boxes, write_coco
 from tests.test_detection import make_detector
 from tests.training.runs import Interrupted, Stopping, losses, metrics
 
@@ -286,6 +287,28 @@ class TestTraining:
             fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
         with pytest.raises(ValueError, match="3 classes, but the network has 2"):
             DETECTION.check(DetectionDataset.open(other), replace(make_detector().config, num_classes=2), None)
+
+    def test_classes_in_another_order(self, folder):
+        """They are matched by name."""
+        detector = TinyViTDetector.from_config(make_detector().config, class_names=BOX_NAMES).eval()
+        wanted = create_evaluator(detector, DetectionDataset.open(folder))[1].counts.images
+        for file in (folder / "labels").iterdir():
+            lines = [line.split() for line in file.read_text().splitlines()]
+            file.write_text("\n".join(" ".join([str(1 - int(label)), *box]) for label, *box in lines))
+        (folder / "data.yaml").write_text("train: images\nnames: [box, disc]\n")
+        found = create_evaluator(detector, DetectionDataset.open(folder))[1].counts.images
+        assert found.class_names == BOX_NAMES
+        for (_, one), (_, two) in zip(wanted, found, strict=True):
+            assert one.labels.tolist() == two.labels.tolist()
+
+    def test_only_crowds(self, tmp_path):
+        content = make_coco()
+        content["annotations"] = content["annotations"][1:]
+        path = write_coco(tmp_path / "data", content)
+        summary = "2 images, 0 objects, 2 classes, 1 crowd or difficult object ignored"
+        assert DetectionDataset.open(path).summary == summary
+        with pytest.raises(ValueError, match=r"None of 2 images has an object, .*1 crowd or difficult object"):
+            fit(path, tmp_path / "out")
 
 
 class TestEvaluator:

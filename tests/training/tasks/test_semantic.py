@@ -274,7 +274,7 @@ class TestTraining:
         four = SegmentationDataset.open(other, classes=(*NAMES, "more"))
         with pytest.raises(ValueError, match="4 classes, but the network has 3"):
             fit(folder, tmp_path / "out", validation=four, class_names=None)
-        with pytest.raises(ValueError, match="other classes"):
+        with pytest.raises(ValueError, match="does not have the classes cube of the data"):
             evaluate(make_segmenter(), SegmentationDataset.open(other))
         with pytest.raises(ValueError, match="validate_every"):
             fit(folder, tmp_path / "out", validate_every=0)
