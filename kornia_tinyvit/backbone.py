@@ -15,8 +15,14 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.adaptation import check_state_dict
-from kornia_tinyvit.checkpoints.loading import PREPROCESSING_KEY, read_preprocessing
-from kornia_tinyvit.checkpoints.tensors import read_metadata, read_tensors, write_tensors
+from kornia_tinyvit.checkpoints.layouts import plain_name, plain_state_dict, unwrapped
+from kornia_tinyvit.checkpoints.loading import (
+    PREPROCESSING_KEY,
+    locate_pretrained,
+    read_preprocessing,
+    reject_other_files,
+)
+from kornia_tinyvit.checkpoints.tensors import locate_file, read_metadata, read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import check_counts
@@ -156,8 +162,13 @@ class BackboneNetwork(nn.Module):
         fields = {name: options.pop(name) for name in own & options.keys()}
         if num_classes is None and class_names is not None:
             num_classes = len(class_names)
-        if isinstance(pretrained, (str, Path)) and cls._file_key() in read_metadata(pretrained):
-            return cls._load(Path(pretrained), config, num_classes, class_names, options)
+        if isinstance(pretrained, (str, Path)) and isinstance(located := locate_pretrained(pretrained, config), str):
+            path = locate_file(located)
+            if not path.exists():
+                raise CheckpointError(f"There is no checkpoint file {path}.")
+            if cls._file_key() in (metadata := read_metadata(path)):
+                return cls._load(path, config, num_classes, class_names, options)
+            reject_other_files(located, metadata)
         if isinstance(config, BackboneConfig):
             num_classes, fields, config = num_classes or config.num_classes, config.options(), config.backbone
         elif isinstance(config, str) and cls.usual_size is not None:
@@ -179,6 +190,7 @@ class BackboneNetwork(nn.Module):
     ) -> Self:
         """Build the network from a checkpoint of :meth:`save`."""
         tensors, metadata = read_tensors(path)
+        tensors = {plain_name(name): tensor for name, tensor in tensors.items()}
         try:
             values = json.loads(metadata[cls._file_key()])
             names = tuple(str(name) for name in values.pop("class_names"))
@@ -215,7 +227,7 @@ class BackboneNetwork(nn.Module):
     @property
     def config(self) -> Any:
         """The configuration with which :meth:`from_config` builds the same architecture."""
-        return dataclasses.replace(self._config, backbone=self.backbone.config)
+        return dataclasses.replace(self._config, backbone=unwrapped(self.backbone).config)
 
     def normalize(self, images: Tensor) -> Tensor:
         """Normalize images with :attr:`mean` and :attr:`std`.
@@ -257,9 +269,9 @@ class BackboneNetwork(nn.Module):
             ValueError: if the backbone's activation is not a class of :mod:`torch.nn`.
         """
         values = self.config.to_dict() | {"class_names": self.class_names}
-        stored = {self._file_key(): values, PREPROCESSING_KEY: self.backbone.preprocessing.to_dict()}
+        stored = {self._file_key(): values, PREPROCESSING_KEY: unwrapped(self.backbone).preprocessing.to_dict()}
         metadata = {key: json.dumps(value) for key, value in stored.items()}
-        return write_tensors(path, self.state_dict(), {"format": "pt"} | metadata)
+        return write_tensors(path, plain_state_dict(self), {"format": "pt"} | metadata)
 
 
 def _select(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

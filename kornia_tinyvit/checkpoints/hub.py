@@ -13,7 +13,7 @@ from PIL import Image
 from torch import nn
 
 from kornia_tinyvit.checkpoints.catalog import CATALOG
-from kornia_tinyvit.checkpoints.layouts import to_timm
+from kornia_tinyvit.checkpoints.layouts import plain_state_dict, to_timm, unwrapped
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.files import write_text
@@ -206,6 +206,7 @@ def check_network(model: nn.Module, class_names: Sequence[str] | None) -> tuple[
         TypeError: if ``model`` has no :class:`~kornia_tinyvit.TinyViTConfig`.
         ValueError: if the number of class names differs from the number of classes.
     """
+    model = unwrapped(model)
     config = getattr(model, "config", None)
     if not isinstance(config, TinyViTConfig):
         raise TypeError(f"Expected a TinyViT; got {type(model).__name__}.")
@@ -230,8 +231,8 @@ def write_timm_folder(model: nn.Module, folder: str | Path, class_names: Sequenc
             number of classes.
     """
     folder, (config, names) = Path(folder), check_network(model, class_names)
-    text = json.dumps(timm_config(config, cast("Preprocessing", model.preprocessing), names), indent=2)
-    tensors = {to_timm(name): tensor for name, tensor in model.state_dict().items()}
+    text = json.dumps(timm_config(config, cast("Preprocessing", unwrapped(model).preprocessing), names), indent=2)
+    tensors = {to_timm(name): tensor for name, tensor in plain_state_dict(model).items()}
     write_tensors(folder / WEIGHTS_FILE, tensors, {"format": "pt"})
     write_text(folder / CONFIG_FILE, text + "\n")
     return folder

@@ -23,9 +23,9 @@ from kornia_tinyvit.checkpoints.adaptation import (
     adapt_windows,
     check_state_dict,
 )
-from kornia_tinyvit.checkpoints.catalog import find_weights, list_pretrained
+from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, check_network, read_hub_folder
-from kornia_tinyvit.checkpoints.layouts import strip_prefixes, translate, unwrap
+from kornia_tinyvit.checkpoints.layouts import find_network, plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.checkpoints.tensors import (
     CheckpointError,
     fetch_weights,
@@ -51,6 +51,13 @@ _CLASSES_KEY = "kornia_tinyvit.class_names"
 #: Key of the preprocessing in the metadata of a safetensors file.
 PREPROCESSING_KEY = "kornia_tinyvit.preprocessing"
 
+# Files of this package that hold other things than a TinyViT or a MobileSAM, by the key of their metadata.
+_OTHER_FILES = {
+    "kornia_tinyvit.detector": "a detector; use TinyViTDetector.from_config or kornia-tinyvit detect",
+    "kornia_tinyvit.segmenter": "a semantic segmenter; use SemanticSegmenter.from_config or --task semantic",
+    "kornia_tinyvit.embedding": "an image embedding; use ImageEmbedding.load",
+}
+
 #: Fields that determine the names and shapes of the tensors and are not adapted.
 _ARCHITECTURE = (
     "embed_dims",
@@ -74,8 +81,9 @@ class Checkpoint:
         layout: original layout: ``"official"``, ``"timm"``, ``"mobile_sam"`` or ``"transformers"``.
         class_names: class names, if stored.
         preprocessing: preprocessing of the images, if stored; see :meth:`preprocessing_for`.
-        left_out: names in the file that are not weights of the network.
+        left_out: names in the file that are not weights of the network, with the class of foreign objects.
         others: tensors of the prompt encoder and the mask decoder of a MobileSAM.
+        ema: names in the file of moving averages of the weights, which ``use_ema=True`` reads.
     """
 
     state_dict: dict[str, Tensor]
@@ -86,6 +94,7 @@ class Checkpoint:
     preprocessing: Preprocessing | None = None
     left_out: tuple[str, ...] = ()
     others: dict[str, Tensor] = field(default_factory=dict)
+    ema: tuple[str, ...] = ()
 
     def preprocessing_for(self, config: TinyViTConfig) -> Preprocessing:
         """Return the preprocessing for a network with these weights: the stored one, or the default of their size.
@@ -107,10 +116,11 @@ class LoadReport:
         source: origin of the weights.
         layout: original layout of the weights.
         adapted: descriptions of the changes made to match the network.
-        left_out: names in the file that were not loaded.
+        left_out: names in the file that were not loaded, with the class of foreign objects.
         complete: whether all weights are those of the file; otherwise some classes have to be trained. A head that was
             converted from ImageNet-22k to ImageNet-1k is complete: it classifies without training.
         class_names: class names of the loaded head; ``None`` if they are unknown or the head is not complete.
+        ema: names in the file of moving averages of the weights, which were not loaded.
     """
 
     source: str
@@ -119,54 +129,57 @@ class LoadReport:
     left_out: tuple[str, ...] = field(default=())
     complete: bool = True
     class_names: tuple[str, ...] | None = None
+    ema: tuple[str, ...] = field(default=())
 
     def __str__(self) -> str:
         lines = [f"Loaded {self.source} ({self.layout} layout)."]
         lines += [f"Adapted: {change}." for change in self.adapted]
         if self.left_out:
             lines.append(f"Left out: {list_names(self.left_out)}.")
+        if self.ema:
+            lines.append(f"Also holds EMA weights ({list_names(self.ema)}); load them with use_ema=True.")
         return "\n".join(lines)
 
 
-def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig | None = None) -> Checkpoint:
+def read_checkpoint(
+    source: str | Path | Mapping[str, Any], base: TinyViTConfig | None = None, use_ema: bool = False
+) -> Checkpoint:
     """Read a safetensors or PyTorch file, a hub folder or a state dict in any supported layout.
 
-    Files with pickled code are rejected.
+    The weights are found under any keys and prefixes, such as those of Lightning, ``DistributedDataParallel``,
+    ``torch.compile`` and ``AveragedModel``, and in pickled modules. Nothing in a file is executed: objects of other
+    classes than those of tensors and containers are read as inert data.
 
     Args:
         source: path, URL (``http``, ``https`` or ``file``) or state dict. A folder contains ``model.safetensors`` and
             ``config.json`` of timm or of this package's transformers models.
         base: configuration for fields that are neither stored nor derived from shapes, such as the activation.
+        use_ema: whether to read the moving average of the weights, stored for example as ``state_dict_ema``.
 
     Returns:
         The content with official tensor names.
 
     Raises:
-        CheckpointError: if the source cannot be downloaded or read, or contains no TinyViT.
+        CheckpointError: if the source cannot be downloaded or read, contains no TinyViT or several, or no moving
+            average with ``use_ema``.
     """
     metadata: dict[str, str] = {}
     hub = HubMetadata()
+    content: Any = source
     if isinstance(source, Mapping):
-        content, name = source, "a state dict"
+        name = "a state dict"
     else:
         name = str(source)
         path = locate_file(name)
         if path.is_dir():
             path, hub = path / WEIGHTS_FILE, read_hub_folder(path)
         content, metadata = read_tensors(path)
-    content = unwrap(content)
-    if not isinstance(content, Mapping) or not content:
-        raise CheckpointError(f"{name} has no state dict; expected tensors by name, got {type(content).__name__}.")
-    content = {str(key): value for key, value in content.items()}
-    tensors = {key: value for key, value in content.items() if isinstance(value, Tensor)}
-    not_tensors = sorted(content.keys() - tensors.keys())
-    tensors = strip_prefixes(tensors)
-    state_dict, layout, left_out = translate(tensors)
-    if "layers.0.blocks.0.conv1.c.weight" not in state_dict:
-        raise CheckpointError(
-            f"{name} has no TinyViT in the official, kornia, timm, transformers or MobileSAM layout; its first "
-            f"entries are {list_names(list(content))}."
-        )
+    reject_other_files(name, metadata)
+    try:
+        found = find_network(content, use_ema)
+    except ValueError as error:
+        raise CheckpointError(f"{name} {error}") from error
+    state_dict = found.tensors
     own = _read_metadata(metadata, name)
     stored, classes = hub.config or own.config, hub.class_names or own.class_names
     config = _config_from_shapes(state_dict, stored or base, name)
@@ -175,10 +188,11 @@ def read_checkpoint(source: str | Path | Mapping[str, Any], base: TinyViTConfig 
         config = stored
     elif "img_size" in hub.preprocessing:
         config = config.replace(img_size=hub.preprocessing["img_size"])
-    others = {key: tensors[key] for key in left_out if key in tensors} if layout == "mobile_sam" else {}
     fields = {**own.preprocessing, **hub.preprocessing}
     preprocessing = read_preprocessing(fields, config, name) if fields else None
-    return Checkpoint(state_dict, config, name, layout, classes, preprocessing, (*left_out, *not_tensors), others)
+    return Checkpoint(
+        state_dict, config, name, found.layout, classes, preprocessing, found.left_out, found.others, found.ema
+    )
 
 
 def open_pretrained(
@@ -201,20 +215,14 @@ def open_pretrained(
         CheckpointError: if the weights do not exist or have another architecture.
         ValueError: if the variant is unknown.
     """
-    variant = config if isinstance(config, str) else None
     expected = TinyViTConfig.from_variant(config) if isinstance(config, str) else config
     if isinstance(pretrained, Checkpoint):
         found = pretrained
-    elif (weights := find_weights(variant, pretrained, img_size)) is not None:
-        found = read_checkpoint(weights.asset_path or fetch_weights(weights))
-        found = replace(found, config=weights.config, class_names=found.class_names or weights.class_names)
-    elif pretrained is True:
-        raise CheckpointError("pretrained=True requires a variant such as '5m'; pass a name or a file instead.")
-    elif _is_path(str(pretrained)):
-        found = read_checkpoint(str(pretrained), expected)
+    elif isinstance(located := locate_pretrained(pretrained, config, img_size), PretrainedWeights):
+        found = read_checkpoint(located.asset_path or fetch_weights(located))
+        found = replace(found, config=located.config, class_names=found.class_names or located.class_names)
     else:
-        names = ", ".join(f"{entry.name} ({entry.variant})" for entry in list_pretrained(variant))
-        raise CheckpointError(f"There are no weights and no file {str(pretrained)!r}; expected one of {names}.")
+        found = read_checkpoint(located, expected)
     if expected is not None:
         _check_architecture(expected, found)
     if isinstance(config, TinyViTConfig):
@@ -222,10 +230,49 @@ def open_pretrained(
     return found
 
 
+def locate_pretrained(
+    pretrained: bool | str | Path, config: object = None, img_size: int | None = None
+) -> PretrainedWeights | str:
+    """Return the entry of the catalog that ``pretrained`` names, or the path or URL of a file.
+
+    Args:
+        pretrained: ``True``, a name of the catalog, a path or a URL.
+        config: the variant, or a configuration.
+        img_size: side in pixels of the input images.
+
+    Raises:
+        CheckpointError: if there are neither weights nor a file of this name.
+    """
+    variant = config if isinstance(config, str) else None
+    if (weights := find_weights(variant, pretrained, img_size)) is not None:
+        return weights
+    if pretrained is True:
+        raise CheckpointError("pretrained=True requires a variant such as '5m'; pass a name or a file instead.")
+    if _is_path(str(pretrained)):
+        return str(pretrained)
+    names = ", ".join(f"{entry.name} ({entry.variant})" for entry in list_pretrained(variant))
+    raise CheckpointError(f"There are no weights and no file {str(pretrained)!r}; expected one of {names}.")
+
+
+def reject_other_files(source: str, metadata: Mapping[str, str]) -> None:
+    """Raise an error for a file of this package that is not a checkpoint of a TinyViT or a MobileSAM.
+
+    Args:
+        source: origin of the metadata, for the error message.
+        metadata: metadata of the file.
+
+    Raises:
+        CheckpointError: naming what the file holds and how to read it.
+    """
+    if key := next(iter(_OTHER_FILES.keys() & metadata.keys()), None):
+        raise CheckpointError(f"{source} holds {_OTHER_FILES[key]}.")
+
+
 def load_checkpoint(
     model: nn.Module,
     source: str | Path | Mapping[str, Any] | Checkpoint,
     window_adaptation: WindowAdaptation = "interpolate",
+    use_ema: bool = False,
 ) -> LoadReport:
     """Load weights into a network and adapt them to its window sizes, classes and input channels.
 
@@ -235,17 +282,18 @@ def load_checkpoint(
     another number of classes is initialized with zeros. If an error is raised, the network is unchanged.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`.
+        model: a :class:`~kornia_tinyvit.TinyViT`, which may be compiled or wrapped.
         source: path, URL, state dict or result of :func:`~kornia_tinyvit.checkpoints.read_checkpoint`.
         window_adaptation: resizing of bias tables: ``"interpolate"`` (bicubic) for windows that scale with the image,
             ``"crop"`` for windows that are limited to the size of the feature map.
+        use_ema: whether to load the moving average of the weights, stored for example as ``state_dict_ema``.
 
     Returns:
         A report of adapted and left-out weights.
 
     Raises:
         CheckpointError: if the source cannot be read, has another architecture, or weights that are not finite.
-        ValueError: if ``window_adaptation`` is unknown.
+        ValueError: if ``window_adaptation`` is unknown, or ``use_ema`` is passed with a checkpoint that has been read.
 
     Example:
         >>> from kornia_tinyvit import TinyViT
@@ -257,8 +305,11 @@ def load_checkpoint(
     """
     if window_adaptation not in ("interpolate", "crop"):
         raise ValueError(f"window_adaptation must be 'interpolate' or 'crop'; got {window_adaptation!r}.")
-    found = source if isinstance(source, Checkpoint) else read_checkpoint(source)
-    target = model.state_dict()
+    if use_ema and isinstance(source, Checkpoint):
+        raise ValueError("The checkpoint has been read already; pass use_ema=True to read_checkpoint.")
+    found = source if isinstance(source, Checkpoint) else read_checkpoint(source, use_ema=use_ema)
+    names_in_model = {plain_name(name): name for name in model.state_dict()}
+    target = plain_state_dict(model)
     adapted: list[str] = []
     state_dict = dict(found.state_dict)
     # The step counter of batch norm is missing in some exports and unused with a fixed momentum.
@@ -268,7 +319,7 @@ def load_checkpoint(
     extra_head = [name for name in HEAD if name in state_dict and name not in target]
     for name in extra_head:
         del state_dict[name]
-    wanted = getattr(model, "class_names", None)
+    wanted = getattr(unwrapped(model), "class_names", None)
     complete, names = adapt_head(state_dict, target, adapted, found.class_names, wanted)
     adapt_input(state_dict, target, adapted)
     adapt_windows(state_dict, target, window_adaptation, adapted)
@@ -276,8 +327,9 @@ def load_checkpoint(
     on_meta = any(tensor.is_meta for tensor in target.values())
     if on_meta:  # nothing to copy into: the tensors are assigned in the precision of the network
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
-    model.load_state_dict(state_dict, assign=on_meta)
-    return LoadReport(found.source, found.layout, tuple(adapted), (*extra_head, *found.left_out), complete, names)
+    model.load_state_dict({names_in_model[name]: tensor for name, tensor in state_dict.items()}, assign=on_meta)
+    left_out = (*extra_head, *found.left_out)
+    return LoadReport(found.source, found.layout, tuple(adapted), left_out, complete, names, found.ema)
 
 
 def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[str] | None = None) -> Path:
@@ -287,7 +339,8 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
     old file or the complete new one.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`.
+        model: a :class:`~kornia_tinyvit.TinyViT` or a :class:`~kornia_tinyvit.MobileSAM`, which may be compiled or
+            wrapped in whole or in part.
         path: file to write; its folder is created if missing.
         class_names: class names in the order of the logits; ``None`` for those of the network.
 
@@ -301,11 +354,12 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
         OSError: if the file cannot be written.
     """
     config, names = check_network(model, class_names)
-    preprocessing: Any = getattr(model, "preprocessing", None)  # a method in MobileSAM
+    model = unwrapped(model)
+    preprocessing: Any = getattr(model, "preprocessing", None)
     values = {_CONFIG_KEY: config.to_dict(), _CLASSES_KEY: names}
     values[PREPROCESSING_KEY] = None if preprocessing is None else preprocessing.to_dict()
     metadata = {key: json.dumps(value) for key, value in values.items() if value is not None}
-    return write_tensors(path, model.state_dict(), {"format": "pt"} | metadata)
+    return write_tensors(path, plain_state_dict(model), {"format": "pt"} | metadata)
 
 
 def _is_path(text: str) -> bool:

@@ -11,13 +11,13 @@ from typing import Any
 from urllib.parse import urlparse
 from urllib.request import url2pathname
 
-import torch
 from kornia.core.download import download_file_from_url
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights
+from kornia_tinyvit.checkpoints.pickles import read_pickle
 from kornia_tinyvit.files import replacing
 
 __all__ = [
@@ -136,16 +136,17 @@ def read_metadata(path: str | Path) -> dict[str, str]:
 
 
 def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
-    """Read a safetensors or PyTorch file.
+    """Read a safetensors file, a file of ``torch.save`` or another pickle; nothing in it is executed.
 
     Args:
         path: the file.
 
     Returns:
-        The content, usually tensors by name, and the metadata of a safetensors file.
+        The content as of :func:`~kornia_tinyvit.checkpoints.pickles.read_pickle`, usually tensors by name, and the
+        metadata of a safetensors file.
 
     Raises:
-        CheckpointError: if the file is missing or damaged, or contains pickled code.
+        CheckpointError: if the file is missing, damaged or not a checkpoint.
     """
     if not path.is_file():
         raise CheckpointError(f"There is no checkpoint file {path}.")
@@ -153,14 +154,10 @@ def read_tensors(path: Path) -> tuple[Any, dict[str, str]]:
         if _is_safetensors(path):
             with safe_open(path, framework="pt") as file:
                 return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}  # noqa: SIM118
-        return torch.load(path, map_location="cpu", weights_only=True), {}
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{path} is damaged or contains other objects than tensors, whose unpickling could execute code. If you "
-            "trust the file, load it with torch.load and pass its state dict."
-        ) from error
-    except Exception as error:  # torch's reader raises errors of many types for damaged files
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {error}") from error
+        with path.open("rb") as file:
+            return read_pickle(file), {}
+    except Exception as error:  # damaged files raise errors of many types
+        raise CheckpointError(f"{path} is damaged or not a checkpoint: {error or type(error).__name__}") from error
 
 
 def _is_safetensors(path: Path) -> bool:

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from kornia_tinyvit.checkpoints.layouts import plain_state_dict
 from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
 
 __all__ = ["Geometry", "ImageEmbedding", "MaskPrediction", "fingerprint"]
@@ -226,7 +227,7 @@ def fingerprint(encoder: nn.Module) -> str | None:
     """
     digest = hashlib.sha256()
     samples: dict[torch.dtype, list[Tensor]] = {}
-    for name, tensor in encoder.state_dict().items():
+    for name, tensor in plain_state_dict(encoder).items():
         if tensor.numel() and not name.startswith(_UNUSED) and not name.endswith("num_batches_tracked"):
             digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype};".encode())
             flat = tensor.flatten()

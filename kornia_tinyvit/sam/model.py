@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.catalog import find_weights
+from kornia_tinyvit.checkpoints.layouts import unwrapped
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.images import ImageInput, Images, list_images, open_image
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
@@ -123,7 +124,7 @@ class MobileSAM(Sam):
     @property
     def config(self) -> TinyViTConfig:
         """Configuration of the image encoder, stored in checkpoints."""
-        return self.image_encoder.config  # type: ignore[return-value]
+        return unwrapped(self.image_encoder).config
 
     def preprocess(self, images: Images) -> tuple[Tensor, tuple[Geometry, ...]]:
         """Resize images with their aspect ratio, normalize them, and pad them at the bottom and right with zeros.

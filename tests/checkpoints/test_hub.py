@@ -8,7 +8,7 @@ from kornia_tinyvit import CheckpointError, ImageClassifier, TinyViT, TinyViTCon
 from kornia_tinyvit.checkpoints import read_checkpoint
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.hub import timm_config, write_timm_folder
-from kornia_tinyvit.checkpoints.layouts import to_timm, translate
+from kornia_tinyvit.checkpoints.layouts import find_network, to_timm
 from kornia_tinyvit.preprocessing import Preprocessing
 from tests.checkpoints.test_layouts import published
 from tests.checkpoints.test_layouts import to_timm as reference_name
@@ -56,7 +56,7 @@ class TestTimm:
 
     @pytest.mark.parametrize("network", ["5m_224", "21m_512"])
     def test_published_names(self, network):
-        ours, _, _ = translate(published(f"timm/tiny_vit_{network}"))
+        ours = find_network(published(f"timm/tiny_vit_{network}")).tensors
         assert {to_timm(name) for name in ours} == published(f"timm/tiny_vit_{network}").keys()
 
     def test_real_weights(self, tmp_path):

@@ -2,7 +2,6 @@ import http.server
 import io
 import json
 import os
-import pickle
 import resource
 import signal
 import stat
@@ -195,7 +194,8 @@ class TestForeignFiles:
     def test_load_state_dict(self, tiny, images):
         report = load_checkpoint(model := fresh(), {"model": tiny.state_dict(), "epoch": 3})
         assert_same(model, weights_of(tiny))
-        assert (report.source, report.layout, report.adapted, report.left_out) == ("a state dict", "official", (), ())
+        assert (report.source, report.layout, report.adapted) == ("a state dict", "official", ())
+        assert report.left_out == ("epoch",)
         assert report.complete
 
     def test_left_out(self, tiny):
@@ -203,8 +203,8 @@ class TestForeignFiles:
         report = load_checkpoint(fresh(), tiny.state_dict() | derived)
         assert report.left_out == tuple(derived)
         report = load_checkpoint(fresh(), tiny.state_dict() | {"epoch": 3, 5: "five"})
-        assert report.left_out == ("5", "epoch")
-        assert "Left out: 5, epoch." in str(report)
+        assert report.left_out == ("epoch", "5")
+        assert "Left out: epoch, 5." in str(report)
 
     def test_missing_step_counters(self, tiny):
         weights = {n: t for n, t in tiny.state_dict().items() if not n.endswith("num_batches_tracked")}
@@ -423,7 +423,7 @@ class TestDamagedFiles:
         else:
             save_checkpoint(tiny, path)
         os.truncate(path, int(path.stat().st_size * fraction))
-        assert_rejected(path, rf"weights.{suffix} is (truncated or not a checkpoint|damaged or contains other objects)")
+        assert_rejected(path, rf"weights.{suffix} is damaged or not a checkpoint")
 
     def test_damaged_anywhere(self, tiny, tmp_path):
         """torch's reader raises errors of many types for damaged bytes; all become a CheckpointError."""
@@ -447,35 +447,35 @@ class TestDamagedFiles:
     def test_something_else(self, tmp_path, suffix, content):
         path = tmp_path / f"weights.{suffix}"
         path.write_bytes(content)
-        assert_rejected(path, rf"weights.{suffix} is (truncated or not a checkpoint|damaged or contains other objects)")
+        assert_rejected(path, rf"weights.{suffix} is damaged or not a checkpoint")
 
     @pytest.mark.parametrize("where", ["beside", "inside", "alone"])
     def test_code_does_not_run(self, tiny, tmp_path, where):
         marker, path = tmp_path / "marker", tmp_path / "weights.pth"
         content = {
             "beside": {"model": tiny.state_dict(), "optimizer": Runs(marker)},
-            "inside": tiny.state_dict() | {"head.weight": Runs(marker)},
+            "inside": tiny.state_dict() | {"norm_head.weight": Runs(marker)},
             "alone": Runs(marker),
         }[where]
         torch.save(content, path)
-        assert_rejected(path, "unpickling could execute code.*pass its state dict")
+        if where == "beside":
+            report = load_checkpoint(model := fresh(), path)
+            assert report.left_out == ("optimizer (builtins.getattr)",)
+            assert_same(model, weights_of(tiny))
+        else:
+            message = {"inside": r"missing keys norm_head\.weight", "alone": r"no state dict.* builtins\.getattr"}[
+                where
+            ]
+            assert_rejected(path, message)
         assert not marker.exists()
         torch.load(path, weights_only=False)  # the file does execute code
         assert marker.exists()
 
-    @pytest.mark.filterwarnings("ignore:Detected pickle protocol")
-    def test_plain_pickle(self, tmp_path):
-        marker, path = tmp_path / "marker", tmp_path / "weights.pth"
-        path.write_bytes(pickle.dumps(Runs(marker)))
-        assert_rejected(path, "unpickling could execute code")
-        assert not marker.exists()
-
-    def test_whole_module(self, tiny, tmp_path):
+    def test_whole_module(self, tiny, images, tmp_path):
         torch.save(tiny, tmp_path / "module.pth")
-        assert_rejected(
-            tmp_path / "module.pth",
-            "contains other objects than tensors.*load it with torch.load and pass its state dict",
-        )
+        model = TinyViT.from_config(pretrained=tmp_path / "module.pth")
+        assert_same(model, weights_of(tiny))
+        assert torch.equal(model(images), tiny(images))
 
     @pytest.mark.parametrize("name", ["x" * 5000 + ".safetensors", "a\0b.pth", "http://[", "file:///\0"])
     def test_invalid_name(self, name):
@@ -500,7 +500,7 @@ class TestDamagedFiles:
             ({"conv1.weight": torch.zeros(3)}, r"has no TinyViT.*its first entries are conv1\.weight"),
             ({0: torch.zeros(3), 1: 2}, "has no TinyViT.*its first entries are 0, 1"),
             ({}, "has no state dict; .* got dict"),
-            ({"model": {}}, "has no state dict; .* got dict"),
+            ({"model": {}}, "has no TinyViT.*its first entries are model"),
             ([torch.zeros(3)], "has no state dict; .* got list"),
             (torch.zeros(3), "has no state dict; .* got Tensor"),
         ],

@@ -74,7 +74,7 @@ class TestDetect:
         command = ("detect", "gone.png", "--weights", weights, *out)
         assert "gone.png" in error_of(capfd, monkeypatch, *command)
         command = ("detect", str(PHOTO), "--weights", "gone.safetensors", *out)
-        assert "gone.safetensors stores no detector" in error_of(capfd, monkeypatch, *command)
+        assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *command)
 
 
 class TestDrawing:

@@ -282,7 +282,7 @@ class TestCheckpoints:
             ),
             (lambda w: w.pop("image_encoder.neck.2.weight"), "missing keys neck.2.weight"),
             (lambda w: w.update({"mask_decoder.hq.weight": torch.zeros(1)}), "unexpected keys mask_decoder.hq"),
-            (lambda w: w.update({"other": torch.zeros(1)}), "unexpected keys other"),
+            (lambda w: w.update({"prompt_encoder.x": torch.zeros(1)}), "unexpected keys prompt_encoder.x"),
             (lambda w: w.update({"mask_decoder.mask_tokens.weight": torch.zeros(5, 256)}), r"\(5, 256\) in the file"),
             (lambda w: w.update({"mask_decoder.iou_token.weight": torch.full((1, 256), math.nan)}), "NaN or infinite"),
             (lambda w: w.update({"image_encoder.neck.1.bias": torch.full((256,), math.inf)}), "NaN or infinite"),
@@ -310,10 +310,10 @@ class TestCheckpoints:
         with pytest.raises(CheckpointError, match=r"sam\.pt is (truncated|damaged)"):
             MobileSAM.from_config(pretrained=path)
 
-    def test_rejects_code(self, sam, tmp_path):
+    def test_code_does_not_run(self, sam, tmp_path):
         torch.save(sam.state_dict() | {"mask_decoder.extra": Runs(tmp_path / "marker")}, tmp_path / "sam.pt")
-        with pytest.raises(CheckpointError, match="unpickling could execute code"):
-            MobileSAM.from_config(pretrained=tmp_path / "sam.pt")
+        loaded = MobileSAM.from_config(pretrained=tmp_path / "sam.pt")
+        assert all(torch.equal(loaded.state_dict()[name], each) for name, each in sam.state_dict().items())
         assert not (tmp_path / "marker").exists()
 
     def test_arguments(self, tmp_path):
