@@ -118,6 +118,7 @@ def eight_bits(rng: random.Random, folder: Path) -> Sample:
     orientation = rng.choice((1, *range(1, 9))) if suffix in ORIENTED else 1
     settings: dict[str, Any] = {"lossless": True} if suffix == "webp" else {}
     if "transparency" in image.info and suffix in ("png", "gif"):
+        image.info["transparency"] = image.info["transparency"] if suffix == "png" else 1
         settings["transparency"] = image.info["transparency"]
     content, detail = encoded(image, suffix, orientation, **settings), f"{mode} {suffix}, orientation {orientation}"
     try:
@@ -320,12 +321,9 @@ def tensor(rng: random.Random, folder: Path) -> Sample:
         image = image.transpose(-1, -2).contiguous().transpose(-1, -2)
     elif how == 3 and image.is_floating_point():
         image = image.requires_grad_()
-    elif how == 4 and image.dtype == torch.float32:
+    elif how == 4 and image.dtype == torch.float32 and layout in ("CHW", "BCHW"):
         image = image.bfloat16()
-        if pixels is not None:
-            pixels = image.detach().double().numpy().reshape(levels.shape) if layout in ("CHW", "BCHW") else None
-            image = image.float() if pixels is None else image
-            pixels = planes(straight[layout](levels), scale) if pixels is None else pixels
+        pixels = None if pixels is None else image.double().numpy()
     tolerance = 3 * OVERSHOOT if "overshoot" in what else 1e-6
     return Sample(what, image, pixels, verdict, tolerance)
 
