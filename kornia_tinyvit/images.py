@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from itertools import islice
 from typing import Any, BinaryIO, cast
 
@@ -276,8 +277,10 @@ def to_pil(image: Tensor) -> Image.Image:
 
 
 def _read(file: Any, name: str, channels: int, max_pixels: int | None) -> Tensor:
+    is_path = isinstance(file, (str, os.PathLike))
     try:
-        with _open_file(file) as image:
+        # From a path, Pillow maps uncompressed TIFF files into memory; their orientation then garbles the pixels.
+        with open(file, "rb") if is_path else nullcontext(file) as opened, _open_file(opened) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in total")
             return _convert_pil(image, channels)
@@ -302,9 +305,6 @@ def _open_file(file: Any) -> Image.Image:
 
 
 def _is_heif(file: Any) -> bool:
-    if isinstance(file, (str, os.PathLike)):
-        with open(file, "rb") as opened:
-            return _is_heif(opened)
     file.seek(0)
     head = file.read(12)
     return head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS
@@ -342,6 +342,8 @@ def _array_to_tensor(image: NDArray[Any]) -> Tensor:
     if image.dtype.kind not in "bf" and image.dtype.type not in (np.uint8, np.uint16):
         raise TypeError(_dtype_error(image.dtype))
     native = np.float64 if image.dtype.type is np.longdouble else image.dtype.newbyteorder("=")
+    if min(image.strides, default=0) < 0:  # which torch does not take, and require() keeps for dimensions of size 1
+        image = image.copy()
     tensor = torch.from_numpy(np.require(image, native, ["C", "W", "E"]))
     if tensor.ndim == 2:
         return tensor[None]

@@ -49,6 +49,20 @@ class TestReadImage:
         assert self.corners(image) == [colors[letter] for letter in order]
         assert image.shape == ((3, 32, 64) if orientation < 5 else (3, 64, 32))
 
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("mode", ["L", "P", "CMYK", "I;16"])
+    def test_orientation_of_tiff(self, tmp_path, mode, orientation):
+        # Pillow would map these files into memory, and garble them.
+        levels = np.arange(6 * 4, dtype=np.uint16).reshape(6, 4) * 2000
+        image = Image.fromarray(levels) if mode == "I;16" else Image.fromarray((levels // 256).astype(np.uint8))
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        (image if mode == "I;16" else image.convert(mode)).save(tmp_path / "a.tif", exif=exif)
+        turned = levels.T if orientation > 4 else levels
+        flips = {2: [1], 3: [0, 1], 4: [0], 6: [1], 7: [0, 1], 8: [0]}.get(orientation, [])
+        expected = torch.from_numpy(np.flip(turned, flips).astype(np.float32)) / 65535
+        assert (read_image(tmp_path / "a.tif")[0] - expected).abs().max() < 1.01 / 255
+
     @pytest.mark.parametrize("mode", ["RGB", "CMYK", "L"])
     def test_jpeg(self, photo, tmp_path, mode):
         photo.convert(mode).save(tmp_path / "photo.jpg", quality=95)
@@ -99,6 +113,12 @@ class TestReadImage:
         photo.save(tmp_path / "photo.png")
         with open(tmp_path / "photo.png", "rb") as file:
             assert torch.equal(read_image(file), read_image(photo))
+
+    @pytest.mark.parametrize("shape", [(1, 8, 3), (8, 1, 3), (8, 5, 3), (1, 8)])
+    @pytest.mark.parametrize("axis", [0, 1])
+    def test_flipped_array(self, shape, axis):
+        levels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
+        assert torch.equal(read_pixels(np.flip(levels, axis)), read_pixels(np.flip(levels, axis).copy()))
 
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
