@@ -102,6 +102,11 @@ class Preprocessing:
         object.__setattr__(self, "mean", mean)
         object.__setattr__(self, "std", std)
 
+    @property
+    def statistics(self) -> dict[str, tuple[float, ...]]:
+        """The fields ``mean`` and ``std``, as arguments of augmentations."""
+        return {"mean": self.mean, "std": self.std}
+
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON values."""
         return dataclasses.asdict(self)

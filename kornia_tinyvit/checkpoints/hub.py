@@ -25,6 +25,7 @@ __all__ = [
     "WEIGHTS_FILE",
     "HubMetadata",
     "check_network",
+    "named_classes",
     "read_hub_folder",
     "timm_config",
     "timm_preprocessing",
@@ -107,13 +108,17 @@ def _transformers_metadata(values: Mapping[str, Any], processor: Mapping[str, An
     # transformers omits its two default labels.
     names = tuple(labels[key] for key in sorted(labels, key=int)) if labels else ("LABEL_0", "LABEL_1")
     config = TinyViTConfig.from_dict(fields | {"num_classes": len(names) if classifier else 0})
-    return HubMetadata(config, _named(names) if classifier else None, preprocessing)
+    return HubMetadata(config, named_classes(names) if classifier else None, preprocessing)
 
 
-def _named(names: Iterable[Any]) -> tuple[str, ...] | None:
-    """Return class names, or ``None`` for the numbers that transformers writes without names."""
-    names = tuple(map(str, names))
-    return None if names == tuple(f"LABEL_{index}" for index in range(len(names))) else names
+def named_classes(names: Iterable[Any]) -> tuple[str, ...] | None:
+    """Return class names, or ``None`` without any or for the numbered labels that transformers writes.
+
+    Args:
+        names: labels in the order of the logits.
+    """
+    found = tuple(map(str, names))
+    return None if found == tuple(f"LABEL_{index}" for index in range(len(found))) else found
 
 
 def _processor_settings(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -162,7 +167,7 @@ def _timm_metadata(values: Mapping[str, Any]) -> HubMetadata:
         names = [names[key] for key in sorted(names, key=int)]
     # 0.875 is timm's DEFAULT_CROP_PCT, for every size.
     fields = {"crop_fraction": CROP_FRACTION} | timm_preprocessing(settings)
-    return HubMetadata(None, _named(names or ()), fields)
+    return HubMetadata(None, named_classes(names or ()), fields)
 
 
 def timm_preprocessing(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -92,7 +92,10 @@ def contract(request: ContractRequest) -> None:
     bench = contraction.Bench(request.engine, DTYPES[request.dtype_name], device, request.engine_batch)
     recipe, out = request.find_recipe(), request.out
     images, validation = _split(request.sample(ClassificationDataset.open(request.data)), request)
-    samples = request.augment(recipe, request.on_broken, images)
+    classes: dict[str, Any] = {"num_classes": images.num_classes, "class_names": images.class_names}
+    network = request.build(TinyViT.from_config, recipe, request.seed, **classes)
+    statistics = {} if request.store is not None else network.preprocessing.statistics  # a store has its own
+    samples = request.augment(recipe, request.on_broken, images, **statistics)
     objective, replays = None, None
     if request.store is not None:
         store = shared.open_labels(request.store, samples)
@@ -106,7 +109,6 @@ def contract(request: ContractRequest) -> None:
         samples, validation, recipe, out / "training", objective, request.start.value, replays, request.seed,
         request.process_batch, precision=request.precision, cpu=request.cpu,
     )  # fmt: skip
-    network = request.build(TinyViT.from_config, recipe, request.seed, num_classes=images.num_classes)
     seed = network if request.weights else network.config
     space = contraction.SearchSpace(request.min_depth, min_ratio=request.min_ratio)
     settings: dict[str, Any] = {"space": space, "bench": bench, "processes": request.processes}

@@ -12,7 +12,7 @@ from kornia_tinyvit import training
 from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.options import MIN_AREA, TaskName
 from kornia_tinyvit.cli.requests import argument, command, option
-from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
+from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.semantic import SemanticSegmenter
@@ -90,10 +90,10 @@ _Plan = tuple[Task, Any, Any, Any, Any]
 
 
 def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
-    samples = request.augment(recipe, request.on_broken)
-    images = samples.images
-    classes = {"num_classes": images.num_classes, "class_names": images.class_names}
+    images = request.sample(ClassificationDataset.open(request.data))
+    classes: dict[str, Any] = {"num_classes": images.num_classes, "class_names": images.class_names}
     model = request.build_network(TinyViT.from_config, recipe, **classes)
+    samples = request.augment(recipe, request.on_broken, images, **model.preprocessing.statistics)
     validation = request.open_validation(images.class_names)
     return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 

@@ -53,11 +53,20 @@ class DataRequest(Request):
         """Return the images that ``--limit`` leaves."""
         return images if self.limit is None else images.sample(self.limit)
 
-    def augment(self, recipe: Recipe, on_broken: str, images: ClassificationDataset | None = None) -> ReplayedSamples:
-        """Return images, by default those of ``data``, with the augmentation of a recipe."""
+    def augment(
+        self, recipe: Recipe, on_broken: str, images: ClassificationDataset | None = None, **statistics: Any
+    ) -> ReplayedSamples:
+        """Return images, by default those of ``data``, with the augmentation of a recipe.
+
+        Args:
+            recipe: the recipe.
+            on_broken: ``"stop"`` or ``"skip"`` at an image that cannot be read.
+            images: the images.
+            **statistics: ``mean`` and ``std`` of the normalization; by default ImageNet's.
+        """
         images = self.sample(ClassificationDataset.open(self.data)) if images is None else images
         augmentation = ReplayableAugmentation(
-            recipe.img_size, recipe.preset, seed=self.seed, num_samples=len(images), **recipe.changes
+            recipe.img_size, recipe.preset, seed=self.seed, num_samples=len(images), **statistics, **recipe.changes
         )
         return ReplayedSamples(images, augmentation, on_broken)
 

@@ -8,8 +8,10 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.backbone_utils import BackboneConfigMixin
 
-from kornia_tinyvit.checkpoints.hub import TRANSFORMERS_NAMES
+from kornia_tinyvit.checkpoints.hub import CONFIG_FILE, TRANSFORMERS_NAMES
+from kornia_tinyvit.checkpoints.loading import read_preprocessing
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
+from kornia_tinyvit.preprocessing import Preprocessing
 
 __all__ = ["TinyVitConfig"]
 
@@ -36,6 +38,8 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
         mbconv_expand_ratio: ratio of hidden to input width of the MBConv blocks in the first stage.
         local_conv_size: odd kernel size of the convolution between attention and MLP.
         activation: name of an activation class of :mod:`torch.nn`.
+        preprocessing: fields of the network's :class:`~kornia_tinyvit.preprocessing.Preprocessing`, which keep it in
+            files that are saved without an image processor; ``None`` for the default of the size.
         out_features: feature maps of :class:`TinyVitBackbone`, among ``"stem"``, ``"stage1"``, ..., ``"stage4"``.
         out_indices: their indices, 0 to 4.
         **kwargs: fields of transformers' ``PreTrainedConfig``.
@@ -69,6 +73,7 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
     mbconv_expand_ratio: float | int = 4.0
     local_conv_size: int = 3
     activation: str = "GELU"
+    preprocessing: dict[str, Any] | None = None
     _out_features: list[str] | None = None
     _out_indices: list[int] | None = None
 
@@ -77,6 +82,7 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
             if isinstance(getattr(self, name), list):
                 setattr(self, name, tuple(getattr(self, name)))
         self.to_network()
+        self.to_preprocessing()
         self.hidden_size = self.embed_dims[-1]
         self.num_hidden_layers = NUM_STAGES
         self.stage_names = ["stem", *(f"stage{stage + 1}" for stage in range(NUM_STAGES))]
@@ -142,3 +148,11 @@ class TinyVitConfig(BackboneConfigMixin, PreTrainedConfig):
         """
         values = {ours: getattr(self, theirs) for ours, theirs in TRANSFORMERS_NAMES.items()}
         return TinyViTConfig.from_dict(values | {"num_classes": num_classes})
+
+    def to_preprocessing(self) -> Preprocessing:
+        """Return the preprocessing of the network.
+
+        Raises:
+            CheckpointError: if a field is unknown or out of range.
+        """
+        return read_preprocessing(self.preprocessing or {}, self.to_network(), CONFIG_FILE)

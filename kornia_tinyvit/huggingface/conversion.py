@@ -11,6 +11,7 @@ from torch import nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint
 from kornia_tinyvit.checkpoints.catalog import default_class_names
+from kornia_tinyvit.checkpoints.hub import named_classes
 from kornia_tinyvit.checkpoints.layouts import to_transformers
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
@@ -25,7 +26,7 @@ Model = TypeVar("Model", bound=nn.Module)
 def from_tinyvit(
     model: TinyViT, class_names: Sequence[str] | None = None
 ) -> TinyVitForImageClassification | TinyVitModel:
-    """Convert a network to a transformers model with the same weights, mode, data type and device.
+    """Convert a network to a transformers model with the same weights, preprocessing, mode, data type and device.
 
     Args:
         model: the network; without classes it becomes a :class:`TinyVitModel`.
@@ -45,7 +46,7 @@ def from_tinyvit(
     """
     class_names = model.class_names if class_names is None else class_names
     labels = label_fields(check_class_names(class_names, model.config.num_classes))
-    config = TinyVitConfig.from_network(model.config, **labels)
+    config = TinyVitConfig.from_network(model.config, preprocessing=model.preprocessing.to_dict(), **labels)
     weights = {to_transformers(name): tensor for name, tensor in model.state_dict().items()}
     found: TinyVitForImageClassification | TinyVitModel
     if model.config.num_classes:
@@ -58,7 +59,9 @@ def from_tinyvit(
 
 
 def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
-    """Convert a transformers model to a network with the same weights, mode, data type and device.
+    """Convert a transformers model to a network, with the preprocessing and class names of its configuration.
+
+    The weights, the mode, the data type and the device are the same.
 
     Args:
         model: the model.
@@ -76,6 +79,8 @@ def to_tinyvit(model: TinyVitForImageClassification | TinyVitModel) -> TinyViT:
         raise ValueError("Expected a model with a pooling layer; got that of a backbone. Load a TinyVitModel instead.")
     network = TinyViT.from_config(model.config.to_network(classes))
     load_checkpoint(network, model.state_dict())
+    network.preprocessing = model.config.to_preprocessing()
+    network.class_names = named_classes(model.config.id2label[index] for index in range(classes))
     return match_original(network, model)
 
 

@@ -100,6 +100,7 @@ def build_network(network: TinyViTConfig, config: Any) -> TinyViT:
         config: configuration of the model, which selects the attention implementation.
     """
     model = TinyViT.from_config(network)
+    model.preprocessing = config.to_preprocessing()
     for module in model.modules():
         if isinstance(module, Attention):
             module.attend = TinyVitAttention(config)

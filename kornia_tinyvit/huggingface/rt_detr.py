@@ -96,7 +96,8 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
         >>> found.logits.shape, found.pred_boxes.shape
         (torch.Size([1, 9, 5]), torch.Size([1, 9, 4]))
     """
-    fields = _describe(detector.config) | label_fields(detector.class_names) | changes
+    preprocessing = detector.backbone.preprocessing.to_dict()
+    fields = _describe(detector.config, preprocessing) | label_fields(detector.class_names) | changes
     model = RTDetrForObjectDetection(RTDetrConfig(**fields))
     weights: dict[str, Tensor] = {}
     for name, tensor in detector.state_dict().items():
@@ -106,7 +107,6 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
     if not model.config.num_denoising:
         del weights[_DENOISING]
     model.load_state_dict(weights)
-    network_of(model).preprocessing = detector.backbone.preprocessing
     return match_original(model, detector)
 
 
@@ -135,7 +135,9 @@ def from_rt_detr(model: RTDetrForObjectDetection) -> TinyViTDetector:
     if differences := describe_differences(expected, fields, words=("kornia has", "the model")):
         raise ValueError(f"kornia's RT-DETR does not support the model: {'; '.join(differences)}.")
     names = [config.id2label[index] for index in range(config.num_labels)]
-    detector = TinyViTDetector.from_config(supported, class_names=names)
+    backbone = TinyViT.from_config(supported.backbone)
+    backbone.preprocessing = config.backbone_config.to_preprocessing()
+    detector = TinyViTDetector(backbone, num_classes=supported.num_classes, class_names=names, **supported.options())
     load_weights(detector, model.state_dict())
     return match_original(detector, model)
 
@@ -169,11 +171,13 @@ def network_of(model: RTDetrForObjectDetection) -> TinyViT:
     return model.model.backbone.model.tinyvit.network
 
 
-def _describe(config: DetectorConfig) -> dict[str, Any]:
+def _describe(config: DetectorConfig, preprocessing: dict[str, Any] | None = None) -> dict[str, Any]:
     """Return the fields of transformers' configuration for an architecture."""
     hidden = config.hidden_dim
     return _FIXED | {
-        "backbone_config": TinyVitConfig.from_network(config.backbone, out_indices=[2, 3, 4]),
+        "backbone_config": TinyVitConfig.from_network(
+            config.backbone, out_indices=[2, 3, 4], preprocessing=preprocessing
+        ),
         "encoder_hidden_dim": hidden,
         "encoder_in_channels": list(config.backbone.embed_dims[1:]),
         "encoder_ffn_dim": 4 * hidden,

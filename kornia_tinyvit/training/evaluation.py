@@ -101,7 +101,7 @@ def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[n
             task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
             known = images.with_classes(network.class_names)
             task.check(known, network.config, network.class_names)
-            return network, task.evaluator(known, network.config, None, **options)
+            return network, task.evaluator(known, network.config, network.backbone.preprocessing, **options)
         case MobileSAM():
             prompted = PromptedSAM(network)
             return prompted, PromptEvaluator(images, prompted.config, **options)

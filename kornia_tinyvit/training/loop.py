@@ -371,7 +371,7 @@ class _Trainer:
         """Return the metrics on validation images, which are sharded across ranks."""
         accelerator = self.accelerator
         evaluator = self.task.evaluator(
-            images, self.config, self.samples, device=accelerator.device, batch_size=self.process_batch,
+            images, self.config, self.preprocessing, device=accelerator.device, batch_size=self.process_batch,
             skip_broken=self.samples.on_broken == "skip",
         )  # fmt: skip
         shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}

@@ -16,6 +16,7 @@ from kornia_tinyvit import MobileSAM, TinyViT, progress, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import LoopRequest
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
+from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
 from tests.helpers import error_of, run, run_both
@@ -51,6 +52,19 @@ class TestTrain:
         assert not network.config.use_checkpoint
         rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", result["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
+
+    def test_preprocessing_of_the_weights(self, folder, tmp_path):
+        """Fine-tuning normalizes, crops and interpolates as the weights do, and scores what its files predict."""
+        model = TinyViT.from_config("1m", num_classes=3, img_size=32, window_sizes="fit")
+        model.preprocessing = Preprocessing(32, 0.9, "bilinear", (0.5,) * 3, (0.25,) * 3)
+        weights = str(save_checkpoint(model, tmp_path / "weights.safetensors"))
+        options = ("--weights", weights, "--validation", str(folder), "--json")
+        result = json.loads(run(*command(folder, tmp_path, *options)))
+        for name in ("best", "last"):
+            assert TinyViT.from_config(pretrained=result[name]).preprocessing == model.preprocessing
+        assert recorded(tmp_path)["augmentation"]["std"] == [0.25] * 3
+        report = json.loads(run("evaluate", str(folder), "--weights", result["best"], "--json"))
+        assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
 
     def test_text(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(progress, "_MIN_SECONDS", 0)

@@ -23,11 +23,13 @@ NAMES = tuple("abcdefg")
 class TestNetworks:
     def test_round_trip(self, images):
         network = tiny_network()
+        network.preprocessing = TestTimm.PREPROCESSING
         model = from_tinyvit(network, NAMES)
         assert torch.equal(model(images).logits, network(images))
         assert [model.config.id2label[index] for index in range(7)] == list(NAMES)
         back = to_tinyvit(model)
         assert back.config == network.config
+        assert (back.preprocessing, back.class_names) == (network.preprocessing, NAMES)
         assert all(torch.equal(tensor, network.state_dict()[name]) for name, tensor in back.state_dict().items())
         assert not back.training
 
@@ -37,6 +39,14 @@ class TestNetworks:
         assert isinstance(model, TinyVitModel)
         assert torch.equal(model(images).pooler_output, network(images))
         assert torch.equal(to_tinyvit(model)(images), network(images))
+
+    def test_saved_without_processor(self, tmp_path):
+        network = tiny_network()
+        network.preprocessing = TestTimm.PREPROCESSING
+        from_tinyvit(network, NAMES).save_pretrained(tmp_path)
+        assert TinyViT.from_config(pretrained=tmp_path).preprocessing == network.preprocessing
+        again = to_tinyvit(AutoModelForImageClassification.from_pretrained(tmp_path))
+        assert (again.preprocessing, again.class_names) == (network.preprocessing, NAMES)
 
     def test_copied_weights(self):
         network = tiny_network()

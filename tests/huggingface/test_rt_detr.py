@@ -7,7 +7,10 @@ import torch
 from kornia.enhance import normalize
 from transformers import RTDetrConfig, RTDetrForObjectDetection, RTDetrResNetConfig
 
+from kornia_tinyvit import TinyViT, TinyViTDetector
 from kornia_tinyvit.huggingface.rt_detr import from_rt_detr, to_rt_detr
+from kornia_tinyvit.preprocessing import Preprocessing
+from tests.conftest import TINY
 from tests.test_detection import NAMES, make_detector
 
 
@@ -39,6 +42,18 @@ def test_round_trip(detector):
     own = detector.state_dict()
     assert all(torch.equal(own[name], x) for name, x in again.state_dict().items() if name not in unused)
     assert len(own) > 300
+
+
+def test_preprocessing(tmp_path):
+    backbone = TinyViT(**TINY | {"num_classes": 0})
+    backbone.preprocessing = Preprocessing(64, 0.9, "bilinear", (0.5,) * 3, (0.25,) * 3)
+    detector = TinyViTDetector(backbone, num_classes=3, hidden_dim=32, num_queries=5).eval()
+    to_rt_detr(detector).save_pretrained(tmp_path)
+    again = from_rt_detr(RTDetrForObjectDetection.from_pretrained(tmp_path).eval())
+    assert again.backbone.preprocessing == backbone.preprocessing
+    images = torch.rand(1, 3, 50, 70)
+    with torch.inference_mode():
+        torch.testing.assert_close(again(images), detector(images))
 
 
 def test_changed_weights(detector):

@@ -165,13 +165,13 @@ class Task:
             ValueError: if no image has an object.
         """
 
-    def evaluator(self, images: Any, config: Any, samples: Any, **options: Any) -> Evaluator:
+    def evaluator(self, images: Any, config: Any, preprocessing: Preprocessing, **options: Any) -> Evaluator:
         """Create an evaluator on validation images.
 
         Args:
             images: the validation data.
             config: configuration of the network.
-            samples: the training data.
+            preprocessing: preprocessing of the network; segmenters and detectors have their own.
             **options: ``device``, ``batch_size`` and ``skip_broken``, see :class:`Evaluator`.
         """
         return type(self).evaluator_class(images, config, **options)

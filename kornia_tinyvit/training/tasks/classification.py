@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
@@ -75,15 +76,19 @@ class ClassificationTask(Task):
     may_lack_classes = True
 
     def evaluator(
-        self, images: ClassificationDataset, config: TinyViTConfig, samples: ReplayedSamples, **options: Any
+        self, images: ClassificationDataset, config: TinyViTConfig, preprocessing: Preprocessing, **options: Any
     ) -> ClassificationEvaluator:
-        """Create an evaluator that preprocesses images at the size of the augmentation."""
-        pipeline = EvaluationPipeline.from_preprocessing(_preprocessing(samples)).to(options["device"])
+        """Create an evaluator with the preprocessing that is saved."""
+        pipeline = EvaluationPipeline.from_preprocessing(preprocessing).to(options["device"])
         return ClassificationEvaluator(images, config.num_classes, pipeline, **options)
 
     def preprocessing(self, model: nn.Module, samples: ReplayedSamples) -> Preprocessing:
-        """Return the mean and standard deviation of the augmentation, at the network's own size."""
-        return _preprocessing(samples).resize(cast("TinyViT", model).config.img_size)
+        """Return size, mean and standard deviation of the augmentation, with the network's crop and interpolation."""
+        augmentation = samples.augmentation
+        # The shortest decimals that round to the same float32.
+        mean, std = (tuple(float(str(value)) for value in x.numpy()) for x in (augmentation.mean, augmentation.std))
+        sized = cast("TinyViT", model).preprocessing.resize(augmentation.img_size)
+        return dataclasses.replace(sized, mean=mean, std=std)
 
     def build(self, config: TinyViTConfig, class_names: Sequence[str] | None) -> TinyViT:
         """Build the network to save, with random weights."""
@@ -94,14 +99,6 @@ class ClassificationTask(Task):
     def save(self, network: TinyViT, path: Path) -> None:
         """Write a file for :meth:`TinyViT.from_config`."""
         save_checkpoint(network, path)
-
-
-def _preprocessing(samples: ReplayedSamples) -> Preprocessing:
-    """Return the preprocessing of validation images: size, mean and standard deviation of the augmentation."""
-    augmentation = samples.augmentation
-    # The shortest decimals that round to the same float32.
-    mean, std = (tuple(float(str(value)) for value in x.numpy()) for x in (augmentation.mean, augmentation.std))
-    return Preprocessing(augmentation.img_size, mean=mean, std=std)
 
 
 #: The default task of :func:`~kornia_tinyvit.training.train`.
