@@ -18,6 +18,7 @@ from kornia_tinyvit.data.masks import (
     Instances,
     count_ids,
     count_voc_ids,
+    is_binary,
     pair_masks,
     read_objects,
     split_ids,
@@ -211,7 +212,9 @@ def _read(images: Path, instances: Path) -> Contents:
     texts = {file for file in instances.rglob("*.txt") if file.name != "classes.txt" and not file.name.startswith(".")}
     if not texts:
         contents = pair_masks(images, instances)
-        return replace(contents, targets=[Instances((mask,), split_ids, count=count_ids) for mask in contents.targets])
+        labels = [Instances((mask,), split_ids, count=count_ids) for mask in contents.targets]
+        notes = ("255 is the object, one per image, as the masks hold only 0 and 255",)
+        return replace(contents, targets=labels, notes=notes if is_binary(contents.targets) else ())
     pairs = yolo.pair_folders(images, instances)
     unused = sorted(texts - {pair.labels for pair in pairs})
     return replace(

@@ -22,7 +22,7 @@ from kornia_tinyvit.data.datasets import (
 )
 from kornia_tinyvit.data.descriptions import find_section, posix, read_description, read_names
 from kornia_tinyvit.data.folders import list_images
-from kornia_tinyvit.data.layouts import find_layout, list_layouts
+from kornia_tinyvit.data.layouts import find_in_folder, find_layout, list_layouts
 from kornia_tinyvit.data.masks import BINARY, NUM_IDS, UNLABELED_ID, find_ids, is_binary, pair_masks, read_ids
 
 __all__ = ["IGNORED", "SegmentationDataset"]
@@ -36,7 +36,7 @@ _UNLABELED = ("unlabeled", "unlabelled", "void", "ignore", "ignored")
 _KINDS = ("masks", "annotations", "labels")  # folders of masks
 _LAYOUTS = (
     "images/ and masks/, images/SPLIT/ and masks/SPLIT/, SPLIT/images/ and SPLIT/masks/ (SPLIT is train, val or test), "
-    "the folders of Pascal VOC, or a YAML file that names the folders"
+    "the folders of Pascal VOC, or a YAML file that names the folders of images and masks"
 )
 
 Classes = Mapping[int, str] | Sequence[str]
@@ -142,7 +142,8 @@ class SegmentationDataset(ImageDataset[Tensor]):
                 - a folder in Pascal VOC's format, with ``JPEGImages``, ``SegmentationClass`` and
                   ``ImageSets/Segmentation/SPLIT.txt``, and optionally ``classes.txt``;
                 - a YAML or JSON file with a section per split, which names two folders as ``images`` and ``masks``,
-                  relative to the file, and optionally ``classes``, names by id, and ``ignored``, a list of ids.
+                  relative to the file, and optionally ``classes``, names by id, and ``ignored``, a list of ids; or a
+                  folder with one.
             split: name of the split.
             classes: names by id, or a list of the names of the ids 0, 1, 2, ..., instead of those of the path. If
                 neither states classes, all masks of all splits are read for the ids that occur, so that each split has
@@ -277,7 +278,10 @@ def _find_in_folder(path: Path, split: str) -> _Found:
         return _Found(voc.read_masks(path, split, voc.CLASSES), classes, others=everything)
     layout = find_layout(path, split, _KINDS)
     if layout is None:
-        raise ValueError(f"{path} holds no images with masks. Expected {_LAYOUTS}.")
+        described = find_in_folder(path, split)
+        if described is None or described.suffix.lower() == ".json":
+            raise ValueError(f"{path} holds no images with masks. Expected {_LAYOUTS}.")
+        return _find_described(described, split)
     contents = replace(pair_masks(layout.images, layout.labels), notes=layout.notes)
     others: list[Path] = []
     if classes is None:

@@ -187,7 +187,9 @@ class TestFormats:
         """In masks of instances 255 is an object like any other id."""
         (add_image(tmp_path) / "masks").mkdir()
         Image.fromarray(box_mask(3, 2, 9, 5).numpy().astype(np.uint8) * 255).save(tmp_path / "masks" / "a.png")
-        assert torch.equal(InstanceDataset.open(tmp_path)[0][1], box_mask(3, 2, 9, 5)[None])
+        data = InstanceDataset.open(tmp_path / "images", instances=tmp_path / "masks")
+        assert torch.equal(data[0][1], box_mask(3, 2, 9, 5)[None])
+        assert data.summary == "1 image, 1 object; 255 is the object, one per image, as the masks hold only 0 and 255"
 
     def test_nuclei_with_the_id_255(self):
         data = InstanceDataset.open(shared("data/nuclei/val"))

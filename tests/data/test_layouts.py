@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,7 @@ from PIL import Image
 
 from kornia_tinyvit.data import DetectionDataset, InstanceDataset, SegmentationDataset
 from tests.conftest import shared
-from tests.scenes import write_voc
+from tests.scenes import write_image, write_voc
 
 OPENERS = {"masks": (SegmentationDataset, InstanceDataset), "labels": (DetectionDataset, InstanceDataset)}
 
@@ -84,6 +85,50 @@ class TestClassesOfYolo:
             write(tmp_path / split / "images", tmp_path / split / "labels")
         (tmp_path / "val" / "labels" / "a.txt").write_text("4 0.5 0.5 0.5 0.5\n")
         assert [DetectionDataset.open(tmp_path, split).num_classes for split in ("train", "val")] == [5, 5]
+
+
+class TestFilesOfCoco:
+    @pytest.mark.parametrize("place", ["annotations/instances_{}2017.json", "{}/_annotations.coco.json"])
+    @pytest.mark.parametrize("names", [("train", "val"), ("train", "valid")])
+    def test_instances_and_boxes(self, tmp_path, place, names):
+        for name in names:
+            write_image(tmp_path / f"{name}2017" / f"{name}.jpg")
+            write_image(tmp_path / name / f"{name}.jpg")
+            annotation = {"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4], "area": 16}
+            path = tmp_path / place.format(name)
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps({
+                "images": [{"id": 1, "file_name": f"{name}.jpg", "width": 40, "height": 20}],
+                "annotations": [annotation | {"segmentation": [[1, 1, 5, 1, 5, 5, 1, 5]]}],
+                "categories": [{"id": 1, "name": "cell"}],
+            }))  # fmt: skip
+        for split, name in zip(("train", "val"), names, strict=True):
+            for opener in (InstanceDataset, DetectionDataset):
+                for data in (opener.open(tmp_path, split), opener.open(tmp_path / place.format(name))):
+                    assert (len(data), data.name(0), data.num_objects) == (1, f"{name}.jpg", 1)
+            assert int(InstanceDataset.open(tmp_path, split)[0][1].sum()) == 16
+
+    def test_names_with_backslashes(self, tmp_path):
+        write_image(tmp_path / "sub" / "a.jpg")
+        content = {
+            "images": [{"id": 1, "file_name": "sub\\a.jpg", "width": 40, "height": 20}],
+            "annotations": [{"id": 1, "image_id": 1, "category_id": 1, "bbox": [1, 1, 4, 4]}],
+            "categories": [{"id": 1, "name": "cell"}],
+        }
+        (tmp_path / "coco.json").write_text("\ufeff" + json.dumps(content))
+        assert DetectionDataset.open(tmp_path / "coco.json").name(0) == "sub/a.jpg"
+
+
+class TestDescriptionsInFolders:
+    def test_yaml(self, tmp_path):
+        write(tmp_path / "photos", tmp_path / "labels")
+        write(tmp_path / "photos", tmp_path / "classes")
+        (tmp_path / "data.yaml").write_text("train: {images: .\\photos, masks: classes, instances: labels}\n")
+        assert SegmentationDataset.open(tmp_path).ids == (0, 1, 2)
+        assert len(InstanceDataset.open(tmp_path)[0][1]) == 1
+        for opener in (SegmentationDataset, InstanceDataset):
+            with pytest.raises(ValueError, match=r"data\.yaml does not state the images and .* of 'val'"):
+                opener.open(tmp_path, "val")
 
 
 class TestVoc:
