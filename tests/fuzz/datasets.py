@@ -385,9 +385,9 @@ def yolo(rng: random.Random, num_classes: int) -> Yolo:
                 values = [x, y, width, height]
             else:
                 values = ring = a_ring(rng)
-                if rng.random() < 0.1:  # what rounding of tools leaves beyond the border
+                if rng.random() < 0.1 and all(0 < value < 1 for value in ring):  # what rounding of tools leaves beyond the border
                     position = rng.randrange(len(ring))
-                    ring[position] = rng.choice((1.00003, -0.00002))
+                    ring[position] = 1.00003 if ring[position] > 0.5 else -0.00002
             scale = (sample.width, sample.height)
             inside = [min(max(value, 0), 1) * scale[place % 2] for place, value in enumerate(ring)]
             box = (min(inside[::2]), min(inside[1::2]), max(inside[::2]), max(inside[1::2]))

@@ -368,16 +368,15 @@ def split(sample: Sample) -> list[Sample]:
     return [sample]
 
 
-class Recorder(nn.Module):
-    """A preprocessing that keeps the images it gets."""
+SEEN: list[Tensor] = []
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: list[Tensor] = []
+
+class Recorder(nn.Module):
+    """A preprocessing that notes the images it gets; its network may be copied."""
 
     def forward(self, images: Tensor) -> Tensor:
         check_images(images)
-        self.seen += [image.detach().clone() for image in images]
+        SEEN.extend(image.detach().clone() for image in images)
         return F.adaptive_avg_pool2d(images, 32)
 
 
@@ -404,10 +403,9 @@ def as_tensor(sample: Sample) -> Tensor:
 
 
 def pixels_of_classifier(images: Any) -> list[Tensor]:
-    recorder: Any = recording().preprocessing
-    recorder.seen.clear()
+    SEEN.clear()
     recording().predict(images, batch_size=2)
-    return list(recorder.seen)
+    return list(SEEN)
 
 
 def compare_pixels(found: list[Tensor], samples: list[Sample], what: str) -> None:
