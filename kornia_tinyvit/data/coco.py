@@ -38,19 +38,20 @@ def read_boxes(path: Path, folder: Path | None = None) -> Contents:
     return Contents(files, boxes, tuple(name for _, name in categories), without_image=missing)
 
 
-def read_masks(path: Path, folder: Path | None = None) -> Contents:
+def read_masks(path: Path, folder: Path | None = None, content: Any = None) -> Contents:
     """Return the images and instances of a file, without crowds. The file may lack categories.
 
     Args:
         path: the JSON file with ``images`` and ``annotations``.
         folder: folder of the images; by default the usual folders around the file are searched.
+        content: the content of the file, if it has been read.
 
     Raises:
         FileNotFoundError: if the file or all images do not exist.
         ValueError: if it is not a COCO file, or an annotation has an unknown image or category, an invalid box, or
             neither polygons nor run-length codes.
     """
-    content = _read(path, "segmentation")
+    content = _read(path, "segmentation", content)
     files, found, missing = _match_images(path, content, folder)
     labels = [Instances(_segmentations(path, image, each), _masks, _size(image)) for image, each in found]
     crowds = sum(bool(each.get("iscrowd")) for _, annotations in found for each in annotations)
@@ -58,17 +59,11 @@ def read_masks(path: Path, folder: Path | None = None) -> Contents:
     return Contents(files, labels, without_image=missing, notes=notes)
 
 
-def is_coco(path: Path) -> bool:
-    """Return whether a JSON file holds COCO's annotations."""
-    content = read_json(path)
-    return isinstance(content, dict) and {"images", "annotations"} <= content.keys()
-
-
-def _read(path: Path, label: str) -> dict[str, list[_Entry]]:
+def _read(path: Path, label: str, content: Any = None) -> dict[str, list[_Entry]]:
     """Return the validated content of a file, whose annotations have a kind of label."""
     if not path.is_file():
         raise FileNotFoundError(f"There is no file {path}.")
-    content = read_json(path)
+    content = read_json(path) if content is None else content
     has_classes = label == "bbox" or (isinstance(content, dict) and bool(content.get("categories")))
     parts = _CHECKS if has_classes else _CHECKS_WITHOUT_CLASSES
     if not isinstance(content, dict) or not all(isinstance(content.get(part), list) for part in parts):

@@ -75,9 +75,13 @@ def find_section(described: Mapping[str, Any], split: str) -> Any:
 
 
 def find_root(path: Path, described: Mapping[str, Any]) -> Path:
-    """Return the folder that the paths of a description are relative to: its ``path`` or, if missing, its own."""
-    stated = path.parent / posix(described.get("path") or ".")
-    return stated if stated.is_dir() else path.parent  # files that were moved state the path of another machine
+    """Return the folder that the paths of a description are relative to.
+
+    It is its ``path``, relative to the description or, as for Ultralytics, to the working directory; or the folder of
+    the description, where ``path`` is that of another machine.
+    """
+    stated = posix(described.get("path") or ".")
+    return next((folder for folder in (path.parent / stated, Path(stated)) if folder.is_dir()), path.parent)
 
 
 def posix(path: object) -> str:

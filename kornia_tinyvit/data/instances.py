@@ -102,8 +102,6 @@ class InstanceDataset(ImageDataset[Tensor]):
             return cls(_read(path, Path(instances)), min_area)
         if path.is_dir():
             return cls(_read_folder(path, split), min_area)
-        if path.suffix.lower() == ".json" and path.is_file() and coco.is_coco(path):
-            return cls(coco.read_masks(path), min_area)
         return cls(_read_described(path, split), min_area)
 
     def with_instances(self) -> InstanceDataset:
@@ -185,13 +183,15 @@ def _read_folder(path: Path, split: str) -> Contents:
             return read_objects(folder)
     found = find_in_folder(path, split)
     if found is not None:
-        return coco.read_masks(found) if found.suffix.lower() == ".json" else _read_described(found, split)
+        return _read_described(found, split)
     boxes = " It holds boxes of Pascal VOC, which are for --task detection." if voc.holds_annotations(path) else ""
     raise ValueError(f"{path} holds no images with instances. Expected {_LAYOUTS}.{boxes}")
 
 
 def _read_described(path: Path, split: str) -> Contents:
     described = read_description(path, _LAYOUTS)
+    if {"images", "annotations"} <= described.keys():
+        return coco.read_masks(path, content=described)
     section = find_section(described, split)
     if isinstance(section, (str, list)):
         return yolo.read_outlines(yolo.find_pairs(path, described, split), path)

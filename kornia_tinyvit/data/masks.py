@@ -87,7 +87,8 @@ def read_objects(folder: Path) -> Contents:
     Raises:
         ValueError: if a sample has several images, or all are dropped.
     """
-    samples = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir() and not entry.name.startswith("."))
+    samples = [each for each in folders if (each / "images").is_dir() or (each / "masks").is_dir()]
     found = [(sample, list_images(sample / "images"), list_images(sample / "masks")) for sample in samples]
     names: list[str] = []
     labels: list[Instances] = []

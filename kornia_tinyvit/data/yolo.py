@@ -121,6 +121,8 @@ def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pai
         ValueError: if the section is neither a folder nor a file, nor a list of them.
     """
     section = find_section(described, split)
+    if described.get("kpt_shape"):  # keypoints would be taken for outlines
+        raise ValueError(f"{path} describes keypoints ('kpt_shape'), which are not read; expected boxes or outlines.")
     root = find_root(path, described)
     pairs: list[Pair] = []
     for entry in section if isinstance(section, list) else [section]:

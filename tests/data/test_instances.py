@@ -228,6 +228,7 @@ class TestOneFilePerObject:
         write_sample(write_sample(tmp_path, "a", (1, 1, 5, 5)), "b")
         (tmp_path / "b" / "masks").mkdir()
         (tmp_path / "c" / "masks").mkdir(parents=True)
+        (tmp_path / "__MACOSX" / "a").mkdir(parents=True)  # no sample
         data = InstanceDataset.open(tmp_path)
         assert (len(data), data.without_mask, data.without_image) == (1, ("b",), ("c",))
 

@@ -64,6 +64,17 @@ class TestDescriptions:
         yaml = write_roboflow(tmp_path, f"train: train/images\n{key}: valid/images\nnames: [cell]\n")
         assert Path(reader.open(yaml, "val").place(0)).name == "valid.jpg"
 
+    def test_path_relative_to_the_working_directory(self, tmp_path, reader, monkeypatch):
+        yaml = write_roboflow(tmp_path / "data", "path: data\ntrain: train/images\nnames: [cell]\n")
+        (tmp_path / "configs").mkdir()
+        monkeypatch.chdir(tmp_path)
+        assert count_objects(reader.open(yaml.rename(tmp_path / "configs" / "data.yaml"))) == [1]
+
+    def test_keypoints(self, tmp_path, reader):
+        yaml = "train: train/images\nnames: [cell]\nkpt_shape: [2, 2]\n"
+        with pytest.raises(ValueError, match=r"data\.yaml describes keypoints \('kpt_shape'\), which are not read"):
+            reader.open(write_roboflow(tmp_path, yaml, f"{LABEL.strip()} 0.1 0.1 0.2 0.2\n"))
+
     def test_mark_and_line_ends(self, tmp_path, reader):
         yaml = write_roboflow(tmp_path, "\ufefftrain: train/images\r\nnames:\r\n  0: cell\r\n")
         assert count_objects(reader.open(yaml)) == [1]
