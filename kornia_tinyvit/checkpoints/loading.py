@@ -429,7 +429,7 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
             # In all published networks the last window covers the last feature map at the training resolution.
             img_size=1024 if mobile_sam else max(32, 32 * windows[2]),
             in_chans=shape(STEM, 4)[1],
-            num_classes=shape(HEAD[0], 2)[0] if HEAD[0] in state_dict else 0,
+            num_classes=shape(HEAD[0], 2)[0] if any(name in state_dict for name in HEAD) else 0,
             embed_dims=tuple(dims),
             depths=tuple(depths),
             num_heads=(max(1, dims[0] // 32), *(table[0] for table in tables)),

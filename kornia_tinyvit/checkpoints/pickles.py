@@ -99,12 +99,12 @@ class _Limits:
     """The operations and the memory that a file may still use.
 
     Args:
-        size: size of the file. Storages are uncompressed; a nested pickle is in memory twice.
+        size: size of the file. Its storages are not compressed; those in nested pickles are copied up to three times.
     """
 
     def __init__(self, size: int) -> None:
         self.operations = _MAX_OPERATIONS
-        self.memory = 2 * size
+        self.memory = 4 * size
 
     def use_memory(self, count: int) -> None:
         if not 0 <= count <= self.memory:
@@ -118,7 +118,7 @@ class _Limits:
 
     def allocate(self, count: int) -> Tensor:
         self.use_memory(count)
-        return torch.empty(count, dtype=torch.uint8)
+        return torch.empty(count, dtype=torch.uint8, device="cpu")  # also in the context of another device
 
 
 def read_pickle(file: IO[bytes]) -> Any:
@@ -358,7 +358,8 @@ def _build_tensor(
     _check_size(size)
     if math.prod(size) * dtype.itemsize > len(storage.data):
         return Placeholder("torch.Tensor")  # expanded: a copy of it could have any size
-    return storage.data.view(dtype).as_strided(size, stride, offset)  # checks the bounds
+    numbers = storage.data.view(dtype)
+    return numbers.as_strided(size, stride, numbers.storage_offset() + offset)  # checks the bounds
 
 
 def _build_tensor_v3(machine: _Interpreter, *arguments: Any) -> Any:
