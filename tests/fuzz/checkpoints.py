@@ -253,6 +253,36 @@ def training(rng: random.Random, folder: Path) -> Written:
     return Written(path, wanted, verdict, ", ".join((*details, keys, *settings)), tuple(left_out), ema)
 
 
+def whole_modules(rng: random.Random, folder: Path) -> None:
+    """A pickled network, or a pickled module of a foreign class that holds one."""
+    state = weights(rng)
+    model = TinyViT(**SHALLOW)
+    model.load_state_dict(state)
+    if rng.random() < 0.3:
+        model.requires_grad_(False).half()
+        state = {name: each.half().to(each.dtype) for name, each in state.items()}
+    with foreign_module("project.models") as module:
+        made: Any = rng.choice((
+            lambda: model, lambda: nn.DataParallel(model), lambda: nn.Sequential(nn.Identity(), model),
+            lambda: foreign_network(module, model), lambda: torch.optim.swa_utils.AveragedModel(model),
+        ))()  # fmt: skip
+        detail = type(made).__name__
+        path = write(rng, folder, made if rng.random() < 0.5 else {"epoch": 1, "model": made}, {})
+    check(
+        VALID, "a pickled module", lambda: loaded(rng, path), lambda answer: compare_state(answer[0], state, detail),
+        detail=detail,
+    )  # fmt: skip
+
+
+def foreign_network(module: types.ModuleType, model: TinyViT) -> nn.Module:
+    """Return a module of a class that will not exist, as Lightning's."""
+    kind: Any = type("LitModel", (nn.Module,), {"__module__": module.__name__})
+    module.LitModel = kind  # type: ignore[attr-defined]
+    made: nn.Module = kind()
+    made.net, made.criterion, made.lr = model, nn.CrossEntropyLoss(weight=torch.ones(7)), 1e-3
+    return made
+
+
 def dtyped(rng: random.Random, state: State) -> tuple[State, State]:
     """Return tensors as trainings store them, and their values."""
     kind = rng.randrange(8)
@@ -302,6 +332,11 @@ def trainings(rng: random.Random, folder: Path) -> None:
 
     def compare(answer: tuple[Mapping[str, Tensor], tuple[str, ...]]) -> None:
         compare_state(answer[0], written.state, written.detail)
+        if written.ema:
+            average = read_checkpoint(written.path, use_ema=True).state_dict
+            wanted = {name: each + 1 if each.is_floating_point() else each for name, each in written.state.items()}
+            for name, each in wanted.items():
+                same(average[name], each, "a moving average", 0.05, f"{name}, {written.detail}")
         unreported = [name for name in written.left_out if answer[1] and not any(name in each for each in answer[1])]
         assert not unreported, f"what was left out is not reported: {unreported}, {written.detail}"
 
@@ -554,7 +589,7 @@ def big_head(rng: random.Random, folder: Path) -> None:
 
 
 KINDS = (
-    *(trainings,) * 10, *(hostile,) * 4, *(damaged,) * 2, *(preprocessing,) * 4, *(wrapped_parts,) * 2
+    *(trainings,) * 10, whole_modules, *(hostile,) * 4, *(damaged,) * 2, *(preprocessing,) * 4, *(wrapped_parts,) * 2
 )  # fmt: skip
 
 

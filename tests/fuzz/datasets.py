@@ -385,7 +385,9 @@ def yolo(rng: random.Random, num_classes: int) -> Yolo:
                 values = [x, y, width, height]
             else:
                 values = ring = a_ring(rng)
-                if rng.random() < 0.1 and all(0 < value < 1 for value in ring):  # what rounding of tools leaves beyond the border
+                if rng.random() < 0.1 and all(
+                    0 < value < 1 for value in ring
+                ):  # what rounding of tools leaves beyond the border
                     position = rng.randrange(len(ring))
                     ring[position] = 1.00003 if ring[position] > 0.5 else -0.00002
             scale = (sample.width, sample.height)
@@ -686,11 +688,10 @@ def blocks(rng: random.Random, sample: Sample, ids: Sequence[int], dtype: Any) -
 
 
 def mask_layout(rng: random.Random, root: Path, split: str, named: dict[str, tuple[Sample, bytes]]) -> str:
-    layout = rng.choice(("images", "images/SPLIT"))
+    layout = rng.choice(("{kind}", "{kind}/{split}", "{split}/{kind}"))
     for stem, (sample, mask) in named.items():
-        below = f"/{split}" if layout == "images/SPLIT" else ""
-        write(root / f"images{below}" / f"{stem}.png", sample.content)
-        write(root / f"masks{below}" / f"{stem}.png", mask)
+        write(root / layout.format(kind="images", split=split) / f"{stem}.png", sample.content)
+        write(root / layout.format(kind="masks", split=split) / f"{stem}.png", mask)
     return layout
 
 
@@ -777,8 +778,13 @@ def class_masks(rng: random.Random, folder: Path) -> None:
             off = int((mask.numpy() != right).sum())
             assert off == 0, f"another class map, {kind}: {off} of {right.size} pixels"
 
-    verdict = INVALID if invalid else OPEN if kind == "0 and 255" else VALID
-    check(verdict, f"class masks, {kind}", read, compare, "m0" if invalid and len(named) == 1 else "")
+    check(
+        INVALID if invalid else VALID,
+        f"class masks, {kind}",
+        read,
+        compare,
+        "m0" if invalid and len(named) == 1 else "",
+    )
 
 
 KINDS: tuple[tuple[int, Callable[[random.Random, Path], None]], ...] = (
