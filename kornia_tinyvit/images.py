@@ -66,7 +66,7 @@ def open_image(image: ImageInput, channels: int = 3, max_pixels: int | None = No
       SMinSampleValue and SMaxSampleValue. HEIF files need the package pillow-heif.
     - Arrays :math:`(H, W, C)` or :math:`(H, W)`, and tensors :math:`(C, H, W)`, :math:`(H, W)` or, if the first
       dimension is no number of channels, :math:`(H, W, C)`. uint8 is in [0, 255], uint16 is divided by 65,535, bool is
-      0 or 1, and floating point is in [0, 1].
+      0 or 1, and floating point is in [0, 1]; arrays become float32.
 
     Gray, RGB and RGBA are converted to each other as by Pillow's ``convert``: gray is repeated, alpha is dropped.
 
@@ -78,7 +78,7 @@ def open_image(image: ImageInput, channels: int = 3, max_pixels: int | None = No
 
     Returns:
         The image :math:`(C, H, W)`: uint8 in [0, 255], or floating point in [0, 1] up to a tolerance of 1e-3. It may
-        share memory with a tensor or an array; gradients of tensors are kept.
+        share memory with a tensor, whose gradients are kept.
 
     Raises:
         TypeError: if it is not an image, or has another data type.
@@ -96,8 +96,8 @@ def open_image(image: ImageInput, channels: int = 3, max_pixels: int | None = No
     if isinstance(image, Image.Image):
         try:
             return _convert_pil(image, channels)
-        except UNREADABLE as error:
-            raise ValueError(f"The PIL image cannot be read: {error}") from error
+        except (*UNREADABLE, AssertionError) as error:  # the last one if it is closed
+            raise ValueError(f"The PIL image cannot be read: {str(error) or 'it is closed'}") from error
     if isinstance(image, (str, os.PathLike)):
         return _read(image, str(image), channels, max_pixels)
     if isinstance(image, (bytes, bytearray)):
@@ -276,11 +276,11 @@ def to_pil(image: Tensor) -> Image.Image:
     return Image.fromarray(tensor_to_image(image if image.dtype == torch.uint8 else to_uint8(image)))
 
 
-def _read(file: Any, name: str, channels: int, max_pixels: int | None) -> Tensor:
-    is_path = isinstance(file, (str, os.PathLike))
+def _read(source: Any, name: str, channels: int, max_pixels: int | None) -> Tensor:
+    # Not by name: Pillow maps some files of a name into memory, and TIFF files with an orientation wrongly.
+    named = isinstance(source, (str, os.PathLike))
     try:
-        # From a path, Pillow maps uncompressed TIFF files into memory; their orientation then garbles the pixels.
-        with open(file, "rb") if is_path else nullcontext(file) as opened, _open_file(opened) as image:
+        with open(source, "rb") if named else nullcontext(source) as file, _open_file(file) as image:
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in total")
             return _convert_pil(image, channels)
@@ -290,11 +290,13 @@ def _read(file: Any, name: str, channels: int, max_pixels: int | None) -> Tensor
         raise ValueError(f"{name} is not an image that can be read: {error}") from error
 
 
-def _open_file(file: Any) -> Image.Image:
+def _open_file(file: BinaryIO) -> Image.Image:
     try:
         return Image.open(file)
     except UnidentifiedImageError:
-        if not _is_heif(file):
+        file.seek(0)
+        head = file.read(12)
+        if head[4:8] != b"ftyp" or head[8:] not in _HEIF_BRANDS:
             raise
     try:
         from pillow_heif import register_heif_opener
@@ -302,12 +304,6 @@ def _open_file(file: Any) -> Image.Image:
         raise ValueError("HEIF files need a package: pip install pillow-heif") from None
     register_heif_opener()  # from now on Image.open reads them
     return Image.open(file)
-
-
-def _is_heif(file: Any) -> bool:
-    file.seek(0)
-    head = file.read(12)
-    return head[4:8] == b"ftyp" and head[8:] in _HEIF_BRANDS
 
 
 def _convert_pil(image: Image.Image, channels: int) -> Tensor:
@@ -341,10 +337,8 @@ def _array_to_tensor(image: NDArray[Any]) -> Tensor:
     """Return an array :math:`(H, W, C)` or :math:`(H, W)` as a tensor :math:`(C, H, W)`."""
     if image.dtype.kind not in "bf" and image.dtype.type not in (np.uint8, np.uint16):
         raise TypeError(_dtype_error(image.dtype))
-    native = np.float64 if image.dtype.type is np.longdouble else image.dtype.newbyteorder("=")
-    if min(image.strides, default=0) < 0:  # which torch does not take, and require() keeps for dimensions of size 1
-        image = image.copy()
-    tensor = torch.from_numpy(np.require(image, native, ["C", "W", "E"]))
+    native = np.float32 if image.dtype.kind == "f" else image.dtype.newbyteorder("=")
+    tensor = torch.from_numpy(np.array(image, native, order="C"))  # torch takes no negative strides
     if tensor.ndim == 2:
         return tensor[None]
     if tensor.ndim != 3:
@@ -395,7 +389,7 @@ def _check_values(image: Tensor) -> None:
     fix = "Pass the image before its normalization, or clamp it to [0, 1]."
     if low >= -TOLERANCE and high > 2:
         fix = "Divide them by 255." if high <= 256 else "Divide them by their full scale, 65535 for 16 bits."
-    raise ValueError(f"Floating point images must be in [0, 1]; got values from {low:.4g} to {high:.4g}. {fix}")
+    raise ValueError(f"Floating point and 32-bit images must be in [0, 1]; got values from {low:.4g} to {high:.4g}. {fix}")
 
 
 def _match_channels(image: Tensor, channels: int) -> Tensor:
