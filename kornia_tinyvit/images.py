@@ -389,7 +389,9 @@ def _check_values(image: Tensor) -> None:
     fix = "Pass the image before its normalization, or clamp it to [0, 1]."
     if low >= -TOLERANCE and high > 2:
         fix = "Divide them by 255." if high <= 256 else "Divide them by their full scale, 65535 for 16 bits."
-    raise ValueError(f"Floating point and 32-bit images must be in [0, 1]; got values from {low:.4g} to {high:.4g}. {fix}")
+    raise ValueError(
+        f"Floating point and 32-bit images must be in [0, 1]; got values from {low:.4g} to {high:.4g}. {fix}"
+    )
 
 
 def _match_channels(image: Tensor, channels: int) -> Tensor:
