@@ -23,6 +23,7 @@ from kornia_tinyvit.checkpoints.adaptation import (
     adapt_windows,
     check_state_dict,
 )
+from kornia_tinyvit.checkpoints.arguments import training_preprocessing
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, check_network, read_hub_folder
 from kornia_tinyvit.checkpoints.layouts import find_network, plain_name, plain_state_dict, unwrapped
@@ -186,9 +187,12 @@ def read_checkpoint(
     if stored is not None:
         _check_stored_config(stored, config, name)
         config = stored
-    elif "img_size" in hub.preprocessing:
-        config = config.replace(img_size=hub.preprocessing["img_size"])
-    fields = {**own.preprocessing, **hub.preprocessing}
+    try:
+        fields = {**training_preprocessing(content), **own.preprocessing, **hub.preprocessing}
+        if stored is None and "img_size" in fields:
+            config = config.replace(img_size=fields["img_size"])
+    except (ValueError, TypeError, LookupError, AttributeError, RuntimeError) as error:
+        raise CheckpointError(f"The preprocessing stored in {name} cannot be used: {error}") from error
     preprocessing = read_preprocessing(fields, config, name) if fields else None
     return Checkpoint(
         state_dict, config, name, found.layout, classes, preprocessing, found.left_out, found.others, found.ema
@@ -397,7 +401,7 @@ def read_preprocessing(fields: Mapping[str, Any], config: TinyViTConfig, source:
         if "img_size" in fields:
             default = default.resize(int(fields["img_size"]))
         return Preprocessing.from_dict(default.to_dict() | dict(fields)).with_channels(config.in_chans)
-    except (ValueError, TypeError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         raise CheckpointError(f"The preprocessing stored in {source} cannot be used: {error}") from error
 
 
