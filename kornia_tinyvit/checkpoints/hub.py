@@ -102,7 +102,7 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _transformers_metadata(values: Mapping[str, Any], processor: Mapping[str, Any]) -> HubMetadata:
     fields = {ours: values[theirs] for ours, theirs in TRANSFORMERS_NAMES.items() if theirs in values}
-    preprocessing = {**(values.get("preprocessing") or {}), **_processor_settings(processor)}
+    preprocessing = _processor_settings(processor) if processor else (values.get("preprocessing") or {})
     labels = values.get("id2label")
     classifier = "TinyVitForImageClassification" in (values.get("architectures") or ())
     # transformers omits its two default labels.

@@ -50,7 +50,9 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     check_contracted(config, parent.config)
     weight = parent.norm_head.weight
     child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
-    child.preprocessing = parent.preprocessing.resize(config.img_size)
+    same_size = config.img_size == parent.config.img_size
+    child.preprocessing = parent.preprocessing if same_size else parent.preprocessing.resize(config.img_size)
+    child.class_names = parent.class_names
     # The importance of channels depends on the kept blocks only.
     blocks = [_kept_blocks(parent, stage, config.depths[stage]) for stage in range(NUM_STAGES)]
     channels = [_kept_channels(parent, stage, blocks[stage], config.embed_dims[stage]) for stage in range(NUM_STAGES)]

@@ -1,10 +1,13 @@
 """Preprocessing of a network in all file formats and in everything that uses it."""
 
+import argparse
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
+from PIL import Image
 
 from kornia_tinyvit import (
     CheckpointError,
@@ -17,11 +20,18 @@ from kornia_tinyvit import (
 )
 from kornia_tinyvit.checkpoints import PretrainedWeights, catalog, list_pretrained, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.hub import write_timm_folder
+from kornia_tinyvit.checkpoints.layouts import to_timm
 from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig
+from kornia_tinyvit.contraction import inherit
+from kornia_tinyvit.deploy import build_graph, optimize
+from kornia_tinyvit.deploy.benchmark import read_images
+from kornia_tinyvit.images import read_image
 from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing, default_preprocessing
-from tests.conftest import TINY
+from tests.conftest import TINY, tiny_weights
+from tests.helpers import run
 
+ODD = Preprocessing(160, 0.9, "bilinear", mean=(0.5,) * 3, std=(0.25,) * 3)
 OTHER = Preprocessing(64, 0.6, "bilinear", mean=(0.5, 0.4, 0.3), std=(0.2, 0.25, 0.3))
 NAMES = tuple("abcdefg")
 
@@ -148,6 +158,159 @@ class TestFiles:
             assert weights.preprocessing == default_preprocessing(weights.config)
 
 
+def write_model_of_transformers(model, path):
+    """Without a preprocessor_config.json, as transformers' Trainer writes it."""
+    pytest.importorskip("transformers")
+    from kornia_tinyvit.huggingface import from_tinyvit
+
+    from_tinyvit(model, NAMES).save_pretrained(path)
+    return path
+
+
+def write_training_of_timm(model, path):
+    settings = model.preprocessing
+    arguments = {"img_size": settings.img_size, "crop_pct": settings.crop_fraction, **settings.statistics}
+    arguments["interpolation"] = settings.interpolation
+    weights = {to_timm(name): tensor for name, tensor in model.state_dict().items()}
+    torch.save({"state_dict": weights, "args": argparse.Namespace(**arguments)}, path.with_suffix(".pth"))
+    return path.with_suffix(".pth")
+
+
+def write_converted(form):
+    def write(model, path):
+        out = path.with_suffix(".safetensors") if form == "safetensors" else path.with_name(form)
+        weights = save_checkpoint(model, path.with_suffix(".original.safetensors"), NAMES)
+        run("convert", "--weights", str(weights), "--out", str(out), "--format", form)
+        return out
+
+    return write
+
+
+def write_contracted(model, path):
+    config = model.config.replace(mlp_ratio=model.config.mlp_ratio)
+    return save_checkpoint(inherit(model, config), path.with_suffix(".safetensors"))
+
+
+FORMATS = WRITERS | {
+    "transformers' model": write_model_of_transformers,
+    "timm's training": write_training_of_timm,
+    "converted to safetensors": write_converted("safetensors"),
+    "converted for timm": write_converted("timm"),
+    "converted for transformers": write_converted("transformers"),
+    "contracted": write_contracted,
+    "pickled": lambda model, path: torch.save(model, path.with_suffix(".pt")) or path.with_suffix(".pt"),
+}
+
+
+def through_transformers(path, photo):
+    from kornia_tinyvit.huggingface import TinyVitImageProcessor, from_checkpoint, to_tinyvit
+
+    model = from_checkpoint(path)
+    processor = TinyVitImageProcessor.from_preprocessing(to_tinyvit(model).preprocessing)
+    return model(**processor(read_image(photo), return_tensors="pt")).logits
+
+
+def through_benchmark(path, photo):
+    folder = photo.parents[1]
+    classifier = ImageClassifier.from_config(pretrained=path, class_names=NAMES)
+    return classifier.model(read_images(classifier, folder, 1).images)
+
+
+def through_command(path, photo):
+    printed = json.loads(run("classify", str(photo), "--weights", str(path), "--top-k", "7", "--json"))
+    scores = {each["index"]: each["score"] for each in printed[0]["predictions"]}
+    return torch.tensor([[scores[index] for index in range(7)]]).log()
+
+
+def through_backbone(path, photo):
+    """Normalize as a segmenter and a detector do, which have their own sizes."""
+    inputs = EvaluationPipeline.from_preprocessing(ODD).resize_and_crop(read_image(photo)[None])
+    segmenter = SemanticSegmenter.from_config(pretrained=path, num_classes=3, width=8)
+    detector = TinyViTDetector.from_config(pretrained=path, num_classes=3, hidden_dim=16, num_queries=5)
+    assert torch.equal(segmenter.normalize(inputs), detector.normalize(inputs))
+    return TinyViT.from_config(pretrained=path)(segmenter.normalize(inputs))
+
+
+#: Functions from a checkpoint and a photo to logits, up to a constant.
+CONSUMERS = {
+    "classifier": lambda path, photo: ImageClassifier.from_config(pretrained=path)(read_image(photo)[None]),
+    "classify": through_command,
+    "graph": lambda path, photo: build_graph(ImageClassifier.from_config(pretrained=path))(read_image(photo)[None]),
+    "optimize": lambda path, photo: optimize(ImageClassifier.from_config(pretrained=path), "eager")(
+        read_image(photo)[None]
+    ),
+    "benchmark": through_benchmark,
+    "transformers": through_transformers,
+    "backbone": through_backbone,
+}
+
+
+@pytest.fixture(scope="module")
+def photo(tmp_path_factory):
+    path = tmp_path_factory.mktemp("photos") / "a" / "photo.png"
+    path.parent.mkdir()
+    pixels = torch.randint(0, 256, (190, 230, 3), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    for name in ("photo.png", "same.png"):  # the benchmark needs two images
+        Image.fromarray(pixels.numpy()).resize((460, 380)).save(path.with_name(name))
+    return path
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """The path of a network in each format, written at the first use."""
+    model = TinyViT(**TINY)
+    model.load_state_dict(tiny_weights())
+    model.eval().preprocessing, model.class_names = ODD, NAMES
+    folder, paths = tmp_path_factory.mktemp("formats"), {}
+
+    def write(kind):
+        if kind not in paths:
+            place = folder / str(len(paths)) / "weights"
+            place.parent.mkdir()
+            paths[kind] = FORMATS[kind](model, place)
+        return paths[kind]
+
+    return model, write
+
+
+class TestMatrix:
+    """Every format gives every function that reads it the preprocessing of the network that was written."""
+
+    @pytest.mark.parametrize("kind", FORMATS)
+    @pytest.mark.parametrize("consumer", CONSUMERS)
+    @torch.no_grad()
+    def test_equal_logits(self, written, photo, kind, consumer):
+        model, write = written
+        expected = model(EvaluationPipeline.from_preprocessing(ODD)(read_image(photo)[None]))
+        path = write(kind)
+        loaded = TinyViT.from_config(pretrained=path)
+        assert loaded.preprocessing == ODD
+        assert loaded.class_names == (None if kind in ("timm's training", "pickled") else NAMES)
+        found = CONSUMERS[consumer](path, photo)
+        torch.testing.assert_close(found.log_softmax(1), expected.log_softmax(1), atol=2e-3, rtol=1e-3)
+
+    @pytest.mark.parametrize(
+        "change",
+        [
+            {"img_size": 128},
+            {"crop_fraction": 1.0},
+            {"interpolation": "bicubic"},
+            {"mean": (0.45,) * 3},
+            {"std": (0.26,) * 3},
+        ],
+    )
+    @torch.no_grad()
+    def test_every_field_changes_the_logits(self, written, photo, change):
+        """Otherwise the tolerance of the other test would hide that a field is ignored."""
+        model, _ = written
+        image = read_image(photo)[None]
+        first, second = (
+            model(EvaluationPipeline.from_preprocessing(each)(image)).log_softmax(1)
+            for each in (ODD, replace(ODD, **change))
+        )
+        assert (first - second).abs().max() > 2e-2
+
+
 class TestOverrides:
     def test_size(self, network, tmp_path):
         path = save_checkpoint(network, tmp_path / "weights.safetensors")
@@ -187,7 +350,7 @@ class TestHubFolders:
                 {"size": {"shortest_edge": 128}, "crop_size": {"height": 96, "width": 96}},
                 Preprocessing(96, 0.75),
             ),
-            ({"do_normalize": False}, Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)),
+            ({"do_normalize": False, "size": 64}, Preprocessing(64, mean=(0.0,) * 3, std=(1.0,) * 3)),
             # ViT's processor resizes the whole image; BEiT's and others may have another scale of pixels.
             (
                 {"image_processor_type": "ViTImageProcessor", "size": {"height": 64, "width": 64}, "resample": 2},
@@ -235,6 +398,10 @@ class TestHubFolders:
     def test_without_a_processor(self, network, tmp_path):
         folder = write_transformers(network, tmp_path / "hub")
         (folder / "preprocessor_config.json").unlink()
+        assert read_checkpoint(folder).preprocessing == OTHER
+        values = json.loads((folder / "config.json").read_text())
+        del values["preprocessing"]
+        (folder / "config.json").write_text(json.dumps(values))
         assert read_checkpoint(folder).preprocessing is None
         assert TinyViT.from_config(pretrained=folder).preprocessing == default_preprocessing(network.config)
 
