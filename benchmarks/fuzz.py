@@ -126,21 +126,23 @@ def run_all(targets: list[Target], seeds: list[int], args: argparse.Namespace) -
 def run_mutants(seed: int, args: argparse.Namespace) -> None:
     """Print for each mutant whether its target finds it, and after how many cases."""
     known = {target.name: target for target in GATES}
+    mutants = (*(Mutant("none", target.name, target.name, nullcontext) for target in GATES), *MUTANTS)
     print(f"\n{'mutant':6} {'found':5} {'cases':>6}  fault")
     with tempfile.TemporaryDirectory() as folder:
         seconds, jobs = 60 * args.minutes, []
-        for number, mutant in enumerate(MUTANTS):
+        for number, mutant in enumerate(mutants):
             if mutant.target is not None:
                 target, journal = known[mutant.target], Path(folder) / f"{number}.jsonl"
                 jobs.append(Job(target, seed, seconds, args.count, journal, mutant))
         run_jobs(jobs, args.processes, lambda job: None)
     results = {id(job.mutant): job for job in jobs}
-    for mutant in MUTANTS:
+    for mutant in mutants:
         job = results.get(id(mutant))
         faults = {} if job is None else job.tally.faults
         cases = f"{job.tally.total:,}" if job is not None else "-"
         print(f"{mutant.entry:6} {'yes' if faults else 'no':5} {cases:>6}  {mutant.what}")
-        print(f"{'':20}  {shorten(next(iter(faults), mutant.note), 180, placeholder=' ...')}")
+        if note := next(iter(faults), mutant.note):
+            print(f"{'':20}  {shorten(note, 180, placeholder=' ...')}")
 
 
 def run_jobs(jobs: list[Job], processes: int, done: Any) -> None:
