@@ -12,15 +12,15 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 __all__ = ["ProgressBar", "track_progress"]
 
-_LINE_FRACTION, _LINE_SECONDS, _MIN_SECONDS = 0.1, 30.0, 3.0
+_LINE_FRACTION, _LINE_SECONDS, _MIN_SECONDS = 0.1, 30.0, 3.0  # between two lines
 
 
 class ProgressBar(Progress):
     """Show how much of a task is done, its rate and the time left, on stderr.
 
     On a terminal it is a bar, which disappears at the end. Elsewhere, e.g. in a log file, it is a line such as
-    ``training 120/600, 12 images/s, 3:20 left`` every 10 % but not more often than every 3 seconds, and every
-    30 seconds. It is a context manager.
+    ``training 120/600, 12 images/s, 3:20 left`` after 3 seconds, every 10 % but not more often than every 3 seconds,
+    and every 30 seconds. It is a context manager.
 
     Args:
         name: name of the task.
@@ -38,7 +38,7 @@ class ProgressBar(Progress):
         )  # fmt: skip
         super().__init__(*columns, console=console, transient=True, disable=not shown or self._prints_lines)
         self.add_task(name, total=total, completed=completed, text="")
-        self._printed = time.monotonic(), completed
+        self._printed, self._is_first = (time.monotonic(), completed), True
 
     def step(self, count: int = 1, text: str | None = None) -> None:
         """Add completed steps.
@@ -50,9 +50,9 @@ class ProgressBar(Progress):
         task = self.tasks[0]
         self.update(task.id, advance=count, text=task.fields["text"] if text is None else text)
         now, (then, completed) = time.monotonic(), self._printed
-        due = task.completed - completed >= _LINE_FRACTION * (task.total or 0) and now - then >= _MIN_SECONDS
-        if self._prints_lines and (due or now - then >= _LINE_SECONDS):
-            self._printed = now, int(task.completed)
+        due = self._is_first or task.completed - completed >= _LINE_FRACTION * (task.total or 0)
+        if self._prints_lines and now - then >= (_MIN_SECONDS if due else _LINE_SECONDS):
+            self._printed, self._is_first = (now, int(task.completed)), False
             minutes, seconds = divmod(int(task.time_remaining or 0), 60)
             parts = (
                 f"{task.description} {task.completed:g}/{task.total:g}",

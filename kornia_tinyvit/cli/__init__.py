@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
+import warnings
 from typing import Annotated, Any
 
 import torch
@@ -94,6 +95,7 @@ def main() -> None:
         SystemExit: with the exit code, if it is not 0.
     """
     message = ""
+    warnings.formatwarning = lambda warning, *_, **__: f"Warning: {warning}\n"
     try:
         code = app(prog_name="kornia-tinyvit", standalone_mode=False) or 0
     except UsageError as error:

@@ -92,6 +92,8 @@ def contract(request: ContractRequest) -> None:
     bench = contraction.Bench(request.engine, DTYPES[request.dtype_name], device, request.engine_batch)
     recipe, out = request.find_recipe(), request.out
     images, validation = _split(request.sample(ClassificationDataset.open(request.data)), request)
+    request.note_run(images, request.device, request.weights or "random", validation)
+    recipe = request.fit_batch(recipe, images)
     classes: dict[str, Any] = {"num_classes": images.num_classes, "class_names": images.class_names}
     network = request.build(TinyViT.from_config, recipe, request.seed, **classes)
     statistics = {} if request.store is not None else network.preprocessing.statistics  # a store has its own
@@ -101,10 +103,8 @@ def contract(request: ContractRequest) -> None:
         store = shared.open_labels(request.store, samples)
         objective = StoredLabelLoss(store, samples.augmentation)
         replays = shared.find_epochs(store, recipe.epochs, request)
-        if store.manifest.num_classes != images.num_classes:
-            raise ValueError(
-                f"The store has {store.manifest.num_classes} classes, but the images have {images.num_classes}."
-            )
+        shared.match_labels(samples, store.manifest.teacher.get("class_names"), store.manifest.num_classes)
+        images, validation = samples.images, validation.with_classes(samples.images.class_names)
     evaluate = contraction.ProxyTraining(
         samples, validation, recipe, out / "training", objective, request.start.value, replays, request.seed,
         request.process_batch, precision=request.precision, cpu=request.cpu,
@@ -134,9 +134,10 @@ def _split(
     images: ClassificationDataset, request: ContractRequest
 ) -> tuple[ClassificationDataset, ClassificationDataset]:
     """Return the images to train on and those to evaluate on."""
-    validation = request.open_validation(images.class_names)
+    validation = request.open_validation(ClassificationDataset.open, images)
     if validation is not None:
-        return images, validation
+        request.reject_unused(("hold_out",), "with validation images")
+        return images, validation.with_classes(images.class_names)
     if request.store is not None:
         raise ValueError("A store has labels of all images, so none can be held out; give --validation.")
     return images.split(max(1, round(request.hold_out * len(images))))

@@ -12,6 +12,7 @@ import torch
 from kornia_tinyvit.cli import options
 from kornia_tinyvit.cli import training_options as shared
 from kornia_tinyvit.cli.requests import argument, command, option
+from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.distillation.losses import OnlineDistillationLoss, StoredLabelLoss
 from kornia_tinyvit.distillation.manifest import Manifest, StoreError, estimated_size, readable_size
@@ -67,6 +68,7 @@ def save(request: SaveRequest) -> None:
     recipe = find_recipe(request.recipe, epochs=request.epochs, img_size=request.img_size)
     samples = request.augment(recipe, request.on_broken)
     teacher, description = request.load_teacher()
+    request.note_run(samples.images, device_of(teacher), request.teacher)
     classes, top_k = _count_classes(teacher, samples), request.top_k
     if top_k > classes:
         raise ValueError(f"--top-k must be at most {classes}, the classes of the teacher; got {top_k}.")
@@ -160,24 +162,28 @@ def train(request: TrainRequest) -> None:
             epochs = epochs or shared.find_epochs(store, recipe.epochs, request)
         patience = 0 if replays is None else PATIENCE
         objective = StoredLabelLoss(store, samples.augmentation, hard_weight, patience=patience)
-        classes = store.manifest.num_classes
+        classes, names = store.manifest.num_classes, store.manifest.teacher.get("class_names")
     else:
         network = load_teacher(str(request.teacher))
         objective, classes = OnlineDistillationLoss(network, request.dtype), _count_classes(network, samples)
-    if (hard_weight or request.validation is not None) and samples.images.num_classes != classes:
-        raise ValueError(
-            f"The data has {samples.images.num_classes} classes and the teacher {classes}, so its labels cannot be "
-            "used; leave out --hard-weight and --validation."
-        )
-    names = samples.images.class_names
+        names = network.class_names
+    validation = request.open_validation(ClassificationDataset.open, samples.images)
+    try:
+        shared.match_labels(samples, names, classes)
+    except ValueError:
+        if hard_weight or request.validation is not None:
+            raise
+        validation = None
+    if names is None and samples.images.num_classes == classes:
+        names = samples.images.class_names
     request.train(
         request.build_network(TinyViT.from_config, recipe, num_classes=classes),
         samples,
         objective,
         recipe,
-        validation=request.open_validation(names),
+        validation=validation,
         replays=epochs,
-        class_names=names if names and len(names) == classes else None,
+        class_names=None if names is None else tuple(names),
     )
 
 

@@ -44,7 +44,7 @@ class EvaluateRequest(NetworkRequest):
         "'train'."
     )
     task: TaskName = option("Data", "What the network was trained for.", TaskName.classification)
-    split: str = option("Data", "Split of the data; not for classification.", "val")
+    split: str = option("Data", "Split of the data, if it is divided: train, val, test, ...", "val")
     limit: int | None = option("Data", "Number of images, sampled with a fixed seed.", None, min=1)
     on_broken: OnBroken = option("Data", "At an image that cannot be read.", OnBroken.stop)
     tta: bool = option("Weights", TTA, False)
@@ -74,7 +74,7 @@ SUMMARIES = {
 }
 _FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
 _UNUSED = {
-    TaskName.classification: ("split", "min_area"),
+    TaskName.classification: ("min_area",),
     TaskName.semantic: (*_FOR_CLASSIFIERS, "batch_size", "min_area"),  # images of any size, one by one
     TaskName.promptable: (*_FOR_CLASSIFIERS, "batch_size", "per_class"),
     TaskName.detection: (*_FOR_CLASSIFIERS, "min_area"),
@@ -112,7 +112,7 @@ def evaluate(request: EvaluateRequest) -> None:
 
 
 def _choose_classes(classifier: ImageClassifier, images: ClassificationDataset, request: EvaluateRequest) -> None:
-    """Evaluate a classifier of ImageNet-22k on the classes of ImageNet-1k, and note classes without a name."""
+    """Evaluate a classifier of ImageNet-22k on the classes of ImageNet-1k, and note how classes are matched."""
     known = bool(set(images.class_names or ()) & set(classifier.class_names))
     if len(classifier.class_names) == IMAGENET_22K and images.num_classes <= len(imagenet_classes()) and not known:
         kept = imagenet_1k_in_22k()
@@ -124,12 +124,10 @@ def _choose_classes(classifier: ImageClassifier, images: ClassificationDataset, 
         classifier.class_names = imagenet_classes()
         request.note("The network has the classes of ImageNet-22k; evaluating the 1000 of ImageNet-1k.")
     names = classifier.class_names
-    unknown = match_classes(images.class_names, names) is None
-    if unknown and images.class_names is not None and images.num_classes < len(names):
-        request.note(
-            f"No class name of the data is a class of the network; taking its {images.num_classes} classes for the "
-            f"first of the network's {len(names)}."
-        )
+    if not set(images.class_names or ()) & set(names):
+        request.note("Classes are matched by position, as they have no common names.")
+    elif images.num_classes < len(names):
+        request.note(f"The data has {images.num_classes:,} of the network's {len(names):,} classes.")
     if request.confusion and len(names) > CONFUSION_CLASSES:
         raise ValueError(f"--confusion takes up to {CONFUSION_CLASSES} classes; the network has {len(names)}.")
 
@@ -137,7 +135,7 @@ def _choose_classes(classifier: ImageClassifier, images: ClassificationDataset, 
 def _open(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
     """Open the network and the data."""
     if request.task is TaskName.classification:
-        return request.build_classifier(request.tta), ClassificationDataset.open(request.data)
+        return request.build_classifier(request.tta), ClassificationDataset.open(request.data, request.split)
     if request.task is TaskName.promptable:
         sam = request.build_network(MobileSAM, request.weights or True)
         return sam, InstanceDataset.open(request.data, request.split, request.min_area)
@@ -202,7 +200,9 @@ def _probe(
         if path is None:
             continue
         training = ClassificationDataset.open(path)
-        targets = _targets_in(training, images, labels)
+        used, owners = sorted(set(images.labels)), ("The data", str(path))
+        positions = match_classes(images.class_names, training.class_names, used, owners)
+        targets = labels if positions is None else torch.tensor(positions)[labels]
         if path not in known:
             known[path], unread = _features(classifier, training, request, f"features of {path.name}")
             if training.fingerprint() not in counted:
@@ -234,16 +234,6 @@ def _features(
                 yield torch.cat(inputs), torch.tensor([label for _, label in read])
 
     return extract_features(classifier.model, batches()), broken
-
-
-def _targets_in(training: ClassificationDataset, images: ClassificationDataset, labels: Tensor) -> Tensor:
-    """Return the classes of images as class indices of the training data, matched by name where both have names."""
-    if training.class_names is None or images.class_names is None:
-        return labels
-    unknown = sorted(set(images.class_names) - set(training.class_names))
-    if unknown:
-        raise ValueError(f"The training data lacks the classes {', '.join(unknown[:5])} of the data.")
-    return torch.tensor([training.class_names.index(name) for name in images.class_names])[labels]
 
 
 def _show(report: dict[str, Any], task: TaskName) -> None:

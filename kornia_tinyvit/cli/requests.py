@@ -64,9 +64,11 @@ class Request:
         if names:
             self.note(f"{text}: {len(names)}, e.g. {'; '.join(names[:most])}")
 
-    def note_run(self, images: Any, device: object, weights: str) -> None:
-        """Note what a training or an evaluation runs on: the summary of the images, device and weights."""
+    def note_run(self, images: Any, device: object, weights: str, validation: Any = None) -> None:
+        """Note what a command runs on: the summary of the images, device and weights, and the validation images."""
         self.note(f"{images.summary}; device {device}; weights {weights}")
+        if validation is not None:
+            self.note(f"Validation: {validation.summary}")
 
     def reject_unused(self, names: Iterable[str], reason: str) -> None:
         """Reject options that were given although they have no effect.

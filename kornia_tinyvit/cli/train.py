@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -71,10 +72,10 @@ def train(request: TrainRequest) -> None:
     """
     unused = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not request.task for name in names)
     request.reject_unused(unused, f"with --task {request.task}")
-    if request.validation is None:
-        request.reject_unused(("validate_every",), "without --validation")
     recipe = request.find_recipe("in1k" if request.task is TaskName.classification else request.task.value)
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
+    if validation is None:
+        request.reject_unused(("validate_every",), "without validation images")
     settings = {"validation": validation, "validate_every": request.validate_every}
     names = samples.images.class_names
     request.train(model, samples, objective, recipe, task=task, class_names=names, **settings)
@@ -94,43 +95,40 @@ def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
     classes: dict[str, Any] = {"num_classes": images.num_classes, "class_names": images.class_names}
     model = request.build_network(TinyViT.from_config, recipe, **classes)
     samples = request.augment(recipe, request.on_broken, images, **model.preprocessing.statistics)
-    validation = request.open_validation(images.class_names)
+    validation = request.open_validation(ClassificationDataset.open, images)
     return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 
 
 def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(SegmentationDataset.open(request.data, "train"))
+    images = request.sample(SegmentationDataset.open(request.data))
     augmentation = _augment(request, recipe, training.MaskAugmentation)
     samples = training.SegmentationSamples(images, augmentation, request.on_broken)
     model = request.build_network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
-    validation = None if request.validation is None else images.open_split(request.validation, "val")
+    validation = request.open_validation(images.open_split, images)
     weights = training.balanced_weights(images, request.class_balance) if request.class_balance else None
     objective = training.SegmentationLoss(samples.augmentation.preset.label_smoothing, weights)
     return training.SEMANTIC, model, samples, objective, validation
 
 
 def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(InstanceDataset.open(request.data, "train", request.min_area))
+    images = request.sample(InstanceDataset.open(request.data, min_area=request.min_area))
     prompting = training.Prompting(request.prompts, request.box_fraction)
     augmentation = _augment(request, recipe, training.PromptAugmentation, prompting=prompting)
     # MobileSAM has the same windows at every size.
     sam = request.build_network(training.build_sam, recipe, scale_windows=False)
-    path = request.validation
-    validation = None if path is None else InstanceDataset.open(path, "val", request.min_area)
+    validation = request.open_validation(partial(InstanceDataset.open, min_area=request.min_area), images)
     samples = training.PromptedSamples(images, augmentation, request.on_broken)
     model = training.PromptedSAM(sam, request.freeze or ())
     return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
 
 
 def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(DetectionDataset.open(request.data, "train"))
+    images = request.sample(DetectionDataset.open(request.data))
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
     detector = request.build_network(TinyViTDetector.from_config, recipe, scale_windows=False, **options)
     model = training.DetectorTraining(detector)
-    validation = None
-    if request.validation is not None:
-        validation = DetectionDataset.open(request.validation, "val").with_classes(images.class_names)
+    validation = request.open_validation(DetectionDataset.open, images)
     return training.DETECTION, model, samples, training.DetectionLoss(model), validation
 
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 
@@ -18,9 +18,12 @@ from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.loader import ReplayedSamples
+from kornia_tinyvit.data.splits import MissingSplitError
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore
 from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
+
+Dataset = TypeVar("Dataset")
 
 RECIPE_NAMES = ", ".join(RECIPES)
 EPOCHS = "Epochs. Default: those of the recipe."
@@ -84,10 +87,14 @@ class TrainingRequest(DataRequest):
         None,
     )
     recipe: str | None = option("Training", f"{RECIPE_NAMES}.", "in1k")
-    validation: Path | None = option("Data", "Images to evaluate on after each epoch.", None)
+    validation: Path | None = option(
+        "Data", "Images to evaluate on after each epoch. Default: the split val of the data.", None
+    )
     on_broken: str = option("Data", ON_BROKEN, "stop")
     epochs: int | None = option("Training", EPOCHS, None, min=1)
-    batch_size: int | None = option("Training", "Global batch size. Default: that of the recipe.", None, min=2)
+    batch_size: int | None = option(
+        "Training", "Global batch size. Default: that of the recipe, at most an eighth of the images.", None, min=2
+    )
     base_lr: float | None = option("Training", "Learning rate for a batch of 512, scaled linearly.", None)
     process_batch: int | None = option("Hardware", "Batch size per process; gradients are accumulated.", None, min=2)
     device: str = option("Hardware", "auto (the choice of accelerate) or cpu.", "auto")
@@ -149,11 +156,33 @@ class TrainingRequest(DataRequest):
             **settings,
         )
 
-    def open_validation(self, class_names: tuple[str, ...] | None) -> ClassificationDataset | None:
-        """Return the validation images with the classes of the network."""
-        if self.validation is None:
+    def open_validation(self, open_split: Callable[[Path, str], Dataset], images: Any) -> Dataset | None:
+        """Return the images of ``--validation``, by default of the validation split of the data, if it has one.
+
+        Args:
+            open_split: opens a split of a path.
+            images: the training images.
+        """
+        if self.validation is not None:
+            return open_split(self.validation, "val")
+        if not images.is_divided:
             return None
-        return ClassificationDataset.open(self.validation).with_classes(class_names)
+        try:
+            return open_split(self.data, "val")
+        except MissingSplitError:
+            return None
+
+    def fit_batch(self, recipe: Recipe, images: Any) -> Recipe:
+        """Return the recipe with a batch that fits the images, unless ``--batch-size`` is given."""
+        if self.batch_size is not None:
+            return recipe
+        fitted = recipe.fit(len(images), (self.process_batch or 2) * int(os.environ.get("WORLD_SIZE", "1")))
+        if fitted is not recipe:
+            self.note(
+                f"Batch {fitted.batch_size} instead of the recipe's {recipe.batch_size} for {len(images):,} images, "
+                f"learning rate {fitted.peak_lr:.3g} instead of {recipe.peak_lr:.3g}."
+            )
+        return fitted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,7 +206,9 @@ class LoopRequest(TrainingRequest):
         """Train, or resume, and print the result; see :func:`~kornia_tinyvit.training.train`."""
         cpu = self.cpu
         images = samples.images
-        self.note_run(images, "cpu" if cpu else options.find_device("auto"), self.weights or "random")
+        device = "cpu" if cpu else options.find_device("auto")
+        self.note_run(images, device, self.weights or "random", settings.get("validation"))
+        recipe = self.fit_batch(recipe, images)
         unpaired = (*images.without_mask, *images.without_image)
         self.note_names("Images and labels left out because the other is missing", unpaired)
         self.note_names("Boxes left out", getattr(images, "left_out", ()))
@@ -200,6 +231,26 @@ def open_labels(path: Path, samples: ReplayedSamples) -> LabelStore:
     store = LabelStore(path)
     store.require(samples.describe())
     return store
+
+
+def match_labels(samples: ReplayedSamples, names: Sequence[str] | None, classes: int) -> None:
+    """Replace the labels of samples by class indices of a teacher, matched by name where both sides have names.
+
+    Args:
+        samples: the samples.
+        names: names of the teacher's classes, where known.
+        classes: their number.
+
+    Raises:
+        ValueError: if the labels are no classes of the teacher.
+    """
+    images = samples.images.with_classes(names)
+    if images.num_classes != classes:
+        raise ValueError(
+            f"The data has {images.num_classes} classes and the teacher {classes}, so its labels cannot be used; leave "
+            "out --hard-weight and --validation."
+        )
+    samples.images = images
 
 
 def find_epochs(store: LabelStore, epochs: int, request: Request) -> list[int]:

@@ -10,6 +10,7 @@ from kornia_tinyvit.data.loader import Batch, EpochBatches, KeyedSamples, Replay
 from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.data.params import ReplayParams
 from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
+from kornia_tinyvit.data.splits import MissingSplitError
 
 __all__ = [
     "IGNORED",
@@ -22,6 +23,7 @@ __all__ = [
     "ImageDataset",
     "InstanceDataset",
     "KeyedSamples",
+    "MissingSplitError",
     "Objects",
     "ReplayParams",
     "ReplayableAugmentation",

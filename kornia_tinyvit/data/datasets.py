@@ -6,8 +6,8 @@ import copy
 import hashlib
 import re
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, Generic, Protocol, Self, TypeVar
 
 import torch
@@ -15,11 +15,15 @@ from PIL import UnidentifiedImageError
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from kornia_tinyvit.config import name_classes
+from kornia_tinyvit.data.splits import UNDIVIDED
 from kornia_tinyvit.images import read_image, read_pixels
 
 __all__ = ["BrokenImageError", "ImageDataset"]
 
 Target = TypeVar("Target")
+
+_WORDNET_ID, _NUMBERED = re.compile(r"n\d{8}"), re.compile(r"class (\d+)")
 
 
 class BrokenImageError(ValueError):
@@ -53,6 +57,7 @@ class Contents:
         without_mask: names of images without labels, which are dropped.
         without_image: names of labels without an image, which are dropped.
         notes: what else was left out or decided, for the summary.
+        skipped: how many files that are not images were left out, by kind.
     """
 
     images: ImageFiles
@@ -61,6 +66,7 @@ class Contents:
     without_mask: tuple[str, ...] = ()
     without_image: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
 
 class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
@@ -76,6 +82,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         num_classes: number of classes.
         without_mask: names of images without labels, which are dropped.
         without_image: names of labels without an image, which are dropped.
+        skipped: how many files that are not images were left out, by kind such as ``".heic"``.
     """
 
     class_names: tuple[str, ...] | None
@@ -88,6 +95,7 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         self.num_classes = len(contents.class_names or ())
         self.without_mask, self.without_image = contents.without_mask, contents.without_image
         self._notes = contents.notes
+        self.skipped = contents.skipped
         self._fingerprint: str | None = None
 
     def __len__(self) -> int:
@@ -124,8 +132,14 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         """What the data set holds, in one line: images, objects and classes, then what was left out or decided."""
         unpaired = (("image", "without labels", self.without_mask), ("label", "without an image", self.without_image))
         left_out = [f"{count_noun(len(names), noun)} {reason}" for noun, reason, names in unpaired if names]
+        left_out += describe_skipped(self.skipped)
         skipped = [f"skipped {', '.join(left_out)}"] if left_out else []
         return "; ".join([", ".join([count_noun(len(self), "image"), *self._counts()]), *skipped, *self._notes])
+
+    @property
+    def is_divided(self) -> bool:
+        """Whether the images are one of several splits of the path that was opened."""
+        return UNDIVIDED not in self._notes
 
     def sample(self, count: int, seed: int = 0) -> Self:
         """Return a random subset of the images, with the same classes.
@@ -159,6 +173,25 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         order = self._shuffled(seed)
         return self._subset(order[count:]), self._subset(order[:count])
 
+    def with_classes(self, names: Sequence[str] | None) -> Self:
+        """Return the dataset with the class indices of other classes, such as a network's, matched by name.
+
+        Without names on one side the class indices are unchanged.
+
+        Args:
+            names: names of the classes in the order of their indices.
+
+        Raises:
+            ValueError: if an image has a class that is not among them.
+        """
+        positions = match_classes(self.class_names, names, self._used_classes())
+        if names is None or positions is None or tuple(names) == self.class_names:
+            return self
+        mapped = self._subset(range(len(self)))
+        mapped._move_classes(positions)
+        mapped.class_names, mapped.num_classes = tuple(names), len(names)
+        return mapped
+
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that identify the dataset, independent of its location.
 
@@ -184,6 +217,14 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
     def _counts(self) -> list[str]:
         """Return the parts of the summary that follow the number of images."""
         return [count_noun(self.num_classes, "class")] if self.num_classes else []
+
+    def _used_classes(self) -> Sequence[int]:
+        """Return the sorted indices of the classes that have labels."""
+        return range(self.num_classes)
+
+    def _move_classes(self, positions: Sequence[int]) -> None:
+        """Replace each class index by its position."""
+        raise NotImplementedError
 
     def _settings(self) -> tuple[object, ...]:
         """Return the arguments of :meth:`open` that the fingerprint depends on."""
@@ -246,66 +287,53 @@ def check_size(place: str, size: tuple[int, int], stated: tuple[int, int] | None
         )
 
 
-def match_classes(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> list[int] | None:
-    """Return the class indices of a dataset's classes in a network, or ``None`` to keep the indices.
+def describe_skipped(skipped: Mapping[str, int]) -> list[str]:
+    """Return texts such as ``20 .heic`` and ``1 dangling link``, in descending order of the numbers."""
+    ordered = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
+    return [f"{count:,} {kind.format(s='s' * (count > 1))}" for kind, count in ordered if count]
+
+
+def match_classes(
+    ours: Sequence[str] | None,
+    theirs: Sequence[str] | None,
+    used: Iterable[int] | None = None,
+    owners: tuple[str, str] = ("The data", "the network"),
+) -> list[int] | None:
+    """Return the position of each class among other classes, by name, or ``None`` if one side has no names.
+
+    Names such as ``class 3`` stand for indices where no names are stated. All WordNet ids of a data set, such as
+    ImageNet's folders ``n01440764``, are in the order of the classes.
 
     Args:
-        ours: names of the dataset's classes, where known.
-        theirs: names of the network's classes. Without a common name ``None`` is returned.
+        ours: names of the classes, where known.
+        theirs: names of the other classes, where known.
+        used: indices of our classes that have labels; by default all. The position of another one may be -1.
+        owners: who has the classes, for the message.
 
     Raises:
-        ValueError: if the network has some but not all of the dataset's classes.
+        ValueError: if the other side does not have a used class.
     """
-    if ours is None or theirs is None or not set(ours) & set(theirs):
+    if ours is None or theirs is None:
         return None
-    unknown = sorted(set(ours) - set(theirs))
+    if tuple(ours) == tuple(theirs) or (len(ours) == len(theirs) and all(map(_WORDNET_ID.fullmatch, ours))):
+        return [*range(len(ours))]  # also of names that occur twice, such as ImageNet's two cranes
+    known = {name: position for position, name in reversed([*enumerate(theirs)])}
+    if not known.keys() & set(ours):
+        if tuple(theirs) == name_classes(None, len(theirs)):
+            return [*range(len(ours))] if len(ours) == len(theirs) else None
+        numbers = [int(each[1]) for each in map(_NUMBERED.fullmatch, ours) if each]
+        if len(numbers) == len(ours) and max(numbers) < len(theirs):
+            return numbers
+    unknown = [ours[index] for index in (range(len(ours)) if used is None else used) if ours[index] not in known]
     if unknown:
-        raise ValueError(f"The network does not have the classes {', '.join(unknown[:5])} of the dataset.")
-    return [theirs.index(name) for name in ours]
+        raise ValueError(
+            f"{owners[0]} has the classes {shorten(unknown)}, but {owners[1]} has {shorten(theirs)}. Classes are "
+            "matched by name; rename them, or leave out the images."
+        )
+    return [known.get(name, -1) for name in ours]
 
 
-def class_positions(ours: Sequence[str], theirs: Sequence[str]) -> list[int]:
-    """Return the class indices of a data set's classes in a network, by name.
-
-    Names such as "class 3" are not names but indices, on either side.
-
-    Args:
-        ours: names of the data set's classes.
-        theirs: names of the network's classes.
-
-    Raises:
-        ValueError: if the network does not have all classes.
-    """
-    unknown = sorted(set(ours) - set(theirs))
-    if not unknown:
-        return [theirs.index(name) for name in ours]
-    numbers, order = _numbers(ours), list(range(len(theirs)))
-    if numbers and not _numbers(theirs) and max(numbers) < len(theirs):
-        return numbers
-    if _numbers(theirs) == order and len(ours) == len(theirs):
-        return order
-    raise ValueError(
-        f"The network does not have the classes {', '.join(unknown[:5])} of the data, but {', '.join(theirs[:5])}"
-        f"{' and others' if len(theirs) > 5 else ''}. Classes are matched by name."
-    )
-
-
-def _numbers(names: Sequence[str]) -> list[int]:
-    """Return the indices in names of the form "class 3"; none if one has another form."""
-    found = [re.fullmatch(r"class (\d+)", name) for name in names]
-    return [int(each[1]) for each in found if each] if all(found) else []
-
-
-def check_names(ours: Sequence[str] | None, theirs: Sequence[str] | None) -> None:
-    """Reject a validation set whose class names or their order differ from a network's.
-
-    Args:
-        ours: names of the dataset's classes, where known.
-        theirs: names of the network's classes, where known.
-
-    Raises:
-        ValueError: naming up to five that differ.
-    """
-    if ours is not None and theirs is not None and tuple(ours) != tuple(theirs):
-        others = sorted(set(ours) ^ set(theirs))[:5]
-        raise ValueError(f"The validation images have other classes than the network: {', '.join(others)}.")
+def shorten(names: Sequence[str], most: int = 5) -> str:
+    """Return the first of some names, and how many more there are."""
+    rest = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(names[:most]) + rest

@@ -7,10 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from kornia_tinyvit.data.splits import choose_split, is_split
 from kornia_tinyvit.extras import optional_imports
-
-#: Names of the same split in data sets of different origin.
-_SPLITS = (("train", "training"), ("val", "valid", "validation"), ("test", "testing"))
 
 
 def read_text(path: Path) -> str:
@@ -69,9 +67,19 @@ def read_description(path: Path, expected: str) -> dict[str, Any]:
     return described
 
 
-def find_section(described: Mapping[str, Any], split: str) -> Any:
-    """Return the section of a split in a description, also under another name of the split, or ``None``."""
-    return next((described[name] for name in split_names(split) if described.get(name)), None)
+def find_section(path: Path, described: Mapping[str, Any], split: str) -> Any:
+    """Return the section of a split in a description, also under another name of the split.
+
+    Args:
+        path: the file, for the message.
+        described: its content.
+        split: name of the split.
+
+    Raises:
+        MissingSplitError: if there is no such section, or it is empty.
+    """
+    sections = {name: part for name, part in described.items() if part and (name == split or is_split(str(name)))}
+    return choose_split(path, split, sections)
 
 
 def find_root(path: Path, described: Mapping[str, Any]) -> Path:
@@ -87,12 +95,6 @@ def find_root(path: Path, described: Mapping[str, Any]) -> Path:
 def posix(path: object) -> str:
     """Return a path with slashes, also if it was written on Windows."""
     return str(path).replace("\\", "/")
-
-
-def split_names(split: str) -> tuple[str, ...]:
-    """Return the names under which data sets store a split, the given one first."""
-    names = next((names for names in _SPLITS if split in names), ())
-    return (split, *(name for name in names if name != split))
 
 
 def _read_yaml(path: Path) -> Any:

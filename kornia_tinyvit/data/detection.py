@@ -10,8 +10,9 @@ import numpy as np
 
 from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.boxes import Boxes, Objects
-from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size, class_positions, count_noun
+from kornia_tinyvit.data.datasets import Contents, ImageDataset, check_size, count_noun
 from kornia_tinyvit.data.layouts import find_in_folder, find_layout
+from kornia_tinyvit.data.splits import UNDIVIDED, MissingSplitError, check_split
 
 __all__ = ["DetectionDataset"]
 
@@ -96,28 +97,15 @@ class DetectionDataset(ImageDataset[Objects]):
             if layout is not None:
                 return cls(yolo.read_folder(path, layout), path)
             if found is None:
-                raise FileNotFoundError(f"{path} holds no images with boxes of {split!r}. Expected {_LAYOUTS}.")
+                raise MissingSplitError(f"{path} holds no images with boxes of {split!r}. Expected {_LAYOUTS}.")
             path = found
+        elif path.suffix.lower() == ".json":
+            check_split(path, split)
+            contents = coco.read_boxes(path, None if images is None else Path(images))
+            return cls(replace(contents, notes=(*contents.notes, UNDIVIDED)), path)
         if images is not None or path.suffix.lower() == ".json":
             return cls(coco.read_boxes(path, None if images is None else Path(images)), path)
         return cls(yolo.read_boxes(path, split), path)
-
-    def with_classes(self, names: Sequence[str]) -> DetectionDataset:
-        """Return the dataset with the class indices of other class names, such as a network's.
-
-        Args:
-            names: names of the classes in the order of their indices.
-
-        Raises:
-            ValueError: if not all classes of the dataset are among them.
-        """
-        if tuple(names) == self.class_names:
-            return self
-        positions = np.array(class_positions(self.class_names, names))
-        mapped = self._subset(range(len(self)))
-        mapped._targets = [replace(boxes, labels=positions[boxes.labels]) for boxes in self._targets]
-        mapped.class_names, mapped.num_classes = tuple(names), len(names)
-        return mapped
 
     def require_objects(self) -> None:
         """Reject images without objects, or with objects that are ignored in training only.
@@ -157,6 +145,13 @@ class DetectionDataset(ImageDataset[Objects]):
         ignored = [f"{count_noun(crowds, 'crowd or difficult object')} ignored"] if crowds else []
         empty = [f"{count_noun(len(self.left_out), 'box')} without an area left out"] if self.left_out else []
         return [count_noun(self.num_objects - crowds, "object"), *super()._counts(), *ignored, *empty]
+
+    def _used_classes(self) -> Sequence[int]:
+        return sorted({label for boxes in self._targets for label in boxes.labels.tolist()})
+
+    def _move_classes(self, positions: Sequence[int]) -> None:
+        moved = np.array(positions)
+        self._targets = [replace(boxes, labels=moved[boxes.labels]) for boxes in self._targets]
 
     def _state(self, stored: Boxes) -> object:
         return [values.tolist() for values in (stored.boxes, stored.labels, stored.crowds)]

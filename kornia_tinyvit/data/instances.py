@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size, count_noun
-from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description, split_names
+from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description
 from kornia_tinyvit.data.layouts import find_in_folder, find_layout
 from kornia_tinyvit.data.masks import (
     Instances,
@@ -24,6 +24,7 @@ from kornia_tinyvit.data.masks import (
     split_ids,
     split_voc_ids,
 )
+from kornia_tinyvit.data.splits import UNDIVIDED, check_split, choose_split
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["InstanceDataset"]
@@ -178,21 +179,32 @@ def _read_folder(path: Path, split: str) -> Contents:
         return replace(
             contents, targets=[Instances((mask,), split_voc_ids, count=count_voc_ids) for mask in contents.targets]
         )
-    for folder in (*(path / name for name in split_names(split)), path):
-        if folder.is_dir() and any(images.with_name("masks").is_dir() for images in folder.glob("*/images")):
-            return read_objects(folder)
+    splits = {folder.name: folder for folder in path.iterdir() if folder.is_dir() and _holds_objects(folder)}
+    if splits:
+        return read_objects(choose_split(path, split, splits))
+    if _holds_objects(path):
+        check_split(path, split)
+        return replace(read_objects(path), notes=(UNDIVIDED,))
     found = find_in_folder(path, split)
     if found is not None:
-        return _read_described(found, split)
+        contents = _read_described(found, split)
+        return replace(contents, notes=tuple(note for note in contents.notes if note != UNDIVIDED))
     boxes = " It holds boxes of Pascal VOC, which are for --task detection." if voc.holds_annotations(path) else ""
     raise ValueError(f"{path} holds no images with instances. Expected {_LAYOUTS}.{boxes}")
+
+
+def _holds_objects(folder: Path) -> bool:
+    """Return whether a folder holds folders with ``images`` and ``masks``."""
+    return any(images.with_name("masks").is_dir() for images in folder.glob("*/images"))
 
 
 def _read_described(path: Path, split: str) -> Contents:
     described = read_description(path, _LAYOUTS)
     if {"images", "annotations"} <= described.keys():
-        return coco.read_masks(path, content=described)
-    section = find_section(described, split)
+        contents = coco.read_masks(path, content=described)
+        check_split(path, split)
+        return replace(contents, notes=(*contents.notes, UNDIVIDED))
+    section = find_section(path, described, split)
     if isinstance(section, (str, list)):
         return yolo.read_outlines(yolo.find_pairs(path, described, split), path)
     if not isinstance(section, dict) or not {"images", "instances"} <= section.keys():

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from kornia_tinyvit.data.descriptions import split_names
-
-UNDIVIDED = "not divided into splits"  # a note for the summary
+from kornia_tinyvit.data.splits import UNDIVIDED, check_split, choose_split, is_split, split_names
 
 
 class Layout(NamedTuple):
@@ -38,15 +35,12 @@ def find_layout(path: Path, split: str, kinds: Sequence[str]) -> Layout | None:
         kinds: names of the folder of labels, the first of which is taken. If there is none, ``None`` is returned.
 
     Raises:
-        ValueError: if there are folders of other splits only.
+        MissingSplitError: if there are folders of other splits only.
     """
     for kind in kinds:
         found = list_layouts(path, kind, split)
-        names = match_split(split, found)
-        if names:
-            return found[names[0]]
         if found:
-            raise ValueError(f"{path} has no split {split!r}; expected one of {', '.join(sorted(found))}.")
+            return choose_split(path, split, found)
         if (path / "images").is_dir() and (path / kind).is_dir():
             check_split(path, split)
             return Layout(path / "images", path / kind, (UNDIVIDED,))
@@ -62,7 +56,7 @@ def list_layouts(path: Path, kind: str, split: str = "") -> dict[str, Layout]:
     for images in _folders(path / "images"):
         if (path / kind / images.name).is_dir():
             found[images.name] = Layout(images, path / kind / images.name)
-    return {name: layout for name, layout in found.items() if name == split or _is_split(name)}
+    return {name: layout for name, layout in found.items() if name == split or is_split(name)}
 
 
 def find_in_folder(folder: Path, split: str) -> Path | None:
@@ -89,22 +83,5 @@ def find_in_folder(folder: Path, split: str) -> Path | None:
     return None
 
 
-def match_split(split: str, names: Collection[str]) -> list[str]:
-    """Return those of some names that mean a split, the best first: its own, others of it, those with a year."""
-    wanted = split_names(split)
-    years = [name for each in wanted for name in sorted(names) if re.fullmatch(re.escape(each) + r"\d+", name)]
-    return [*(name for name in wanted if name in names), *years]
-
-
-def check_split(path: Path, split: str) -> None:
-    """Reject unusual names of splits where there are none."""
-    if not _is_split(split):
-        raise ValueError(f"{path} is not divided into splits; it has no split {split!r}.")
-
-
 def _folders(path: Path) -> list[Path]:
     return sorted(entry for entry in path.iterdir() if entry.is_dir()) if path.is_dir() else []
-
-
-def _is_split(name: str) -> bool:
-    return any(match_split(split, [name]) for split in ("train", "val", "test"))

@@ -190,7 +190,7 @@ class EpochBatches(Sampler[list[Key]]):
         batches_per_epoch: batches of a rank per epoch, a multiple of ``accumulate``.
 
     Raises:
-        ValueError: if the batch size is odd or the dataset is smaller than a global batch.
+        ValueError: if the batch size is odd, or the dataset is smaller than a global batch or has one image.
     """
 
     def __init__(
@@ -206,6 +206,8 @@ class EpochBatches(Sampler[list[Key]]):
     ) -> None:
         if batch_size < 2 or batch_size % 2:
             raise ValueError(f"batch_size must be even to keep pairs of samples together; got {batch_size}.")
+        if order.num_samples < 2:
+            raise ValueError("Training needs at least 2 images; the dataset has 1.")
         step = batch_size * world_size * accumulate
         if order.num_samples < step:
             raise ValueError(

@@ -17,8 +17,8 @@ from kornia_tinyvit.data.datasets import (
     Contents,
     ImageDataset,
     check_size,
-    class_positions,
     count_noun,
+    match_classes,
 )
 from kornia_tinyvit.data.descriptions import find_section, posix, read_description, read_names
 from kornia_tinyvit.data.folders import list_images
@@ -184,7 +184,7 @@ class SegmentationDataset(ImageDataset[Tensor]):
         opened = SegmentationDataset(found.contents, found.classes, found.ignored)
         return opened.with_classes(self.class_names)
 
-    def with_classes(self, names: Sequence[str]) -> SegmentationDataset:
+    def with_classes(self, names: Sequence[str] | None) -> SegmentationDataset:
         """Return the data set with the class indices of other class names, such as a network's.
 
         Names such as "class 3", which stand for ids where no names are stated, are also matched by their number.
@@ -195,10 +195,10 @@ class SegmentationDataset(ImageDataset[Tensor]):
         Raises:
             ValueError: if not all classes of the data set are among them.
         """
-        if tuple(names) == self.class_names:
+        two = set(self.ids) == BINARY and names is not None and len(names) == 2
+        positions = [0, 1] if two else match_classes(self.class_names, names)
+        if names is None or positions is None or tuple(names) == self.class_names:
             return self
-        two = set(self.ids) == BINARY and len(names) == 2
-        positions = [0, 1] if two else class_positions(self.class_names, names)
         mapped = self._subset(range(len(self)))
         mapped.class_names, mapped.num_classes = tuple(names), len(names)
         ids = dict(zip(positions, self.ids, strict=True))
@@ -293,7 +293,7 @@ def _find_in_folder(path: Path, split: str) -> _Found:
 
 def _find_described(path: Path, split: str) -> _Found:
     described = read_description(path, _LAYOUTS)
-    section = find_section(described, split)
+    section = find_section(path, described, split)
     try:
         folders = path.parent / posix(section["images"]), path.parent / posix(section["masks"])
         ignored = set(described.get("ignored", ()))

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import io
 import os
+import posixpath
 import tarfile
-from collections.abc import Callable, Iterable
-from pathlib import Path, PurePosixPath
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from PIL import Image
-
 from kornia_tinyvit.data.datasets import Contents
+from kornia_tinyvit.data.folders import DANGLING, JUNK, Listing, Parts, image_suffixes, is_junk
+from kornia_tinyvit.data.splits import UNDIVIDED, check_split, choose_split, find_splits, is_split
 
 #: Suffixes of compressed tar files.
 COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst")
@@ -52,97 +54,141 @@ class _TarFiles:
         return io.BytesIO(content)
 
 
-class Archive:
+class Archive(Listing):
     """The images and folders of one tar file.
 
     Attributes:
         stem: its name without the suffix.
-        images: start and size in bytes of each image, by the parts of its path.
-        folders: the parts of the folders' paths.
+        spans: start and size in bytes of each image.
 
     Raises:
         ValueError: if it is not a tar file, or compressed.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__()
         if path.name.lower().endswith(COMPRESSED):
             raise ValueError(f"{path} is compressed, so images cannot be read from its middle; unpack it to a .tar.")
         self.stem = path.stem
-        self.images: dict[tuple[str, ...], tuple[int, int]] = {}
-        self.folders: set[tuple[str, ...]] = set()
-        self._spans: dict[str, tuple[int, int]] = {}
-        self._known = Image.registered_extensions()
+        self.spans: dict[Parts, tuple[int, int]] = {}
+        self._links: dict[Parts, Parts] = {}
+        self._known = image_suffixes()
         try:
             with tarfile.open(path, "r:") as tar:
                 self._index(tar)
         except tarfile.TarError as error:
             raise ValueError(f"{path} is not a tar file, or is compressed or corrupt: {error}") from error
+        for parts, target in self._links.items():
+            if target in self.spans:
+                self.spans[parts] = self.spans[target]
+            else:
+                self.skipped[DANGLING] += 1
+        self.images = sorted(self.spans)
+        self.folders += [parts[:-1] for parts in self.images]
 
-    def _index(self, tar: tarfile.TarFile, prefix: tuple[str, ...] = (), start: int = 0) -> None:
+    def _index(self, tar: tarfile.TarFile, prefix: Parts = (), start: int = 0) -> None:
         while (member := tar.next()) is not None:
             tar.members = []  # type: ignore[attr-defined]  # a kilobyte per image
-            parts = prefix + tuple(part for part in PurePosixPath(member.name).parts if part not in ("/", "."))
-            if not parts or any(part.startswith(".") for part in parts):
+            parts = prefix + _parts(member.name)
+            if not parts:
                 continue
-            if member.isdir():
-                self.folders.add(parts)
+            if any(map(is_junk, parts)):
+                self.skipped[JUNK] += not member.isdir()
+            elif member.isdir():
+                self.folders.append(parts)
             elif member.isreg() and parts[-1].lower().endswith(".tar"):
                 folder = (*parts[:-1], parts[-1][: -len(".tar")])
-                self.folders.add(folder)
+                self.folders.append(folder)
                 with tarfile.open(fileobj=tar.extractfile(member), mode="r:") as inner:
                     self._index(inner, folder, start + member.offset_data)
-            elif os.path.splitext(parts[-1])[1].lower() in self._known:
-                self._add(member, parts, start)
+            elif os.path.splitext(parts[-1])[1].lower() not in self._known:
+                self.skip(parts[-1])
+            elif member.isreg():
+                self.spans[parts] = start + member.offset_data, member.size
+            elif member.islnk():  # relative to the archive, a symbolic link to its folder
+                self._links[parts] = prefix + _parts(member.linkname)
+            elif member.issym():
+                self._links[parts] = prefix + _parts(posixpath.join(posixpath.dirname(member.name), member.linkname))
 
-    def _add(self, member: tarfile.TarInfo, parts: tuple[str, ...], start: int) -> None:
-        if member.isreg():
-            self._spans[member.name] = (start + member.offset_data, member.size)
-        span = self._spans.get(member.linkname if member.islnk() else member.name)  # a hard link to an earlier file
-        if span is not None:
-            self.images[parts] = span
-            if len(parts) > 1:
-                self.folders.add(parts[:-1])
+    def root(self, split: str, path: Path) -> tuple[Parts, tuple[str, ...]]:
+        """Return the folder of the class folders.
+
+        A single folder at the top is this folder if it holds several folders or has the name of the archive. Otherwise
+        it is a class, as in a folder.
+
+        Args:
+            split: name of the split; without splits all images are returned.
+            path: location of the archive, for the message.
+
+        Returns:
+            Its path, and a note for the summary if there are no splits.
+
+        Raises:
+            MissingSplitError: if there is no such split.
+        """
+        root: Parts = ()
+        tops = self._below(root)
+        if len(tops) == 1:
+            inner = self._below((tops[0],))
+            if len(inner) > 1 or (inner and (tops[0] == self.stem or is_split(inner[0]))):
+                root, tops = (tops[0],), inner
+        direct = {parts[:-1] for parts in self.images}
+        splits = find_splits({top: (*root, top) not in direct and bool(self._below((*root, top))) for top in tops})
+        if splits:
+            return (*root, choose_split(path, split, {name: name for name in splits})), ()
+        check_split(path, split)
+        return root, (UNDIVIDED,)
+
+    def _below(self, prefix: Parts) -> list[str]:
+        """Return the names of the folders directly below a folder."""
+        depth = len(prefix)
+        return sorted({parts[depth] for parts in self.folders if len(parts) > depth and parts[:depth] == prefix})
 
 
-#: Names of the classes, which may have no images, and the class of each image by the parts of its path.
-_Classes = tuple[Iterable[str], dict[tuple[str, ...], str]]
-
-
-def by_archive(archive: Archive) -> _Classes:
-    """Take the archive's name as the class of its images."""
-    return [archive.stem], dict.fromkeys(archive.images, archive.stem)
-
-
-def by_folder(archive: Archive) -> _Classes:
-    """Take the top-level folders as classes, or those inside if there is only one top-level folder."""
-    folders = archive.folders
-    whole = len({folder[0] for folder in folders}) == 1 and any(len(folder) > 1 for folder in folders)
-    depth = 1 if whole else 0
-    return (
-        [folder[depth] for folder in folders if len(folder) > depth],
-        {parts: parts[depth] for parts in archive.images if len(parts) > depth + 1},
-    )
-
-
-def read_tars(paths: list[Path], classes: Callable[[Archive], _Classes]) -> Contents:
-    """Return the images of tar files and their classes.
+def read_tar(path: Path, split: str) -> Contents:
+    """Return the images of a tar file of class folders.
 
     Args:
-        paths: the tar files.
-        classes: :func:`by_archive` or :func:`by_folder`.
+        path: the tar file.
+        split: name of the split, see :meth:`Archive.root`.
+
+    Raises:
+        ValueError: if it is not a tar file, or compressed.
+        MissingSplitError: if there is no such split.
+    """
+    archive = Archive(path)
+    root, notes = archive.root(split, path)
+    class_names, labeled = archive.label(root)
+    found = [(name, parts, 0, archive) for name, parts in labeled]
+    return replace(_collect([path], class_names, found, archive.skipped), notes=notes)
+
+
+def read_class_tars(paths: list[Path]) -> Contents:
+    """Return the images of tar files of one class each, which is the name of the file.
 
     Raises:
         ValueError: if one is not a tar file, or compressed.
     """
-    names: set[str] = set()
-    found: list[tuple[str, tuple[str, ...], int, int, int]] = []
-    for number, path in enumerate(paths):
-        archive = Archive(path)
-        known, class_of = classes(archive)
-        names.update(known)
-        found += [(class_name, parts, number, *archive.images[parts]) for parts, class_name in class_of.items()]
-    found.sort()
-    class_names = tuple(sorted(names))
+    archives = [Archive(path) for path in paths]
+    found = [
+        (archive.stem, parts, number, archive) for number, archive in enumerate(archives) for parts in archive.images
+    ]
+    skipped = sum((archive.skipped for archive in archives), Counter[str]())
+    return _collect(paths, tuple(sorted({archive.stem for archive in archives})), found, skipped)
+
+
+def _collect(
+    paths: list[Path],
+    class_names: tuple[str, ...],
+    found: list[tuple[str, Parts, int, Archive]],
+    skipped: Counter[str],
+) -> Contents:
+    """Return the images given by class, path in the archive, and archive."""
+    found.sort(key=lambda each: each[:3])
     position = {name: label for label, name in enumerate(class_names)}
-    spans = [_Span(number, "/".join(parts), start, size) for _, parts, number, start, size in found]
-    return Contents(_TarFiles(paths, spans), [position[class_name] for class_name, *_ in found], class_names)
+    spans = [_Span(number, "/".join(parts), *archive.spans[parts]) for _, parts, number, archive in found]
+    return Contents(_TarFiles(paths, spans), [position[name] for name, *_ in found], class_names, skipped=skipped)
+
+
+def _parts(name: str) -> Parts:
+    return tuple(part for part in posixpath.normpath(name).split("/") if part not in ("", "."))

@@ -11,7 +11,7 @@ from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents
 from kornia_tinyvit.data.descriptions import read_text
 from kornia_tinyvit.data.folders import Files, files_by_stem
-from kornia_tinyvit.data.layouts import UNDIVIDED, check_split, match_split
+from kornia_tinyvit.data.splits import UNDIVIDED, check_split, choose_split
 
 #: Folders of masks: a class per pixel, and an object per pixel.
 CLASSES, OBJECTS = "SegmentationClass", "SegmentationObject"
@@ -33,7 +33,7 @@ def read_masks(folder: Path, split: str, kind: str) -> Contents:
     Without this file the images of ``ImageSets/Main/SPLIT.txt`` that have a mask are returned.
 
     Raises:
-        FileNotFoundError: if the split does not exist.
+        MissingSplitError: if the split does not exist.
         ValueError: if no image of it has a mask.
     """
     lists = next((each for each in ("Segmentation", "Main") if (folder / "ImageSets" / each).is_dir()), "Segmentation")
@@ -65,7 +65,8 @@ def read_boxes(folder: Path, split: str) -> Contents:
     Difficult objects are ignored in training and evaluation, as in VOC's own evaluation.
 
     Raises:
-        FileNotFoundError: if the split does not exist, or an image of it has no annotation.
+        MissingSplitError: if the split does not exist.
+        FileNotFoundError: if an image of it has no annotation.
         ValueError: if a file is not XML, or lacks the image's size or an object's name or box.
     """
     stems, notes = _list_stems(folder, split, "Main", folder / "Annotations")
@@ -90,11 +91,8 @@ def _list_stems(folder: Path, split: str, kind: str, labels: Path) -> tuple[list
     if not lists:
         check_split(folder, split)
         return sorted(file.stem for file in labels.iterdir() if not file.name.startswith(".")), (UNDIVIDED,)
-    names = match_split(split, lists)
-    if not names:
-        listed = folder / "ImageSets" / kind / f"{split}.txt"
-        raise FileNotFoundError(f"There is no file {listed} for {split!r}; available splits: {', '.join(lists)}.")
-    return [line.split()[0] for line in read_text(lists[names[0]]).splitlines() if line.strip()], ()
+    listed = choose_split(folder, split, lists)
+    return [line.split()[0] for line in read_text(listed).splitlines() if line.strip()], ()
 
 
 def _parse(file: Path) -> ET.Element:

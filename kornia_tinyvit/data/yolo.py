@@ -52,7 +52,8 @@ def read_boxes(path: Path, split: str) -> Contents:
         ValueError: if a label has an unknown class or is not a box in fractions of the image; file and line are named.
     """
     described = read_description(path, "a YAML file of a YOLO dataset, a JSON file of a COCO dataset, or its folder")
-    if not find_section(described, split) or not (described.get("names") or described.get("nc")):
+    find_section(path, described, split)
+    if not (described.get("names") or described.get("nc")):
         raise ValueError(f"{path} does not describe a YOLO dataset with {split!r}; expected 'names' and '{split}'.")
     class_names = _class_names(path, described)
     return _read_boxes(find_pairs(path, described, split), class_names, f"{split!r} in {path}")
@@ -120,7 +121,7 @@ def find_pairs(path: Path, described: Mapping[str, Any], split: str) -> list[Pai
         FileNotFoundError: if a file or a folder does not exist.
         ValueError: if the section is neither a folder nor a file, nor a list of them.
     """
-    section = find_section(described, split)
+    section = find_section(path, described, split)
     if described.get("kpt_shape"):  # keypoints would be taken for outlines
         raise ValueError(f"{path} describes keypoints ('kpt_shape'), which are not read; expected boxes or outlines.")
     root = find_root(path, described)

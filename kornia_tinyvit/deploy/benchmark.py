@@ -55,14 +55,15 @@ def read_images(classifier: ImageClassifier, data: str | Path, limit: int, calib
 
     Args:
         classifier: the classifier whose preprocessing and class names are used.
-        data: path for :meth:`~kornia_tinyvit.data.classification.ClassificationDataset.open`.
+        data: path for :meth:`~kornia_tinyvit.data.classification.ClassificationDataset.open`; of divided data the
+            validation split.
         limit: maximum number of images for the evaluation.
         calibration: maximum number of images for the calibration; at most half of the dataset is used.
 
     Raises:
         ValueError: if there are fewer than two images, or classes that the classifier does not have.
     """
-    dataset = ClassificationDataset.open(data).with_classes(classifier.class_names)
+    dataset = ClassificationDataset.open(data, "val").with_classes(classifier.class_names)
     if len(dataset) < 2:
         raise ValueError(f"{data} has one image; calibration and evaluation need at least one each.")
     if dataset.num_classes > len(classifier.class_names):

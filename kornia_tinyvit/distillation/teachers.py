@@ -31,6 +31,9 @@ class Teacher(nn.Module):
         std: channel standard deviations of the teacher's normalization; ``None`` for the student's.
         student_mean: channel means of the student's normalization.
         student_std: channel standard deviations of the student's normalization.
+
+    Attributes:
+        class_names: names of the classes, where the network has them as ``class_names``.
     """
 
     scale: Tensor
@@ -49,6 +52,7 @@ class Teacher(nn.Module):
         super().__init__()
         self.network = network
         self.name = name
+        self.class_names: tuple[str, ...] | None = getattr(network, "class_names", None)
         self.img_size = img_size
         from_mean, from_std = torch.tensor(student_mean), torch.tensor(student_std)
         to_mean = from_mean if mean is None else torch.tensor(mean)
@@ -75,9 +79,10 @@ class Teacher(nn.Module):
         return super().train(False)
 
     def describe(self) -> dict[str, Any]:
-        """Return name, checksum of the weights and preprocessing for the manifest of a store."""
+        """Return name, checksum of the weights, class names and preprocessing for the manifest of a store."""
         offset, scale = ([round(value, 6) for value in each.tolist()] for each in (self.offset, self.scale))
-        weights = {"name": self.name, "checksum": checksum(self.network)}
+        names = self.class_names
+        weights = {"name": self.name, "checksum": checksum(self.network), "class_names": names and list(names)}
         return weights | {"img_size": self.img_size, "offset": offset, "scale": scale}
 
 

@@ -16,7 +16,7 @@ from kornia_tinyvit.training.metrics.classification import ClassificationScores
 from kornia_tinyvit.training.metrics.promptable import PromptScores
 from kornia_tinyvit.training.metrics.semantic import SegmentationScores
 from kornia_tinyvit.training.tasks.base import Evaluator, Task, evaluate_network
-from kornia_tinyvit.training.tasks.classification import ClassificationEvaluator
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, ClassificationEvaluator
 from kornia_tinyvit.training.tasks.detection import DETECTION
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM, PromptEvaluator
 from kornia_tinyvit.training.tasks.semantic import SEMANTIC
@@ -58,7 +58,8 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
 
     Args:
         network: the network; a MobileSAM needs a square input.
-        images: the data set. Classes are matched by name; those of a classifier by index if no name matches.
+        images: the data set. Classes are matched by name where both sides have names, else by index. Data may have some
+            of the classes.
         batch_size: images per forward pass of a classifier or a detector.
         workers: number of loader processes.
         progress: show a progress bar.
@@ -95,13 +96,12 @@ def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[n
     options["device"] = next(network.parameters()).device
     match network:
         case ImageClassifier():
-            known = images.with_classes(network.class_names)
-            return network, ClassificationEvaluator(known, len(network.class_names), **options)
+            images = CLASSIFICATION.match(images, network.model.config, network.class_names)
+            return network, ClassificationEvaluator(images, len(network.class_names), **options)
         case SemanticSegmenter() | TinyViTDetector():
             task: Task = SEMANTIC if isinstance(network, SemanticSegmenter) else DETECTION
-            known = images.with_classes(network.class_names)
-            task.check(known, network.config, network.class_names)
-            return network, task.evaluator(known, network.config, network.backbone.preprocessing, **options)
+            images = task.match(images, network.config, network.class_names)
+            return network, task.evaluator(images, network.config, network.backbone.preprocessing, **options)
         case MobileSAM():
             prompted = PromptedSAM(network)
             return prompted, PromptEvaluator(images, prompted.config, **options)

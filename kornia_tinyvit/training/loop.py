@@ -6,6 +6,7 @@ import dataclasses
 import json
 import math
 import time
+import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +27,7 @@ from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
 from kornia_tinyvit.training.tasks.base import Loss, Samples, Task, evaluate_network
-from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION, ClassificationLoss
 from kornia_tinyvit.training.tasks.detection import DetectorTraining
 from kornia_tinyvit.training.tasks.promptable import PromptedSAM
 
@@ -144,7 +145,9 @@ def train(
         )
     task.check_training(samples.images)
     if validation is not None:
-        task.check(validation, model.config, class_names)
+        validation = task.match(validation, model.config, class_names)
+    if isinstance(loss, ClassificationLoss) and isinstance(model, TinyViT) and model.config.num_classes == 1:
+        warnings.warn("Training a classifier on one class learns nothing; add images of other classes.", stacklevel=2)
     if validate_every < 1:
         raise ValueError(f"validate_every must be at least 1; got {validate_every}.")
     accelerator = _create_accelerator(model, precision, cpu)

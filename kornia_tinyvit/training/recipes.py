@@ -11,6 +11,8 @@ __all__ = ["RECIPES", "Recipe", "find_recipe"]
 
 LR_BATCH = 512  # global batch size of the base learning rates, for the linear scaling rule of Swin
 
+_STEPS_PER_EPOCH = 8  # at least; what does not fill the last batch is dropped
+
 
 @dataclass(frozen=True)
 class Recipe:
@@ -71,6 +73,23 @@ class Recipe:
     def peak_lr(self) -> float:
         """Peak learning rate for the recipe's batch size, by the linear scaling rule."""
         return self.base_lr * self.batch_size / LR_BATCH
+
+    def fit(self, num_samples: int, multiple: int = 2) -> Recipe:
+        """Return the recipe with a batch of at most an eighth of the samples, so that an epoch drops few of them.
+
+        The learning rate follows by the linear scaling rule, see :attr:`peak_lr`.
+
+        Args:
+            num_samples: number of training samples.
+            multiple: the batch is a multiple of this even number, such as 2 for each rank.
+
+        Returns:
+            The recipe itself if its batch fits; else one with ``multiple`` times a power of two, at least ``multiple``.
+        """
+        limit = max(num_samples // _STEPS_PER_EPOCH, multiple)
+        if self.batch_size <= limit:
+            return self
+        return dataclasses.replace(self, batch_size=multiple << (limit // multiple).bit_length() - 1)
 
     def lr_factor(self, epoch: float) -> float:
         """Return the factor of the peak learning rate after some epochs: linear warm-up, then a cosine schedule."""

@@ -104,13 +104,39 @@ class TestFolder:
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
         assert re.fullmatch(r"Error: \S+cat/a\.png is not an image that can be read: Pillow .*", error)
 
-    def test_other_names_count_by_position(self, weights, folder):
+    def test_other_names_are_an_error(self, weights, folder, capfd, monkeypatch):
         for number, name in enumerate(FOLDERS):
-            (folder / name).rename(folder / f"class {number}")
+            (folder / name).rename(folder / f"kind {number}")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
+        assert "The data has the classes kind 0, kind 1, kind 2, but the network has airplane, automobile" in error
+
+    def test_position_of_a_network_without_names(self, tiny, folder, tmp_path):
+        weights = str(save_checkpoint(tiny, tmp_path / "unnamed.safetensors"))
         data = ClassificationDataset.open(folder)
         result = CliRunner().invoke(app, ["evaluate", str(folder), "--weights", weights, "--json"])
         assert json.loads(result.stdout) == {"images": 12, **expected_accuracy(weights, data, data.labels)}
-        assert "taking its 3 classes for the first of the network's 10" in result.stderr
+        assert "Classes are matched by position, as they have no common names." in result.stderr
+
+    def test_opening_line(self, weights, folder):
+        (folder / "cat" / "notes.txt").write_text("")
+        _, notes = run_both("evaluate", str(folder), "--weights", weights)
+        assert notes.startswith(
+            f"12 images, 3 classes; skipped 1 .txt; not divided into splits; device cpu; weights {weights}\n"
+        )
+        assert "The data has 3 of the network's 10 classes." in notes
+
+    def test_splits(self, weights, folder, tmp_path, capfd, monkeypatch):
+        for split, names in (("train", FOLDERS), ("valid", FOLDERS[:2])):
+            for name in names:
+                shutil.copytree(folder / name, tmp_path / "divided" / split / name)
+        command = ("evaluate", str(tmp_path / "divided"), "--weights", weights, "--json")
+        counts = [json.loads(run(*command, *split))["images"] for split in ((), ("--split", "train"))]
+        assert counts == [8, 12]
+        assert "no split 'other'; expected one of train, valid" in error_of(
+            capfd, monkeypatch, *command, "--split", "other"
+        )
+        flat = ("evaluate", str(folder), "--weights", weights, "--split", "nonsense")
+        assert "is not divided into splits; it has no split 'nonsense'" in error_of(capfd, monkeypatch, *flat)
 
 
 class TestMeasures:
@@ -187,7 +213,7 @@ class TestMeasures:
         shutil.copytree(folder / "cat", tmp_path / "train" / "cat")
         options = ("--weights", weights, "--json", "--knn", str(tmp_path / "train"))
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), *options)
-        assert "The training data lacks the classes frog, truck" in error
+        assert "The data has the classes frog, truck, but " in error
 
     @pytest.mark.parametrize("workers", ["0", "1"])
     def test_broken_images_are_skipped(self, weights, folder, truth, workers):
@@ -279,7 +305,7 @@ class TestErrors:
     def test_unknown_class(self, weights, folder, capfd, monkeypatch):
         (folder / "cat").rename(folder / "unicorn")
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
-        assert "does not have the classes unicorn of the dataset" in error
+        assert "The data has the classes unicorn, but the network has airplane" in error
 
     def test_more_classes_than_the_network(self, weights, folder, capfd, monkeypatch):
         for number in range(11):
@@ -287,7 +313,7 @@ class TestErrors:
         for name in FOLDERS:
             shutil.rmtree(folder / name)
         error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, "--json")
-        assert "The data has a class 10, but the network has 10 classes" in error
+        assert "kind 04 and 6 more, but the network has airplane" in error
 
     def test_damaged_image(self, weights, folder, capfd, monkeypatch):
         (folder / "cat" / "01.png").write_bytes(b"nothing")

@@ -75,7 +75,9 @@ class TestSemantic:
         error = error_of(capfd, monkeypatch, *self.command(data, segmenter, "--confusion", "--tta"))
         assert "--tta, --confusion have no effect with --task semantic; leave them out" in error
         (data / "classes.txt").write_text("ground\ndisc\ncube")
-        assert "does not have the classes cube" in error_of(capfd, monkeypatch, *self.command(data, segmenter))
+        assert "has the classes cube, but the network has ground" in error_of(
+            capfd, monkeypatch, *self.command(data, segmenter)
+        )
 
 
 class TestPromptable:

@@ -69,7 +69,7 @@ class TestTrain:
     def test_text(self, folder, tmp_path, monkeypatch):
         monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
         printed, notes = run_both(*command(folder, tmp_path, "--validation", str(folder)))
-        assert notes.startswith("12 images, 3 classes; device ")
+        assert notes.startswith("12 images, 3 classes; not divided into splits; device ")
         assert "weights random\n" in notes
         assert "training 1/1, " in notes
         last = printed.strip().splitlines()[-1]

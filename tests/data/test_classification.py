@@ -13,6 +13,7 @@ from torch.utils.data import DataLoader
 
 from kornia_tinyvit.data.classification import ClassificationDataset
 from kornia_tinyvit.data.datasets import BrokenImageError
+from kornia_tinyvit.data.splits import MissingSplitError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.images import read_image, read_pixels
 
@@ -211,7 +212,7 @@ class TestParquet:
         import pyarrow.parquet as pq
 
         pq.write_table(pa.table(columns), tmp_path / "other.parquet")
-        with pytest.raises(ValueError, match=r"other\.parquet is not a parquet file with a column image"):
+        with pytest.raises(ValueError, match=r"other\.parquet has .* expected (encoded images|images in one of image)"):
             ClassificationDataset.open(tmp_path / "other.parquet")
 
     def test_no_parquet(self, tmp_path):
@@ -257,8 +258,11 @@ class TestParquet:
         pytest.importorskip("pyarrow")
         for name in ("train-00000-of-00001", "test-00000-of-00001"):
             write_parquet(tmp_path / f"{name}.parquet", [photo(0)], [0])
-        with pytest.raises(ValueError, match=r"holds parquet files of several splits \(test, train\)"):
-            ClassificationDataset.open(tmp_path)
+        write_parquet(tmp_path / "test-00000-of-00001.parquet", [photo(0)], [5])
+        assert ClassificationDataset.open(tmp_path).labels == [0]
+        assert ClassificationDataset.open(tmp_path, "test").labels == [5]
+        with pytest.raises(MissingSplitError, match="has no split 'validation'; expected one of test, train"):
+            ClassificationDataset.open(tmp_path, "validation")
 
     def test_many_row_groups(self, tmp_path):
         pytest.importorskip("pyarrow")
@@ -287,9 +291,9 @@ class TestParquet:
         ("labels", "message"),
         [
             ([0, -1], "row 1 has the label -1; expected a class index from 0"),
-            ([None, 1], "row 0 has the label None"),
-            ([0.0, 1.0], "has labels of the type double; expected integer"),
-            (["cat", "dog"], "has labels of the type (large_)?string; expected integer"),
+            ([None, 1], "row 0 has no label"),
+            ([None, "cat"], "row 0 has no label"),
+            ([0.0, 1.0], "has labels of the type double; expected class indices or names"),
         ],
     )
     def test_invalid_labels(self, tmp_path, labels, message):
@@ -518,5 +522,27 @@ class TestWithClasses:
 
     def test_errors(self, folder):
         data = ClassificationDataset.open(folder)
-        with pytest.raises(ValueError, match="does not have the classes"):
+        with pytest.raises(ValueError, match="The data has the classes cat, dog, but the network has ant"):
             data.with_classes(data.class_names[:1])
+        with pytest.raises(ValueError, match="classes ant, cat, dog, but the network has a, b, c, d, e and 2 more"):
+            data.with_classes("abcdefg")
+
+    def test_classes_without_images_are_not_needed(self, folder):
+        (folder / "bee").mkdir()
+        data = ClassificationDataset.open(folder).with_classes(("dog", "cat", "ant"))
+        assert data.labels == [2, 1, 1, 0, 0]
+
+    def test_wordnet_ids_are_in_order(self, tmp_path):
+        for name in ("n01443537", "n01440764"):
+            (tmp_path / name).mkdir()
+            photo(0).save(tmp_path / name / "1.png")
+        data = ClassificationDataset.open(tmp_path)
+        assert data.with_classes(("tench", "goldfish")).labels == [0, 1]
+        with pytest.raises(ValueError, match="matched by name"):  # some of the ids do not determine the classes
+            data.with_classes(("tench", "goldfish", "shark"))
+
+    def test_names_that_occur_twice(self, folder):
+        names = ("crane", "crane", "dog")
+        data = ClassificationDataset.open(folder)
+        data.class_names = names
+        assert data.with_classes(names).labels == data.labels

@@ -90,7 +90,7 @@ names: [cat, dog]
         ("yaml", "error", "message"),
         [
             ("train: images/train", ValueError, "expected 'names' and 'train'"),
-            ("names: [a]", ValueError, "expected 'names' and 'train'"),
+            ("names: [a]", ValueError, "has no split 'train'; it has none"),
             ("train: images/gone\nnames: [a]", FileNotFoundError, "images/gone"),
             ("train: images/train\nnames: {0: a, 2: b}", ValueError, "expected 0, 1, 2"),
             ("- 1", ValueError, "does not describe a dataset"),
@@ -269,7 +269,7 @@ class TestVoc:
         for split, label in (("train", 1), ("val", 0)):
             data = DetectionDataset.open(tmp_path, split)
             assert (data.class_names, data[0][1].labels.tolist()) == (("cat", "owl"), [label])
-        with pytest.raises(FileNotFoundError, match=r"test\.txt for 'test'; available splits: train, val\."):
+        with pytest.raises(FileNotFoundError, match=r"has no split 'test'; expected one of train, val\."):
             DetectionDataset.open(tmp_path, "test")
 
     def test_boxes_of_one_pixel_and_without_an_area(self, tmp_path):

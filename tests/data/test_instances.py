@@ -11,7 +11,7 @@ import pytest
 import torch
 from PIL import Image
 
-from kornia_tinyvit.data import BrokenImageError, InstanceDataset
+from kornia_tinyvit.data import BrokenImageError, InstanceDataset, MissingSplitError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.ops import compress_rle, decode_rle, encode_rle
 from tests.conftest import shared
@@ -221,8 +221,11 @@ class TestOneFilePerObject:
     def test_split(self, tmp_path):
         write_sample(tmp_path / "val", "a", (1, 1, 5, 5))
         assert InstanceDataset.open(tmp_path, "val").name(0) == "a/images/a.png"
-        with pytest.raises(ValueError, match="holds no images with instances"):
+        with pytest.raises(MissingSplitError, match=r"has no split 'train'; expected one of val\."):
             InstanceDataset.open(tmp_path, "train")
+        assert InstanceDataset.open(tmp_path / "val", "train").summary.endswith("not divided into splits")
+        with pytest.raises(MissingSplitError, match="not divided into splits; it has no split 'nonsense'"):
+            InstanceDataset.open(tmp_path / "val", "nonsense")
 
     def test_incomplete_samples_are_dropped(self, tmp_path):
         write_sample(write_sample(tmp_path, "a", (1, 1, 5, 5)), "b")
@@ -271,7 +274,7 @@ class TestOpen:
         add_labels(add_image(tmp_path), SQUARE)
         (tmp_path / "data.json").write_text(json.dumps({"path": ".", "train": section}))
         assert len(InstanceDataset.open(tmp_path / "data.json")) == 1
-        with pytest.raises(ValueError, match="instances of 'val'"):
+        with pytest.raises(ValueError, match="has no split 'val'; expected one of train"):
             InstanceDataset.open(tmp_path / "data.json", "val")
 
     def test_labels_of_a_folder_without_images_in_its_path(self, tmp_path):

@@ -218,7 +218,7 @@ class TestOpen:
         file.write_text(json.dumps(content))  # also valid YAML
         data = SegmentationDataset.open(file)
         assert data.class_names == ("sky", "tree")
-        with pytest.raises(ValueError, match="does not state the images and masks of 'val'"):
+        with pytest.raises(ValueError, match="has no split 'val'; expected one of train"):
             SegmentationDataset.open(file, "val")
 
     @pytest.mark.parametrize("content", ["[1", "- 1", "\t"])
@@ -324,7 +324,7 @@ class TestClasses:
         ],
     )
     def test_that_a_network_lacks(self, tmp_path, ids, names, network):
-        with pytest.raises(ValueError, match=r"The network does not have the classes .* matched by name"):
+        with pytest.raises(ValueError, match=r"has the classes .* but the network has .* matched by name"):
             self.open(tmp_path, ids, names).with_classes(network)
 
     def test_of_another_split(self, tmp_path):

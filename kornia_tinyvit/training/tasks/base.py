@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
-from kornia_tinyvit.data.datasets import check_names
 from kornia_tinyvit.data.loader import read_unless_broken, replay_loader
 from kornia_tinyvit.data.order import EpochOrder
 from kornia_tinyvit.model import TinyViT
@@ -139,21 +138,22 @@ class Task:
         values = {name: getattr(scores, name) for name in self.metrics}
         return {name: 0.0 if math.isnan(value) else round(value, 4) for name, value in values.items()}
 
-    def check(self, images: Any, config: Any, class_names: Sequence[str] | None) -> None:
-        """Check that validation images have the classes of the network.
+    def match(self, images: Any, config: Any, class_names: Sequence[str] | None) -> Any:
+        """Return evaluation images with the class indices of the network, matched by name.
 
         Args:
-            images: validation data set.
+            images: the data set.
             config: configuration of the network.
-            class_names: names of the classes.
+            class_names: names of the network's classes; ``None`` if they are unknown.
 
         Raises:
-            ValueError: if the names or the number of classes differ.
+            ValueError: if the network does not have a class of the images, or the number of classes differs.
         """
-        check_names(images.class_names, class_names)
+        images = images.with_classes(class_names)
         theirs, ours = images.num_classes, config.num_classes
         if theirs > ours or (theirs < ours and not self.may_lack_classes):
-            raise ValueError(f"The validation data have {theirs} classes, but the network has {ours}.")
+            raise ValueError(f"The data has {theirs} classes, but the network has {ours}.")
+        return images
 
     def check_training(self, images: Any) -> None:
         """Check that training images have something to learn; by default nothing is checked.

@@ -306,8 +306,11 @@ class PromptableTask(Task):
         """Reject images without objects, see :meth:`~kornia_tinyvit.data.InstanceDataset.require_objects`."""
         images.require_objects()
 
-    def check(self, images: InstanceDataset, config: PromptableConfig, class_names: Sequence[str] | None) -> None:
-        """Accept all images: instances have no classes."""
+    def match(
+        self, images: InstanceDataset, config: PromptableConfig, class_names: Sequence[str] | None
+    ) -> InstanceDataset:
+        """Return the images: instances have no classes."""
+        return images
 
     def build(self, config: PromptableConfig, class_names: Sequence[str] | None) -> MobileSAM:
         """Build the network to save, with random weights."""
