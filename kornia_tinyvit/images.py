@@ -47,7 +47,10 @@ __all__ = [
 #: Floating point images may exceed [0, 1] by this much, as after resizing or augmentation.
 TOLERANCE = 1e-3
 #: Exceptions that Pillow raises for corrupt files and files that are not images.
-UNREADABLE = (OSError, ValueError, SyntaxError, RuntimeError, EOFError, struct.error, Image.DecompressionBombError)
+UNREADABLE = (
+    OSError, ValueError, TypeError, SyntaxError, RuntimeError, LookupError, ArithmeticError, AssertionError, EOFError,
+    struct.error, Image.DecompressionBombError,
+)  # fmt: skip
 
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 #: Modes that Pillow converts to some of these only by way of another one.
@@ -96,7 +99,7 @@ def open_image(image: ImageInput, channels: int = 3, max_pixels: int | None = No
     if isinstance(image, Image.Image):
         try:
             return _convert_pil(image, channels)
-        except (*UNREADABLE, AssertionError) as error:  # the last one if it is closed
+        except UNREADABLE as error:  # AssertionError if it is closed
             raise ValueError(f"The PIL image cannot be read: {str(error) or 'it is closed'}") from error
     if isinstance(image, (str, os.PathLike)):
         return _read(image, str(image), channels, max_pixels)

@@ -10,8 +10,10 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 from kornia_tinyvit import TinyViT, save_checkpoint
@@ -28,6 +30,34 @@ def make_weights(model: TinyViT, folder: Path) -> str:
     model.reset_classifier(10)
     torch.nn.init.normal_(model.head.weight, generator=torch.Generator().manual_seed(0))
     return str(save_checkpoint(model, folder / "weights.safetensors", CIFAR))
+
+
+KINDS = ("16-bit.png", "palette.png", "cmyk.jpg", "turned.jpg", "animated.gif", "bits.png", "la.png", "floats.tif")
+
+
+def write_kind(folder: Path, name: str) -> tuple[str, torch.Tensor]:
+    """Write an image in one of the forms :data:`KINDS`; return its path and its pixels by Pillow, (3, H, W)."""
+    photo, path = Image.open(PHOTOS / "chelsea.png").convert("RGB"), folder / name
+    gray = np.asarray(photo.convert("L"))
+    exif = Image.Exif()
+    exif[0x0112] = 6  # rotate by 90 degrees clockwise
+    if name == "16-bit.png":
+        Image.fromarray(gray.astype(np.uint16) * 257).save(path)
+    elif name == "floats.tif":
+        Image.fromarray(gray.astype(np.float32) / np.float32(255)).save(path)
+    elif name == "palette.png":
+        photo.quantize(64).save(path, transparency=bytes(range(64)))
+    elif name == "animated.gif":
+        photo.quantize(64).save(path, save_all=True, append_images=[Image.new("P", photo.size)])
+    elif name == "turned.jpg":
+        photo.transpose(Image.Transpose.ROTATE_90).save(path, exif=exif)
+    else:
+        mode = {"cmyk.jpg": "CMYK", "bits.png": "1", "la.png": "LA"}[name]
+        photo.convert(mode).save(path)
+    if name in ("16-bit.png", "floats.tif"):
+        return str(path), torch.from_numpy(gray.astype(np.float32) / np.float32(255)).expand(3, -1, -1)
+    pixels = np.array(Image.open(path).convert("RGB"))
+    return str(path), torch.from_numpy(np.rot90(pixels, -1).copy() if name == "turned.jpg" else pixels).movedim(2, 0)
 
 
 def run_both(*arguments: str) -> tuple[str, str]:

@@ -3,6 +3,7 @@ import threading
 from pathlib import Path
 
 import kornia.augmentation as K
+import numpy as np
 import pytest
 import torch
 from kornia.geometry.transform import hflip
@@ -141,7 +142,10 @@ class TestPredict:
         tensor = read_image(path)
         expected = classifier.predict([tensor])
         assert isinstance(expected[0][0], Prediction)
+        levels = np.asarray(Image.open(path).convert("RGB"))
         kinds = [path, str(path), Image.open(path), tensor, tensor.unsqueeze(0), [path], (Image.open(path),)]
+        kinds += [path.read_bytes(), levels, levels[None], levels.astype(np.float32) / np.float32(255)]
+        kinds += [torch.from_numpy(levels.copy()), torch.from_numpy(levels.transpose(2, 0, 1).copy())]
         for kind in kinds:
             assert classifier.predict(kind) == expected
         several = classifier.predict([path, tensor, Image.open(path)])

@@ -182,7 +182,8 @@ class TestPredict:
         tensor = torch.from_numpy(pixels).movedim(-1, 0) / 255
         one = detector.predict(tensor, 0.0)
         assert one == detector.predict(tmp_path / "photo.png", 0.0) == detector.predict(Image.fromarray(pixels), 0.0)
-        assert one == detector.predict(tensor[None], 0.0)
+        assert one == detector.predict(tensor[None], 0.0) == detector.predict(pixels, 0.0)
+        assert one == detector.predict(torch.from_numpy(pixels).movedim(-1, 0), 0.0)
 
     def test_threshold(self, detector):
         (everything,) = detector.predict(make_images((64, 64)), 0.0)
@@ -216,6 +217,7 @@ class TestPredict:
             (torch.rand(3, 64, 64), {"confidence_threshold": 1.0}, ValueError, r"in \[0, 1\)"),
             (torch.rand(3, 64, 64), {"batch_size": 0}, ValueError, "batch_size"),
             (torch.zeros(3, 64, 64, dtype=torch.int64), {}, TypeError, "floating point"),
+            (torch.full((3, 64, 64), 255.0), {}, ValueError, "Divide them by 255"),
         ],
     )
     def test_exceptions(self, detector, images, options, error, message):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -124,6 +125,12 @@ class TestPredict:
         assert [each.shape for each in segmenter.predict(torch.rand(2, 3, 33, 50))] == [(33, 50)] * 2
         assert segmenter.predict([]) == []
 
+    def test_arrays(self, segmenter):
+        levels = np.random.default_rng(0).integers(0, 256, (40, 60, 3), dtype=np.uint8)
+        (wanted,) = segmenter.predict(torch.from_numpy(levels).movedim(2, 0) / 255)
+        for image in (levels, torch.from_numpy(levels), levels.astype(np.float32) / np.float32(255)):
+            assert torch.equal(segmenter.predict(image)[0], wanted)
+
     def test_equals_the_largest_logit(self, segmenter):
         image = torch.rand(3, 50, 77)
         logits = segmenter(resize_images(image[None], *fitted_size(50, 77, segmenter.config.backbone)))
@@ -139,7 +146,13 @@ class TestPredict:
         assert found.max() > 16
 
     @pytest.mark.parametrize(
-        ("image", "error"), [("gone.png", FileNotFoundError), (torch.rand(2, 40, 40), ValueError), (3, TypeError)]
+        ("image", "error"),
+        [
+            ("gone.png", FileNotFoundError),
+            (torch.rand(2, 40, 40), ValueError),
+            (255 * torch.rand(3, 40, 40), ValueError),
+            (3, TypeError),
+        ],
     )
     def test_exceptions(self, segmenter, image, error):
         with pytest.raises(error):

@@ -10,6 +10,7 @@ import torch
 from kornia.models.sam import Sam
 from kornia.models.sam.architecture.prompt_encoder import PositionEmbeddingRandom, PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
@@ -206,7 +207,7 @@ class MobileSAM(Sam):
 
         Each image may have any number of prompts :math:`P`, including 0. A prompt combines :math:`N` points, a box
         and a mask, or some of these, the same for all prompts of an image. For a single image the arguments are
-        tensors; for several, lists with a tensor or ``None`` per image.
+        tensors or arrays; for several, lists with one or ``None`` per image.
 
         Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is in training mode, or the
         embedding or a prompt requires one. Otherwise the network runs as in evaluation mode, and prompts share the
@@ -227,7 +228,7 @@ class MobileSAM(Sam):
             The masks of each image, on the device of the network.
 
         Raises:
-            TypeError: if prompts are not tensors.
+            TypeError: if prompts are neither tensors nor arrays of numbers.
             ValueError: if the embedding has other encoder weights or another input size, an image has no prompts, or
                 a prompt has a wrong shape, is empty, contains NaN or lies outside of the image.
         """
@@ -251,7 +252,11 @@ class MobileSAM(Sam):
         return predictions
 
     def predict_best(
-        self, embedding: ImageEmbedding, points: Tensor | None, labels: Tensor | None, boxes: Tensor | None
+        self,
+        embedding: ImageEmbedding,
+        points: Tensor | NDArray[Any] | None,
+        labels: Tensor | NDArray[Any] | None,
+        boxes: Tensor | NDArray[Any] | None,
     ) -> MaskPrediction:
         """Predict the most likely mask of each prompt of one image.
 

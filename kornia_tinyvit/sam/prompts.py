@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
 from kornia.models.structures import Prompts
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kornia_tinyvit.sam.embedding import Geometry
 
 __all__ = ["PromptInput", "prepare_prompts", "split_prompts"]
 
-#: Prompts of one kind: a tensor for a single image, or one entry per image.
-PromptInput = Tensor | Sequence[Tensor | None] | None
+#: Prompts of one kind: a tensor or an array for a single image, or one entry per image.
+PromptInput = Tensor | NDArray[Any] | Sequence[Tensor | NDArray[Any] | None] | None
 
 LABELS = (-1, 0, 1)
 _MAX_COORDINATE = 2**24  # float32 represents every integer up to here
@@ -24,24 +27,34 @@ def split_prompts(kind: str, prompts: PromptInput, images: int) -> list[Tensor |
 
     Args:
         kind: name of the argument in errors.
-        prompts: a tensor :math:`(P, ...)` for a single image, or a list with a tensor or ``None`` per image.
+        prompts: a tensor or an array :math:`(P, ...)` for a single image, or a list with one or ``None`` per image.
         images: number of images.
 
+    Returns:
+        A tensor or ``None`` per image; arrays are copied to the CPU.
+
     Raises:
-        TypeError: if an entry is neither a tensor nor ``None``.
+        TypeError: if an entry is neither a tensor, an array of numbers nor ``None``.
         ValueError: if the number of entries is not the number of images.
     """
     if prompts is None:
         return [None] * images
-    if isinstance(prompts, Tensor) and images != 1:
+    single = isinstance(prompts, (Tensor, np.ndarray))
+    if single and images != 1:
         raise ValueError(f"A tensor holds the {kind} of one image; for {images} images pass a list of tensors.")
-    entries: list[Tensor | None] = [prompts] if isinstance(prompts, Tensor) else list(prompts)
-    for entry in entries:
-        if entry is not None and not isinstance(entry, Tensor):
-            raise TypeError(f"{kind} must be a tensor, or a list with a tensor or None per image; got {type(entry)}.")
+    entries = [prompts] if single else list(prompts)
     if len(entries) != images:
         raise ValueError(f"Got {kind} for {len(entries)} images; the embedding has {images}.")
-    return entries
+    return [None if entry is None else _to_tensor(kind, entry) for entry in entries]
+
+
+def _to_tensor(kind: str, prompts: Any) -> Tensor:
+    if isinstance(prompts, Tensor):
+        return prompts
+    if isinstance(prompts, np.ndarray) and prompts.dtype.kind in "biuf":
+        return torch.from_numpy(prompts.astype(prompts.dtype.newbyteorder("="), order="C"))
+    got = f"an array of {prompts.dtype}" if isinstance(prompts, np.ndarray) else str(type(prompts))
+    raise TypeError(f"{kind} must be a tensor or an array, or a list with one or None per image; got {got}.")
 
 
 def prepare_prompts(

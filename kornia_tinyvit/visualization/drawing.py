@@ -139,12 +139,13 @@ def _color(index: int) -> tuple[float, float, float]:
 
 def _to_bool(mask: Tensor | NDArray[Any] | RLE, size: torch.Size) -> Tensor:
     """Return a mask as a bool tensor :math:`(H, W)` on the CPU."""
-    mask = torch.as_tensor(decode_rle(mask) if isinstance(mask, Mapping) else mask).cpu()
-    if mask.shape != size:
-        raise ValueError(f"A mask must be {tuple(size)}; got {tuple(mask.shape)}.")
-    if mask.is_floating_point():
-        raise TypeError(f"A mask must be bool or integer; got {mask.dtype}. Compare logits with a threshold.")
-    return mask != 0
+    values = decode_rle(mask) if isinstance(mask, Mapping) else mask
+    values = values.numpy(force=True) if isinstance(values, Tensor) else np.asarray(values)
+    if values.shape != tuple(size):
+        raise ValueError(f"A mask must be {tuple(size)}; got {values.shape}.")
+    if values.dtype.kind not in "biu":
+        raise TypeError(f"A mask must be bool or integer; got {values.dtype}. Compare logits with a threshold.")
+    return torch.from_numpy(values != 0)
 
 
 def _tint(canvas: Tensor, mask: Tensor, color: Tensor, line: int) -> None:

@@ -8,7 +8,7 @@ from typer.testing import CliRunner
 from kornia_tinyvit import ImageClassifier
 from kornia_tinyvit.checkpoints.catalog import ASSETS
 from kornia_tinyvit.cli import app
-from tests.helpers import CIFAR, CommandProcess, cells, error_of, make_weights, run
+from tests.helpers import CIFAR, KINDS, CommandProcess, cells, error_of, make_weights, run, write_kind
 
 PHOTOS = [str(ASSETS / "photos" / name) for name in ("chelsea.png", "horse.png", "rocket.jpg")]
 
@@ -32,6 +32,14 @@ class TestClassify:
             assert [each["label"] for each in row["predictions"]] == [each.label for each in found]
             assert [each["index"] for each in row["predictions"]] == [each.index for each in found]
             assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
+
+    def test_kinds_of_files(self, weights, tmp_path):
+        paths, pixels = zip(*(write_kind(tmp_path, kind) for kind in KINDS), strict=True)
+        rows = json.loads(run("classify", *paths, "--weights", weights, "--json"))
+        expected = ImageClassifier.from_config(pretrained=weights).predict(pixels)
+        for row, found in zip(rows, expected, strict=True):
+            assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
+        assert len({row["predictions"][0]["score"] for row in rows}) == 5  # three are the same gray image, and two the same palette
 
     def test_table_has_the_same_values(self, weights):
         rows = json.loads(run("classify", *PHOTOS, "--weights", weights, "--json"))

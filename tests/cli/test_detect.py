@@ -18,7 +18,7 @@ from kornia_tinyvit.images import read_image
 from kornia_tinyvit.training import evaluate
 from kornia_tinyvit.visualization import draw_detections
 from tests import scenes
-from tests.helpers import CommandProcess, error_of, run, run_both
+from tests.helpers import KINDS, CommandProcess, error_of, run, run_both, write_kind
 from tests.scenes import damage, make_coco, write_coco
 from tests.test_detection import NAMES, make_detector
 
@@ -52,6 +52,18 @@ class TestDetect:
         assert (drawn != photo).any()
         found = TinyViTDetector.from_config(pretrained=weights).predict(PHOTO, 0.0)[0]
         assert np.array_equal(drawn, np.asarray(draw_detections(read_image(PHOTO), found)))
+
+    def test_kinds_of_files(self, weights, tmp_path):
+        paths, pixels = zip(*(write_kind(tmp_path, kind) for kind in KINDS), strict=True)
+        options = ("--weights", weights, "--threshold", "0", "--out", str(tmp_path / "out"), "--json")
+        rows = json.loads(run("detect", *paths, *options))
+        expected = TinyViTDetector.from_config(pretrained=weights).predict(pixels, 0.0)
+        for row, image, found in zip(rows, pixels, expected, strict=True):
+            assert [each["score"] for each in row["detections"]] == pytest.approx([each.score for each in found])
+            assert (row["width"], row["height"]) == Image.open(row["drawn"]).size == (451, 300)
+            drawn = np.asarray(Image.open(row["drawn"])).astype(int)
+            levels = (image * 255).round() if image.is_floating_point() else image
+            assert (abs(drawn - levels.movedim(0, 2).numpy()).max(2) == 0).mean() > 0.5  # beside the boxes
 
     def test_text(self, weights, tmp_path):
         options = ("--weights", weights, "--out", str(tmp_path))

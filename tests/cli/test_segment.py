@@ -10,7 +10,7 @@ from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.sam import MobileSAM
-from tests.helpers import error_of, run
+from tests.helpers import KINDS, error_of, run, write_kind
 from tests.sam.test_model import lively
 
 PHOTO = str(ASSETS / "photos" / "chelsea.png")  # 451x300
@@ -107,29 +107,19 @@ class TestSegment:
         assert other["masks"][0]["predicted_iou"] == pytest.approx(found.scores.item(), rel=1e-4)
         assert other["masks"][0]["predicted_iou"] != pytest.approx(plain["masks"][0]["predicted_iou"], rel=1e-4)
 
-    @pytest.mark.parametrize("mode", ["L", "RGBA", "P"])
-    def test_kinds_of_files(self, weights, tmp_path, mode):
-        """Gray, with opacity, with a palette: as the same pixels in three channels."""
-        photo = Image.open(PHOTO).convert(mode)
-        photo.save(tmp_path / "photo.png")
-        photo.convert("RGB").save(tmp_path / "same.png")
-        found, expected = (
-            json.loads(
-                run(
-                    "segment",
-                    str(tmp_path / name),
-                    "--weights",
-                    weights,
-                    "--out",
-                    str(tmp_path / "out"),
-                    *BOX,
-                    "--json",
-                )
-            )
-            for name in ("photo.png", "same.png")
-        )
-        assert np.array_equal(pixels_of(found["masks"][0]["file"]), pixels_of(expected["masks"][0]["file"]))
-        assert pixels_of(found["files"][0]).shape == (300, 451, 3)
+    @pytest.mark.parametrize("kind", KINDS)
+    def test_kinds_of_files(self, weights, tmp_path, kind):
+        path, pixels = write_kind(tmp_path, kind)
+        command = (path, "--weights", weights, "--out", str(tmp_path / "out"), "--json")
+        report = json.loads(run("segment", *command, *BOX))
+        sam = MobileSAM.from_config(pretrained=weights)
+        best = sam.predict_best(sam.embed(pixels), None, None, torch.tensor([[100.0, 20.0, 300.0, 280.0]]))
+        assert np.array_equal(pixels_of(report["masks"][0]["file"]), best.masks()[0, 0].numpy())
+        overlay = pixels_of(report["files"][0]).astype(int)
+        levels = (pixels * 255).round() if pixels.is_floating_point() else pixels
+        outside = ~pixels_of(report["masks"][0]["file"])
+        outside[18:23, 98:303] = outside[278:283, 98:303] = outside[18:283, 98:103] = outside[18:283, 298:303] = False
+        assert np.array_equal(overlay[outside], levels.movedim(0, 2).numpy()[outside])
 
     @pytest.mark.parametrize("size", [(1, 300), (300, 1), (12000, 20)])
     def test_extreme_shapes(self, weights, tmp_path, size):

@@ -395,6 +395,18 @@ class TestPreprocessing:
         sam.preprocess(photo)[0].sum().backward()
         assert (photo.grad != 0).all()
 
+    @pytest.mark.parametrize("name", PHOTOS)
+    def test_uint8_as_files(self, sam, photos, name):
+        """Arrays and tensors of 8 bits take the exact route of files."""
+        levels = np.array(Image.open(photos[name]).convert("RGB"))
+        expected, geometries = sam.preprocess(photos[name])
+        tensor = torch.from_numpy(levels)
+        for image in (levels, tensor, tensor.movedim(2, 0), tensor.movedim(2, 0)[None], levels[None]):
+            inputs, found = sam.preprocess(image)
+            assert found == geometries
+            assert torch.equal(inputs, expected)
+        assert torch.equal(sam.embed(levels).features, sam.embed(photos[name]).features)
+
     def test_kinds_of_files(self, sam, tmp_path):
         pixels = np.random.default_rng(0).integers(256, size=(50, 80, 3), dtype=np.uint8)
         upright = Image.fromarray(pixels)
@@ -608,6 +620,17 @@ class TestPredictMasks:
             sam.predict_masks(embedding, torch.tensor([[[452.0, 10.0]]]))
         with pytest.raises(ValueError, match="There are no prompts"):
             sam.predict_masks(embedding)
+
+    def test_prompts_as_arrays(self, sam):
+        embedding = sam.embed(ASSETS / "photos" / "chelsea.png")
+        prompts = {"points": torch.tensor([[[200.0, 150.0]]]), "labels": torch.tensor([[1]])}
+        prompts |= {"boxes": torch.tensor([[100.0, 20.0, 300.0, 280.0]])}
+        (expected,) = sam.predict_masks(embedding, **prompts)
+        (found,) = sam.predict_masks(embedding, **{kind: tensor.numpy() for kind, tensor in prompts.items()})
+        assert torch.equal(found.low_res_logits, expected.low_res_logits)
+        best = sam.predict_best(embedding, prompts["points"].numpy(), None, None)
+        wanted = sam.predict_best(embedding, prompts["points"], None, None)
+        assert torch.equal(best.low_res_logits, wanted.low_res_logits)
 
     def test_best_for_a_prompt(self, sam):
         """The best of three masks for a single point; the single mask for other prompts."""

@@ -1,5 +1,6 @@
 import math
 
+import numpy as np
 import pytest
 import torch
 
@@ -108,12 +109,20 @@ class TestSplitPrompts:
         assert split_prompts("boxes", BOX, 1)[0] is BOX
         assert split_prompts("boxes", [None, BOX], 2)[1] is BOX
 
+    def test_arrays(self):
+        for array in (BOX.numpy(), BOX.double().numpy(), np.flip(BOX.numpy(), 0), BOX.numpy().astype(">i4")):
+            for given, images in ((array, 1), ([None, array], 2)):
+                found = split_prompts("boxes", given, images)[-1]
+                assert torch.equal(found.float(), BOX)
+
     @pytest.mark.parametrize(
         ("given", "images", "error", "message"),
         [
             (BOX, 2, ValueError, "boxes of one image; for 2 images pass a list"),
+            (BOX.numpy(), 2, ValueError, "boxes of one image; for 2 images pass a list"),
+            (np.array([["a"]]), 1, TypeError, "boxes must be a tensor or an array, .*; got an array of <U1"),
             ([BOX], 2, ValueError, "Got boxes for 1 images; the embedding has 2"),
-            ([[1, 2, 3, 4]], 1, TypeError, "boxes must be a tensor, or a list with a tensor or None per image"),
+            ([[1, 2, 3, 4]], 1, TypeError, "boxes must be a tensor or an array, or a list with one or None per image"),
         ],
     )
     def test_errors(self, given, images, error, message):

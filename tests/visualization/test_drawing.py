@@ -7,7 +7,9 @@ import torch.nn.functional as F
 from kornia.image import image_to_tensor
 from PIL import Image
 
-from kornia_tinyvit.visualization import distinct_colors, draw_overlay, save_image, save_rows
+from kornia_tinyvit.detection import Detection
+from kornia_tinyvit.ops import encode_rle
+from kornia_tinyvit.visualization import distinct_colors, draw_detections, draw_overlay, save_image, save_rows
 from kornia_tinyvit.visualization.drawing import OPACITY
 
 GREY = torch.full((3, 60, 80), 128, dtype=torch.uint8)
@@ -53,6 +55,24 @@ class TestMasks:
         near = F.pad(~mask, (4, 4, 4, 4), value=True).unfold(0, 9, 1).unfold(1, 9, 1).flatten(2).any(2)
         color = (distinct_colors(1)[0] * 255).round()
         assert torch.equal((drawn.float() == color[:, None, None]).all(0), mask & near)
+
+    def test_forms(self):
+        """Arrays, integers and run-length codes are drawn as bool tensors are."""
+        mask = square(10, 20, 15)
+        wanted = pixels_of(GREY, [mask])
+        codes = [encode_rle(mask, compressed=compressed) for compressed in (True, False)]
+        levels = [mask.to(torch.uint8), 255 * mask.to(torch.uint8), mask.long(), mask.to(torch.uint8).numpy()]
+        for form in (mask.numpy(), *levels, 255 * levels[-1], mask.numpy()[::-1].copy()[::-1], *codes):
+            assert torch.equal(pixels_of(GREY, [form]), wanted)
+
+    def test_generated_masks(self):
+        """What MobileSAM.generate_masks returns, in every output mode."""
+        found = [square(10, 20, 15).numpy(), encode_rle(square(5, 5, 9))]
+        assert torch.equal(pixels_of(GREY, found), pixels_of(GREY, [square(10, 20, 15), square(5, 5, 9)]))
+
+    def test_logits(self):
+        with pytest.raises(TypeError, match=r"A mask must be bool or integer; got float32\. Compare logits"):
+            draw_overlay(GREY, [torch.zeros(60, 80)])
 
     def test_later_ones_lie_on_top(self):
         drawn = pixels_of(GREY, [square(0, 0, 40), square(10, 10, 9)])
@@ -100,6 +120,21 @@ class TestPrompts:
         if box[2] == 50.0:
             assert drawn[:, 20, 30].tolist() == [255, 255, 255]
             assert not changed[30, 30]
+
+
+class TestImages:
+    def test_forms(self, tmp_path):
+        """Paths, PIL images and arrays; see also tests/test_images.py."""
+        levels = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8)
+        Image.fromarray(levels).save(tmp_path / "photo.png")
+        found = [Detection("cat", 0, 0.9, (10.0, 10.0, 50.0, 40.0))]
+        tensor = torch.from_numpy(levels).movedim(2, 0)
+        wanted = pixels_of(tensor, [square(5, 5, 9)]), np.array(draw_detections(tensor, found))
+        for image in (tmp_path / "photo.png", Image.fromarray(levels), levels, levels / 255):
+            assert torch.equal(pixels_of(image, [square(5, 5, 9)]), wanted[0])
+            assert np.array_equal(np.array(draw_detections(image, found)), wanted[1])
+        with pytest.raises(ValueError, match="Divide them by 255"):
+            draw_overlay(levels.astype(np.float32), [])
 
 
 class TestSaveImage:

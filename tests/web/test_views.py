@@ -57,15 +57,24 @@ class TestOpenPhoto:
         gradient(*size).save(tmp_path / "photo.png")
         assert open_photo(tmp_path / "photo.png").image.size == kept
 
-    @pytest.mark.parametrize(("mode", "kind"), [("CMYK", "jpg"), ("I;16", "png"), ("RGBA", "png"), ("P", "gif")])
+    @pytest.mark.parametrize(
+        ("mode", "kind"), [("CMYK", "jpg"), ("I;16", "png"), ("F", "tif"), ("RGBA", "png"), ("LA", "png"), ("P", "gif")]
+    )
     def test_kinds(self, tmp_path, mode, kind):
         photo = Image.linear_gradient("L")
         if mode == "I;16":
             photo = Image.fromarray(np.asarray(photo, dtype=np.uint16) * 257)
+        if mode == "F":
+            photo = Image.fromarray(np.asarray(photo, dtype=np.float32) / 255)
         photo.convert(mode).save(tmp_path / f"photo.{kind}")
         read = np.asarray(open_photo(tmp_path / f"photo.{kind}").image).astype(int)
         expected = np.asarray(Image.linear_gradient("L").convert("RGB")).astype(int)
         assert abs(read - expected).max() <= 2
+
+    def test_unknown_range(self, tmp_path):
+        Image.linear_gradient("L").convert("F").save(tmp_path / "photo.tif")
+        with pytest.raises(ValueError, match=r"^photo\.tif is not .*got values from 0 to 255\. Divide them by 255"):
+            open_photo(tmp_path / "photo.tif")
 
     def test_first_of_an_animation(self, tmp_path):
         frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
