@@ -39,7 +39,7 @@ class TestClassify:
         expected = ImageClassifier.from_config(pretrained=weights).predict(pixels)
         for row, found in zip(rows, expected, strict=True):
             assert [each["score"] for each in row["predictions"]] == pytest.approx([each.score for each in found])
-        assert len({row["predictions"][0]["score"] for row in rows}) == 5  # three are the same gray image, and two the same palette
+        assert len({row["predictions"][0]["score"] for row in rows}) == 5  # three of one gray image, two of one palette
 
     def test_table_has_the_same_values(self, weights):
         rows = json.loads(run("classify", *PHOTOS, "--weights", weights, "--json"))
