@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from kornia_tinyvit import ImageClassifier, TinyViT, save_checkpoint
 from kornia_tinyvit.data import ClassificationDataset
 from kornia_tinyvit.preprocessing import TRAINING_PRESETS, EvaluationPipeline, TrainingPipeline
+from kornia_tinyvit.training import freeze_statistics
 
 
 def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
@@ -36,13 +37,6 @@ def split(labels: Tensor, fraction: float) -> tuple[Tensor, Tensor]:
         held_out.append(rows[:count])
         training.append(rows[count:])
     return torch.cat(training), torch.cat(held_out)
-
-
-def freeze_statistics(model: nn.Module) -> None:
-    """Set batch norms to evaluation mode: the statistics of small batches are noisy. Scale and shift are trained."""
-    for module in model.modules():
-        if isinstance(module, nn.BatchNorm2d):
-            module.eval()
 
 
 @torch.inference_mode()
@@ -93,7 +87,9 @@ def main() -> None:
         parser.error(f"no class in {args.folder} has a second image to hold out")
     print(f"{len(names)} classes, {len(training)} training images, {len(held_out)} held-out images")
 
-    augment = TrainingPipeline(prepare.img_size, len(names), preset=args.preset)
+    if args.freeze_statistics:
+        freeze_statistics(model)
+    augment = TrainingPipeline(prepare.img_size, len(names), preset=args.preset, **model.preprocessing.statistics)
     optimizer = torch.optim.AdamW(model.parameter_groups(args.lr, args.weight_decay, args.layer_decay))
     steps = math.ceil(len(training) / args.batch_size) * args.epochs
     # A short warm-up, then a cosine schedule; each group has its learning rate as the peak.
@@ -102,8 +98,6 @@ def main() -> None:
     best = -1.0
     for epoch in range(1, args.epochs + 1):
         model.train()
-        if args.freeze_statistics:
-            freeze_statistics(model)
         total = 0.0
         for rows in training[torch.randperm(len(training))].split(args.batch_size):
             photos = squares[rows].to(args.device).float() / 255

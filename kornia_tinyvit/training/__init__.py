@@ -1,5 +1,6 @@
 """Training: recipes, the loop, what each task adds to it, and evaluation."""
 
+from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.evaluation import evaluate
 from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics, DetectionScores
@@ -54,5 +55,6 @@ __all__ = [
     "build_sam",
     "evaluate",
     "find_recipe",
+    "freeze_statistics",
     "train",
 ]

@@ -23,6 +23,7 @@ from kornia_tinyvit.interruption import deferred_interrupt
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.ema import MovingAverage
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
@@ -158,7 +159,8 @@ def train(
     trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder)
     replays = broadcast_object_list([replays])[0]  # a store that grows may differ between ranks
     config = trainer.describe() | {"replays": replays, "origin": origin}
-    with folder.lock() if accelerator.is_main_process else nullcontext():
+    frozen = freeze_statistics(model) if recipe.frozen_batch_norm else nullcontext()
+    with frozen, folder.lock() if accelerator.is_main_process else nullcontext():
         trainer.resume(config)
         batches = EpochBatches(
             samples.order, process_batch, recipe.epochs, accelerator.process_index, accelerator.num_processes,
@@ -309,9 +311,6 @@ class _Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor
         self.model.train()
-        for module in self.model.modules() if self.recipe.frozen_batch_norm else ():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.eval()
         self.broken.update(batch.broken)
         device = self.accelerator.device
         inputs = self.samples.inputs(batch, device)

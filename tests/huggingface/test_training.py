@@ -9,8 +9,9 @@ pytest.importorskip("transformers")
 
 from transformers import Trainer, TrainingArguments
 
-from kornia_tinyvit.huggingface import TinyVitForImageClassification
+from kornia_tinyvit.huggingface import TinyVitForImageClassification, to_tinyvit
 from kornia_tinyvit.layers import MBConv, TinyViTBlock
+from kornia_tinyvit.training import freeze_statistics
 from tests.huggingface.helpers import tiny_backbone, tiny_classifier
 
 
@@ -24,6 +25,25 @@ class Colors(Dataset):
         image = 0.1 * torch.rand(3, 32, 32, generator=torch.Generator().manual_seed(index))
         image[index % 3] += 1.0
         return {"pixel_values": image, "labels": index % 3}
+
+
+@pytest.fixture
+def arguments(tmp_path) -> TrainingArguments:
+    pytest.importorskip("accelerate")
+    return TrainingArguments(
+        str(tmp_path),
+        max_steps=12,
+        per_device_train_batch_size=8,
+        learning_rate=3e-3,
+        eval_strategy="steps",
+        eval_steps=6,
+        save_steps=6,
+        logging_steps=3,
+        report_to=[],
+        disable_tqdm=True,
+        use_cpu=True,
+        seed=0,
+    )
 
 
 class TestProblemTypes:
@@ -93,24 +113,6 @@ class TestCheckpointing:
 
 
 class TestTrainer:
-    @pytest.fixture
-    def arguments(self, tmp_path) -> TrainingArguments:
-        pytest.importorskip("accelerate")
-        return TrainingArguments(
-            str(tmp_path),
-            max_steps=12,
-            per_device_train_batch_size=8,
-            learning_rate=3e-3,
-            eval_strategy="steps",
-            eval_steps=6,
-            save_steps=6,
-            logging_steps=3,
-            report_to=[],
-            disable_tqdm=True,
-            use_cpu=True,
-            seed=0,
-        )
-
     def test_training(self, arguments):
         model = tiny_classifier(num_classes=3)
         trainer = Trainer(
@@ -173,6 +175,40 @@ class TestPeft:
         merged = again.merge_and_unload()
         assert isinstance(merged, TinyVitForImageClassification)
         torch.testing.assert_close(merged(images).logits, tuned, rtol=1e-4, atol=1e-4)
+
+    @pytest.mark.parametrize("extra", [[], ["norm_head"]])
+    def test_trained_in_training_mode(self, peft, images, tmp_path, extra):
+        """Statistics of batch norm would move in training, and adapters do not store them."""
+        model = self.adapted(peft, modules_to_save=["classifier", *extra])
+        handle = freeze_statistics(model)
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.5)
+        for _ in range(2):
+            model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+            optimizer.step()
+        tuned = model.eval()(images).logits
+        assert not torch.allclose(tuned, tiny_classifier()(images).logits, atol=1e-2)
+        model.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(images).logits, tuned, atol=1e-5, rtol=0)
+        again.merge_and_unload().save_pretrained(tmp_path / "merged")
+        merged = TinyVitForImageClassification.from_pretrained(tmp_path / "merged")
+        torch.testing.assert_close(merged(images).logits, tuned, atol=1e-4, rtol=1e-4)
+        assert to_tinyvit(merged).class_names is None
+        torch.testing.assert_close(to_tinyvit(merged)(images), tuned, atol=1e-4, rtol=1e-4)
+        handle.remove()
+        model.train()(images)
+        model.save_pretrained(tmp_path / "moved")
+        moved = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "moved").eval()
+        assert not torch.allclose(moved(images).logits, model.eval()(images).logits, atol=1e-3)
+
+    def test_trainer(self, peft, arguments, images, tmp_path):
+        """Trainer calls model.train() before every step."""
+        model = self.adapted(peft)
+        freeze_statistics(model)
+        Trainer(model, arguments, train_dataset=Colors(), eval_dataset=Colors()).train()
+        model.save_pretrained(tmp_path / "adapter")
+        again = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "adapter").eval()
+        torch.testing.assert_close(again(images).logits, model.eval()(images).logits, atol=1e-5, rtol=0)
 
     def test_adapter_of_the_model_itself(self, peft, images):
         model = tiny_classifier()
