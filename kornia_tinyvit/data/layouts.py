@@ -35,7 +35,7 @@ def find_layout(path: Path, split: str, kinds: Sequence[str]) -> Layout | None:
         kinds: names of the folder of labels, the first of which is taken. If there is none, ``None`` is returned.
 
     Raises:
-        MissingSplitError: if there are folders of other splits only.
+        MissingSplitError: if there are folders of other splits only, or none and the split has an unusual name.
     """
     for kind in kinds:
         found = list_layouts(path, kind, split)

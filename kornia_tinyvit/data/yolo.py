@@ -69,15 +69,15 @@ def read_folder(path: Path, layout: Layout) -> Contents:
     Raises:
         ValueError: as :func:`read_boxes`.
     """
-    places = [path, *(path / "labels", layout.labels)]
+    splits = [layout, *list_layouts(path, "labels").values()]
+    places = [path, path / "labels", *(each.labels for each in splits)]
     named = next((each / "classes.txt" for each in places if (each / "classes.txt").is_file()), None)
     if named is not None:
         class_names = tuple(read_names(named))
     else:
-        folders = {layout.labels, *(each.labels for each in list_layouts(path, "labels").values())}
-        files = [file for folder in sorted(folders) for file in sorted(folder.rglob("*.txt"))]
-        count = max((label.label + 1 for file in files for label in _read_labels(file)[0]), default=0)
-        class_names = tuple(f"class {index}" for index in range(count))
+        files = {pair.labels for each in splits for pair in pair_folders(each.images, each.labels)}
+        found = (label.label for file in files if file.is_file() for label in _read_labels(file)[0])
+        class_names = tuple(f"class {index}" for index in range(max(found, default=-1) + 1))
     contents = _read_boxes(pair_folders(layout.images, layout.labels), class_names, layout.images)
     return replace(contents, notes=(*layout.notes, *contents.notes))
 

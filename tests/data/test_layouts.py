@@ -84,7 +84,10 @@ class TestClassesOfYolo:
         for split in ("train", "val"):
             write(tmp_path / split / "images", tmp_path / split / "labels")
         (tmp_path / "val" / "labels" / "a.txt").write_text("4 0.5 0.5 0.5 0.5\n")
+        (tmp_path / "val" / "labels" / "readme.txt").write_text("no labels")
         assert [DetectionDataset.open(tmp_path, split).num_classes for split in ("train", "val")] == [5, 5]
+        (tmp_path / "val" / "labels" / "classes.txt").write_text("\n".join("abcde"))  # as LabelImg writes it
+        assert [DetectionDataset.open(tmp_path, split).class_names[4] for split in ("train", "val")] == ["e", "e"]
 
 
 class TestFilesOfCoco:
