@@ -95,7 +95,7 @@ class Listing:
 
 
 def image_suffixes() -> set[str]:
-    """Return the suffixes, in lower case, of files that Pillow decodes, and of HEIF files with pillow-heif installed."""
+    """Return the suffixes, in lower case, of files that Pillow decodes, and of HEIF with pillow-heif installed."""
     suffixes = Image.registered_extensions()  # loads all plugins, which Image.OPEN lists then
     formats = {*Image.OPEN, "MPO"} - _FOREIGN  # MPO files are opened as JPEG
     heif = _HEIF if find_spec("pillow_heif") else set()  # images.py loads it with the first file

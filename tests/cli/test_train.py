@@ -78,6 +78,58 @@ class TestTrain:
         assert last.endswith("best.safetensors")
         assert run(*command(folder, tmp_path, "--validation", str(folder))).strip().splitlines()[-1] == last
 
+    def divide(self, root, train=CLASSES, validation=CLASSES):
+        for split, names, seed in (("train", train, 0), ("val", validation, 5)):
+            made = make_images(root / "all" / split, each=4, seed=seed)
+            for name in names:
+                (root / "data" / split).mkdir(parents=True, exist_ok=True)
+                (made / name).rename(root / "data" / split / name)
+        return root / "data"
+
+    def test_splits(self, tmp_path):
+        data = self.divide(tmp_path)
+        (data / "val" / "red" / "00.png").unlink()
+        printed, notes = run_both(*command(data, tmp_path))
+        assert notes.startswith("12 images, 3 classes; device ")
+        assert "\nValidation: 11 images, 3 classes\n" in notes
+        assert "top-1 " in printed
+        best = str(tmp_path / "out" / "best.safetensors")
+        assert json.loads(run("evaluate", str(data), "--weights", best, "--json"))["images"] == 11
+        assert json.loads(run("evaluate", str(data), "--weights", best, "--split", "train", "--json"))["images"] == 12
+
+    def test_validation_classes_are_matched_by_name(self, tmp_path):
+        """Red is the third class of the training and the only one of the validation."""
+        data = self.divide(tmp_path, validation=("red",))
+        result = json.loads(run(*command(data, tmp_path, "--weights", "cifar10", "--epochs", "6", "--json")))
+        report = json.loads(run("evaluate", str(data), "--weights", result["best"], "--per-class", "--json"))
+        assert [row["class"] for row in report["per_class"]] == ["red"]
+        assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
+
+    def test_unknown_validation_class(self, tmp_path, capfd, monkeypatch):
+        data = self.divide(tmp_path, train=("blue", "red"))
+        error = error_of(capfd, monkeypatch, *command(data, tmp_path, "--json"))
+        assert "The data has the classes green, but the network has blue, red." in error
+
+    def test_batch_that_fits(self, folder, tmp_path):
+        small = ("--variant", "1m", "--img-size", "32", "--workers", "0", "--epochs", "1")
+        printed, notes = run_both("train", str(folder), *small, "--out", str(tmp_path / "out"))
+        assert "Batch 2 instead of the recipe's 1024 for 12 images, learning rate 1.95e-06 instead of 0.001." in notes
+        assert "6 steps in " in printed
+        assert recorded(tmp_path)["recipe"]["batch_size"] == 2
+
+    def test_one_class(self, folder, tmp_path, capfd, monkeypatch):
+        for name in CLASSES[1:]:
+            shutil.rmtree(folder / name)
+        with pytest.warns(UserWarning, match="one class learns nothing"):
+            run(*command(folder, tmp_path, "--batch-size", "2", "--json"))
+
+    def test_one_image(self, folder, tmp_path, capfd, monkeypatch):
+        for file in sorted(folder.rglob("*.png"))[1:]:
+            file.unlink()
+        small = ("--variant", "1m", "--img-size", "32", "--workers", "0", "--json")
+        error = error_of(capfd, monkeypatch, "train", str(folder), *small, "--out", str(tmp_path / "out"))
+        assert "Training needs at least 2 images; the dataset has 1." in error
+
     def test_broken_images(self, folder, tmp_path, capfd, monkeypatch):
         damage(folder / "green" / "01.png")
         options = ("--batch-size", "12", "--json")

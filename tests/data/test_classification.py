@@ -1,4 +1,5 @@
 import io
+import json
 import pickle
 import shutil
 import sys
@@ -148,6 +149,130 @@ class TestFolder:
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"There is no dataset .*nowhere; expected a folder"):
             ClassificationDataset.open(tmp_path / "nowhere")
+
+
+class TestScan:
+    def test_skipped_files_are_counted(self, folder):
+        for junk in ("cat/Thumbs.db", "cat/.DS_Store", "cat/._0.bmp", "dog/desktop.ini"):
+            (folder / junk).write_bytes(b"")
+        for junk in ("__MACOSX", "dog/@eaDir"):
+            (folder / junk).mkdir()
+            photo(0).save(folder / junk / "1.png")
+        for other in ("notes.txt", "meta.json", "a.h5", "b.mpeg", "LICENSE"):
+            (folder / "cat" / other).write_text("")
+        (folder / "ant" / "gone.png").symlink_to(folder / "nowhere.png")
+        data = ClassificationDataset.open(folder)
+        assert [data.name(index) for index in range(len(data))] == FILES
+        assert data.skipped == {
+            "hidden or system file{s}": 6, "dangling link{s}": 1, "image{s} outside of class folders": 1, ".csv": 1,
+            ".txt": 2, ".json": 1, ".h5": 1, ".mpeg": 1, "file{s} without a suffix": 1,
+        }  # fmt: skip
+        assert data.summary.startswith("5 images, 3 classes; skipped 6 hidden or system files, 2 .txt, 1 .csv, ")
+        assert "1 dangling link, 1 file without a suffix, 1 image outside of class folders" in data.summary
+
+    def test_classes_without_images_are_noted(self, folder):
+        (folder / "bee").mkdir()
+        assert ", 4 classes, 1 without images (bee); " in ClassificationDataset.open(folder).summary
+
+    def test_many_images(self, tmp_path):
+        (tmp_path / "cat").mkdir()
+        for number in range(1001):
+            (tmp_path / "cat" / f"{number}.jpg").touch()
+        assert ClassificationDataset.open(tmp_path).summary.startswith("1,001 images, 1 class; ")
+
+    @pytest.mark.parametrize("suffix", ["HEIC", "heif", "AVIF", "WebP", "jp2", "TIFF", "jfif", "mpo", "qoi"])
+    def test_everything_that_pillow_decodes(self, tmp_path, suffix):
+        if suffix.lower().startswith("hei"):
+            pytest.importorskip("pillow_heif")
+        (tmp_path / "cat").mkdir()
+        (tmp_path / "cat" / f"1.{suffix}").touch()
+        assert len(ClassificationDataset.open(tmp_path)) == 1
+
+    def test_heif_is_counted_without_its_package(self, folder, monkeypatch):
+        monkeypatch.setitem(sys.modules, "pillow_heif", None)
+        monkeypatch.setattr("kornia_tinyvit.data.folders.find_spec", lambda name: None)
+        monkeypatch.setattr(Image, "EXTENSION", {k: v for k, v in Image.EXTENSION.items() if v != "HEIF"})
+        (folder / "cat" / "1.HEIC").touch()
+        assert "1 .heic" in ClassificationDataset.open(folder).summary
+
+    def test_linked_folders_are_followed_once(self, folder, tmp_path):
+        photo(1).save(folder / "dog" / "3.png")
+        (tmp_path / "linked").mkdir()
+        (tmp_path / "linked" / "puppy").symlink_to(folder / "dog", target_is_directory=True)
+        (folder / "dog" / "loop").symlink_to(folder, target_is_directory=True)
+        (folder / "dog" / "self").symlink_to(folder / "dog" / "self")
+        data = ClassificationDataset.open(tmp_path / "linked")
+        assert (data.class_names, len(data)) == (("puppy",), 7)  # three dogs, and the others by the loop
+        assert data.skipped["cyclic link{s}"] == 1
+        assert data.skipped["dangling link{s}"] == 1
+        loop = ClassificationDataset.open(folder)
+        assert (len(loop), loop.skipped["cyclic link{s}"]) == (6, 1)
+
+
+class TestSplits:
+    def divide(self, folder, root, names, wanted=("ant", "cat", "dog")):
+        for name in names:
+            for each in wanted:
+                shutil.copytree(folder / each, root / name / each)
+        return root
+
+    @pytest.mark.parametrize("names", [("train", "val"), ("train", "valid"), ("training", "validation", "test")])
+    def test_folders(self, folder, tmp_path, names):
+        root = self.divide(folder, tmp_path / "data", names)
+        (root / names[1] / "dog" / "2.png").unlink()
+        for split, count in (("train", 5), ("val", 4)):
+            data = ClassificationDataset.open(root, split)
+            assert (data.class_names, len(data)) == (("ant", "cat", "dog"), count)
+            assert data.is_divided
+        assert len(ClassificationDataset.open(root)) == 5
+        with pytest.raises(MissingSplitError) as error:
+            ClassificationDataset.open(root, "nonsense")
+        assert f"has no split 'nonsense'; expected one of {', '.join(sorted(names))}." in str(error.value)
+
+    def test_tests_without_classes(self, folder, tmp_path):
+        """The layout of Kaggle's competitions."""
+        root = self.divide(folder, tmp_path / "data", ("train",))
+        (root / "test").mkdir()
+        photo(0).save(root / "test" / "1.png")
+        assert ClassificationDataset.open(root).class_names == ("ant", "cat", "dog")
+
+    def test_a_class_that_is_called_train(self, tmp_path):
+        for name in ("train", "car"):
+            (tmp_path / name / "side").mkdir(parents=True)
+            photo(0).save(tmp_path / name / "side" / "1.png")
+        assert ClassificationDataset.open(tmp_path).class_names == ("car", "train")
+
+    def test_undivided(self, folder):
+        data = ClassificationDataset.open(folder, "val")
+        assert not data.is_divided
+        assert data.summary.endswith("; not divided into splits")
+        with pytest.raises(MissingSplitError, match="is not divided into splits; it has no split 'nonsense'"):
+            ClassificationDataset.open(folder, "nonsense")
+
+    def test_tars(self, folder, tmp_path):
+        root = self.divide(folder, tmp_path / "data", ("train",))
+        self.divide(folder, root, ("val",), ("cat", "dog"))
+        with tarfile.open(tmp_path / "data.tar", "w") as tar:
+            tar.add(root, "data")
+        archives = tmp_path / "archives"
+        archives.mkdir()
+        for split in ("train", "val"):
+            with tarfile.open(archives / f"{split}.tar", "w") as tar:
+                tar.add(root / split, split)
+        for path in (tmp_path / "data.tar", archives):
+            assert len(ClassificationDataset.open(path)) == 5
+            assert ClassificationDataset.open(path, "validation").class_names == ("cat", "dog")
+            assert ClassificationDataset.open(path).is_divided
+            with pytest.raises(MissingSplitError, match="has no split 'test'; expected one of train, val"):
+                ClassificationDataset.open(path, "test")
+
+    def test_parquet_of_each_split_in_a_folder(self, tmp_path):
+        pytest.importorskip("pyarrow")
+        for label, split in enumerate(("train", "test")):
+            (tmp_path / split).mkdir()
+            write_parquet(tmp_path / split / "0000.parquet", [photo(0)], [label])
+        assert ClassificationDataset.open(tmp_path).labels == [0]
+        assert ClassificationDataset.open(tmp_path, "test").labels == [1]
 
 
 class TestPixels:
@@ -310,6 +435,75 @@ class TestParquet:
         assert torch.equal(pickle.loads(pickled).read(7)[0], data.read(7)[0])
 
 
+class TestParquetColumns:
+    def write(self, path, columns, features=None):
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        table = pa.table(columns)
+        if features is not None:
+            table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
+        pq.write_table(table, path / "train.parquet")
+        return path / "train.parquet"
+
+    def encoded(self, shade):
+        buffer = io.BytesIO()
+        photo(shade).save(buffer, "PNG")
+        return buffer.getvalue()
+
+    def test_class_names_of_the_metadata(self, tmp_path):
+        features = {"label": {"names": ["dog", "cat"], "_type": "ClassLabel"}, "image": {"_type": "Image"}}
+        columns = {"image": [{"bytes": self.encoded(0)}] * 3, "label": [1, 0, 1]}
+        data = ClassificationDataset.open(self.write(tmp_path, columns, features))
+        assert (data.class_names, data.num_classes) == (("dog", "cat"), 2)
+        assert data.with_classes(("cat", "cow", "dog")).labels == [0, 2, 0]
+        assert pickle.loads(pickle.dumps(data)).class_names == ("dog", "cat")
+        columns["label"] = [0, 2, 0]
+        with pytest.raises(ValueError, match="row 1 has the label 2; expected a class index from 0 below 2"):
+            ClassificationDataset.open(self.write(tmp_path, columns, features))
+
+    @pytest.mark.parametrize("metadata", ["x", "[]", '{"info": null}', '{"info": {"features": []}}'])
+    def test_other_metadata(self, tmp_path, metadata):
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        table = pa.table({"image": [{"bytes": self.encoded(0)}], "label": [0]})
+        pq.write_table(table.replace_schema_metadata({"huggingface": metadata}), tmp_path / "a.parquet")
+        assert ClassificationDataset.open(tmp_path / "a.parquet").class_names is None
+
+    @pytest.mark.parametrize("kind", ["binary", "large_binary"])
+    @pytest.mark.parametrize(("image", "label"), [("jpg", "cls"), ("png", "labels"), ("img", "fine_label")])
+    def test_binary_images(self, tmp_path, kind, image, label):
+        pa = pytest.importorskip("pyarrow")
+        values = pa.array([self.encoded(0), self.encoded(200)], getattr(pa, kind)())
+        data = ClassificationDataset.open(self.write(tmp_path, {image: values, label: [0, 1], "coarse_label": [5, 5]}))
+        assert data.labels == [0, 1]
+        assert data.read(1)[0][0, 0, 0] == 200
+
+    def test_columns_of_other_names(self, tmp_path):
+        features = {"scan": {"_type": "Image"}, "kind": {"names": ["a", "b"], "_type": "ClassLabel"}}
+        columns = {"scan": [{"bytes": self.encoded(7)}], "kind": [1]}
+        assert ClassificationDataset.open(self.write(tmp_path, columns, features)).labels == [1]
+        with pytest.raises(ValueError, match=r"has the columns scan, kind; expected images in one of image, img, jpg"):
+            ClassificationDataset.open(self.write(tmp_path, columns))
+
+    @pytest.mark.parametrize("encode", [False, True])
+    def test_names_as_labels(self, tmp_path, encode):
+        pa = pytest.importorskip("pyarrow")
+        names = pa.array(["owl", "cat", "owl"])
+        columns = {"image": [{"bytes": self.encoded(0)}] * 3, "label": names.dictionary_encode() if encode else names}
+        data = ClassificationDataset.open(self.write(tmp_path, columns))
+        assert (data.class_names, data.labels) == (("cat", "owl"), [1, 0, 1])
+
+    def test_parts_that_differ(self, tmp_path):
+        columns = {"image": [{"bytes": self.encoded(0)}], "label": [0]}
+        for number, names in enumerate((["cat", "dog"], ["dog", "cat"])):
+            path = self.write(tmp_path, columns, {"label": {"names": names, "_type": "ClassLabel"}})
+            path.rename(tmp_path / f"train-{number}.parquet")
+        with pytest.raises(ValueError, match="name their classes differently"):
+            ClassificationDataset.open(tmp_path)
+
+
 class TestTar:
     @pytest.mark.parametrize("top", ["", "./", "pets/", "./pets/", "/pets/"])
     def test_equals_the_folder(self, folder, tmp_path, top):
@@ -399,6 +593,31 @@ class TestTar:
             ClassificationDataset.open(path)
         with pytest.raises(ValueError, match=r"images\.tar is not a tar file, or is compressed"):
             ClassificationDataset.open(path.rename(tmp_path / "images.tar"))
+
+    @pytest.mark.parametrize("top", ["", "./"])
+    def test_a_class_with_subfolders(self, folder, tmp_path, top):
+        """As in a folder, the class is the top folder."""
+        (folder / "cat" / "0.bmp").rename(folder / "cat" / "young" / "0.bmp")
+        path = pack(folder, tmp_path / "a.tar", ["cat/young/0.bmp", "cat/young/1.png"], top)
+        assert ClassificationDataset.open(path).class_names == ("cat",)
+
+    def test_archive_of_its_own_name(self, folder, tmp_path):
+        path = pack(folder, tmp_path / "pets.tar", ["cat/young/1.png"], "pets/")
+        assert ClassificationDataset.open(path).class_names == ("cat",)
+
+    def test_symbolic_links_and_junk(self, folder, tmp_path):
+        (folder / "dog" / "3.png").symlink_to("../ant/1.png")
+        (folder / "dog" / "4.png").symlink_to("gone.png")
+        (folder / "__MACOSX").mkdir()
+        (folder / "__MACOSX" / "1.png").write_bytes(b"")
+        with tarfile.open(tmp_path / "a.tar", "w") as tar:
+            tar.add(folder, "")
+        data = ClassificationDataset.open(tmp_path / "a.tar")
+        assert data.labels == [0, 1, 1, 2, 2, 2]
+        assert torch.equal(data.read(5)[0], data.read(0)[0])
+        assert data.class_names == ("ant", "cat", "dog")
+        assert data.skipped["dangling link{s}"] == data.skipped["hidden or system file{s}"] == 1
+        assert "1 .txt" in data.summary
 
     def test_no_images(self, folder, tmp_path):
         with pytest.raises(ValueError, match="holds no images in class folders"):

@@ -115,3 +115,24 @@ class TestFindRecipe:
     def test_out_of_range(self, changes):
         with pytest.raises(ValueError, match="Out of range"):
             find_recipe("in1k", **changes)
+
+
+class TestFit:
+    @pytest.mark.parametrize(
+        ("images", "multiple", "batch"),
+        [
+            (2000, 2, 128),
+            (2000, 48, 192),
+            (8192, 2, 1024),
+            (8191, 2, 512),
+            (1_281_167, 2, 1024),
+            (12, 2, 2),
+            (2, 2, 2),
+            (3, 8, 8),
+        ],
+    )
+    def test_batch(self, images, multiple, batch):
+        fitted = RECIPES["in1k"].fit(images, multiple)
+        assert fitted.batch_size == batch
+        assert fitted.peak_lr == pytest.approx(RECIPES["in1k"].peak_lr * batch / 1024)
+        assert (fitted is RECIPES["in1k"]) == (batch == 1024)
