@@ -13,6 +13,7 @@ from torch import Tensor
 from kornia_tinyvit.data import coco, voc, yolo
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents, ImageDataset, check_size, count_noun
 from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description
+from kornia_tinyvit.data.folders import list_folder
 from kornia_tinyvit.data.layouts import find_in_folder, find_layout
 from kornia_tinyvit.data.masks import (
     Instances,
@@ -232,4 +233,5 @@ def _read(images: Path, instances: Path) -> Contents:
     return replace(
         yolo.read_outlines(pairs, images),
         without_image=tuple(file.relative_to(instances).as_posix() for file in unused),
+        skipped=list_folder(images).skipped,
     )

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from kornia_tinyvit.data.datasets import BrokenImageError, Contents
-from kornia_tinyvit.data.folders import Files, files_by_stem, list_images
+from kornia_tinyvit.data.folders import Files, files_by_stem, list_folder, list_images
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.images import UNREADABLE
 from kornia_tinyvit.ops.rle import decode_rle
@@ -75,6 +75,7 @@ def pair_masks(images: Path, masks: Path) -> Contents:
         [masks / labeled[stem] for stem in stems],
         without_mask=tuple(found[stem] for stem in sorted(found.keys() - labeled.keys())),
         without_image=tuple(labeled[stem] for stem in sorted(labeled.keys() - found.keys())),
+        skipped=list_folder(images).skipped,
     )
 
 

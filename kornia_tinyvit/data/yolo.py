@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from kornia_tinyvit.data.boxes import Box, collect_boxes
 from kornia_tinyvit.data.datasets import Contents, count_noun
 from kornia_tinyvit.data.descriptions import find_root, find_section, posix, read_description, read_names, read_text
-from kornia_tinyvit.data.folders import Files, find_file, list_images
+from kornia_tinyvit.data.folders import Files, find_file, list_folder, list_images
 from kornia_tinyvit.data.layouts import Layout, list_layouts
 from kornia_tinyvit.data.masks import Instances, Masks, Ring, fill_polygons
 
@@ -79,7 +79,7 @@ def read_folder(path: Path, layout: Layout) -> Contents:
         found = (label.label for file in files if file.is_file() for label in _read_labels(file)[0])
         class_names = tuple(f"class {index}" for index in range(max(found, default=-1) + 1))
     contents = _read_boxes(pair_folders(layout.images, layout.labels), class_names, layout.images)
-    return replace(contents, notes=(*layout.notes, *contents.notes))
+    return replace(contents, notes=(*layout.notes, *contents.notes), skipped=list_folder(layout.images).skipped)
 
 
 def _read_boxes(pairs: list[Pair], class_names: tuple[str, ...], source: object) -> Contents:

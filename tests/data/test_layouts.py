@@ -58,6 +58,15 @@ class TestSplits:
             with pytest.raises(ValueError, match="is not divided into splits; it has no split 'nonsense'"):
                 opener.open(tmp_path, "nonsense")
 
+    def test_files_that_are_no_images(self, tmp_path, kind):
+        write(tmp_path / "images", tmp_path / kind)
+        (tmp_path / "images" / "Thumbs.db").write_bytes(b"")
+        (tmp_path / "images" / "b.jpg").symlink_to(tmp_path / "gone.jpg")
+        for opener in OPENERS[kind]:
+            data = opener.open(tmp_path)
+            assert len(data) == 1
+            assert "; skipped 1 dangling link, 1 hidden or system file; not divided" in data.summary
+
     def test_split_of_another_name(self, tmp_path, kind):
         write(tmp_path / "fold1" / "images", tmp_path / "fold1" / kind)
         assert [len(opener.open(tmp_path, "fold1")) for opener in OPENERS[kind]] == [1, 1]
