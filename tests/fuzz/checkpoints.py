@@ -594,7 +594,7 @@ KINDS = (
 
 
 def known_checkpoints(rng: random.Random, folder: Path) -> None:
-    kind = big_head if rng.random() < 0.01 else rng.choice(KINDS)
+    kind = big_head if rng.random() < 0.02 else rng.choice(KINDS)
     kind(rng, folder)
 
 
