@@ -166,7 +166,7 @@ def link(rng: random.Random, root: Path, folder: Path, classes: list[str], image
 
 
 def split_folders(rng: random.Random, folder: Path) -> None:
-    """A folder of ``train`` and ``val``: they are splits, not classes."""
+    """A folder or a tar file of ``train`` and ``val``: they are splits, not classes."""
     classes, images = labeled(rng)
     root, others = folder / "data", [(name, path, a_sample(rng)) for name, path, _ in images]
     names = rng.choice((("train", "val"), ("train", "test"), ("train", "validation"), ("train", "val", "test")))
@@ -175,20 +175,31 @@ def split_folders(rng: random.Random, folder: Path) -> None:
     for split in names[1:]:
         for name, path, sample in others:
             write(root / split / name / path, sample.content)
-    wanted = Counter((key(sample), name) for name, _, sample in images)
+    what, place = "a folder of splits", root
+    if rng.random() < 0.3:
+        what, place = "a tar file of splits", folder / "data.tar"
+        with tarfile.open(place, "w") as tar:
+            tar.add(root, rng.choice((".", "data")))
+    split = rng.choice(names)
+    chosen = images if split == "train" else others
+    wanted = Counter((key(sample), name) for name, _, sample in chosen)
 
     def compare(found: ClassificationDataset) -> None:
         assert found.class_names == tuple(classes), f"splits are taken for classes: {found.class_names}"
-        compare_labeled(found, classes, wanted, "a folder of splits")
+        compare_labeled(found, classes, wanted, what)
 
-    check(OPEN, "a folder of splits", lambda: ClassificationDataset.open(root), compare)
-    direct = ClassificationDataset.open(root / "train")
+    check(VALID, what, lambda: ClassificationDataset.open(place, split), compare, detail=split)
+    direct = ClassificationDataset.open(root / split)
     compare_labeled(direct, classes, wanted, "the folder of a split")
 
 
 def labeled_tar(rng: random.Random, folder: Path) -> None:
     classes, images = labeled(rng)
     top = rng.choice(("", "", "./", "data/", "./data/"))
+    if rng.random() < 0.15:  # a single class: the folders in it are none
+        classes, top = classes[:1], rng.choice(("", "./"))
+        paths = ("0.png", "sub/1.png", "sub/2.png")[: rng.choice((2, 3))]
+        images = [(classes[0], path, a_sample(rng)) for path in paths]
     file = folder / "a.tar"
     shapes = {"format": rng.choice((tarfile.PAX_FORMAT, tarfile.GNU_FORMAT))}
     with tarfile.open(file, "w", **shapes) as tar:  # type: ignore[call-overload]
@@ -233,28 +244,30 @@ def tars_of_classes(rng: random.Random, folder: Path) -> None:
     )  # fmt: skip
 
 
-def parquet(rng: random.Random, folder: Path) -> None:
-    """A file of `datasets.to_parquet`, whose class names are in the metadata of its schema."""
+def write_parquet(rng: random.Random, folder: Path, images: Labeled, names: list[str], named: bool) -> tuple[Path, str]:
+    """Write a file of `datasets.to_parquet`, whose class names are in the metadata of its schema."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    classes, images = labeled(rng)
-    names = rng.sample(classes, len(classes))  # in any order
-    rng.shuffle(images)
-    column = rng.choice(("image", "img"))
-    plain, named = rng.random() < 0.2, rng.random() < 0.8
+    column, plain = rng.choice(("image", "img")), rng.random() < 0.2
     values: list[Any] = [sample.content for *_, sample in images]
     structs = [{"bytes": each, "path": rng.choice((None, "a.png"))} for each in values]
-    labels = [names.index(name) for name, *_ in images]
-    table = pa.table(
-        {column: values if plain else structs, "label": pa.array(labels, rng.choice((pa.int64(), pa.int8())))}
-    )
+    labels = pa.array([names.index(name) for name, *_ in images], rng.choice((pa.int64(), pa.int8())))
+    table = pa.table({column: values if plain else structs, "label": labels})
     if named:
         features = {column: {"_type": "Image"}, "label": {"names": names, "_type": "ClassLabel"}}
         table = table.replace_schema_metadata({"huggingface": json.dumps({"info": {"features": features}})})
     path = folder / rng.choice(("train-00000-of-00001.parquet", "a.parquet"))
     pq.write_table(table, path)
-    detail = f"{'binary ' * plain}{column}"
+    return path, f"{'binary ' * plain}{column}"
+
+
+def parquet(rng: random.Random, folder: Path) -> None:
+    classes, images = labeled(rng)
+    names = rng.sample(classes, len(classes))  # in any order
+    rng.shuffle(images)
+    named = rng.random() < 0.8
+    path, detail = write_parquet(rng, folder, images, names, named)
     wanted = Counter((key(sample), name if named else names.index(name)) for name, _, sample in images)
     check(
         VALID, "a parquet file", lambda: ClassificationDataset.open(path),
@@ -265,9 +278,13 @@ def parquet(rng: random.Random, folder: Path) -> None:
 def other_order(rng: random.Random, folder: Path) -> None:
     """The classes of a network in another order: they are matched by name, or rejected."""
     classes, images = labeled(rng)
-    root = folder / "data"
-    for name, path, sample in images:
-        write(root / name / path, sample.content)
+    if rng.random() < 0.3:
+        ours = rng.sample(classes, len(classes))
+        path, _ = write_parquet(rng, folder, images, ours, named=True)
+    else:
+        path = folder / "data"
+        for name, below, sample in images:
+            write(path / name / below, sample.content)
     kind = rng.choice(("permuted", "more", "more", "disjoint", "fewer"))
     theirs = rng.sample(classes, len(classes))
     if kind == "more":
@@ -279,7 +296,7 @@ def other_order(rng: random.Random, folder: Path) -> None:
     wanted = Counter((key(sample), name) for name, _, sample in images)
     check(
         INVALID if kind in ("disjoint", "fewer") else VALID, f"a network with {kind} classes",
-        lambda: ClassificationDataset.open(root).with_classes(tuple(theirs)),
+        lambda: ClassificationDataset.open(path).with_classes(tuple(theirs)),
         lambda found: compare_labeled(found, theirs, wanted, f"a network with {kind} classes"),
     )  # fmt: skip
 
