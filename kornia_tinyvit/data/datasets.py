@@ -23,6 +23,7 @@ __all__ = ["BrokenImageError", "ImageDataset"]
 
 Target = TypeVar("Target")
 
+_IMAGENET = (1000, 21841)  # classes of ImageNet-1k and ImageNet-22k
 _WORDNET_ID, _NUMBERED = re.compile(r"n\d{8}"), re.compile(r"class (\d+)")
 
 
@@ -301,8 +302,8 @@ def match_classes(
 ) -> list[int] | None:
     """Return the position of each class among other classes, by name, or ``None`` if one side has no names.
 
-    Names such as ``class 3`` stand for indices where no names are stated. All WordNet ids of a data set, such as
-    ImageNet's folders ``n01440764``, are in the order of the classes.
+    Names such as ``class 3`` stand for indices where no names are stated. The WordNet ids of ImageNet's folders, such
+    as ``n01440764``, are in the order of the 1000 or 21841 classes of a network that names them otherwise.
 
     Args:
         ours: names of the classes, where known.
@@ -315,10 +316,12 @@ def match_classes(
     """
     if ours is None or theirs is None:
         return None
-    if tuple(ours) == tuple(theirs) or (len(ours) == len(theirs) and all(map(_WORDNET_ID.fullmatch, ours))):
+    if tuple(ours) == tuple(theirs):
         return [*range(len(ours))]  # also of names that occur twice, such as ImageNet's two cranes
     known = {name: position for position, name in reversed([*enumerate(theirs)])}
     if not known.keys() & set(ours):
+        if len(ours) == len(theirs) and len(ours) in _IMAGENET and all(map(_WORDNET_ID.fullmatch, ours)):
+            return [*range(len(ours))]
         if tuple(theirs) == name_classes(None, len(theirs)):
             return [*range(len(ours))] if len(ours) == len(theirs) else None
         numbers = [int(each[1]) for each in map(_NUMBERED.fullmatch, ours) if each]

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from kornia_tinyvit.data.classification import ClassificationDataset
-from kornia_tinyvit.data.datasets import BrokenImageError
+from kornia_tinyvit.data.datasets import BrokenImageError, match_classes
 from kornia_tinyvit.data.splits import MissingSplitError
 from kornia_tinyvit.extras import MissingExtraError
 from kornia_tinyvit.images import read_image, read_pixels
@@ -751,14 +751,16 @@ class TestWithClasses:
         data = ClassificationDataset.open(folder).with_classes(("dog", "cat", "ant"))
         assert data.labels == [2, 1, 1, 0, 0]
 
-    def test_wordnet_ids_are_in_order(self, tmp_path):
-        for name in ("n01443537", "n01440764"):
-            (tmp_path / name).mkdir()
-            photo(0).save(tmp_path / name / "1.png")
-        data = ClassificationDataset.open(tmp_path)
-        assert data.with_classes(("tench", "goldfish")).labels == [0, 1]
-        with pytest.raises(ValueError, match="matched by name"):  # some of the ids do not determine the classes
-            data.with_classes(("tench", "goldfish", "shark"))
+    def test_wordnet_ids_are_in_order(self):
+        ids, names = [f"n{index:08}" for index in range(1000)], [f"name {index}" for index in range(1000)]
+        assert match_classes(ids, names) == [*range(1000)]
+
+    def test_wordnet_ids_are_matched_by_name(self):
+        ids, half = [f"n{index:08}" for index in range(1000)], [f"n{index:08}" for index in range(10)]
+        assert match_classes(ids, ids[::-1]) == [*range(1000)][::-1]
+        assert match_classes(half, ids[::-1]) == [*range(999, 989, -1)]
+        with pytest.raises(ValueError, match="matched by name"):  # such as Imagenette with a network of CIFAR-10
+            match_classes(half, [f"name {index}" for index in range(10)])
 
     def test_names_that_occur_twice(self, folder):
         names = ("crane", "crane", "dog")
