@@ -103,6 +103,8 @@ class BackboneNetwork(nn.Module):
     config_class: ClassVar[type[BackboneConfig]]
     #: The name of the network in the metadata of its checkpoints, and in errors.
     kind: ClassVar[str]
+    #: The names of the outputs of :meth:`forward` in exported files.
+    output_names: ClassVar[tuple[str, ...]] = ("logits",)
     #: The default ``img_size`` of a variant; ``None`` for the variant's.
     usual_size: ClassVar[int | None] = None
     #: Prefixes, within their module, of the names of the weights whose shape depends on the number of classes.
@@ -178,6 +180,20 @@ class BackboneNetwork(nn.Module):
             raise ValueError(f"The number of classes is unknown; pass num_classes or class_names.{note}")
         backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **options)
         return cls(backbone, num_classes=num_classes, class_names=class_names, **fields).train()
+
+    @classmethod
+    def is_stored_in(cls, source: str | Path, variant: str | None = None) -> bool:
+        """Return whether a file is a checkpoint of :meth:`save` of this class.
+
+        Args:
+            source: a path, a URL or a name of the catalog.
+            variant: variant of a name of the catalog.
+
+        Raises:
+            CheckpointError: if there are neither weights nor a file of this name.
+        """
+        located = locate_pretrained(source, variant)
+        return isinstance(located, str) and cls._file_key() in read_metadata(locate_file(located))
 
     @classmethod
     def _load(

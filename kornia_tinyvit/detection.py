@@ -121,7 +121,7 @@ class Squares(nn.Module):
         """
         squares = map_images(lambda x: resize_images(x, self.size, self.size), images)
         if isinstance(images, Tensor):
-            return squares, torch.tensor(images.shape[-2:], device=images.device).expand(len(images), 2)
+            return squares, torch.tensor(images.shape[-2:], device=images.device).expand(images.shape[0], 2)
         return squares, torch.tensor([image.shape[-2:] for image in images], device=squares.device)
 
 
@@ -154,6 +154,7 @@ class TinyViTDetector(BackboneNetwork):
 
     config_class = DetectorConfig
     kind = "detector"
+    output_names = ("logits", "boxes")
     usual_size = 640
     class_weights = ("denoising_class_embed.", "enc_score_head.", "dec_score_head.")
 
@@ -185,7 +186,7 @@ class TinyViTDetector(BackboneNetwork):
         for batch in [images] if isinstance(images, Tensor) else (image.unsqueeze(0) for image in images):
             check_images(batch, self.backbone.config.in_chans)
         squares, _ = self.squares(images)
-        if not len(squares):  # kornia's encoder does not support empty batches
+        if not squares.shape[0]:  # kornia's encoder does not support empty batches
             shape = (0, self._config.num_queries)
             return squares.new_zeros(*shape, self._config.num_classes), squares.new_zeros(*shape, 4)
         features = self.backbone.forward_intermediates(self.normalize(squares))

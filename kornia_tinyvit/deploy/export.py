@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
+from kornia_tinyvit.backbone import BackboneConfig, BackboneNetwork
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.deploy.accuracy import as_list
@@ -18,8 +19,11 @@ from kornia_tinyvit.deploy.formats import ExportError
 from kornia_tinyvit.deploy.formats.onnx import check_opset, to_onnx, write_onnx
 from kornia_tinyvit.deploy.formats.program import check_program, trace_images, write_program
 from kornia_tinyvit.deploy.graph import Pixels, build_graph, find_network, synthetic_images
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import replacing
+from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline
+from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.version import __version__
 
 __all__ = ["ExportError", "ExportTask", "check_difference", "describe", "export_onnx", "export_program"]
@@ -30,14 +34,14 @@ def export_onnx(
 ) -> Path:
     """Export a folded network to ONNX and compare its outputs in ONNX Runtime with the network's.
 
-    The input is named ``images``; the outputs are ``logits``, ``features`` (without a head, or of
-    ``forward_features``), ``embedding`` (MobileSAM) or ``stage1`` to ``stage4`` (``forward_intermediates``). The
-    metadata properties hold the configuration, the method, the input format and the class names, as JSON under keys
-    with the prefix ``kornia_tinyvit.``. The file is written to a temporary name and renamed after the comparison.
+    The guide :doc:`/guides/onnx` lists the inputs, outputs, dynamic axes and metadata properties of every network. The
+    file is written to a temporary name and renamed after the comparison.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph includes
-            resizing and normalization; or a module that contains a TinyViT.
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier` or
+            :class:`~kornia_tinyvit.TinyViTDetector`, whose graph includes resizing and normalization; a
+            :class:`~kornia_tinyvit.SemanticSegmenter`; or another module that contains a TinyViT. For a MobileSAM see
+            :func:`export_mobile_sam`.
         path: the file to write; its folder is created.
         opset: opset version: from 20 on Gelu is one operator, from 23 on Attention.
         tolerance: maximum difference, relative to the largest absolute output or 1, whichever is larger.
@@ -96,16 +100,17 @@ class ExportTask:
         pixels: pixel format of the input: ``"normalized"``, ``"unit"`` (floats in [0, 1]) or ``"uint8"``, see
             :func:`~kornia_tinyvit.deploy.build_graph`.
         img_size: side or (height, width) of the images. The default of a network is its own resolution; the default of
-            a classifier makes height and width dynamic.
+            a classifier or detector, which resizes images itself, makes height and width dynamic.
         dynamic_batch: make the batch size dynamic; otherwise it is 1.
         dynamic_size: make height and width dynamic; ``img_size`` is then only an example.
-        class_names: class names to store; the default of a classifier is its own.
+        class_names: class names to store; by default those of the network.
 
     Attributes:
         graph: the folded :class:`~kornia_tinyvit.deploy.graph.InferenceGraph`.
+        outputs: names of the outputs.
 
     Raises:
-        ValueError: if the model contains no TinyViT, or does not support a setting.
+        ValueError: if the model contains no TinyViT, is a MobileSAM, or does not support a setting.
     """
 
     def __init__(
@@ -118,29 +123,38 @@ class ExportTask:
         dynamic_size: bool = False,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        if isinstance(model, MobileSAM):
+            raise ValueError("A MobileSAM has two graphs; export it with export_mobile_sam.")
         network = find_network(model, " to export")
-        self.config = config = network.config
-        self.preprocessing, self.resizes = network.preprocessing, False
-        if isinstance(model, ImageClassifier):
-            class_names = model.class_names if class_names is None else class_names
-            dynamic_size = dynamic_size or img_size is None
-            if isinstance(model.preprocessing, EvaluationPipeline):
-                self.preprocessing, self.resizes = model.preprocessing.settings, True
-        self.class_names = check_class_names(class_names, config.num_classes)
-        self.graph = build_graph(model, method, pixels).eval()
-        size = config.img_size if img_size is None else img_size
+        self.kind = _describe_kind(model)
+        self.config = model.config if isinstance(model, BackboneNetwork) else network.config
+        self.preprocessing, self.resizes = network.preprocessing, isinstance(model, TinyViTDetector)
+        if isinstance(model, ImageClassifier) and isinstance(model.preprocessing, EvaluationPipeline):
+            self.preprocessing, self.resizes = model.preprocessing.settings, True
+        if class_names is None and isinstance(model, (TinyViT, ImageClassifier, BackboneNetwork)):
+            class_names = model.class_names
+        self.class_names = check_class_names(class_names, self.config.num_classes)
+        self.graph = build_graph(model, method, pixels).eval().cpu()
+        size = network.config.img_size if img_size is None else img_size
         self.size = (size, size) if isinstance(size, int) else size
         self.dynamic_batch = dynamic_batch
-        self.dynamic_size = dynamic_size
+        takes_any_size = isinstance(model, (ImageClassifier, TinyViTDetector)) and img_size is None
+        self.dynamic_size = dynamic_size or takes_any_size
+        self.outputs = self._name_outputs(model)
 
-    @property
-    def outputs(self) -> list[str]:
-        """Names of the outputs."""
+    def _name_outputs(self, model: nn.Module) -> list[str]:
+        config = find_network(model).config
+        if isinstance(model, BackboneNetwork):
+            return list(model.output_names)
         if self.graph.method == "forward_intermediates":
-            return [f"stage{stage}" for stage in range(1, len(self.config.depths) + 1)]
-        if self.graph.method == "forward" and self.config.mobile_sam:
-            return ["embedding"]
-        return ["logits" if self.graph.method == "forward" and self.config.num_classes else "features"]
+            return [f"stage{stage}" for stage in range(1, len(config.depths) + 1)]
+        if self.graph.method == "forward" and isinstance(model, (TinyViT, ImageClassifier)):
+            return ["embedding" if config.mobile_sam else "logits" if config.num_classes else "features"]
+        if isinstance(model, TinyViT):
+            return ["features"]
+        with torch.inference_mode():
+            count = len(as_list(self.graph(self.example_images(1, self.size))))
+        return ["output"] if count == 1 else [f"output{number}" for number in range(1, count + 1)]
 
     def program(self) -> ExportedProgram:
         """Trace the graph.
@@ -160,7 +174,7 @@ class ExportTask:
             "resize_inside": self.resizes,
         }
         names = {} if self.class_names is None else {"class_names": self.class_names}
-        return describe(self.config, method=self.graph.method, input=input_format, **names)
+        return describe(self.config, kind=self.kind, method=self.graph.method, input=input_format, **names)
 
     def write(self, path: str | Path, write: Callable[[Path], Callable[[Tensor], Any]], tolerance: float) -> Path:
         """Write a file to a temporary name, compare it with the graph and rename it.
@@ -190,6 +204,8 @@ class ExportTask:
                 images = self.example_images(batch, size)
                 with torch.inference_mode():
                     outputs = as_list(self.graph(images)), as_list(run(images))
+                if self.outputs == list(TinyViTDetector.output_names):
+                    outputs = outputs[0], _match_queries(*outputs)
                 for name, expected, found in zip(self.outputs, *outputs, strict=True):
                     check_difference(name, expected, found, tolerance)
 
@@ -200,11 +216,33 @@ class ExportTask:
             batch: number of images.
             size: height and width in pixels.
         """
-        images = synthetic_images(self.config, batch, size, self.graph.pixels)
+        images = synthetic_images(find_network(self.graph).config, batch, size, self.graph.pixels)
         return images.to(next(self.graph.parameters()).dtype) if images.is_floating_point() else images
 
 
-def describe(config: TinyViTConfig, **properties: Any) -> dict[str, str]:
+def _describe_kind(model: nn.Module) -> str:
+    if isinstance(model, BackboneNetwork):
+        return model.kind
+    kinds = {TinyViT: "network", ImageClassifier: "classifier"}
+    return next((name for kind, name in kinds.items() if isinstance(model, kind)), "module")
+
+
+def _match_queries(expected: Sequence[Tensor], found: Sequence[Tensor]) -> list[Tensor]:
+    """Return the queries of a detector in the order of the most similar ones of another.
+
+    Queries are sorted by their scores in the first stage, so rounding swaps those of almost equal scores.
+
+    Args:
+        expected: logits :math:`(B, Q, K)` and boxes :math:`(B, Q, 4)`.
+        found: outputs of the same shapes, or of others, which are returned as they are.
+    """
+    if [each.shape for each in expected] != [each.shape for each in found]:
+        return list(found)
+    order = torch.cdist(torch.cat(list(expected), -1), torch.cat(list(found), -1)).argmin(-1, keepdim=True)
+    return [each.gather(1, order.expand(-1, -1, each.shape[-1])) for each in found]
+
+
+def describe(config: TinyViTConfig | BackboneConfig, **properties: Any) -> dict[str, str]:
     """Return metadata properties: the package's version, the configuration and others, as JSON by key.
 
     Args:

@@ -9,11 +9,13 @@ from typing import TYPE_CHECKING, Literal, cast
 import torch
 from torch import Tensor, nn
 
+from kornia_tinyvit.backbone import BackboneNetwork
 from kornia_tinyvit.classification import ImageClassifier, View
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.deploy.formats.onnx import to_onnx
 from kornia_tinyvit.deploy.formats.program import trace_images
 from kornia_tinyvit.deploy.resize import ResizeAndCrop
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
@@ -21,7 +23,7 @@ from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 if TYPE_CHECKING:
     import onnx
 
-__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "find_network", "synthetic_images"]
+__all__ = ["METHODS", "InferenceGraph", "Pixels", "build_graph", "default_pixels", "find_network", "synthetic_images"]
 
 #: Pixel formats of the input: normalized floats, floats in [0, 1], or uint8.
 Pixels = Literal["normalized", "unit", "uint8"]
@@ -38,7 +40,8 @@ class InferenceGraph(nn.Module):
         network: the folded network.
         method: the method of the network to run, one of :data:`METHODS`.
         pixels: the pixel format of the input.
-        mean: mean to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` for normalized pixels.
+        mean: mean to subtract from the pixels, :math:`(1, C, 1, 1)`; ``None`` for a network that normalizes images in
+            [0, 1] itself, or takes normalized ones.
         resize: preprocessing of images of any size; ``None`` if the input has the size for the network.
         views: test-time augmentation of :class:`~kornia_tinyvit.ImageClassifier`.
     """
@@ -102,6 +105,8 @@ class InferenceGraph(nn.Module):
             images = self.resize(images)
         if self.mean is not None:
             images = images.float() - self.mean
+        elif self.pixels == "uint8":
+            images = images.float() / MAX_VALUES[self.pixels]
         method: Callable[[Tensor], Tensor | list[Tensor]] = getattr(self.network, self.method)
         return method(images.to(self.dtype))
 
@@ -145,15 +150,26 @@ def synthetic_images(
     return 4 * unit - 2 if pixels == "normalized" else unit
 
 
+def default_pixels(model: nn.Module) -> Pixels:
+    """Return the pixel format that a model takes: ``"unit"`` if it normalizes images, otherwise ``"normalized"``.
+
+    Args:
+        model: see :func:`build_graph`.
+    """
+    return "unit" if isinstance(model, (ImageClassifier, BackboneNetwork)) else "normalized"
+
+
 def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None = None) -> InferenceGraph:
     """Fold a model and prepend its preprocessing.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`, whose graph takes images
-            of any size; or a module that contains a TinyViT and takes one image batch.
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier` or
+            :class:`~kornia_tinyvit.TinyViTDetector`, whose graph takes images of any size; a
+            :class:`~kornia_tinyvit.SemanticSegmenter`; or another module that contains a TinyViT and takes one image
+            batch.
         method: ``"forward"``, or for a TinyViT ``"forward_features"`` or ``"forward_intermediates"``.
-        pixels: pixel format of the input: ``"normalized"`` (default of a TinyViT), ``"unit"`` (floats in [0, 1],
-            default of a classifier) or ``"uint8"`` (integers in [0, 255]).
+        pixels: pixel format of the input: ``"normalized"`` (default of a TinyViT and of other modules), ``"unit"``
+            (floats in [0, 1], default of classifiers, segmenters and detectors) or ``"uint8"`` (integers in [0, 255]).
 
     Returns:
         A module of one tensor :math:`(B, C, H, W)` that returns a tensor or a tuple of tensors in float32.
@@ -164,29 +180,47 @@ def build_graph(model: nn.Module, method: str = "forward", pixels: Pixels | None
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; got {method!r}.")
     if pixels is None:
-        pixels = "unit" if isinstance(model, ImageClassifier) else "normalized"
+        pixels = default_pixels(model)
     if pixels not in ("normalized", *MAX_VALUES):
         raise ValueError(f"pixels must be normalized, unit or uint8; got {pixels!r}.")
+    if isinstance(model, TinyViT):
+        network = fold(model)
+        mean = None if pixels == "normalized" else _fold_pixels(network, network.preprocessing, pixels)
+        return InferenceGraph(network, method, pixels, mean)
+    kind = type(model).__name__
+    if method != "forward":
+        raise ValueError(f"{method} is a method of a TinyViT, which {kind} contains; pass that network instead.")
+    if default_pixels(model) == "unit" and pixels == "normalized":
+        raise ValueError(f"{kind} normalizes its images, so it supports only unit or uint8 images.")
     if isinstance(model, ImageClassifier):
-        return _classifier_graph(model, method, pixels)
-    if not isinstance(model, TinyViT) and (method != "forward" or pixels != "normalized"):
-        raise ValueError(f"Only a TinyViT supports other methods and pixel formats; got a {type(model).__name__}.")
-    network, mean = fold(model), None
-    if isinstance(network, TinyViT) and pixels != "normalized":
-        mean = _fold_pixels(network, network.preprocessing, pixels)
-    return InferenceGraph(network, method, pixels, mean)
+        return _classifier_graph(model, pixels)
+    if not isinstance(model, BackboneNetwork) and pixels != "normalized":
+        raise ValueError(f"The preprocessing of {kind} is unknown, so it supports only normalized images.")
+    other = fold(model)
+    if isinstance(other, TinyViTDetector):
+        other.add_module("squares", _Squares(other.squares.size))
+    return InferenceGraph(other, method, pixels)
 
 
-def _classifier_graph(model: ImageClassifier, method: str, pixels: Pixels) -> InferenceGraph:
-    if method != "forward" or pixels == "normalized":
-        raise ValueError("An ImageClassifier supports only forward with unit or uint8 images; pass its .model instead.")
+class _Squares(nn.Module):
+    """The resizing of a detector for images of any size in one graph."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.resize = ResizeAndCrop(EvaluationPipeline(size, crop_fraction=None))
+
+    def forward(self, images: Tensor) -> tuple[Tensor, None]:
+        return self.resize(images), None  # the sizes are for kornia's post-processing
+
+
+def _classifier_graph(model: ImageClassifier, pixels: Pixels) -> InferenceGraph:
     network, prepare = fold(model.model), model.preprocessing
     mean, resize = None, prepare
     if isinstance(prepare, EvaluationPipeline):
         mean, resize = _fold_pixels(network, prepare.settings, pixels), ResizeAndCrop(prepare, MAX_VALUES[pixels])
     elif pixels == "uint8":
         raise ValueError("uint8 images need an EvaluationPipeline; this classifier has other preprocessing.")
-    return InferenceGraph(network, method, pixels, mean, resize, model.views)
+    return InferenceGraph(network, "forward", pixels, mean, resize, model.views)
 
 
 def _fold_pixels(network: TinyViT, preprocessing: Preprocessing, pixels: Pixels) -> Tensor:

@@ -18,7 +18,7 @@ from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, find_network, synthetic_images
+from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, default_pixels, find_network, synthetic_images
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 
@@ -243,7 +243,8 @@ def optimize(
         ).eval()
     if example is None:
         inner = find_network(model, "; give an example of its images")
-        example = synthetic_images(inner.config, pixels=pixels or "normalized").to(next(inner.parameters()).device)
+        example = synthetic_images(inner.config, pixels=pixels or default_pixels(model))
+        example = example.to(next(inner.parameters()).device)
     names = list(ENGINES) if engine == "auto" else [engine] if isinstance(engine, str) else list(engine)
     if not names or not ENGINES.keys() >= set(names):
         raise ValueError(f"engine must be auto, {', '.join(ENGINES)} or several of them; got {engine!r}.")

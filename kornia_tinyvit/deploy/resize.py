@@ -59,8 +59,10 @@ class ResizeAndCrop(nn.Module):
         exact = torch.promote_types(dtype, torch.float32)
         height, width = images.shape[-2:]
         new_height, new_width = self._resized(height, height, width), self._resized(width, height, width)
-        rows = self._weights(height, new_height, exact, images.device)
-        columns = self._weights(width, new_width, exact, images.device)
+        # Quantizers of whole graphs leave float64 alone: positions and kernels in 8 bits would be meaningless.
+        precise = exact if images.device.type == "mps" else torch.float64  # which MPS does not support
+        rows = self._weights(height, new_height, precise, images.device).to(exact)
+        columns = self._weights(width, new_width, precise, images.device).to(exact)
         pixels = images.to(exact)
         static = not (isinstance(height, torch.SymInt) or isinstance(width, torch.SymInt))
         if static and height - new_height > max(0, 2 * (width - new_width)):

@@ -31,14 +31,14 @@ _OUTPUTS = ["masks", "iou_predictions", "low_res_masks"]
 _DECODER_AXES = {
     "point_coords": {0: "prompts", 1: "points"},
     "point_labels": {0: "prompts", 1: "points"},
-    "mask_input": {0: "prompts"},
-    "has_mask_input": {0: "prompts"},
+    "mask_input": {0: "mask_inputs"},
+    "has_mask_input": {0: "has_mask_inputs"},
     "masks": {2: "height", 3: "width"},
 }
 
 
 def export_mobile_sam(
-    sam: MobileSAM, folder: str | Path, *, opset: int = 20, tolerance: float = 1e-3
+    sam: MobileSAM, folder: str | Path, *, prefix: str = "", opset: int = 20, tolerance: float = 1e-3
 ) -> tuple[Path, Path]:
     r"""Export ``encoder.onnx``, which runs once per image, and ``decoder.onnx``, which runs for every set of prompts.
 
@@ -54,22 +54,24 @@ def export_mobile_sam(
     - ``point_coords``: :math:`(P, N, 2)`, x and y in pixels of the resized image;
     - ``point_labels``: :math:`(P, N)`, 1 foreground, 0 background, 2 upper left and 3 lower right corner of a box, -1
       padding. As in SAM's training, prompts without a box need one padding point at the end;
-    - ``mask_input``: :math:`(P, 1, h/4, w/4)`, logits of a previous prediction, or zeros;
-    - ``has_mask_input``: :math:`(P,)`, 1 where ``mask_input`` is used, 0 where it is ignored;
+    - ``mask_input``: :math:`(P, 1, h/4, w/4)`, logits of a previous prediction, or zeros; or one for all prompts,
+      :math:`(1, 1, h/4, w/4)`;
+    - ``has_mask_input``: :math:`(P,)` or :math:`(1,)`, 1 where ``mask_input`` is used, 0 where it is ignored;
     - ``orig_im_size``: :math:`(2,)`, height and width of the original image.
 
     The outputs are ``masks`` :math:`(P, 4, H, W)`, logits at the original size, positive in the foreground;
     ``iou_predictions`` :math:`(P, 4)`; and ``low_res_masks`` :math:`(P, 4, h/4, w/4)`, each of which can be the next
-    ``mask_input``. The first of the four masks is for unambiguous prompts, such as boxes or several points, the others
+    ``mask_input``. Their dynamic axes are named ``prompts``, ``points``, ``height`` and ``width``. The first of the four masks is for unambiguous prompts, such as boxes or several points, the others
     for ambiguous ones. The ``masks`` take 16 bytes of memory per prompt and pixel.
 
     Each file is compared with the network in ONNX Runtime before it is renamed to its final name: with two numbers of
-    prompts and points, boxes and masks, and portrait and landscape images. The metadata properties hold the
-    configuration, the input format and the mask threshold, as JSON under keys with the prefix ``kornia_tinyvit.``.
+    prompts and points, boxes and masks, and portrait and landscape images. The metadata properties are listed in the
+    guide :doc:`/guides/onnx`.
 
     Args:
         sam: the network; it is not modified.
         folder: the output folder; it is created.
+        prefix: start of the names of both files, such as ``"mobile_sam."``.
         opset: opset version.
         tolerance: see :func:`~kornia_tinyvit.deploy.export_onnx`.
 
@@ -82,7 +84,7 @@ def export_mobile_sam(
         MissingExtraError: if onnx, onnxscript or onnxruntime is not installed.
     """
     check_opset(opset)
-    encoder, decoder = Path(folder) / "encoder.onnx", Path(folder) / "decoder.onnx"
+    encoder, decoder = (Path(folder) / f"{prefix}{part}.onnx" for part in ("encoder", "decoder"))
     network = copy.deepcopy(sam).to("cpu", torch.float32).eval()
     with replacing(encoder, ".onnx") as new_encoder, replacing(decoder, ".onnx") as new_decoder, torch.no_grad():
         encoder_input = {
@@ -95,10 +97,11 @@ def export_mobile_sam(
             "img_size": sam.img_size,
             "resize_inside": False,
         }
-        metadata = describe(sam.config, part="encoder", input=encoder_input)
+        metadata = describe(sam.config, kind="mobile_sam", part="encoder", input=encoder_input)
         _check_encoder(network, write_onnx(_encoder(network, opset), new_encoder, opset, metadata), tolerance)
         decoder_input = {"img_size": sam.img_size, "point_labels": _LABELS}
-        metadata = describe(sam.config, part="decoder", input=decoder_input, mask_threshold=sam.mask_threshold)
+        settings = {"input": decoder_input, "mask_threshold": sam.mask_threshold}
+        metadata = describe(sam.config, kind="mobile_sam", part="decoder", **settings)
         _check_decoder(network, write_onnx(_decoder(network, opset), new_decoder, opset, metadata), tolerance)
     return encoder, decoder
 
@@ -151,6 +154,7 @@ class _DecoderGraph(nn.Module):
         # Padding points have no position.
         sparse = positions * (labels != _LABELS["none"]) + one_hot.to(positions.dtype) @ self.label_embeddings
         no_mask = self.prompt_encoder.no_mask_embed.weight.view(1, -1, 1, 1)
+        mask_input, has_mask_input = (_expand(each, point_coords.shape[0]) for each in (mask_input, has_mask_input))
         has_mask = has_mask_input.view(-1, 1, 1, 1) > 0
         dense = torch.where(has_mask, self.prompt_encoder.mask_downscaling(mask_input), no_mask)
         low, iou = self.mask_decoder.predict_masks(image_embeddings, self.position, sparse, dense)
@@ -170,6 +174,17 @@ class _DecoderGraph(nn.Module):
         return F.interpolate(padded[:, :, : used[0], : used[1]], full, mode="bilinear", align_corners=False)
 
 
+def _expand(x: Tensor, count: int) -> Tensor:
+    """Repeat a tensor of one row, and return one of ``count`` rows as it is; other numbers fail in the runtime.
+
+    Broadcasting would be traced for one of the two cases only.
+    """
+    rows = x.shape[0]
+    several = torch.sym_min(rows - 1, 1)  # 0 for one row, otherwise 1
+    surplus = torch.sym_max(rows - count, 0) * several  # makes the indices too large
+    return x.index_select(0, torch.arange(count, device=x.device) * several + surplus * rows)
+
+
 def _encoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     height, width = sam.img_size
     image = torch.zeros(1, 3, height - 1, width - 2, dtype=torch.uint8)  # dynamic sizes must differ, see trace
@@ -179,6 +194,8 @@ def _encoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
 
 def _decoder(sam: MobileSAM, opset: int) -> onnx.ModelProto:
     inputs = _example_prompts(sam, prompts=2, points=3, size=(150, 200))
+    # Dynamic sizes must differ, see trace.
+    inputs |= {"mask_input": inputs["mask_input"].repeat(3, 1, 1, 1), "has_mask_input": torch.zeros(7)}
     return to_onnx(trace(_DecoderGraph(sam), inputs, _DECODER_AXES), opset, list(inputs), _OUTPUTS, _DECODER_AXES)
 
 
