@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -129,6 +130,8 @@ class ExportTask:
         self.kind = _describe_kind(model)
         self.config = model.config if isinstance(model, BackboneNetwork) else network.config
         self.preprocessing, self.resizes = network.preprocessing, isinstance(model, TinyViTDetector)
+        if isinstance(model, BackboneNetwork):  # they take whole images
+            self.preprocessing = replace(self.preprocessing, crop_fraction=None, interpolation="bicubic")
         if isinstance(model, ImageClassifier) and isinstance(model.preprocessing, EvaluationPipeline):
             self.preprocessing, self.resizes = model.preprocessing.settings, True
         if class_names is None and isinstance(model, (TinyViT, ImageClassifier, BackboneNetwork)):

@@ -18,7 +18,14 @@ from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.deploy.accuracy import Agreement, compare
 from kornia_tinyvit.deploy.engines import ENGINES
-from kornia_tinyvit.deploy.graph import InferenceGraph, Pixels, build_graph, default_pixels, find_network, synthetic_images
+from kornia_tinyvit.deploy.graph import (
+    InferenceGraph,
+    Pixels,
+    build_graph,
+    default_pixels,
+    find_network,
+    synthetic_images,
+)
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
 

@@ -61,7 +61,7 @@ def export_mobile_sam(
 
     The outputs are ``masks`` :math:`(P, 4, H, W)`, logits at the original size, positive in the foreground;
     ``iou_predictions`` :math:`(P, 4)`; and ``low_res_masks`` :math:`(P, 4, h/4, w/4)`, each of which can be the next
-    ``mask_input``. Their dynamic axes are named ``prompts``, ``points``, ``height`` and ``width``. The first of the four masks is for unambiguous prompts, such as boxes or several points, the others
+    ``mask_input``. The first of the four masks is for unambiguous prompts, such as boxes or several points, the others
     for ambiguous ones. The ``masks`` take 16 bytes of memory per prompt and pixel.
 
     Each file is compared with the network in ONNX Runtime before it is renamed to its final name: with two numbers of

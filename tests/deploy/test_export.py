@@ -6,11 +6,14 @@ import pytest
 import torch
 from torch import nn
 
-from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
+from kornia_tinyvit import ImageClassifier, SemanticSegmenter, TinyViT, TinyViTConfig, TinyViTDetector
 from kornia_tinyvit.deploy import export
 from kornia_tinyvit.deploy.export import ExportError, check_difference, export_onnx, export_program
 from kornia_tinyvit.deploy.openvino_core import openvino_core
+from kornia_tinyvit.detection import DetectorConfig
 from kornia_tinyvit.extras import MissingExtraError
+from kornia_tinyvit.sam import MobileSAM
+from kornia_tinyvit.semantic import SegmenterConfig
 from tests.conftest import SHALLOW, liven
 from tests.deploy.conftest import checksum
 
@@ -163,6 +166,7 @@ class TestOnnx:
         values = properties(classifier_file)
         assert TinyViTConfig.from_dict(values["config"]) == classifier.model.config
         assert tuple(values["class_names"]) == classifier.class_names
+        assert values["kind"] == "classifier"
         assert values["method"] == "forward"
         assert values["input"]["pixels"] == "uint8"
         assert values["input"]["range"] == [0, 255]
@@ -174,6 +178,97 @@ class TestOnnx:
         assert "class_names" not in values
         assert not values["input"]["normalization_inside"]
         assert not values["input"]["resize_inside"]
+
+
+@pytest.fixture(scope="module")
+def backbone():
+    torch.manual_seed(0)
+    return liven(TinyViT(**SHALLOW | {"num_classes": 0}))
+
+
+@pytest.fixture(scope="module")
+def segmenter(backbone):
+    torch.manual_seed(0)
+    return SemanticSegmenter(backbone, class_names=["sky", "sea"], num_classes=2, width=8).eval()
+
+
+@pytest.fixture(scope="module")
+def detector(backbone):
+    torch.manual_seed(0)
+    settings = {"hidden_dim": 32, "num_queries": 20, "decoder_layers": 1}
+    return TinyViTDetector(backbone, num_classes=2, class_names=["ant", "bee"], **settings).eval()
+
+
+class TestTasks:
+    def test_segmenter(self, segmenter, folder):
+        path = str(export_onnx(segmenter, folder / "segmenter.onnx"))
+        images = torch.rand(2, 3, 64, 64)
+        check(by_onnxruntime(path)(images), [segmenter(images)])
+        assert shapes(path) == {"images": ["batch", 3, 64, 64], "logits": ["batch", 2, 64, 64]}
+        values = properties(path)
+        assert values["kind"] == "segmenter"
+        assert SegmenterConfig.from_dict(values["config"]) == segmenter.config
+        assert values["class_names"] == ["sky", "sea"]
+        assert values["input"]["range"] == [0, 1]
+        assert values["input"]["normalization_inside"]
+        assert not values["input"]["resize_inside"]
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("pixels", ["unit", "uint8"])
+    def test_detector(self, detector, folder, pixels):
+        path = str(export_onnx(detector, folder / f"{pixels}.onnx", pixels=pixels))
+        for shape in ((1, 3, 90, 120), (3, 3, 64, 50)):
+            images = nn.functional.interpolate(torch.rand(*shape[:2], 5, 6), shape[2:])
+            levels = (255 * images).byte()
+            found = by_onnxruntime(path)(levels if pixels == "uint8" else images)
+            check(found, detector(levels / 255 if pixels == "uint8" else images))
+        sizes = {"images": ["batch", 3, "height", "width"], "logits": ["batch", 20, 2], "boxes": ["batch", 20, 4]}
+        assert shapes(path) == sizes
+        values = properties(path)
+        assert values["kind"] == "detector"
+        assert DetectorConfig.from_dict(values["config"]) == detector.config
+        assert values["class_names"] == ["ant", "bee"]
+        assert values["input"]["pixels"] == pixels
+        assert values["input"]["resize_inside"]
+        assert values["input"]["crop_fraction"] is None
+
+    def test_order_of_queries(self):
+        """Rounding swaps queries of almost equal scores; other differences are errors."""
+        expected = [torch.randn(2, 20, 3), torch.rand(2, 20, 4)]
+        order = torch.randperm(20)
+        found = export._match_queries(expected, [each[:, order] for each in expected])
+        assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+        expected[1][0, 3] += 0.1
+        with pytest.raises(ExportError, match="boxes"):
+            check_difference("boxes", expected[1], export._match_queries(expected, found)[1], 1e-4)
+
+    def test_outputs_of_other_modules(self, backbone):
+        class Pair(nn.Module):
+            def __init__(self):
+                super().__init__()
+                self.backbone = backbone
+
+            def forward(self, images):
+                x = self.backbone(images)
+                return x, x.sum(1)
+
+        assert export.ExportTask(Pair()).outputs == ["output1", "output2"]
+        assert export.ExportTask(nn.Sequential(backbone)).outputs == ["output"]
+        assert json.loads(export.ExportTask(Pair()).metadata()["kornia_tinyvit.kind"]) == "module"
+
+    def test_documented_metadata(self, segmenter, detector, classifier):
+        """The guide lists every key, and every field of the input."""
+        page = (Path(__file__).parents[2] / "docs/guides/onnx.rst").read_text()
+        for model in (segmenter, detector, classifier):
+            metadata = export.ExportTask(model).metadata()
+            names = {key.removeprefix("kornia_tinyvit.") for key in metadata}
+            assert {"version", "kind", "config", "method", "input", "class_names"} == names
+            fields = json.loads(metadata["kornia_tinyvit.input"])
+            assert [name for name in [*names, *fields] if f"``{name}``" not in page] == []
+
+    def test_mobile_sam(self):
+        with pytest.raises(ValueError, match="A MobileSAM has two graphs; export it with export_mobile_sam"):
+            export.ExportTask(MobileSAM(TinyViT(**SHALLOW | {"mobile_sam": True, "num_classes": 0})))
 
 
 class TestPrograms:

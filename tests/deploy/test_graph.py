@@ -85,9 +85,9 @@ class TestErrors:
             build_graph(tiny, "backward")
         with pytest.raises(ValueError, match="pixels must be"):
             build_graph(tiny, pixels="float")
-        with pytest.raises(ValueError, match="forward_features is a method of a TinyViT, which ImageClassifier contains"):
+        with pytest.raises(ValueError, match="forward_features is a method of a TinyViT, which"):
             build_graph(classifier, "forward_features")
-        with pytest.raises(ValueError, match="ImageClassifier normalizes its images, so it supports only unit or uint8"):
+        with pytest.raises(ValueError, match="ImageClassifier normalizes its images"):
             build_graph(classifier, pixels="normalized")
         with pytest.raises(ValueError, match="The preprocessing of Sequential is unknown"):
             build_graph(nn.Sequential(tiny), pixels="unit")

@@ -148,6 +148,26 @@ class TestFiles:
         torch.testing.assert_close(torch.from_numpy(second[1][:, 1:]), expected.scores, atol=2e-3, rtol=1e-3)
         assert abs(second[1] - first[1]).max() > 0.01
 
+    @pytest.mark.parametrize(("masks", "flags"), [(1, 1), (1, 3), (3, 1)])
+    def test_one_mask_for_all_prompts(self, sam, sessions, masks, flags):
+        points, labels, _ = draw_prompts(3, 150, 200)
+        inputs = {
+            "image_embeddings": sam.embed(draw_photo(150, 200)).features,
+            "point_coords": points,
+            "point_labels": labels,
+            "mask_input": 4 * torch.randn(1, 1, 64, 64).expand(3, -1, -1, -1),
+            "has_mask_input": torch.ones(3),
+            "orig_im_size": torch.tensor([150, 200]),
+        }
+        inputs = {name: each.float().numpy() for name, each in inputs.items()}
+        expected = sessions[1].run(None, inputs)
+        inputs |= {"mask_input": inputs["mask_input"][:masks], "has_mask_input": inputs["has_mask_input"][:flags]}
+        for found, wanted in zip(sessions[1].run(None, inputs), expected, strict=True):
+            np.testing.assert_allclose(found, wanted, atol=1e-5)
+        inputs["mask_input"] = np.zeros((2, 1, 64, 64), np.float32)
+        with pytest.raises(Exception, match="ONNXRuntimeError"):
+            sessions[1].run(None, inputs)
+
     def test_names_and_shapes(self, sessions):
         encoder, decoder = sessions
         assert [(each.name, each.type) for each in encoder.get_inputs()] == [("images", "tensor(uint8)")]
@@ -161,8 +181,8 @@ class TestFiles:
         assert shapes["image_embeddings"] == [1, 256, 16, 16]
         assert shapes["point_coords"] == ["prompts", "points", 2]
         assert shapes["point_labels"] == ["prompts", "points"]
-        assert shapes["mask_input"] == ["prompts", 1, 64, 64]
-        assert shapes["has_mask_input"] == ["prompts"]
+        assert shapes["mask_input"] == ["mask_inputs", 1, 64, 64]
+        assert shapes["has_mask_input"] == ["has_mask_inputs"]
         assert decoder.get_outputs()[0].shape == ["prompts", 4, "height", "width"]
         assert encoder.get_inputs()[0].shape == [1, 3, "height", "width"]
 
@@ -171,6 +191,7 @@ class TestFiles:
         for each, part in zip(metadata, ("encoder", "decoder"), strict=True):
             assert TinyViTConfig.from_dict(each["kornia_tinyvit.config"]) == sam.config
             assert each["kornia_tinyvit.part"] == part
+            assert each["kornia_tinyvit.kind"] == "mobile_sam"
             assert each["kornia_tinyvit.input"]["img_size"] == [IMG_SIZE, IMG_SIZE]
         assert metadata[0]["kornia_tinyvit.input"]["pixels"] == "uint8"
         assert metadata[1]["kornia_tinyvit.input"]["point_labels"]["bottom_right"] == 3
