@@ -283,10 +283,15 @@ class TestTraining:
     def test_other_classes(self, folder, tmp_path):
         other = make_boxes(tmp_path / "other")
         (other / "data.yaml").write_text("train: images\nnames: [disc, box, star]\n")
-        with pytest.raises(ValueError, match="other classes than the network: none, star"):
-            fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
+        images = DetectionDataset.open(other)
+        assert (
+            DETECTION.match(images, make_detector().config, BOX_NAMES).class_names == BOX_NAMES
+        )  # no object is a star
         with pytest.raises(ValueError, match="3 classes, but the network has 2"):
-            DETECTION.check(DetectionDataset.open(other), replace(make_detector().config, num_classes=2), None)
+            DETECTION.match(images, replace(make_detector().config, num_classes=2), None)
+        (other / "data.yaml").write_text("train: images\nnames: [disc, star, box]\n")
+        with pytest.raises(ValueError, match=r"The data has the classes star, but the network has disc, box, none"):
+            fit(folder, tmp_path / "out", validation=DetectionDataset.open(other))
 
     def test_classes_in_another_order(self, folder):
         """They are matched by name."""
@@ -306,7 +311,7 @@ class TestTraining:
         content["annotations"] = content["annotations"][1:]
         path = write_coco(tmp_path / "data", content)
         summary = "2 images, 0 objects, 2 classes, 1 crowd or difficult object ignored"
-        assert DetectionDataset.open(path).summary == summary
+        assert DetectionDataset.open(path).summary.startswith(summary)
         with pytest.raises(ValueError, match=r"None of 2 images has an object, .*1 crowd or difficult object"):
             fit(path, tmp_path / "out")
 
