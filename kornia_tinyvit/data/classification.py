@@ -35,6 +35,8 @@ class ClassificationDataset(ImageDataset[int]):
         super().__init__(contents)
         if self.class_names is None:
             self.num_classes = max(self.labels) + 1
+        used = set(self.labels)
+        self._empty = [name for index, name in enumerate(self.class_names or ()) if index not in used]
 
     @classmethod
     def open(cls, path: str | Path, split: str = "train") -> ClassificationDataset:
@@ -86,12 +88,8 @@ class ClassificationDataset(ImageDataset[int]):
         self._targets = [positions[label] for label in self.labels]
 
     def _counts(self) -> list[str]:
-        classes = super()._counts()
-        if self.class_names is None:
-            return classes
-        used = set(self.labels)
-        empty = [name for index, name in enumerate(self.class_names) if index not in used]
-        return [f"{classes[0]}, {len(empty):,} without images ({shorten(empty)})"] if empty else classes
+        empty = [f"{len(self._empty):,} without images ({shorten(self._empty)})"] if self._empty else []
+        return [*super()._counts(), *empty]
 
 
 def _read(path: Path, split: str) -> Contents:

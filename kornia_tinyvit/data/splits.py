@@ -27,10 +27,13 @@ def split_names(split: str) -> tuple[str, ...]:
 
 
 def match_split(split: str, names: Collection[str]) -> list[str]:
-    """Return those of some names that mean a split, the best first: its own, others of it, those with a year."""
-    wanted = split_names(split)
-    years = [name for each in wanted for name in sorted(names) if re.fullmatch(re.escape(each) + r"\d+", name)]
-    return [*(name for name in wanted if name in names), *years]
+    """Return those of some names that mean a split, the best first: its own, others of it, those with a year.
+
+    Upper and lower case are the same.
+    """
+    wanted = [re.escape(name) for name in split_names(split)]
+    patterns = [*wanted, *(name + r"\d+" for name in wanted)]
+    return [name for each in patterns for name in sorted(names) if re.fullmatch(each, name, re.IGNORECASE)]
 
 
 def is_split(name: str) -> bool:

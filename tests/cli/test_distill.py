@@ -13,9 +13,10 @@ from typer.testing import CliRunner
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.cli import app
+from kornia_tinyvit.cli.training_options import match_labels
 from kornia_tinyvit.distillation import LabelStore, estimated_size
 from tests.helpers import error_of, json_lines, run, run_both
-from tests.scenes import CLASSES, damage, make_images
+from tests.scenes import CLASSES, damage, make_images, samples_of
 
 TEACHER = """
 import torch
@@ -261,8 +262,36 @@ class TestTrain:
         options = (str(store), *SMALL, "--epochs", "2", "--replays", "1", "--base-lr", "1e-3")
         assert json.loads(run(*self.command(folder, tmp_path, *options)))["steps"] == 2
 
+    @pytest.mark.parametrize("online", [False, True])
+    def test_classes_of_the_teacher(self, folder, tmp_path, online):
+        """A teacher whose classes have another order than the folders; labels are matched by name."""
+        named = TEACHER.replace(".flip(1)", "").replace(
+            "SEED)", 'SEED)\n        self.class_names = ("red", "green", "blue")'
+        )
+        (tmp_path / "named.py").write_text(named)
+        source = f"{tmp_path}/named.py:build"
+        if not online:
+            save(folder, tmp_path / "named", source, "--json")
+        given = ("--teacher", source) if online else (str(tmp_path / "named"), "--hard-weight", "1")
+        options = (*SMALL, *FAST, "--epochs", "6", "--base-lr", "0.03", "--validation", str(folder), "--json")
+        result = json.loads(run("distill", "train", str(folder), *given, *options, "--out", str(tmp_path / "out")))
+        assert TinyViT.from_config(pretrained=result["last"]).class_names == ("red", "green", "blue")
+        report = json.loads(run("evaluate", str(folder), "--weights", result["best"], "--json"))
+        assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
+
     def test_names_are_in_the_checkpoint(self, folder, store, tmp_path):
         report = json.loads(run(*self.command(folder, tmp_path, str(store), *SMALL, "--epochs", "1")))
         rows = json.loads(run("classify", str(folder / "red" / "00.png"), "--weights", report["best"], "--json"))
         assert {each["label"] for each in rows[0]["predictions"]} == set(CLASSES)
         assert torch.isfinite(torch.tensor([each["score"] for each in rows[0]["predictions"]])).all()
+
+
+def test_match_labels(folder):
+    samples = samples_of(folder)
+    before = samples.images.labels
+    match_labels(samples, ["red", "blue", "green"], 3)
+    assert samples.images.labels == [{0: 1, 1: 2, 2: 0}[label] for label in before]
+    with pytest.raises(ValueError, match="The data has the classes blue, green, red, but the network has cat, dog"):
+        match_labels(samples_of(folder), ["cat", "dog"], 2)
+    with pytest.raises(ValueError, match="The data has 3 classes and the teacher 7, so its labels cannot be used"):
+        match_labels(samples_of(folder), None, 7)
