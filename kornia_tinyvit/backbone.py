@@ -14,7 +14,7 @@ from kornia.enhance import normalize
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
-from kornia_tinyvit.checkpoints.adaptation import check_state_dict
+from kornia_tinyvit.checkpoints.adaptation import check_state_dict, match_classes
 from kornia_tinyvit.checkpoints.layouts import plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.checkpoints.loading import (
     PREPROCESSING_KEY,
@@ -149,7 +149,8 @@ class BackboneNetwork(nn.Module):
                 the modules behind the backbone then get random weights.
             num_classes: number of classes; optional with ``class_names``, a whole configuration or a checkpoint of
                 :meth:`save`. If it is not the checkpoint's, the weights that depend on it are not loaded.
-            class_names: names of the classes; by default those of the checkpoint.
+            class_names: names of the classes; by default those of the checkpoint. If any is common, the weights of
+                classes are matched by name; without one, the same number of names renames the classes.
             **options: arguments of :meth:`TinyViT.from_config`, such as ``img_size`` and ``window_sizes``, and fields
                 of the configuration, which are ignored if it is passed or loaded as a whole.
 
@@ -222,7 +223,8 @@ class BackboneNetwork(nn.Module):
             config = None
         base = config.backbone if isinstance(config, BackboneConfig) else config or stored.backbone
         backbone = TinyViT.from_config(base, pretrained=checkpoint, num_classes=0, **options)
-        same = num_classes in (None, stored.num_classes)
+        rows = match_classes(names, class_names)
+        same = rows is None and num_classes in (None, stored.num_classes)
         network = cls(
             backbone,
             num_classes=num_classes or stored.num_classes,
@@ -231,10 +233,12 @@ class BackboneNetwork(nn.Module):
         )
         for name, weights in parts.items():
             part = network.get_submodule(name)
-            if not same:
-                weights |= {key: x for key, x in part.state_dict().items() if key.startswith(cls.class_weights)}
+            for key, new in part.state_dict().items() if not same else ():
+                if key.startswith(cls.class_weights):
+                    weights[key] = new if rows is None else _select_rows(weights[key], new, rows)
             part.load_state_dict(weights)
-        return network.train(not same)
+        complete = same if rows is None else bool((rows >= 0).all())
+        return network.train(not complete)
 
     @classmethod
     def _file_key(cls) -> str:
@@ -288,6 +292,16 @@ class BackboneNetwork(nn.Module):
         stored = {self._file_key(): values, PREPROCESSING_KEY: unwrapped(self.backbone).preprocessing.to_dict()}
         metadata = {key: json.dumps(value) for key, value in stored.items()}
         return write_tensors(path, plain_state_dict(self), {"format": "pt"} | metadata)
+
+
+def _select_rows(old: Tensor, new: Tensor, rows: Tensor) -> Tensor:
+    """Return new weights whose classes are rows of the old ones, except those of index -1."""
+    others = torch.arange(len(rows) - len(new), 0) + len(old)  # such as the padding of an embedding, at the end
+    index = torch.cat([rows, others])
+    kept = index >= 0
+    selected = new.clone()
+    selected[kept] = old[index[kept]].to(new)
+    return selected
 
 
 def _select(tensors: Mapping[str, Tensor], part: str) -> dict[str, Tensor]:

@@ -249,6 +249,19 @@ class TestFiles:
         assert torch.equal(other.decoder.enc_output[0].weight, detector.decoder.enc_output[0].weight)
         assert torch.equal(other.encoder.input_proj[1][0].weight, detector.encoder.input_proj[1][0].weight)
 
+    def test_matched_names(self, detector, path):
+        other = TinyViTDetector.from_config(pretrained=path, class_names=["owl", "cat", "dog"])
+        assert not other.training
+        images = torch.rand(1, 3, 40, 60)
+        (logits, boxes), (expected, places) = other(images), detector(images)
+        torch.testing.assert_close(logits, expected[..., [2, 0, 1]])
+        torch.testing.assert_close(boxes, places)
+        old, new = (each.decoder.denoising_class_embed.weight for each in (detector, other))
+        assert torch.equal(new, old[[2, 0, 1, 3]])
+        other = TinyViTDetector.from_config(pretrained=path, class_names=["owl", "hen"])
+        assert other.training
+        assert torch.equal(other.decoder.enc_score_head.weight[0], detector.decoder.enc_score_head.weight[2])
+
     def test_another_size(self, path):
         larger = TinyViTDetector.from_config(pretrained=path, img_size=96)
         assert larger.squares.size == 96

@@ -201,6 +201,15 @@ class TestFiles:
         assert torch.equal(again.decoder.fuse.c.weight, segmenter.decoder.fuse.c.weight)
         assert again.eval()(images).shape == (2, 2, 64, 64)
 
+    def test_matched_names(self, segmenter, images, tmp_path):
+        path = segmenter.save(tmp_path / "segmenter.safetensors")
+        again = SemanticSegmenter.from_config(pretrained=path, class_names=("tree", "sky", "road"))
+        assert not again.training
+        torch.testing.assert_close(again(images), segmenter(images)[:, [2, 0, 1]])
+        again = SemanticSegmenter.from_config(pretrained=path, class_names=("car", "tree"))
+        assert again.training
+        torch.testing.assert_close(again.eval()(images)[:, 1], segmenter(images)[:, 2])
+
     @pytest.mark.parametrize("layout", ["file", "catalog"])
     def test_a_backbone(self, tmp_path, layout):
         start = TinyViT.from_config("1m", pretrained="cifar10")

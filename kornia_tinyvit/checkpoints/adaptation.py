@@ -13,7 +13,16 @@ from torch import Tensor
 from kornia_tinyvit.checkpoints.catalog import IMAGENET_22K, imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, list_names
 
-__all__ = ["HEAD", "STEM", "WindowAdaptation", "adapt_head", "adapt_input", "adapt_windows", "check_state_dict"]
+__all__ = [
+    "HEAD",
+    "STEM",
+    "WindowAdaptation",
+    "adapt_head",
+    "adapt_input",
+    "adapt_windows",
+    "check_state_dict",
+    "match_classes",
+]
 
 STEM = "patch_embed.seq.0.c.weight"
 HEAD = ("head.weight", "head.bias")
@@ -50,9 +59,7 @@ def adapt_head(
     named = None if wanted is None else tuple(wanted)
     before, after = 0 if old is None else len(old), len(weight)
     change = f"the head has {after} classes " + (f"instead of {before}" if before else "and is missing in the file")
-    if before and names and named and names != named and not set(names).isdisjoint(named):
-        known = {name: row for row, name in enumerate(names)}
-        rows = torch.tensor([known.get(name, -1) for name in named])
+    if before and (rows := match_classes(names, named)) is not None:
         complete = bool((rows >= 0).all())
         _select_rows(state_dict, rows, fill_with_mean=False)
         rest = "" if complete else ", the others are initialized with zeros"
@@ -71,6 +78,22 @@ def adapt_head(
         state_dict[name] = torch.zeros(target[name].shape)
     adapted.append(f"{change}; it is initialized with zeros")
     return False, None
+
+
+def match_classes(names: Sequence[str] | None, wanted: Sequence[str] | None) -> Tensor | None:
+    """Return the index of each wanted class among the classes of a checkpoint, -1 for a class that it does not have.
+
+    Args:
+        names: class names of the checkpoint, if known.
+        wanted: class names of the network, if known.
+
+    Returns:
+        Indices :math:`(K,)`; ``None`` if no name is common or all are the same in the same order.
+    """
+    if not names or not wanted or list(names) == list(wanted) or set(names).isdisjoint(wanted):
+        return None
+    known = {name: row for row, name in enumerate(names)}
+    return torch.tensor([known.get(name, -1) for name in wanted])
 
 
 def _select_rows(state_dict: dict[str, Tensor], rows: Tensor, fill_with_mean: bool) -> None:

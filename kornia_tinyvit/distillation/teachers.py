@@ -106,8 +106,8 @@ def load_teacher(source: str | Path | nn.Module, device: str | torch.device = "c
     Args:
         source: an ``nn.Module`` for images with ImageNet normalization; ``"file.py:function"``, a function that
             returns such a module; ``"timm:NAME"`` for pretrained weights of timm; ``"transformers:NAME"`` for an image
-            classifier from the Hugging Face hub or a folder; a checkpoint of :func:`~kornia_tinyvit.save_checkpoint`;
-            or ``"VARIANT/NAME"`` from :func:`~kornia_tinyvit.list_pretrained`, such as ``"21m/in22k"``.
+            classifier from the Hugging Face hub or a folder; a checkpoint or hub folder of a TinyViT; or
+            ``"VARIANT/NAME"`` from :func:`~kornia_tinyvit.list_pretrained`, such as ``"21m/in22k"``.
         device: device of the teacher.
 
     Returns:
@@ -134,9 +134,9 @@ def _build(text: str) -> Teacher:
         found = load_teacher(_call(Path(kind), name))
         found.name = f"{Path(kind).name}:{name}"
         return found
-    if Path(text).is_file():
+    if text and Path(text).exists():
         network = TinyViT.from_config(pretrained=text)
-        text = Path(text).name  # independent of the folder
+        text = Path(text).name  # independent of where it is
     elif "/" in text:
         variant, weights = text.split("/", 1)
         network = TinyViT.from_config(variant, pretrained=weights)

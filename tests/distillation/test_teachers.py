@@ -11,9 +11,10 @@ import torch.nn.functional as F
 from torch import nn
 
 from kornia_tinyvit import TinyViT, save_checkpoint
+from kornia_tinyvit.checkpoints.hub import write_timm_folder
 from kornia_tinyvit.distillation import Teacher, load_teacher
 from kornia_tinyvit.extras import MissingExtraError
-from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
+from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD, Preprocessing
 
 MEAN, STD = (0.5, 0.4, 0.3), (0.25, 0.5, 0.125)
 
@@ -168,6 +169,13 @@ class TestLoadTeacher:
             small = F.interpolate(images, (40, 40), mode="bilinear")
             expected = tiny(F.interpolate(small, (64, 64), mode="bicubic", antialias=True))
             assert torch.allclose(teacher(small), expected, atol=1e-5)
+
+    def test_hub_folder(self, tiny, tmp_path, images):
+        tiny.preprocessing = Preprocessing(64, mean=(0.5,) * 3, std=(0.25,) * 3)
+        teacher = load_teacher(write_timm_folder(tiny, tmp_path / "hub"))
+        assert (teacher.name, teacher.img_size) == ("hub", 64)
+        expected = tiny(normalize(images, (0.5,) * 3, (0.25,) * 3))
+        assert torch.allclose(teacher(normalize(images)), expected, atol=1e-4)
 
     def test_variant(self, images):
         teacher = load_teacher("1m/cifar10")
