@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from kornia.models.common import LayerNorm2d
 from torch import Tensor, nn
 
-from kornia_tinyvit.layers import Attention, ConvBN, TinyViTBlock
+from kornia_tinyvit.layers import Attention, ConvBN, Mlp, TinyViTBlock
 from kornia_tinyvit.model import Blocks
+from kornia_tinyvit.modules import is_plain
 
 __all__ = [
     "FoldedAttention",
@@ -33,26 +34,23 @@ Module = TypeVar("Module", bound=nn.Module)
 
 
 def fold_batch_norm(layer: ConvBN) -> nn.Conv2d:
-    r"""Fold the batch norm of a layer into its convolution.
-
-    With running mean :math:`m` and variance :math:`v`, the norm multiplies each output channel by
-    :math:`s = w / \sqrt{v + eps}` and adds :math:`b - s m`.
+    """Fold the batch norm of a layer into its convolution.
 
     Args:
-        layer: the layer, whose norm has running statistics.
+        layer: the layer, in evaluation mode.
 
     Returns:
         The convolution.
 
     Raises:
-        ValueError: if the norm has no running statistics.
+        ValueError: if :meth:`ConvBN.is_foldable <kornia_tinyvit.layers.ConvBN.is_foldable>` is false.
     """
-    conv, norm = layer.c, layer.bn
-    mean, variance = norm.running_mean, norm.running_var
-    if mean is None or variance is None:
-        raise ValueError("A batch norm without running statistics depends on the batch and cannot be folded.")
-    scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    return _conv(conv, conv.weight * scale.view(-1, 1, 1, 1), norm.bias - mean * scale)
+    if not layer.is_foldable():
+        raise ValueError(
+            "A ConvBN cannot be folded whose norm depends on the batch, or whose parts are replaced, pruned, "
+            "parametrized or have hooks. Call eval(), and make changes of weights permanent."
+        )
+    return _conv(layer.c, *layer.fold())
 
 
 def fold_layer_norm(norm: nn.LayerNorm, linear: nn.Linear) -> tuple[nn.LayerNorm, nn.Linear]:
@@ -270,6 +268,8 @@ def _to_features(tokens: Tensor, height: int, width: int) -> Tensor:
 def fold(module: Module) -> Module:
     """Return a folded copy of a network for inference.
 
+    Layers that are replaced, pruned, parametrized or have hooks are not folded.
+
     Args:
         module: a :class:`~kornia_tinyvit.TinyViT` or a module that contains one, which is not changed.
 
@@ -280,23 +280,38 @@ def fold(module: Module) -> Module:
         >>> torch.allclose(fold(model)(images), model(images), atol=1e-4)
         True
     """
-    folded = copy.deepcopy(module).eval().requires_grad_(False)
+    # Pruning and weight norm leave a weight with a history, which deepcopy rejects.
+    values = [value for part in module.modules() for value in vars(part).values() if isinstance(value, Tensor)]
+    folded = copy.deepcopy(module, {id(value): value.detach().clone() for value in values})
+    folded = folded.eval().requires_grad_(False)
     for parent in list(folded.modules()):
         if isinstance(parent, Blocks):
             parent.gradient_checkpointing = False
         for name, child in list(parent.named_children()):
-            if isinstance(child, TinyViTBlock):
+            if is_plain(child, TinyViTBlock) and _is_foldable(child):
                 setattr(parent, name, FoldedBlock(child))
-            elif isinstance(child, ConvBN):
+            elif is_plain(child, ConvBN) and child.is_foldable():
                 setattr(parent, name, fold_batch_norm(child))
-            elif isinstance(child, LayerNorm2d):
+            elif is_plain(child, LayerNorm2d):
                 setattr(parent, name, ChannelNorm(child))
     return folded.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
 
+def _is_foldable(block: TinyViTBlock) -> bool:
+    attn, mlp = block.attn, block.mlp
+    return (
+        is_plain(attn, Attention)
+        and is_plain(mlp, Mlp)
+        and is_plain(block.local_conv, ConvBN)
+        and block.local_conv.is_foldable()
+        and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in (attn.norm, mlp.norm))
+        and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in (attn.qkv, attn.proj, mlp.fc1))
+    )
+
+
 def _conv(conv: nn.Conv2d, weight: Tensor, bias: Tensor | None) -> nn.Conv2d:
     """Return a convolution with other weights."""
-    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "groups")
+    names = ("in_channels", "out_channels", "kernel_size", "stride", "padding", "dilation", "groups")
     folded = nn.Conv2d(**{name: getattr(conv, name) for name in names}, device="meta")
     folded.weight, folded.bias = _constant(weight), None if bias is None else _constant(bias)
     return folded

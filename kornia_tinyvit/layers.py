@@ -16,6 +16,8 @@ import torch.nn.functional as F
 from kornia.models.common import DropPath
 from torch import Tensor, nn
 
+from kornia_tinyvit.modules import is_plain
+
 __all__ = ["Attention", "ConvBN", "MBConv", "Mlp", "PatchEmbed", "PatchMerging", "TinyViTBlock"]
 
 _CONFIG: Any = torch.fx.experimental._config
@@ -26,8 +28,8 @@ class ConvBN(nn.Module):
     """A convolution without bias followed by batch normalization.
 
     When the normalization uses its running statistics (in evaluation, or frozen in training), both run as one
-    convolution. Its weights are folded at every call, which is differentiable and leaves no cache to go stale. Hooks
-    on ``c`` and ``bn`` fire only when the normalization uses batch statistics.
+    convolution. Its weights are folded at every call, which is differentiable and leaves no cache to go stale. The
+    modules are called instead if one of them is replaced, pruned or parametrized, or has hooks.
 
     Args:
         in_channels: channels of the input.
@@ -44,13 +46,42 @@ class ConvBN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         r"""Map :math:`(B, C_{in}, H, W)` to :math:`(B, C_{out}, \lceil H/s \rceil, \lceil W/s \rceil)`."""
-        mean, variance = self.bn.running_mean, self.bn.running_var
-        if self.bn.training or mean is None or variance is None:
-            return self.bn(self.c(x))
-        scale = self.bn.weight * torch.rsqrt(variance + self.bn.eps)
+        if torch.jit.is_scripting():  # which does not compile the other branches
+            x = self.bn(self.c(x))
+        elif self.is_foldable():
+            conv = self.c
+            x = F.conv2d(x, *self.fold(), conv.stride, conv.padding, conv.dilation, conv.groups)
+        else:
+            x = self.bn(self.c(x))
+        return x
+
+    def is_foldable(self) -> bool:
+        """Return whether convolution and normalization are equal to one convolution, whatever the input."""
+        # Dictionaries, because Module.__getattr__ would take a tenth of the time of a small layer.
+        modules: dict[str, Any] = self._modules
+        conv, norm = modules["c"], modules["bn"]
+        if norm.training or not (is_plain(conv, nn.Conv2d) and is_plain(norm, nn.BatchNorm2d)):
+            return False
+        weight, scale = conv._parameters.get("weight"), norm._parameters.get("weight")
+        return bool(
+            weight is not None
+            and scale is not None
+            and weight.dtype == scale.dtype
+            and norm._buffers["running_mean"] is not None
+            and conv._parameters["bias"] is None
+            and conv.padding_mode == "zeros"
+        )
+
+    def fold(self) -> tuple[Tensor, Tensor]:
+        r"""Return weight and bias of that convolution, differentiable.
+
+        With running mean :math:`m` and variance :math:`v`, the normalization multiplies each output channel by
+        :math:`s = w / \sqrt{v + eps}` and adds :math:`b - s m`.
+        """
+        norm: Any = self.bn
+        scale = norm.weight * torch.rsqrt(norm.running_var + norm.eps)
         weight = self.c.weight * scale.view(-1, 1, 1, 1)
-        bias = torch.addcmul(self.bn.bias, mean, scale, value=-1)
-        return F.conv2d(x, weight, bias, self.c.stride, self.c.padding, groups=self.c.groups)
+        return weight, torch.addcmul(norm.bias, norm.running_mean, scale, value=-1)
 
 
 class PatchEmbed(nn.Module):
@@ -161,19 +192,23 @@ class Attention(nn.Module):
 
         They are gathered at every call, which takes 2 % of a forward pass of one image, instead of cached.
         """
-        side = torch.arange(self.window_size, device=self.attention_biases.device, dtype=torch.int32)
-        distance = (side[:, None] - side).abs()
-        index = (distance * self.window_size)[:, None, :, None] + distance[None, :, None, :]
+        side, tokens = self.window_size, self.window_size * self.window_size  # TorchScript's ** returns a float
+        row = torch.arange(side, device=self.attention_biases.device, dtype=torch.int32)
+        distance = (row[:, None] - row).abs()
+        index = (distance * side)[:, None, :, None] + distance[None, :, None, :]
         biases = self.attention_biases.index_select(1, index.flatten())
-        return biases.view(self.num_heads, self.window_size**2, self.window_size**2)
+        return biases.view(self.num_heads, tokens, tokens)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map the tokens :math:`(B, N, C)` of windows to the same shape."""
         qkv = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, 3, -1))
         q, k, v = qkv.permute(3, 0, 2, 1, 4).unbind()  # each (B, heads, N, C / heads)
         bias = self.attention_bias().to(q.dtype)  # autocast lowers the precision of q alone
-        x = self.attend(q, k, v, bias.unsqueeze(0))
-        return self.proj(x.transpose(1, 2).flatten(2))
+        x = self.attend(q, k, v, bias.unsqueeze(0)).transpose(1, 2)
+        if torch.compiler.is_compiling():
+            # Attention functions differ in the strides of their output, for which a program may be decomposed later.
+            x = x.clone(memory_format=torch.contiguous_format)
+        return self.proj(x.flatten(2))
 
 
 class Mlp(nn.Module):
@@ -263,25 +298,42 @@ class TinyViTBlock(nn.Module):
         Returns:
             Tokens of the same shape.
         """
-        batch, height, width, channels = tokens.shape
-        side = self.attn.window_size
+        height, width, side = tokens.shape[1], tokens.shape[2], self.attn.window_size
         # ONNX rounds -(-height // side) towards zero.
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
         pad_h, pad_w = rows * side - height, columns * side - width
         tracing = torch.compiler.is_compiling()
-        if not tracing and rows == columns == 1 and not (pad_h or pad_w):
+        if not tracing and rows == columns == 1 and pad_h == pad_w == 0:
             return self.attn(tokens.flatten(1, 2)).view_as(tokens)
 
-        if tracing or pad_h or pad_w:
+        padded = tracing or pad_h > 0 or pad_w > 0
+        if padded:
             tokens = F.pad(tokens, (0, 0, 0, pad_w, 0, pad_h))
-        # Otherwise torch.export would fix whether there is one window or several in a direction.
-        exporting = tracing and not torch.compiler.is_dynamo_compiling()
-        with without_size_specialization() if exporting else nullcontext():
-            windows = tokens.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
-            windows = windows.clone(memory_format=torch.contiguous_format)
-            windows = self.attn(windows.view(batch * rows * columns, side * side, channels))
-            windows = windows.view(batch, rows, columns, side, side, channels).transpose(2, 3)
-            tokens = windows.clone(memory_format=torch.contiguous_format)
-            tokens = tokens.view(batch, rows * side, columns * side, channels)
+        if not torch.jit.is_scripting() and tracing and not torch.compiler.is_dynamo_compiling():
+            # Otherwise torch.export would fix whether there is one window or several in a direction.
+            with without_size_specialization():
+                tokens = self.attend_windows(tokens, rows, columns)
+        else:
+            tokens = self.attend_windows(tokens, rows, columns)
         # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
-        return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if tracing or pad_h or pad_w else tokens
+        return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if padded else tokens
+
+    def attend_windows(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
+        """Apply attention to windows.
+
+        Args:
+            tokens: tokens :math:`(B, H, W, C)` with :math:`H` = ``rows * window_size`` and :math:`W` = ``columns *
+                window_size``.
+            rows: number of windows in a column.
+            columns: number of windows in a row.
+
+        Returns:
+            Tokens of the same shape.
+        """
+        batch, height, width, channels = tokens.shape
+        side = self.attn.window_size
+        windows = tokens.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
+        windows = windows.clone(memory_format=torch.contiguous_format)
+        windows = self.attn(windows.view(batch * rows * columns, side * side, channels))
+        windows = windows.view(batch, rows, columns, side, side, channels).transpose(2, 3)
+        return windows.clone(memory_format=torch.contiguous_format).view(batch, height, width, channels)

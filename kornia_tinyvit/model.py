@@ -42,10 +42,12 @@ class Blocks(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         """Map :math:`(B, C, H, W)` to the same shape."""
-        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return super().forward(x)
-        for block in self:
-            x = self._gradient_checkpointing_func(block, x)
+        if not torch.jit.is_scripting() and self.gradient_checkpointing and torch.is_grad_enabled():
+            for block in self:
+                x = self._gradient_checkpointing_func(block, x)
+        else:
+            for block in self:
+                x = block(x)
         return x
 
 
@@ -94,6 +96,8 @@ class TinyViT(nn.Module):
         >>> model(torch.rand(2, 3, 64, 64)).shape
         torch.Size([2, 10])
     """
+
+    __jit_unused_properties__ = ("feature_channels", "feature_strides")
 
     def __init__(
         self,
@@ -338,8 +342,10 @@ class TinyViT(nn.Module):
         return sum(self.config.depths[: stage + 1]) - 1
 
     def _embed(self, x: Tensor) -> Tensor:
-        check_images(x, self.config.in_chans, MIN_IMAGE_SIZE)
-        return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+        if not torch.jit.is_scripting():
+            check_images(x, self.config.in_chans, MIN_IMAGE_SIZE)
+        # Channels last; vmap knows no other memory format than the contiguous one.
+        return self.patch_embed(x.permute(0, 2, 3, 1).contiguous().permute(0, 3, 1, 2))
 
 
 def _build_stage(config: TinyViTConfig, stage: int, drop_paths: Iterator[float]) -> Stage:

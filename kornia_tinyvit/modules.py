@@ -1,4 +1,4 @@
-"""Evaluation of modules without changing them."""
+"""Evaluation of modules without changing them, and a check of what a module computes."""
 
 from __future__ import annotations
 
@@ -9,12 +9,13 @@ from collections.abc import Iterable, Mapping
 from functools import partial
 from operator import is_
 from types import CellType, FunctionType, MethodType
-from typing import Any, TypeVar, cast
+from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules import module as _hooks
 
-__all__ = ["evaluation_copy"]
+__all__ = ["evaluation_copy", "is_plain"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
@@ -65,6 +66,31 @@ def evaluation_copy(module: Module) -> Module:
         if copied is not part and _COMPILED not in part._modules:
             _fill(copied, part, copies)
     return cast("Module", copies[id(module)])
+
+
+def is_plain(module: Any, kind: type[Module]) -> TypeGuard[Module]:
+    """Return whether a module computes what a class does, from its weights alone.
+
+    Only then may a caller replace a call by an equivalent computation: subclasses (of which parametrizations are some),
+    a forward function set on the instance, and hooks (as those of pruning) can change the output or need the call.
+
+    Args:
+        module: the module.
+        kind: the class; subclasses do not count.
+    """
+    own = module.__dict__
+    return type(module) is kind and not (
+        own["_forward_hooks"]
+        or own["_forward_pre_hooks"]
+        or own["_backward_hooks"]
+        or own["_backward_pre_hooks"]
+        or "forward" in own
+        or "_conv_forward" in own
+        or _hooks._global_forward_hooks
+        or _hooks._global_forward_pre_hooks
+        or _hooks._global_backward_hooks
+        or _hooks._global_backward_pre_hooks
+    )
 
 
 def _blank(part: nn.Module) -> nn.Module:

@@ -3,10 +3,12 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.folding import (
     FoldedAttention,
+    FoldedBlock,
     fold,
     fold_batch_norm,
     fold_key_and_value_biases,
@@ -39,9 +41,9 @@ class TestFoldBatchNorm:
         torch.testing.assert_close(folded(x), layer.bn(layer.c(x)), atol=1e-5, rtol=1e-5)
 
     def test_without_statistics(self):
-        layer = ConvBN(3, 4, 3)
+        layer = ConvBN(3, 4, 3).eval()
         layer.bn = nn.BatchNorm2d(4, track_running_stats=False)
-        with pytest.raises(ValueError, match="running statistics"):
+        with pytest.raises(ValueError, match="whose norm depends on the batch"):
             fold_batch_norm(layer)
 
 
@@ -158,3 +160,61 @@ class TestFold:
         for parameter in folded.parameters():
             parameter.data.zero_()
         torch.testing.assert_close(dict(model.state_dict()), dict(before), rtol=0, atol=0)
+
+
+def double_output(module: nn.Module, args: object, output: torch.Tensor) -> torch.Tensor:
+    return 2 * output
+
+
+class TestChangedLayers:
+    """Only layers that compute what their class does are folded; the others keep their effect."""
+
+    IMAGES = torch.rand(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "patch_embed.seq.0.c",
+            "layers.0.downsample.conv2.c",
+            "layers.1.blocks.0.local_conv.c",
+            "layers.1.blocks.0.attn.qkv",
+            "layers.1.blocks.0.attn.proj",
+            "layers.1.blocks.0.mlp.fc1",
+        ],
+    )
+    def test_pruning(self, tiny, name):
+        before = tiny(self.IMAGES)
+        prune.random_unstructured(tiny.get_submodule(name), "weight", 0.5)
+        expected = tiny(self.IMAGES)
+        assert not torch.allclose(expected, before)
+        torch.testing.assert_close(fold(tiny)(self.IMAGES), expected, atol=1e-4, rtol=1e-4)
+
+    @pytest.mark.parametrize(
+        "name",
+        [
+            "patch_embed.seq.2",
+            "patch_embed.seq.2.bn",
+            "layers.1.blocks.0",
+            "layers.1.blocks.0.local_conv",
+            "layers.1.blocks.0.attn",
+            "layers.1.blocks.0.attn.norm",
+            "layers.1.blocks.0.mlp",
+        ],
+    )
+    def test_hooks(self, tiny, name):
+        before = tiny(self.IMAGES)
+        tiny.get_submodule(name).register_forward_hook(double_output)
+        expected = tiny(self.IMAGES)
+        assert not torch.allclose(expected, before)
+        torch.testing.assert_close(fold(tiny)(self.IMAGES), expected, atol=1e-4, rtol=1e-4)
+
+    def test_replaced_norm(self, tiny):
+        tiny.layers[1].blocks[0].local_conv.bn = nn.GroupNorm(4, 16)
+        torch.testing.assert_close(fold(tiny)(self.IMAGES), tiny(self.IMAGES), atol=1e-4, rtol=1e-4)
+
+    def test_others_are_folded(self, tiny):
+        prune.random_unstructured(tiny.layers[1].blocks[0].attn.qkv, "weight", 0.5)
+        kinds = [type(module) for module in fold(tiny).modules()]
+        assert kinds.count(FoldedBlock) == 3
+        assert kinds.count(TinyViTBlock) == 1
+        assert ConvBN not in kinds

@@ -5,13 +5,25 @@ import pickle
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
 from kornia.models.common import DropPath
-from torch import nn
+from torch import Tensor, nn
 from torch.autograd import gradcheck
+from torch.func import functional_call, grad, jacfwd, jacrev, jvp, vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, load_checkpoint
+from kornia_tinyvit import (
+    CheckpointError,
+    ImageClassifier,
+    MobileSAM,
+    SemanticSegmenter,
+    TinyViT,
+    TinyViTConfig,
+    TinyViTDetector,
+    load_checkpoint,
+)
 from tests.conftest import SHALLOW, TINY, liven
 
 
@@ -394,6 +406,102 @@ class TestExport:
 
         program = torch.export.export(Backbone(), (images,))
         torch.testing.assert_close(program.module()(images), shallow.forward_intermediates(images))
+
+
+class TestTransforms:
+    """Transforms of torch.func, TorchScript and torch's own ONNX export."""
+
+    IMAGES = torch.rand(3, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    LABELS = torch.tensor([0, 3, 6])
+
+    def test_vmap(self, tiny):
+        found = vmap(lambda image: tiny(image[None])[0])(self.IMAGES)
+        torch.testing.assert_close(found, tiny(self.IMAGES))
+
+    def test_gradients_per_sample(self, tiny):
+        weights, buffers = dict(tiny.named_parameters()), dict(tiny.named_buffers())
+
+        def loss(weights, image, label):
+            return F.cross_entropy(functional_call(tiny, (weights, buffers), image[None]), label[None])
+
+        found = vmap(grad(loss), (None, 0, 0))(weights, self.IMAGES, self.LABELS)
+        for index, (image, label) in enumerate(zip(self.IMAGES, self.LABELS, strict=True)):
+            expected = torch.autograd.grad(loss(weights, image, label), list(weights.values()))
+            for value, gradients in zip(expected, found.values(), strict=True):
+                torch.testing.assert_close(gradients[index], value, atol=1e-4, rtol=1e-3)
+
+    def test_derivatives(self, shallow):
+        """In forward and reverse mode, with the attention kernel that has a derivative in forward mode."""
+        model = shallow.double()
+        image = self.IMAGES[:1, :, :32, :32].double()
+        with sdpa_kernel(SDPBackend.MATH):
+            forward, reverse = jacfwd(model)(image), jacrev(model)(image)
+            _, tangent = jvp(model, (image,), (image,))
+        torch.testing.assert_close(forward, reverse)
+        torch.testing.assert_close(tangent, (reverse * image).sum((2, 3, 4, 5)))
+
+    @pytest.mark.parametrize("training", [False, True])
+    def test_script(self, tiny, training):
+        model = TinyViT(**TINY | {"drop_rate": 0.1, "drop_path_rate": 0.2}).train(training)
+        model.load_state_dict(tiny.state_dict())
+        scripted = torch.jit.script(model)
+        for size in ((64, 64), (96, 64), (50, 75), (33, 200)):
+            images = torch.rand(2, 3, *size)
+            torch.testing.assert_close(scripted.eval()(images), tiny(images), atol=1e-5, rtol=1e-5)
+        scripted.train()(self.IMAGES).sum().backward()
+        assert all(parameter.grad is not None for parameter in model.parameters())
+        assert not torch.equal(model.patch_embed.seq[0].bn.running_mean, tiny.patch_embed.seq[0].bn.running_mean)
+
+    def test_script_of_mobile_sam(self):
+        model = liven(TinyViT(**SHALLOW | {"mobile_sam": True}))
+        scripted = torch.jit.script(model)
+        torch.testing.assert_close(scripted(self.IMAGES), model(self.IMAGES), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+    @pytest.mark.parametrize("case", ["network", "classifier", "segmenter", "detector", "encoder", "mask decoder"])
+    def test_trace(self, shallow, case):
+        module, inputs = build_case(shallow, case)
+        with torch.no_grad():
+            # The decoder's last argument is not a tensor.
+            function = (lambda *x: module(*x, True)) if case == "mask decoder" else module
+            tensors = tuple(each for each in inputs if isinstance(each, Tensor))
+            traced = torch.jit.trace(function, tensors)
+            torch.testing.assert_close(traced(*tensors), module(*inputs), atol=1e-5, rtol=1e-5)
+
+    @pytest.mark.slow
+    @pytest.mark.parametrize("gradients", [True, False])
+    @pytest.mark.parametrize("case", ["network", "classifier", "segmenter", "detector", "encoder", "mask decoder"])
+    def test_onnx(self, shallow, case, gradients):
+        """torch's exporter without this package's folding."""
+        onnxruntime = pytest.importorskip("onnxruntime")
+        module, inputs = build_case(shallow, case)
+        with torch.set_grad_enabled(gradients):
+            program = torch.onnx.export(module, inputs, dynamo=True, verbose=False)
+            expected = module(*inputs)
+        session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+        names = [each.name for each in session.get_inputs()]
+        found = session.run(None, dict(zip(names, (x.numpy() for x in inputs if isinstance(x, Tensor)), strict=True)))
+        for output, value in zip(found, expected if isinstance(expected, tuple) else [expected], strict=True):
+            torch.testing.assert_close(torch.from_numpy(output), value.detach(), atol=1e-4, rtol=1e-4)
+
+
+def build_case(network: TinyViT, case: str) -> tuple[nn.Module, tuple[object, ...]]:
+    """Return a module around a network, in evaluation mode, and its inputs."""
+    torch.manual_seed(0)
+    images, image = torch.rand(1, 3, 64, 64), torch.rand(1, 256, 4, 4)
+    if case == "encoder":
+        return liven(TinyViT(**SHALLOW | {"mobile_sam": True})), (images,)
+    if case == "mask decoder":
+        sam = MobileSAM(TinyViT(**SHALLOW | {"mobile_sam": True})).eval()
+        position = sam.prompt_encoder.get_dense_pe().detach()
+        return sam.mask_decoder, (image, position, torch.rand(2, 3, 256), torch.rand(2, 256, 4, 4), True)
+    modules = {
+        "network": lambda: network,
+        "classifier": lambda: ImageClassifier(network),
+        "segmenter": lambda: SemanticSegmenter(network, num_classes=5, width=16),
+        "detector": lambda: TinyViTDetector(network, num_classes=5, hidden_dim=32, num_queries=10, decoder_layers=1),
+    }
+    return modules[case]().eval(), (images,)
 
 
 class TestWindows:

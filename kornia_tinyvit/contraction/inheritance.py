@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.config import NUM_STAGES, TinyViTConfig
 from kornia_tinyvit.contraction.neighbors import check_contracted
-from kornia_tinyvit.folding import fold_batch_norm
 from kornia_tinyvit.layers import Attention, ConvBN, MBConv, PatchMerging, TinyViTBlock
 from kornia_tinyvit.model import TinyViT
 
@@ -40,7 +39,8 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
         A new network on the parent's device, in training mode.
 
     Raises:
-        ValueError: if a factor of the configuration is larger than the parent's, or another field differs.
+        ValueError: if a factor of the configuration is larger than the parent's, another field differs, or layers of
+            the parent are replaced, pruned or parametrized.
 
     Example:
         >>> parent = TinyViT.from_config("1m", pretrained="cifar10")
@@ -48,6 +48,7 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
         3.0
     """
     check_contracted(config, parent.config)
+    _check_layers(parent)
     weight = parent.norm_head.weight
     child = TinyViT.from_config(config).to(device=weight.device, dtype=weight.dtype)
     same_size = config.img_size == parent.config.img_size
@@ -76,6 +77,21 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
     if config.num_classes:
         _cut(parent.head, child.head, slice(None), channels[-1])
     return child
+
+
+def _check_layers(parent: TinyViT) -> None:
+    """Raise an error if a layer of the parent is not the one of its configuration, or has other weights."""
+    with torch.device("meta"):
+        original = TinyViT.from_config(parent.config)
+    tensors = parent.state_dict().keys() ^ original.state_dict().keys()
+    types = {name: type(layer) for name, layer in original.named_modules()}
+    changed = {name.rpartition(".")[0] for name in tensors}
+    changed |= {name for name, layer in parent.named_modules() if type(layer) is not types.get(name)}
+    if changed:
+        raise ValueError(
+            f"Weights cannot be inherited from changed layers, here {', '.join(sorted(changed)[:3])}. Make pruning "
+            "and parametrizations permanent, such as by torch.nn.utils.prune.remove, and merge adapters."
+        )
 
 
 def _stages(model: TinyViT) -> list[Any]:
@@ -154,8 +170,8 @@ def _most_important(written: Tensor, read: Tensor, count: int) -> Tensor:
 
 def _writers(layer: ConvBN | nn.Linear) -> Tensor:
     """Return the weights and bias that write each channel, batch norm folded, one row per channel."""
-    plain = fold_batch_norm(layer) if isinstance(layer, ConvBN) else layer
-    return torch.cat([plain.weight.flatten(1), cast("Tensor", plain.bias)[:, None]], 1)
+    weight, bias = layer.fold() if isinstance(layer, ConvBN) else (layer.weight, layer.bias)
+    return torch.cat([weight.flatten(1), bias[:, None]], 1)
 
 
 def _readers(layer: ConvBN | nn.Linear, norm: nn.LayerNorm | None = None) -> Tensor:

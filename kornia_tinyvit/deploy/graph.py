@@ -18,6 +18,7 @@ from kornia_tinyvit.deploy.resize import ResizeAndCrop
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.folding import fold, fold_normalization
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import is_plain
 from kornia_tinyvit.preprocessing import EvaluationPipeline, Preprocessing
 
 if TYPE_CHECKING:
@@ -224,8 +225,16 @@ def _classifier_graph(model: ImageClassifier, pixels: Pixels) -> InferenceGraph:
 
 
 def _fold_pixels(network: TinyViT, preprocessing: Preprocessing, pixels: Pixels) -> Tensor:
-    """Fold the scale of the normalization into the first convolution, in place, and return the mean to subtract."""
-    stem = cast("nn.Sequential", network.patch_embed.seq)
-    conv, scale = cast("nn.Conv2d", stem[0]), MAX_VALUES[pixels]
-    stem[0], mean = fold_normalization(conv, preprocessing.mean, preprocessing.std, scale)
+    """Fold the scale of the normalization into the first convolution, in place, and return the mean to subtract.
+
+    A first layer that is not folded gets a convolution before it.
+    """
+    stem, channels = cast("nn.Sequential", network.patch_embed.seq), network.config.in_chans
+    conv, after = stem[0], []
+    if not is_plain(conv, nn.Conv2d):
+        weight = torch.eye(channels).to(next(network.parameters())).view(channels, channels, 1, 1)
+        conv, after = nn.Conv2d(channels, channels, 1, bias=False), [conv]
+        conv.weight = nn.Parameter(weight, requires_grad=False)
+    conv, mean = fold_normalization(conv, preprocessing.mean, preprocessing.std, MAX_VALUES[pixels])
+    stem[0] = nn.Sequential(conv, *after) if after else conv
     return mean

@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.contraction import SearchSpace, inherit, smallest
@@ -29,6 +30,26 @@ def silence_rows(layer: nn.Linear, rows: list[int]) -> None:
 
 
 class TestInherit:
+    @pytest.mark.parametrize(
+        ("change", "layer"),
+        [
+            (lambda parent: prune.l1_unstructured(parent.head, "weight", 0.5), "head"),
+            (lambda parent: parametrizations.weight_norm(parent.patch_embed.seq[0].c), r"patch_embed\.seq\.0\.c"),
+            (lambda parent: setattr(parent.patch_embed.seq[0], "bn", nn.Identity()), r"patch_embed\.seq\.0\.bn"),
+        ],
+    )
+    def test_changed_layers(self, change, layer):
+        parent = TinyViT.from_config(SMALL)
+        change(parent)
+        with pytest.raises(ValueError, match=f"cannot be inherited from changed layers, here {layer}.* prune"):
+            inherit(parent, SMALL)
+
+    def test_pruning_made_permanent(self):
+        parent = TinyViT.from_config(SMALL)
+        prune.l1_unstructured(parent.head, "weight", 0.5)
+        prune.remove(parent.head, "weight")
+        assert torch.equal(inherit(parent, SMALL).head.weight, parent.head.weight)
+
     def test_same_config(self, parent, images):
         child = inherit(parent, SMALL.replace(img_size=64))
         assert child.training

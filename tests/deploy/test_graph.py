@@ -3,6 +3,7 @@ import torch
 from kornia.enhance import normalize
 from kornia.geometry.transform import hflip
 from torch import nn
+from torch.nn.utils import prune
 
 from kornia_tinyvit import ImageClassifier, TinyViT
 from kornia_tinyvit.deploy.graph import build_graph
@@ -24,6 +25,12 @@ class TestNetwork:
         expected = tiny(normalize(unit, MEAN, STD))
         for pixels, images in (("normalized", normalize(unit, MEAN, STD)), ("unit", unit), ("uint8", pixels_uint8)):
             torch.testing.assert_close(build_graph(tiny, pixels=pixels)(images), expected, atol=1e-4, rtol=1e-4)
+
+    def test_pixels_of_a_changed_stem(self, tiny):
+        prune.l1_unstructured(tiny.patch_embed.seq[0].c, "weight", 0.5)
+        images = torch.randint(0, 256, (2, 3, 65, 70), dtype=torch.uint8)
+        expected = tiny(normalize(images.float() / 255, MEAN, STD))
+        torch.testing.assert_close(build_graph(tiny, pixels="uint8")(images), expected, atol=1e-4, rtol=1e-4)
 
     def test_one_channel(self):
         model = liven(TinyViT(**TINY | {"in_chans": 1}))
