@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -19,7 +21,9 @@ from torch import Tensor, nn
 from kornia_tinyvit import ImageClassifier, classification, images
 from kornia_tinyvit.checkpoints import adaptation, layouts, loading, tensors
 from kornia_tinyvit.checkpoints.tensors import CheckpointError
-from kornia_tinyvit.data import coco, instances, masks, segmentation, yolo
+from kornia_tinyvit.data import classification as labeled
+from kornia_tinyvit.data import coco, descriptions, folders, instances, masks, parquet, segmentation, tars, yolo
+from kornia_tinyvit.data import datasets as data_sets
 from kornia_tinyvit.preprocessing import default_preprocessing
 
 IMAGES, CHECKPOINTS = "images with known pixels", "checkpoints with known tensors"
@@ -97,10 +101,19 @@ def merge_by_stem(path: Path, content: dict[str, Any], folder: Any) -> Any:
 
 
 MATCH_IMAGES = coco._match_images
+
+
+def fill_anything(rings: Any, size: tuple[int, int]) -> NDArray[np.bool_]:
+    """Fill what can be filled."""
+    valid = [ring for ring in rings if len(ring) > 2 and np.isfinite(np.array(ring, float)).all()]
+    return masks.fill_polygons(valid, size)
+
+
 UNCHECKED = together(
     patched(instances, "check_size", lambda *_: None),
-    patched(coco, "_is_segmentation", lambda value: True),
+    patched(coco, "_is_segmentation", lambda value: isinstance(value, (list, dict))),
     patched(coco, "_check_corners", lambda *_: None),
+    patched(coco, "fill_polygons", fill_anything),
 )
 
 
@@ -114,6 +127,36 @@ def stated_entry(root: Path, entry: str) -> Iterator[Any]:
 
 
 FIND_ENTRY = yolo._find_entry
+
+
+def walk(folder: str, parts: tuple[str, ...], above: Any, listing: Any, known: Any) -> None:
+    """List a folder as `os.walk` does: links to folders are skipped, dangling links are images."""
+    for parent, names, files in os.walk(folder):
+        below = (*parts, *Path(parent).relative_to(folder).parts)
+        names[:] = [name for name in names if not folders.is_junk(name)]
+        listing.folders += [(*below, name) for name in names if not below or not Path(parent, name).is_symlink()]
+        known_files = [name for name in files if Path(name).suffix.lower() in known and not folders.is_junk(name)]
+        listing.images += [(*below, name) for name in known_files]
+
+
+def innermost(self: Any, split: str, path: Path) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """Take the folders inside of a single top-level folder as the classes of a tar file."""
+    tops = self._below(())
+    return ((tops[0],), ()) if len(tops) == 1 and self._below((tops[0],)) else ARCHIVE_ROOT(self, split, path)
+
+
+ARCHIVE_ROOT = tars.Archive.root
+
+
+def by_position(ours: Any, theirs: Any, *_: Any, **__: Any) -> list[int] | None:
+    """Match classes by position where no name is common."""
+    if ours is None or theirs is None or not set(ours) & set(theirs):
+        return None
+    return MATCH_CLASSES(ours, theirs)
+
+
+MATCH_CLASSES = data_sets.match_classes
+read_unmarked = partial(Path.read_text, encoding="utf-8")
 
 
 # --- Images ---------------------------------------------------------------------------------------------------------
@@ -230,11 +273,24 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("D3", "annotations of a.jpg and a.png are merged", DATA, patched(coco, "_match_images", merge_by_stem)),
     Mutant("D4", "polygons of COCO are filled by Pillow", DATA, patched(coco, "fill_polygons", fill_by_pillow)),
     Mutant("D4", "polygons of YOLO are filled by Pillow", DATA, patched(yolo, "fill_polygons", fill_by_pillow)),
+    Mutant("D5", "splits are classes", DATA, patched(labeled, "split_folders", lambda path: {})),
+    Mutant("D5", "system files are images and classes", DATA, patched(folders, "is_junk", lambda name: name[0] == ".")),
+    Mutant("D5", "links are not followed, or dangle", DATA, patched(folders, "_scan", walk)),
+    Mutant("D5", "a nested folder is the class in a tar file", DATA, patched(tars.Archive, "root", innermost)),
+    Mutant("D6", "class names of parquet files are ignored", DATA, patched(parquet, "_read_features", lambda _: {})),
+    Mutant("D6", "classes without common names keep positions", DATA, patched(data_sets, "match_classes", by_position)),
+    Mutant("D7", "byte order marks are part of the text", DATA, together(
+        patched(descriptions, "read_text", read_unmarked), patched(yolo, "read_text", read_unmarked),
+    )),
     Mutant("D7", "Roboflow's ../train/images is not found", DATA, patched(yolo, "_find_entry", stated_entry)),
     Mutant("D7", "outlines end at 1.0 exactly", DATA, patched(yolo, "_TOLERANCE", 0)),
     Mutant("D8", "float and 32-bit images are clipped", IMAGES, patched(images, "_convert_pil", clipped)),
     Mutant("D9", "values outside of [0, 1] pass", IMAGES, patched(images, "_check_values", lambda image: None)),
     Mutant("D9", "an array (1, 1000, 3) is gray", IMAGES, patched(images, "_array_to_tensor", rows_as_gray)),
+    Mutant(
+        "D10", "one class and batches larger than the data are accepted", None, nullcontext,
+        "a warning and a default of the command `train`, not an answer",
+    ),
     Mutant("W1", "foreign classes are rejected", CHECKPOINTS, patched(loading, "read_tensors", only_tensors)),
     Mutant("W1", "files are unpickled", CHECKPOINTS, patched(loading, "read_tensors", trusting)),
     Mutant("W1", "only three prefixes are known", CHECKPOINTS, patched(loading, "find_network", few_prefixes)),

@@ -11,8 +11,9 @@ import torch
 
 from kornia_tinyvit import TinyViTConfig
 from kornia_tinyvit.checkpoints import load_checkpoint
-from tests.fuzz import TARGETS
+from tests.fuzz import GATES, TARGETS
 from tests.fuzz.harness import RAN, Rejected, Target, attack, mutate, run_case
+from tests.fuzz.mutants import MUTANTS
 
 pytestmark = pytest.mark.slow
 
@@ -95,6 +96,22 @@ def test_faults(tmp_path, case, reason):
 )
 def test_no_faults(tmp_path, case, outcome):
     assert run_case(Target("x", case), 0, 0, tmp_path) == (outcome, "")
+
+
+@pytest.mark.parametrize("mutant", MUTANTS, ids=lambda mutant: mutant.what)
+def test_mutants_apply(mutant):
+    assert mutant.target in (None, *(target.name for target in GATES))
+    assert (mutant.target is None) == bool(mutant.note)
+    with mutant.patch():
+        pass
+
+
+@pytest.mark.parametrize("entry", ["D1", "D9", "W3"])
+def test_mutants_are_found(tmp_path, entry):
+    mutant = next(each for each in MUTANTS if each.entry == entry)
+    target = next(each for each in GATES if each.name == mutant.target)
+    with mutant.patch():
+        assert attack(target, 0, range(100), tmp_path, until_fault=True).faults
 
 
 def test_cases_repeat(tmp_path):
