@@ -201,6 +201,33 @@ class TestPeft:
         moved = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path / "moved").eval()
         assert not torch.allclose(moved(images).logits, model.eval()(images).logits, atol=1e-3)
 
+    def test_convolutions(self, peft, images, tmp_path):
+        """PEFT replaces the convolutions, which are then not folded with their norms."""
+        model = self.adapted(peft, target_modules=r".*(conv1|conv3|seq\.\d)\.c", init_lora_weights=False)
+        assert sum("lora_A" in name for name, _ in model.named_parameters()) > 4
+        base = tiny_classifier()(images).logits
+        assert not torch.allclose(model.eval()(images).logits, base, atol=1e-2)
+        freeze_statistics(model)
+        model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+        assert all(each.grad is not None for name, each in model.named_parameters() if "lora_" in name)
+        torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.01).step()
+        tuned = model.eval()(images).logits
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+        torch.testing.assert_close(again(images).logits, tuned, atol=1e-5, rtol=0)
+        torch.testing.assert_close(again.merge_and_unload()(images).logits, tuned, atol=1e-4, rtol=1e-4)
+
+    def test_saved_norms(self, peft, images, tmp_path):
+        """Norms in modules_to_save are trained and stored with their statistics."""
+        model = self.adapted(peft, modules_to_save=["classifier", "bn"])
+        optimizer = torch.optim.SGD([each for each in model.parameters() if each.requires_grad], 0.1)
+        for _ in range(2):
+            model.train()(images, labels=torch.tensor([0, 1])).loss.backward()
+            optimizer.step()
+        model.save_pretrained(tmp_path)
+        again = peft.PeftModel.from_pretrained(tiny_classifier(), tmp_path).eval()
+        torch.testing.assert_close(again(images).logits, model.eval()(images).logits, atol=1e-5, rtol=0)
+
     def test_trainer(self, peft, arguments, images, tmp_path):
         """Trainer calls model.train() before every step."""
         model = self.adapted(peft)
