@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.adaptation import check_state_dict, match_classes
-from kornia_tinyvit.checkpoints.layouts import plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.checkpoints.loading import (
     PREPROCESSING_KEY,
     locate_pretrained,
@@ -25,6 +24,7 @@ from kornia_tinyvit.checkpoints.loading import (
 from kornia_tinyvit.checkpoints.tensors import locate_file, read_metadata, read_tensors, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.preprocessing import check_counts
 
 __all__ = ["BackboneConfig", "BackboneNetwork", "parameter_groups"]

@@ -17,7 +17,7 @@ from kornia_tinyvit.checkpoints.catalog import default_class_names
 from kornia_tinyvit.config import TinyViTConfig, name_classes
 from kornia_tinyvit.images import Images, map_images, read_batches
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.modules import evaluation_copy
+from kornia_tinyvit.modules import evaluation_copy, unwrapped
 from kornia_tinyvit.preprocessing import EvaluationPipeline, check_counts
 
 __all__ = ["ImageClassifier", "Prediction", "center_zoom"]
@@ -89,12 +89,13 @@ class ImageClassifier(nn.Module):
         views: Sequence[View] = (),
     ) -> None:
         super().__init__()
-        config = model.config
+        inner: TinyViT = unwrapped(model)
+        config = inner.config
         if config.num_classes == 0 or config.mobile_sam:
             raise ValueError("ImageClassifier needs a network with a head, without mobile_sam or num_classes=0.")
         self.model = model
-        self.preprocessing = preprocessing or EvaluationPipeline.from_preprocessing(model.preprocessing)
-        self.class_names = name_classes(model.class_names if class_names is None else class_names, config.num_classes)
+        self.preprocessing = preprocessing or EvaluationPipeline.from_preprocessing(inner.preprocessing)
+        self.class_names = name_classes(inner.class_names if class_names is None else class_names, config.num_classes)
         self.views = tuple(views)
 
     @classmethod
@@ -181,7 +182,7 @@ class ImageClassifier(nn.Module):
         return torch.stack([self.model(images) for images in inputs]).mean(0)
 
     def _batches(self, images: Images, batch_size: int) -> Iterator[list[Tensor]]:
-        for batch in read_batches(images, self.model, self.model.config.in_chans, batch_size):
+        for batch in read_batches(images, self.model, unwrapped(self.model).config.in_chans, batch_size):
             with torch.no_grad():
                 inputs = self._prepare(batch)
             yield inputs

@@ -1,7 +1,8 @@
-"""Evaluation of modules without changing them, and a check of what a module computes."""
+"""Evaluation of modules without changing them, a check of what a module computes, and modules without wrappers."""
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import weakref
 from collections import OrderedDict
@@ -15,10 +16,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules import module as _hooks
 
-__all__ = ["evaluation_copy", "is_plain"]
+__all__ = ["evaluation_copy", "is_plain", "plain_name", "plain_state_dict", "unwrapped", "without_wrappers"]
 
 Module = TypeVar("Module", bound=nn.Module)
 
+# Attributes by which torch.compile, DataParallel and DistributedDataParallel, AveragedModel, QuantWrapper, FSDP and
+# activation checkpointing hold the module that they wrap. No part of a network of this package is called so.
+_WRAPPERS = frozenset({"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 _COMPILED = "_orig_mod"  # the name under which torch.compile's wrapper registers the module that it runs
 _HOOKS = (
     "_backward_pre_hooks",
@@ -91,6 +95,59 @@ def is_plain(module: Any, kind: type[Module]) -> TypeGuard[Module]:
         or _hooks._global_backward_hooks
         or _hooks._global_backward_pre_hooks
     )
+
+
+def plain_name(name: str) -> str:
+    """Remove the names of wrappers, such as those of ``torch.compile`` and ``DataParallel``, from a tensor's name.
+
+    Args:
+        name: name of a tensor.
+
+    Returns:
+        The name that the tensor has in the unwrapped network.
+
+    Example:
+        >>> plain_name("module.image_encoder._orig_mod.neck.0.weight")
+        'image_encoder.neck.0.weight'
+    """
+    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
+
+
+def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
+    """Return the state dict of a module under the names that it has without wrappers at any depth.
+
+    Args:
+        module: the module.
+    """
+    tensors = {plain_name(name): tensor for name, tensor in module.state_dict().items()}
+    tensors.pop("n_averaged", None)  # the counter of AveragedModel
+    return tensors
+
+
+def unwrapped(module: Any) -> Any:
+    """Return the module inside of wrappers such as ``torch.compile`` and ``DataParallel``.
+
+    Args:
+        module: the module.
+    """
+    while isinstance(module, nn.Module) and len(inner := _WRAPPERS & module._modules.keys()) == 1:
+        module = module._modules[next(iter(inner))]
+    return module
+
+
+def without_wrappers(module: Any) -> Any:
+    """Return a module without wrappers at any depth; its parts and tensors are shared, not copied.
+
+    Args:
+        module: the module; it is not changed.
+    """
+    module = unwrapped(module)
+    parts = {name: part if part is None else without_wrappers(part) for name, part in module._modules.items()}
+    if all(part is module._modules[name] for name, part in parts.items()):
+        return module
+    plain = copy.copy(module)
+    plain._modules = parts
+    return plain
 
 
 def _blank(part: nn.Module) -> nn.Module:

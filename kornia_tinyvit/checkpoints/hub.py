@@ -13,10 +13,11 @@ from PIL import Image
 from torch import nn
 
 from kornia_tinyvit.checkpoints.catalog import CATALOG
-from kornia_tinyvit.checkpoints.layouts import plain_state_dict, to_timm, unwrapped
+from kornia_tinyvit.checkpoints.layouts import to_timm
 from kornia_tinyvit.checkpoints.tensors import CheckpointError, write_tensors
 from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.files import write_text
+from kornia_tinyvit.modules import plain_state_dict, unwrapped
 from kornia_tinyvit.preprocessing import CROP_FRACTION, SQUARE_FROM, Preprocessing
 
 __all__ = [

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints.pickles import Name, Placeholder
 from kornia_tinyvit.checkpoints.tensors import list_names
+from kornia_tinyvit.modules import plain_name
 
-__all__ = ["FoundNetwork", "find_network", "plain_name", "plain_state_dict", "to_timm", "to_transformers", "unwrapped"]
+__all__ = ["FoundNetwork", "find_network", "to_timm", "to_transformers"]
 
 # Prefixes of names in the official layout and in timm's; the parts of a convolution have other names, too.
 _OFFICIAL_AND_TIMM = (
@@ -44,9 +45,6 @@ _MAX_ENTRIES = 100_000
 # Buffers that older releases stored although they are derived from the window size.
 _DERIVED = "attention_bias_idxs"
 
-# Attributes by which torch.compile, DataParallel and DistributedDataParallel, AveragedModel, QuantWrapper, FSDP and
-# activation checkpointing hold the module that they wrap. No part of a network is called so.
-_WRAPPERS = {"_orig_mod", "module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"}
 # Moving averages, as in state_dict_ema, model_ema, ema, EMACallback, swa_model or averaged.
 _AVERAGE = re.compile(r"(?<![a-z])(ema|swa|averaged?)(?![a-z])|Ema(?![a-z])|EMA|SWA")
 
@@ -86,42 +84,6 @@ class _Candidate:
     prefix: str
     layout: str
     anchor: _Leaf
-
-
-def plain_name(name: str) -> str:
-    """Remove the names of wrappers, such as those of ``torch.compile`` and ``DataParallel``, from a tensor's name.
-
-    Args:
-        name: name of a tensor.
-
-    Returns:
-        The name that the tensor has in the unwrapped network.
-
-    Example:
-        >>> plain_name("module.image_encoder._orig_mod.neck.0.weight")
-        'image_encoder.neck.0.weight'
-    """
-    return ".".join(part for part in name.split(".") if part not in _WRAPPERS)
-
-
-def plain_state_dict(module: nn.Module) -> dict[str, Tensor]:
-    """Return the state dict of a module under the names that it has without wrappers at any depth.
-
-    Args:
-        module: the module.
-    """
-    return {plain_name(name): tensor for name, tensor in module.state_dict().items()}
-
-
-def unwrapped(module: Any) -> Any:
-    """Return the module inside of wrappers such as ``torch.compile`` and ``DataParallel``.
-
-    Args:
-        module: the module.
-    """
-    while isinstance(module, nn.Module) and (inner := _WRAPPERS & module._modules.keys()) and len(inner) == 1:
-        module = module._modules[inner.pop()]
-    return module
 
 
 def find_network(content: Any, use_ema: bool = False) -> FoundNetwork:

@@ -26,7 +26,7 @@ from kornia_tinyvit.checkpoints.adaptation import (
 from kornia_tinyvit.checkpoints.arguments import training_preprocessing
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, find_weights, list_pretrained
 from kornia_tinyvit.checkpoints.hub import WEIGHTS_FILE, HubMetadata, check_network, read_hub_folder
-from kornia_tinyvit.checkpoints.layouts import find_network, plain_name, plain_state_dict, unwrapped
+from kornia_tinyvit.checkpoints.layouts import find_network
 from kornia_tinyvit.checkpoints.tensors import (
     CheckpointError,
     fetch_weights,
@@ -36,6 +36,7 @@ from kornia_tinyvit.checkpoints.tensors import (
     write_tensors,
 )
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
+from kornia_tinyvit.modules import plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 
 __all__ = [
@@ -358,8 +359,7 @@ def save_checkpoint(model: nn.Module, path: str | Path, class_names: Sequence[st
         OSError: if the file cannot be written.
     """
     config, names = check_network(model, class_names)
-    model = unwrapped(model)
-    preprocessing: Any = getattr(model, "preprocessing", None)
+    preprocessing: Any = getattr(unwrapped(model), "preprocessing", None)
     values = {_CONFIG_KEY: config.to_dict(), _CLASSES_KEY: names}
     values[PREPROCESSING_KEY] = None if preprocessing is None else preprocessing.to_dict()
     metadata = {key: json.dumps(value) for key, value in values.items() if value is not None}

@@ -23,6 +23,7 @@ from kornia_tinyvit.deploy.graph import Pixels, build_graph, find_network, synth
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import without_wrappers
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.version import __version__
@@ -124,6 +125,7 @@ class ExportTask:
         dynamic_size: bool = False,
         class_names: Sequence[str] | None = None,
     ) -> None:
+        model = without_wrappers(model)
         if isinstance(model, MobileSAM):
             raise ValueError("A MobileSAM has two graphs; export it with export_mobile_sam.")
         network = find_network(model, " to export")

@@ -28,6 +28,7 @@ from kornia_tinyvit.deploy.graph import (
 )
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import without_wrappers
 
 __all__ = ["Choice", "Optimized", "optimize"]
 
@@ -226,6 +227,7 @@ def optimize(
         >>> fast(torch.rand(2, 3, 96, 96)).shape
         torch.Size([2, 10])
     """
+    model = without_wrappers(model)
     if isinstance(model, ImageClassifier):
         if pixels is not None:
             raise ValueError("An ImageClassifier takes images in [0, 1]; pixels is supported for a TinyViT.")

@@ -17,6 +17,7 @@ from kornia_tinyvit.deploy.formats.program import trace
 from kornia_tinyvit.deploy.graph import build_graph, synthetic_images
 from kornia_tinyvit.files import replacing
 from kornia_tinyvit.folding import fold
+from kornia_tinyvit.modules import without_wrappers
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.sam.transforms import PIXEL_MEAN, PIXEL_STD
@@ -85,7 +86,7 @@ def export_mobile_sam(
     """
     check_opset(opset)
     encoder, decoder = (Path(folder) / f"{prefix}{part}.onnx" for part in ("encoder", "decoder"))
-    network = copy.deepcopy(sam).to("cpu", torch.float32).eval()
+    network = copy.deepcopy(without_wrappers(sam)).to("cpu", torch.float32).eval()
     with replacing(encoder, ".onnx") as new_encoder, replacing(decoder, ".onnx") as new_decoder, torch.no_grad():
         encoder_input = {
             "pixels": "uint8",

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import plain_state_dict
 from kornia_tinyvit.preprocessing import IMAGENET_MEAN, IMAGENET_STD
 
 __all__ = ["Teacher", "load_teacher"]
@@ -94,9 +95,9 @@ def device_of(network: nn.Module) -> torch.device:
 def checksum(network: nn.Module) -> str:
     """Return the first 16 hexadecimal digits of the SHA-256 of a network's state dict."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(network.state_dict().items()):
+    for name, tensor in sorted(plain_state_dict(network).items()):
         digest.update(name.encode())
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]
 
 

@@ -17,6 +17,7 @@ from kornia_tinyvit.config import TinyViTConfig, check_class_names
 from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.modeling import TinyVitForImageClassification, TinyVitModel
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import without_wrappers
 
 __all__ = ["from_checkpoint", "from_tinyvit", "to_tinyvit"]
 
@@ -44,6 +45,7 @@ def from_tinyvit(
         >>> from_tinyvit(network).config.num_labels
         10
     """
+    model = without_wrappers(model)
     class_names = model.class_names if class_names is None else class_names
     labels = label_fields(check_class_names(class_names, model.config.num_classes))
     config = TinyVitConfig.from_network(model.config, preprocessing=model.preprocessing.to_dict(), **labels)

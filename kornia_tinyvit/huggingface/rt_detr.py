@@ -16,6 +16,7 @@ from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import describe_differences
 from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.modules import without_wrappers
 
 with optional_imports("Training detectors requires transformers and scipy", "'kornia-tinyvit[train,hf]'"):
     import scipy  # noqa: F401 - used by the matcher
@@ -96,6 +97,7 @@ def to_rt_detr(detector: TinyViTDetector, **changes: Any) -> RTDetrForObjectDete
         >>> found.logits.shape, found.pred_boxes.shape
         (torch.Size([1, 9, 5]), torch.Size([1, 9, 4]))
     """
+    detector = without_wrappers(detector)
     preprocessing = detector.backbone.preprocessing.to_dict()
     fields = _describe(detector.config, preprocessing) | label_fields(detector.class_names) | changes
     model = RTDetrForObjectDetection(RTDetrConfig(**fields))

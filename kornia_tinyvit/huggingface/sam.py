@@ -25,6 +25,7 @@ from kornia_tinyvit.huggingface.configuration import TinyVitConfig
 from kornia_tinyvit.huggingface.conversion import match_original, rename
 from kornia_tinyvit.huggingface.modeling import TAGS, TinyVitPreTrainedModel, build_network
 from kornia_tinyvit.model import NECK_CHANNELS
+from kornia_tinyvit.modules import plain_state_dict
 from kornia_tinyvit.ops import RLE, decode_rle, nms
 from kornia_tinyvit.sam import MobileSAM
 
@@ -251,7 +252,7 @@ def from_mobile_sam(sam: MobileSAM) -> TinyVitSamModel:
     network = sam.config.replace(mobile_sam=False, img_size=height, num_classes=0)
     vision = TinyVitSamVisionConfig.from_network(network, head_classes=sam.config.num_classes)
     model = TinyVitSamModel(TinyVitSamConfig(vision_config=vision))
-    weights = {rename(name, _NAMES): tensor for name, tensor in sam.state_dict().items()}
+    weights = {rename(name, _NAMES): tensor for name, tensor in plain_state_dict(sam).items()}
     weights[_TIED] = weights["shared_image_embedding.positional_embedding"]
     model.load_state_dict(weights)
     return match_original(model, sam)

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from kornia_tinyvit.checkpoints.layouts import plain_state_dict
 from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
+from kornia_tinyvit.modules import plain_state_dict
 
 __all__ = ["Geometry", "ImageEmbedding", "MaskPrediction", "fingerprint"]
 

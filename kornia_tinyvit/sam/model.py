@@ -16,11 +16,10 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import Checkpoint, CheckpointError, load_checkpoint, open_pretrained, read_checkpoint
 from kornia_tinyvit.checkpoints.adaptation import check_state_dict
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.layouts import unwrapped
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig
 from kornia_tinyvit.images import ImageInput, Images, list_images, open_image
 from kornia_tinyvit.model import NECK_CHANNELS, TinyViT
-from kornia_tinyvit.modules import evaluation_copy
+from kornia_tinyvit.modules import evaluation_copy, unwrapped
 from kornia_tinyvit.preprocessing import check_counts
 from kornia_tinyvit.sam.decoder import SharingMaskDecoder
 from kornia_tinyvit.sam.embedding import STRIDE, Geometry, ImageEmbedding, MaskPrediction, fingerprint

@@ -10,7 +10,8 @@ from torch.optim.swa_utils import AveragedModel
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.checkpoints.catalog import find_weights
-from kornia_tinyvit.checkpoints.layouts import find_network, plain_name, plain_state_dict, unwrapped
+from kornia_tinyvit.checkpoints.layouts import find_network
+from kornia_tinyvit.modules import plain_name, plain_state_dict, unwrapped
 from tests.conftest import shared
 
 WEIGHTS = {"5m_224": "in1k", "11m_224": "in1k", "21m_224": "in1k", "21m_384": "in1k_384", "21m_512": "in1k_512"}
