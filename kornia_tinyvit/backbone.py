@@ -217,7 +217,9 @@ class BackboneNetwork(nn.Module):
             raise CheckpointError(f"{path} stores an invalid configuration: {error}") from error
         preprocessing = read_preprocessing(fields, stored.backbone, str(path))
         parts = _select_parts(path, tensors, stored)  # before anything of that size is built
-        checkpoint = replace(read_checkpoint(_select(tensors, "backbone")), preprocessing=preprocessing)
+        checkpoint = replace(
+            read_checkpoint(_select(tensors, "backbone")), preprocessing=preprocessing, source=str(path)
+        )
         if isinstance(config, str):
             open_pretrained(checkpoint, config)  # rejects another variant
             config = None

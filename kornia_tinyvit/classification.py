@@ -125,6 +125,12 @@ class ImageClassifier(nn.Module):
             CheckpointError: if the weights cannot be loaded.
         """
         model = TinyViT.from_config(config, pretrained=pretrained, class_names=class_names, **kwargs)
+        if pretrained and model.config.mobile_sam:
+            source = pretrained.source if isinstance(pretrained, Checkpoint) else pretrained
+            raise ValueError(
+                f"{source} holds MobileSAM's encoder, which has no classes. Use MobileSAM.from_config or the "
+                "command segment, or pass weights of a classifier."
+            )
         class_names = model.class_names
         if class_names is None and not model.training:
             class_names = default_class_names(model.config.num_classes)

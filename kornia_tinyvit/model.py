@@ -196,10 +196,10 @@ class TinyViT(nn.Module):
             raise ValueError("Pass a variant such as '5m', a TinyViTConfig, or a checkpoint as pretrained=.")
         windows = resolve_window_sizes(base, overrides.get("img_size", base.img_size), window_sizes)
         final = base.replace(**overrides, window_sizes=windows)
-        if found is not None and final.mobile_sam and overrides.get("num_classes"):
+        if found is not None and final.mobile_sam and (overrides.get("num_classes") or class_names is not None):
             raise ValueError(
                 f"{found.source} holds MobileSAM's encoder, whose output is an image embedding without classes. Omit "
-                "num_classes, or pass weights of a classifier."
+                "num_classes and class_names, or pass weights of a classifier."
             )
         model = cls(**{name: getattr(final, name) for name in final.__dataclass_fields__})
         model.class_names = check_class_names(class_names, final.num_classes)

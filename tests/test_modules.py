@@ -10,11 +10,14 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.ao.quantization import QuantWrapper
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.utils import parametrizations, prune
+from torch.optim.swa_utils import AveragedModel
 from torch.testing import assert_close
 
 from kornia_tinyvit import ImageClassifier, MobileSAM, SemanticSegmenter, TinyViT, TinyViTDetector
-from kornia_tinyvit.modules import evaluation_copy
+from kornia_tinyvit.modules import evaluation_copy, plain_name, plain_state_dict, unwrapped, without_wrappers
 from kornia_tinyvit.training.metrics.probes import extract_features
 from tests.conftest import TINY, liven
 
@@ -303,3 +306,44 @@ class TestEvaluationCopy:
                 evaluation_copy(module)
             assert evaluation_copy(module.eval()) is module
             inner.train()
+
+
+class TestWrappers:
+    def test_names(self):
+        assert (
+            plain_name("module.encoder._orig_mod.layers.0._fsdp_wrapped_module.c.weight") == "encoder.layers.0.c.weight"
+        )
+        assert plain_name("layers.0._checkpoint_wrapped_module.modules.c") == "layers.0.modules.c"
+
+    @pytest.mark.parametrize(
+        "wrap",
+        [
+            torch.compile,
+            nn.DataParallel,
+            AveragedModel,
+            QuantWrapper,
+            checkpoint_wrapper,
+            lambda network: nn.DataParallel(torch.compile(network)),
+        ],
+    )
+    def test_state_dict(self, tiny, wrap):
+        expected = tiny.state_dict()
+        wrapped = wrap(tiny)
+        assert unwrapped(wrapped).config == tiny.config
+        found = plain_state_dict(unwrapped(wrapped))
+        assert list(found) == list(expected)
+        assert all(torch.equal(found[name], expected[name]) for name in expected)
+        assert plain_state_dict(wrapped).keys() == expected.keys()
+
+    def test_parts(self, tiny):
+        expected = tiny.state_dict()
+        stage = tiny.layers[1]
+        tiny.layers[1] = torch.compile(stage)
+        tiny.head = nn.DataParallel(tiny.head)
+        assert list(plain_state_dict(tiny)) == list(expected)
+        assert unwrapped(tiny) is tiny
+        plain = without_wrappers(nn.DataParallel(tiny))
+        assert list(plain.state_dict()) == list(expected)
+        assert plain.layers[1] is stage
+        assert isinstance(tiny.head, nn.DataParallel)
+        assert without_wrappers(plain) is plain

@@ -4,14 +4,10 @@ import json
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.ao.quantization import QuantWrapper
-from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from torch.optim.swa_utils import AveragedModel
 
 from kornia_tinyvit import TinyViT
 from kornia_tinyvit.checkpoints.catalog import find_weights
 from kornia_tinyvit.checkpoints.layouts import find_network
-from kornia_tinyvit.modules import plain_name, plain_state_dict, unwrapped
 from tests.conftest import shared
 
 WEIGHTS = {"5m_224": "in1k", "11m_224": "in1k", "21m_224": "in1k", "21m_384": "in1k_384", "21m_512": "in1k_512"}
@@ -207,38 +203,3 @@ class TestFindNetwork:
     def test_other_content(self, content):
         with pytest.raises(ValueError, match=r"has no (TinyViT|state dict)"):
             find_network(content)
-
-
-class TestWrappers:
-    def test_names(self):
-        assert (
-            plain_name("module.encoder._orig_mod.layers.0._fsdp_wrapped_module.c.weight") == "encoder.layers.0.c.weight"
-        )
-        assert plain_name("layers.0._checkpoint_wrapped_module.modules.c") == "layers.0.modules.c"
-
-    @pytest.mark.parametrize(
-        "wrap",
-        [
-            torch.compile,
-            nn.DataParallel,
-            AveragedModel,
-            QuantWrapper,
-            checkpoint_wrapper,
-            lambda network: nn.DataParallel(torch.compile(network)),
-        ],
-    )
-    def test_state_dict(self, tiny, wrap):
-        expected = tiny.state_dict()
-        wrapped = wrap(tiny)
-        assert unwrapped(wrapped).config == tiny.config
-        found = plain_state_dict(unwrapped(wrapped))
-        assert list(found) == list(expected)
-        assert all(torch.equal(found[name], expected[name]) for name in expected)
-        assert plain_state_dict(wrapped).keys() - {"n_averaged"} == expected.keys()
-
-    def test_parts(self, tiny):
-        expected = tiny.state_dict()
-        tiny.layers[1] = torch.compile(tiny.layers[1])
-        tiny.head = nn.DataParallel(tiny.head)
-        assert list(plain_state_dict(tiny)) == list(expected)
-        assert unwrapped(tiny) is tiny

@@ -1,3 +1,4 @@
+import argparse
 import http.server
 import io
 import json
@@ -8,7 +9,7 @@ import stat
 import threading
 import time
 from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 import kornia.core.download
@@ -18,8 +19,9 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTConfig
+from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT, TinyViTConfig
 from kornia_tinyvit.checkpoints import (
     CheckpointError,
     PretrainedWeights,
@@ -30,6 +32,8 @@ from kornia_tinyvit.checkpoints import (
     save_checkpoint,
 )
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
+from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.semantic import SemanticSegmenter
 from tests.checkpoints.test_layouts import to_timm
 from tests.conftest import TINY
 from tests.processes import PROCESSES, start
@@ -212,6 +216,144 @@ class TestForeignFiles:
         report = load_checkpoint(model := fresh(), weights)
         assert report.complete
         assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in weights.items())
+
+
+class TestAverages:
+    @pytest.fixture
+    def path(self, tiny, tmp_path):
+        """A checkpoint of timm with an average, whose weights are one larger."""
+        content = {"arch": "tiny_vit_5m_224", "state_dict": tiny.state_dict(), "args": argparse.Namespace(lr=0.1)}
+        content["state_dict_ema"] = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
+        torch.save(content, tmp_path / "last.pth.tar")
+        return tmp_path / "last.pth.tar"
+
+    def test_report(self, tiny, path):
+        report = load_checkpoint(model := fresh(), path)
+        assert_same(model, weights_of(tiny))
+        assert report.left_out == ("arch", "args (argparse.Namespace)")
+        assert report.ema == ("state_dict_ema",)
+        assert str(report).splitlines()[1:] == [
+            "Left out: arch, args (argparse.Namespace).",
+            "Also holds EMA weights (state_dict_ema); load them with use_ema=True.",
+        ]
+
+    def test_load(self, tiny, path):
+        report = load_checkpoint(model := fresh(), path, use_ema=True)
+        assert_same(model, {name: tensor + 1 for name, tensor in tiny.state_dict().items()})
+        assert report.left_out == ("arch", "state_dict", "args (argparse.Namespace)")
+        assert report.ema == ()
+        checkpoint = read_checkpoint(path, use_ema=True)
+        assert_same(TinyViT.from_config(pretrained=checkpoint), weights_of(model))
+
+    def test_errors(self, tiny, path):
+        with pytest.raises(CheckpointError, match="a state dict has no EMA weights; omit use_ema=True"):
+            load_checkpoint(fresh(), tiny.state_dict(), use_ema=True)
+        with pytest.raises(ValueError, match="pass use_ema=True to read_checkpoint"):
+            load_checkpoint(fresh(), read_checkpoint(path), use_ema=True)
+
+
+class TestWrappedNetworks:
+    @pytest.mark.parametrize("part", ["", "layers.1", "layers.2.blocks.0", "patch_embed.seq.0", "head"])
+    @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+    def test_round_trip(self, tiny, tmp_path, wrap, part):
+        """A network that is wrapped in whole or in part is saved and loaded like the plain one."""
+
+        def wrapped(network: nn.Module) -> nn.Module:
+            if part:
+                parent, _, name = part.rpartition(".")
+                network.get_submodule(parent)._modules[name] = wrap(network.get_submodule(part))
+                return network
+            return wrap(network)
+
+        expected = weights_of(tiny)
+        path = save_checkpoint(wrapped(tiny), tmp_path / "model.safetensors", NAMES)
+        assert load_file(path).keys() == expected.keys()
+        assert_same(TinyViT.from_config(pretrained=path), expected)
+        assert read_checkpoint(path).class_names == NAMES
+        model = wrapped(fresh())
+        assert load_checkpoint(model, path).complete
+        assert all(map(torch.equal, model.state_dict().values(), expected.values()))
+        torch.save({"model": model.state_dict()}, tmp_path / "model.pth")
+        assert_same(TinyViT.from_config(pretrained=tmp_path / "model.pth"), expected)
+
+    def test_average_of_torch(self, tiny, tmp_path):
+        path = save_checkpoint(AveragedModel(tiny), tmp_path / "model.safetensors")
+        assert load_file(path).keys() == tiny.state_dict().keys()
+
+
+class TestEncoderOfMobileSAM:
+    @pytest.mark.parametrize("options", [{"num_classes": 3}, {"class_names": [str(each) for each in range(7)]}])
+    def test_classes_are_rejected(self, tmp_path, options):
+        """The network returns an image embedding, not logits."""
+        path = save_checkpoint(fresh(mobile_sam=True), tmp_path / "sam.safetensors")
+        with pytest.raises(ValueError, match=r"holds MobileSAM's encoder.* without classes\. Omit num_classes"):
+            TinyViT.from_config(pretrained=path, **options)
+        with pytest.raises(ValueError, match="holds MobileSAM's encoder"):
+            ImageClassifier.from_config(pretrained=path, **options)
+
+    def test_kind_is_named(self, tmp_path):
+        path = save_checkpoint(fresh(mobile_sam=True), tmp_path / "sam.safetensors")
+        with pytest.raises(ValueError, match=r"holds MobileSAM's encoder, which has no classes\. Use MobileSAM"):
+            ImageClassifier.from_config(pretrained=path)
+        assert TinyViT.from_config(pretrained=path, num_classes=0).config.mobile_sam
+        segmenter = SemanticSegmenter.from_config(pretrained=path, num_classes=3, width=8)
+        assert segmenter.config.backbone.mobile_sam
+
+
+class TestKindsOfFiles:
+    """Every network names what a file of another kind holds, and a missing file."""
+
+    @pytest.fixture
+    def files(self, tmp_path):
+        folder, backbone = tmp_path, fresh()
+        detector = TinyViTDetector(fresh(), num_classes=3, hidden_dim=8, num_queries=5)
+        sam = MobileSAM.from_config("1m", img_size=64).eval()
+        return {
+            "TinyViT": save_checkpoint(backbone, folder / "a.safetensors"),
+            "segmenter": SemanticSegmenter(fresh(), num_classes=3, width=8).save(folder / "b.safetensors"),
+            "detector": detector.save(folder / "c.safetensors"),
+            "embedding": sam.embed(torch.rand(3, 32, 32)).save(folder / "d.safetensors"),
+            "missing": folder / "missing.safetensors",
+        }
+
+    READERS = {
+        "TinyViT": lambda path: TinyViT.from_config(pretrained=path),
+        "load": lambda path: load_checkpoint(fresh(), path),
+        "classifier": lambda path: ImageClassifier.from_config(pretrained=path),
+        "MobileSAM": lambda path: MobileSAM.from_config(pretrained=path),
+        "segmenter": lambda path: SemanticSegmenter.from_config(pretrained=path),
+        "detector": lambda path: TinyViTDetector.from_config(pretrained=path),
+        "segmenter with classes": lambda path: SemanticSegmenter.from_config(pretrained=str(path), num_classes=3),
+        "detector with classes": lambda path: TinyViTDetector.from_config(pretrained=path, num_classes=3),
+    }
+    HELD = {
+        "segmenter": r"holds a semantic segmenter; use SemanticSegmenter\.from_config or --task semantic",
+        "detector": r"holds a detector; use TinyViTDetector\.from_config or kornia-tinyvit detect",
+        "embedding": r"holds an image embedding; use ImageEmbedding\.load",
+        "missing": "There is no checkpoint file",
+    }
+
+    @pytest.mark.parametrize("reader", READERS)
+    @pytest.mark.parametrize("kind", HELD)
+    def test_other_kind(self, files, kind, reader):
+        if reader.split(" ")[0] == kind:
+            assert self.READERS[reader](files[kind]).config.num_classes == 3
+        else:
+            with pytest.raises(CheckpointError, match=rf"{files[kind].name} {self.HELD[kind]}|{self.HELD['missing']}"):
+                self.READERS[reader](files[kind])
+
+    @pytest.mark.parametrize("network", [SemanticSegmenter, TinyViTDetector])
+    def test_names_without_a_file(self, network):
+        with pytest.raises(CheckpointError, match="There are no weights and no file 'nothere'"):
+            network.from_config(pretrained="nothere")
+
+    def test_url(self, files):
+        assert SemanticSegmenter.from_config(pretrained=files["segmenter"].as_uri()).config.num_classes == 3
+
+    @pytest.mark.parametrize(("network", "kind"), [(SemanticSegmenter, "segmenter"), (TinyViTDetector, "detector")])
+    def test_backbone_only(self, files, network, kind):
+        with pytest.raises(ValueError, match=rf"pass num_classes or class_names\. .*a\.safetensors stores no {kind}"):
+            network.from_config(pretrained=files["TinyViT"])
 
 
 class TestWindows:

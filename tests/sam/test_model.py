@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import kornia
@@ -309,6 +310,23 @@ class TestCheckpoints:
         os.truncate(path, int(path.stat().st_size * share))
         with pytest.raises(CheckpointError, match=r"sam\.pt is (truncated|damaged)"):
             MobileSAM.from_config(pretrained=path)
+
+    @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+    def test_wrapped_parts(self, sam, tmp_path, wrap):
+        """A compiled or parallel part is saved, loaded and compared under its plain names."""
+        sam = copy.deepcopy(sam)
+        expected, embedding = dict(sam.state_dict()), sam.embed(torch.rand(3, 48, 80))
+        sam.image_encoder, sam.mask_decoder = wrap(sam.image_encoder).eval(), wrap(sam.mask_decoder).eval()
+        assert sam.config.mobile_sam
+        assert sam.embed(torch.rand(3, 48, 80)).encoder == embedding.encoder
+        box = torch.tensor([[10.0, 5.0, 60.0, 40.0]])
+        assert sam.predict_masks(embedding, boxes=box)[0].scores.shape == (1, 3)
+        torch.save(sam.state_dict(), tmp_path / "sam.pt")
+        for path in (save_checkpoint(sam, tmp_path / "sam.safetensors"), tmp_path / "sam.pt"):
+            loaded = MobileSAM.from_config(pretrained=path, img_size=sam.img_size)
+            assert loaded.state_dict().keys() == expected.keys()
+            assert all(torch.equal(loaded.state_dict()[name], each) for name, each in expected.items())
+            assert loaded.embed(torch.rand(3, 48, 80)).encoder == embedding.encoder
 
     def test_code_does_not_run(self, sam, tmp_path):
         torch.save(sam.state_dict() | {"mask_decoder.extra": Runs(tmp_path / "marker")}, tmp_path / "sam.pt")
