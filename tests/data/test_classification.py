@@ -216,7 +216,9 @@ class TestSplits:
                 shutil.copytree(folder / each, root / name / each)
         return root
 
-    @pytest.mark.parametrize("names", [("train", "val"), ("train", "valid"), ("training", "validation", "test"), ("Train", "Val")])
+    @pytest.mark.parametrize(
+        "names", [("train", "val"), ("train", "valid"), ("training", "validation", "test"), ("Train", "Val")]
+    )
     def test_folders(self, folder, tmp_path, names):
         root = self.divide(folder, tmp_path / "data", names)
         (root / names[1] / "dog" / "2.png").unlink()
