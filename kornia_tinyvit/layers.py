@@ -73,7 +73,9 @@ class ConvBN(nn.Module):
         )
 
     def fold(self) -> tuple[Tensor, Tensor]:
-        r"""Return weight and bias of that convolution, differentiable.
+        r"""Return weight :math:`(C_{out}, C_{in} / groups, k, k)` and bias :math:`(C_{out},)` of that convolution.
+
+        Both are differentiable.
 
         With running mean :math:`m` and variance :math:`v`, the normalization multiplies each output channel by
         :math:`s = w / \sqrt{v + eps}` and adds :math:`b - s m`.

@@ -2,6 +2,7 @@ import copy
 import io
 import math
 import pickle
+from functools import partial
 
 import pytest
 import torch
@@ -462,11 +463,11 @@ class TestTransforms:
     def test_trace(self, shallow, case):
         module, inputs = build_case(shallow, case)
         with torch.no_grad():
-            # The decoder's last argument is not a tensor.
-            function = (lambda *x: module(*x, True)) if case == "mask decoder" else module
-            tensors = tuple(each for each in inputs if isinstance(each, Tensor))
-            traced = torch.jit.trace(function, tensors)
-            torch.testing.assert_close(traced(*tensors), module(*inputs), atol=1e-5, rtol=1e-5)
+            expected = module(*inputs)
+            if case == "mask decoder":  # whose last argument is not a tensor
+                module.forward, inputs = partial(type(module).forward, module, multimask_output=True), inputs[:-1]
+            traced = torch.jit.trace(module, inputs)
+            torch.testing.assert_close(traced(*inputs), expected, atol=1e-5, rtol=1e-5)
 
     @pytest.mark.slow
     @pytest.mark.parametrize("gradients", [True, False])

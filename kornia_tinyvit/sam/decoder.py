@@ -9,17 +9,37 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
-from kornia.models.common import LayerNorm2d
+from kornia.models.common import MLP, LayerNorm2d
+from kornia.models.sam.architecture.common import MLPBlock
 from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from kornia.models.sam.architecture.transformer import Attention, TwoWayAttentionBlock, TwoWayTransformer
 from torch import Tensor, nn
 
-__all__ = ["FoldedMaskDecoder", "PreparedImage", "PromptedImage", "SharingMaskDecoder"]
+from kornia_tinyvit.modules import is_plain
+
+__all__ = ["FoldedMaskDecoder", "PreparedImage", "PromptedImage", "SharingMaskDecoder", "UnfoldedImage"]
 
 # Prompts decoded together: few on a CPU, whose caches hold their image tokens; more elsewhere, for utilization.
 CPU_CHUNK, CHUNK = 8, 64
 BAND = 8  # rows of the embedding upscaled together, for the caches, too
 UPSCALING = 4  # resolution of the masks over that of the embedding
+#: The layers of kornia's decoder, which :class:`FoldedMaskDecoder` knows.
+_FOLDABLE = {
+    Attention,
+    LayerNorm2d,
+    MLP,
+    MLPBlock,
+    TwoWayAttentionBlock,
+    TwoWayTransformer,
+    nn.ConvTranspose2d,
+    nn.Embedding,
+    nn.GELU,
+    nn.LayerNorm,
+    nn.Linear,
+    nn.ModuleList,
+    nn.ReLU,
+    nn.Sequential,
+}
 
 
 @dataclass(frozen=True)
@@ -50,6 +70,21 @@ class PreparedImage:
 
 
 @dataclass(frozen=True)
+class UnfoldedImage:
+    """Tensors for a decoder with changed layers, in place of a :class:`PreparedImage`.
+
+    Args:
+        size: height and width of the embedding in cells.
+        tokens: image embedding plus dense prompt embedding, :math:`(B, S, C)`.
+        position: positional encoding, :math:`(1, S, C)`.
+    """
+
+    size: tuple[int, int]
+    tokens: Tensor
+    position: Tensor
+
+
+@dataclass(frozen=True)
 class PromptedImage:
     """Output of the decoder's transformer for an image and :math:`P` prompts.
 
@@ -77,27 +112,31 @@ class FoldedMaskDecoder(nn.Module):
     The steps are available separately: :meth:`prepare` an image, :meth:`prompt` it for predicted IoUs, :meth:`upscale`
     only the masks that pass a filter.
 
-    It refers to the decoder and stores no derived weights, so changes of the decoder take effect.
+    It refers to the decoder and stores no derived weights, so changes of weights take effect. A decoder with layers
+    that are replaced, pruned, parametrized or have hooks, as with adapters, runs as it is, without folding.
 
     Args:
         decoder: the decoder.
-        dtype: dtype of the image side; default that of the parameters, which the prompt side always has.
-            ``torch.bfloat16`` takes two thirds of the time on CPUs with bfloat16 instructions and changes logits by
-            some percent.
+        dtype: dtype of the image side of a folded decoder; default that of the parameters, which the prompt side always
+            has. ``torch.bfloat16`` takes two thirds of the time on CPUs with bfloat16 instructions and changes logits
+            by some percent.
 
     Raises:
-        TypeError: if the decoder is not kornia's with a ``TwoWayTransformer``.
+        TypeError: if the decoder is not kornia's.
     """
 
     def __init__(self, decoder: MaskDecoder, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        if not isinstance(decoder, MaskDecoder) or not isinstance(decoder.transformer, TwoWayTransformer):
-            raise TypeError(
-                "FoldedMaskDecoder takes kornia's MaskDecoder with a TwoWayTransformer; got "
-                f"{type(decoder).__name__} with {type(getattr(decoder, 'transformer', None)).__name__}."
-            )
+        if not isinstance(decoder, MaskDecoder) or type(decoder).predict_masks is not MaskDecoder.predict_masks:
+            raise TypeError(f"FoldedMaskDecoder takes kornia's MaskDecoder; got {type(decoder).__name__}.")
         self.decoder = decoder
         self.dtype = dtype
+
+    @property
+    def folds(self) -> bool:
+        """Whether the decoder is folded: all its layers are kornia's, unchanged."""
+        _, *layers = self.decoder.modules()
+        return all(type(layer) in _FOLDABLE and is_plain(layer, type(layer)) for layer in layers)
 
     def forward(
         self,
@@ -147,7 +186,9 @@ class FoldedMaskDecoder(nn.Module):
             iou.append(prompted.iou[:, chosen])
         return torch.cat(masks), torch.cat(iou)
 
-    def prepare(self, image_embeddings: Tensor, image_pe: Tensor, dense_prompt_embeddings: Tensor) -> PreparedImage:
+    def prepare(
+        self, image_embeddings: Tensor, image_pe: Tensor, dense_prompt_embeddings: Tensor
+    ) -> PreparedImage | UnfoldedImage:
         """Compute the tensors shared by all prompts of an image.
 
         Args:
@@ -169,6 +210,10 @@ class FoldedMaskDecoder(nn.Module):
             dense = tuple(dense_prompt_embeddings.shape)
             raise ValueError(f"Dense prompts must be (P, {', '.join(map(str, shape[1:]))}); got {dense}.")
         self._check_gradients(image_embeddings, image_pe, dense_prompt_embeddings)
+        size = cast("tuple[int, int]", tuple(image_embeddings.shape[2:]))
+        if not self.folds:
+            tokens = image_embeddings + dense_prompt_embeddings
+            return UnfoldedImage(size, tokens.flatten(2).mT, image_pe.flatten(2).mT)
         transformer = cast("TwoWayTransformer", self.decoder.transformer)
         first, *later = cast("Iterable[TwoWayAttentionBlock]", transformer.layers)
         reading, writing = first.cross_attn_token_to_image, first.cross_attn_image_to_token
@@ -178,7 +223,7 @@ class FoldedMaskDecoder(nn.Module):
         to_image = [*(layer.cross_attn_token_to_image for layer in later), transformer.final_attn_token_to_image]
         from_image = [layer.cross_attn_image_to_token for layer in later]
         return PreparedImage(
-            size=cast("tuple[int, int]", tuple(image_embeddings.shape[2:])),
+            size=size,
             tokens=self._cast(tokens),
             keys=self._cast(_heads(reading.k_proj(placed), reading).mT),
             values=self._cast(_heads(reading.v_proj(tokens), reading)),
@@ -188,7 +233,7 @@ class FoldedMaskDecoder(nn.Module):
             position_queries=[self._cast(_heads(a.q_proj(position), a).mT) for a in from_image],
         )
 
-    def prompt(self, image: PreparedImage, sparse_prompt_embeddings: Tensor) -> PromptedImage:
+    def prompt(self, image: PreparedImage | UnfoldedImage, sparse_prompt_embeddings: Tensor) -> PromptedImage:
         """Run the transformer and predict the IoU of the masks.
 
         Memory grows by about :math:`2 S (C + HN)` numbers per prompt.
@@ -211,6 +256,11 @@ class FoldedMaskDecoder(nn.Module):
         decoder, transformer = self.decoder, cast("TwoWayTransformer", self.decoder.transformer)
         own = torch.cat([decoder.iou_token.weight, decoder.mask_tokens.weight])
         pe = torch.cat([own.expand(prompts, -1, -1), sparse_prompt_embeddings], 1)
+        if isinstance(image, UnfoldedImage):
+            maps = (x.expand(prompts, -1, -1).mT.unflatten(2, image.size) for x in (image.tokens, image.position))
+            tokens, image_tokens = transformer(*maps, pe)
+            mask_tokens = tokens[:, 1 : 1 + decoder.num_mask_tokens]
+            return PromptedImage(image.size, image_tokens, mask_tokens, decoder.iou_prediction_head(tokens[:, 0]))
         tokens, image_tokens = pe, image.tokens
         for index, layer in enumerate(cast("Iterable[TwoWayAttentionBlock]", transformer.layers)):
             tokens, image_tokens = _exchange(layer, index, image, tokens, pe, image_tokens)
@@ -237,11 +287,15 @@ class FoldedMaskDecoder(nn.Module):
         self._check_gradients(prompted.tokens)
         rows, columns = cells or prompted.size
         chosen = range(len(prompted.tokens)) if prompts is None else list(prompts)
-        networks = self.decoder.output_hypernetworks_mlps
+        decoder, networks = self.decoder, self.decoder.output_hypernetworks_mlps
         weights = torch.stack([network(prompted.mask_tokens[:, i]) for i, network in enumerate(networks)], 1)
+        if not self.folds:
+            maps = decoder.output_upscaling(prompted.tokens[chosen].mT.unflatten(2, prompted.size))
+            masks = (weights[chosen] @ maps.flatten(2)).unflatten(2, maps.shape[2:])
+            return masks[..., : UPSCALING * rows, : UPSCALING * columns]
         masks = weights.new_empty(len(chosen), len(networks), UPSCALING * rows, UPSCALING * columns)
         maps = prompted.tokens.unflatten(1, prompted.size)[:, :rows, :columns]
-        layers = self.decoder.output_upscaling
+        layers = decoder.output_upscaling
         linears = [_as_linear(cast("nn.ConvTranspose2d", layers[index]), maps.dtype) for index in (0, 3)]
         for mask, index in zip(masks, chosen, strict=True):
             _upscale(layers, linears, maps[index], weights[index].to(maps.dtype), out=mask)
@@ -261,8 +315,8 @@ class FoldedMaskDecoder(nn.Module):
 class SharingMaskDecoder(MaskDecoder):
     """kornia's ``MaskDecoder`` that runs as :class:`FoldedMaskDecoder` wherever no gradient is recorded.
 
-    Weights, arguments and, up to rounding, results are those of ``MaskDecoder``, which runs with gradients enabled and
-    while a program is compiled or exported.
+    Weights, arguments and, up to rounding, results are those of ``MaskDecoder``, which runs with gradients enabled,
+    while a program is compiled or exported, and with changed layers.
     """
 
     def forward(
@@ -286,10 +340,14 @@ class SharingMaskDecoder(MaskDecoder):
             Logits :math:`(P, M, 4h, 4w)` and predicted IoUs :math:`(P, M)`.
         """
         prompts = (sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output)
-        if (torch.is_grad_enabled() or torch.compiler.is_compiling()) and len(sparse_prompt_embeddings):
+        some = len(sparse_prompt_embeddings) > 0
+        if some and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+            return super().forward(image_embeddings, image_pe, *prompts)
+        folded = FoldedMaskDecoder(self)
+        if some and not folded.folds:
             return super().forward(image_embeddings, image_pe, *prompts)
         with torch.no_grad():
-            return FoldedMaskDecoder(self)(image_embeddings, image_pe, *prompts)
+            return folded(image_embeddings, image_pe, *prompts)
 
 
 def _exchange(

@@ -4,6 +4,7 @@ from kornia.models.sam.architecture.mask_decoder import MaskDecoder
 from kornia.models.sam.architecture.prompt_encoder import PromptEncoder
 from kornia.models.sam.architecture.transformer import TwoWayTransformer
 from torch import nn
+from torch.nn.utils import prune
 
 from kornia_tinyvit.sam import decoder as module
 from kornia_tinyvit.sam.decoder import FoldedMaskDecoder, SharingMaskDecoder
@@ -176,15 +177,19 @@ class TestParts:
             expected = decoder(features, prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True)[1]
         torch.testing.assert_close(iou[:, 1:], expected, atol=1e-4, rtol=1e-4)
 
-    def test_image_side_is_shared(self, decoder, prompt_encoder, features):
+    def test_image_side_is_shared(self, decoder, prompt_encoder, features, monkeypatch):
         tokens = CELLS[0] * CELLS[1]
         seen = []
-        for attention in decoder.transformer.modules():
-            for name in ("q_proj", "k_proj", "v_proj"):
-                if hasattr(attention, name):
-                    getattr(attention, name).register_forward_hook(
-                        lambda _module, args, _out: seen.append(args[0].shape[:2].numel())
-                    )
+        attentions = [part for part in decoder.transformer.modules() if hasattr(part, "q_proj")]
+        projections = {each for part in attentions for each in (part.q_proj, part.k_proj, part.v_proj)}
+        forward = nn.Linear.forward
+
+        def count(layer, x):
+            if layer in projections:
+                seen.append(x.shape[:2].numel())
+            return forward(layer, x)
+
+        monkeypatch.setattr(nn.Linear, "forward", count)
         sparse, dense = embed_prompts(prompt_encoder, "points", count=20)
         with torch.no_grad():
             FoldedMaskDecoder(decoder)(features, prompt_encoder.get_dense_pe(), sparse, dense, multimask_output=True)
@@ -309,3 +314,59 @@ class TestSharing:
             program = torch.export.export(sharing, arguments)
             assert torch.equal(program.module()(*arguments)[0], decoder(*arguments)[0])
         assert sharing.calls == []
+
+
+class Adapter(nn.Module):
+    """A wrapper that adds a low-rank update to a linear layer and shows its weight."""
+
+    def __init__(self, base: nn.Linear) -> None:
+        super().__init__()
+        self.base = base
+        self.update = nn.Sequential(nn.Linear(base.in_features, 2), nn.Linear(2, base.out_features))
+
+    weight = property(lambda self: self.base.weight)
+    bias = property(lambda self: self.base.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.base(x) + self.update(x)
+
+
+def adapt(decoder: MaskDecoder) -> None:
+    attention = decoder.transformer.layers[1].cross_attn_token_to_image
+    attention.k_proj, attention.v_proj = Adapter(attention.k_proj), Adapter(attention.v_proj)
+
+
+def prune_keys(decoder: MaskDecoder) -> None:
+    prune.l1_unstructured(decoder.transformer.final_attn_token_to_image.k_proj, "weight", 0.5)
+
+
+def hook_upscaling(decoder: MaskDecoder) -> None:
+    decoder.output_upscaling[1].register_forward_hook(lambda layer, args, output: 2 * output)
+
+
+def replace_activation(decoder: MaskDecoder) -> None:
+    decoder.output_upscaling[2] = nn.Softmax(1)
+
+
+class TestChangedLayers:
+    @pytest.mark.parametrize("change", [adapt, prune_keys, hook_upscaling, replace_activation])
+    @pytest.mark.parametrize("kinds", ["points", "masks"])
+    @torch.no_grad()
+    def test_as_kornias(self, decoder, prompt_encoder, features, change, kinds):
+        sparse, dense = embed_prompts(prompt_encoder, {kinds})
+        arguments = features, prompt_encoder.get_dense_pe(), sparse, dense, True
+        before = decoder(*arguments)
+        change(decoder)
+        expected = decoder(*arguments)
+        folded = FoldedMaskDecoder(decoder)
+        assert not folded.folds
+        assert_same(folded(*arguments), expected)
+        assert not torch.allclose(expected[0], before[0], atol=1e-2)
+        decoder.__class__ = SharingMaskDecoder
+        assert_same(decoder(*arguments), expected)
+        prepared = folded.prepare(features, arguments[1], dense)
+        part = folded.upscale(folded.prompt(prepared, sparse), [3, 1], (4, 5))
+        torch.testing.assert_close(part[:, 1:], expected[0][[3, 1], :, :16, :20], atol=1e-4, rtol=1e-4)
+
+    def test_unchanged(self, decoder):
+        assert FoldedMaskDecoder(decoder).folds
