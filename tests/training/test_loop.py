@@ -211,10 +211,10 @@ class TestOutputs:
     def test_other_validation_classes(self, folder, tmp_path):
         data = make_images(tmp_path / "val", each=1)
         (data / "green").rename(data / "yellow")
-        with pytest.raises(ValueError, match="other classes than the network: green, yellow"):
+        with pytest.raises(ValueError, match="The data has the classes yellow, but the network has blue, green, red"):
             fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data))
         (data / "violet").mkdir()
-        with pytest.raises(ValueError, match="have 4 classes, but the network has 3"):
+        with pytest.raises(ValueError, match="The data has 4 classes, but the network has 3"):
             fit(folder, tmp_path / "out", validation=ClassificationDataset.open(data), class_names=None)
         assert not (tmp_path / "out").exists()
 
