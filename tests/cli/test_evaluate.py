@@ -269,6 +269,24 @@ class TestImageNet22k:
 
 
 class TestParquet:
+    def test_names_in_reversed_order(self, weights, photos, tmp_path):
+        """The metadata of ``datasets`` name the classes in another order than the network."""
+        pa = pytest.importorskip("pyarrow")
+        import pyarrow.parquet as pq
+
+        classifier = ImageClassifier.from_config(pretrained=weights)
+        columns = {"image": [], "label": []}
+        for photo in photos:
+            buffer = io.BytesIO()
+            photo.save(buffer, "PNG")
+            columns["image"].append(buffer.getvalue())
+            columns["label"].append(9 - classifier.predict(photo)[0][0].index)
+        features = {"label": {"names": CIFAR[::-1], "_type": "ClassLabel"}}
+        metadata = {"huggingface": json.dumps({"info": {"features": features}})}
+        pq.write_table(pa.table(columns).replace_schema_metadata(metadata), tmp_path / "test.parquet")
+        report = json.loads(run("evaluate", str(tmp_path / "test.parquet"), "--weights", weights, "--json"))
+        assert report["top1"] == 100
+
     def test_labels_are_positions(self, weights, photos, tmp_path):
         pa = pytest.importorskip("pyarrow")
         import pyarrow.parquet as pq
