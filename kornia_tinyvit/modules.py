@@ -9,7 +9,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import partial
 from operator import is_
-from types import CellType, FunctionType, MethodType
+from types import CellType, FunctionType, MethodType, ModuleType
 from typing import Any, TypeGuard, TypeVar, cast
 
 import torch
@@ -214,19 +214,32 @@ def _rebind(value: Any, copies: Mapping[int, nn.Module]) -> Any:
         old = value.func, value.args, value.keywords
         func, args, keywords = new = _rebind(old, copies)
         return value if new is old else partial(func, *args, **keywords)
-    if kind is not MethodType and any(id(each) in copies for each in _referents(value)):
+    if kind is not MethodType and _hides(value, copies):
         raise LookupError
     return value
 
 
+def _hides(value: Any, copies: Mapping[int, nn.Module], depth: int = 3) -> bool:
+    """Return whether a function or object refers to a part, through at most ``depth`` others."""
+    if id(value) in copies:
+        return True
+    if depth == 0 or type(value) in _PLAIN or isinstance(value, ModuleType):
+        return False
+    return any(_hides(each, copies, depth - 1) for each in _referents(value))
+
+
 def _referents(value: Any) -> Iterable[Any]:
-    """Return what a function, a weak reference or an object with attributes refers to, as far as that is visible."""
     if isinstance(value, FunctionType):
-        cells = [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
-        return [getattr(each, "__self__", each) for each in cells]
+        return [cell.cell_contents for cell in value.__closure__ or () if cell != CellType()]
+    if isinstance(value, MethodType):
+        return [value.__self__]
+    if isinstance(value, partial):
+        return [value.func, *value.args, *value.keywords.values()]
     if isinstance(value, weakref.ref):
         return [value()]
-    return getattr(value, "__dict__", {}).values()
+    if isinstance(value, (list, tuple, set)):
+        return [] if _PLAIN.issuperset(map(type, value)) else value
+    return (value if isinstance(value, dict) else getattr(value, "__dict__", {})).values()
 
 
 def _rejection(part: nn.Module, reason: str) -> ValueError:

@@ -298,7 +298,7 @@ class TestEvaluationCopy:
         original = closure.forward
         closure.forward = lambda x: original(x) + 1
         holder.engine = type("Engine", (), {})()
-        holder.engine.network = holder
+        holder.engine.network = [holder.forward]
         recursive.items_seen = [recursive.modules]
         recursive.items_seen.append(recursive.items_seen)
         for module, name in ((closure, "forward"), (holder, "engine"), (recursive, "items_seen")):
