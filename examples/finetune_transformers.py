@@ -91,7 +91,7 @@ def main() -> None:
     test = ClassificationDataset.open(args.data / "test.parquet").sample(args.test)
     network = TinyViT.from_config("1m", pretrained="cifar10")
     model = build_model(network, train.num_classes, args.lora)
-    processor = TinyVitImageProcessor(size=network.config.img_size, crop_pct=15 / 16)
+    processor = TinyVitImageProcessor.from_preprocessing(network.preprocessing)
     augmentation = torch.nn.Sequential(
         K.RandomHorizontalFlip(), K.RandomCrop((32, 32), padding=4), K.ColorJitter(0.2, 0.2, 0.2)
     )
