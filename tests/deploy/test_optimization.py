@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import kornia_tinyvit
-from kornia_tinyvit import ImageClassifier, TinyViT, allocator
+from kornia_tinyvit import ImageClassifier, TinyViT, TinyViTDetector, allocator
 from kornia_tinyvit.deploy import graph, optimization
 from kornia_tinyvit.deploy.engines import EagerEngine
 from kornia_tinyvit.deploy.optimization import Optimized, optimize
@@ -230,3 +230,17 @@ class TestAllocator:
         monkeypatch.setattr(sys, "platform", "linux")
         monkeypatch.setattr(ctypes, "CDLL", lambda _: object())
         assert allocator.keep_memory() is False
+
+
+@pytest.mark.slow  # traces and converts a detector
+def test_detector():
+    pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    torch.manual_seed(0)
+    settings = {"num_classes": 3, "hidden_dim": 32, "num_queries": 9, "decoder_layers": 1}
+    detector = TinyViTDetector(liven(TinyViT(**SHALLOW | {"num_classes": 0})), **settings).eval()
+    fast = optimize(detector, "onnxruntime", tune_allocator=False)
+    assert fast.pixels == "unit"
+    photos = torch.nn.functional.interpolate(torch.rand(2, 3, 5, 6), (64, 64))
+    for found, expected in zip(fast(photos), detector(photos), strict=True):
+        torch.testing.assert_close(found, expected.detach(), atol=1e-4, rtol=1e-4)
