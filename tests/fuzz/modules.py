@@ -19,6 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.flop_counter import FlopCounterMode
 
 from kornia_tinyvit import ImageClassifier, TinyViT
+from kornia_tinyvit.contraction.inheritance import inherit
 from kornia_tinyvit.folding import fold
 from tests.fuzz.harness import Target
 from tests.fuzz.images import segmenter
@@ -150,6 +151,10 @@ def other_conv(rng: random.Random, layer: Any) -> None:
     layer.c = made
 
 
+def partly_affine(rng: random.Random, layer: Any) -> None:
+    setattr(layer.bn, rng.choice(("weight", "bias")), None)
+
+
 class Scaled(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return 0.5 * x
@@ -161,7 +166,7 @@ def parametrized(rng: random.Random, layer: Any) -> None:
         parametrize.register_parametrization(layer.c, "weight", Scaled())
     elif kind == 1:
         parametrizations.weight_norm(layer.c)
-    elif layer.bn.weight is not None:
+    else:
         parametrize.register_parametrization(layer.bn, "weight", Scaled())
 
 
@@ -180,7 +185,7 @@ def moved(rng: random.Random, layer: Any) -> None:
 
 
 CHANGES: tuple[Callable[[random.Random, Any], None], ...] = (
-    pruned, pruned, structured, hooked, hooked, other_norm, other_norm, other_conv, parametrized, overwritten, moved,
+    pruned, pruned, structured, hooked, hooked, other_norm, other_norm, other_conv, partly_affine, parametrized, overwritten, moved,
 )  # fmt: skip
 
 
@@ -252,6 +257,23 @@ def counting_hooks(rng: random.Random, folder: Path) -> None:
     assert set(fired.values()) == {1}, "hooks fire several times"
     with torch.no_grad():
         same(found, plain(model, x), "the output of a network with hooks", TOLERANCE)
+
+
+def inherited_weights(rng: random.Random, folder: Path) -> None:
+    """A network of the same configuration inherits what the parent computes, or an error says why not."""
+    model, x = fresh(rng), an_input(rng)
+    what = change(rng, model) if rng.random() < 0.7 else "nothing"
+    hooks = any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+    if hooks or "overwritten" in what:  # which are no weights
+        return
+    with torch.no_grad():
+        wanted = plain(model, x)
+        scale = max(1.0, float(wanted.abs().max()))
+        check(
+            OPEN if what != "nothing" else VALID, "inheriting weights", lambda: inherit(model, model.config).eval()(x),
+            lambda found: same(found / scale, wanted / scale, "the output of an inherited network", TOLERANCE, what),
+            "", what,
+        )  # fmt: skip
 
 
 def flops(rng: random.Random, folder: Path) -> None:
@@ -391,7 +413,7 @@ def exported(rng: random.Random, folder: Path) -> None:
 
 KINDS: tuple[tuple[float, Callable[[random.Random, Path], None]], ...] = (
     (10, changed_network), (4, folded_network), (3, counting_hooks), (1, flops), (3, training_mode), (3, predicting),
-    (0.5, per_sample_gradients), (0.1, scripted), (0.05, exported),
+    (1, inherited_weights), (0.5, per_sample_gradients), (0.2, scripted), (0.1, exported),
 )  # fmt: skip
 
 

@@ -18,9 +18,10 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from kornia_tinyvit import ImageClassifier, classification, images
+from kornia_tinyvit import ImageClassifier, TinyViT, classification, folding, images, layers, model
 from kornia_tinyvit.checkpoints import adaptation, layouts, loading, tensors
 from kornia_tinyvit.checkpoints.tensors import CheckpointError
+from kornia_tinyvit.contraction import inheritance
 from kornia_tinyvit.data import classification as labeled
 from kornia_tinyvit.data import coco, descriptions, folders, instances, masks, parquet, segmentation, tars, yolo
 from kornia_tinyvit.data import datasets as data_sets
@@ -255,6 +256,29 @@ def switching(predict: Any) -> Any:
     return predict_in_evaluation_mode
 
 
+def always_folded(self: Any) -> bool:
+    """Look at the running statistics alone."""
+    return not (self.bn.training or self.bn.running_mean is None or self.bn.running_var is None)
+
+
+def flat_attention(self: Any, x: Tensor) -> Tensor:
+    """Flatten the attended tokens whatever their strides in a traced graph."""
+    q, k, v = self.qkv(self.norm(x)).unflatten(-1, (self.num_heads, 3, -1)).permute(3, 0, 2, 1, 4).unbind()
+    bias = self.attention_bias().to(q.dtype)
+    return self.proj(self.attend(q, k, v, bias.unsqueeze(0)).transpose(1, 2).flatten(2))
+
+
+def embed_channels_last(self: Any, x: Tensor) -> Tensor:
+    """Ask for a memory format that `vmap` does not know."""
+    images.check_images(x, self.config.in_chans, 32)
+    return self.patch_embed(x.contiguous(memory_format=torch.channels_last))
+
+
+def blocks_by_super(self: Any, x: Tensor) -> Tensor:
+    """Call the forward function of the base class, which TorchScript does not compile."""
+    return super(model.Blocks, self).forward(x)
+
+
 SWITCHED = together(
     patched(ImageClassifier, "predict", switching(ImageClassifier.predict)),
     patched(classification, "evaluation_copy", lambda module: module),
@@ -303,5 +327,13 @@ MUTANTS: tuple[Mutant, ...] = (
         "W5", "the guide's adapter is reloaded with other statistics", None, nullcontext,
         "a code block of the documentation, which its own test runs",
     ),
+    Mutant("N1", "changed layers are folded", MODULES, patched(layers.ConvBN, "is_foldable", always_folded)),
+    Mutant("N1", "changed layers are folded for inference", MODULES, patched(folding, "is_plain", isinstance)),
+    Mutant("N1", "changed layers are inherited", MODULES, patched(inheritance, "_check_layers", lambda parent: None)),
+    Mutant(
+        "N2", "attention cannot be exported with gradients", MODULES, patched(layers.Attention, "forward", flat_attention)
+    ),
+    Mutant("N3", "vmap does not know the memory format", MODULES, patched(TinyViT, "_embed", embed_channels_last)),
+    Mutant("N3", "TorchScript does not compile stages", MODULES, patched(model.Blocks, "forward", blocks_by_super)),
     Mutant("N4", "predict switches the mode of the network", MODULES, SWITCHED),
 )  # fmt: skip
