@@ -67,6 +67,7 @@ class ConvBN(nn.Module):
             weight is not None
             and scale is not None
             and weight.dtype == scale.dtype
+            and norm._parameters["bias"] is not None
             and norm._buffers["running_mean"] is not None
             and conv._parameters["bias"] is None
             and conv.padding_mode == "zeros"

@@ -241,6 +241,7 @@ CHANGES: dict[str, Callable[[ConvBN], object]] = {
     "Identity": replaced_norm(nn.Identity()),
     "frozen norm": replaced_norm(FrozenBatchNorm(8)),
     "norm without weights": replaced_norm(nn.BatchNorm2d(8, affine=False)),
+    "norm without a bias": lambda layer: setattr(layer.bn, "bias", None),
     "norm without statistics": replaced_norm(nn.BatchNorm2d(8, track_running_stats=False)),
     "subclass": standardized,
     "wrapper": low_rank,

@@ -185,7 +185,8 @@ def moved(rng: random.Random, layer: Any) -> None:
 
 
 CHANGES: tuple[Callable[[random.Random, Any], None], ...] = (
-    pruned, pruned, structured, hooked, hooked, other_norm, other_norm, other_conv, partly_affine, parametrized, overwritten, moved,
+    pruned, pruned, structured, hooked, hooked, other_norm, other_norm, other_conv, partly_affine, parametrized,
+    overwritten, moved,
 )  # fmt: skip
 
 
