@@ -133,7 +133,7 @@ def hooked(rng: random.Random, layer: Any) -> None:
 def other_norm(rng: random.Random, layer: Any) -> None:
     channels = layer.bn.num_features
     layer.bn = rng.choice((
-        lambda: nn.GroupNorm(1, channels), nn.Identity, lambda: nn.InstanceNorm2d(channels, affine=True),
+        lambda: nn.GroupNorm(1, channels), nn.Identity, lambda: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True),
         lambda: nn.BatchNorm2d(channels, affine=False), lambda: nn.BatchNorm2d(channels, track_running_stats=False),
         lambda: nn.Sequential(nn.BatchNorm2d(channels), Doubled()), Doubled,
     ))().eval()  # fmt: skip
@@ -190,7 +190,32 @@ CHANGES: tuple[Callable[[random.Random, Any], None], ...] = (
 )  # fmt: skip
 
 
+def change_linear(rng: random.Random, model: TinyViT) -> str:
+    """Change a linear layer or a norm between tokens."""
+    kinds = (nn.Linear, nn.LayerNorm)
+    owners = [
+        (owner, name) for owner in model.modules() for name, part in owner.named_children() if isinstance(part, kinds)
+    ]
+    owner, name = rng.choice(owners)
+    part = getattr(owner, name)
+    kind = rng.randrange(5)
+    if kind == 0:
+        part.register_forward_hook(lambda _, __, y: y * 1.5)
+    elif kind == 1:
+        prune.l1_unstructured(part, "weight", amount=0.5)
+    elif kind == 2:
+        parametrize.register_parametrization(part, "weight", Scaled())
+    elif kind == 3:
+        part.bias = None
+    else:
+        setattr(owner, name, nn.Sequential(part, Doubled()))
+    return f"linear {kind}"
+
+
 def change(rng: random.Random, model: TinyViT) -> str:
+    if rng.random() < 0.25:
+        with torch.no_grad():
+            return change_linear(rng, model)
     names, taken = [], set()
     for _ in range(rng.choice((1, 1, 2))):
         layer = a_layer(rng, model)
@@ -414,7 +439,7 @@ def exported(rng: random.Random, folder: Path) -> None:
 
 KINDS: tuple[tuple[float, Callable[[random.Random, Path], None]], ...] = (
     (10, changed_network), (4, folded_network), (3, counting_hooks), (1, flops), (3, training_mode), (3, predicting),
-    (1, inherited_weights), (0.5, per_sample_gradients), (0.2, scripted), (0.1, exported),
+    (1, inherited_weights), (0.5, per_sample_gradients), (0.2, scripted), (0.25, exported),
 )  # fmt: skip
 
 

@@ -330,7 +330,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant("N1", "changed layers are folded", MODULES, patched(layers.ConvBN, "is_foldable", always_folded)),
     Mutant("N1", "changed layers are folded for inference", MODULES, patched(folding, "is_plain", isinstance)),
     Mutant("N1", "changed layers are inherited", MODULES, patched(inheritance, "_check_layers", lambda parent: None)),
-    Mutant("N2", "torch.onnx.export fails with gradients", MODULES, patched(layers.Attention, "forward", flat_attention)),
+    Mutant("N2", "torch.onnx.export needs no_grad", MODULES, patched(layers.Attention, "forward", flat_attention)),
     Mutant("N3", "vmap does not know the memory format", MODULES, patched(TinyViT, "_embed", embed_channels_last)),
     Mutant("N3", "TorchScript does not compile stages", MODULES, patched(model.Blocks, "forward", blocks_by_super)),
     Mutant("N4", "predict switches the mode of the network", MODULES, SWITCHED),
