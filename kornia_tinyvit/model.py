@@ -65,13 +65,17 @@ class Stage(nn.Module):
         self.blocks = Blocks(blocks, use_checkpoint)
         self.downsample = downsample
 
-    def forward_downsample(self, x: Tensor) -> Tensor:
-        """Downsample the feature map :math:`(B, C, H, W)` of the blocks; the last stage returns it unchanged."""
-        return x if self.downsample is None else self.downsample(x)
+    def forward(self, x: Tensor, features: list[Tensor] | None = None) -> Tensor:
+        """Apply the blocks and the downsampling to a feature map.
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Apply the blocks and the downsampling to a feature map :math:`(B, C, H, W)`."""
-        return self.forward_downsample(self.blocks(x))
+        Args:
+            x: feature map :math:`(B, C, H, W)`.
+            features: list to which the feature map of the blocks is appended.
+        """
+        x = self.blocks(x)
+        if features is not None:
+            features.append(x)
+        return x if self.downsample is None else self.downsample(x)
 
 
 class TinyViT(nn.Module):
@@ -260,10 +264,9 @@ class TinyViT(nn.Module):
             :attr:`feature_channels` and :math:`s_i` of :attr:`feature_strides`.
         """
         x = self._embed(x)
-        features = []
-        for stage in cast("Iterable[Stage]", self.layers):
-            features.append(stage.blocks(x))
-            x = stage.forward_downsample(features[-1])
+        features: list[Tensor] = []
+        for stage in self.layers:
+            x = stage(x, features)
         return features
 
     def forward_head(self, features: Tensor, pre_logits: bool = False) -> Tensor:

@@ -293,6 +293,13 @@ class TestChangedLayers:
         layer(x).sum().backward()
         assert calls == [1]
 
+    def test_hooks_on_stages_fire(self, tiny, images):
+        seen = []
+        for stage in tiny.layers:
+            stage.register_forward_hook(lambda module, args, output: seen.append(output.shape[1]))
+        tiny.forward_intermediates(images)
+        assert seen == [*tiny.feature_channels[1:], tiny.feature_channels[-1]]
+
     def test_global_hooks_fire(self):
         seen = []
         handle = nn.modules.module.register_module_forward_hook(lambda module, *args: seen.append(type(module)))

@@ -7,7 +7,7 @@ from pathlib import Path
 from huggingface_hub import ModelCardData
 from transformers import PreTrainedModel, SamProcessor
 
-from kornia_tinyvit.checkpoints import PretrainedWeights, open_pretrained
+from kornia_tinyvit.checkpoints import Checkpoint, PretrainedWeights, open_pretrained
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.files import write_text
@@ -19,7 +19,7 @@ from kornia_tinyvit.sam import MobileSAM
 
 __all__ = ["model_card", "save_hub_folder"]
 
-Weights = bool | str | Path
+Weights = bool | str | Path | Checkpoint
 Variant = str | TinyViTConfig | None
 
 
@@ -32,7 +32,8 @@ def save_hub_folder(
 
     Args:
         folder: folder to write; created if missing.
-        pretrained: ``True``, a name of the catalog, a file, a URL or a hub folder of timm.
+        pretrained: ``True``, a name of the catalog, a file, a URL, a hub folder of timm or a
+            :class:`~kornia_tinyvit.checkpoints.Checkpoint`.
         variant: variant or configuration of the network, if the weights do not determine it.
         repo_id: name of the model in the card; ``None`` for the name of the folder.
 
@@ -63,7 +64,9 @@ def save_hub_folder(
         model = from_checkpoint(found)
         TinyVitImageProcessor.from_preprocessing(found.preprocessing_for(found.config)).save_pretrained(folder)
     model.save_pretrained(folder)
-    weights = find_weights(variant if isinstance(variant, str) else None, pretrained)
+    weights = None
+    if not isinstance(pretrained, Checkpoint):
+        weights = find_weights(variant if isinstance(variant, str) else None, pretrained)
     write_text(folder / "README.md", model_card(repo_id or folder.name, model, weights))
     return model
 

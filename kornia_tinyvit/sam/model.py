@@ -78,7 +78,7 @@ class MobileSAM(Sam):
         cls,
         config: str | TinyViTConfig | None = None,
         *,
-        pretrained: bool | str | Path | Mapping[str, Any] = False,
+        pretrained: bool | str | Path | Mapping[str, Any] | Checkpoint = False,
         img_size: int | tuple[int, int] | None = None,
     ) -> MobileSAM:
         """Build MobileSAM with any variant as its image encoder, with or without weights.
@@ -86,9 +86,9 @@ class MobileSAM(Sam):
         Args:
             config: ``"1m"``, ``"5m"`` (the published one), ``"11m"``, ``"21m"`` or a
                 :class:`~kornia_tinyvit.TinyViTConfig`; default that of the weights, else ``"5m"``.
-            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or a path, URL or
-                state dict of a whole model, of this class, of kornia or of the original code. Only tensors are read;
-                code in a file is never run.
+            pretrained: ``True`` or ``"mobile_sam"`` for the published weights, downloaded once; or a path, URL,
+                state dict or :class:`~kornia_tinyvit.checkpoints.Checkpoint` of a whole model, of this class, of kornia
+                or of the original code. Only tensors are read; code in a file is never run.
             img_size: height and width of the model input in pixels, multiples of 16, or an int for a square; default
                 that of the weights, else 1024. The published weights were trained at 1024; the time of the encoder is
                 proportional to the area, and smaller inputs lose small objects and fine borders.
@@ -362,11 +362,15 @@ class _SquarePositions(PositionEmbeddingRandom):
         return super().forward_with_coords(coords_input, (max(image_size), max(image_size)))
 
 
-def _open_model(pretrained: bool | str | Path | Mapping[str, Any], config: str | TinyViTConfig | None) -> Checkpoint:
+def _open_model(
+    pretrained: bool | str | Path | Mapping[str, Any] | Checkpoint, config: str | TinyViTConfig | None
+) -> Checkpoint:
     """Read a checkpoint of a whole model and check its architecture."""
     source: str | Path | Checkpoint
     if isinstance(pretrained, Mapping):
         source = read_checkpoint(pretrained)
+    elif isinstance(pretrained, Checkpoint):
+        source = pretrained
     else:
         source = "mobile_sam" if pretrained is True else str(pretrained)
     if source == "mobile_sam" and isinstance(config, str) and find_weights(config, source) is None:

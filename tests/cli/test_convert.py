@@ -1,10 +1,12 @@
+import argparse
 import json
 
 import pytest
 import torch
 
 from kornia_tinyvit import ImageClassifier, TinyViT
-from tests.helpers import CIFAR, error_of, make_weights, run
+from kornia_tinyvit.checkpoints.catalog import find_weights
+from tests.helpers import CIFAR, error_of, make_weights, run, run_both
 
 
 @pytest.fixture
@@ -52,8 +54,26 @@ class TestOtherFormats:
         assert again.model.config == TinyViT.from_config(pretrained=weights).config
         assert torch.equal(again.model(images), TinyViT.from_config(pretrained=weights)(images))
 
+    def test_moving_average(self, tiny, tmp_path):
+        average = {name: tensor + 1 for name, tensor in tiny.state_dict().items()}
+        content = {"state_dict": tiny.state_dict(), "state_dict_ema": average, "args": argparse.Namespace(lr=1e-3)}
+        torch.save(content, tmp_path / "last.pth.tar")
+        command = ("convert", "--weights", str(tmp_path / "last.pth.tar"), "--out", str(tmp_path / "a.safetensors"))
+        _, notes = run_both(*command)
+        assert "Left out: args (argparse.Namespace)" in notes
+        assert "Also holds EMA weights (state_dict_ema)" in notes
+        assert torch.equal(TinyViT.from_config(pretrained=tmp_path / "a.safetensors").head.weight, tiny.head.weight)
+        run(*command, "--use-ema")
+        found = TinyViT.from_config(pretrained=tmp_path / "a.safetensors")
+        assert torch.equal(found.head.weight, tiny.head.weight + 1)
+
     def test_errors(self, tmp_path, capfd, monkeypatch):
+        weights = str(find_weights("1m", "cifar10").asset_path)
         command = ("convert", "--out", str(tmp_path / "x"), "--format", "timm", "--weights")
         assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *command, str(tmp_path / "none.pth"))
         assert "has no config.json" in error_of(capfd, monkeypatch, *command, str(tmp_path))
+        assert "has no EMA weights" in error_of(
+            capfd, monkeypatch, *command, str(find_weights("1m", "cifar10").asset_path), "--use-ema"
+        )
+        assert "--use-ema has no effect" in error_of(capfd, monkeypatch, *command[:-1], "--use-ema")
         assert not (tmp_path / "x").exists()
