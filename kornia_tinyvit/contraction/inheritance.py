@@ -15,6 +15,9 @@ from kornia_tinyvit.model import TinyViT
 
 __all__ = ["inherit"]
 
+#: Settings of convolutions, norms and activations that are not in the state dict.
+_SETTINGS = ("stride", "padding", "dilation", "groups", "padding_mode", "eps", "approximate")
+
 
 @torch.no_grad()
 def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
@@ -80,18 +83,23 @@ def inherit(parent: TinyViT, config: TinyViTConfig) -> TinyViT:
 
 
 def _check_layers(parent: TinyViT) -> None:
-    """Raise an error if a layer of the parent is not the one of its configuration, or has other weights."""
+    """Raise an error if a layer of the parent is not the one of its configuration, or has other weights or settings."""
     with torch.device("meta"):
         original = TinyViT.from_config(parent.config)
     tensors = parent.state_dict().keys() ^ original.state_dict().keys()
-    types = {name: type(layer) for name, layer in original.named_modules()}
+    kinds = {name: _kind(layer) for name, layer in original.named_modules()}
     changed = {name.rpartition(".")[0] for name in tensors}
-    changed |= {name for name, layer in parent.named_modules() if type(layer) is not types.get(name)}
+    changed |= {name for name, layer in parent.named_modules() if _kind(layer) != kinds.get(name)}
     if changed:
         raise ValueError(
             f"Weights cannot be inherited from changed layers, here {', '.join(sorted(changed)[:3])}. Make pruning "
             "and parametrizations permanent, such as by torch.nn.utils.prune.remove, and merge adapters."
         )
+
+
+def _kind(layer: nn.Module) -> tuple[Any, ...]:
+    """Return the class of a layer and its settings that affect the output in evaluation."""
+    return type(layer), *(getattr(layer, name, None) for name in _SETTINGS)
 
 
 def _stages(model: TinyViT) -> list[Any]:

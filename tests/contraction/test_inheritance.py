@@ -36,12 +36,14 @@ class TestInherit:
             (lambda parent: prune.l1_unstructured(parent.head, "weight", 0.5), "head"),
             (lambda parent: parametrizations.weight_norm(parent.patch_embed.seq[0].c), r"patch_embed\.seq\.0\.c"),
             (lambda parent: setattr(parent.patch_embed.seq[0], "bn", nn.Identity()), r"patch_embed\.seq\.0\.bn"),
+            (lambda parent: setattr(parent.patch_embed.seq[0].c, "padding_mode", "reflect"), r"patch_embed\.seq\.0\.c"),
+            (lambda parent: setattr(parent.norm_head, "eps", 0.1), "norm_head"),
         ],
     )
     def test_changed_layers(self, change, layer):
         parent = TinyViT.from_config(SMALL)
         change(parent)
-        with pytest.raises(ValueError, match=f"cannot be inherited from changed layers, here {layer}.* prune"):
+        with pytest.raises(ValueError, match=f"cannot be inherited from changed layers, here {layer}.*prune"):
             inherit(parent, SMALL)
 
     def test_pruning_made_permanent(self):

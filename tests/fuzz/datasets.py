@@ -633,7 +633,7 @@ def bad_coco(rng: random.Random, folder: Path) -> None:
         data = DetectionDataset.open(path) if boxes else InstanceDataset.open(path.parent, instances=path)
         return [data.read(index) for index in range(len(data))]
 
-    naming = path.name if kind == "image_id" else Path(image["file_name"]).name
+    naming = (path.name,) if kind == "image_id" else (Path(image["file_name"]).name, *[path.name] * boxes)
     check(INVALID, f"a COCO file, {kind}", read, lambda _: None, naming, "boxes" if boxes else "masks")
 
 

@@ -133,9 +133,10 @@ def hooked(rng: random.Random, layer: Any) -> None:
 def other_norm(rng: random.Random, layer: Any) -> None:
     channels = layer.bn.num_features
     layer.bn = rng.choice((
-        lambda: nn.GroupNorm(1, channels), nn.Identity, lambda: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True),
+        lambda: nn.GroupNorm(1, channels), nn.Identity, Doubled,
+        lambda: nn.InstanceNorm2d(channels, affine=True, track_running_stats=True),
         lambda: nn.BatchNorm2d(channels, affine=False), lambda: nn.BatchNorm2d(channels, track_running_stats=False),
-        lambda: nn.Sequential(nn.BatchNorm2d(channels), Doubled()), Doubled,
+        lambda: nn.Sequential(nn.BatchNorm2d(channels), Doubled()),
     ))().eval()  # fmt: skip
 
 
