@@ -166,7 +166,7 @@ def check_state_dict(state_dict: dict[str, Tensor], target: Mapping[str, Tensor]
         source: origin of the tensors, for the error message.
 
     Raises:
-        CheckpointError: if names or shapes differ, or a tensor is on the meta device or not finite.
+        CheckpointError: if names or shapes differ, or a tensor is on the meta device, sparse or not finite.
     """
     missing = sorted(target.keys() - state_dict.keys())
     unexpected = sorted(state_dict.keys() - target.keys())
@@ -182,6 +182,8 @@ def check_state_dict(state_dict: dict[str, Tensor], target: Mapping[str, Tensor]
         raise CheckpointError(f"{source} has another architecture: {'; '.join(problems)}. Nothing was loaded.")
     if meta := [name for name, tensor in state_dict.items() if tensor.is_meta]:
         raise CheckpointError(f"{source} has no values for {list_names(meta)}, which are on the meta device.")
+    if sparse := [name for name, tensor in state_dict.items() if tensor.layout != torch.strided]:
+        raise CheckpointError(f"{source} has sparse tensors in {list_names(sparse)}; pass them as x.to_dense().")
     if bad := [name for name, value in state_dict.items() if value.is_floating_point() and not value.isfinite().all()]:
         raise CheckpointError(
             f"{source} has NaN or infinite values in {list_names(bad)}, probably from a diverged training. Nothing was "

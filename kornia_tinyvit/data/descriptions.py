@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def find_root(path: Path, described: Mapping[str, Any]) -> Path:
     the description, where ``path`` is that of another machine.
     """
     stated = posix(described.get("path") or ".")
-    return next((folder for folder in (path.parent / stated, Path(stated)) if folder.is_dir()), path.parent)
+    return next((folder for folder in (path.parent / stated, Path(stated)) if os.path.isdir(folder)), path.parent)
 
 
 def posix(path: object) -> str:

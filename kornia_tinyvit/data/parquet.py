@@ -122,7 +122,7 @@ class _Table:
             label = self._find(schema.names, features, "ClassLabel", _LABEL_COLUMNS)
             nested = pa.types.is_struct(schema.field(image).type)
             table = file.read(columns=[f"{image}.bytes" if nested else image, label])
-        except (pa.ArrowException, OSError) as error:
+        except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
             raise ValueError(f"{path} is not a parquet file that can be read: {error}") from error
         self.images = self._binary(table[image], image)
         self.labels, self.named = self._read_labels(table[label])

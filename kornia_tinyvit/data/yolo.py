@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
@@ -141,7 +142,7 @@ def _find_entry(root: Path, entry: str) -> Iterator[Pair]:
     """
     stated = root / entry
     inner = root / entry.removeprefix("../")
-    found = next((each for each in (stated, inner, root / ".." / entry) if each.exists()), None)
+    found = next((each for each in (stated, inner, root / ".." / entry) if os.path.exists(each)), None)
     if found is None:
         raise FileNotFoundError(f"There are no images {stated}, nor {inner}, nor {root / '..' / entry}.")
     if found.is_dir():

@@ -175,7 +175,7 @@ class ImageEmbedding:
                 for each in metadata["geometries"]
             ]
             return cls(tensors["features"], tuple(geometries), metadata["encoder"])
-        except (ValueError, TypeError, LookupError, AttributeError, RecursionError) as error:
+        except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError, RecursionError) as error:
             raise ValueError(f"{path} is damaged or holds no embedding: {error}") from error
 
 

@@ -31,6 +31,7 @@ OUTPUT_MODES: dict[str, Callable[[ops.RLE], Any]] = {
 }
 
 _LIMIT = 2**53  # floats represent every integer below
+_NO_NUMBERS = ("point_grids", "output_mode", "dtype", "grids")
 EDGE = 20  # pixels from a crop's edge within which a mask counts as cut off, as in segment-anything
 PIXELS = 1 << 21  # upsampled at a time: 8 MiB of logits
 LOGITS = 1 << 30  # bytes of logits kept per crop, enough for 1,024 points; further candidates are encoded at once
@@ -104,6 +105,7 @@ class MaskGenerator:
 
     Raises:
         ValueError: if a setting is out of range.
+        TypeError: if a setting is not a number where one is expected.
     """
 
     points_per_side: int | None = 32
@@ -125,6 +127,9 @@ class MaskGenerator:
     def __post_init__(self) -> None:
         if self.output_mode not in OUTPUT_MODES:
             raise ValueError(f"output_mode must be one of {', '.join(OUTPUT_MODES)}; got {self.output_mode!r}.")
+        fields = {name: value for name, value in vars(self).items() if name not in _NO_NUMBERS and value is not None}
+        if wrong := [f"{name}={value!r}" for name, value in fields.items() if not isinstance(value, Real)]:
+            raise TypeError(f"Settings must be numbers; got {', '.join(wrong)}.")
         numbers: dict[str, Any] = {name: value for name, value in vars(self).items() if isinstance(value, Real)}
         invalid = [f"{name}={number}" for name, number in numbers.items() if not abs(number) < _LIMIT]  # also NaN
         if invalid:

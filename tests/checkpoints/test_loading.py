@@ -630,6 +630,10 @@ class TestDamagedFiles:
             empty = TinyViT(**TINY).state_dict()
         assert_rejected(empty, "has no values for .*, which are on the meta device")
 
+    def test_sparse(self, tiny):
+        weights = weights_of(tiny)
+        assert_rejected(weights | {"head.weight": weights["head.weight"].to_sparse()}, "sparse tensors in head.weight")
+
     def test_no_file(self, tmp_path):
         assert_rejected(tmp_path / "missing.pth", r"There is no checkpoint file .*missing\.pth")
         assert_rejected(tmp_path, r"has no config\.json; expected a folder of the Hugging Face hub")

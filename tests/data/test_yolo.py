@@ -145,6 +145,15 @@ class TestNames:
         with pytest.raises(ValueError, match=message):
             DetectionDataset.open(write_roboflow(tmp_path, f"train: train/images\n{names}\n"))
 
+    @pytest.mark.parametrize("entry", ["path: {long}\ntrain: train/images", "train: {long}"])
+    def test_names_that_no_file_has(self, tmp_path, entry):
+        path = write_roboflow(tmp_path, entry.format(long="x" * 300) + "\nnames: [cat]\n")
+        if entry.startswith("path"):  # of another machine
+            assert len(DetectionDataset.open(path)) == 1
+        else:
+            with pytest.raises(FileNotFoundError, match="There are no images"):
+                DetectionDataset.open(path)
+
     def test_repeated_labels_are_counted(self, tmp_path):
         label = f"{LABEL}0 0.5 0.5 0.2 0.3\n{LABEL}"
         data = DetectionDataset.open(write_roboflow(tmp_path, "train: train/images\nnames: [cat]\n", label))

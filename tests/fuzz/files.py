@@ -132,7 +132,7 @@ def _changed(rng: random.Random, name: str, tensor: Tensor) -> dict[str, Tensor]
     if how == 3:
         types = (torch.float16, torch.int64, torch.uint8, torch.bool, torch.complex64, torch.float64)
         return {name: tensor.to(rng.choice(types))}
-    if how == 4 and tensor.is_floating_point():
+    if how == 4 and tensor.is_floating_point() and tensor.numel():
         flat = tensor.flatten().clone()
         flat[rng.randrange(len(flat))] = rng.choice((float("nan"), float("inf"), float("-inf")))
         return {name: flat.view(tensor.shape)}

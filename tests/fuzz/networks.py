@@ -82,7 +82,9 @@ def from_config(rng: random.Random, folder: Path) -> None:
     sizes = {name: value for name, value in asked.items() if name not in ("window_sizes", "img_size")}
     if rng.random() < 0.4:  # what would be built has any size; the policy alone
         resolve_window_sizes(BASE, rng.choice((32, 64, 1000, a_thing(rng))), windows)
-    elif not any(isinstance(value, (int, float)) and value > 300 for value in sizes.values()):
+    elif not any(
+        isinstance(value, (int, float)) and value > 300 for value in (asked if windows == "scale" else sizes).values()
+    ):
         TinyViT.from_config(rng.choice((BASE, BASE, BASE, "9m", "", None)), **asked)
 
 

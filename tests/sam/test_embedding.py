@@ -149,6 +149,7 @@ class TestFiles:
             '{"geometries": [{"original_size": [1]}], "encoder": null}',
             '{"geometries": [{"original_size": [1, 1], "input_size": [1, 1], "img_size": [512, 512]}], "encoder": ""}',
             '{"geometries": [], "encoder": null}',
+            '{"geometries": [{"original_size": [Infinity, 1]}], "encoder": null}',
         ],
     )
     def test_other_metadata(self, tmp_path, change):

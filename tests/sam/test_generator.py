@@ -381,6 +381,11 @@ class TestExceptions:
         with pytest.raises(ValueError, match=message):
             sam.generate_masks(photo, **settings)
 
+    @pytest.mark.parametrize("name", ["box_nms_thresh", "points_per_side", "pred_iou_thresh", "min_mask_region_area"])
+    def test_text(self, sam, photo, name):
+        with pytest.raises(TypeError, match=f"must be numbers; got {name}='0.5'"):
+            sam.generate_masks(photo, **{name: "0.5"})
+
     @pytest.mark.parametrize(
         "image",
         [np.zeros((9, 9, 2)), np.full((9, 9, 3), 255.0), np.zeros((0, 9, 3), np.uint8), torch.zeros(2, 9, 9)],
