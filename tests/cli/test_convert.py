@@ -68,7 +68,6 @@ class TestOtherFormats:
         assert torch.equal(found.head.weight, tiny.head.weight + 1)
 
     def test_errors(self, tmp_path, capfd, monkeypatch):
-        weights = str(find_weights("1m", "cifar10").asset_path)
         command = ("convert", "--out", str(tmp_path / "x"), "--format", "timm", "--weights")
         assert "There is no checkpoint file" in error_of(capfd, monkeypatch, *command, str(tmp_path / "none.pth"))
         assert "has no config.json" in error_of(capfd, monkeypatch, *command, str(tmp_path))
