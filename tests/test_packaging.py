@@ -22,7 +22,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["
 EXTRAS = PROJECT["optional-dependencies"]
 SOURCES = {path: path.read_text(encoding="utf-8") for path in sorted(PACKAGE.rglob("*.py"))}
 #: Requirements of modules with another name, or that are dependencies of a requirement.
-PACKAGES = {"PIL": "pillow", "yaml": "accelerate", "huggingface_hub": "transformers"}
+PACKAGES = {"PIL": "pillow", "pillow_heif": "pillow-heif", "yaml": "accelerate", "huggingface_hub": "transformers"}
 UNPUBLISHED = {".git", ".venv", "build", "dist", "runs", "demo", "_build"}
 
 

@@ -121,8 +121,9 @@ class TestTrain:
         annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]
         path = write_coco(tmp_path / "coco", make_coco(annotations=annotations))
         printed, notes = run_both(*self.command(path, tmp_path, "--validation", str(path), "--weights", "cifar10"))
-        opening, dropped = notes.splitlines()
+        opening, validation, dropped = notes.splitlines()
         assert opening == "2 images, 2 objects, 2 classes; device cpu; weights cifar10"
+        assert validation == "Validation: 2 images, 2 objects, 2 classes"
         assert dropped.startswith("Boxes left out: 1, e.g. ")
         assert ", mAP " in printed.strip().splitlines()[-1]
 
@@ -203,7 +204,9 @@ class TestEvaluate:
 
     def test_errors(self, weights, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)
-        assert "other classes than the network" in error_of(capfd, monkeypatch, *self.command(data, weights))
+        assert "The data has the classes disc, box, but the network has cat, dog, owl" in error_of(
+            capfd, monkeypatch, *self.command(data, weights)
+        )
         error = error_of(capfd, monkeypatch, *self.command(data, weights, "--tta", "--confusion"))
         assert "--tta, --confusion have no effect with --task detection" in error
         error = error_of(capfd, monkeypatch, "evaluate", str(data), "--task", "detection")

@@ -17,7 +17,7 @@ from kornia_tinyvit.cli.requests import PANELS
 from kornia_tinyvit.cli.training_options import TrainingRequest
 from kornia_tinyvit.version import __version__
 from tests.helpers import error_of, run, run_both
-from tests.scenes import make_images
+from tests.scenes import CLASSES, make_images
 from tests.test_commands import faults_of, leaves
 
 COMMANDS = leaves(typer.main.get_command(cli.app))
@@ -94,6 +94,8 @@ def test_usage_errors(words, message, monkeypatch, capfd):
 
 def test_quiet_and_json(tmp_path):
     folder = make_images(tmp_path / "data", each=1)
+    for own, known in zip(CLASSES, ("cat", "dog", "ship"), strict=True):
+        (folder / own).rename(folder / known)
     output, notes = run_both("evaluate", str(folder))
     assert notes.startswith("3 images, 3 classes; device cpu; weights cifar10\n")
     assert run_both("evaluate", str(folder), "--quiet") == (output, "")

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from tests.helpers import error_of
+from tests.scenes import make_images
 
 TASKS = {
-    "classification": ("--split val", "--min-area 1"),
+    "classification": ("--min-area 1",),
     "semantic": ("--tta", "--confusion", "--calibration", "--knn x", "--linear x", "--batch-size 64", "--min-area 9"),
     "promptable": ("--tta", "--per-class", "--batch-size 2", "--knn x"),
     "detection": ("--tta", "--min-area 9", "--linear x"),
@@ -32,7 +33,6 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
     ("words", "message"),
     [
         ("evaluate x --task semantic --tta --confusion", "--tta, --confusion have no effect with --task semantic"),
-        ("train x --validate-every 2", "--validate-every has no effect without --validation"),
         ("contract x --max-macs 1M --validation y --hold-out 0.1", "--hold-out has no effect with --validation"),
         ("contract x --max-macs 1M --rounds 3", "--rounds has no effect without --refine"),
         ("contract x --max-macs 1M --refine y --steps 3", "--steps has no effect with --refine"),
@@ -47,3 +47,8 @@ def test_of_another_task(tmp_path, capfd, monkeypatch, command, tasks):
 )
 def test_without_the_option_it_belongs_to(capfd, monkeypatch, words, message):
     assert message in error_of(capfd, monkeypatch, *words.split())
+
+
+def test_without_validation_images(tmp_path, capfd, monkeypatch):
+    command = ("train", str(make_images(tmp_path)), "--validate-every", "2")
+    assert "--validate-every has no effect without validation images" in error_of(capfd, monkeypatch, *command)

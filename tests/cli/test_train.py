@@ -349,7 +349,7 @@ class TestBuildStudent:
     def test_windows_of_mobile_sam_stay(self, tmp_path, recipe):
         encoder = TinyViT.from_config("1m", img_size=256, mobile_sam=True)
         file = save_checkpoint(encoder, tmp_path / "encoder.safetensors")
-        student = build_student("1m", str(file), find_recipe(recipe), 10, 0, False)
+        student = build_student("1m", str(file), find_recipe(recipe), 0, 0, False)
         assert student.config.window_sizes == (8, 8, 4, 2)
 
     def test_windows_fit_smaller_images(self):

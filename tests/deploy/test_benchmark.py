@@ -30,7 +30,8 @@ class TestReadImages:
     def test_errors(self, tiny, folder):
         classifier = ImageClassifier(tiny)
         (folder / "unicorn").mkdir()
-        with pytest.raises(ValueError, match="does not have the classes"):
+        Image.new("RGB", (70, 80)).save(folder / "unicorn" / "0.png")
+        with pytest.raises(ValueError, match="The data has the classes unicorn, but the network has"):
             read_images(classifier, folder, 3)
         with pytest.raises(FileNotFoundError):
             read_images(classifier, folder / "gone", 3)
