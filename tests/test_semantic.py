@@ -281,7 +281,7 @@ class TestFiles:
 
     def test_not_for_a_classifier(self, segmenter, tmp_path):
         path = segmenter.save(tmp_path / "segmenter.safetensors")
-        with pytest.raises(CheckpointError, match="holds a semantic segmenter; use SemanticSegmenter.from_config"):
+        with pytest.raises(CheckpointError, match=r"holds a semantic segmenter; use SemanticSegmenter\.from_config"):
             ImageClassifier.from_config(pretrained=path)
 
 

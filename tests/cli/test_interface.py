@@ -97,7 +97,7 @@ def test_quiet_and_json(tmp_path):
     for own, known in zip(CLASSES, ("cat", "dog", "ship"), strict=True):
         (folder / own).rename(folder / known)
     output, notes = run_both("evaluate", str(folder))
-    assert notes.startswith("3 images, 3 classes; device cpu; weights cifar10\n")
+    assert notes.startswith("3 images, 3 classes; not divided into splits; device cpu; weights cifar10\n")
     assert run_both("evaluate", str(folder), "--quiet") == (output, "")
     report, notes = run_both("evaluate", str(folder), "--json")
     assert json.loads(report)["images"] == 3
