@@ -131,6 +131,8 @@ def run_mutants(seed: int, args: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory() as folder:
         seconds, jobs = 60 * args.minutes, []
         for number, mutant in enumerate(mutants):
+            with mutant.patch():
+                pass  # raises an error if what it patches has gone
             if mutant.target is not None:
                 target, journal = known[mutant.target], Path(folder) / f"{number}.jsonl"
                 jobs.append(Job(target, seed, seconds, args.count, journal, mutant))

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 from torch import Tensor, nn
 
-from kornia_tinyvit import ImageClassifier, TinyViT, classification, folding, images, layers, model
+from kornia_tinyvit import ImageClassifier, TinyViT, classification, folding, images, layers, model, modules
 from kornia_tinyvit.checkpoints import adaptation, layouts, loading, tensors
 from kornia_tinyvit.checkpoints.tensors import CheckpointError
 from kornia_tinyvit.contraction import inheritance
@@ -321,7 +321,7 @@ MUTANTS: tuple[Mutant, ...] = (
     Mutant(
         "W2", "stored preprocessing is ignored", CHECKPOINTS, patched(loading, "read_preprocessing", default_fields)
     ),
-    Mutant("W3", "wrappers inside are kept in names", CHECKPOINTS, patched(layouts, "_WRAPPERS", set())),
+    Mutant("W3", "wrappers inside are kept in names", CHECKPOINTS, patched(modules, "_WRAPPERS", frozenset())),
     Mutant("W4", "a head of 22k is set to zeros", CHECKPOINTS, patched(adaptation, "IMAGENET_22K", -1)),
     Mutant(
         "W5", "the guide's adapter is reloaded with other statistics", None, nullcontext,
