@@ -117,7 +117,7 @@ def run_case(target: Target, seed: int, number: int, folder: Path) -> tuple[str,
         with _limited(target.seconds):
             target.case(generator, place)
     except (Exception, SystemExit, TimeLimitExceeded) as error:
-        outcome, reason = _classify_error(error, target)
+        outcome, reason = _classify_error(error, target, place)
     grown = _peak() - before
     if outcome != "fault" and grown > target.megabytes:
         outcome, reason = "fault", f"took more than {target.megabytes} MB"
@@ -129,8 +129,9 @@ def run_case(target: Target, seed: int, number: int, folder: Path) -> tuple[str,
     return outcome, reason
 
 
-def _classify_error(error: BaseException, target: Target) -> tuple[str, str]:
-    kind, text = type(error).__name__, " ".join(str(error).split())
+def _classify_error(error: BaseException, target: Target, folder: Path) -> tuple[str, str]:
+    text = str(error).replace(f"{folder}/", "").replace(f"{PACKAGE.parent}/", "")
+    kind, text = type(error).__name__, " ".join(text.split())
     last = traceback.extract_tb(error.__traceback__)[
         -2 if isinstance(error, TimeLimitExceeded) else -1
     ]  # skip the signal handler

@@ -337,7 +337,7 @@ def no_image(rng: random.Random, folder: Path) -> Sample:
     if path.name == "a.png":
         path.write_bytes(rng.choice((b"", b"no image", b"\x89PNG\r\n\x1a\n")))
     elif path.name == "b.jpg":
-        path.mkdir()
+        path.mkdir(exist_ok=True)
     thing = rng.choice((path, str(path), path, None, 3, {"a": 1}, b"", b"no image"))
     naming = path.name if thing == path or thing == str(path) else ""
     return Sample("what is no image", thing, None, INVALID, naming=naming)
