@@ -284,6 +284,8 @@ def _read(source: Any, name: str, channels: int, max_pixels: int | None) -> Tens
     named = isinstance(source, (str, os.PathLike))
     try:
         with open(source, "rb") if named else nullcontext(source) as file, _open_file(file) as image:
+            if named and image.format == "TIFF" and image.getexif().get(ExifTags.Base.Orientation, 1) == 1:
+                vars(image)["filename"] = os.fspath(source)  # mapped, a wrong size in the header is rejected at once
             if max_pixels is not None and image.width * image.height > max_pixels:
                 raise ValueError(f"it has {image.width}x{image.height} pixels, more than {max_pixels} in total")
             return _convert_pil(image, channels)

@@ -134,6 +134,15 @@ class TestReadImage:
         levels = np.arange(np.prod(shape), dtype=np.uint8).reshape(shape)
         assert torch.equal(read_pixels(np.flip(levels, axis)), read_pixels(np.flip(levels, axis).copy()))
 
+    def test_tiff_of_a_wrong_size_allocates_no_memory(self, tmp_path):
+        Image.new("CMYK", (40, 30)).save(tmp_path / "a.tif")
+        content = (tmp_path / "a.tif").read_bytes()
+        height = bytes.fromhex("0101 0400 01000000") + (30).to_bytes(4, "little")  # ImageLength, a LONG
+        assert height in content
+        (tmp_path / "a.tif").write_bytes(content.replace(height, height[:8] + (4_000_000).to_bytes(4, "little")))
+        with pytest.raises(ValueError, match="not an image that can be read: buffer is not large enough"):
+            read_image(tmp_path / "a.tif")
+
     def test_missing(self, tmp_path):
         with pytest.raises(FileNotFoundError, match=r"missing\.jpg"):
             read_image(tmp_path / "missing.jpg")
