@@ -358,6 +358,7 @@ class TestCompile:
             fast(torch.rand(batch, 3, 64, 64))
         assert len(graphs) == 2
 
+    @pytest.mark.slow
     def test_unmarked_batch_sizes_make_two_graphs(self):
         torch.compiler.reset()
         graphs: list = []
@@ -374,6 +375,7 @@ class TestCompile:
         with torch.inference_mode():
             torch.testing.assert_close(fast(images), shallow(images), rtol=1e-3, atol=1e-4)
 
+    @pytest.mark.slow
     def test_training_step(self, shallow, images):
         torch.compiler.reset()
         fast = torch.compile(copy.deepcopy(shallow).train(), backend="aot_eager", fullgraph=True)
@@ -386,6 +388,7 @@ class TestCompile:
 
 class TestExport:
     @pytest.mark.parametrize("example", [(65, 97), (64, 64), (224, 160)])
+    @pytest.mark.slow
     def test_dynamic(self, shallow, example):
         from torch.export import Dim
 
@@ -431,6 +434,7 @@ class TestTransforms:
             for value, gradients in zip(expected, found.values(), strict=True):
                 torch.testing.assert_close(gradients[index], value, atol=1e-4, rtol=1e-3)
 
+    @pytest.mark.slow
     def test_derivatives(self, shallow):
         """In forward and reverse mode, with the attention kernel that has a derivative in forward mode."""
         model = shallow.double()

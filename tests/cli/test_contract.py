@@ -73,6 +73,7 @@ class TestContract:
         trained = json.loads(run("train", str(folder), "--variant", report["winner"], *training, *out))
         assert TinyViT.from_config(pretrained=trained["last"]).config.embed_dims == network.config.embed_dims
 
+    @pytest.mark.slow
     def test_text(self, folder, seed, tmp_path, monkeypatch):
         options = ("--max-parameters", "25k", "--weights", str(seed))
         monkeypatch.setattr(progress, "_MIN_SECONDS", 0)
@@ -86,6 +87,7 @@ class TestContract:
         assert " networks trained: " in last
         assert last.endswith("search.png")
 
+    @pytest.mark.slow
     def test_refine(self, folder, seed, tmp_path, monkeypatch):
         """A network that lost more than it had to is improved within the same budget, and never left worse."""
         limits = ("--max-parameters", "25k", "--max-macs", "2.5e6")
@@ -166,6 +168,7 @@ class TestContract:
             assert time.monotonic() < deadline, "a worker outlives its search"
             time.sleep(0.05)
 
+    @pytest.mark.slow
     def test_stored_labels(self, folder, seed, tmp_path, capfd, monkeypatch):
         (tmp_path / "colors.py").write_text(TEACHER)
         store, teacher = tmp_path / "store", f"{tmp_path}/colors.py:build"

@@ -131,6 +131,7 @@ class TestTrain:
     @pytest.mark.skipif(
         not (torch.distributed.is_available() and torch.distributed.is_gloo_available()), reason="needs gloo"
     )
+    @pytest.mark.slow
     def test_two_processes(self, tmp_path):
         """They share the images, some without objects, and three validation images between them."""
         data = scenes.make_boxes(tmp_path / "data", 4)

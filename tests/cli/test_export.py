@@ -49,6 +49,7 @@ class TestOnnx:
         stored = session.get_modelmeta().custom_metadata_map["kornia_tinyvit.class_names"]
         assert tuple(json.loads(stored)) == CIFAR
 
+    @pytest.mark.slow
     def test_photos(self, runtime, weights, tmp_path):
         out = tmp_path / "photos.onnx"
         options = ("--photos", "--pixels", "uint8", "--opset", "18", "--img-size", "96")

@@ -81,6 +81,7 @@ def test_train(folder, network, tmp_path):
     assert [line["epoch"] for line in epochs[0]] == [line["epoch"] for line in epochs[1]] == [*range(1, 13)]
 
 
+@pytest.mark.slow
 def test_distill_save(folder, tmp_path):
     (tmp_path / "colors.py").write_text(SLOW_TEACHER)
     command = ("distill", "save", str(folder))
@@ -100,6 +101,7 @@ def test_distill_save(folder, tmp_path):
         assert torch.equal(found.probabilities, expected.probabilities)
 
 
+@pytest.mark.slow
 def test_contract(folder, network, tmp_path):
     options = ("--variant", network, *SMALL, "--hold-out", "0.25", "--max-parameters", "28k", "--steps", "2", "--json")
     out = tmp_path / "out"

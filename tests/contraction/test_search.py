@@ -79,6 +79,7 @@ def shared_workers(pool, monkeypatch):
 
 
 class TestSearch:
+    @pytest.mark.slow
     def test_published_family(self, tmp_path):
         """The published constraints lead from 21m to 11m, and from there to 5m."""
         seed: TinyViTConfig | str = "21m"

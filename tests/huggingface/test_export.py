@@ -28,6 +28,7 @@ def test_program():
     torch.testing.assert_close(found.logits[:2], model(images).logits, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_onnx(tmp_path):
     pytest.importorskip("onnxscript")
     runtime = pytest.importorskip("onnxruntime")

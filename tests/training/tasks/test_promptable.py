@@ -443,6 +443,7 @@ class TestTraining:
         assert line["point_iou"] == pytest.approx(found.point_iou, abs=1e-3)
 
     @pytest.mark.parametrize("call", [2, 3])
+    @pytest.mark.slow
     def test_resuming(self, folder, tmp_path, call):
         recipe, changes = replace(RECIPE, ema_decay=0.9), {"drop_path_rate": 0.3}
         fit(folder, tmp_path / "undisturbed", recipe, model=make_sam(**changes))
