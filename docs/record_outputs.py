@@ -57,7 +57,7 @@ ON_CIFAR10 = {
     "evaluate_more": """kornia-tinyvit evaluate test.parquet --per-class --confusion --calibration \\
     --knn train.parquet --linear train.parquet""",
 }
-PROGRESS = r"^\w[\w ]* \d+/\d+.* \d+:\d\d left$"
+PROGRESS = r"^\w[\w. ]* \d+/\d+.* \d+:\d\d left$"
 COLUMNS = (
     "recipe",
     "pixels",
