@@ -304,29 +304,21 @@ class TinyViTBlock(nn.Module):
         height, width, side = tokens.shape[1], tokens.shape[2], self.attn.window_size
         # ONNX rounds -(-height // side) towards zero.
         rows, columns = (height + side - 1) // side, (width + side - 1) // side
-        pad_h, pad_w = rows * side - height, columns * side - width
         tracing = torch.compiler.is_compiling()
-        if not tracing and rows == columns == 1 and pad_h == pad_w == 0:
+        if not tracing and height == width == side:
             return self.attn(tokens.flatten(1, 2)).view_as(tokens)
 
-        padded = tracing or pad_h > 0 or pad_w > 0
-        if padded:
-            tokens = F.pad(tokens, (0, 0, 0, pad_w, 0, pad_h))
         if not torch.jit.is_scripting() and tracing and not torch.compiler.is_dynamo_compiling():
             # Otherwise torch.export would fix whether there is one window or several in a direction.
             with without_size_specialization():
-                tokens = self.attend_windows(tokens, rows, columns)
-        else:
-            tokens = self.attend_windows(tokens, rows, columns)
-        # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
-        return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if padded else tokens
+                return self.attend_windows(tokens, rows, columns)
+        return self.attend_windows(tokens, rows, columns)
 
     def attend_windows(self, tokens: Tensor, rows: int, columns: int) -> Tensor:
-        """Apply attention to windows.
+        """Apply attention to windows, whatever their number and the padding.
 
         Args:
-            tokens: tokens :math:`(B, H, W, C)` with :math:`H` = ``rows * window_size`` and :math:`W` = ``columns *
-                window_size``.
+            tokens: tokens :math:`(B, H, W, C)`.
             rows: number of windows in a column.
             columns: number of windows in a row.
 
@@ -335,8 +327,16 @@ class TinyViTBlock(nn.Module):
         """
         batch, height, width, channels = tokens.shape
         side = self.attn.window_size
+        pad_h, pad_w = rows * side - height, columns * side - width
+        padded = torch.compiler.is_compiling() or pad_h > 0 or pad_w > 0
+        if padded:
+            tokens = F.pad(tokens, (0, 0, 0, pad_w, 0, pad_h))
+        # One name per tensor that is no longer needed: how long each lives decides which memory the next one gets.
         windows = tokens.unflatten(2, (columns, side)).unflatten(1, (rows, side)).transpose(2, 3)
         windows = windows.clone(memory_format=torch.contiguous_format)
         windows = self.attn(windows.view(batch * rows * columns, side * side, channels))
         windows = windows.view(batch, rows, columns, side, side, channels).transpose(2, 3)
-        return windows.clone(memory_format=torch.contiguous_format).view(batch, height, width, channels)
+        tokens = windows.clone(memory_format=torch.contiguous_format)
+        tokens = tokens.view(batch, rows * side, columns * side, channels)
+        # Negative padding crops; unlike a slice, it keeps the sizes of a traced graph symbolic.
+        return F.pad(tokens, (0, 0, 0, -pad_w, 0, -pad_h)) if padded else tokens
