@@ -460,7 +460,7 @@ class TestTransforms:
     def test_script_of_mobile_sam(self):
         model = liven(TinyViT(**SHALLOW | {"mobile_sam": True}))
         scripted = torch.jit.script(model)
-        torch.testing.assert_close(scripted(self.IMAGES), model(self.IMAGES), atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(scripted(self.IMAGES), model(self.IMAGES), atol=1e-4, rtol=1e-4)
 
     @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
     @pytest.mark.parametrize("case", ["network", "classifier", "segmenter", "detector", "encoder", "mask decoder"])
