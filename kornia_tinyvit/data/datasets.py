@@ -193,6 +193,13 @@ class ImageDataset(Dataset[tuple[Tensor, Target]], Generic[Target]):
         mapped.class_names, mapped.num_classes = tuple(names), len(names)
         return mapped
 
+    def require_objects(self) -> None:
+        """Reject images that have nothing to learn; class labels always have.
+
+        Raises:
+            ValueError: if no image has an object.
+        """
+
     def fingerprint(self) -> str:
         """Return 16 hexadecimal digits that identify the dataset, independent of its location.
 

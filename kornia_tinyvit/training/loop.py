@@ -144,7 +144,7 @@ def train(
             f"The augmentation makes images of {samples.augmentation.img_size} pixels, but the recipe has "
             f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
         )
-    task.check_training(samples.images)
+    samples.images.require_objects()
     if validation is not None:
         validation = task.match(validation, model.config, class_names)
     if isinstance(loss, ClassificationLoss) and isinstance(model, TinyViT) and model.config.num_classes == 1:

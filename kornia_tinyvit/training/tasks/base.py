@@ -155,16 +155,6 @@ class Task:
             raise ValueError(f"The data has {theirs} classes, but the network has {ours}.")
         return images
 
-    def check_training(self, images: Any) -> None:
-        """Check that training images have something to learn; by default nothing is checked.
-
-        Args:
-            images: training data set.
-
-        Raises:
-            ValueError: if no image has an object.
-        """
-
     def evaluator(self, images: Any, config: Any, preprocessing: Preprocessing, **options: Any) -> Evaluator:
         """Create an evaluator on validation images.
 

@@ -236,10 +236,6 @@ class DetectionTask(Task):
     network_class = TinyViTDetector
     prefix = "rt_detr."
 
-    def check_training(self, images: DetectionDataset) -> None:
-        """Reject images without objects, see :meth:`~kornia_tinyvit.data.DetectionDataset.require_objects`."""
-        images.require_objects()
-
     def load(self, network: TinyViTDetector, state: dict[str, Tensor]) -> None:
         """Load the weights of transformers' RT-DETR into a detector."""
         from kornia_tinyvit.huggingface.rt_detr import load_weights

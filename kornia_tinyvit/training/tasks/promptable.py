@@ -302,10 +302,6 @@ class PromptableTask(Task):
     evaluator_class = PromptEvaluator
     prefix = "sam."
 
-    def check_training(self, images: InstanceDataset) -> None:
-        """Reject images without objects, see :meth:`~kornia_tinyvit.data.InstanceDataset.require_objects`."""
-        images.require_objects()
-
     def match(
         self, images: InstanceDataset, config: PromptableConfig, class_names: Sequence[str] | None
     ) -> InstanceDataset:

@@ -152,10 +152,6 @@ class SegmentationTask(Task):
     evaluator_class = SegmentationEvaluator
     network_class = SemanticSegmenter
 
-    def check_training(self, images: SegmentationDataset) -> None:
-        """Reject images without objects, see :meth:`~kornia_tinyvit.data.SegmentationDataset.require_objects`."""
-        images.require_objects()
-
 
 #: The task of :class:`~kornia_tinyvit.SemanticSegmenter`, for :func:`~kornia_tinyvit.training.train`.
 SEMANTIC = SegmentationTask()
