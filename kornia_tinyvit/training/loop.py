@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
+from kornia_tinyvit.data.datasets import ImageDataset
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import writing
@@ -144,7 +145,8 @@ def train(
             f"The augmentation makes images of {samples.augmentation.img_size} pixels, but the recipe has "
             f"{recipe.img_size}; give find_recipe(..., img_size=...) the same."
         )
-    samples.images.require_objects()
+    if isinstance(samples.images, ImageDataset):  # an own class with the same methods need not have this one
+        samples.images.require_objects()
     if validation is not None:
         validation = task.match(validation, model.config, class_names)
     if isinstance(loss, ClassificationLoss) and isinstance(model, TinyViT) and model.config.num_classes == 1:

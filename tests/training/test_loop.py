@@ -76,6 +76,17 @@ class HookedLoss(ClassificationLoss):
         return loss * self.before(self.calls)
 
 
+class OwnImages:
+    """A data set with the methods that the training needs, and no more."""
+
+    def __init__(self, images) -> None:
+        self.read, self.name, self.fingerprint = images.read, images.name, images.fingerprint
+        self.labels, self.count = images.labels, len(images)
+
+    def __len__(self) -> int:
+        return self.count
+
+
 def fit(folder, out, recipe=RECIPE, model=None, before=None, on_broken="stop", **options):
     samples = make_samples(folder, recipe, on_broken)
     loss = ClassificationLoss(samples.augmentation)
@@ -144,6 +155,17 @@ class TestOutputs:
         assert result.top1 > 60
         assert result.steps == 24
         assert result.is_main_process
+
+    def test_own_data_class(self, folder, tmp_path):
+        samples = make_samples(folder)
+        samples.images = OwnImages(samples.images)
+        own = train(
+            make_model(), samples, ClassificationLoss(samples.augmentation), RECIPE, tmp_path / "own", log_every=1,
+            cpu=True,
+        )  # fmt: skip
+        fit(folder, tmp_path / "ours")
+        assert own.steps == 2 * STEPS
+        assert losses(tmp_path / "own") == losses(tmp_path / "ours")
 
     def test_metrics(self, folder, tmp_path):
         out = tmp_path / "out"
