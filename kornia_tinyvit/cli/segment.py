@@ -37,6 +37,9 @@ class SegmentRequest(NetworkRequest):
     )
     box: list[str] | None = option("Prompts", "left,top,right,bottom; one object per box.", None)
     everything: bool = option("Prompts", "Segment everything, without prompts.", False)
+    max_area: float = option(
+        "Prompts", "With --everything, leave out masks of more than this fraction of the photo: its background.", 1.0
+    )
     weights: str | None = option(
         "Weights", "Path or URL of a MobileSAM. Default: the published one, downloaded once.", None
     )
@@ -53,7 +56,11 @@ def segment(request: SegmentRequest) -> None:
     photo, prompts = request.photo, _parse_prompts(request)
     pixels = open_image(photo)
     sam = _build(request)
-    found = _segment_everything(sam, pixels) if request.everything else _segment_prompts(sam, pixels, prompts)
+    found = (
+        _segment_everything(sam, pixels, request.max_area)
+        if request.everything
+        else _segment_prompts(sam, pixels, prompts)
+    )
     written = _write(request, pixels, found, prompts)
     if request.as_json:
         rows = [{name: value for name, value in each.items() if name != "segmentation"} for each in found]
@@ -72,6 +79,8 @@ def _parse_prompts(request: SegmentRequest) -> Prompts:
         request.reject_unused(("point", "box"), "with --everything")
     elif not (points or boxes):
         raise ValueError("No prompt; give --point x,y, --box left,top,right,bottom or --everything.")
+    else:
+        request.reject_unused(("max_area",), "without --everything")
     if points and len(boxes) > 1:
         raise ValueError(f"Points mark one object and go with at most one --box; got {len(boxes)} boxes.")
     places = [_numbers("--point", text, (2, 3), "x,y or x,y,label, such as 1,2") for text in points]
@@ -112,9 +121,9 @@ def _build(request: SegmentRequest) -> MobileSAM:
     return sam.to(find_device(request.device)).eval()
 
 
-def _segment_everything(sam: MobileSAM, pixels: Tensor) -> list[dict[str, Any]]:
+def _segment_everything(sam: MobileSAM, pixels: Tensor, max_area: float) -> list[dict[str, Any]]:
     # Encoded, because hundreds of masks of a large photo do not fit into memory.
-    masks = sam.generate_masks(pixels, output_mode="coco_rle")
+    masks = sam.generate_masks(pixels, output_mode="coco_rle", max_area=max_area)
     return [
         {
             "segmentation": mask.segmentation,

@@ -79,8 +79,9 @@ class _Candidate:
 class MaskGenerator:
     """Settings of automatic mask generation; call it, or :meth:`MobileSAM.generate_masks`, with an image.
 
-    Names, order and defaults are those of segment-anything's ``SamAutomaticMaskGenerator``. Masks are filtered by
-    predicted IoU, stability score and the edges of crops, then deduplicated by non-maximum suppression of their boxes.
+    Names, order and defaults are those of segment-anything's ``SamAutomaticMaskGenerator``, which has no ``max_area``,
+    ``dtype`` and ``batch_size``. Masks are filtered by predicted IoU, stability score, area and the edges of crops,
+    then deduplicated by non-maximum suppression of their boxes.
 
     Args:
         points_per_side: points of the grid along each side of the image; ``None`` with ``point_grids``.
@@ -99,6 +100,8 @@ class MaskGenerator:
         output_mode: form of ``segmentation``. ``"binary_mask"``: an array with a byte per pixel, 8 MB for an image of
             3840x2160; ``"coco_rle"``: compressed run lengths, some kilobytes; ``"uncompressed_rle"``: a list of run
             lengths, some tens of kilobytes.
+        max_area: keep masks of at most this fraction of the image's area. A lower value such as 0.5 removes masks of
+            the background, as of microscopy images, before they can suppress others; 1 keeps all.
         dtype: dtype of the decoder's image side. ``torch.bfloat16`` is faster on hardware that supports it; masks near
             a threshold may change.
         batch_size: images encoded together.
@@ -121,6 +124,7 @@ class MaskGenerator:
     point_grids: Sequence[NDArray[np.float64] | Tensor] | None = None
     min_mask_region_area: int = 0
     output_mode: Literal["binary_mask", "uncompressed_rle", "coco_rle"] = "binary_mask"
+    max_area: float = 1.0
     dtype: torch.dtype | None = None
     batch_size: int = 4
 
@@ -139,6 +143,8 @@ class MaskGenerator:
                 "points_per_batch and batch_size must be at least 1, crop_n_layers at least 0; "
                 f"got {self.points_per_batch}, {self.batch_size} and {self.crop_n_layers}."
             )
+        if not 0 < self.max_area <= 1:
+            raise ValueError(f"max_area is a fraction of the image, above 0 and at most 1; got {self.max_area}.")
         factor = self.crop_n_points_downscale_factor
         if factor <= 0:
             raise ValueError(f"crop_n_points_downscale_factor must be positive; got {factor}.")
@@ -281,6 +287,8 @@ class _Crop:
             keep = ~_near_crop_edge(boxes, self.box, self.size)
             if self.settings.stability_score_thresh > 0:  # the score of an empty mask is NaN and passes no threshold
                 keep &= stability >= self.settings.stability_score_thresh
+            if self.settings.max_area < 1:
+                keep &= inside.sum((1, 2)) <= self.settings.max_area * math.prod(self.size)
             values = zip(boxes.tolist(), iou[rows].tolist(), stability.tolist(), points[rows].tolist(), strict=True)
             for index, fields in itertools.compress(enumerate(values), keep.tolist()):
                 slot = next(slots, None)

@@ -90,6 +90,13 @@ class TestSegment:
             areas.append(each["area"])
         assert areas == sorted(areas, reverse=True)
 
+    def test_max_area(self, weights, tmp_path):
+        arguments = (PHOTO, "--weights", weights, "--everything", "--out", str(tmp_path), "--json")
+        areas = [each["area"] for each in json.loads(run("segment", *arguments))["masks"]]
+        limit = (areas[0] - 1) / (300 * 451)
+        kept = json.loads(run("segment", *arguments, "--max-area", str(limit)))["masks"]
+        assert [each["area"] for each in kept] == [area for area in areas if area < areas[0]]
+
     def test_text(self, weights, tmp_path):
         output = run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *BOX)
         first, second = output.splitlines()
@@ -150,6 +157,8 @@ class TestErrors:
             ([], "No prompt; give --point x,y, --box left,top,right,bottom or --everything"),
             (["--everything", *BOX], "--box has no effect with --everything"),
             (["--point", "1,2", *BOX, *BOX], "go with at most one --box; got 2 boxes"),
+            ([*BOX, "--max-area", "0.5"], "--max-area has no effect without --everything"),
+            (["--everything", "--max-area", "0"], "max_area is a fraction of the image, above 0"),
             (["--point", "1"], "--point takes x,y or x,y,label, such as 1,2; got '1'"),
             (["--point", "1,two"], "got '1,two'"),
             (["--point", "1,2,3"], "The label of a --point must be 1 (object) or 0 (background)"),

@@ -142,6 +142,22 @@ class TestOutput:
         )
         assert [mask.segmentation for mask in found] == [mask.segmentation for mask in expected]
 
+    def test_max_area(self, sam, photo):
+        every = FEW | {"box_nms_thresh": 1.0}
+        masks = sam.generate_masks(photo, **every)
+        limit = sorted(mask.area for mask in masks)[len(masks) // 2]
+        kept = sam.generate_masks(photo, **every, max_area=limit / photo[..., 0].size)
+        assert [mask.bbox for mask in kept] == [mask.bbox for mask in masks if mask.area <= limit]
+        assert max(mask.area for mask in kept) == limit < max(mask.area for mask in masks)
+
+    def test_large_masks_suppress_none(self, sam, photo):
+        """Masks above ``max_area`` are removed before non-maximum suppression."""
+        every = FEW | {"box_nms_thresh": 0.0}
+        (first, *_) = sam.generate_masks(photo, **every)
+        smaller = sam.generate_masks(photo, **every, max_area=(first.area - 1) / photo[..., 0].size)
+        assert smaller
+        assert all(mask.area < first.area for mask in smaller)
+
     def test_training_mode_is_unchanged(self, sam, photo):
         expected = sam.generate_masks(photo, **FEW, output_mode="coco_rle")
         sam.train()
@@ -363,6 +379,8 @@ class TestExceptions:
             ({"output_mode": "png"}, "output_mode"),
             ({"points_per_batch": 0}, "points_per_batch"),
             ({"batch_size": 0}, "batch_size"),
+            ({"max_area": 0}, "above 0 and at most 1; got 0"),
+            ({"max_area": 1.5}, "above 0 and at most 1; got 1.5"),
             ({"crop_n_layers": -1}, "crop_n_layers"),
             ({"points_per_side": None}, "point_grids"),
             ({"point_grids": [np.zeros((1, 2))]}, "points_per_side"),
