@@ -16,9 +16,7 @@ import json
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFont
-from torch import Tensor
 
 from kornia_tinyvit.data import SegmentationDataset
 from kornia_tinyvit.images import to_pil
@@ -33,24 +31,15 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
-from kornia_tinyvit.visualization import distinct_colors, save_rows
+from kornia_tinyvit.visualization import distinct_colors, draw_class_map, save_rows
 
 TILE, GAP, LEGEND, LINE = 320, 8, 190, 17
 
 
-def paint(classes: Tensor, colors: Tensor) -> Tensor:
-    """Return an image (3, H, W) of a class map (H, W); unlabeled pixels are black."""
-    black = torch.cat([colors, torch.zeros(1, 3)])
-    return black[torch.where(classes < 0, len(colors), classes)].movedim(-1, 0)
-
-
-def to_tile(image: Tensor, mode: str) -> Image.Image:
-    """Resize an image (3, H, W) to the size of a tile."""
-    scale = TILE / max(image.shape[1:])
-    size = [max(1, round(side * scale)) for side in image.shape[1:]]
-    smooth = {"antialias": True, "align_corners": False} if mode == "bicubic" else {}
-    pixels = F.interpolate(image[None], size, mode=mode, **smooth)[0].clamp(0, 1)
-    return to_pil(pixels)
+def to_tile(image: Image.Image, resampling: Image.Resampling) -> Image.Image:
+    """Resize an image to the size of a tile."""
+    scale = TILE / max(image.size)
+    return image.resize([max(1, round(side * scale)) for side in image.size], resampling)
 
 
 def draw_sheet(
@@ -62,8 +51,8 @@ def draw_sheet(
     for row in rows:
         photo, truth = images[row]
         prediction = segmenter.predict(photo)[0].cpu()
-        tiles = [] if hide_photos else [to_tile(photo, "bicubic")]
-        tiles += [to_tile(paint(classes, colors), "nearest-exact") for classes in (truth, prediction)]
+        tiles = [] if hide_photos else [to_tile(to_pil(photo), Image.Resampling.BICUBIC)]
+        tiles += [to_tile(draw_class_map(classes), Image.Resampling.NEAREST) for classes in (truth, prediction)]
         width, height = tiles[0].size
         strip = Image.new("RGB", (len(tiles) * (TILE + GAP) + LEGEND, max(height, 8 * LINE) + GAP), "white")
         for column, tile in enumerate(tiles):

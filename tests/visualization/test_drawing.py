@@ -4,12 +4,21 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from kornia.color import rgb_to_lab
 from kornia.image import image_to_tensor
-from PIL import Image
+from PIL import Image, ImageDraw
 
+from kornia_tinyvit.data.segmentation import IGNORED
 from kornia_tinyvit.detection import Detection
 from kornia_tinyvit.ops import encode_rle
-from kornia_tinyvit.visualization import distinct_colors, draw_detections, draw_overlay, save_image, save_rows
+from kornia_tinyvit.visualization import (
+    distinct_colors,
+    draw_class_map,
+    draw_detections,
+    draw_overlay,
+    save_image,
+    save_rows,
+)
 from kornia_tinyvit.visualization.drawing import OPACITY
 
 GREY = torch.full((3, 60, 80), 128, dtype=torch.uint8)
@@ -30,9 +39,11 @@ class TestColors:
         colors = distinct_colors(20)
         assert colors.shape == (20, 3)
         assert ((colors >= 0) & (colors <= 1)).all()
-        assert (torch.cdist(colors, colors) + torch.eye(20)).min() > 0.1
+        lab = rgb_to_lab(colors.T[..., None])[..., 0].T
+        assert (torch.cdist(lab, lab) + 100 * torch.eye(20)).min() > 30
         assert torch.equal(distinct_colors(3), colors[:3])
         assert distinct_colors(0).shape == (0, 3)
+        assert len(distinct_colors(300).unique(dim=0)) == 256
 
 
 class TestMasks:
@@ -120,6 +131,60 @@ class TestPrompts:
         if box[2] == 50.0:
             assert drawn[:, 20, 30].tolist() == [255, 255, 255]
             assert not changed[30, 30]
+
+
+class TestClassMaps:
+    MAP = torch.tensor([[0, 2, 2, 2], [0, 2, 2, IGNORED]])
+    NAMES = ("sky", "road", "car")
+
+    def test_colors(self):
+        """A class has the same color in every map; ignored pixels are black."""
+        drawn = np.array(draw_class_map(self.MAP))
+        colors = (255 * distinct_colors(3)).int().numpy()
+        assert drawn.shape == (2, 4, 3)
+        assert (drawn[:, 0] == colors[0]).all()
+        assert (drawn[:, 1:3] == colors[2]).all()
+        assert not drawn[1, 3].any()
+        for form in (self.MAP.numpy(), self.MAP.short(), torch.where(self.MAP < 0, -1, self.MAP).to(torch.int8)):
+            assert np.array_equal(np.array(draw_class_map(form)), drawn)
+        assert np.array_equal(np.array(draw_class_map(np.uint8([[2]]))), drawn[:1, 1:2])
+
+    def test_over_an_image(self):
+        classes = torch.zeros(60, 80, dtype=torch.int64)
+        classes[:, 40:] = 1
+        classes[50:] = IGNORED
+        drawn = image_to_tensor(np.array(draw_class_map(classes, GREY, opacity=0.25))).float()
+        for column, color in enumerate(distinct_colors(2)):
+            wanted = torch.full((3,), 128.0).lerp(color * 255, 0.25)
+            assert (drawn[:, 20, 40 * column] - wanted).abs().max() <= 1
+        assert not drawn[:, 50:].any()
+
+    def test_legend(self):
+        plain, drawn = draw_class_map(self.MAP), draw_class_map(self.MAP, class_names=self.NAMES)
+        assert drawn.width > plain.width
+        assert drawn.crop((0, 0, *plain.size)).tobytes() == plain.tobytes()
+        shown = {color for _, color in drawn.crop((plain.width, 0, *drawn.size)).getcolors(2**16)}
+        sky, road, car = (tuple((255 * color).int().tolist()) for color in distinct_colors(3))
+        assert {sky, car, (0, 0, 0)} < shown
+        assert road not in shown
+
+    def test_order_and_shares_of_the_legend(self, monkeypatch):
+        texts = []
+        monkeypatch.setattr(
+            ImageDraw.ImageDraw, "text", lambda self, place, text, **_: texts.append((place[1], place[0], text))
+        )
+        draw_class_map(self.MAP, class_names=self.NAMES)
+        assert [text for *_, text in sorted(texts)] == ["car", "62.5 %", "sky", "25.0 %", "ignored", "12.5 %"]
+
+    def test_errors(self):
+        with pytest.raises(TypeError, match=r"must hold integers; got float32\. Give the argmax"):
+            draw_class_map(torch.zeros(2, 2))
+        with pytest.raises(ValueError, match=r"must be \(H, W\); got \(1, 2, 4\)"):
+            draw_class_map(self.MAP[None])
+        with pytest.raises(ValueError, match=r"must have the image's 60x80; got \(2, 4\)"):
+            draw_class_map(self.MAP, GREY)
+        with pytest.raises(ValueError, match="holds the class 2, but there are 2 names"):
+            draw_class_map(self.MAP, class_names=("sky", "road"))
 
 
 class TestImages:
