@@ -52,10 +52,10 @@ class NetworkRequest(WeightsRequest):
         Args:
             kind: class of the network; its ``from_config`` takes the other arguments.
             pretrained: weights.
-            **settings: for ``from_config``.
+            **settings: for ``from_config``; ``img_size`` replaces that of the request.
         """
         if self.img_size is not None:
-            settings["img_size"] = self.img_size
+            settings.setdefault("img_size", self.img_size)
         network: Network = kind.from_config(self.variant, pretrained=pretrained, **settings)  # type: ignore[attr-defined]
         return network.to(find_device(self.device)).eval()
 

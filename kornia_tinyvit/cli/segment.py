@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from torch import Tensor
 
 from kornia_tinyvit.checkpoints import CheckpointError
-from kornia_tinyvit.cli.options import NetworkRequest, find_device
+from kornia_tinyvit.cli.options import Network, NetworkRequest
 from kornia_tinyvit.cli.requests import argument, command, option
+from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.files import write_text
 from kornia_tinyvit.images import open_image
 from kornia_tinyvit.ops import decode_rle, encode_rle, mask_boxes
 from kornia_tinyvit.sam import MobileSAM
-from kornia_tinyvit.visualization import draw_overlay, save_image
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.visualization import draw_class_map, draw_overlay, save_image
 
 Format = StrEnum("Format", ("png", "coco"))
 #: Points of one object :math:`(N, 2)`, their labels :math:`(N,)`, and boxes :math:`(K, 4)` of one object each.
@@ -41,21 +44,34 @@ class SegmentRequest(NetworkRequest):
         "Prompts", "With --everything, leave out masks of more than this fraction of the photo: its background.", 1.0
     )
     weights: str | None = option(
-        "Weights", "Path or URL of a MobileSAM. Default: the published one, downloaded once.", None
+        "Weights",
+        "Path or URL of a MobileSAM, or of a semantic network, which takes no prompts. Default: the published "
+        "MobileSAM, downloaded once.",
+        None,
     )
     img_size: str | None = option(  # type: ignore[assignment]
         "Weights", "Side of the input in pixels, or heightxwidth such as 512x1024. Default: that of the weights.", None
     )
     out: Path = option("Output", "Folder for the overlay and the masks.", Path("segments"))
-    format: Format = option("Output", "png: a file per mask; coco: one JSON file with run-length codes.", Format.png)
+    format: Format = option(
+        "Output",
+        "png: a file per mask, or one of class indices; coco: one JSON file with run-length codes.",
+        Format.png,
+    )
 
 
 @command
 def segment(request: SegmentRequest) -> None:
-    """Segment objects in a photo: at points, in boxes, or everything."""
+    """Segment objects in a photo, at points, in boxes, or everything; or its pixels by their class.
+
+    The classes are those of a network of 'train --task semantic'.
+    """
+    if request.weights is not None and SemanticSegmenter.is_stored_in(request.weights, request.variant):
+        _segment_classes(request)
+        return
     photo, prompts = request.photo, _parse_prompts(request)
     pixels = open_image(photo)
-    sam = _build(request)
+    sam = _build(request, MobileSAM)
     found = (
         _segment_everything(sam, pixels, request.max_area)
         if request.everything
@@ -106,19 +122,18 @@ def _numbers(
     return numbers
 
 
-def _build(request: SegmentRequest) -> MobileSAM:
+def _build(request: SegmentRequest, kind: type[Network]) -> Network:
     settings: dict[str, Any] = {}
     if request.img_size is not None:
         form = "a side, or heightxwidth such as 512x1024"
         sides = _numbers("--img-size", request.img_size, (1, 2), form, int, "x")
         settings["img_size"] = sides[0] if len(sides) == 1 else tuple(sides)
     try:
-        sam = MobileSAM.from_config(request.variant, pretrained=request.weights or True, **settings)
+        return request.build_network(kind, request.weights or True, **settings)
     except CheckpointError as error:
         if request.weights is not None:
             raise
         raise CheckpointError(f"{error} Give the file by --weights FILE.") from error
-    return sam.to(find_device(request.device)).eval()
 
 
 def _segment_everything(sam: MobileSAM, pixels: Tensor, max_area: float) -> list[dict[str, Any]]:
@@ -142,17 +157,20 @@ def _segment_prompts(sam: MobileSAM, pixels: Tensor, prompts: Prompts) -> list[d
     if points is not None and labels is not None:
         points, labels = points[None], labels[None]
     best = sam.predict_best(sam.embed(pixels), points, labels, boxes)
-    masks = best.masks()[:, 0].cpu()
-    corners = mask_boxes(masks).long().tolist()
     return [
-        {
-            "segmentation": encode_rle(mask, compressed=True),
-            "bbox": [left, top, right - left, bottom - top],
-            "area": int(mask.sum()),
-            "predicted_iou": score,
-        }
-        for mask, (left, top, right, bottom), score in zip(masks, corners, best.scores[:, 0].tolist(), strict=True)
+        _encode(mask) | {"predicted_iou": score}
+        for mask, score in zip(best.masks()[:, 0].cpu(), best.scores[:, 0].tolist(), strict=True)
     ]
+
+
+def _encode(mask: Tensor) -> dict[str, Any]:
+    """Return the fields of COCO that describe a mask :math:`(H, W)`."""
+    ((left, top, right, bottom),) = mask_boxes(mask[None]).long().tolist()
+    return {
+        "segmentation": encode_rle(mask, compressed=True),
+        "bbox": [left, top, right - left, bottom - top],
+        "area": int(mask.sum()),
+    }
 
 
 def _write(request: SegmentRequest, pixels: Tensor, found: list[dict[str, Any]], prompts: Prompts) -> list[Path]:
@@ -163,7 +181,7 @@ def _write(request: SegmentRequest, pixels: Tensor, found: list[dict[str, Any]],
     written = [overlay]
     if request.format is Format.coco:
         written.append(out / f"{photo.stem}.json")
-        write_text(written[-1], json.dumps(_coco(photo, pixels, found)))
+        write_text(written[-1], json.dumps(_coco(photo, pixels.shape[1:], ("object",), found)))
         return written
     for number, each in enumerate(found):
         written.append(out / f"{photo.stem}_mask_{number:03}.png")
@@ -172,14 +190,47 @@ def _write(request: SegmentRequest, pixels: Tensor, found: list[dict[str, Any]],
     return written
 
 
-def _coco(photo: Path, pixels: Tensor, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Return a COCO record of a photo and its masks (cocodataset.org, "Data format")."""
-    height, width = pixels.shape[1:]
+def _coco(photo: Path, size: Sequence[int], names: Sequence[str], found: Iterable[dict[str, Any]]) -> dict[str, Any]:
+    """Return a COCO record of a photo and its masks (cocodataset.org, "Data format"); ids start at 1."""
+    height, width = size
     return {
         "images": [{"id": 1, "file_name": photo.name, "height": height, "width": width}],
-        "categories": [{"id": 1, "name": "object"}],
+        "categories": [{"id": number, "name": name} for number, name in enumerate(names, 1)],
         "annotations": [
             {"id": number, "image_id": 1, "category_id": 1, "iscrowd": 0, **each}
             for number, each in enumerate(found, 1)
         ],
     }
+
+
+def _segment_classes(request: SegmentRequest) -> None:
+    """Write the class map of a semantic network, and print the classes with their number of pixels."""
+    request.reject_unused(
+        ("point", "box", "everything", "max_area"), "with a semantic network, which gives each pixel a class"
+    )
+    photo, out = request.photo, request.out
+    segmenter = _build(request, SemanticSegmenter)
+    names = segmenter.class_names
+    classes = segmenter.predict(photo)[0].cpu()
+    present, counts = classes.unique(return_counts=True)
+    order = counts.argsort(descending=True, stable=True)
+    rows = [
+        {"class": names[index], "index": index, "pixels": count, "percent": round(100 * count / classes.numel(), 2)}
+        for index, count in zip(present[order].tolist(), counts[order].tolist(), strict=True)
+    ]
+    written = [out / f"{photo.stem}_overlay.png"]
+    save_image(written[0], draw_class_map(classes, photo, names))
+    if request.format is Format.coco:
+        written.append(out / f"{photo.stem}.json")
+        found = (_encode(classes == row["index"]) | {"category_id": row["index"] + 1} for row in rows)
+        write_text(written[-1], json.dumps(_coco(photo, classes.shape, names, found)))
+    else:
+        written.append(out / "masks" / f"{photo.stem}.png")  # as SegmentationDataset reads it
+        # 255 is unlabeled in most datasets of 8-bit masks.
+        save_image(written[-1], Image.fromarray(classes.numpy().astype(np.uint8 if len(names) < 256 else np.uint16)))
+    if request.as_json:
+        print(json.dumps({"photo": str(photo), "files": [str(path) for path in written], "classes": rows}))
+        return
+    print(f"{photo}: {len(rows)} {'class' if len(rows) == 1 else 'classes'}, see {written[0]}")
+    cells = ((row["class"], row["index"], row["pixels"], f"{row['percent']:.2f}") for row in rows)
+    print_table(["class", "index", "pixels", "%"], cells)

@@ -1,17 +1,23 @@
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from kornia_tinyvit import save_checkpoint
+from kornia_tinyvit import TinyViT, save_checkpoint
 from kornia_tinyvit.checkpoints import tensors
 from kornia_tinyvit.checkpoints.catalog import ASSETS, find_weights
+from kornia_tinyvit.data import SegmentationDataset
 from kornia_tinyvit.ops import decode_rle
 from kornia_tinyvit.sam import MobileSAM
-from tests.helpers import KINDS, error_of, run, write_kind
+from kornia_tinyvit.semantic import SemanticSegmenter
+from kornia_tinyvit.visualization import draw_class_map
+from tests.helpers import KINDS, cells, error_of, run, write_kind
 from tests.sam.test_model import lively
+from tests.scenes import NAMES
+from tests.training.tasks.test_semantic import TINY, make_segmenter
 
 PHOTO = str(ASSETS / "photos" / "chelsea.png")  # 451x300
 BOX = ("--box", "100,20,300,280")
@@ -20,6 +26,16 @@ BOX = ("--box", "100,20,300,280")
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory) -> str:
     return str(save_checkpoint(lively(), tmp_path_factory.mktemp("weights") / "sam.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def semantic(tmp_path_factory) -> str:
+    return str(make_segmenter().save(tmp_path_factory.mktemp("weights") / "semantic.safetensors"))
+
+
+@pytest.fixture(scope="module")
+def expected(semantic) -> torch.Tensor:
+    return SemanticSegmenter.from_config(pretrained=semantic).predict(PHOTO)[0]
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +164,77 @@ class TestSegment:
         )
         upright = json.loads(run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path), *BOX, "--json"))
         assert np.array_equal(pixels_of(report["masks"][0]["file"]), pixels_of(upright["masks"][0]["file"]))
+
+
+class TestClasses:
+    """A semantic network."""
+
+    def test_files(self, semantic, expected, tmp_path):
+        """The class map is a mask that SegmentationDataset reads."""
+        (tmp_path / "images").mkdir()
+        shutil.copy(PHOTO, tmp_path / "images")
+        report = json.loads(run("segment", PHOTO, "--weights", semantic, "--out", str(tmp_path), "--json"))
+        overlay, mask = (f"{tmp_path}/{name}" for name in ("chelsea_overlay.png", "masks/chelsea.png"))
+        assert (report["photo"], report["files"]) == (PHOTO, [overlay, mask])
+        assert np.array_equal(pixels_of(overlay), np.array(draw_class_map(expected, PHOTO, NAMES)))
+        assert pixels_of(mask).dtype == np.uint8
+        ((_, target),) = SegmentationDataset.open(tmp_path, classes=NAMES)
+        assert torch.equal(target, expected)
+        counts = expected.flatten().bincount(minlength=3)
+        assert len(counts.nonzero()) > 1
+        assert report["classes"] == [
+            {
+                "class": NAMES[index], "index": index, "pixels": int(counts[index]),
+                "percent": round(100 * int(counts[index]) / expected.numel(), 2),
+            }
+            for index in counts.argsort(descending=True).tolist() if counts[index]
+        ]  # fmt: skip
+
+    def test_coco(self, semantic, expected, tmp_path):
+        command = ("segment", PHOTO, "--weights", semantic, "--out", str(tmp_path), "--format", "coco", "--json")
+        report = json.loads(run(*command))
+        assert report["files"] == [str(tmp_path / "chelsea_overlay.png"), str(tmp_path / "chelsea.json")]
+        record = json.loads((tmp_path / "chelsea.json").read_text())
+        assert record["categories"] == [{"id": number, "name": name} for number, name in enumerate(NAMES, 1)]
+        assert len(record["annotations"]) == len(report["classes"])
+        for each, row in zip(record["annotations"], report["classes"], strict=True):
+            assert (each["category_id"], each["area"]) == (row["index"] + 1, row["pixels"])
+            assert np.array_equal(decode_rle(each["segmentation"]), expected == row["index"])
+
+    def test_text(self, semantic, expected, tmp_path):
+        output = run("segment", PHOTO, "--weights", semantic, "--out", str(tmp_path))
+        present = len(expected.unique())
+        assert output.splitlines()[0] == f"{PHOTO}: {present} classes, see {tmp_path}/chelsea_overlay.png"
+        name, index, pixels, percent = cells(output)[0]
+        largest = int(expected.flatten().mode().values)
+        count = int((expected == largest).sum())
+        assert (name, index, pixels) == (NAMES[largest], str(largest), str(count))
+        assert float(percent) == pytest.approx(100 * count / expected.numel(), abs=0.01)
+
+    def test_more_than_255_classes(self, tmp_path):
+        torch.manual_seed(0)
+        backbone = TinyViT(**TINY | {"num_classes": 0, "img_size": 32, "window_sizes": (4, 4, 2, 1)})
+        network = SemanticSegmenter(backbone, num_classes=300, width=16).eval()
+        weights = str(network.save(tmp_path / "many.safetensors"))
+        run("segment", PHOTO, "--weights", weights, "--out", str(tmp_path))
+        written = pixels_of(tmp_path / "masks" / "chelsea.png")
+        assert written.dtype == np.uint16
+        assert np.array_equal(written, network.predict(PHOTO)[0])
+
+    def test_size(self, semantic, tmp_path):
+        command = ("segment", PHOTO, "--weights", semantic, "--out", str(tmp_path), "--img-size", "96")
+        run(*command)
+        (wanted,) = SemanticSegmenter.from_config(pretrained=semantic, img_size=96).predict(PHOTO)
+        assert np.array_equal(pixels_of(tmp_path / "masks" / "chelsea.png"), wanted)
+
+    def test_errors(self, semantic, tmp_path, capfd, monkeypatch):
+        command = ("segment", PHOTO, "--weights", semantic, "--out", str(tmp_path))
+        error = error_of(capfd, monkeypatch, *command, *BOX, "--point", "1,2")
+        assert "--point, --box have no effect with a semantic network, which gives each pixel a class" in error
+        assert "--everything has no effect" in error_of(capfd, monkeypatch, *command, "--everything")
+        assert "another architecture" in error_of(capfd, monkeypatch, *command, "--variant", "5m")
+        assert "img_size" in error_of(capfd, monkeypatch, *command, "--img-size", "64x96")
+        assert not list(tmp_path.iterdir())
 
 
 class TestErrors:
