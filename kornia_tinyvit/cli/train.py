@@ -75,7 +75,7 @@ def train(request: TrainRequest) -> None:
     recipe = request.find_recipe("in1k" if request.task is TaskName.classification else request.task.value)
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
     if validation is None:
-        request.reject_unused(("validate_every",), "without validation images")
+        request.reject_unused(("validate_every", "patience"), "without validation images")
     settings = {"validation": validation, "validate_every": request.validate_every}
     names = samples.images.class_names
     request.train(model, samples, objective, recipe, task=task, class_names=names, **settings)

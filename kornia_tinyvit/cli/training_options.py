@@ -17,6 +17,7 @@ from kornia_tinyvit.cli.requests import Request, argument, option
 from kornia_tinyvit.config import VARIANTS, TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
+from kornia_tinyvit.data.datasets import count_noun
 from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.data.splits import MissingSplitError
 from kornia_tinyvit.distillation.manifest import StoreError
@@ -28,7 +29,7 @@ Dataset = TypeVar("Dataset")
 RECIPE_NAMES = ", ".join(RECIPES)
 EPOCHS = "Epochs. Default: those of the recipe."
 ON_BROKEN = "At an image that cannot be read: stop or skip."
-OUT = "Folder for weights, metrics and state; the same command resumes from it."
+OUT = "Folder for weights, metrics and state; the same command resumes from it, with more --epochs it extends it."
 _TITLES = {"top1": "top-1", "mean_iou": "mean IoU", "box_iou": "mean IoU of boxes", "map": "mAP"}
 PRECISIONS = {"no": None, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -118,14 +119,15 @@ class TrainingRequest(DataRequest):
             )
         return False
 
-    def find_recipe(self, default: str = "") -> Recipe:
-        """Return the recipe, changed by the options that were given."""
+    def find_recipe(self, default: str = "", **changes: Any) -> Recipe:
+        """Return the recipe, changed by the options that were given and by other fields."""
         return find_recipe(
             self.recipe or default,
             epochs=self.epochs,
             img_size=self.img_size,
             batch_size=self.batch_size,
             base_lr=self.base_lr,
+            **changes,
         )
 
     def build(
@@ -189,9 +191,16 @@ class TrainingRequest(DataRequest):
 class LoopRequest(TrainingRequest):
     """A training of one network."""
 
+    patience: int | None = option(
+        "Training", "Epochs without a better score before training stops; 0: all. Default: the recipe's.", None, min=0
+    )
     init_seed: int | None = option("Training", "Seed of random weights. Default: that of --seed.", None, min=0)
     workers: int = option("Hardware", options.WORKERS, 2, min=0)
     gradient_checkpointing: bool = option("Hardware", "Less memory for a third more work.", False)
+
+    def find_recipe(self, default: str = "", **changes: Any) -> Recipe:
+        """Return the recipe, changed by the options that were given and by other fields."""
+        return super().find_recipe(default, patience=self.patience, **changes)
 
     @property
     def first_seed(self) -> int:
@@ -214,7 +223,7 @@ class LoopRequest(TrainingRequest):
         self.note_names("Boxes left out", getattr(images, "left_out", ()))
         settings |= {name: getattr(self, name) for name in ("process_batch", "workers", "precision")}
         origin = {"weights": self.weights, "init_seed": self.first_seed}
-        settings |= {"origin": origin, "cpu": cpu, "progress": self.shows_progress}
+        settings |= {"origin": origin, "cpu": cpu, "progress": self.shows_progress, "note": self.note}
         result = train(model, samples, objective, recipe, self.out, **settings)
         if not result.is_main_process:
             return
@@ -222,6 +231,11 @@ class LoopRequest(TrainingRequest):
             print(json.dumps(result.to_dict()))
             return
         score = "" if result.score is None else f", {_TITLES[result.metric]} {result.score:.2f} %"
+        if result.stopped_early:
+            print(
+                f"Stopped early: {_TITLES[result.metric]} did not improve for {count_noun(recipe.patience, 'epoch')}, "
+                f"best in epoch {result.best_epoch} of {recipe.epochs}."
+            )
         print(f"{result.steps} steps in {result.seconds:.0f} s{score}: {result.best}")
         self.note_names("Images left out because they cannot be read", result.broken)
 

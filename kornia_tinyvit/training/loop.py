@@ -7,16 +7,17 @@ import json
 import math
 import time
 import warnings
+from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
-from kornia_tinyvit.data.datasets import ImageDataset
+from kornia_tinyvit.data.datasets import ImageDataset, count_noun
 from kornia_tinyvit.data.loader import EpochBatches, replay_loader
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.files import writing
@@ -54,6 +55,8 @@ class TrainingResult:
         seconds: training time, over all restarts.
         is_main_process: whether this process wrote the files.
         metric: name of the score, see :attr:`~kornia_tinyvit.training.tasks.base.Task.metrics`.
+        best_epoch: epoch with the best score, counted from 1; ``None`` without validation.
+        stopped_early: whether the training ended because the score did not improve for ``recipe.patience`` epochs.
     """
 
     steps: int
@@ -64,6 +67,8 @@ class TrainingResult:
     seconds: float
     is_main_process: bool = True
     metric: str = CLASSIFICATION.metric
+    best_epoch: int | None = None
+    stopped_early: bool = False
 
     @property
     def top1(self) -> float | None:
@@ -97,8 +102,13 @@ def train(
     log_every: int = 50,
     cpu: bool = False,
     progress: bool = False,
+    note: Callable[[str], None] | None = None,
 ) -> TrainingResult:
     """Train a network, or resume the training in ``out``.
+
+    With more ``epochs`` and an otherwise equal recipe, a finished or unfinished training in ``out`` is extended: it
+    continues from its last state, without another warm-up, at the learning rate that the cosine schedule of the new
+    length has at the epoch reached.
 
     The folder ``out`` receives ``metrics.jsonl`` with a line every ``log_every`` steps and one per epoch;
     ``best.safetensors`` and ``last.safetensors``, which the network's ``from_config`` reads; the newest state
@@ -127,6 +137,8 @@ def train(
         log_every: optimizer steps between two lines of metrics.
         cpu: train on the CPU even if there is an accelerator.
         progress: show a progress bar.
+        note: function that is called with lines about the training, such as its learning rates, on the main process;
+            e.g. ``print``.
 
     Returns:
         The result of the training.
@@ -158,50 +170,78 @@ def train(
 
     folder = RunFolder(Path(out))
     process_batch = process_batch or recipe.batch_size // accelerator.num_processes
-    trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder)
-    replays = broadcast_object_list([replays])[0]  # a store that grows may differ between ranks
-    config = trainer.describe() | {"replays": replays, "origin": origin}
     frozen = freeze_statistics(model) if recipe.frozen_batch_norm else nullcontext()
-    with frozen, folder.lock() if accelerator.is_main_process else nullcontext():
-        trainer.resume(config)
+    with frozen:
+        evaluation = _Evaluation(validation, validate_every, class_names, workers)
+        trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder, evaluation, note)
+        replays = broadcast_object_list([replays])[0]  # a store that grows may differ between ranks
+        config = trainer.describe() | {"replays": replays, "origin": origin}
         batches = EpochBatches(
             samples.order, process_batch, recipe.epochs, accelerator.process_index, accelerator.num_processes,
-            trainer.accumulate, trainer.done, replays,
+            trainer.accumulate, replays=replays,
         )  # fmt: skip
-        per_epoch = batches.batches_per_epoch
-        saved = time.perf_counter()
-        began = saved - trainer.seconds
-        shown = progress and accelerator.is_main_process
-        with deferred_interrupt() as interrupted, ProgressBar("training", batches.end, shown, trainer.done) as bar:
-            for batch in replay_loader(samples, batches, workers):
-                trainer.train_batch(batch, per_epoch)
-                trainer.seconds = time.perf_counter() - began
-                bar.step()
-                epoch, inside = divmod(trainer.done, per_epoch)
-                logged = not inside or trainer.done % (log_every * trainer.accumulate) == 0
-                # Ranks exchange the flag only where they exchange the loss: both wait for the GPU.
-                stop = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interrupted.is_set(), logged)
-                if not (logged or stop):
-                    continue
-                line = trainer.log_metrics(per_epoch)
-                bar.step(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}")
-                if not inside:
-                    due = validation is not None and (epoch % validate_every == 0 or epoch == recipe.epochs)
-                    trainer.end_epoch(epoch, validation, due, class_names, workers)
-                late = time.perf_counter() - saved > 60 * save_minutes
-                if stop or not inside or broadcast_object_list([late])[0]:
-                    trainer.save()
-                    saved = trainer.logged = time.perf_counter()
-                if stop:
-                    break
-        folder.close()
+        with folder.lock() if accelerator.is_main_process else nullcontext():
+            trainer.resume(config, batches.batches_per_epoch)
+            if not trainer.stopped:
+                shown = progress and accelerator.is_main_process
+                _run(trainer, batches, save_minutes, log_every, shown)
+            folder.close()
+    accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # restores the network's own forward
+    return trainer.result()
+
+
+def _run(trainer: _Trainer, batches: EpochBatches, save_minutes: float, log_every: int, shown: bool) -> None:
+    """Train on the remaining batches.
+
+    Raises:
+        KeyboardInterrupt: after Ctrl-C, when the state is saved.
+    """
+    from accelerate.utils import broadcast_object_list
+
+    accelerator, per_epoch = trainer.accelerator, batches.batches_per_epoch
+    batches.start = trainer.done
+    saved = time.perf_counter()
+    began = saved - trainer.seconds
+    with deferred_interrupt() as interrupted, ProgressBar("training", batches.end, shown, trainer.done) as bar:
+        for batch in replay_loader(trainer.samples, batches, trainer.evaluation.workers):
+            trainer.train_batch(batch, per_epoch)
+            trainer.seconds = time.perf_counter() - began
+            bar.step()
+            epoch, inside = divmod(trainer.done, per_epoch)
+            logged = not inside or trainer.done % (log_every * trainer.accumulate) == 0
+            # Ranks exchange the flag only where they exchange the loss: both wait for the GPU.
+            interrupt = trainer.done % trainer.accumulate == 0 and _any_rank(accelerator, interrupted.is_set(), logged)
+            if not (logged or interrupt):
+                continue
+            line = trainer.log_metrics(per_epoch)
+            bar.step(0, f"{line['images_per_s']:.0f} images/s, loss {line['loss']:.4f}, lr {line['lr']:.2g}")
+            if not inside:
+                trainer.end_epoch(epoch)
+            late = time.perf_counter() - saved > 60 * save_minutes
+            if interrupt or not inside or broadcast_object_list([late])[0]:
+                trainer.save()
+                saved = trainer.logged = time.perf_counter()
+            if trainer.stopped:
+                return
+            if interrupt:
+                break
     if trainer.done < batches.end:
         raise KeyboardInterrupt
-    accelerator.unwrap_model(trainer.model, keep_fp32_wrapper=False)  # restores the network's own forward
-    return TrainingResult(
-        trainer.step, None if trainer.best < 0 else trainer.best, folder.weights("best"), folder.weights("last"),
-        tuple(sorted(trainer.broken)), trainer.seconds, accelerator.is_main_process, task.metric,
-    )  # fmt: skip
+
+
+def _describe_rates(recipe: Recipe, rates: list[float]) -> str:
+    """Return a line on the learning rates, given those of the parameter groups at the peak."""
+    lowest = f", {min(rates):.3g} in the first layers" if min(rates) < max(rates) else ""
+    final = max(rates) * recipe.lr_factor(recipe.epochs)
+    return (
+        f"Learning rate {max(rates):.3g}{lowest}, by a cosine to {final:.3g} after {count_noun(recipe.epochs, 'epoch')}"
+    )
+
+
+def _describe_start(recipe: Recipe, extensions: list[Any], before: list[Any], epoch: float) -> str:
+    """Return a line on where a training is resumed or extended."""
+    verb = f"Extended from {extensions[-1]['from']} to {recipe.epochs} epochs: r" if extensions != before else "R"
+    return f"{verb}esumes after epoch {epoch:g} with learning rate {recipe.peak_lr * recipe.lr_factor(epoch):.3g}"
 
 
 def _any_rank(accelerator: Accelerator, flag: bool, exchange: bool) -> bool:
@@ -233,6 +273,15 @@ def _create_accelerator(model: nn.Module, precision: str, cpu: bool) -> Accelera
     return accelerator
 
 
+class _Evaluation(NamedTuple):
+    """The evaluation at the end of epochs."""
+
+    images: Any
+    every: int
+    class_names: tuple[str, ...] | None
+    workers: int
+
+
 @dataclass
 class _Trainer:
     """A network with its optimizer, its moving average, its progress and its folder."""
@@ -245,6 +294,8 @@ class _Trainer:
     process_batch: int
     task: Task
     folder: RunFolder
+    evaluation: _Evaluation
+    note: Callable[[str], None] | None
 
     def __post_init__(self) -> None:
         accelerator, model, recipe = self.accelerator, self.model, self.recipe
@@ -265,6 +316,9 @@ class _Trainer:
 
         self.done = 0  # batches of this rank, over all epochs
         self.best = -1.0
+        self.best_epoch = 0
+        self.extended = 0.0  # the epoch from which the last extension applies
+        self.stopped = False  # by the patience of the recipe
         self.seconds = 0.0
         self.broken: set[str] = set()
         self.losses: list[Tensor] = []  # since the last line of metrics, which was written at this time
@@ -288,11 +342,15 @@ class _Trainer:
         }
         return dict(json.loads(json.dumps(config)))
 
-    def resume(self, config: dict[str, Any]) -> None:
-        """Load the newest state of the folder, if there is one of the same configuration."""
-        self.folder.check_config(config)
-        self.accelerator.wait_for_everyone()
+    def resume(self, config: dict[str, Any], per_epoch: int) -> None:
+        """Load the newest state of the folder, if there is one of the same configuration or of fewer epochs."""
         newest = self.folder.newest_state()
+        epoch = 0.0 if newest is None else round(newest[1]["step"] * self.accumulate / per_epoch, 4)
+        before = (self.folder.config() or {}).get("extensions", [])
+        config = self.folder.check_config(config, epoch)
+        self.recipe = dataclasses.replace(self.recipe, warmup_epochs=config["recipe"]["warmup_epochs"])
+        self.accelerator.wait_for_everyone()
+        self._note(_describe_rates(self.recipe, [group["lr"] for group in self.optimizer.param_groups]))
         if newest is not None:
             state, progress = newest
             self.accelerator.load_state(str(state))
@@ -300,7 +358,13 @@ class _Trainer:
                 own, first = (state / f"average-{rank}.pt" for rank in (self.accelerator.process_index, 0))
                 self.average.load_state_dict(torch.load(own if own.exists() else first, map_location="cpu"))
             self.done = progress["step"] * self.accumulate
-            self.best, self.seconds, self.broken = progress["best"], progress["seconds"], set(progress["broken"])
+            for name in ("best", "best_epoch", "stopped", "seconds"):
+                setattr(self, name, progress[name])
+            self.broken = set(progress["broken"])
+            self.extended = max((each["epoch"] for each in config["extensions"]), default=0.0)
+            self.stopped = self.stopped and self.extended < epoch
+            if epoch < self.recipe.epochs and not self.stopped:
+                self._note(_describe_start(self.recipe, config["extensions"], before, epoch))
         if self.accelerator.is_main_process:
             self.folder.start(config, self.step)
 
@@ -348,21 +412,22 @@ class _Trainer:
         images = len(self.losses) * self.process_batch * self.accelerator.num_processes
         rate = round(images / max(now - self.logged, 1e-9), 1)
         self.losses, self.logged = [], now
-        lr = self.optimizer.param_groups[-1]["lr"]
+        lr = max(group["lr"] for group in self.optimizer.param_groups)
         return self._log({"epoch": round(self.done / per_epoch, 4), "loss": loss, "lr": lr, "images_per_s": rate})
 
-    def end_epoch(
-        self, epoch: int, validation: Any, due: bool, class_names: tuple[str, ...] | None, workers: int
-    ) -> None:
+    def end_epoch(self, epoch: int) -> None:
         """Evaluate the network if it is due, and save its weights; both use the moving average if there is one."""
         metrics: dict[str, float] = {}
-        names = ["last"] if validation is not None else ["last", "best"]
+        images, every, class_names, _ = self.evaluation
+        names = ["last"] if images is not None else ["last", "best"]
         with self.average.applied(self.model) if self.average else nullcontext():
-            if due:
-                metrics = self._evaluate(validation, workers)
-                if metrics[self.task.metric] >= self.best:
-                    self.best = metrics[self.task.metric]
+            if images is not None and (epoch % every == 0 or epoch == self.recipe.epochs):
+                metrics = self._evaluate()
+                if metrics[self.task.metric] > self.best:
+                    self.best, self.best_epoch = metrics[self.task.metric], epoch
                     names.append("best")
+                waited = epoch - max(self.best_epoch, self.extended)
+                self.stopped = 0 < self.recipe.patience <= waited and epoch < self.recipe.epochs
             state = self.accelerator.get_state_dict(self.model)
             if self.accelerator.is_main_process:
                 network = self.task.restore(self.config, state, class_names, self.preprocessing)
@@ -371,16 +436,16 @@ class _Trainer:
         self._gather_broken()
         self._log({"epoch": epoch, **metrics, "seconds": round(self.seconds, 1), "broken": len(self.broken)})
 
-    def _evaluate(self, images: Any, workers: int) -> dict[str, float]:
+    def _evaluate(self) -> dict[str, float]:
         """Return the metrics on validation images, which are sharded across ranks."""
         accelerator = self.accelerator
         evaluator = self.task.evaluator(
-            images, self.config, self.preprocessing, device=accelerator.device, batch_size=self.process_batch,
-            skip_broken=self.samples.on_broken == "skip",
+            self.evaluation.images, self.config, self.preprocessing, device=accelerator.device,
+            batch_size=self.process_batch, skip_broken=self.samples.on_broken == "skip",
         )  # fmt: skip
         shard = {"rank": accelerator.process_index, "world_size": accelerator.num_processes}
         self.model.eval()  # train_batch sets the mode of each batch; a sharded network cannot be copied
-        broken = evaluate_network(self.model, evaluator, workers, **shard)
+        broken = evaluate_network(self.model, evaluator, self.evaluation.workers, **shard)
         self.model.train()
         self.broken.update(f"validation: {name}" for name in broken)
         if accelerator.num_processes > 1:
@@ -415,9 +480,23 @@ class _Trainer:
         self._gather_broken()
         accelerator.wait_for_everyone()
         if accelerator.is_main_process:
-            progress = {"step": self.step, "best": self.best, "seconds": self.seconds, "broken": sorted(self.broken)}
-            folder.publish_state(progress)
+            names = ("step", "best", "best_epoch", "stopped", "seconds")
+            progress = {name: getattr(self, name) for name in names}
+            folder.publish_state(progress | {"broken": sorted(self.broken)})
         accelerator.wait_for_everyone()
+
+    def result(self) -> TrainingResult:
+        """Return the result of the training."""
+        folder, scored = self.folder, self.best >= 0
+        return TrainingResult(
+            self.step, self.best if scored else None, folder.weights("best"), folder.weights("last"),
+            tuple(sorted(self.broken)), self.seconds, self.accelerator.is_main_process, self.task.metric,
+            self.best_epoch if scored else None, self.stopped,
+        )  # fmt: skip
+
+    def _note(self, line: str) -> None:
+        if self.note is not None and self.accelerator.is_main_process:
+            self.note(line)
 
     def _gather_broken(self) -> None:
         """Collect the names of corrupt images from all ranks."""

@@ -30,6 +30,7 @@ class Recipe:
         frozen_batch_norm: keep the running statistics of batch norm.
         clip_norm: maximum norm of the gradient.
         ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 disables it.
+        patience: number of epochs without a better score after which the training stops; 0 disables this.
         drop_path: drop path rates by variant that replace the variant's own.
         preset: name of the augmentation in :data:`~kornia_tinyvit.preprocessing.TRAINING_PRESETS`.
         changes: fields of the preset to replace.
@@ -49,6 +50,7 @@ class Recipe:
     frozen_batch_norm: bool = False
     clip_norm: float = 5.0
     ema_decay: float = 0.0
+    patience: int = 0
     drop_path: dict[str, float] = field(default_factory=dict)
     preset: str = "in1k"
     changes: dict[str, Any] = field(default_factory=dict)
@@ -61,12 +63,13 @@ class Recipe:
             "base_lr": self.base_lr > 0,
             "min_lr": 0 <= self.min_lr <= self.base_lr,
             "ema_decay": 0 <= self.ema_decay < 1,
+            "patience": self.patience >= 0,
         }
         wrong = [f"{name}={getattr(self, name)}" for name, good in ranges.items() if not good]
         if wrong:
             raise ValueError(
                 f"Out of range: {', '.join(wrong)}. Expected epochs >= 1, 0 <= warmup_epochs <= epochs, an even "
-                "batch_size, 0 <= min_lr <= base_lr and ema_decay in [0, 1)."
+                "batch_size, 0 <= min_lr <= base_lr, ema_decay in [0, 1) and patience >= 0."
             )
 
     @property
@@ -148,7 +151,8 @@ RECIPES: dict[str, Recipe] = {
 def find_recipe(name: str, **changes: Any) -> Recipe:
     """Return a recipe by its name, with fields replaced.
 
-    With fewer ``epochs`` the warm-up is limited to half of them.
+    With fewer ``epochs`` the warm-up is limited to half of them, and ``min_lr`` follows ``base_lr`` in proportion,
+    unless they are given.
 
     Args:
         name: a name of :data:`RECIPES`.
@@ -165,4 +169,5 @@ def find_recipe(name: str, **changes: Any) -> Recipe:
     given = {key: value for key, value in changes.items() if value is not None}
     recipe = RECIPES[name]
     given.setdefault("warmup_epochs", min(recipe.warmup_epochs, given.get("epochs", recipe.epochs) / 2))
+    given.setdefault("min_lr", recipe.min_lr * given.get("base_lr", recipe.base_lr) / recipe.base_lr)
     return dataclasses.replace(recipe, **given)

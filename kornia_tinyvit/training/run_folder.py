@@ -37,20 +37,36 @@ class RunFolder:
         file = self.path / "run.json"
         return json.loads(file.read_text()) if file.exists() else None
 
-    def check_config(self, config: dict[str, Any]) -> None:
-        """Reject a training of another configuration.
+    def check_config(self, config: dict[str, Any], epoch: float = 0.0) -> dict[str, Any]:
+        """Reject a training of another configuration; only the number of epochs may be greater.
 
         Args:
             config: configuration of the training.
+            epoch: epochs of the training in this folder that are finished.
+
+        Returns:
+            The configuration to :meth:`start` with. Its ``extensions`` are those of the folder, each with the previous
+            number of epochs, ``from``, the new one, ``to``, and the ``epoch`` from which the new schedule applies. An
+            extended training keeps the length of its warm-up.
 
         Raises:
             ValueError: naming the differences, if the folder holds another training.
         """
-        differences = describe_differences(self.config() or config, config, words=("it has", "requested"))
+        stored = self.config() or config
+        extensions = list(stored.get("extensions", []))
+        ours, theirs = stored.get("recipe", {}), config.get("recipe", {})
+        if theirs.get("epochs", 0) > ours.get("epochs", 0):
+            extensions.append({"from": ours["epochs"], "to": theirs["epochs"], "epoch": epoch})
+            ours = ours | {"epochs": theirs["epochs"]}
+            config = config | {"recipe": theirs | {"warmup_epochs": ours["warmup_epochs"]}}
+        known = {name: value for name, value in stored.items() if name != "extensions"}
+        known |= {"recipe": ours} if ours else {}
+        differences = describe_differences(known, config, words=("it has", "requested"))
         if differences:
             raise ValueError(
                 f"{self.path} holds another training: {'; '.join(differences)}. Give another folder, or remove it."
             )
+        return config | {"extensions": extensions}
 
     def lock(self) -> AbstractContextManager[None]:
         """Lock the folder until the end of the context or of the process.

@@ -23,6 +23,7 @@ from tests.helpers import error_of, run, run_both
 from tests.scenes import CLASSES, NAMES, damage, make_images, make_instances, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
+LOOP = ("is_main_process", "best_epoch", "stopped_early")
 
 
 @pytest.fixture
@@ -42,7 +43,7 @@ class TestTrain:
     def test_json(self, folder, tmp_path):
         validation = make_images(tmp_path / "val", each=2, seed=5)
         result = json.loads(run(*command(folder, tmp_path, "--validation", str(validation), "--json")))
-        assert result.keys() == {"steps", "top1", "best", "last", "broken", "seconds", "is_main_process"}
+        assert result.keys() == {"steps", "top1", "best", "last", "broken", "seconds", *LOOP}
         assert (result["steps"], result["broken"], result["is_main_process"]) == (1, [], True)
         report = json.loads(run("evaluate", str(validation), "--weights", result["best"], "--json"))
         assert report["top1"] == pytest.approx(result["top1"], abs=0.01)
@@ -77,6 +78,13 @@ class TestTrain:
         assert "top-1 " in last
         assert last.endswith("best.safetensors")
         assert run(*command(folder, tmp_path, "--validation", str(folder))).strip().splitlines()[-1] == last
+
+    def test_early_stopping(self, folder, tmp_path):
+        """Without a learning rate the score stays that of the first epoch."""
+        options = ("--validation", str(folder), "--epochs", "4", "--base-lr", "1e-12", "--patience", "1")
+        printed, notes = run_both(*command(folder, tmp_path, *options))
+        assert "Stopped early: top-1 did not improve for 1 epoch, best in epoch 1 of 4.\n2 steps in " in printed
+        assert "Learning rate 1.56e-14, by a cosine to 1.56e-16 after 4 epochs\n" in notes
 
     def divide(self, root, train=CLASSES, validation=CLASSES):
         for split, names, seed in (("train", train, 0), ("val", validation, 5)):
@@ -200,7 +208,7 @@ class TestSemantic:
         data, validation = make_scenes(tmp_path / "data", 4), make_scenes(tmp_path / "val", 2, seed=9)
         options = ("--validation", str(validation), "--class-balance", "0.5", "--json")
         result = json.loads(run(*self.command(data, tmp_path, *options)))
-        assert result.keys() == {"steps", "mean_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        assert result.keys() == {"steps", "mean_iou", "best", "last", "broken", "seconds", *LOOP}
         segmenter = SemanticSegmenter.from_config(pretrained=result["best"])
         assert segmenter.class_names == NAMES
         assert segmenter.config.backbone.window_sizes == (8, 4, 2, 1)
@@ -278,7 +286,7 @@ class TestPromptable:
                    "--weights", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
                    "--json")  # fmt: skip
         result = json.loads(run(*self.command(data, tmp_path, *options)))
-        assert result.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", "is_main_process"}
+        assert result.keys() == {"steps", "box_iou", "best", "last", "broken", "seconds", *LOOP}
         sam = MobileSAM.from_config(pretrained=result["best"])
         assert (sam.img_size, sam.config.window_sizes) == ((64, 64), (12, 12, 6, 3))
         start = TinyViT.from_config("1m", pretrained="cifar10").state_dict()

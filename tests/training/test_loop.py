@@ -640,6 +640,85 @@ class TestResuming:
         assert (tmp_path / "out" / "metrics.jsonl").read_text() == before
 
 
+class TestEarlyStopping:
+    """The first epoch scores best, as the weights are zero afterwards."""
+
+    RECIPE = replace(RECIPE, epochs=6, patience=2)
+
+    def fit(self, folder, out, recipe=RECIPE, **options):
+        validation = ClassificationDataset.open(folder)
+        return fit(folder, out, recipe, before=lambda _: 0, validation=validation, **options)
+
+    def test_it_stops_and_stays_stopped(self, folder, tmp_path):
+        """A tie is no better score."""
+        out = tmp_path / "out"
+        result = self.fit(folder, out)
+        assert (result.steps, result.best_epoch, result.stopped_early) == (3 * STEPS, 1, True)
+        assert [line["epoch"] for line in metrics(out) if "top1" in line] == [1, 2, 3]
+        before = (out / "metrics.jsonl").read_text()
+        again = self.fit(folder, out)
+        assert (again.steps, again.best_epoch, again.stopped_early) == (3 * STEPS, 1, True)
+        assert (out / "metrics.jsonl").read_text() == before
+
+    def test_more_epochs_continue(self, folder, tmp_path):
+        out = tmp_path / "out"
+        self.fit(folder, out)
+        longer = replace(self.RECIPE, epochs=8)
+        assert self.fit(folder, out, longer).steps == 5 * STEPS  # the patience counts from the extension
+        assert self.fit(folder, out, longer).stopped_early
+        assert json.loads((out / "run.json").read_text())["extensions"] == [{"from": 6, "to": 8, "epoch": 3.0}]
+
+    def test_no_patience(self, folder, tmp_path):
+        result = self.fit(folder, tmp_path / "out", replace(RECIPE, epochs=4))
+        assert (result.steps, result.stopped_early) == (4 * STEPS, False)
+        recipe = replace(self.RECIPE, epochs=4)
+        assert fit(folder, tmp_path / "unseen", recipe).stopped_early is False  # without validation
+
+
+class TestExtending:
+    """More epochs continue from the last state, on the schedule of the new length."""
+
+    def test_finished(self, folder, tmp_path):
+        out, lines = tmp_path / "out", []
+        validation = ClassificationDataset.open(folder)
+        first = fit(folder, out, replace(RECIPE, warmup_epochs=1), validation=validation)
+        best = first.best.read_bytes()
+        longer = replace(RECIPE, epochs=4, warmup_epochs=2)  # the warm-up of the first training is kept
+        result = fit(folder, out, longer, before=lambda _: 0, validation=validation, note=lines.append)
+        wanted = replace(RECIPE, epochs=4, warmup_epochs=1)
+        rates = [line["lr"] for line in metrics(out) if "loss" in line]
+        assert rates[2 * STEPS :] == pytest.approx([wanted.peak_lr * wanted.lr_factor(2 + i / STEPS) for i in range(6)])
+        assert result.steps == 4 * STEPS
+        stored = json.loads((out / "run.json").read_text())
+        assert stored["extensions"] == [{"from": 2, "to": 4, "epoch": 2.0}]
+        assert (stored["recipe"]["epochs"], stored["recipe"]["warmup_epochs"]) == (4, 1)
+        assert "Extended from 2 to 4 epochs: resumes after epoch 2 with learning rate 0.00155" in lines[-1]
+        top1 = [line["top1"] for line in metrics(out) if "top1" in line]
+        assert result.top1 == pytest.approx(max(top1))
+        assert (first.best.read_bytes() == best) or max(top1[2:]) >= max(top1[:2])
+        again = fit(folder, out, replace(RECIPE, epochs=4, warmup_epochs=1), before=stop_at(1), validation=validation)
+        assert again.steps == 4 * STEPS
+
+    def test_unfinished_and_twice(self, folder, tmp_path):
+        out = tmp_path / "out"
+        with pytest.raises(Interrupted):
+            fit(folder, out, before=stop_at(STEPS + 2))
+        fit(folder, out, replace(RECIPE, epochs=3), before=lambda _: 1)
+        assert fit(folder, out, replace(RECIPE, epochs=4), before=lambda _: 1).steps == 4 * STEPS
+        stored = json.loads((out / "run.json").read_text())["extensions"]
+        assert stored == [{"from": 2, "to": 3, "epoch": 1.0}, {"from": 3, "to": 4, "epoch": 3.0}]
+
+    def test_anything_else_is_rejected(self, folder, tmp_path):
+        out = tmp_path / "out"
+        fit(folder, out)
+        before = (out / "run.json").read_text()
+        with pytest.raises(ValueError, match=r"another training: recipe\.epochs: it has 2, requested 1\."):
+            fit(folder, out, replace(RECIPE, epochs=1))
+        with pytest.raises(ValueError, match=r"another training: recipe\.base_lr: it has 0\.128, requested 0\.2\."):
+            fit(folder, out, replace(RECIPE, epochs=4, base_lr=0.2))
+        assert (out / "run.json").read_text() == before
+
+
 @pytest.mark.skipif(importlib.util.find_spec("tensorboard") is None, reason="needs tensorboard")
 class TestTensorBoard:
     def test_scalars(self, folder, tmp_path):
@@ -676,8 +755,19 @@ def test_progress_bar(folder, tmp_path, capsys, monkeypatch):
     out, shown = capsys.readouterr()
     assert out == ""
     assert "training 1/" in shown
+    assert re.search(r"loss \d\.\d+, lr 0\.002", shown)
     fit(folder, tmp_path / "quiet", replace(RECIPE, epochs=1))
     assert capsys.readouterr() == ("", "")
+
+
+def test_notes_of_the_learning_rates(folder, tmp_path):
+    lines = []
+    fit(folder, tmp_path / "out", replace(RECIPE, epochs=1, layer_decay=0.5), note=lines.append)
+    fit(folder, tmp_path / "flat", replace(RECIPE, epochs=1), note=lines.append)
+    assert lines == [
+        "Learning rate 0.002, 0.000125 in the first layers, by a cosine to 0.0002 after 1 epoch",
+        "Learning rate 0.002, by a cosine to 0.0002 after 1 epoch",
+    ]
 
 
 TWO = replace(FROZEN, ema_decay=0.5)
