@@ -39,10 +39,10 @@ def measured(step: Callable[[], Any]) -> tuple[Any, dict[str, float]]:
 def save_masks(path: str | Path, masks: Sequence[np.ndarray], **others: Any) -> None:
     """Write masks (H, W), a bit per pixel, and other arrays and numbers; an existing file is complete."""
     masks = np.stack(masks) if len(masks) else np.zeros((0, 1, 1), bool)
-    whole = Path(path)
-    part = whole.with_suffix(".part.npz")
-    np.savez_compressed(part, bits=np.packbits(masks.reshape(len(masks), -1), 1), shape=masks.shape, **others)
-    part.rename(whole)
+    rows = masks.reshape(len(masks), masks.shape[1] * masks.shape[2])
+    part = Path(path).with_suffix(".part.npz")
+    np.savez_compressed(part, bits=np.packbits(rows, 1), shape=masks.shape, **others)
+    part.rename(path)
 
 
 def load_masks(path: str | Path) -> dict[str, np.ndarray]:
@@ -50,8 +50,8 @@ def load_masks(path: str | Path) -> dict[str, np.ndarray]:
     with np.load(path) as file:
         found = dict(file)
     bits, shape = found.pop("bits"), found.pop("shape")
-    pixels = int(np.prod(shape[1:]))
-    return found | {"masks": np.unpackbits(bits, 1, pixels).astype(bool).reshape(shape)}
+    masks = np.unpackbits(bits, axis=1, count=shape[1] * shape[2])
+    return found | {"masks": masks.astype(bool).reshape(shape)}
 
 
 def predict(sam: torch.nn.Module, task: dict) -> None:
