@@ -107,6 +107,8 @@ class BackboneNetwork(nn.Module):
     output_names: ClassVar[tuple[str, ...]] = ("logits",)
     #: The default ``img_size`` of a variant; ``None`` for the variant's.
     usual_size: ClassVar[int | None] = None
+    #: Whether MobileSAM's encoder stays as it is, with strides 4, 8, 16 and 16, instead of getting stride 32.
+    keeps_stride_16: ClassVar[bool] = False
     #: Prefixes, within their module, of the names of the weights whose shape depends on the number of classes.
     class_weights: ClassVar[tuple[str, ...]]
 
@@ -145,8 +147,8 @@ class BackboneNetwork(nn.Module):
         Args:
             config: variant or configuration of the backbone, or the configuration of the whole network; optional if
                 ``pretrained`` is a checkpoint that stores one.
-            pretrained: a checkpoint of :meth:`save`, or weights of the backbone as for :meth:`TinyViT.from_config`;
-                the modules behind the backbone then get random weights.
+            pretrained: a checkpoint of :meth:`save`, or weights of the backbone as for :meth:`TinyViT.from_config`,
+                such as a MobileSAM's; the modules behind the backbone then get random weights.
             num_classes: number of classes; optional with ``class_names``, a whole configuration or a checkpoint of
                 :meth:`save`. If it is not the checkpoint's, the weights that depend on it are not loaded.
             class_names: names of the classes; by default those of the checkpoint. If any is common, the weights of
@@ -179,6 +181,10 @@ class BackboneNetwork(nn.Module):
         if num_classes is None:
             note = "" if isinstance(pretrained, (bool, Checkpoint)) else f" {pretrained} stores no {cls.kind}."
             raise ValueError(f"The number of classes is unknown; pass num_classes or class_names.{note}")
+        if pretrained and cls.keeps_stride_16 and not isinstance(config, TinyViTConfig):
+            pretrained = open_pretrained(pretrained, config, options.get("img_size"))
+            if pretrained.config.mobile_sam:
+                options = {"mobile_sam": True, "img_size": pretrained.config.as_backbone().img_size} | options
         backbone = TinyViT.from_config(config, pretrained=pretrained, num_classes=0, **options)
         return cls(backbone, num_classes=num_classes, class_names=class_names, **fields).train()
 

@@ -129,7 +129,7 @@ class ImageClassifier(nn.Module):
             source = pretrained.source if isinstance(pretrained, Checkpoint) else pretrained
             raise ValueError(
                 f"{source} holds MobileSAM's encoder, which has no classes. Use MobileSAM.from_config or the "
-                "command segment, or pass weights of a classifier."
+                "command segment, or pass num_classes to train a classifier from it."
             )
         class_names = model.class_names
         if class_names is None and not model.training:

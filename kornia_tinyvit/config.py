@@ -160,10 +160,30 @@ class TinyViTConfig:
             changes["activation"] = _find_activation(changes["activation"])
         return cls().replace(**changes)
 
+    def as_backbone(self, num_classes: int = 0) -> TinyViTConfig:
+        """Return the configuration of a TinyViT that takes the weights of MobileSAM's encoder, without its neck.
+
+        The last stage has stride 32, and the image size is that of :func:`usual_image_size` instead of 1024.
+
+        Args:
+            num_classes: number of classes.
+        """
+        size = usual_image_size(self.window_sizes[-1])
+        return self.replace(mobile_sam=False, img_size=size, num_classes=num_classes)
+
     @property
     def stage_strides(self) -> tuple[int, ...]:
         """Strides of the stages in pixels: (4, 8, 16, 32), or (4, 8, 16, 16) for MobileSAM."""
         return (4, 8, 16, 16) if self.mobile_sam else (4, 8, 16, 32)
+
+
+def usual_image_size(window_size: int) -> int:
+    """Return the image size in pixels whose last feature map is one window, as in all published networks.
+
+    Args:
+        window_size: side in tokens of the windows of the last stage.
+    """
+    return max(MIN_IMAGE_SIZE, 32 * window_size)
 
 
 def check_class_names(class_names: Sequence[str] | None, num_classes: int) -> tuple[str, ...] | None:

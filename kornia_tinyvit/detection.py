@@ -76,7 +76,7 @@ class DetectorConfig(BackboneConfig):
         if not 0 < self.expansion <= 1 or int(self.hidden_dim * self.expansion) < 1:
             raise ValueError(f"expansion must be in (0, 1] and leave a channel; got {self.expansion!r}.")
         if self.backbone.mobile_sam:
-            raise ValueError("MobileSAM's encoder has no feature map at stride 32; use another backbone.")
+            raise ValueError("A backbone with mobile_sam=True has no feature map at stride 32; use mobile_sam=False.")
         side = self.backbone.img_size
         if side % _STRIDES[-1]:
             raise ValueError(f"The img_size of a detector must be a multiple of {_STRIDES[-1]}; got {side}.")

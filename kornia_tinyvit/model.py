@@ -12,7 +12,7 @@ from kornia.models.common import LayerNorm2d
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from kornia_tinyvit.checkpoints import Checkpoint, load_checkpoint, open_pretrained
+from kornia_tinyvit.checkpoints import Checkpoint, LoadReport, load_checkpoint, open_pretrained
 from kornia_tinyvit.config import MIN_IMAGE_SIZE, TinyViTConfig, WindowSizes, check_class_names, resolve_window_sizes
 from kornia_tinyvit.images import check_images
 from kornia_tinyvit.layers import MBConv, PatchEmbed, PatchMerging, TinyViTBlock
@@ -91,6 +91,8 @@ class TinyViT(nn.Module):
         preprocessing: the :class:`~kornia_tinyvit.preprocessing.Preprocessing` of its training images, which its
             checkpoints store; by default that of its resolution with ImageNet's statistics.
         class_names: names of the classes in the order of the logits, or ``None`` if unknown.
+        load_report: the :class:`~kornia_tinyvit.checkpoints.LoadReport` of the weights with which :meth:`from_config`
+            built the network, or ``None``.
 
     Raises:
         ValueError: if an argument is out of range; see :class:`TinyViTConfig`.
@@ -141,6 +143,7 @@ class TinyViT(nn.Module):
         )
         self.preprocessing = default_preprocessing(config)
         self.class_names: tuple[str, ...] | None = None
+        self.load_report: LoadReport | None = None
         self.patch_embed = PatchEmbed(config.in_chans, config.embed_dims[0], activation)
         # Stochastic depth grows linearly from 0 at the first block to drop_path_rate at the last.
         last = max(sum(config.depths) - 1, 1)
@@ -158,6 +161,7 @@ class TinyViT(nn.Module):
         config: str | TinyViTConfig | None = None,
         *,
         pretrained: bool | str | Path | Checkpoint = False,
+        num_classes: int | None = None,
         window_sizes: WindowSizes | None = None,
         class_names: Sequence[str] | None = None,
         **overrides: Any,
@@ -171,20 +175,24 @@ class TinyViT(nn.Module):
                 21m; for 21m those of 384 or 512 pixels from that ``img_size`` on) or the packaged weights (1m); a name
                 of :func:`list_pretrained`; the path or URL of a checkpoint in any layout that
                 :func:`load_checkpoint` reads; or a :class:`~kornia_tinyvit.checkpoints.Checkpoint`.
+            num_classes: number of classes, 0 for none; by default that of the weights or the configuration. With
+                weights of a MobileSAM the default is its image encoder, and any number (or ``class_names``) builds a
+                TinyViT of strides 4, 8, 16 and 32 from it: without the neck, and at the variant's image size.
+                ``mobile_sam=True`` or ``False``, or a :class:`TinyViTConfig`, chooses explicitly.
             window_sizes: a window-size policy or four sizes; see
                 :func:`~kornia_tinyvit.config.resolve_window_sizes`. ``"scale"`` interpolates the attention biases of
                 the checkpoint, ``"fit"`` crops them.
             class_names: names of the classes, one per class; by default those of the checkpoint. For pretrained weights
                 see :func:`load_checkpoint`, which matches the rows of the head by name.
-            **overrides: fields of :class:`TinyViTConfig` to replace. The default is the checkpoint's resolution, number
-                of classes and input channels.
+            **overrides: fields of :class:`TinyViTConfig` to replace. The default is the checkpoint's resolution and
+                input channels.
 
         Returns:
             The network, in evaluation mode if all its weights were loaded, otherwise in training mode, as in kornia.
 
         Raises:
-            ValueError: if the variant, the name or a field is unknown or out of range, or the number of names is not
-                that of the classes.
+            ValueError: if the variant, the name or a field is unknown or out of range, the number of names is not that
+                of the classes, or MobileSAM's image encoder is given classes.
             CheckpointError: if the checkpoint cannot be read or has another architecture.
 
         Example:
@@ -198,17 +206,24 @@ class TinyViT(nn.Module):
             base = found.config
         if base is None:
             raise ValueError("Pass a variant such as '5m', a TinyViTConfig, or a checkpoint as pretrained=.")
+        if num_classes is not None:
+            overrides["num_classes"] = num_classes
+        if found is not None and base.mobile_sam and not isinstance(config, TinyViTConfig):
+            classes = len(class_names) if num_classes is None and class_names is not None else num_classes
+            if not overrides.get("mobile_sam", classes is None):
+                base = base.as_backbone(classes or 0)
         windows = resolve_window_sizes(base, overrides.get("img_size", base.img_size), window_sizes)
         final = base.replace(**overrides, window_sizes=windows)
-        if found is not None and final.mobile_sam and (overrides.get("num_classes") or class_names is not None):
+        if final.mobile_sam and (num_classes or class_names is not None):
             raise ValueError(
-                f"{found.source} holds MobileSAM's encoder, whose output is an image embedding without classes. Omit "
-                "num_classes and class_names, or pass weights of a classifier."
+                "mobile_sam=True builds MobileSAM's image encoder, whose output is an embedding without classes. Omit "
+                "num_classes and class_names, or pass mobile_sam=False."
             )
         model = cls(**{name: getattr(final, name) for name in final.__dataclass_fields__})
         model.class_names = check_class_names(class_names, final.num_classes)
         if found is not None:
             report = load_checkpoint(model, found, window_adaptation="crop" if window_sizes == "fit" else "interpolate")
+            model.load_report = report
             model.train(not report.complete)
             model.preprocessing = found.preprocessing_for(final)
             if "img_size" in overrides:

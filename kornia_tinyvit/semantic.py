@@ -108,6 +108,7 @@ class SemanticSegmenter(BackboneNetwork):
 
     config_class = SegmenterConfig
     kind = "segmenter"
+    keeps_stride_16 = True  # the features are finer, and those that MobileSAM was trained with
     class_weights = ("classifier.",)
 
     decoder: MlpDecoder

@@ -21,13 +21,41 @@ __all__ = [
     "adapt_input",
     "adapt_windows",
     "check_state_dict",
+    "drop_neck",
     "match_classes",
 ]
 
 STEM = "patch_embed.seq.0.c.weight"
 HEAD = ("head.weight", "head.bias")
+_NECK, _NORM = "neck.", "norm_head."
 
 WindowAdaptation = Literal["interpolate", "crop"]
+
+
+def drop_neck(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapted: list[str]) -> tuple[str, ...]:
+    """Drop the neck of MobileSAM's encoder for a network without one.
+
+    The last merging takes stride 2 with the same weights. The norm and the head in the file are dropped as well:
+    MobileSAM does not use them and left them as they were before its training. The norm is that of a new network.
+
+    Args:
+        state_dict: tensors to load, changed in place.
+        target: state dict of the network.
+        adapted: list to which a description of the change is appended.
+
+    Returns:
+        The names of the parts that are dropped.
+    """
+    if not any(name.startswith(_NECK) for name in state_dict) or any(name.startswith(_NECK) for name in target):
+        return ()
+    dropped = [name for name in state_dict if name.startswith((_NECK, _NORM, *HEAD))]
+    for name in dropped:
+        del state_dict[name]
+    for name, tensor in target.items():
+        if name.startswith(_NORM):
+            state_dict[name] = torch.full(tensor.shape, float(name.endswith("weight")))
+    adapted.append("MobileSAM's encoder gets stride 32, without its neck and with a new norm")
+    return tuple(dict.fromkeys(name.partition(".")[0] for name in dropped))
 
 
 def adapt_head(

@@ -22,6 +22,7 @@ from kornia_tinyvit.checkpoints.adaptation import (
     adapt_input,
     adapt_windows,
     check_state_dict,
+    drop_neck,
 )
 from kornia_tinyvit.checkpoints.arguments import training_preprocessing
 from kornia_tinyvit.checkpoints.catalog import PretrainedWeights, find_weights, list_pretrained
@@ -35,7 +36,7 @@ from kornia_tinyvit.checkpoints.tensors import (
     read_tensors,
     write_tensors,
 )
-from kornia_tinyvit.config import VARIANTS, TinyViTConfig
+from kornia_tinyvit.config import VARIANTS, TinyViTConfig, usual_image_size
 from kornia_tinyvit.modules import plain_name, plain_state_dict, unwrapped
 from kornia_tinyvit.preprocessing import Preprocessing, default_preprocessing
 
@@ -281,7 +282,8 @@ def load_checkpoint(
 ) -> LoadReport:
     """Load weights into a network and adapt them to its window sizes, classes and input channels.
 
-    Attention bias tables are resized, and the first convolution is adapted to the input channels. If network and file
+    Attention bias tables are resized, and the first convolution is adapted to the input channels. A network without a
+    neck takes the weights of MobileSAM's encoder except its neck, norm and head, which are new. If network and file
     have class names and any is common, the rows of the head are matched by name. A head of ImageNet-22k's 21841
     classes becomes one of ImageNet-1k for a network of 1000 classes, as in the official code. Otherwise a head with
     another number of classes is initialized with zeros. If an error is raised, the network is unchanged.
@@ -321,6 +323,7 @@ def load_checkpoint(
     for name in target.keys() - state_dict.keys():
         if name.endswith("num_batches_tracked"):
             state_dict[name] = torch.zeros((), dtype=torch.long)
+    neck = drop_neck(state_dict, target, adapted)
     extra_head = [name for name in HEAD if name in state_dict and name not in target]
     for name in extra_head:
         del state_dict[name]
@@ -333,7 +336,7 @@ def load_checkpoint(
     if on_meta:  # nothing to copy into: the tensors are assigned in the precision of the network
         state_dict = {name: tensor.to(target[name].dtype) for name, tensor in state_dict.items()}
     model.load_state_dict({names_in_model[name]: tensor for name, tensor in state_dict.items()}, assign=on_meta)
-    left_out = (*extra_head, *found.left_out)
+    left_out = (*neck, *extra_head, *found.left_out)
     return LoadReport(found.source, found.layout, tuple(adapted), left_out, complete, names, found.ema)
 
 
@@ -430,8 +433,7 @@ def _config_from_shapes(state_dict: dict[str, Tensor], base: TinyViTConfig | Non
     mobile_sam = "neck.0.weight" in state_dict
     try:
         return base.replace(
-            # In all published networks the last window covers the last feature map at the training resolution.
-            img_size=1024 if mobile_sam else max(32, 32 * windows[2]),
+            img_size=1024 if mobile_sam else usual_image_size(windows[2]),
             in_chans=shape(STEM, 4)[1],
             num_classes=shape(HEAD[0], 2)[0] if any(name in state_dict for name in HEAD) else 0,
             embed_dims=tuple(dims),
@@ -461,7 +463,7 @@ def _check_stored_config(stored: TinyViTConfig, derived: TinyViTConfig, source: 
 
 
 def _check_architecture(expected: TinyViTConfig, found: Checkpoint) -> None:
-    # The first stage has no attention heads, and the weights of a MobileSAM can be loaded into a classifier.
+    # The first stage has no attention heads, and a MobileSAM's weights can be loaded into a network without a neck.
     expected = expected.replace(
         num_heads=(found.config.num_heads[0], *expected.num_heads[1:]),
         mobile_sam=expected.mobile_sam or found.config.mobile_sam,

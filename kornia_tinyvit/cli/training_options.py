@@ -22,6 +22,7 @@ from kornia_tinyvit.data.loader import ReplayedSamples
 from kornia_tinyvit.data.splits import MissingSplitError
 from kornia_tinyvit.distillation.manifest import StoreError
 from kornia_tinyvit.distillation.store import LabelStore
+from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.training import RECIPES, Recipe, find_recipe, train
 
 Dataset = TypeVar("Dataset")
@@ -133,7 +134,7 @@ class TrainingRequest(DataRequest):
     def build(
         self, build: Callable[..., Any], recipe: Recipe, seed: int, scale_windows: bool = True, **settings: Any
     ) -> Any:
-        """Build the network that is trained.
+        """Build the network that is trained, and note how its weights were adapted.
 
         Args:
             build: e.g. ``TinyViT.from_config``.
@@ -149,7 +150,7 @@ class TrainingRequest(DataRequest):
             windows = "scale"
         elif not self.weights and recipe.img_size < default.img_size:
             windows = "fit"  # or small feature maps would be padded to the window size
-        return build(
+        network = build(
             self.variant if self.variant in VARIANTS else default,
             pretrained=self.weights or False,
             img_size=recipe.img_size,
@@ -157,6 +158,10 @@ class TrainingRequest(DataRequest):
             window_sizes=windows,
             **settings,
         )
+        report = next(part.load_report for part in network.modules() if isinstance(part, TinyViT))
+        if report is not None and report.adapted:
+            self.note(f"Weights {self.weights}: {'; '.join(report.adapted)}.")
+        return network
 
     def open_validation(self, open_split: Callable[[Path, str], Dataset], images: Any) -> Dataset | None:
         """Return the images of ``--validation``, by default of the validation split of the data, if it has one.

@@ -32,10 +32,12 @@ from kornia_tinyvit.checkpoints import (
     save_checkpoint,
 )
 from kornia_tinyvit.checkpoints.catalog import imagenet_1k_in_22k, imagenet_classes
+from kornia_tinyvit.contraction import inherit
 from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.semantic import SemanticSegmenter
 from tests.checkpoints.test_layouts import to_timm
-from tests.conftest import TINY
+from tests.conftest import TINY, liven, shared
 from tests.processes import PROCESSES, start
 
 NAMES = tuple("abcdefg")
@@ -282,22 +284,108 @@ class TestWrappedNetworks:
 
 
 class TestEncoderOfMobileSAM:
-    @pytest.mark.parametrize("options", [{"num_classes": 3}, {"class_names": [str(each) for each in range(7)]}])
-    def test_classes_are_rejected(self, tmp_path, options):
-        """The network returns an image embedding, not logits."""
-        path = save_checkpoint(fresh(mobile_sam=True), tmp_path / "sam.safetensors")
-        with pytest.raises(ValueError, match=r"holds MobileSAM's encoder.* without classes\. Omit num_classes"):
-            TinyViT.from_config(pretrained=path, **options)
-        with pytest.raises(ValueError, match="holds MobileSAM's encoder"):
-            ImageClassifier.from_config(pretrained=path, **options)
+    """A TinyViT, and every network with such a backbone, starts from the weights of a whole MobileSAM."""
 
-    def test_kind_is_named(self, tmp_path):
-        path = save_checkpoint(fresh(mobile_sam=True), tmp_path / "sam.safetensors")
+    @pytest.fixture
+    def sam(self) -> MobileSAM:
+        encoder = liven(fresh(mobile_sam=True))
+        encoder.norm_head.requires_grad_(False).weight.fill_(3)
+        return MobileSAM(encoder).eval()
+
+    @pytest.fixture
+    def path(self, sam, tmp_path) -> Path:
+        """The layout of the published file."""
+        path = tmp_path / "sam.pt"
+        torch.save(sam.state_dict(), path)
+        return path
+
+    def assert_same_features(self, model, encoder, images):
+        *expected, last = encoder.forward_intermediates(images)
+        *found, coarse = model.forward_intermediates(images)
+        assert all(map(torch.equal, found, expected))
+        merged = encoder.layers[2].downsample(expected[-1])
+        assert torch.allclose(model.layers[2].downsample(found[-1]), merged[..., ::2, ::2], atol=1e-5)
+        assert last.shape[-2:] == tuple(2 * side for side in coarse.shape[-2:])
+
+    @pytest.mark.parametrize("options", [{"num_classes": 3}, {"class_names": "abc"}])
+    def test_classifier(self, sam, path, images, tmp_path, options):
+        model = TinyViT.from_config(pretrained=path, **options)
+        assert (model.config.mobile_sam, model.config.num_classes, model.config.img_size) == (False, 3, 96)
+        assert (model.feature_strides, model.training) == ((4, 8, 16, 32), True)
+        assert model.preprocessing == Preprocessing(96)
+        assert model.eval()(images).shape == (2, 3)
+        assert torch.equal(model.norm_head.weight, torch.ones(32))
+        self.assert_same_features(model, sam.image_encoder, images)
+        again = TinyViT.from_config(pretrained=save_checkpoint(model, tmp_path / "model.safetensors"))
+        assert again.config == model.config
+        assert_same(again, weights_of(model))
+        classifier = ImageClassifier.from_config(pretrained=path, class_names="abc", img_size=64)
+        assert classifier.predict(images.sigmoid(), top_k=1)[0][0].label in "abc"
+
+    def test_report(self, path):
+        report = TinyViT.from_config(pretrained=path, num_classes=3).load_report
+        assert report == load_checkpoint(fresh(num_classes=3), path)
+        assert report.left_out[:3] == ("norm_head", "head", "neck")
+        assert report.adapted == (
+            "MobileSAM's encoder gets stride 32, without its neck and with a new norm",
+            "the head has 3 classes and is missing in the file; it is initialized with zeros",
+        )
+        assert TinyViT.from_config("1m").load_report is None
+
+    def test_choice(self, sam, path):
+        """Without a number of classes it is MobileSAM's encoder; 0 are the pooled features; a field decides."""
+        encoder = TinyViT.from_config(pretrained=path)
+        assert (encoder.config.mobile_sam, encoder.config.img_size) == (True, 1024)
+        assert_same(encoder, weights_of(sam.image_encoder))
+        features = TinyViT.from_config(pretrained=path, num_classes=0)
+        assert (features.config.mobile_sam, features.training) == (False, False)
+        assert features(torch.rand(1, 3, 64, 64)).shape == (1, 32)
+        assert TinyViT.from_config(pretrained=path, num_classes=0, mobile_sam=True).config.mobile_sam
+        assert not TinyViT.from_config(pretrained=path, mobile_sam=False).config.mobile_sam
+        config = TinyViTConfig(**TINY)
+        assert TinyViT.from_config(config, pretrained=path).config == config
+
+    @pytest.mark.parametrize("options", [{"num_classes": 3}, {"class_names": [str(each) for each in range(7)]}])
+    def test_encoder_with_classes_is_rejected(self, path, options):
+        """The encoder returns an image embedding, not logits."""
+        with pytest.raises(ValueError, match=r"embedding without classes\. Omit num_classes"):
+            TinyViT.from_config(pretrained=path, mobile_sam=True, **options)
         with pytest.raises(ValueError, match=r"holds MobileSAM's encoder, which has no classes\. Use MobileSAM"):
             ImageClassifier.from_config(pretrained=path)
-        assert TinyViT.from_config(pretrained=path, num_classes=0).config.mobile_sam
-        segmenter = SemanticSegmenter.from_config(pretrained=path, num_classes=3, width=8)
-        assert segmenter.config.backbone.mobile_sam
+
+    def test_detector(self, sam, path, images):
+        options = {"num_classes": 3, "img_size": 64, "hidden_dim": 8, "num_queries": 5}
+        detector = TinyViTDetector.from_config(pretrained=path, **options).eval()
+        assert detector(images.sigmoid())[0].shape == (2, 5, 3)
+        self.assert_same_features(detector.backbone, sam.image_encoder, images)
+
+    def test_segmenter(self, sam, path, images, tmp_path):
+        """Dense features stay at stride 16, as MobileSAM's own."""
+        segmenter = SemanticSegmenter.from_config(pretrained=path, num_classes=3, width=8).eval()
+        config = segmenter.config.backbone
+        assert (config.stage_strides, config.img_size) == ((4, 8, 16, 16), 96)
+        expected = sam.image_encoder.forward_intermediates(images)
+        assert all(map(torch.equal, segmenter.backbone.forward_intermediates(images), expected))
+        again = SemanticSegmenter.from_config(pretrained=segmenter.save(tmp_path / "semantic.safetensors"))
+        assert again.config == segmenter.config
+        plain = SemanticSegmenter.from_config(pretrained=path, num_classes=3, width=8, mobile_sam=False)
+        assert plain.config.backbone.stage_strides == (4, 8, 16, 32)
+
+    def test_inherited(self, path, images):
+        parent = TinyViT.from_config(pretrained=path, num_classes=3)
+        child = inherit(parent, parent.config.replace(mlp_ratio=2.0))
+        assert child(images).shape == (2, 3)
+
+    def test_transformers(self, path, images):
+        conversion = pytest.importorskip("kornia_tinyvit.huggingface.conversion")
+        network = TinyViT.from_config(pretrained=path, num_classes=3).eval()
+        assert torch.allclose(conversion.from_tinyvit(network)(images).logits, network(images), atol=1e-5)
+
+    def test_published_weights(self):
+        path = shared("data/mobile_sam/mobile_sam.pt")
+        model = TinyViT.from_config("5m", pretrained=path, num_classes=2).eval()
+        assert (model.config.img_size, model.preprocessing) == (224, Preprocessing(224))
+        self.assert_same_features(model, TinyViT.from_config("5m", pretrained=path), torch.randn(1, 3, 64, 64))
 
 
 class TestKindsOfFiles:

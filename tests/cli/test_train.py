@@ -12,15 +12,16 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kornia_tinyvit import MobileSAM, TinyViT, progress, save_checkpoint
+from kornia_tinyvit import ImageClassifier, MobileSAM, TinyViT, progress, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.cli.training_options import LoopRequest
 from kornia_tinyvit.data import InstanceDataset, SegmentationDataset
+from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.preprocessing import Preprocessing
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training import RECIPES, evaluate, find_recipe
 from tests.helpers import error_of, run, run_both
-from tests.scenes import CLASSES, NAMES, damage, make_images, make_instances, make_scenes
+from tests.scenes import CLASSES, NAMES, damage, make_boxes, make_images, make_instances, make_scenes
 
 SMALL = ("--recipe", "cifar10", "--img-size", "32", "--batch-size", "8", "--variant", "1m", "--workers", "0")
 LOOP = ("is_main_process", "best_epoch", "stopped_early")
@@ -331,12 +332,46 @@ class TestChooseRecipe:
         assert find_recipe("in1k", epochs=60).warmup_epochs == 20
 
 
+def training_request(variant, weights, **settings):
+    return LoopRequest(context=None, data=Path(), out=Path(), variant=variant, weights=weights, **settings)
+
+
 def build_student(variant, weights, recipe, num_classes, seed, gradient_checkpointing):
-    request = LoopRequest(
-        context=None, data=Path(), out=Path(), variant=variant, weights=weights, seed=seed,
-        gradient_checkpointing=gradient_checkpointing,
-    )  # fmt: skip
+    request = training_request(variant, weights, seed=seed, gradient_checkpointing=gradient_checkpointing)
     return request.build_network(TinyViT.from_config, recipe, num_classes=num_classes)
+
+
+class TestWeightsOfMobileSAM:
+    """``--weights`` with a MobileSAM starts the training of every task."""
+
+    ADAPTED = ": MobileSAM's encoder gets stride 32, without its neck and with a new norm"
+
+    @pytest.fixture
+    def weights(self, tmp_path) -> str:
+        path = tmp_path / "sam.pt"
+        torch.save(MobileSAM.from_config("1m", img_size=64).state_dict(), path)
+        return str(path)
+
+    @pytest.mark.parametrize(
+        ("task", "make", "kind"),
+        [
+            ("classification", make_images, ImageClassifier),
+            ("detection", make_boxes, TinyViTDetector),
+            ("semantic", make_scenes, SemanticSegmenter),
+        ],
+    )
+    def test_task(self, tmp_path, weights, task, make, kind):
+        options = ("--task", task, "--epochs", "1", "--batch-size", "2", "--limit", "2", "--img-size", "64",
+                   "--variant", "1m", "--workers", "0", "--device", "cpu", "--weights", weights)  # fmt: skip
+        options += ("--queries", "5") if task == "detection" else ()
+        data = make(tmp_path / "data", 2)
+        _, notes = run_both("train", str(data), *options, "--out", str(tmp_path / "out"))
+        network = kind.from_config(pretrained=tmp_path / "out" / "best.safetensors")
+        backbone = network.model if task == "classification" else network.backbone
+        assert any(f"Weights {weights}{self.ADAPTED}" in line for line in notes.splitlines()) == (task != "semantic")
+        assert backbone.feature_strides == ((4, 8, 16, 16) if task == "semantic" else (4, 8, 16, 32))
+        assert (backbone.config.img_size, backbone.preprocessing) == (64, Preprocessing(64))
+        assert weights in (tmp_path / "out" / "run.json").read_text()
 
 
 class TestBuildStudent:
@@ -357,8 +392,9 @@ class TestBuildStudent:
     def test_windows_of_mobile_sam_stay(self, tmp_path, recipe):
         encoder = TinyViT.from_config("1m", img_size=256, mobile_sam=True)
         file = save_checkpoint(encoder, tmp_path / "encoder.safetensors")
-        student = build_student("1m", str(file), find_recipe(recipe), 0, 0, False)
-        assert student.config.window_sizes == (8, 8, 4, 2)
+        request = training_request("1m", str(file))
+        segmenter = request.build_network(SemanticSegmenter.from_config, find_recipe(recipe), num_classes=3)
+        assert segmenter.config.backbone.window_sizes == (8, 8, 4, 2)
 
     def test_windows_fit_smaller_images(self):
         recipe = find_recipe("cifar10")

@@ -184,12 +184,15 @@ def build_sam(
         ValueError: if the network cannot be built.
         CheckpointError: if the weights cannot be read or belong to another architecture.
     """
-    if pretrained and open_pretrained(pretrained, variant).layout == "mobile_sam":
+    found = open_pretrained(pretrained, variant) if pretrained else None
+    if found is not None and found.layout == "mobile_sam":
         whole = MobileSAM.from_config(variant, pretrained=pretrained, img_size=img_size)
         encoder = TinyViT.from_config(whole.config.replace(**changes))
         encoder.load_state_dict(whole.image_encoder.state_dict())
         whole.image_encoder = encoder  # type: ignore[assignment]
         return whole.train()
+    if found is not None:
+        changes["mobile_sam"] = found.config.mobile_sam  # an encoder's file keeps its neck
     size = img_size or 1024
     bare = TinyViT.from_config(
         variant, pretrained=pretrained, num_classes=0, img_size=size, window_sizes=window_sizes, **changes

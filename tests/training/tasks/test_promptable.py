@@ -397,6 +397,12 @@ class TestBuildSam:
         assert all(torch.equal(found[name], start[name]) for name in start if not name.startswith("head."))
         assert found.keys() - start.keys() == {name for name in found if name.startswith("neck.")}
 
+    def test_encoder_with_its_neck(self, tmp_path):
+        encoder = lively_sam().image_encoder
+        path = save_checkpoint(encoder, tmp_path / "encoder.safetensors")
+        found = build_sam(pretrained=path, img_size=64).image_encoder.state_dict()
+        assert all(torch.equal(tensor, found[name]) for name, tensor in encoder.state_dict().items())
+
     def test_whole(self, tmp_path):
         sam = lively_sam()
         path = save_checkpoint(sam, tmp_path / "sam.safetensors")
