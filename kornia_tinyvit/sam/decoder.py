@@ -102,12 +102,12 @@ class PromptedImage:
 
 
 class FoldedMaskDecoder(nn.Module):
-    r"""Run kornia's ``MaskDecoder`` on many prompts of one image, for inference.
+    r"""Run kornia's ``MaskDecoder`` on many prompts of one image.
 
-    A call gives the decoder's results up to rounding. Prompts have few tokens :math:`N`, the image thousands: each
-    projection of image tokens is folded into the prompt side, :math:`q (W k)^T = (q W) k^T` for keys and queries,
-    :math:`a (k W) = (a k) W` for values and outputs. Everything before the first attention between them is computed
-    once per image.
+    A call gives the decoder's results and gradients up to rounding. Prompts have few tokens :math:`N`, the image
+    thousands: each projection of image tokens is folded into the prompt side, :math:`q (W k)^T = (q W) k^T` for keys
+    and queries, :math:`a (k W) = (a k) W` for values and outputs. Everything before the first attention between them is
+    computed once per image.
 
     The steps are available separately: :meth:`prepare` an image, :meth:`prompt` it for predicted IoUs, :meth:`upscale`
     only the masks that pass a filter.
@@ -161,7 +161,6 @@ class FoldedMaskDecoder(nn.Module):
             Logits :math:`(P, M, 4h, 4w)` and predicted IoUs :math:`(P, M)`, with :math:`M` 3 or 1 in SAM.
 
         Raises:
-            RuntimeError: if gradients are enabled and a parameter or an input requires one.
             ValueError: if the shapes do not match.
         """
         sparse, dense = sparse_prompt_embeddings, dense_prompt_embeddings
@@ -198,7 +197,6 @@ class FoldedMaskDecoder(nn.Module):
                 for each of the prompts decoded together, :math:`(P, C, h, w)`.
 
         Raises:
-            RuntimeError: if gradients are enabled and a parameter or an input requires one.
             ValueError: if the shapes do not match.
         """
         shape, channels = tuple(image_embeddings.shape), self.decoder.transformer_dim
@@ -209,7 +207,6 @@ class FoldedMaskDecoder(nn.Module):
         if dense_prompt_embeddings.shape[1:] != image_embeddings.shape[1:]:
             dense = tuple(dense_prompt_embeddings.shape)
             raise ValueError(f"Dense prompts must be (P, {', '.join(map(str, shape[1:]))}); got {dense}.")
-        self._check_gradients(image_embeddings, image_pe, dense_prompt_embeddings)
         size = cast("tuple[int, int]", tuple(image_embeddings.shape[2:]))
         if not self.folds:
             tokens = image_embeddings + dense_prompt_embeddings
@@ -246,10 +243,8 @@ class FoldedMaskDecoder(nn.Module):
             The image with the results of the prompts.
 
         Raises:
-            RuntimeError: if gradients are enabled and a parameter or an input requires one.
             ValueError: if the image was prepared for another number of prompts.
         """
-        self._check_gradients(image.tokens, sparse_prompt_embeddings)
         prompts = len(sparse_prompt_embeddings)
         if len(image.tokens) not in {1, prompts}:
             raise ValueError(f"The image was prepared for {len(image.tokens)} dense prompts; got {prompts} sparse.")
@@ -284,7 +279,6 @@ class FoldedMaskDecoder(nn.Module):
         Returns:
             Logits of all masks of those prompts, the single-mask output first, :math:`(P', M, 4h', 4w')`.
         """
-        self._check_gradients(prompted.tokens)
         rows, columns = cells or prompted.size
         chosen = range(len(prompted.tokens)) if prompts is None else list(prompts)
         decoder, networks = self.decoder, self.decoder.output_hypernetworks_mlps
@@ -293,30 +287,25 @@ class FoldedMaskDecoder(nn.Module):
             maps = decoder.output_upscaling(prompted.tokens[chosen].mT.unflatten(2, prompted.size))
             masks = (weights[chosen] @ maps.flatten(2)).unflatten(2, maps.shape[2:])
             return masks[..., : UPSCALING * rows, : UPSCALING * columns]
-        masks = weights.new_empty(len(chosen), len(networks), UPSCALING * rows, UPSCALING * columns)
         maps = prompted.tokens.unflatten(1, prompted.size)[:, :rows, :columns]
+        if not chosen:
+            return weights.new_empty(0, len(networks), UPSCALING * rows, UPSCALING * columns)
         layers = decoder.output_upscaling
         linears = [_as_linear(cast("nn.ConvTranspose2d", layers[index]), maps.dtype) for index in (0, 3)]
-        for mask, index in zip(masks, chosen, strict=True):
-            _upscale(layers, linears, maps[index], weights[index].to(maps.dtype), out=mask)
-        return masks
+        # unbind, because the gradient of maps[index] has the size of all maps.
+        each, mixing = maps.unbind(), weights.to(maps.dtype).unbind()
+        masks = [_upscale(layers, linears, each[index], mixing[index]) for index in chosen]
+        return torch.stack(masks).to(prompted.mask_tokens.dtype)
 
     def _cast(self, x: Tensor) -> Tensor:
         return x.contiguous() if self.dtype is None else x.to(self.dtype).contiguous()
 
-    def _check_gradients(self, *inputs: Tensor) -> None:
-        if torch.is_grad_enabled() and any(x.requires_grad for x in (*inputs, *self.parameters())):
-            raise RuntimeError(
-                "FoldedMaskDecoder is for inference only: call it under torch.no_grad() or torch.inference_mode(). For "
-                "gradients call its MaskDecoder, which takes the same arguments."
-            )
-
 
 class SharingMaskDecoder(MaskDecoder):
-    """kornia's ``MaskDecoder`` that runs as :class:`FoldedMaskDecoder` wherever no gradient is recorded.
+    """kornia's ``MaskDecoder`` that runs as :class:`FoldedMaskDecoder`.
 
-    Weights, arguments and, up to rounding, results are those of ``MaskDecoder``, which runs with gradients enabled,
-    while a program is compiled or exported, and with changed layers.
+    Weights, arguments and, up to rounding, results and gradients are those of ``MaskDecoder``, which runs while a
+    program is compiled or exported, and with changed layers.
     """
 
     def forward(
@@ -340,14 +329,10 @@ class SharingMaskDecoder(MaskDecoder):
             Logits :math:`(P, M, 4h, 4w)` and predicted IoUs :math:`(P, M)`.
         """
         prompts = (sparse_prompt_embeddings, dense_prompt_embeddings, multimask_output)
-        some = len(sparse_prompt_embeddings) > 0
-        if some and (torch.is_grad_enabled() or torch.compiler.is_compiling()):
+        folded, some = FoldedMaskDecoder(self), len(sparse_prompt_embeddings) > 0
+        if some and (torch.compiler.is_compiling() or not folded.folds):
             return super().forward(image_embeddings, image_pe, *prompts)
-        folded = FoldedMaskDecoder(self)
-        if some and not folded.folds:
-            return super().forward(image_embeddings, image_pe, *prompts)
-        with torch.no_grad():
-            return folded(image_embeddings, image_pe, *prompts)
+        return folded(image_embeddings, image_pe, *prompts)
 
 
 def _exchange(
@@ -374,20 +359,19 @@ def _exchange(
     return tokens, _update(image_tokens, scores, from_image, tokens, layer.norm4)
 
 
-def _upscale(
-    layers: nn.Sequential, linears: list[tuple[Tensor, Tensor]], cells: Tensor, weights: Tensor, out: Tensor
-) -> None:
+def _upscale(layers: nn.Sequential, linears: list[tuple[Tensor, Tensor]], cells: Tensor, weights: Tensor) -> Tensor:
     """Map the tokens :math:`(h, w, C)` and the weights :math:`(M, C')` of a prompt to its masks :math:`(M, 4h, 4w)`.
 
     A transposed convolution whose kernel size equals its stride is a linear layer from one cell to four.
     """
-    for band, target in zip(cells.split(BAND), out.split(UPSCALING * BAND, 1), strict=True):
+    bands = []
+    for band in cells.split(BAND):
         x = F.linear(band.reshape(-1, band.shape[2]), *linears[0])
         x = layers[2](_normalize(x.unflatten(1, (4, -1)), cast("LayerNorm2d", layers[1])))
         x = layers[4](F.linear(x, *linears[1])).view(-1, weights.shape[1])
         # Each cell holds 2x2 cells of 2x2 pixels.
-        x = (weights @ x.mT).view(-1, *band.shape[:2], 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6)
-        target.copy_(x.reshape(target.shape))
+        bands.append((weights @ x.mT).view(-1, *band.shape[:2], 2, 2, 2, 2).permute(0, 1, 3, 5, 2, 4, 6))
+    return torch.cat(bands, 1).flatten(4, 6).flatten(1, 3)
 
 
 def _normalize(x: Tensor, norm: nn.LayerNorm | LayerNorm2d) -> Tensor:
@@ -437,7 +421,8 @@ def _scores(prompts: Tensor, projection: nn.Linear, image_tokens: Tensor, positi
     """Return scores :math:`(P, H, N, S)` of prompts :math:`(P, H, N, d)` with image tokens plus position."""
     folded = _times(prompts, projection.weight.unflatten(0, (prompts.shape[1], -1)).unsqueeze(0))
     scores = folded.flatten(1, 2).to(image_tokens.dtype) @ image_tokens.mT
-    return scores.unflatten(1, prompts.shape[1:3]).add_(_times(prompts, position))
+    scores, position = scores.unflatten(1, prompts.shape[1:3]), _times(prompts, position)
+    return torch.add(scores, position, out=None if scores.requires_grad else scores)
 
 
 def _times(x: Tensor, shared: Tensor) -> Tensor:

@@ -208,10 +208,9 @@ class MobileSAM(Sam):
         and a mask, or some of these, the same for all prompts of an image. For a single image the arguments are
         tensors or arrays; for several, lists with one or ``None`` per image.
 
-        Gradients are recorded, by kornia's decoder, if they are enabled and the decoder is in training mode, or the
-        embedding or a prompt requires one. Otherwise the network runs as in evaluation mode, and prompts share the
-        computation on their image (see :class:`~kornia_tinyvit.sam.FoldedMaskDecoder`), also in :meth:`forward` and
-        :meth:`prompter`.
+        Prompts share the computation on their image (see :class:`~kornia_tinyvit.sam.FoldedMaskDecoder`), also in
+        :meth:`forward` and :meth:`prompter`. Gradients are recorded if they are enabled and the decoder is in training
+        mode, or the embedding or a prompt requires one. Otherwise the network runs as in evaluation mode.
 
         Args:
             embedding: from :meth:`embed`, or loaded from a file.

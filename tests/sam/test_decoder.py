@@ -123,6 +123,53 @@ class TestParity:
         assert_same(found, expected, tolerance=1e-10)
 
 
+class TestGradients:
+    def gradients(self, decoder, run, features, sparse, dense):
+        """Return the gradients of random sums of the masks and predicted IoUs, for the inputs and all parameters."""
+        inputs = [each.clone().requires_grad_() for each in (features, sparse, dense)]
+        masks, iou = run(*inputs)
+        generator = torch.Generator().manual_seed(6)
+        sums = ((each * torch.randn(each.shape, generator=generator)).sum() for each in (masks, iou))
+        leaves = [*inputs, *decoder.parameters()]
+        found = torch.autograd.grad(sum(sums), leaves, allow_unused=True)
+        return [torch.zeros_like(leaf) if each is None else each for leaf, each in zip(leaves, found, strict=True)]
+
+    @pytest.mark.parametrize("kinds", ["points", "boxes", "points masks"])
+    @pytest.mark.parametrize("multimask", [True, False])
+    def test_kornia(self, decoder, prompt_encoder, features, kinds, multimask):
+        pe = prompt_encoder.get_dense_pe().double()
+        prompts = [each.double() for each in embed_prompts(prompt_encoder, kinds, module.CPU_CHUNK + 2)]
+        if "masks" not in kinds:  # of which there is one for all prompts
+            prompts[1] = prompts[1][:1]
+        decoder.double()
+        found, expected = (
+            self.gradients(decoder, lambda x, *rest, run=run: run(x, pe, *rest, multimask), features.double(), *prompts)
+            for run in (FoldedMaskDecoder(decoder), decoder)
+        )
+        # Zero: biases of keys, up to rounding, and the networks of masks that are not returned.
+        assert sum(bool(each.abs().max() > 1e-9) for each in expected) > 0.7 * len(expected)
+        scale = max(each.abs().max() for each in expected)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-12 * float(scale))
+
+    def test_one_gradient_per_input(self, decoder, prompt_encoder, features):
+        """Each input receives its gradient where no parameter requires one."""
+        sparse, dense = embed_prompts(prompt_encoder, "points")
+        decoder.requires_grad_(False)
+        for index in range(3):
+            inputs = [features, sparse, dense]
+            inputs[index] = inputs[index].clone().requires_grad_()
+            image, tokens, maps = inputs
+            FoldedMaskDecoder(decoder)(image, prompt_encoder.get_dense_pe(), tokens, maps, True)[0].sum().backward()
+            assert inputs[index].grad.any()
+
+    def test_changed_layers(self, decoder, prompt_encoder, features):
+        adapt(decoder)
+        sparse, dense = embed_prompts(prompt_encoder, "points")
+        FoldedMaskDecoder(decoder)(features, prompt_encoder.get_dense_pe(), sparse, dense, True)[0].sum().backward()
+        assert decoder.transformer.layers[1].cross_attn_token_to_image.k_proj.update[0].weight.grad.any()
+
+
 class TestPrecision:
     @torch.no_grad()
     def test_bfloat16(self, decoder, prompt_encoder, features):
@@ -211,18 +258,6 @@ class TestStaleness:
 
 
 class TestExceptions:
-    def test_rejects_gradients(self, decoder, prompt_encoder, features):
-        folded = FoldedMaskDecoder(decoder)
-        arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"), True)
-        with pytest.raises(RuntimeError, match="inference only"):
-            folded(*arguments)
-        with torch.inference_mode():
-            folded(*arguments)
-        decoder.requires_grad_(False)
-        folded(*arguments)
-        with pytest.raises(RuntimeError, match="MaskDecoder"):
-            folded(features.clone().requires_grad_(), *arguments[1:])
-
     def test_rejects_other_modules(self):
         with pytest.raises(TypeError, match="got Linear"):
             FoldedMaskDecoder(nn.Linear(2, 2))
@@ -285,20 +320,15 @@ class TestSharing:
         network.calls = calls
         return network.eval()
 
-    @torch.no_grad()
-    def test_without_gradients(self, sharing, decoder, prompt_encoder, features):
+    @pytest.mark.parametrize("recorded", [True, False])
+    def test_calls(self, sharing, decoder, prompt_encoder, features, recorded):
         arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"))
-        for found, expected in zip(sharing(*arguments, True), decoder(*arguments, True), strict=True):
-            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+        with torch.set_grad_enabled(recorded):
+            found, expected = sharing(*arguments, True), decoder(*arguments, True)
+        for one, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)
+            assert one.requires_grad == recorded
         assert sharing.calls == [5]
-
-    def test_with_gradients(self, sharing, decoder, prompt_encoder, features):
-        arguments = (features, prompt_encoder.get_dense_pe(), *embed_prompts(prompt_encoder, "points"))
-        found, _ = sharing(*arguments, True)
-        assert torch.equal(found, decoder(*arguments, True)[0])
-        found.sum().backward()
-        assert sharing.mask_tokens.weight.grad.abs().sum() > 0
-        assert sharing.calls == []
 
     @pytest.mark.parametrize("recorded", [True, False])
     def test_no_prompts(self, sharing, prompt_encoder, features, recorded):

@@ -111,35 +111,27 @@ class PromptedSAM(nn.Module):
             Logits :math:`(P, M, S/4, S/4)`, the single mask first, then those of ``multimask_output``, and predicted
             IoUs :math:`(P, M)`.
         """
-        features = self.sam.image_encoder(prompts.images)
-        kinds = [(prompts.counts == count).nonzero()[:, 0] for count in prompts.counts.unique().tolist()]
-        decoded = [self._decode(features, prompts, rows) for rows in kinds]
-        order = torch.cat(kinds).argsort()
-        logits, ious = (torch.cat(parts)[order] for parts in zip(*decoded, strict=True))
-        return logits, ious
+        prompt_encoder, decoder = self.sam.prompt_encoder, FoldedMaskDecoder(self.sam.mask_decoder)
+        features, position = self.sam.image_encoder(prompts.images), prompt_encoder.get_dense_pe()
+        _, dense = prompt_encoder(points=None, boxes=None, masks=None)
+        size = CPU_CHUNK if features.device.type == "cpu" else CHUNK
+        decoded = []
+        for photo, embedding in enumerate(features.split(1)):
+            own, image = prompts.photo == photo, decoder.prepare(embedding, position, dense)
+            for count in prompts.counts[own].unique().tolist():
+                for rows in (own & (prompts.counts == count)).nonzero()[:, 0].split(size):
+                    prompted = decoder.prompt(image, self._embed(prompts, rows, count))
+                    decoded.append((rows, decoder.upscale(prompted), prompted.iou))
+        rows, logits, ious = (torch.cat(parts) for parts in zip(*decoded, strict=True))
+        order = rows.argsort()
+        return logits[order], ious[order]
 
-    def _decode(self, features: Tensor, prompts: Prompts, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Decode prompts of one kind: boxes, or points of the same number."""
-        count = int(prompts.counts[rows[0]])
+    def _embed(self, prompts: Prompts, rows: Tensor, count: int) -> Tensor:
+        """Embed boxes (``count`` 0) or prompts of ``count`` points."""
         coordinates = prompts.points[rows, :count]
         points = (coordinates, torch.ones_like(coordinates[..., 0], dtype=torch.int64)) if count else None
         boxes = None if count else prompts.boxes[rows]
-        sparse, dense = self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)
-        photo, position = prompts.photo[rows], self.sam.prompt_encoder.get_dense_pe()
-        if torch.is_grad_enabled():
-            # kornia's decoder takes one embedding for all prompts, but a dense prompt for each, which is added to it.
-            zeros = features.new_zeros(1, *features.shape[1:])
-            return self.sam.mask_decoder.predict_masks(zeros, position, sparse, dense + features[photo])
-        decoder = FoldedMaskDecoder(self.sam.mask_decoder)
-        size = CPU_CHUNK if sparse.device.type == "cpu" else CHUNK
-        decoded = []
-        for index in photo.unique_consecutive().tolist():  # prompts are sorted by photo
-            image = decoder.prepare(features[index : index + 1], position, dense[:1])
-            for chunk in sparse[photo == index].split(size):
-                prompted = decoder.prompt(image, chunk)
-                decoded.append((decoder.upscale(prompted), prompted.iou))
-        masks, ious = (torch.cat(parts) for parts in zip(*decoded, strict=True))
-        return masks, ious
+        return cast("Tensor", self.sam.prompt_encoder(points=points, boxes=boxes, masks=None)[0])
 
     def parameter_groups(self, lr: float, weight_decay: float = 0.01, layer_decay: float = 1.0) -> list[dict[str, Any]]:
         """Group the trainable parameters: :meth:`TinyViT.parameter_groups`, and the other parts' at ``lr``.
