@@ -78,7 +78,7 @@ def main() -> None:
     parser.add_argument("--others", nargs=2, type=Path, help="folders of held-out images and their masks")
     parser.add_argument("--variant", default="1m")
     parser.add_argument("--weights", default="cifar10", help="weights of the encoder or of a MobileSAM, or 'none'")
-    parser.add_argument("--freeze", nargs="*", default=[], help="image_encoder, prompt_encoder")
+    parser.add_argument("--freeze", nargs="*", default=[], help="backbone, stages=N, prompt_encoder")
     parser.add_argument("--img-size", type=int, default=256)
     parser.add_argument("--windows", nargs=4, type=int, default=(8, 8, 16, 8), help="attention windows of the stages")
     parser.add_argument("--instances-per-image", type=int, default=8, help="maximum number of prompted objects")
@@ -110,6 +110,7 @@ def main() -> None:
         ),
         min_lr=args.base_lr / 100,
         layer_decay=1.0,
+        freeze=tuple(args.freeze),
         clip_norm=0.5,
         changes={"crop_scale": (1.0, 1.0), "crop_ratio": (1.0, 1.0), "flip": 0.0, "color_jitter": 0.0},
     )
@@ -119,7 +120,7 @@ def main() -> None:
     prompting = Prompting(args.instances_per_image, args.box_fraction, jitter=args.jitter)
     augmentation = PromptAugmentation(recipe.img_size, recipe.preset, prompting=prompting, **recipe.changes)
     result = train(
-        PromptedSAM(sam, args.freeze),
+        PromptedSAM(sam),
         PromptedSamples(images, augmentation),
         MaskLoss(args.focal),
         recipe,

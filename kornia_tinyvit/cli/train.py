@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,13 +20,10 @@ from kornia_tinyvit.training import Recipe
 from kornia_tinyvit.training.tasks.base import Task
 from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 
-#: Parts of MobileSAM that can be frozen.
-Frozen = StrEnum("Frozen", ("image_encoder", "prompt_encoder"))
-
 _PROMPTABLE = "Promptable segmentation"
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
-    TaskName.promptable: ("freeze", "prompts", "box_fraction", "min_area"),
+    TaskName.promptable: ("prompts", "box_fraction", "min_area"),
     TaskName.detection: ("queries",),
 }
 
@@ -50,11 +46,16 @@ class TrainRequest(shared.LoopRequest):
         TaskName.classification,
     )
     recipe: str | None = option("Training", f"{shared.RECIPE_NAMES}. Default: in1k, or the name of the task.", None)
+    freeze: list[str] | None = option(
+        "Training",
+        "Part that is not trained: backbone, stages=N (stem and first N stages of the backbone), prompt_encoder "
+        "(promptable); may be repeated.",
+        None,
+    )
     validate_every: int = option("Training", "Epochs between evaluations.", 1, min=1)
     class_balance: float = option(
         "Semantic segmentation", "Weight of rare classes, from 0 (none) to 1.", 0.0, min=0, max=1
     )
-    freeze: list[Frozen] | None = option(_PROMPTABLE, "Part whose weights are not trained; may be repeated.", None)
     prompts: int = option(_PROMPTABLE, "Objects per image and step.", 8, min=1)
     box_fraction: float = option(
         _PROMPTABLE, "Fraction of prompts that are boxes; the others are points.", 0.5, min=0, max=1
@@ -72,7 +73,10 @@ def train(request: TrainRequest) -> None:
     """
     unused = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not request.task for name in names)
     request.reject_unused(unused, f"with --task {request.task}")
-    recipe = request.find_recipe("in1k" if request.task is TaskName.classification else request.task.value)
+    freeze = tuple(request.freeze) if request.freeze else None
+    recipe = request.find_recipe(
+        "in1k" if request.task is TaskName.classification else request.task.value, freeze=freeze
+    )
     task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
     if validation is None:
         request.reject_unused(("validate_every", "patience"), "without validation images")
@@ -118,7 +122,7 @@ def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
     sam = request.build_network(training.build_sam, recipe, scale_windows=False)
     validation = request.open_validation(partial(InstanceDataset.open, min_area=request.min_area), images)
     samples = training.PromptedSamples(images, augmentation, request.on_broken)
-    model = training.PromptedSAM(sam, request.freeze or ())
+    model = training.PromptedSAM(sam)
     return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
 
 

@@ -2,6 +2,7 @@
 
 from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.evaluation import evaluate
+from kornia_tinyvit.training.freezing import freeze_parts
 from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics, DetectionScores
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics
@@ -55,6 +56,7 @@ __all__ = [
     "build_sam",
     "evaluate",
     "find_recipe",
+    "freeze_parts",
     "freeze_statistics",
     "train",
 ]

@@ -27,6 +27,7 @@ from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.ema import MovingAverage
+from kornia_tinyvit.training.freezing import freeze_parts
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
 from kornia_tinyvit.training.tasks.base import Loss, Samples, Task, evaluate_network
@@ -171,7 +172,7 @@ def train(
     folder = RunFolder(Path(out))
     process_batch = process_batch or recipe.batch_size // accelerator.num_processes
     frozen = freeze_statistics(model) if recipe.frozen_batch_norm else nullcontext()
-    with frozen:
+    with frozen, freeze_parts(model, recipe.freeze):
         evaluation = _Evaluation(validation, validate_every, class_names, workers)
         trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder, evaluation, note)
         replays = broadcast_object_list([replays])[0]  # a store that grows may differ between ranks

@@ -28,6 +28,7 @@ class Recipe:
         weight_decay: weight decay of the matrices.
         layer_decay: factor of the learning rate from one block to the one before.
         frozen_batch_norm: keep the running statistics of batch norm.
+        freeze: parts that are not trained, see :func:`~kornia_tinyvit.training.freeze_parts`.
         clip_norm: maximum norm of the gradient.
         ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 disables it.
         patience: number of epochs without a better score after which the training stops; 0 disables this.
@@ -48,6 +49,7 @@ class Recipe:
     weight_decay: float = 0.05
     layer_decay: float = 1.0
     frozen_batch_norm: bool = False
+    freeze: tuple[str, ...] = ()
     clip_norm: float = 5.0
     ema_decay: float = 0.0
     patience: int = 0

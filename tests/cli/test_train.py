@@ -283,7 +283,7 @@ class TestPromptable:
 
     def test_json(self, tmp_path):
         data, validation = make_instances(tmp_path / "data", 2), make_instances(tmp_path / "val", 2, seed=9)
-        options = ("--validation", str(validation), "--freeze", "image_encoder", "--freeze", "prompt_encoder",
+        options = ("--validation", str(validation), "--freeze", "backbone", "--freeze", "prompt_encoder",
                    "--weights", "cifar10", "--min-area", "100", "--prompts", "3", "--box-fraction", "0.75",
                    "--json")  # fmt: skip
         result = json.loads(run(*self.command(data, tmp_path, *options)))
@@ -296,7 +296,7 @@ class TestPromptable:
         found = evaluate(sam, InstanceDataset.open(validation, min_area=100))
         assert found.box_iou == pytest.approx(result["box_iou"], abs=1e-3)
         config = recorded(tmp_path)
-        assert config["model"]["frozen"] == ["image_encoder", "prompt_encoder"]
+        assert config["recipe"]["freeze"] == ["backbone", "prompt_encoder"]
         assert config["augmentation"]["prompting"]["instances"] == 3
         assert config["augmentation"]["prompting"]["box_fraction"] == 0.75
         assert config["loss"] == {"kind": "masks", "focal": 20.0, "dice": 1.0, "iou": 1.0}
@@ -317,8 +317,8 @@ class TestPromptable:
         assert "no weights and no file 'nothing'" in error
         error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--min-area", "5000"))
         assert "None of 2 images has an instance of at least 5000 pixels" in error
-        frozen = self.command(data, tmp_path, "--freeze", "mask_decoder")
-        assert CliRunner().invoke(app, frozen).exit_code == 2
+        error = error_of(capfd, monkeypatch, *self.command(data, tmp_path, "--freeze", "mask_decoder"))
+        assert "no part 'mask_decoder' to freeze; expected backbone, stages=1 to stages=4 and prompt_encoder" in error
 
 
 class TestChooseRecipe:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -28,7 +28,6 @@ from kornia_tinyvit.training.tasks.base import Evaluator, Task
 from kornia_tinyvit.training.tasks.prompts import Prompts
 
 __all__ = [
-    "FREEZABLE",
     "PROMPTABLE",
     "MaskLoss",
     "PromptEvaluator",
@@ -37,9 +36,6 @@ __all__ = [
     "PromptedSAM",
     "build_sam",
 ]
-
-#: Parts of MobileSAM that can be frozen; the mask decoder is always trained.
-FREEZABLE = ("image_encoder", "prompt_encoder")
 
 _SINGLE, _MULTI = slice(0, 1), slice(1, None)  # the single mask, and those of multimask_output
 
@@ -51,55 +47,38 @@ class PromptableConfig:
     Args:
         encoder: configuration of the image encoder.
         img_size: side in pixels of the square input.
-        frozen: frozen parts, of :data:`FREEZABLE`.
     """
 
     encoder: TinyViTConfig
     img_size: int
-    frozen: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
         """Return the fields as JSON types."""
-        return self.encoder.to_dict() | {"img_size": self.img_size, "frozen": list(self.frozen)}
+        return self.encoder.to_dict() | {"img_size": self.img_size}
 
 
 class PromptedSAM(nn.Module):
     """MobileSAM in training: maps prompts on a batch of photos to all their masks.
 
-    The encoder runs once per photo and the decoder once per kind of prompt. Frozen parts stay in evaluation mode and
-    record no gradients.
+    The encoder runs once per photo and the decoder once per kind of prompt.
 
     Args:
         sam: the network, which is trained in place.
-        freeze: parts to freeze, of :data:`FREEZABLE`.
 
     Attributes:
         sam: the network.
-        config: its configuration and the frozen parts.
+        config: its configuration.
 
     Raises:
-        ValueError: if a part is unknown, or the input is not square.
+        ValueError: if the input is not square.
     """
 
-    def __init__(self, sam: MobileSAM, freeze: Collection[str] = ()) -> None:
+    def __init__(self, sam: MobileSAM) -> None:
         super().__init__()
-        frozen = tuple(name for name in FREEZABLE if name in freeze)
-        unknown = sorted(set(freeze) - set(FREEZABLE))
-        if unknown:
-            raise ValueError(f"Parts that can be frozen are {', '.join(FREEZABLE)}; got {', '.join(unknown)}.")
         if sam.img_size[0] != sam.img_size[1]:
             raise ValueError(f"Training needs a square input; got {sam.img_size}. Build the network with one img_size.")
         self.sam = sam
-        self.config = PromptableConfig(sam.config, sam.img_size[0], frozen)
-        for name in frozen:
-            self.sam.get_submodule(name).requires_grad_(False)
-
-    def train(self, mode: bool = True) -> PromptedSAM:
-        """Set the training mode; frozen parts stay in evaluation mode."""
-        super().train(mode)
-        for name in self.config.frozen:
-            self.sam.get_submodule(name).eval()
-        return self
+        self.config = PromptableConfig(sam.config, sam.img_size[0])
 
     def forward(self, prompts: Prompts) -> tuple[Tensor, Tensor]:
         """Return all masks of the prompts.
