@@ -421,7 +421,7 @@ class TestTraining:
         assert (kept.training, kept.img_size) == (False, (64, 64))
         found = evaluate(kept, validation)
         assert found.box_iou == pytest.approx(best, abs=1e-3)
-        line = [line for line in lines if line["box_iou"] == best][0]
+        line = next(line for line in lines if line["box_iou"] == best)
         assert line["point_iou"] == pytest.approx(found.point_iou, abs=1e-3)
 
     @pytest.mark.parametrize("call", [2, 3])
