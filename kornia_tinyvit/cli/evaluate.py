@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.checkpoints.catalog import IMAGENET_22K, imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.cli.options import MIN_AREA, TTA, WORKERS, NetworkRequest, TaskName
@@ -21,6 +22,8 @@ from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
 from kornia_tinyvit.data.datasets import ImageDataset, match_classes
 from kornia_tinyvit.detection import TinyViTDetector
+from kornia_tinyvit.model import TinyViT
+from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.progress import track_progress
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.semantic import SemanticSegmenter
@@ -92,6 +95,12 @@ def evaluate(request: EvaluateRequest) -> None:
         images = images.sample(min(request.limit, len(images)))
     device = next(network.parameters()).device
     request.note_run(images, device, request.weights or request.variant or "cifar10")
+    if isinstance(network, TinyViT):
+        request.reject_unused(("tta", "per_class", "confusion", "calibration"), "with weights that have no classes")
+        broken: list[str] = []
+        probes = _probe(network, EvaluationPipeline.from_preprocessing(network.preprocessing), images, request, broken)
+        _print(request, {"images": len(images) - len(broken), **probes}, broken)
+        return
     if request.task is TaskName.classification:
         _choose_classes(network, images, request)
     module, evaluator = create_evaluator(
@@ -103,7 +112,12 @@ def evaluate(request: EvaluateRequest) -> None:
         raise ValueError(f"None of {len(images)} images has an object of at least {request.min_area} pixels.")
     report = {"images": len(images) - len(broken), **_describe(scores, getattr(network, "class_names", ()), request)}
     if request.knn is not None or request.linear is not None:
-        report |= _probe(network, images, request, broken)
+        report |= _probe(network.model, network.preprocessing, images, request, broken)
+    _print(request, report, broken)
+
+
+def _print(request: EvaluateRequest, report: dict[str, Any], broken: list[str]) -> None:
+    """Print the results, and how many images were left out."""
     if request.as_json:
         print(json.dumps(report | {"broken": broken} if request.skip_broken else report))
     else:
@@ -135,7 +149,12 @@ def _choose_classes(classifier: ImageClassifier, images: ClassificationDataset, 
 def _open(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
     """Open the network and the data."""
     if request.task is TaskName.classification:
-        return request.build_classifier(request.tta), ClassificationDataset.open(request.data, request.split)
+        images = ClassificationDataset.open(request.data, request.split)
+        if request.knn is not None or request.linear is not None:
+            config = open_pretrained(request.pretrained, request.variant, request.img_size).config
+            if config.mobile_sam or not config.num_classes:  # features only
+                return request.build_network(TinyViT, request.pretrained, num_classes=0), images
+        return request.build_classifier(request.tta), images
     if request.task is TaskName.promptable:
         sam = request.build_network(MobileSAM, request.weights or True)
         return sam, InstanceDataset.open(request.data, request.split, request.min_area)
@@ -189,10 +208,15 @@ def _describe(scores: Any, names: Sequence[str], request: EvaluateRequest) -> di
 
 
 def _probe(
-    classifier: ImageClassifier, images: ClassificationDataset, request: EvaluateRequest, broken: list[str]
+    model: TinyViT,
+    preprocessing: nn.Module,
+    images: ClassificationDataset,
+    request: EvaluateRequest,
+    broken: list[str],
 ) -> dict[str, float]:
-    """Return the top-1 accuracies of the probes in percent; extend ``broken`` by images of their training data."""
-    (features, labels), _ = _features(classifier, images, request, "features")
+    """Return the top-1 accuracies of the probes in percent; extend ``broken`` by the images that cannot be read."""
+    (features, labels), unread = _features(model, preprocessing, images, request, "features")
+    broken += [name for name in unread if name not in broken]
     counted = {images.fingerprint()}
     known: dict[Path, tuple[Tensor, Tensor]] = {}
     top1 = {}
@@ -204,7 +228,7 @@ def _probe(
         positions = match_classes(images.class_names, training.class_names, used, owners)
         targets = labels if positions is None else torch.tensor(positions)[labels]
         if path not in known:
-            known[path], unread = _features(classifier, training, request, f"features of {path.name}")
+            known[path], unread = _features(model, preprocessing, training, request, f"features of {path.name}")
             if training.fingerprint() not in counted:
                 broken += unread
                 counted.add(training.fingerprint())
@@ -217,10 +241,10 @@ def _probe(
 
 
 def _features(
-    classifier: ImageClassifier, images: ClassificationDataset, request: EvaluateRequest, text: str
+    model: TinyViT, preprocessing: nn.Module, images: ClassificationDataset, request: EvaluateRequest, text: str
 ) -> tuple[tuple[Tensor, Tensor], list[str]]:
     """Return features :math:`(N, D)` and class indices :math:`(N,)`, and the names of broken images."""
-    device = next(classifier.parameters()).device
+    device = next(model.parameters()).device
     broken: list[str] = []
     items = ReadableItems(images, skip_broken=request.skip_broken)
     loader = read_batches(items, request.batch_size, request.workers)
@@ -230,10 +254,10 @@ def _features(
             read = [sample for _, sample in batch if sample is not None]
             broken.extend(images.name(index) for index, sample in batch if sample is None)
             if read:
-                inputs = [classifier.preprocessing(image[None].to(device)) for image, _ in read]
+                inputs = [preprocessing(image[None].to(device)) for image, _ in read]
                 yield torch.cat(inputs), torch.tensor([label for _, label in read])
 
-    return extract_features(classifier.model, batches()), broken
+    return extract_features(model, batches()), broken
 
 
 def _show(report: dict[str, Any], task: TaskName) -> None:
@@ -243,7 +267,7 @@ def _show(report: dict[str, Any], task: TaskName) -> None:
             ([f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in rows),
         )
     accuracies = [f"{name.replace('top', 'top-')} {report[name]:.2f} %" for name in report if name.startswith("top")]
-    print(SUMMARIES[task].format(**report, accuracies=", ".join(accuracies)))
+    print(SUMMARIES[task].format(**report, accuracies=", ".join(accuracies) or "features only"))
     for row in report.get("confusion", []):
         print(f"{row['class']} predicted as {row['predicted']}: {row['images']}")
     if "calibration" in report:

@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 from typer.testing import CliRunner
 
-from kornia_tinyvit import ImageClassifier, save_checkpoint
+from kornia_tinyvit import ImageClassifier, MobileSAM, save_checkpoint
 from kornia_tinyvit.cli import app
 from kornia_tinyvit.data.classification import ClassificationDataset
 from tests.helpers import CIFAR, cells, error_of, make_weights, run, run_both
@@ -208,6 +208,19 @@ class TestMeasures:
         output = run("evaluate", str(tmp_path / "test"), "--weights", weights, "--linear", str(tmp_path / "train"))
         assert "linear classifier on the features: top-1 33.33 %" in output
         assert "nearest" not in output
+
+    def test_features_of_mobile_sam(self, folder, tmp_path, capfd, monkeypatch):
+        """Weights without classes are measured by the probes alone."""
+        weights = str(tmp_path / "sam.pt")
+        torch.save(MobileSAM.from_config("1m", img_size=64).state_dict(), weights)
+        options = ("--knn", str(folder), "--linear", str(folder))
+        report = self.report(weights, folder, *options)
+        assert report.keys() == {"images", "knn", "linear"}
+        assert report["linear"] > 50
+        printed = run("evaluate", str(folder), "--weights", weights, *options)
+        assert printed.startswith("12 images: features only\nnearest neighbors on the features: top-1 ")
+        error = error_of(capfd, monkeypatch, "evaluate", str(folder), "--weights", weights, *options, "--calibration")
+        assert "--calibration has no effect with weights that have no classes" in error
 
     def test_training_data_without_a_class(self, weights, folder, tmp_path, capfd, monkeypatch):
         shutil.copytree(folder / "cat", tmp_path / "train" / "cat")
