@@ -60,6 +60,8 @@ def predict(sam: torch.nn.Module, task: dict) -> None:
 
     predictor = SamPredictor(sam)
     for photo, out in zip(task["photos"], task["files"], strict=True):
+        if Path(out).exists():
+            continue
         predictor.set_image(read_photo(photo["path"]))
         masks = []
         for prompt in photo["prompts"]:

@@ -2,6 +2,7 @@
 
     python benchmarks/real.py parity --weights mobile_sam.pt --data coco128 --original original/bin/python
     python benchmarks/real.py precision --weights mobile_sam.pt --data coco128
+    python benchmarks/real.py inputs --weights mobile_sam.pt --data coco128
     python benchmarks/real.py everything --weights mobile_sam.pt --data BSDS500/data --original original/bin/python
     python benchmarks/real.py nuclei --weights mobile_sam.pt --data nuclei --train runs/nuclei
     python benchmarks/real.py cells --weights mobile_sam.pt --data blood_cells --train runs/cells
@@ -10,6 +11,7 @@
 
 parity      masks of prompts, and of everything in three photos, compared with the original code
 precision   masks of boxes and points in every engine and precision, compared with the ground truth of coco128
+inputs      the same for other input sizes, and for masks that are fed back with their prompt
 everything  average recall of the regions that people drew in the test photos of BSDS500, beside the original code
 nuclei      boxes, points and everything in 80 held-out microscopy images
 cells       average precision in the test split of BCCD, blood cells of three classes
@@ -35,12 +37,12 @@ from pathlib import Path
 
 import torch
 from real_masks import digest, segment_ours
-from real_published import everything, parity, precision
+from real_published import everything, inputs, parity, precision
 from real_trained import camvid, cells, duplicates, nuclei
 
 from kornia_tinyvit.deploy.measurement import describe_machine
 
-PUBLISHED, TRAINED = (parity, precision, everything), (nuclei, cells, camvid)
+PUBLISHED, TRAINED = (parity, precision, inputs, everything), (nuclei, cells, camvid)
 
 
 def header(args: argparse.Namespace) -> None:
@@ -56,7 +58,7 @@ def main() -> None:
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     sections = parser.add_subparsers(required=True, metavar="SECTION")
-    photos = {parity: 10, precision: 100, everything: 200, nuclei: 80}
+    photos = {parity: 10, precision: 100, inputs: 50, everything: 200, nuclei: 80}
     for run in (*PUBLISHED, *TRAINED, duplicates):
         section = sections.add_parser(run.__name__, help=run.__doc__, description=run.__doc__)
         section.set_defaults(run=run)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import hashlib
 import json
+import math
 import random
 from collections.abc import Iterable
 from pathlib import Path
@@ -22,6 +24,7 @@ from kornia_tinyvit.deploy import optimize
 from kornia_tinyvit.deploy.measurement import interleaved
 from kornia_tinyvit.ops import central_points, mask_boxes
 from kornia_tinyvit.sam import ImageEmbedding
+from kornia_tinyvit.training.metrics.promptable import mask_ious
 
 #: Photos of coco128 that are segmented whole: an interior, people at a table, a street with few objects.
 WHOLE = ("000000000139", "000000001353", "000000003255")
@@ -43,6 +46,8 @@ ENCODERS = (
     ("openvino", "float32"), ("openvino", "bfloat16"), ("openvino", "int8"),
 )  # fmt: skip
 CALIBRATION = 100  # photos
+SMALL = 32 * 32  # pixels of a small object of COCO
+MIN_REGION = 0.001  # fraction of the image
 
 
 def open_objects(data: Path, split: str) -> InstanceDataset:
@@ -94,7 +99,7 @@ def compare_prompts(args: argparse.Namespace) -> None:
     """Print how many masks of each kind of prompt equal those of the original code."""
     photos = draw_prompts(open_objects(args.data, "val2017"), photos=args.photos, objects=3)
     sam = MobileSAM.from_config(pretrained=args.weights)
-    folder = cache(args, args.weights, "prompts")
+    folder = cache(args, args.weights, "prompts", hashlib.sha256(json.dumps(photos).encode()).hexdigest()[:12])
     files = [folder / f"{Path(photo['path']).stem}.npz" for photo in photos]
     task = {"what": "prompts", "weights": args.weights, "photos": photos, "files": [str(file) for file in files]}
     versions = json.loads(child(args, task, original=True))
@@ -172,15 +177,18 @@ def build_encoders(args: argparse.Namespace, sam: MobileSAM) -> dict[tuple[str, 
     return encoders
 
 
-def decode(sam: MobileSAM, embedding: ImageEmbedding, masks: Tensor) -> np.ndarray:
-    """Return the masks of a tight box for each object, followed by those of its central point, (2N, H, W)."""
-    boxed = sam.predict_best(embedding, None, None, mask_boxes(masks))
-    pointed = sam.predict_best(embedding, central_points(masks)[:, None], None, None)
+def decode(sam: MobileSAM, embedding: ImageEmbedding, boxes: Tensor, points: Tensor) -> np.ndarray:
+    """Return the masks of N boxes, followed by those of N points, (2N, H, W)."""
+    boxed = sam.predict_best(embedding, None, None, boxes)
+    pointed = sam.predict_best(embedding, points[:, None], None, None)
     return torch.cat([boxed.masks(), pointed.masks()])[:, 0].numpy()
 
 
-def matched_ious(masks: np.ndarray, others: np.ndarray) -> list[float]:
-    return [pairwise_ious(mask[None], other[None]).item() for mask, other in zip(masks, others, strict=True)]
+def object_ious(file: Path, others: np.ndarray) -> np.ndarray:
+    """Return the IoUs of the masks of N boxes and N points with others (2N, H, W), as (N, 2)."""
+    pairs = zip(load_masks(file)["masks"], others, strict=True)
+    ious = [pairwise_ious(mask[None], other[None]).item() for mask, other in pairs]
+    return np.stack(np.split(np.array(ious), 2), 1)
 
 
 @torch.no_grad()
@@ -192,11 +200,12 @@ def predict_objects(args: argparse.Namespace, images: InstanceDataset) -> tuple[
     for index in range(len(images)):
         pixels, masks = images.read(index)
         inputs, geometries = sam.preprocess(pixels)
+        boxes, points = mask_boxes(masks), central_points(masks)
         for row, encoder in encoders.items():
             file = cache(args, args.weights, "precision", "_".join(row)) / f"{Path(images.name(index)).stem}.npz"
             files[row].append(file)
             if not file.exists():
-                save_masks(file, decode(sam, ImageEmbedding(encoder(inputs), geometries), masks))
+                save_masks(file, decode(sam, ImageEmbedding(encoder(inputs), geometries), boxes, points))
     steps = {row: functools.partial(encoder, inputs) for row, encoder in encoders.items()}
     seconds = interleaved(steps, repetitions=args.repetitions)
     return files, {row: 1000 * each for row, each in seconds.items()}
@@ -208,32 +217,79 @@ def precision(args: argparse.Namespace) -> None:
     images = open_objects(args.data, "val2017").with_instances()
     images = images.sample(min(args.photos, len(images)), args.seed)
     files, ms = predict_objects(args, images)
-    truth = [torch.cat([masks, masks]).numpy() for _, masks in (images.read(index) for index in range(len(images)))]
-    # Box and point of each object in rows, photo by photo.
-    split = [np.stack(np.split(np.arange(len(masks)), 2), 1) for masks in truth]
+    truth = [torch.cat([images.read(index)[1]] * 2).numpy() for index in range(len(images))]
     float32 = [load_masks(file)["masks"] for file in files["eager", "float32"]]
-    base = None
-    for row, paths in files.items():
-        found = [load_masks(path)["masks"] for path in paths]
-        ious, same = (
-            np.concatenate(
-                [np.array(matched_ious(*pair))[rows] for *pair, rows in zip(found, others, split, strict=True)]
-            )
-            for others in (truth, float32)
-        )
-        if base is None:
-            base = ious
-            print(
-                f"\n{len(ious)} objects in {len(images)} photos of val2017; IoU in %, change from float32 in eager mode"
-            )
+    found = {
+        row: [np.concatenate([*map(object_ious, paths, others)]) for others in (truth, float32)]
+        for row, paths in files.items()
+    }
+    base, _ = found["eager", "float32"]
+    print(f"\n{len(base)} objects in {len(images)} photos of val2017; IoU in %, change from float32 in eager mode")
+    for row, (ious, same) in found.items():
         cells = []
-        for column, name in enumerate(("boxes", "points")):
-            change = 100 * (ious - base)[:, column]
+        for name, iou, change, float32s in zip(("boxes", "points"), ious.T, (ious - base).T, same.T, strict=True):
             cells.append(
-                f"{name} {100 * ious[:, column].mean():5.2f} {change.mean():+5.2f} ± {standard_error(change):.2f}"
+                f"{name} {100 * iou.mean():5.2f} {100 * change.mean():+5.2f} ± {100 * standard_error(change):.2f}"
             )
-            cells.append(f"IoU with float32's masks {same[:, column].mean():.4f}, least {same[:, column].min():.3f}")
+            cells.append(f"IoU with float32's masks {float32s.mean():.4f}, least {float32s.min():.3f}")
         print(f"    {row[0]:11} {row[1]:8} {ms[row]:6.0f} ms   {'   '.join(cells)}", flush=True)
+
+
+# Input sizes and refinement
+
+
+@functools.cache
+def build_sam(weights: str, size: int | tuple[int, int]) -> MobileSAM:
+    return MobileSAM.from_config(pretrained=weights, img_size=size)
+
+
+def rectangle(image: Tensor) -> tuple[int, int]:
+    """Return the input size without most of the padding: 1024 pixels, and less in multiples of 64."""
+    height, width = (math.ceil(16 * side / max(image.shape[1:])) * 64 for side in image.shape[1:])
+    return height, width
+
+
+def measure_inputs(weights: str, image: Tensor, masks: Tensor) -> dict[str, Tensor]:
+    """Return the IoUs of the masks of N boxes and N points, (N, 2), for each input size, and after refinement."""
+    sizes = {"1024x1024": 1024, "768x768": 768, "512x512": 512, "rectangle": rectangle(image)}
+    prompts = [{"boxes": mask_boxes(masks)}, {"points": central_points(masks)[:, None]}]
+    ious = {}
+    for name, size in sizes.items():
+        sam = build_sam(weights, size)
+        embedding = sam.embed(image)
+        first = [sam.predict_best(embedding, each.get("points"), None, each.get("boxes")) for each in prompts]
+        ious[name] = torch.stack([mask_ious(each.masks()[:, 0], masks) for each in first], 1)
+        if name == "1024x1024":
+            low = [each.low_res_logits for each in first]
+            again = [
+                sam.predict_masks(embedding, **each, masks=mask, multimask_output=False)[0]
+                for each, mask in zip(prompts, low, strict=True)
+            ]
+            ious["fed back"] = torch.stack([mask_ious(each.masks()[:, 0], masks) for each in again], 1)
+    return ious
+
+
+def inputs(args: argparse.Namespace) -> None:
+    """Print the accuracy of boxes and points for other input sizes, and of masks that are fed back."""
+    images = open_objects(args.data, "val2017").with_instances()
+    images = images.sample(min(args.photos, len(images)), args.seed)
+    found: dict[str, list[Tensor]] = {}
+    areas = []
+    for index in range(len(images)):
+        pixels, masks = images.read(index)
+        areas.append(masks.sum((1, 2)))
+        for name, ious in measure_inputs(args.weights, pixels, masks).items():
+            found.setdefault(name, []).append(ious)
+    small = (torch.cat(areas) < SMALL).numpy()
+    base = torch.cat(found["1024x1024"]).numpy()
+    print(f"{len(base)} objects in {len(images)} photos of val2017, {small.sum()} of less than 32x32 pixels; IoU in %")
+    for name, parts in found.items():
+        ious = torch.cat(parts).numpy()
+        cells = []
+        for kind, iou, change in zip(("boxes", "points"), ious.T, (ious - base).T, strict=True):
+            mean = f"{100 * iou.mean():5.2f} {100 * change.mean():+6.2f} ± {100 * standard_error(change):.2f}"
+            cells.append(f"{kind} {mean}, small objects {100 * iou[small].mean():5.2f}")
+        print(f"    {name:10} {'   '.join(cells)}", flush=True)
 
 
 # Everything
@@ -259,31 +315,27 @@ def recall(masks: np.ndarray, people: Iterable[np.ndarray], min_area: float) -> 
     return float(np.mean(fractions))
 
 
+@functools.cache
+def measure_recall(file: Path, truth: Path) -> tuple[float, float, int, float]:
+    """Return the recall of all regions and of those of :data:`MIN_REGION`, in per cent, the masks and CPU seconds."""
+    found, people = load_masks(file), read_regions(truth)
+    recalls = (100 * recall(found["masks"], people, area) for area in (0, MIN_REGION))
+    return *recalls, len(found["masks"]), float(found["cpu_s"])
+
+
 def everything(args: argparse.Namespace) -> None:
     """Print the average recall of the regions of BSDS500's test photos."""
     photos = sorted((args.data / "images" / "test").glob("*.jpg"), key=lambda photo: int(photo.stem))
     random.Random(args.seed).shuffle(photos)
-    rows = [("ours bfloat16", args.photos), ("ours", args.float32), ("original", args.originals)]
-    files = {
-        who: segment(args, args.weights, who, photos[:count])
-        for who, count in rows
-        if who != "original" or args.original
-    }
-    people = {photo.stem: read_regions(args.data / "groundTruth/test" / f"{photo.stem}.mat") for photo in photos}
-    print("Average recall at IoU 0.5 of the regions of each person, mean over people, then over photos")
-    for count in sorted({min(len(each), len(photos)) for each in files.values()}):
-        print(f"{count} of {len(photos)} test photos, seed {args.seed}")
+    counts = {"ours bfloat16": args.photos, "ours": args.float32, "original": args.originals if args.original else 0}
+    files = {who: segment(args, args.weights, who, photos[:count]) for who, count in counts.items() if count}
+    truth = [args.data / "groundTruth" / "test" / f"{photo.stem}.mat" for photo in photos]
+    print(f"Recall at IoU 0.5 in %, mean over people, then over photos: all regions / of {MIN_REGION:.1%} of the image")
+    for count in sorted({len(paths) for paths in files.values()}):
+        print(f"{count} of {len(photos)} test photos")
         for who, paths in files.items():
-            if len(paths) < count:
-                continue
-            found = [load_masks(path) for path in paths[:count]]
-            cells = []
-            for name, area in (("all regions", 0.0), ("of 0.1 % of the image or more", 0.001)):
-                each = [
-                    100 * recall(one["masks"], people[path.stem], area)
-                    for one, path in zip(found, paths[:count], strict=True)
-                ]
-                cells.append(f"{name} {np.mean(each):5.2f} ± {standard_error(np.array(each)):.2f} %")
-            masks = np.mean([len(one["masks"]) for one in found])
-            seconds = np.mean([one["cpu_s"] for one in found])
-            print(f"    {who:14} {'   '.join(cells)}   {masks:5.1f} masks, {seconds:6.1f} CPU s per photo", flush=True)
+            if len(paths) >= count:
+                every, large, masks, seconds = np.array([*map(measure_recall, paths[:count], truth)]).T
+                scores = " / ".join(f"{each.mean():5.2f} ± {standard_error(each):.2f}" for each in (every, large))
+                cost = f"{masks.mean():5.1f} masks and {seconds.mean():6.1f} CPU s per photo"
+                print(f"    {who:14} {scores}   {cost}", flush=True)

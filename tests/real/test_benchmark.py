@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import torch
 
 
 @pytest.fixture
@@ -64,3 +65,11 @@ def test_regions(scripts, tmp_path):
 
 def test_standard_error(scripts):
     assert scripts[1].standard_error(np.array([1.0, 2.0, 3.0, 4.0])) == pytest.approx(np.sqrt(5 / 3) / 2)
+
+
+def test_rectangle(scripts):
+    """The longer side has 1024 pixels, the other is rounded up to a multiple of 64."""
+    rectangle = scripts[2].rectangle
+    assert rectangle(torch.zeros(3, 480, 640)) == (768, 1024)
+    assert rectangle(torch.zeros(3, 640, 427)) == (1024, 704)
+    assert rectangle(torch.zeros(3, 500, 500)) == (1024, 1024)
