@@ -37,6 +37,7 @@ __all__ = [
     "build_sam",
 ]
 
+_ALPHA = 0.25  # weight of an object's pixels in the focal loss; that of others is 1 - alpha
 _SINGLE, _MULTI = slice(0, 1), slice(1, None)  # the single mask, and those of multimask_output
 
 
@@ -199,32 +200,76 @@ class MaskLoss:
         A mean would weigh the only object of an image as much as all objects of another image.
         """
         logits, scores = (each.float() for each in outputs)
-        truth = batch.targets.masks.to(logits.device, non_blocking=True)[:, None].float()
-        ambiguous = images.counts == 1
-        losses = self._losses(logits, scores, truth, ambiguous)
-        weighted = losses * batch.targets.weights.to(logits)
+        truth = batch.targets.masks.to(logits.device, non_blocking=True).to(logits.dtype)
+        weighted = self._losses(logits, scores, truth, images.counts == 1) * batch.targets.weights.to(logits)
         return weighted.new_zeros(len(batch.valid)).index_add(0, images.photo, weighted)
 
     def _losses(self, logits: Tensor, scores: Tensor, truth: Tensor, ambiguous: Tensor) -> Tensor:
         """Return the loss of each prompt, :math:`(P,)`."""
         with torch.no_grad():
-            small = F.interpolate(truth, logits.shape[2:], mode="area")
-            best = self._mask_losses(logits[:, _MULTI], small.expand_as(logits[:, _MULTI])).argmin(1)
-        rows = torch.arange(len(logits), device=logits.device)
-        trained = torch.stack([logits[:, 0], logits[rows, 1 + best]], 1)
-        large = F.interpolate(trained, truth.shape[2:], mode="bilinear", align_corners=False)
-        single, multi = self._mask_losses(large, truth.expand_as(large)).unbind(1)
-        losses = torch.where(ambiguous, multi, (single + multi) / 2)
-        ious = mask_ious(logits > 0, small >= 0.5)
-        return losses + self.iou * (scores - ious).square().mean(1)
+            small = F.interpolate(truth[:, None], logits.shape[2:], mode="area")
+            best = self._soft_losses(logits[:, _MULTI], small.expand_as(logits[:, _MULTI])).argmin(1)
+            ious = mask_ious(logits > 0, small >= 0.5)
+        clear = (~ambiguous).nonzero()[:, 0]
+        prompts = torch.cat([torch.arange(len(logits), device=logits.device), clear])
+        trained = logits[prompts, torch.cat([1 + best, torch.zeros_like(clear)])]
+        losses = _LargeMaskLosses.apply(trained, truth, prompts, self.focal, self.dice)
+        losses = torch.where(ambiguous[prompts], 1.0, 0.5).to(losses) * losses
+        return (self.iou * (scores - ious).square().mean(1)).index_add(0, prompts, losses)
 
-    def _mask_losses(self, logits: Tensor, truth: Tensor) -> Tensor:
+    def _soft_losses(self, logits: Tensor, truth: Tensor) -> Tensor:
         """Return the loss of each mask, :math:`(P, M)`, with soft masks as ground truth."""
-        focal = binary_focal_loss_with_logits(logits, truth, alpha=0.25, gamma=2.0, reduction="none")
+        focal = binary_focal_loss_with_logits(logits, truth, alpha=_ALPHA, gamma=2.0, reduction="none")
         # kornia.losses.dice_loss reduces over the batch and expects exclusive classes.
         p, truth = logits.sigmoid().flatten(2), truth.flatten(2)
         dice = 1 - (2 * (p * truth).sum(2) + 1) / (p.sum(2) + truth.sum(2) + 1)
         return self.focal * focal.flatten(2).mean(2) + self.dice * dice
+
+
+class _LargeMaskLosses(torch.autograd.Function):
+    """Focal and dice loss :math:`(T,)` of logits :math:`(T, h, w)`, resized to their masks.
+
+    The gradient is computed along with the loss, for a few masks at a time: only tensors of the size of the logits are
+    stored, and a CPU's caches hold the others.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, truth: Tensor, rows: Tensor, focal: float, dice: float) -> Tensor:
+        """Compare the logits with the rows of 0/1 masks :math:`(P, H, W)`."""
+        losses, slopes = [], []
+        size = 1 if logits.device.type == "cpu" else CHUNK
+        for small, own in zip(logits.split(size), rows.split(size), strict=True):
+            with torch.enable_grad():
+                leaf = small[:, None].detach().requires_grad_()
+                large = F.interpolate(leaf, truth.shape[1:], mode="bilinear", align_corners=False)
+            loss, slope = _focal_and_dice(large.detach().flatten(1), truth[own].flatten(1), focal, dice)
+            losses.append(loss)
+            slopes += torch.autograd.grad(large, leaf, slope.view_as(large))
+        ctx.save_for_backward(torch.cat(slopes)[:, 0])
+        return torch.cat(losses)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> Any:
+        """Return the gradient of the logits."""
+        (slopes,) = ctx.saved_tensors
+        return slopes * gradient[:, None, None], None, None, None, None
+
+
+def _focal_and_dice(logits: Tensor, truth: Tensor, focal: float, dice: float) -> tuple[Tensor, Tensor]:
+    """Return losses :math:`(T,)` of logits :math:`(T, S)` with 0/1 masks, and the gradient of each with its logits."""
+    sign = 1 - 2 * truth
+    flipped = sign * logits  # logits of the wrong answer
+    wrong, surprise = flipped.sigmoid(), F.softplus(flipped)
+    right = 1 - wrong
+    weight = (1 - _ALPHA + (2 * _ALPHA - 1) * truth).mul_(wrong).mul_(wrong)
+    losses = focal * (weight * surprise).mean(1)
+    slope = surprise.mul_(right).mul_(2).add_(wrong).mul_(weight).mul_(sign).mul_(focal / logits.shape[1])
+    area, missed = truth.sum(1), (wrong * truth).sum(1)
+    overlap = 2 * (area - missed) + 1
+    total = 2 * area - 2 * missed + wrong.sum(1) + 1
+    per_total, shared = (dice * each[:, None] for each in (2 / total, overlap / total**2))
+    return losses + dice * (1 - overlap / total), slope.addcmul_(wrong * right, shared - per_total * truth)
 
 
 class PromptEvaluator(Evaluator):

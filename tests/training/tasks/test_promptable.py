@@ -34,6 +34,7 @@ from kornia_tinyvit.training import (
     find_recipe,
     train,
 )
+from kornia_tinyvit.training.tasks import promptable
 from kornia_tinyvit.training.tasks.prompts import Prompts, PromptTargets
 from tests.conftest import TINY, liven
 from tests.scenes import damage, make_instances
@@ -337,10 +338,26 @@ class TestMaskLoss:
 
         class Double(MaskLoss):  # the loss computes in float32
             def __call__(self, logits, scores):
-                truth = batch.targets.masks[:, None].double()
+                truth = batch.targets.masks.double()
                 return self._losses(logits, scores, truth, torch.tensor([True, False]))
 
         assert gradcheck(Double(), (logits, scores))
+
+    @pytest.mark.parametrize("size", [(32, 32), (21, 13), (8, 8)])
+    def test_large_masks(self, size):
+        """Losses and gradients equal those of kornia's focal loss and of the dice loss on resized logits."""
+        generator = torch.Generator().manual_seed(2)
+        logits = (6 * torch.randn(5, 8, 8, generator=generator)).double().requires_grad_()
+        truth = (torch.rand(4, *size, generator=generator) > 0.7).double()
+        truth[3] = 0  # an object of less than a pixel
+        rows, weights = torch.tensor([0, 1, 2, 3, 1]), torch.rand(5, generator=generator).double()
+        loss = MaskLoss(focal=20.0, dice=3.0)
+        large = F.interpolate(logits[:, None], size, mode="bilinear", align_corners=False)
+        expected = loss._soft_losses(large, truth[rows][:, None])[:, 0]
+        found = promptable._LargeMaskLosses.apply(logits, truth, rows, loss.focal, loss.dice)
+        torch.testing.assert_close(found, expected, rtol=1e-7, atol=1e-9)
+        slopes = (torch.autograd.grad((each * weights).sum(), logits)[0] for each in (found, expected))
+        torch.testing.assert_close(*slopes, rtol=1e-6, atol=1e-9)
 
 
 class TestEvaluation:
