@@ -19,9 +19,10 @@ from kornia_tinyvit.classification import Prediction
 from kornia_tinyvit.images import Images, check_images, map_images, read_batches
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.modules import evaluation_copy
+from kornia_tinyvit.ops import nms
 from kornia_tinyvit.preprocessing import check_counts, resize_images
 
-__all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector"]
+__all__ = ["Detection", "DetectorConfig", "Squares", "TinyViTDetector", "suppress_duplicates"]
 
 _MLP_RATIO = 4  # of kornia's decoder layers
 _STRIDES = (8, 16, 32)  # of the feature maps
@@ -192,13 +193,20 @@ class TinyViTDetector(BackboneNetwork):
         features = self.backbone.forward_intermediates(self.normalize(squares))
         return self.decoder(self.encoder(features[1:]))
 
-    def predict(self, images: Images, confidence_threshold: float = 0.3, batch_size: int = 8) -> list[list[Detection]]:
+    def predict(
+        self,
+        images: Images,
+        confidence_threshold: float = 0.3,
+        batch_size: int = 8,
+        nms_threshold: float | None = None,
+    ) -> list[list[Detection]]:
         """Detect objects in images of any size.
 
         Args:
             images: one or several images, as for :meth:`ImageClassifier.predict`.
             confidence_threshold: least score of the detections, in [0, 1).
             batch_size: number of images per forward pass.
+            nms_threshold: IoU for :func:`suppress_duplicates`; ``None`` to keep all detections.
 
         Returns:
             The detections of each image, sorted by descending score, with boxes clipped to the image.
@@ -219,7 +227,8 @@ class TinyViTDetector(BackboneNetwork):
                 logits, boxes = network(batch)
                 sizes = torch.tensor([image.shape[-2:] for image in batch], device=logits.device)
                 for rows, size in zip(select(logits.float(), boxes.float(), sizes), sizes.tolist(), strict=True):
-                    detections.append([self._detection(row, *size) for row in rows.tolist()])
+                    kept = rows if nms_threshold is None else suppress_duplicates(rows, nms_threshold)
+                    detections.append([self._detection(row, *size) for row in kept.tolist()])
         return detections
 
     def post_processor(self, confidence_threshold: float = 0.3) -> DETRPostProcessor:
@@ -245,6 +254,31 @@ class TinyViTDetector(BackboneNetwork):
         index, score, left, top, wide, high = row
         box = (max(left, 0.0), max(top, 0.0), float(min(left + wide, width)), float(min(top + high, height)))
         return Detection(self.class_names[int(index)], int(index), score, box)
+
+
+def suppress_duplicates(detections: Tensor, threshold: float) -> Tensor:
+    """Remove duplicates by non-maximum suppression within each class.
+
+    Args:
+        detections: class index, score, left, top, width and height, :math:`(D, 6)`, as of kornia's
+            ``DETRPostProcessor``.
+        threshold: a box whose IoU with one of its class with a higher score exceeds this is removed, in [0, 1].
+
+    Returns:
+        The kept detections in their order, :math:`(N, 6)`, on the CPU.
+
+    Raises:
+        ValueError: if the threshold is out of range.
+    """
+    if not 0 <= threshold <= 1:
+        raise ValueError(f"The IoU threshold of duplicates must be in [0, 1]; got {threshold!r}.")
+    detections = detections.cpu()
+    classes, scores, corner, size = detections.split((1, 1, 2, 2), 1)
+    boxes, kept = torch.cat([corner, corner + size], 1), torch.zeros(len(detections), dtype=torch.bool)
+    for each in classes.unique():
+        members = (classes[:, 0] == each).nonzero()[:, 0]
+        kept[members[nms(boxes[members], scores[members, 0], threshold)]] = True
+    return detections[kept]
 
 
 @torch.no_grad()

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit import CheckpointError, TinyViT, TinyViTConfig, save_checkpoint
 from kornia_tinyvit.checkpoints.tensors import read_tensors, write_tensors
-from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector
+from kornia_tinyvit.detection import DetectorConfig, TinyViTDetector, suppress_duplicates
 from kornia_tinyvit.preprocessing import resize_images
 from tests.conftest import TINY
 
@@ -191,6 +191,32 @@ class TestPredict:
         (best,) = detector.predict(make_images((64, 64)), middle)
         assert best == everything[:4]
         assert detector.predict(make_images((64, 64)), 0.999) == [[]]
+
+    def test_nms(self, detector, monkeypatch):
+        """The best of all boxes of a class at one place is kept, and those of other classes there."""
+        generator = torch.Generator().manual_seed(0)
+        boxes = 0.5 + 0.01 * torch.randn(1, 10, 4, generator=generator)
+        logits = torch.randn(1, 10, 3, generator=generator)
+        monkeypatch.setattr(TinyViTDetector, "forward", lambda self, images: (logits, boxes))
+        image = make_images((64, 64))
+        (everything,) = detector.predict(image, 0.0)
+        (found,) = detector.predict(image, 0.0, nms_threshold=0.5)
+        assert (len(everything), len(found)) == (10, 3)
+        for each in found:
+            assert each == next(other for other in everything if other.index == each.index)
+        assert detector.predict(image, 0.0, nms_threshold=1.0) == [everything]
+        with pytest.raises(ValueError, match=r"IoU threshold of duplicates must be in \[0, 1\]; got 1\.5"):
+            detector.predict(image, 0.0, nms_threshold=1.5)
+
+    def test_duplicates(self):
+        rows = torch.tensor([
+            [0, 0.9, 0, 0, 10, 10], [1, 0.8, 0, 0, 10, 10], [0, 0.7, 1, 0, 10, 10],
+            [0, 0.6, 5, 0, 10, 10], [1, 0.5, 0, 1, 10, 10],
+        ])  # fmt: skip
+        assert torch.equal(suppress_duplicates(rows, 0.5), rows[[0, 1, 3]])  # IoU 0.82, 0.33 and 0.82
+        assert torch.equal(suppress_duplicates(rows, 0.3), rows[:2])
+        assert torch.equal(suppress_duplicates(rows.flip(0), 0.5), rows[[3, 1, 0]])
+        assert suppress_duplicates(rows[:0], 0.5).shape == (0, 6)
 
     def test_predict_keeps_the_modes(self):
         detector = make_detector().train()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kornia_tinyvit.cli.options import NetworkRequest
+from kornia_tinyvit.cli.options import NMS, NetworkRequest
 from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.detection import TinyViTDetector
 from kornia_tinyvit.files import write_text
@@ -23,6 +23,7 @@ class DetectRequest(NetworkRequest):
     photos: list[Path] = argument("Image files.")
     weights: str = option("Weights", "Path of a detector, e.g. of 'train --task detection'.")
     threshold: float = option("Output", "Lowest score of a detection.", 0.3, min=0, max=0.999)
+    nms: float | None = option("Output", NMS, None, min=0, max=1)
     out: Path = option("Output", "Folder for images with boxes and detections.json.", Path("detections"))
 
 
@@ -37,7 +38,7 @@ def detect(request: DetectRequest) -> None:
         seen[photo.stem] += 1  # photos of several folders may have one name
         suffix = "" if seen[photo.stem] == 1 else f"-{seen[photo.stem]}"
         image = read_image(photo)
-        (found,) = detector.predict(image, request.threshold)
+        (found,) = detector.predict(image, request.threshold, nms_threshold=request.nms)
         drawn = request.out / f"{photo.stem}{suffix}.png"
         save_image(drawn, draw_detections(image, found))
         size = {"width": image.shape[2], "height": image.shape[1]}

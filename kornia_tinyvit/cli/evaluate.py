@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.checkpoints import open_pretrained
 from kornia_tinyvit.checkpoints.catalog import IMAGENET_22K, imagenet_1k_in_22k, imagenet_classes
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.cli.options import MIN_AREA, TTA, WORKERS, NetworkRequest, TaskName
+from kornia_tinyvit.cli.options import MIN_AREA, NMS, TTA, WORKERS, NetworkRequest, TaskName
 from kornia_tinyvit.cli.requests import argument, command, option
 from kornia_tinyvit.cli.tables import print_table
 from kornia_tinyvit.data import ClassificationDataset, DetectionDataset, InstanceDataset, SegmentationDataset
@@ -30,6 +30,7 @@ from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.evaluation import create_evaluator
 from kornia_tinyvit.training.metrics.average_precision import DetectionScores
 from kornia_tinyvit.training.metrics.classification import CONFUSION_CLASSES, ClassificationScores, select_classes
+from kornia_tinyvit.training.metrics.precision_recall import save_precision_recall
 from kornia_tinyvit.training.metrics.probes import extract_features, k_nearest_neighbors, linear_probe
 from kornia_tinyvit.training.metrics.promptable import PromptScores
 from kornia_tinyvit.training.metrics.semantic import SegmentationScores
@@ -52,7 +53,9 @@ class EvaluateRequest(NetworkRequest):
     on_broken: OnBroken = option("Data", "At an image that cannot be read.", OnBroken.stop)
     tta: bool = option("Weights", TTA, False)
     min_area: int = option("Promptable segmentation", MIN_AREA, 1, min=1)
-    per_class: bool = option("Metrics", "Top-1 accuracy, IoU or mAP of each class.", False)
+    nms: float | None = option("Detection", NMS, None, min=0, max=1)
+    plot: Path | None = option("Detection", "PNG file for the precision-recall curves at IoU 0.5.", None)
+    per_class: bool = option("Metrics", "Top-1 accuracy, IoU, or mAP and best F1 score of each class.", False)
     confusion: bool = option("Metrics", "Most frequent confusions.", False)
     calibration: bool = option("Metrics", "Expected calibration error.", False)
     knn: Path | None = option("Metrics", "k-nearest-neighbor accuracy on features of this training data.", None)
@@ -66,7 +69,7 @@ class EvaluateRequest(NetworkRequest):
         return self.on_broken is OnBroken.skip
 
 
-TITLES = {"top1": "top-1", "iou": "IoU", "map": "mAP"}
+TITLES = {"top1": "top-1", "iou": "IoU", "map": "mAP", "best_f1": "best F1"}
 SUMMARIES = {
     TaskName.classification: "{images} images: {accuracies}",
     TaskName.semantic: "{images} images: mean IoU {mean_iou:.2f} % over {classes_present} classes, pixel accuracy "
@@ -76,10 +79,11 @@ SUMMARIES = {
     TaskName.detection: "{images} images, {objects} objects: mAP {map:.2f} %, AP50 {map50:.2f} %, AP75 {map75:.2f} %",
 }
 _FOR_CLASSIFIERS = ("tta", "confusion", "calibration", "knn", "linear")
+_FOR_DETECTORS = ("nms", "plot")
 _UNUSED = {
-    TaskName.classification: ("min_area",),
-    TaskName.semantic: (*_FOR_CLASSIFIERS, "batch_size", "min_area"),  # images of any size, one by one
-    TaskName.promptable: (*_FOR_CLASSIFIERS, "batch_size", "per_class"),
+    TaskName.classification: ("min_area", *_FOR_DETECTORS),
+    TaskName.semantic: (*_FOR_CLASSIFIERS, *_FOR_DETECTORS, "batch_size", "min_area"),  # images of any size, one by one
+    TaskName.promptable: (*_FOR_CLASSIFIERS, *_FOR_DETECTORS, "batch_size", "per_class"),
     TaskName.detection: (*_FOR_CLASSIFIERS, "min_area"),
 }
 
@@ -103,9 +107,10 @@ def evaluate(request: EvaluateRequest) -> None:
         return
     if request.task is TaskName.classification:
         _choose_classes(network, images, request)
-    module, evaluator = create_evaluator(
-        network, images, batch_size=request.batch_size, skip_broken=request.skip_broken
-    )
+    options: dict[str, Any] = {"batch_size": request.batch_size, "skip_broken": request.skip_broken}
+    if request.nms is not None:
+        options["nms_threshold"] = request.nms
+    module, evaluator = create_evaluator(network, images, **options)
     broken = evaluate_network(module, evaluator, request.workers, progress=request.shows_progress)
     scores = evaluator.counts.compute()
     if request.task is TaskName.promptable and not scores.instances:
@@ -113,6 +118,10 @@ def evaluate(request: EvaluateRequest) -> None:
     report = {"images": len(images) - len(broken), **_describe(scores, getattr(network, "class_names", ()), request)}
     if request.knn is not None or request.linear is not None:
         report |= _probe(network.model, network.preprocessing, images, request, broken)
+    if request.plot is not None:
+        named = dict(zip(network.class_names, scores.class_curves, strict=True))
+        save_precision_recall(request.plot, {"all": scores.curve} | named)
+        request.note(f"Precision-recall curves: {request.plot}")
     _print(request, report, broken)
 
 
@@ -182,15 +191,22 @@ def _describe(scores: Any, names: Sequence[str], request: EvaluateRequest) -> di
             report["classes_present"] = scores.present
             columns = {"pixels": scores.class_pixels, "iou": scores.per_class}
         case DetectionScores():
-            report, columns = scores.to_dict(), {"map": scores.per_class}
+            report = scores.to_dict() | {"precision": _rounded("precision", scores.curve.precision.tolist())}
+            curves = scores.class_curves
+            columns = {
+                "map": scores.per_class,
+                "best_f1": torch.tensor([each.best_f1 for each in curves]),
+                "threshold": torch.tensor([each.threshold for each in curves]),
+                "precision": torch.stack([each.precision for each in curves]),
+            }
         case PromptScores():
             report = {name: round(value, 2) for name, value in vars(scores).items()}
     if request.per_class:
-        rows = zip(names, *(column.tolist() for column in columns.values()), strict=True)
+        rows = zip(names, scores.per_class.tolist(), *(column.tolist() for column in columns.values()), strict=True)
         report["per_class"] = [
-            {"class": name} | {column: round(value, 2) for column, value in zip(columns, values, strict=True)}
-            for name, *values in rows
-            if not math.isnan(values[-1])
+            {"class": name} | {column: _rounded(column, value) for column, value in zip(columns, values, strict=True)}
+            for name, score, *values in rows
+            if not math.isnan(score)
         ]
     if request.confusion:
         report["confusion"] = [
@@ -205,6 +221,12 @@ def _describe(scores: Any, names: Sequence[str], request: EvaluateRequest) -> di
         ]
         report["calibration"] = {"error": round(scores.calibration_error, 2), "bins": bins}
     return report
+
+
+def _rounded(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_rounded(name, each) for each in value]
+    return None if math.isnan(value) else round(value, 4 if name == "threshold" else 2)
 
 
 def _probe(
@@ -262,12 +284,19 @@ def _features(
 
 def _show(report: dict[str, Any], task: TaskName) -> None:
     if rows := report.get("per_class"):
+        columns = [name for name in rows[0] if name != "precision"]
+        texts = {float: "{:.2f}", type(None): "-"}
         print_table(
-            [TITLES.get(name, name) for name in rows[0]],
-            ([f"{value:.2f}" if isinstance(value, float) else value for value in row.values()] for row in rows),
+            [TITLES.get(name, name) for name in columns],
+            ([texts.get(type(row[name]), "{}").format(row[name]) for name in columns] for row in rows),
         )
     accuracies = [f"{name.replace('top', 'top-')} {report[name]:.2f} %" for name in report if name.startswith("top")]
     print(SUMMARIES[task].format(**report, accuracies=", ".join(accuracies) or "features only"))
+    if report.get("threshold") is not None:
+        print(f"At IoU 0.5: best F1 {report['best_f1']:.2f} %, at scores of {report['threshold']:.2f} or more")
+        shown = (10, 30, 50, 70, 90)
+        values = ", ".join(f"{report['precision'][recall]:.1f}" for recall in shown)
+        print(f"Precision at recall {', '.join(map(str, shown))} %: {values} %")
     for row in report.get("confusion", []):
         print(f"{row['class']} predicted as {row['predicted']}: {row['images']}")
     if "calibration" in report:

@@ -18,6 +18,7 @@ TaskName = StrEnum("TaskName", ("classification", "semantic", "promptable", "det
 DEVICE = "auto (a GPU if available), cpu, cuda, cuda:1, mps, ..."
 TTA = "Average over a flip and a crop, at 3 times the cost."
 WORKERS = "Processes that read images."
+NMS = "IoU above which the box of lower score of two of a class is removed. Default: none is removed."
 MIN_AREA = "Leave out objects of fewer pixels."
 
 

@@ -30,6 +30,10 @@ class _Options(TypedDict, total=False):
     progress: bool
 
 
+class _DetectorOptions(_Options, total=False):
+    nms_threshold: float | None
+
+
 @overload
 def evaluate(
     network: ImageClassifier, images: ClassificationDataset, **options: Unpack[_Options]
@@ -43,14 +47,18 @@ def evaluate(
 
 
 @overload
-def evaluate(network: TinyViTDetector, images: DetectionDataset, **options: Unpack[_Options]) -> DetectionScores: ...
+def evaluate(
+    network: TinyViTDetector, images: DetectionDataset, **options: Unpack[_DetectorOptions]
+) -> DetectionScores: ...
 
 
 @overload
 def evaluate(network: MobileSAM, images: InstanceDataset, **options: Unpack[_Options]) -> PromptScores: ...
 
 
-def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, progress: bool = False) -> Any:
+def evaluate(
+    network: Any, images: Any, batch_size: int = 8, workers: int = 0, progress: bool = False, **options: Any
+) -> Any:
     """Evaluate a network on whole images with the preprocessing of its ``predict``.
 
     A MobileSAM is prompted with the tight box of each instance and with one point at
@@ -63,6 +71,7 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
         batch_size: images per forward pass of a classifier or a detector.
         workers: number of loader processes.
         progress: show a progress bar.
+        **options: ``nms_threshold`` of a detector, see :meth:`TinyViTDetector.predict`.
 
     Returns:
         :class:`~kornia_tinyvit.training.metrics.classification.ClassificationScores`,
@@ -71,12 +80,12 @@ def evaluate(network: Any, images: Any, batch_size: int = 8, workers: int = 0, p
         :class:`~kornia_tinyvit.training.metrics.promptable.PromptScores`.
 
     Raises:
-        TypeError: if the network is of another class.
+        TypeError: if the network is of another class, or does not have an option.
         ValueError: if the data set has other classes than the network, or no labels.
         BrokenImageError: if an image cannot be read.
         MissingExtraError: for detectors, if pycocotools is missing.
     """
-    module, evaluator = create_evaluator(network, images, batch_size=batch_size)
+    module, evaluator = create_evaluator(network, images, batch_size=batch_size, **options)
     evaluate_network(module, evaluator, workers, progress)
     return evaluator.counts.compute()
 
@@ -87,7 +96,8 @@ def create_evaluator(network: nn.Module, images: Any, **options: Any) -> tuple[n
     Args:
         network: see :func:`evaluate`.
         images: see :func:`evaluate`.
-        **options: ``batch_size`` and ``skip_broken``, see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
+        **options: ``batch_size`` and ``skip_broken``, see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`, and
+            ``nms_threshold`` of a detector.
 
     Raises:
         TypeError: if the network is not supported by :func:`evaluate`.

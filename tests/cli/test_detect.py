@@ -73,6 +73,14 @@ class TestDetect:
         assert lines[0].strip().split(" ")[1] == "%"
         assert ": 0 objects, see" in run("detect", str(PHOTO), *options, "--threshold", "0.99")
 
+    def test_nms(self, weights, tmp_path, monkeypatch):
+        boxes = torch.full((1, 10, 4), 0.5)
+        monkeypatch.setattr(TinyViTDetector, "forward", lambda self, images: (torch.eye(10, 3)[None], boxes))
+        command = ("detect", str(PHOTO), "--weights", weights, "--threshold", "0", "--out", str(tmp_path), "--json")
+        rows = [json.loads(run(*command, *options))[0]["detections"] for options in ((), ("--nms", "0.7"))]
+        assert [len(each) for each in rows] == [10, 3]
+        assert sorted(each["label"] for each in rows[1]) == sorted(NAMES)
+
     def test_photos_of_one_name(self, weights, tmp_path):
         for folder in ("a", "b"):
             (tmp_path / folder).mkdir()
@@ -177,9 +185,41 @@ class TestEvaluate:
         result = json.loads(run(*self.command(data, own, "--per-class", "--json")))
         images = DetectionDataset.open(data, "val")
         found = evaluate(TinyViTDetector.from_config(pretrained=own), images)
-        assert [row["class"] for row in result.pop("per_class")] == ["disc", "box"]
+        rows = result.pop("per_class")
+        assert [row["class"] for row in rows] == ["disc", "box"]
+        for row, curve in zip(rows, (each for each in found.class_curves if each.best_f1 >= 0), strict=True):
+            assert row.keys() == {"class", "map", "best_f1", "threshold", "precision"}
+            assert row["best_f1"] == pytest.approx(curve.best_f1, abs=0.01)
+            assert row["precision"] == pytest.approx(curve.precision.tolist(), abs=0.01)
+        assert result.pop("precision") == pytest.approx(found.curve.precision.tolist(), abs=0.01)
         assert result == pytest.approx(found.to_dict(), abs=1e-3)
         assert json.loads(run(*self.command(data, own, "--limit", "2", "--json")))["images"] == 2
+
+    def test_curves(self, own, tmp_path, monkeypatch):
+        """A detector of two perfect boxes and their duplicates: half of the detections are wrong without --nms."""
+        data = scenes.make_boxes(tmp_path / "data", 1, seed=1)
+        _, objects = DetectionDataset.open(data)[0]
+        image = DetectionDataset.open(data)[0][0]
+        corners = objects.boxes / torch.tensor(image.shape[1:]).flip(0).repeat(2)
+        boxes = torch.cat([(corners[:, :2] + corners[:, 2:]) / 2, corners[:, 2:] - corners[:, :2]], 1)
+        count = len(boxes)
+        logits = torch.full((1, 10, len(scenes.BOX_NAMES)), -9.0)
+        for row in range(2 * count):
+            logits[0, row, objects.labels[row % count]] = 2.0
+        logits[0, count : 2 * count] += -1
+        queries = torch.cat([boxes, boxes, torch.full((10 - 2 * count, 4), 0.01)])[None]
+        monkeypatch.setattr(TinyViTDetector, "forward", lambda self, images: (logits, queries))
+        plot = tmp_path / "new" / "curves.png"
+        plain = json.loads(run(*self.command(data, own, "--json")))
+        found = json.loads(run(*self.command(data, own, "--json", "--nms", "0.5", "--plot", str(plot))))
+        assert (plain["best_f1"], found["best_f1"]) == (100, 100)
+        assert found["precision"] == [100.0] * 101
+        assert plain["threshold"] > found["threshold"]
+        assert Image.open(plot).format == "PNG"
+        printed, notes = run_both(*self.command(data, own, "--plot", str(plot), "--per-class"))
+        assert f"best F1 100.00 %, at scores of {plain['threshold']:.2f} or more" in printed
+        assert "Precision at recall 10, 30, 50, 70, 90 %: 100.0, 100.0, 100.0, 100.0, 100.0 %" in printed
+        assert f"Precision-recall curves: {plot}" in notes
 
     def test_size_and_variant(self, own, tmp_path, capfd, monkeypatch):
         data = scenes.make_boxes(tmp_path / "data", 2, seed=1)

@@ -10,11 +10,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kornia_tinyvit.data.detection import DetectionDataset
 from kornia_tinyvit.extras import optional_imports
 from kornia_tinyvit.training.metrics.counts import Counts
+from kornia_tinyvit.training.metrics.precision_recall import PrecisionRecall, measure_curve
 
 __all__ = ["DetectionMetrics", "DetectionScores"]
 
@@ -37,6 +39,8 @@ class DetectionScores:
         map_large: mAP of objects above 96 x 96 pixels.
         recall: average recall with 100 detections per image (AR@100).
         per_class: average precision of each class, :math:`(K,)`; NaN for classes without objects.
+        curve: precision-recall curve at IoU 0.5 of the detections of all classes, which are pooled.
+        class_curves: that of each class.
     """
 
     images: int
@@ -49,10 +53,23 @@ class DetectionScores:
     map_large: float
     recall: float
     per_class: Tensor
+    curve: PrecisionRecall
+    class_curves: tuple[PrecisionRecall, ...]
+
+    @property
+    def best_f1(self) -> float:
+        """Highest F1 score of :attr:`curve`, in per cent."""
+        return self.curve.best_f1
+
+    @property
+    def threshold(self) -> float:
+        """Score threshold of the highest F1 score, in [0, 1]."""
+        return self.curve.threshold
 
     def to_dict(self) -> dict[str, Any]:
-        """Return all scores but ``per_class``, rounded, as JSON types; ``None`` instead of NaN."""
-        numbers = {name: value for name, value in vars(self).items() if name != "per_class"}
+        """Return the scores over all classes, rounded, as JSON types; ``None`` instead of NaN."""
+        numbers = {name: value for name, value in vars(self).items() if isinstance(value, (int, float))}
+        numbers |= {"best_f1": self.best_f1, "threshold": self.threshold}
         return {name: None if math.isnan(value) else round(value, 4) for name, value in numbers.items()}
 
 
@@ -110,14 +127,16 @@ class DetectionMetrics(Counts):
             results += [[index, *box, score, label] for label, score, *box in detections.tolist() if score > 0]
         categories = [{"id": index, "name": name} for index, name in enumerate(self.images.class_names)]
         dataset = {"images": [{"id": index} for index in seen], "annotations": annotations, "categories": categories}
-        scores, per_class = _evaluate(dataset, results)
+        scores, per_class, curves = _evaluate(dataset, results)
         objects = sum(not each["iscrowd"] for each in annotations)
         mean, at50, at75, small, medium, large, recall = scores.tolist()
-        return DetectionScores(len(seen), objects, mean, at50, at75, small, medium, large, recall, per_class)
+        return DetectionScores(len(seen), objects, mean, at50, at75, small, medium, large, recall, per_class, *curves)
 
 
-def _evaluate(dataset: dict[str, Any], results: list[list[float]]) -> tuple[Tensor, Tensor]:
-    """Return the scores of :class:`DetectionScores`, from ``map`` to ``recall``, and those of each class.
+def _evaluate(
+    dataset: dict[str, Any], results: list[list[float]]
+) -> tuple[Tensor, Tensor, tuple[PrecisionRecall, tuple[PrecisionRecall, ...]]]:
+    """Return the scores of :class:`DetectionScores` from ``map`` to ``recall``, those of each class, and the curves.
 
     Args:
         dataset: ground truth in COCO's format.
@@ -139,4 +158,23 @@ def _evaluate(dataset: dict[str, Any], results: list[list[float]]) -> tuple[Tens
     per_class = precision[:, :, :, 0, -1].mean((0, 1))
     # COCO returns -1 without objects.
     scores, per_class = (torch.where(each > -1, 100 * each, torch.nan) for each in (scores, per_class))
-    return scores, per_class.float()
+    return scores, per_class.float(), _measure_curves(evaluation)
+
+
+def _measure_curves(evaluation: Any) -> tuple[PrecisionRecall, tuple[PrecisionRecall, ...]]:
+    """Return the curves of all classes and of each class, from the matches at IoU 0.5 of pycocotools' evaluation.
+
+    pycocotools accumulates each class separately, so it has no curve of all.
+    """
+    params = evaluation.params
+    images, sizes = len(params.imgIds), len(params.areaRng)
+    classes: list[tuple[NDArray[np.float64], NDArray[np.bool_], int]] = []
+    for first in range(0, len(params.catIds) * sizes * images, sizes * images):  # objects of all sizes come first
+        cells = [cell for cell in evaluation.evalImgs[first : first + images] if cell is not None]
+        counted = np.concatenate([np.zeros(0, bool), *(cell["dtIgnore"][0] == 0 for cell in cells)])
+        scores = np.concatenate([np.zeros(0), *(cell["dtScores"] for cell in cells)])[counted]
+        correct = np.concatenate([np.zeros(0, bool), *(cell["dtMatches"][0] > 0 for cell in cells)])[counted]
+        classes.append((scores, correct, sum(int((cell["gtIgnore"] == 0).sum()) for cell in cells)))
+    scores, correct, objects = zip(*classes, strict=True)
+    pooled = measure_curve(np.concatenate(scores), np.concatenate(correct), sum(objects))
+    return pooled, tuple(measure_curve(*each) for each in classes)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedBatch, PairedSamples
-from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector
+from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector, suppress_duplicates
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 
@@ -210,11 +210,15 @@ class DetectionEvaluator(Evaluator):
     Args:
         images: the data set.
         config: configuration of the detector.
+        nms_threshold: see :meth:`TinyViTDetector.predict`.
         **options: see :class:`~kornia_tinyvit.training.tasks.base.Evaluator`.
     """
 
-    def __init__(self, images: DetectionDataset, config: DetectorConfig, **options: Any) -> None:
+    def __init__(
+        self, images: DetectionDataset, config: DetectorConfig, nms_threshold: float | None = None, **options: Any
+    ) -> None:
         super().__init__(images, DetectionMetrics(images), **options)
+        self._nms_threshold = nms_threshold
         self._squares = Squares(config.backbone.img_size)
         self._postprocess = DETRPostProcessor(0.0, config.num_classes, config.num_queries)
 
@@ -225,13 +229,17 @@ class DetectionEvaluator(Evaluator):
         logits, boxes = network(squares)
         detections = self._postprocess(logits.float(), boxes.float(), sizes)
         for (index, (image, _)), rows in zip(samples, detections, strict=False):
-            self.counts.update(index, rows, *image.shape[1:])
+            kept = rows if self._nms_threshold is None else suppress_duplicates(rows, self._nms_threshold)
+            self.counts.update(index, kept, *image.shape[1:])
 
 
 class DetectionTask(Task):
-    """Object detection: COCO's mAP, AP50 and AP75 on a :class:`~kornia_tinyvit.data.DetectionDataset`."""
+    """Object detection: COCO's mAP, AP50 and AP75 on a :class:`~kornia_tinyvit.data.DetectionDataset`.
 
-    metrics = ("map", "map50", "map75")
+    The best F1 score and its score threshold, in [0, 1], are logged as well.
+    """
+
+    metrics = ("map", "map50", "map75", "best_f1", "threshold")
     evaluator_class = DetectionEvaluator
     network_class = TinyViTDetector
     prefix = "rt_detr."

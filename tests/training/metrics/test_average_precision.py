@@ -4,11 +4,16 @@ from __future__ import annotations
 
 import math
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.axes import Axes
+from PIL import Image
+from pycocotools.cocoeval import COCOeval
 
 from kornia_tinyvit.data import DetectionDataset
 from kornia_tinyvit.training import DetectionMetrics
+from kornia_tinyvit.training.metrics.precision_recall import RECALLS, measure_curve, save_precision_recall
 from tests.scenes import make_coco, write_coco, write_yolo
 
 
@@ -80,6 +85,80 @@ class TestScores:
         noise = [[0, 0.95, 0, 0, 1, 1]] * 100
         scores = evaluate(images, PERFECT | {0: PERFECT[0] + noise}).compute()
         assert scores.per_class[0] == 0
+
+
+def pycocotools_curves(monkeypatch, images, found):
+    """Return pycocotools' own precision and scores at IoU 0.5, (101, K), beside our scores."""
+    kept = []
+    accumulate = COCOeval.accumulate
+    monkeypatch.setattr(COCOeval, "accumulate", lambda self: (accumulate(self), kept.append(self.eval)))
+    scores = evaluate(images, found).compute()
+    return scores, kept[0]["precision"][0, :, :, 0, -1], kept[0]["scores"][0, :, :, 0, -1]
+
+
+class TestCurves:
+    def test_equal_pycocotools(self, tmp_path, monkeypatch):
+        """The precision of each class over recall, and a best threshold that keeps the detections of a curve point."""
+        generator = torch.Generator().manual_seed(0)
+        labels, found = {}, {}
+        for index in range(6):
+            boxes = torch.rand(5, 2, generator=generator) * 0.6 + 0.2
+            labels[str(index)] = "\n".join(f"{row % 2} {x} {y} 0.2 0.4" for row, (x, y) in enumerate(boxes.tolist()))
+            noise = 0.05 * torch.randn(8, 2, generator=generator)
+            corners = (torch.cat([boxes, boxes[:3]]) + noise - torch.tensor([0.1, 0.2])) * torch.tensor([40, 20])
+            scores = torch.rand(8, 1, generator=generator)
+            classes = torch.tensor([0.0, 1, 0, 1, 0, 0, 0, 1])[:, None]
+            found[index] = torch.cat([classes, scores, corners, torch.full((8, 2), 8.0)], 1).tolist()
+        images = DetectionDataset.open(write_yolo(tmp_path, labels))
+        scores, precision, thresholds = pycocotools_curves(monkeypatch, images, found)
+        for index in (0, 1):
+            curve = scores.class_curves[index]
+            assert curve.precision.numpy() == pytest.approx(100 * precision[:, index], abs=1e-4)
+            assert 0 < curve.precision[0] <= 100
+            f1 = 200 * precision[:, index] * RECALLS / (precision[:, index] + RECALLS).clip(1e-9)
+            assert curve.best_f1 == pytest.approx(f1.max(), abs=1)  # recall is rounded to one per cent there
+            assert thresholds[f1.argmax(), index] - 0.1 < curve.threshold < thresholds[f1.argmax(), index]
+        assert scores.class_curves[2].precision.isnan().all()
+
+    def test_perfect_detections(self, images):
+        scores = evaluate(images, PERFECT).compute()
+        assert (scores.best_f1, scores.threshold) == (100, pytest.approx(0.35))
+        assert (scores.curve.precision == 100).all()
+        assert [each.best_f1 for each in scores.class_curves] == [100, pytest.approx(math.nan, nan_ok=True), 100]
+        assert scores.to_dict()["threshold"] == pytest.approx(0.35)
+
+    def test_threshold_of_the_best_f1(self, images):
+        """Without the false positive below 0.7, one of four is wrong, and no object is missing."""
+        found = {0: [*PERFECT[0], [0, 0.3, 0, 0, 4, 4]], 1: PERFECT[1], 2: [[0, 0.75, 0, 0, 5, 5]]}
+        scores = evaluate(images, found).compute()
+        assert scores.threshold == pytest.approx((0.7 + 0.3) / 2)
+        assert scores.best_f1 == pytest.approx(200 * 3 / (4 + 3))
+        assert scores.class_curves[0].threshold == pytest.approx((0.8 + 0.75) / 2)
+        assert scores.curve.precision[[0, 66, 67, 100]].tolist() == pytest.approx([100, 100, 75, 75])
+
+    def test_equal_scores_are_kept_together(self):
+        curve = measure_curve(np.full(2, 0.5), np.array([True, False]), 1)
+        assert (curve.best_f1, curve.threshold) == (pytest.approx(200 / 3), 0.25)
+
+    def test_nothing_found(self, images):
+        scores = evaluate(images, {0: [], 1: [], 2: [[0, 0.9, 0, 0, 5, 5]]}).compute()
+        assert scores.best_f1 == 0
+        assert math.isnan(scores.threshold)
+        assert scores.to_dict()["threshold"] is None
+        assert not scores.curve.precision.any()
+
+    def test_plot(self, tmp_path, monkeypatch):
+        drawn = []
+        monkeypatch.setattr(Axes, "plot", lambda self, x, y, **style: drawn.append((y.tolist(), style.get("label"))))
+        empty = measure_curve(np.zeros(0), np.zeros(0, bool), 0)
+        save_precision_recall(tmp_path / "empty.png", {"all": empty})
+        half = measure_curve(np.array([0.9, 0.5]), np.array([True, False]), 2)
+        save_precision_recall(tmp_path / "new" / "a.png", {"all": half, "cat": half, "dog": empty})
+        assert Image.open(tmp_path / "new" / "a.png").format == "PNG"
+        assert [label for _, label in drawn] == ["all: F1 66.7 % at 0.70", "cat: F1 66.7 % at 0.70"]
+        assert drawn[0][0] == [100.0] * 51 + [0.0] * 50
+        save_precision_recall(tmp_path / "b.png", dict.fromkeys(map(str, range(30)), half))
+        assert [label for _, label in drawn[2:]] == ["0: F1 66.7 % at 0.70", *[None] * 29]
 
 
 class TestCounts:
