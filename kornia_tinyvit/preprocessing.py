@@ -31,6 +31,7 @@ __all__ = [
     "default_preprocessing",
     "find_preset",
     "resize_images",
+    "rotations",
 ]
 
 #: Channel means of ImageNet for images in [0, 1]; every published checkpoint uses them.
@@ -278,6 +279,8 @@ class TrainingPreset:
         crop_scale: range of the area of the random crop as a fraction of the image's.
         crop_ratio: range of the aspect ratio (width over height) of the random crop.
         flip: probability of a horizontal flip.
+        rotate: rotate by a random multiple of 90 degrees, for images without an upright direction, such as those of a
+            microscope or a satellite; with ``flip`` it includes vertical flips.
         policy: ``"rand"`` for RandAugment, ``"trivial"`` for TrivialAugment, or ``None``.
         color_jitter: strength of the changes of brightness, contrast and saturation.
         erasing: probability of replacing a random rectangle by the mean color.
@@ -291,6 +294,7 @@ class TrainingPreset:
     crop_scale: tuple[float, float] = (0.08, 1.0)
     crop_ratio: tuple[float, float] = (3 / 4, 4 / 3)
     flip: float = 0.5
+    rotate: bool = False
     policy: str | None = "rand"
     color_jitter: float = 0.4
     erasing: float = 0.25
@@ -337,12 +341,22 @@ def find_preset(preset: str | TrainingPreset, **changes: object) -> TrainingPres
     return preset
 
 
+def rotations(preset: TrainingPreset) -> list[K.RandomRotation90]:
+    """Return kornia's rotation by 0, 90, 180 or 270 degrees with equal probability, if a preset has it.
+
+    Args:
+        preset: the preset.
+    """
+    # kornia rounds uniform numbers: -2 and 2, which are the same rotation, have half the probability of the others.
+    return [K.RandomRotation90((-2, 2), p=1.0)] if preset.rotate else []
+
+
 class TrainingPipeline(nn.Module):
     """Augment and normalize a batch of images, and convert its labels to soft labels.
 
     The operators are kornia's and run on the device of the images, in this order: random resized crop, flip,
-    RandAugment or TrivialAugment, color jitter, normalization, random erasing, mixup or cutmix. RandAugment uses
-    kornia's magnitudes for ``n=2, m=9``.
+    rotation, RandAugment or TrivialAugment, color jitter, normalization, random erasing, mixup or cutmix. RandAugment
+    uses kornia's magnitudes for ``n=2, m=9``.
 
     Args:
         img_size: side of the square output in pixels.
@@ -425,6 +439,7 @@ def _augmentations(
     steps: list[Any] = [
         K.RandomResizedCrop((img_size, img_size), preset.crop_scale, preset.crop_ratio, resample="BICUBIC"),
         K.RandomHorizontalFlip(p=preset.flip),
+        *rotations(preset),
     ]
     if preset.policy:
         steps.append(RandAugment(n=2, m=9) if preset.policy == "rand" else TrivialAugment())

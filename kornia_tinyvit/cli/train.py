@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -45,12 +45,15 @@ class TrainRequest(shared.LoopRequest):
         "detection: boxes, by RT-DETR.",
         TaskName.classification,
     )
-    recipe: str | None = option("Training", f"{shared.RECIPE_NAMES}. Default: in1k, or the name of the task.", None)
+    recipe: str | None = option("Training", f"{shared.RECIPE_NAMES}. Default: by the data, see the notes.", None)
     freeze: list[str] | None = option(
         "Training",
         "Part that is not trained: backbone, stages=N (stem and first N stages of the backbone), prompt_encoder "
         "(promptable); may be repeated.",
         None,
+    )
+    rotate: bool = option(
+        "Training", "Rotate images by multiples of 90 degrees, for data without an upright direction.", False
     )
     validate_every: int = option("Training", "Epochs between evaluations.", 1, min=1)
     class_balance: float = option(
@@ -73,16 +76,25 @@ def train(request: TrainRequest) -> None:
     """
     unused = (name for other, names in _OPTIONS_OF_TASKS.items() if other is not request.task for name in names)
     request.reject_unused(unused, f"with --task {request.task}")
-    freeze = tuple(request.freeze) if request.freeze else None
-    recipe = request.find_recipe(
-        "in1k" if request.task is TaskName.classification else request.task.value, freeze=freeze
-    )
-    task, model, samples, objective, validation = _PLANS[request.task](request, recipe)
+    if request.task is TaskName.classification:
+        request.reject_unused(("rotate",), "with --task classification")
+    images = request.sample(_OPENERS[request.task](request))
+    recipe, reason = _find_recipe(request, images)
+    task, model, samples, objective, validation = _PLANS[request.task](request, recipe, images)
     if validation is None:
         request.reject_unused(("validate_every", "patience"), "without validation images")
     settings = {"validation": validation, "validate_every": request.validate_every}
     names = samples.images.class_names
-    request.train(model, samples, objective, recipe, task=task, class_names=names, **settings)
+    request.train(model, samples, objective, recipe, reason, task=task, class_names=names, **settings)
+
+
+def _find_recipe(request: TrainRequest, images: Any) -> tuple[Recipe, str]:
+    """Return the recipe that was requested, or the one for the data with a note of the reason."""
+    name, reason = training.choose_recipe(request.task, len(images), request.weights is not None)
+    recipe = request.find_recipe(name, freeze=tuple(request.freeze) if request.freeze else None)
+    if request.rotate:
+        recipe = replace(recipe, changes=recipe.changes | {"rotate": True})
+    return recipe, "" if request.recipe else f"Recipe {name}: {reason}"
 
 
 def _augment(request: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **options: Any) -> Any:
@@ -94,8 +106,7 @@ def _augment(request: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **
 _Plan = tuple[Task, Any, Any, Any, Any]
 
 
-def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(ClassificationDataset.open(request.data))
+def _plan_classifier(request: TrainRequest, recipe: Recipe, images: ClassificationDataset) -> _Plan:
     classes: dict[str, Any] = {"num_classes": images.num_classes, "class_names": images.class_names}
     model = request.build_network(TinyViT.from_config, recipe, **classes)
     samples = request.augment(recipe, request.on_broken, images, **model.preprocessing.statistics)
@@ -103,8 +114,7 @@ def _plan_classifier(request: TrainRequest, recipe: Recipe) -> _Plan:
     return CLASSIFICATION, model, samples, training.ClassificationLoss(samples.augmentation), validation
 
 
-def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(SegmentationDataset.open(request.data))
+def _plan_segmenter(request: TrainRequest, recipe: Recipe, images: SegmentationDataset) -> _Plan:
     augmentation = _augment(request, recipe, training.MaskAugmentation)
     samples = training.SegmentationSamples(images, augmentation, request.on_broken)
     model = request.build_network(SemanticSegmenter.from_config, recipe, class_names=images.class_names)
@@ -114,8 +124,7 @@ def _plan_segmenter(request: TrainRequest, recipe: Recipe) -> _Plan:
     return training.SEMANTIC, model, samples, objective, validation
 
 
-def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(InstanceDataset.open(request.data, min_area=request.min_area))
+def _plan_promptable(request: TrainRequest, recipe: Recipe, images: InstanceDataset) -> _Plan:
     prompting = training.Prompting(request.prompts, request.box_fraction)
     augmentation = _augment(request, recipe, training.PromptAugmentation, prompting=prompting)
     # MobileSAM has the same windows at every size.
@@ -126,8 +135,7 @@ def _plan_promptable(request: TrainRequest, recipe: Recipe) -> _Plan:
     return training.PROMPTABLE, model, samples, training.MaskLoss(), validation
 
 
-def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
-    images = request.sample(DetectionDataset.open(request.data))
+def _plan_detector(request: TrainRequest, recipe: Recipe, images: DetectionDataset) -> _Plan:
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
     options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
     detector = request.build_network(TinyViTDetector.from_config, recipe, scale_windows=False, **options)
@@ -136,7 +144,13 @@ def _plan_detector(request: TrainRequest, recipe: Recipe) -> _Plan:
     return training.DETECTION, model, samples, training.DetectionLoss(model), validation
 
 
-_PLANS = {
+_OPENERS: dict[TaskName, Callable[[TrainRequest], Any]] = {
+    TaskName.classification: lambda request: ClassificationDataset.open(request.data),
+    TaskName.semantic: lambda request: SegmentationDataset.open(request.data),
+    TaskName.promptable: lambda request: InstanceDataset.open(request.data, min_area=request.min_area),
+    TaskName.detection: lambda request: DetectionDataset.open(request.data),
+}
+_PLANS: dict[TaskName, Callable[[TrainRequest, Recipe, Any], _Plan]] = {
     TaskName.classification: _plan_classifier,
     TaskName.semantic: _plan_segmenter,
     TaskName.promptable: _plan_promptable,

@@ -216,12 +216,25 @@ class LoopRequest(TrainingRequest):
         """Return the network, see :meth:`build`."""
         return self.build(build, recipe, self.first_seed, use_checkpoint=self.gradient_checkpointing, **settings)
 
-    def train(self, model: Any, samples: Any, objective: Any, recipe: Recipe, **settings: Any) -> None:
-        """Train, or resume, and print the result; see :func:`~kornia_tinyvit.training.train`."""
+    def train(
+        self, model: Any, samples: Any, objective: Any, recipe: Recipe, reason: str = "", **settings: Any
+    ) -> None:
+        """Train, or resume, and print the result; see :func:`~kornia_tinyvit.training.train`.
+
+        Args:
+            model: the network.
+            samples: the images and their augmentation.
+            objective: the loss.
+            recipe: the recipe.
+            reason: a note on the choice of the recipe.
+            **settings: further arguments.
+        """
         cpu = self.cpu
         images = samples.images
         device = "cpu" if cpu else options.find_device("auto")
         self.note_run(images, device, self.weights or "random", settings.get("validation"))
+        if reason:
+            self.note(reason)
         recipe = self.fit_batch(recipe, images)
         unpaired = (*images.without_mask, *images.without_image)
         self.note_names("Images and labels left out because the other is missing", unpaired)

@@ -57,7 +57,8 @@ class ReplayableAugmentation(nn.Module):
         **changes: fields of the preset to replace.
 
     Raises:
-        ValueError: if a setting is unknown or out of its range, or mixup or cutmix is set without ``num_samples``.
+        ValueError: if a setting is unknown or out of its range, mixup or cutmix is set without ``num_samples``, or
+            ``rotate`` is set.
 
     Example:
         >>> augment = ReplayableAugmentation(32, "distill", seed=7)
@@ -86,6 +87,8 @@ class ReplayableAugmentation(nn.Module):
             raise ValueError(f"img_size must be positive; got {img_size}.")
         self.img_size = img_size
         self.preset = find_preset(preset, **changes)
+        if self.preset.rotate:
+            raise ValueError("A replayable augmentation does not support rotate; masks and boxes do.")
         self.seed = seed
         self.mixes = bool(self.preset.mixup or self.preset.cutmix)
         if self.mixes and num_samples is None:
@@ -97,7 +100,7 @@ class ReplayableAugmentation(nn.Module):
     def describe(self) -> dict[str, Any]:
         """Return all settings that affect the images but the seed, as JSON types."""
         described = {key: list(v) if isinstance(v, tuple) else v for key, v in dataclasses.asdict(self.preset).items()}
-        del described["label_smoothing"]  # which changes targets, not images
+        del described["label_smoothing"], described["rotate"]  # which changes targets, not images; is not supported
         mean, std = ([round(value, 6) for value in buffer.tolist()] for buffer in (self.mean, self.std))
         return {"version": VERSION, "img_size": self.img_size, **described, "mean": mean, "std": std}
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from kornia_tinyvit.data.loader import Key, KeyedSamples
 from kornia_tinyvit.data.order import keyed_seed
 from kornia_tinyvit.images import to_uint8
-from kornia_tinyvit.preprocessing import TrainingPreset, find_preset
+from kornia_tinyvit.preprocessing import TrainingPreset, find_preset, rotations
 
 __all__ = ["PairedAugmentation", "PairedBatch", "PairedSamples"]
 
@@ -23,7 +23,7 @@ _STREAM = 8  # of random words; the order and the replayable augmentation have 0
 
 
 class PairedAugmentation:
-    """Crop, flip and color-jitter an image with kornia, and transform its targets with it.
+    """Crop, flip, rotate and color-jitter an image with kornia, and transform its targets with it.
 
     The result is a function of the seed, the epoch, the sample and its files. It does not depend on the batch, the
     workers or the step a training was resumed at.
@@ -66,13 +66,15 @@ class PairedAugmentation:
                 (img_size, img_size), found.crop_scale, found.crop_ratio, resample="BILINEAR", align_corners=False
             ),
             K.RandomHorizontalFlip(p=found.flip),
+            *rotations(found),
             *([K.ColorJitter(jitter, jitter, jitter, 0.0)] if jitter else []),
             data_keys=["input", self.data_key],
         )
 
     def describe(self) -> dict[str, Any]:
         """Return all settings that affect the results but the seed, as JSON types."""
-        fields = {name: getattr(self.preset, name) for name in ("crop_scale", "crop_ratio", "flip", "color_jitter")}
+        names = ("crop_scale", "crop_ratio", "flip", "rotate", "color_jitter")
+        fields = {name: getattr(self.preset, name) for name in names}
         return {"kind": self.kind, "version": self.version, "img_size": self.img_size, **fields}
 
     def _apply(self, pixels: Tensor, target: Tensor, epoch: int, index: int) -> tuple[Tensor, Tensor]:

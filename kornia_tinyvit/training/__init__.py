@@ -7,7 +7,7 @@ from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics, DetectionScores
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics
 from kornia_tinyvit.training.metrics.semantic import SegmentationMetrics
-from kornia_tinyvit.training.recipes import RECIPES, Recipe, find_recipe
+from kornia_tinyvit.training.recipes import RECIPES, Recipe, choose_recipe, find_recipe
 from kornia_tinyvit.training.tasks.base import Loss
 from kornia_tinyvit.training.tasks.classification import ClassificationLoss
 from kornia_tinyvit.training.tasks.detection import (
@@ -54,6 +54,7 @@ __all__ = [
     "TrainingResult",
     "balanced_weights",
     "build_sam",
+    "choose_recipe",
     "evaluate",
     "find_recipe",
     "freeze_parts",

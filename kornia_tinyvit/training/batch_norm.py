@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from torch import nn
 from torch.utils.hooks import RemovableHandle
 
+from kornia_tinyvit.model import TinyViT
+
 __all__ = ["freeze_statistics"]
 
 
-def freeze_statistics(model: nn.Module) -> RemovableHandle:
+def freeze_statistics(model: nn.Module, backbone_only: bool = False) -> RemovableHandle:
     """Keep the running statistics of batch norm fixed, and normalize with them, while a model is trained.
 
     The statistics of small batches are noisy, and adapters of PEFT do not store them. A hook puts the norms into
@@ -19,6 +22,7 @@ def freeze_statistics(model: nn.Module) -> RemovableHandle:
 
     Args:
         model: the model whose forward pass is called in training.
+        backbone_only: only the norms of a TinyViT in the model. Those of a new decoder have no statistics to keep.
 
     Returns:
         A handle, whose ``remove()`` ends it; it is also a context manager.
@@ -31,10 +35,11 @@ def freeze_statistics(model: nn.Module) -> RemovableHandle:
         >>> model[1].running_mean.any()
         tensor(False)
     """
-    return model.register_forward_pre_hook(_freeze)
+    return model.register_forward_pre_hook(partial(_freeze, backbone_only=backbone_only))
 
 
-def _freeze(model: nn.Module, _: Any) -> None:
-    for module in model.modules():
-        if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.eval()
+def _freeze(model: nn.Module, _: Any, backbone_only: bool) -> None:
+    for part in model.modules() if backbone_only else [model]:
+        for module in part.modules() if isinstance(part, TinyViT) or not backbone_only else ():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.eval()

@@ -171,7 +171,7 @@ def train(
 
     folder = RunFolder(Path(out))
     process_batch = process_batch or recipe.batch_size // accelerator.num_processes
-    frozen = freeze_statistics(model) if recipe.frozen_batch_norm else nullcontext()
+    frozen = freeze_statistics(model, backbone_only=True) if recipe.frozen_batch_norm else nullcontext()
     with frozen, freeze_parts(model, recipe.freeze):
         evaluation = _Evaluation(validation, validate_every, class_names, workers)
         trainer = _Trainer(accelerator, model, samples, loss, recipe, process_batch, task, folder, evaluation, note)

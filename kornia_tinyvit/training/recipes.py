@@ -7,7 +7,7 @@ import math
 from dataclasses import dataclass, field
 from typing import Any
 
-__all__ = ["RECIPES", "Recipe", "find_recipe"]
+__all__ = ["RECIPES", "Recipe", "choose_recipe", "find_recipe"]
 
 LR_BATCH = 512  # global batch size of the base learning rates, for the linear scaling rule of Swin
 
@@ -27,7 +27,7 @@ class Recipe:
         min_lr: final learning rate of the cosine schedule, for a global batch of 512.
         weight_decay: weight decay of the matrices.
         layer_decay: factor of the learning rate from one block to the one before.
-        frozen_batch_norm: keep the running statistics of batch norm.
+        frozen_batch_norm: keep the running statistics of batch norm in the backbone.
         freeze: parts that are not trained, see :func:`~kornia_tinyvit.training.freeze_parts`.
         clip_norm: maximum norm of the gradient.
         ema_decay: decay of the moving average of the weights, which is evaluated and saved; 0 disables it.
@@ -118,6 +118,9 @@ _LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
 #: decay (arXiv:2304.12306), and SAM's layer decay. ``"detection"`` is RT-DETR's (arXiv:2304.08069): a learning rate of
 #: 1e-4 for batches of 16, 72 epochs, a moving average of the weights, and a tenth of the learning rate in the first
 #: layers of the backbone.
+#: Those that end in ``"_small"`` fine-tune pretrained weights on hundreds of images, see :func:`choose_recipe`: small
+#: batches, layer-wise decay, few epochs and early stopping. Their batches are too small for batch statistics in the
+#: backbone.
 RECIPES: dict[str, Recipe] = {
     "in1k": Recipe(drop_path={"21m": 0.2}),
     "in22k_distill": Recipe(
@@ -147,7 +150,64 @@ RECIPES: dict[str, Recipe] = {
         img_size=640, epochs=72, warmup_epochs=2, batch_size=16, base_lr=3.2e-3, min_lr=3.2e-5, weight_decay=1e-4,
         layer_decay=0.8, clip_norm=0.1, ema_decay=0.9999, preset="detection",
     ),
+    "classification_small": Recipe(
+        epochs=30, warmup_epochs=2, batch_size=32, base_lr=0.016, min_lr=1.6e-4, layer_decay=0.8,
+        frozen_batch_norm=True, patience=10, preset="finetune",
+    ),
+    "semantic_small": Recipe(
+        img_size=512, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.064, min_lr=6.4e-4, weight_decay=0.01,
+        layer_decay=0.8, frozen_batch_norm=True, patience=20, preset="semantic",
+    ),
+    "promptable_small": Recipe(
+        img_size=1024, epochs=15, warmup_epochs=0.5, batch_size=4, base_lr=0.0256, min_lr=2.56e-4, weight_decay=0.01,
+        layer_decay=0.8, frozen_batch_norm=True, patience=5, preset="promptable",
+    ),
+    "detection_small": Recipe(
+        img_size=640, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.0192, min_lr=1.92e-4, weight_decay=1e-4,
+        layer_decay=0.8, frozen_batch_norm=True, clip_norm=0.1, ema_decay=0.998, patience=20, preset="detection",
+    ),
 }  # fmt: skip
+
+
+# The recipe of each task, its recipe for small sets, and the number of images below which a set is small. The paper's
+# batch of 1,024 gives fewer than ten steps per epoch for less than 10,000 images. The other recipes are those of ADE20K
+# (20,000 images), SA-1B and COCO (118,000); with 2,000 images 60 epochs of batches of 8 are 15,000 steps.
+_CHOICES = {
+    "classification": ("in1k", "classification_small", 10_000),
+    "semantic": ("semantic", "semantic_small", 2_000),
+    "promptable": ("promptable", "promptable_small", 2_000),
+    "detection": ("detection", "detection_small", 2_000),
+}
+
+
+def choose_recipe(task: str, num_images: int, pretrained: bool) -> tuple[str, str]:
+    """Return the name of the recipe for a task and a number of images, and the reason.
+
+    Args:
+        task: ``"classification"``, ``"semantic"``, ``"promptable"`` or ``"detection"``.
+        num_images: number of training images.
+        pretrained: whether the training starts from pretrained weights. Few images cannot replace them, so a training
+            from random weights has the long schedule.
+
+    Returns:
+        A name of :data:`RECIPES`: the one for small sets with pretrained weights and fewer than 10,000 (classification)
+        or 2,000 images, else the task's; and the reason, as a clause.
+
+    Raises:
+        ValueError: if the task is unknown.
+
+    Example:
+        >>> choose_recipe("semantic", 150, pretrained=True)
+        ('semantic_small', 'fine-tuning on fewer than 2,000 images')
+    """
+    if task not in _CHOICES:
+        raise ValueError(f"There is no task {task!r}; choose one of {', '.join(_CHOICES)}.")
+    usual, small, limit = _CHOICES[task]
+    if not pretrained:
+        return usual, "random weights"
+    if num_images < limit:
+        return small, f"fine-tuning on fewer than {limit:,} images"
+    return usual, f"{limit:,} images or more"
 
 
 def find_recipe(name: str, **changes: Any) -> Recipe:

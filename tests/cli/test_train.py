@@ -80,6 +80,13 @@ class TestTrain:
         assert last.endswith("best.safetensors")
         assert run(*command(folder, tmp_path, "--validation", str(folder))).strip().splitlines()[-1] == last
 
+    def test_recipe_of_the_data(self, folder, tmp_path):
+        small = ("--variant", "1m", "--img-size", "32", "--workers", "0", "--epochs", "1", "--weights", "cifar10")
+        _, notes = run_both("train", str(folder), *small, "--out", str(tmp_path / "out"))
+        assert "Recipe classification_small: fine-tuning on fewer than 10,000 images\n" in notes
+        recipe = recorded(tmp_path)["recipe"]
+        assert (recipe["preset"], recipe["patience"], recipe["layer_decay"]) == ("finetune", 10, 0.8)
+
     def test_early_stopping(self, folder, tmp_path):
         """Without a learning rate the score stays that of the first epoch."""
         options = ("--validation", str(folder), "--epochs", "4", "--base-lr", "1e-12", "--patience", "1")

@@ -38,3 +38,13 @@ def test_inside_another_module(images):
     with freeze_statistics(model):
         model.train()(images)
     assert same(expected, statistics(model))
+
+
+def test_backbone_only(images):
+    backbone, other = TinyViT(**TINY), torch.nn.BatchNorm2d(3)
+    model = torch.nn.Sequential(other, backbone)
+    expected = statistics(backbone)
+    with freeze_statistics(model, backbone_only=True):
+        model.train()(images)
+    assert same(expected, statistics(backbone))
+    assert other.running_mean.any()

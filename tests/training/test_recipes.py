@@ -7,7 +7,7 @@ import math
 import pytest
 
 from kornia_tinyvit.preprocessing import TRAINING_PRESETS, find_preset
-from kornia_tinyvit.training import RECIPES, Recipe, find_recipe
+from kornia_tinyvit.training import RECIPES, Recipe, choose_recipe, find_recipe
 
 # stage: epochs, warm-up, base lr, min lr, weight decay, layer decay, frozen batch norm, mixup and cutmix, pixels
 PUBLISHED = {
@@ -97,6 +97,11 @@ class TestFindRecipe:
         assert (recipe.epochs, recipe.img_size, recipe.base_lr) == (5, 48, RECIPES["cifar10"].base_lr)
         assert RECIPES["cifar10"].epochs == 30
 
+    def test_the_final_rate_follows_the_peak(self):
+        usual, changed = RECIPES["semantic"], find_recipe("semantic", base_lr=0.0096)
+        assert changed.min_lr == pytest.approx(usual.min_lr * 0.0096 / usual.base_lr)
+        assert find_recipe("semantic", base_lr=0.0096, min_lr=0.001).min_lr == 0.001
+
     def test_unknown(self):
         with pytest.raises(ValueError, match="no recipe 'in2k'; choose one of in1k, in22k_distill"):
             find_recipe("in2k")
@@ -115,6 +120,27 @@ class TestFindRecipe:
     def test_out_of_range(self, changes):
         with pytest.raises(ValueError, match="Out of range"):
             find_recipe("in1k", **changes)
+
+
+class TestChooseRecipe:
+    @pytest.mark.parametrize(
+        ("task", "usual", "limit"),
+        [("classification", "in1k", 10_000), ("semantic", "semantic", 2_000), ("promptable", "promptable", 2_000),
+         ("detection", "detection", 2_000)],
+    )  # fmt: skip
+    def test_by_task_size_and_weights(self, task, usual, limit):
+        small = f"{task}_small"
+        assert choose_recipe(task, limit - 1, True) == (small, f"fine-tuning on fewer than {limit:,} images")
+        assert choose_recipe(task, limit, True)[0] == choose_recipe(task, 2, False)[0] == usual
+        assert RECIPES[small].patience > 0
+        assert RECIPES[small].frozen_batch_norm
+        assert RECIPES[small].layer_decay < 1
+        assert RECIPES[small].epochs < RECIPES[usual].epochs
+        assert RECIPES[usual].patience == 0
+
+    def test_unknown_task(self):
+        with pytest.raises(ValueError, match="no task 'depth'; choose one of classification, semantic"):
+            choose_recipe("depth", 5, True)
 
 
 class TestFit:
