@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from kornia.color import rgb_to_lab
+from kornia.color import rgb_to_grayscale, rgb_to_lab
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
@@ -104,8 +104,8 @@ def draw_detections(image: ImageInput, detections: Sequence[Detection], scores: 
         text = f"{each.label} {each.score:.2f}" if scores else each.label
         place = draw.textbbox((left + line, top + line), text, font=font)
         draw.rectangle((place[0] - line, place[1] - line, place[2] + line, place[3] + line), fill=color)
-        dark = colors[each.index].mean() > 0.6
-        draw.text((left + line, top + line), text, fill="black" if dark else "white", font=font)
+        bright = rgb_to_grayscale(colors[each.index, :, None, None]) > 0.5
+        draw.text((left + line, top + line), text, fill="black" if bright else "white", font=font)
     return drawn
 
 
