@@ -376,6 +376,9 @@ def _upscale(layers: nn.Sequential, linears: list[tuple[Tensor, Tensor]], cells:
 
 def _normalize(x: Tensor, norm: nn.LayerNorm | LayerNorm2d) -> Tensor:
     """Normalize over the last dimension, in the dtype of the input."""
+    if torch.is_grad_enabled() and x.dtype != norm.weight.dtype:
+        # In lower precision torch sums the gradients of weight and bias over all tokens in that precision.
+        return F.layer_norm(x.to(norm.weight.dtype), norm.weight.shape, norm.weight, norm.bias, norm.eps).to(x.dtype)
     return F.layer_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.bias.to(x.dtype), norm.eps)
 
 

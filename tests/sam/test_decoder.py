@@ -181,6 +181,20 @@ class TestPrecision:
         assert_same(found, expected, tolerance=0.05)
         assert not torch.equal(found[0], FoldedMaskDecoder(decoder)(features, pe, sparse, dense, True)[0])
 
+    def test_gradients_of_norms_under_autocast(self, decoder):
+        """Their sums over all image tokens keep float32's precision."""
+        cells, generator = (64, 64), torch.Generator().manual_seed(7)
+        image, pe, dense = (torch.randn(1, CHANNELS, *cells, generator=generator) for _ in range(3))
+        sparse = torch.randn(4, 2, CHANNELS, generator=generator)
+        weights = [layer.norm4.weight for layer in decoder.transformer.layers]
+        found, expected = [], []
+        for enabled, into in ((True, found), (False, expected)):
+            with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+                masks, _ = FoldedMaskDecoder(decoder)(image, pe, sparse, dense, True)
+            into.extend(torch.autograd.grad(masks.float().square().mean(), weights))
+        for one, other in zip(found, expected, strict=True):
+            assert (one - other).norm() < 0.05 * other.norm()
+
 
 class TestParts:
     @pytest.fixture
