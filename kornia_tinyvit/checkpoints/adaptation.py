@@ -36,7 +36,7 @@ def drop_neck(state_dict: dict[str, Tensor], target: Mapping[str, Tensor], adapt
     """Drop the neck of MobileSAM's encoder for a network without one.
 
     The last merging takes stride 2 with the same weights. The norm and the head in the file are dropped as well:
-    MobileSAM does not use them and left them as they were before its training. The norm is that of a new network.
+    MobileSAM was trained without them. The norm is that of a new network.
 
     Args:
         state_dict: tensors to load, changed in place.

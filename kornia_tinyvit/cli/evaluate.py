@@ -161,8 +161,9 @@ def _open(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
         images = ClassificationDataset.open(request.data, request.split)
         if request.knn is not None or request.linear is not None:
             config = open_pretrained(request.pretrained, request.variant, request.img_size).config
-            if config.mobile_sam or not config.num_classes:  # features only
-                return request.build_network(TinyViT, request.pretrained, num_classes=0), images
+            if config.mobile_sam or not config.num_classes:  # features only, MobileSAM's at the size of its variant
+                size = {"img_size": config.as_backbone().img_size} if config.mobile_sam else {}
+                return request.build_network(TinyViT, request.pretrained, **size), images
         return request.build_classifier(request.tta), images
     if request.task is TaskName.promptable:
         sam = request.build_network(MobileSAM, request.weights or True)

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from kornia_tinyvit.allocator import keep_memory
 from kornia_tinyvit.classification import ImageClassifier
-from kornia_tinyvit.deploy.accuracy import Agreement, compare
+from kornia_tinyvit.deploy.accuracy import Agreement, MaskComparison, compare
 from kornia_tinyvit.deploy.engines import ENGINES
 from kornia_tinyvit.deploy.graph import (
     InferenceGraph,
@@ -27,8 +27,10 @@ from kornia_tinyvit.deploy.graph import (
     synthetic_images,
 )
 from kornia_tinyvit.deploy.measurement import as_step, interleaved
+from kornia_tinyvit.images import list_images
 from kornia_tinyvit.model import TinyViT
 from kornia_tinyvit.modules import without_wrappers
+from kornia_tinyvit.sam.model import MobileSAM
 
 __all__ = ["Choice", "Optimized", "optimize"]
 
@@ -176,6 +178,8 @@ class Candidates:
 
 
 @overload
+def optimize(model: MobileSAM, *args: Any, **kwargs: Any) -> MobileSAM: ...
+@overload
 def optimize(model: ImageClassifier, *args: Any, **kwargs: Any) -> ImageClassifier: ...
 @overload
 def optimize(model: nn.Module, *args: Any, **kwargs: Any) -> Optimized: ...
@@ -187,17 +191,18 @@ def optimize(
     example: Tensor | None = None,
     method: str = "forward",
     pixels: Pixels | None = None,
-    calibration: Iterable[Tensor | tuple[Tensor, Tensor]] = (),
+    calibration: Iterable[Any] = (),
     tolerance: float = 0.01,
     tune_allocator: bool = True,
-) -> Optimized | ImageClassifier:
+) -> Optimized | ImageClassifier | MobileSAM:
     """Return a callable with the model's signature and results that is optimized for inference.
 
     Every engine uses :func:`torch.get_num_threads` threads.
 
     Args:
-        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`; or a module that
-            contains a TinyViT and takes one image batch.
+        model: a :class:`~kornia_tinyvit.TinyViT`; an :class:`~kornia_tinyvit.ImageClassifier`; a
+            :class:`~kornia_tinyvit.MobileSAM`, whose image encoder is optimized; or a module that contains a TinyViT
+            and takes one image batch.
         engine: ``"eager"``, ``"inductor"``, ``"onnxruntime"`` or ``"openvino"``. ``"auto"`` times all installed
             engines, a sequence of names those, and the fastest candidate within ``tolerance`` is used.
         dtype: ``torch.float32``, ``torch.bfloat16``, ``torch.int8``, or on a GPU ``torch.float16``; ``None`` tries all
@@ -209,13 +214,17 @@ def optimize(
             :func:`~kornia_tinyvit.deploy.build_graph`.
         calibration: batches of images in the format of the input, or pairs of images and class indices :math:`(B,)`;
             for the calibration of int8, and to compare the candidates of ``"auto"``. Use 100 to 300 typical images.
+            For a MobileSAM, images as for :meth:`MobileSAM.embed`; 8 suffice to compare its masks.
         tolerance: for ``"auto"``, the largest fraction of the calibration images whose top-1 class may change; for
-            feature maps, the largest mean relative error. Without images only float32 is tried.
+            feature maps, the largest mean relative error; for a MobileSAM, the largest difference of the mean IoU with
+            its masks from 1 (see :class:`~kornia_tinyvit.deploy.accuracy.MaskComparison`). Without images only float32
+            is tried.
         tune_allocator: tune the process's memory allocator, see :func:`~kornia_tinyvit.allocator.keep_memory`; it
             affects ``"eager"`` and ``"inductor"`` on a CPU.
 
     Returns:
-        The :class:`Optimized` model; for a classifier, a classifier with such a model.
+        The :class:`Optimized` model; for a classifier, a classifier with such a model, and for a MobileSAM, one with
+        such an ``image_encoder``.
 
     Raises:
         ValueError: if the engine, dtype, method or pixel format is unknown, or the combination is not supported.
@@ -250,6 +259,57 @@ def optimize(
             class_names=model.class_names,
             views=model.views,
         ).eval()
+    if isinstance(model, MobileSAM):
+        if pixels is not None or method != "forward":
+            raise ValueError("A MobileSAM takes images in any form; pixels and method are supported for its encoder.")
+        return _optimize_sam(model, engine, dtype, example, calibration, tolerance, tune_allocator)
+    return _optimize(model, engine, dtype, example, method, pixels, list(calibration), tolerance, tune_allocator)
+
+
+def _optimize_sam(
+    sam: MobileSAM,
+    engine: str | Sequence[str],
+    dtype: torch.dtype | None,
+    example: Tensor | None,
+    calibration: Iterable[Any],
+    tolerance: float,
+    tune_allocator: bool,
+) -> MobileSAM:
+    """Return a MobileSAM with an optimized encoder, whose candidates are compared by their masks."""
+    photos = [photo for each in calibration for photo in list_images(each)]
+    if example is None:
+        example = synthetic_images(sam.config, size=sam.img_size).to(next(sam.parameters()).device)
+    else:
+        example = sam.preprocess(example)[0]
+
+    def replace_encoder(encoder: nn.Module) -> MobileSAM:
+        return copy.deepcopy(sam, {id(sam.image_encoder): encoder}).eval()
+
+    @functools.cache
+    def comparison() -> MaskComparison:
+        return MaskComparison(sam, photos)
+
+    inputs = [sam.preprocess(photo)[0] for photo in photos]
+    encoder = _optimize(
+        sam.image_encoder, engine, dtype, example, "forward", None, inputs, tolerance, tune_allocator,
+        lambda candidate: comparison()(replace_encoder(candidate)),
+    )  # fmt: skip
+    return replace_encoder(encoder)
+
+
+def _optimize(
+    model: nn.Module,
+    engine: str | Sequence[str],
+    dtype: torch.dtype | None,
+    example: Tensor | None,
+    method: str,
+    pixels: Pixels | None,
+    calibration: Sequence[Tensor | tuple[Tensor, Tensor]],
+    tolerance: float,
+    tune_allocator: bool,
+    measure: Callable[[Optimized], Agreement] | None = None,
+) -> Optimized:
+    """Optimize a network; ``measure`` compares a candidate with it, by default on the calibration images."""
     if example is None:
         inner = find_network(model, "; give an example of its images")
         example = synthetic_images(inner.config, pixels=pixels or default_pixels(model))
@@ -263,17 +323,22 @@ def optimize(
         raise ValueError(f"tolerance must be at least 0; got {tolerance!r}.")
     if tune_allocator and example.device.type == "cpu":
         keep_memory()
-    candidates = Candidates(build_graph(model, method, pixels), list(calibration))
+    candidates = Candidates(build_graph(model, method, pixels), calibration)
     if len(names) == 1 and dtype is not None:
         optimized = candidates.make(names[0], dtype, example)
     else:
-        optimized = _fastest(candidates, names, DTYPES if dtype is None else (dtype,), example, tolerance)
+        optimized = _fastest(candidates, names, DTYPES if dtype is None else (dtype,), example, tolerance, measure)
     candidates.graph.onnx_models.clear()  # an engine may keep the graph, but does not need these any more
     return optimized
 
 
 def _fastest(
-    candidates: Candidates, names: Sequence[str], dtypes: Sequence[torch.dtype], example: Tensor, tolerance: float
+    candidates: Candidates,
+    names: Sequence[str],
+    dtypes: Sequence[torch.dtype],
+    example: Tensor,
+    tolerance: float,
+    measure: Callable[[Optimized], Agreement] | None,
 ) -> Optimized:
     """Compare all candidates with the model, time those within the tolerance and return the fastest."""
     images = candidates.calibration
@@ -287,7 +352,8 @@ def _fastest(
         if rejected is None:
             candidate = make(*key)
             if images:
-                agreement = compare(make("eager", torch.float32), candidate, images)
+                compare_default = functools.partial(compare, make("eager", torch.float32), batches=images)
+                agreement = (measure or compare_default)(candidate)
                 rejected = _disagreement(agreement, tolerance)
             if rejected is None:
                 made[key] = candidate
@@ -304,6 +370,9 @@ def _fastest(
 
 
 def _disagreement(found: Agreement, tolerance: float) -> str | None:
+    if found.mask_iou is not None:
+        too_low = found.mask_iou < 100 * (1 - tolerance)
+        return f"the mean IoU with the masks of the model is {found.mask_iou:.2f} %" if too_low else None
     if found.agreement is not None:
         changed = 1 - found.agreement / 100
         return f"the top-1 class of {changed:.1%} of the images changes" if changed > tolerance else None

@@ -1,4 +1,4 @@
-"""Bounding boxes and central points of masks, and non-maximum suppression."""
+"""Bounding boxes, IoUs and central points of masks, and non-maximum suppression."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from kornia.geometry import bbox
 from torch import Tensor
 
-__all__ = ["central_points", "mask_boxes", "nms"]
+__all__ = ["central_points", "mask_boxes", "mask_ious", "nms"]
 
 
 def mask_boxes(masks: Tensor) -> Tensor:
@@ -25,6 +25,18 @@ def mask_boxes(masks: Tensor) -> Tensor:
     first = [line.argmax(1) for line in lines]
     last = [line.shape[1] - line.flip(1).argmax(1) for line in lines]
     return torch.stack(first + last, 1).float() * lines[1].any(1, keepdim=True)
+
+
+def mask_ious(predictions: Tensor, targets: Tensor) -> Tensor:
+    """Return the IoUs of masks :math:`(*, H, W)`, bool; 0 for two empty masks.
+
+    Args:
+        predictions: predicted masks :math:`(*, H, W)`.
+        targets: ground-truth masks :math:`(*, H, W)`.
+    """
+    intersection = (predictions & targets).flatten(-2).sum(-1)
+    union = (predictions | targets).flatten(-2).sum(-1)
+    return intersection / union.clamp(min=1)
 
 
 def central_points(masks: Tensor) -> Tensor:

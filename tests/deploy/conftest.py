@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from kornia_tinyvit import TinyViT
+from kornia_tinyvit import MobileSAM, TinyViT
 from kornia_tinyvit.deploy import graph
 from tests.conftest import SHALLOW, liven
 
@@ -17,6 +17,18 @@ from tests.conftest import SHALLOW, liven
 def model() -> TinyViT:
     torch.manual_seed(0)
     return liven(TinyViT(**SHALLOW))
+
+
+@pytest.fixture(scope="session")
+def sam() -> MobileSAM:
+    torch.manual_seed(0)
+    return MobileSAM(liven(TinyViT(**SHALLOW | {"mobile_sam": True}))).eval()
+
+
+@pytest.fixture(scope="session")
+def photos() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    return [torch.rand(3, *size, generator=generator) for size in ((48, 80), (64, 40))]
 
 
 def checksum(module: nn.Module) -> float:

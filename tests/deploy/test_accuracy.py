@@ -1,9 +1,10 @@
+import copy
 import math
 
 import pytest
 import torch
 
-from kornia_tinyvit.deploy.accuracy import Agreement, compare
+from kornia_tinyvit.deploy.accuracy import Agreement, MaskComparison, compare
 
 
 @pytest.fixture
@@ -89,3 +90,50 @@ class TestCompare:
             compare(lambda x: [x, x], lambda x: [x], [images])
         with pytest.raises(ValueError, match="Only 5 of 10"):
             compare(read, read, [(images, torch.zeros(5, dtype=torch.long)), images])
+
+
+class TestMasks:
+    def test_same_network(self, sam, photos):
+        found = compare(sam, sam, photos)
+        assert (found.images, found.mask_iou, found.min_mask_iou, found.max_error) == (2, 100, 100, 0)
+        assert (found.agreement, found.top1_reference) == (None, None)
+
+    def test_changed_encoder(self, sam, photos):
+        """The masks that both predict for the same points and boxes."""
+        other = copy.deepcopy(sam)
+        with torch.no_grad():
+            other.image_encoder.neck[2].weight.mul_(1.2)
+            other.image_encoder.neck[0].weight[:32] = 0
+        found = MaskComparison(sam, photos, points_per_side=2)(other)
+        ious, errors = [], []
+        for photo in photos:
+            height, width = photo.shape[1:]
+            points = torch.tensor([[x * width, y * height] for x in (0.25, 0.75) for y in (0.25, 0.75)])[:, None]
+            embeddings = sam.embed(photo), other.embed(photo)
+            (three,) = sam.predict_masks(embeddings[0], points)
+            (others,) = other.predict_masks(embeddings[1], points)
+            chosen = three.scores.argmax(1)
+            for number, best in enumerate(chosen):
+                mask, changed = three.masks()[number, best], others.masks()[number, best]
+                if mask.any():
+                    rows, columns = mask.nonzero().unbind(1)
+                    box = [[columns.min(), rows.min(), columns.max() + 1, rows.max() + 1]]
+                    prompts = {"boxes": torch.tensor(box).float(), "multimask_output": False}
+                    first = sam.predict_masks(embeddings[0], **prompts)[0].masks()[0, 0]
+                    second = other.predict_masks(embeddings[1], **prompts)[0].masks()[0, 0]
+                    ious.append((mask & changed).sum() / (mask | changed).sum())
+                    ious += [(first & second).sum() / (first | second).sum()] if first.any() else []
+            difference = embeddings[0].features - embeddings[1].features
+            errors.append(difference.norm() / embeddings[0].features.norm())
+        assert found.mask_iou == pytest.approx(100 * float(torch.stack(ious).mean()), abs=1e-4)
+        assert found.min_mask_iou == pytest.approx(100 * float(torch.stack(ious).min()), abs=1e-4)
+        assert 0 < found.min_mask_iou < found.mask_iou < 100
+        assert found.max_error == pytest.approx(float(torch.stack(errors).max()), rel=1e-4)
+
+    def test_errors(self, sam, photos):
+        with pytest.raises(ValueError, match="no images to compare"):
+            compare(sam, sam, [])
+        nothing = copy.deepcopy(sam)
+        nothing.mask_threshold = 1e6
+        with pytest.raises(ValueError, match="The reference finds no mask"):
+            compare(nothing, sam, photos)

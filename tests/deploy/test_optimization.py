@@ -157,6 +157,52 @@ class TestAuto:
             optimize(model, ["eager"], None, tolerance=1e-9, **settings)
 
 
+class TestMobileSAM:
+    """The image encoder is optimized, and low precision is compared by the masks."""
+
+    def test_results(self, sam, photos):
+        fast = optimize(sam, "eager", tune_allocator=False)
+        assert isinstance(fast.image_encoder, Optimized)
+        assert isinstance(sam.image_encoder, TinyViT)
+        found, expected = fast.embed(photos), sam.embed(photos)
+        torch.testing.assert_close(found.features, expected.features, atol=1e-4, rtol=1e-4)
+        point = torch.tensor([[[20.0, 20.0]]])
+        masks = [net.predict_masks(net.embed(photos[0]), point)[0].masks() for net in (fast, sam)]
+        assert (masks[0] == masks[1]).float().mean() > 0.999
+        settings = {"points_per_side": 2, "pred_iou_thresh": 0, "stability_score_thresh": 0}
+        assert len(fast.generate_masks(photos[0], **settings)) == len(sam.generate_masks(photos[0], **settings)) > 0
+
+    def test_tolerance_of_masks(self, sam, photos, monkeypatch):
+        if torch.bfloat16 not in EagerEngine.dtypes(torch.device("cpu")):
+            pytest.skip("bfloat16 is not supported here")
+        delays = {torch.float32: 2.0, torch.bfloat16: 1.0}
+        monkeypatch.setattr(
+            optimization, "interleaved", lambda steps, _repetitions: {key: delays[key[1]] for key in steps}
+        )
+
+        def choose(tolerance):
+            settings = {"calibration": photos, "tolerance": tolerance, "tune_allocator": False}
+            encoder = optimize(sam, ["eager"], None, **settings).image_encoder
+            return encoder.dtype, {choice.dtype: choice for choice in encoder.choices}[torch.bfloat16]
+
+        dtype, choice = choose(0.5)
+        assert dtype == torch.bfloat16
+        lost = 1 - choice.agreement.mask_iou / 100
+        assert 0 < lost < 0.1
+        assert choose(lost + 1e-6)[0] == torch.bfloat16
+        dtype, choice = choose(lost - 1e-6)
+        assert dtype == torch.float32
+        expected = f"the mean IoU with the masks of the model is {choice.agreement.mask_iou:.2f} %"
+        assert choice.rejected == expected
+
+    def test_errors(self, sam):
+        for options in ({"pixels": "unit"}, {"method": "forward_features"}):
+            with pytest.raises(ValueError, match="A MobileSAM takes images in any form"):
+                optimize(sam, "eager", **options)
+        fast = optimize(sam, "eager", None, tune_allocator=False).image_encoder
+        assert fast.dtype == torch.float32  # nothing to compare on
+
+
 class TestErrors:
     def test_settings(self, model):
         with pytest.raises(ValueError, match="engine must be auto"):

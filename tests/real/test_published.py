@@ -9,9 +9,8 @@ import torch
 
 from kornia_tinyvit.data import InstanceDataset
 from kornia_tinyvit.deploy import optimize
-from kornia_tinyvit.ops import decode_rle, mask_boxes
+from kornia_tinyvit.ops import decode_rle, mask_boxes, mask_ious
 from kornia_tinyvit.sam import ImageEmbedding
-from kornia_tinyvit.training.metrics.promptable import mask_ious
 from tests.conftest import shared
 from tests.real.data.record_masks import EVERYTHING, PROMPTS
 

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kornia_tinyvit.ops import mask_ious
 from kornia_tinyvit.training.metrics.counts import Counts
 
-__all__ = ["PromptMetrics", "PromptScores", "mask_ious"]
+__all__ = ["PromptMetrics", "PromptScores"]
 
 
 @dataclass(frozen=True)
@@ -63,15 +64,3 @@ class PromptMetrics(Counts):
         """Return the scores of all masks."""
         sums, counts = self.parts[0].unbind(1)
         return PromptScores(int(counts.max()), *(100 * sums / counts).tolist())
-
-
-def mask_ious(predictions: Tensor, targets: Tensor) -> Tensor:
-    """Return the IoUs of masks :math:`(*, H, W)`, bool; 0 for two empty masks.
-
-    Args:
-        predictions: predicted masks :math:`(*, H, W)`.
-        targets: ground-truth masks :math:`(*, H, W)`.
-    """
-    intersection = (predictions & targets).flatten(-2).sum(-1)
-    union = (predictions | targets).flatten(-2).sum(-1)
-    return intersection / union.clamp(min=1)

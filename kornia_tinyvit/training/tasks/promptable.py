@@ -18,12 +18,12 @@ from kornia_tinyvit.config import TinyViTConfig, WindowSizes
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.paired import PairedBatch
 from kornia_tinyvit.model import TinyViT
-from kornia_tinyvit.ops import central_points, mask_boxes
+from kornia_tinyvit.ops import central_points, mask_boxes, mask_ious
 from kornia_tinyvit.sam.decoder import CHUNK, CPU_CHUNK, FoldedMaskDecoder
 from kornia_tinyvit.sam.embedding import Geometry
 from kornia_tinyvit.sam.model import MobileSAM
 from kornia_tinyvit.sam.transforms import preprocess_image
-from kornia_tinyvit.training.metrics.promptable import PromptMetrics, mask_ious
+from kornia_tinyvit.training.metrics.promptable import PromptMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 from kornia_tinyvit.training.tasks.prompts import Prompts
 
