@@ -88,10 +88,15 @@ def cells(args: argparse.Namespace) -> None:
     weights = args.weights if args.train is None else train(args, "cells", args.data)
     images = DetectionDataset.open(args.data, "test")
     detector = TinyViTDetector.from_config(pretrained=weights)
-    scores = evaluate(detector, images)
-    print(f"{scores.images} images of the test split, {scores.objects} cells, input {detector.img_size}")
-    print(f"    mAP {scores.map:5.2f} %   AP50 {scores.map50:5.2f} %   AP75 {scores.map75:5.2f} %")
-    show_classes("mAP", detector.class_names, scores.per_class)
+    size = detector.config.backbone.img_size
+    for nms in (None, 0.7):
+        scores = evaluate(detector, images, nms_threshold=nms)
+        if nms is None:
+            print(f"{scores.images} images of the test split, {scores.objects} cells, input {size}")
+        print("all detections" if nms is None else f"non-maximum suppression at IoU {nms}")
+        print(f"    mAP {scores.map:5.2f} %   AP50 {scores.map50:5.2f} %   AP75 {scores.map75:5.2f} %")
+        print(f"    best F1 {scores.best_f1:5.2f} % at scores of {scores.threshold:.2f} or more")
+        show_classes("mAP", detector.class_names, scores.per_class)
 
 
 def camvid(args: argparse.Namespace) -> None:

@@ -259,7 +259,9 @@ class TestTraining:
         assert (kept.class_names, kept.training) == (BOX_NAMES, False)
         scores = evaluate(kept, DetectionDataset.open(folder), batch_size=4)
         assert scores.map == pytest.approx(result.score, abs=1e-3)
-        assert metrics(tmp_path / "out")[-1]["map50"] == pytest.approx(scores.map50, abs=1e-3)
+        logged = metrics(tmp_path / "out")[-1]
+        assert {"map50", "best_f1", "threshold"} < logged.keys()
+        assert DETECTION.report(scores) == pytest.approx({name: logged[name] for name in DETECTION.metrics}, abs=1e-3)
 
     def test_resuming(self, folder, tmp_path):
         fit(folder, tmp_path / "whole")
