@@ -2,6 +2,7 @@
 
 from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.evaluation import evaluate
+from kornia_tinyvit.training.figures import save_predictions
 from kornia_tinyvit.training.freezing import freeze_parts
 from kornia_tinyvit.training.loop import TrainingResult, train
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics, DetectionScores
@@ -59,5 +60,6 @@ __all__ = [
     "find_recipe",
     "freeze_parts",
     "freeze_statistics",
+    "save_predictions",
     "train",
 ]

@@ -27,6 +27,7 @@ from kornia_tinyvit.progress import ProgressBar
 from kornia_tinyvit.semantic import SemanticSegmenter
 from kornia_tinyvit.training.batch_norm import freeze_statistics
 from kornia_tinyvit.training.ema import MovingAverage
+from kornia_tinyvit.training.figures import save_predictions
 from kornia_tinyvit.training.freezing import freeze_parts
 from kornia_tinyvit.training.recipes import Recipe
 from kornia_tinyvit.training.run_folder import RunFolder
@@ -112,10 +113,11 @@ def train(
     length has at the epoch reached.
 
     The folder ``out`` receives ``metrics.jsonl`` with a line every ``log_every`` steps and one per epoch;
-    ``best.safetensors`` and ``last.safetensors``, which the network's ``from_config`` reads; the newest state
-    ``state-*`` to resume from; ``run.json`` with the configuration of the training; and TensorBoard's files where
-    TensorBoard is installed. Under ``torchrun`` or ``accelerate launch`` it trains on all ranks; batch norm in
-    training mode uses the statistics of each rank. On a CPU the process keeps freed memory, see
+    ``best.safetensors`` and ``last.safetensors``, which the network's ``from_config`` reads; ``predictions.png``, the
+    predictions of the best weights on up to 8 validation images beside the ground truth; the newest state ``state-*``
+    to resume from; ``run.json`` with the configuration of the training; and TensorBoard's files where TensorBoard is
+    installed. Under ``torchrun`` or ``accelerate launch`` it trains on all ranks; batch norm in training mode uses the
+    statistics of each rank. On a CPU the process keeps freed memory, see
     :func:`~kornia_tinyvit.allocator.keep_memory`.
 
     Args:
@@ -434,6 +436,9 @@ class _Trainer:
                 network = self.task.restore(self.config, state, class_names, self.preprocessing)
                 for name in names:
                     self.task.save(network, self.folder.weights(name))
+                if images is not None and "best" in names:
+                    network.to(self.accelerator.device)
+                    save_predictions(self.folder.predictions, self.task, network, images)
         self._gather_broken()
         self._log({"epoch": epoch, **metrics, "seconds": round(self.seconds, 1), "broken": len(self.broken)})
 

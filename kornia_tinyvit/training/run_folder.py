@@ -32,6 +32,11 @@ class RunFolder:
         """Return the file of the ``best`` or the ``last`` weights."""
         return self.path / f"{name}.safetensors"
 
+    @property
+    def predictions(self) -> Path:
+        """The file of the figure of predictions."""
+        return self.path / "predictions.png"
+
     def config(self) -> dict[str, Any] | None:
         """Return the configuration of the training in this folder, or ``None`` without a training."""
         file = self.path / "run.json"

@@ -29,7 +29,9 @@ from kornia_tinyvit.distillation import LabelStore, Manifest, StoredLabelLoss
 from kornia_tinyvit.preprocessing import EvaluationPipeline
 from kornia_tinyvit.training import ClassificationLoss, Recipe, loop, train
 from kornia_tinyvit.training.ema import MovingAverage
+from kornia_tinyvit.training.figures import save_predictions
 from kornia_tinyvit.training.run_folder import RunFolder
+from kornia_tinyvit.training.tasks.classification import CLASSIFICATION
 from tests.conftest import TINY
 from tests.distillation.helpers import write_records
 from tests.processes import PROCESSES, start
@@ -223,6 +225,8 @@ class TestOutputs:
         assert result.top1 == pytest.approx(max(top1), abs=1e-4)
         assert accuracy(result.best, validation) == pytest.approx(max(top1), abs=1e-3)
         assert accuracy(result.last, validation) == pytest.approx(top1[-1], abs=1e-3)
+        save_predictions(tmp_path / "figure.png", CLASSIFICATION, weights(result.best), validation)
+        assert (tmp_path / "figure.png").read_bytes() == (tmp_path / "out" / "predictions.png").read_bytes()
 
     def test_validation_accuracy(self, folder, tmp_path):
         validation = ClassificationDataset.open(make_images(tmp_path / "val", each=7, seed=9, size=36))
@@ -673,6 +677,7 @@ class TestEarlyStopping:
         assert (result.steps, result.stopped_early) == (4 * STEPS, False)
         recipe = replace(self.RECIPE, epochs=4)
         assert fit(folder, tmp_path / "unseen", recipe).stopped_early is False  # without validation
+        assert not (tmp_path / "unseen" / "predictions.png").exists()
 
 
 class TestExtending:

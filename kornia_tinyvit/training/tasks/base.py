@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
@@ -208,6 +209,27 @@ class Task:
             state: trained weights.
         """
         network.load_state_dict(state)
+
+    def draw(self, network: Any, image: Image.Image, target: Any) -> list[tuple[Image.Image, str]]:
+        """Draw an image, its ground truth and the prediction of a network; by default nothing.
+
+        Args:
+            network: the network to save.
+            image: the image.
+            target: its target in the validation data.
+
+        Returns:
+            Drawings with their captions.
+        """
+        return []
+
+    def legend(self, network: Any) -> Sequence[str]:
+        """Return the names of the classes in the order of their colors, if :meth:`draw` does not write them.
+
+        Args:
+            network: the network to save.
+        """
+        return ()
 
     def save(self, network: Any, path: Path) -> None:
         """Write a file that the network's ``from_config`` reads.

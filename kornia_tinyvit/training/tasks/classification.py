@@ -9,9 +9,11 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.checkpoints import save_checkpoint
+from kornia_tinyvit.classification import ImageClassifier
 from kornia_tinyvit.config import TinyViTConfig
 from kornia_tinyvit.data.augmentation import ReplayableAugmentation
 from kornia_tinyvit.data.classification import ClassificationDataset
@@ -95,6 +97,13 @@ class ClassificationTask(Task):
         network = TinyViT.from_config(config)
         network.class_names = None if class_names is None else tuple(class_names)
         return network
+
+    def draw(self, network: TinyViT, image: Image.Image, target: int) -> list[tuple[Image.Image, str]]:
+        """Return the image with its label and the prediction."""
+        classifier = ImageClassifier(network)
+        (found,) = classifier.predict(image, top_k=1)[0]
+        mark = "right" if found.index == target else "wrong"
+        return [(image, f"{mark}: {classifier.class_names[target]}, predicted {found.label} {100 * found.score:.0f} %")]
 
     def save(self, network: TinyViT, path: Path) -> None:
         """Write a file for :meth:`TinyViT.from_config`."""

@@ -7,14 +7,17 @@ from typing import Any
 import torch
 from kornia.enhance import normalize
 from kornia.models.rt_detr import DETRPostProcessor
+from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import parameter_groups
+from kornia_tinyvit.data.datasets import count_noun
 from kornia_tinyvit.data.detection import DetectionDataset, Objects
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedBatch, PairedSamples
-from kornia_tinyvit.detection import DetectorConfig, Squares, TinyViTDetector, suppress_duplicates
+from kornia_tinyvit.detection import Detection, DetectorConfig, Squares, TinyViTDetector, suppress_duplicates
 from kornia_tinyvit.training.metrics.average_precision import DetectionMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
+from kornia_tinyvit.visualization import draw_detections
 
 __all__ = [
     "DETECTION",
@@ -243,6 +246,18 @@ class DetectionTask(Task):
     evaluator_class = DetectionEvaluator
     network_class = TinyViTDetector
     prefix = "rt_detr."
+
+    def draw(self, network: TinyViTDetector, image: Image.Image, target: Objects) -> list[tuple[Image.Image, str]]:
+        """Return the image and the boxes: of the ground truth without crowds, and of scores of at least 0.3."""
+        kept = ~target.crowds
+        pairs = zip(target.labels[kept].tolist(), target.boxes[kept].tolist(), strict=True)
+        objects = [Detection(network.class_names[index], index, 1.0, tuple(box)) for index, box in pairs]
+        (found,) = network.predict(image)
+        return [
+            (image, "image"),
+            (draw_detections(image, objects, scores=False), f"truth, {count_noun(len(objects), 'object')}"),
+            (draw_detections(image, found), f"prediction, {count_noun(len(found), 'object')}"),
+        ]
 
     def load(self, network: TinyViTDetector, state: dict[str, Tensor]) -> None:
         """Load the weights of transformers' RT-DETR into a detector."""

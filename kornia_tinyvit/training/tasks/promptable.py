@@ -10,11 +10,13 @@ from typing import Any, Literal, cast
 import torch
 import torch.nn.functional as F
 from kornia.losses import binary_focal_loss_with_logits
+from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.backbone import parameter_groups
 from kornia_tinyvit.checkpoints import open_pretrained, save_checkpoint
 from kornia_tinyvit.config import TinyViTConfig, WindowSizes
+from kornia_tinyvit.data.datasets import count_noun
 from kornia_tinyvit.data.instances import InstanceDataset
 from kornia_tinyvit.data.paired import PairedBatch
 from kornia_tinyvit.model import TinyViT
@@ -26,6 +28,7 @@ from kornia_tinyvit.sam.transforms import preprocess_image
 from kornia_tinyvit.training.metrics.promptable import PromptMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
 from kornia_tinyvit.training.tasks.prompts import Prompts
+from kornia_tinyvit.visualization import draw_overlay
 
 __all__ = [
     "PROMPTABLE",
@@ -38,6 +41,7 @@ __all__ = [
 ]
 
 _ALPHA = 0.25  # weight of an object's pixels in the focal loss; that of others is 1 - alpha
+_DRAWN = 50  # most objects in an image of a figure
 _SINGLE, _MULTI = slice(0, 1), slice(1, None)  # the single mask, and those of multimask_output
 
 
@@ -330,6 +334,24 @@ class PromptableTask(Task):
     def build(self, config: PromptableConfig, class_names: Sequence[str] | None) -> MobileSAM:
         """Build the network to save, with random weights."""
         return MobileSAM.from_config(config.encoder, img_size=config.img_size)
+
+    def draw(self, network: MobileSAM, image: Image.Image, target: Tensor) -> list[tuple[Image.Image, str]]:
+        """Return the image and its masks: of the ground truth, from their boxes, and from a point in each.
+
+        Of many masks those of the largest objects are drawn.
+        """
+        masks = target[target.flatten(1).sum(1).argsort(descending=True, stable=True)[:_DRAWN]]
+        if not len(masks):
+            return []
+        embedding, boxes, points = network.embed(image), mask_boxes(masks), central_points(masks)
+        (boxed,) = network.predict_masks(embedding, boxes=boxes, multimask_output=False)
+        (pointed,) = network.predict_masks(embedding, points=points[:, None])
+        drawn = [(image, "image"), (draw_overlay(image, masks), f"truth, {count_noun(len(masks), 'object')}")]
+        for name, found, prompts in (("boxes", boxed, {}), ("points", pointed.best(), {"points": points})):
+            predicted = found.masks()[:, 0].cpu()
+            iou = 100 * float(mask_ious(predicted, masks).mean())
+            drawn.append((draw_overlay(image, predicted, **prompts), f"from {name}, mean IoU {iou:.1f} %"))
+        return drawn
 
     def save(self, network: MobileSAM, path: Path) -> None:
         """Write a file for :meth:`MobileSAM.from_config`."""

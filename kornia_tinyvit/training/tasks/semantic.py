@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor, nn
 
 from kornia_tinyvit.data.paired import PairedAugmentation, PairedBatch, PairedSamples
@@ -13,6 +15,7 @@ from kornia_tinyvit.data.segmentation import IGNORED, SegmentationDataset
 from kornia_tinyvit.semantic import SegmenterConfig, SemanticSegmenter, class_maps
 from kornia_tinyvit.training.metrics.semantic import SegmentationMetrics
 from kornia_tinyvit.training.tasks.base import Evaluator, Task
+from kornia_tinyvit.visualization import draw_class_map
 
 __all__ = [
     "SEMANTIC",
@@ -151,6 +154,21 @@ class SegmentationTask(Task):
     metrics = ("mean_iou", "pixel_accuracy")
     evaluator_class = SegmentationEvaluator
     network_class = SemanticSegmenter
+
+    def draw(self, network: SemanticSegmenter, image: Image.Image, target: Tensor) -> list[tuple[Image.Image, str]]:
+        """Return the image and the class maps; ignored pixels are black in the ground truth."""
+        (predicted,) = network.predict(image)
+        labeled = target != IGNORED
+        right = 100 * float((predicted.cpu() == target)[labeled].float().mean()) if labeled.any() else 0.0
+        return [
+            (image, "image"),
+            (draw_class_map(target), "truth"),
+            (draw_class_map(predicted), f"prediction, {right:.0f} % of the pixels right"),
+        ]
+
+    def legend(self, network: SemanticSegmenter) -> Sequence[str]:
+        """Return the names of the classes."""
+        return network.class_names
 
 
 #: The task of :class:`~kornia_tinyvit.SemanticSegmenter`, for :func:`~kornia_tinyvit.training.train`.
