@@ -9,7 +9,7 @@
     python benchmarks/real.py camvid --weights mobile_sam.pt --data camvid --train runs/camvid
     python benchmarks/real.py duplicates --weights mobile_sam.pt --data FOLDER
 
-parity      masks of prompts, and of everything in three photos, compared with the original code
+parity      masks of prompts, and of everything in photos, compared with the original code
 precision   masks of boxes and points in every engine and precision, compared with the ground truth of coco128
 inputs      the same for other input sizes, and for masks that are fed back with their prompt
 everything  average recall of the regions that people drew in the test photos of BSDS500, beside the original code
@@ -71,6 +71,8 @@ def main() -> None:
             section.add_argument("--photos", type=int, default=photos[run], help="number of photos")
         if run in (parity, everything):
             section.add_argument("--original", help="Python of the environment of the original code")
+        if run is parity:
+            section.add_argument("--whole", type=int, default=3, help="photos that are segmented whole, at most 3")
         if run in TRAINED:
             section.add_argument("--train", type=Path, metavar="RUN", help="run folder: train, then evaluate its best")
         if run is precision:

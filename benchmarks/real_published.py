@@ -118,10 +118,10 @@ def compare_prompts(args: argparse.Namespace) -> None:
 
 
 def compare_everything(args: argparse.Namespace) -> None:
-    """Print time, memory and agreement of everything in three photos, each in a process of its own."""
+    """Print time, memory and agreement of everything in photos, each in a process of its own."""
     print("\nEverything, 32x32 points, default settings; a process per photo and row, one after the other")
     totals: dict[str, list[float]] = {}
-    for stem in WHOLE:
+    for stem in WHOLE[: args.whole]:
         photo = args.data / "images" / "val2017" / f"{stem}.jpg"
         reference = load_masks(segment(args, args.weights, "original", [photo])[0])
         for who in GENERATORS:

@@ -26,7 +26,7 @@ from kornia_tinyvit.training import evaluate
 STREET = ["sky", "building", "pole", "road", "pavement", "tree", "sign", "fence", "car", "pedestrian", "bicyclist"]
 #: Arguments of ``kornia-tinyvit train``, after the data and the weights.
 RECIPES = {
-    "nuclei": "--task promptable --freeze image_encoder",
+    "nuclei": "--task promptable --freeze backbone",
     "cells": "--task detection",
     "camvid": "--task semantic",
 }
