@@ -104,8 +104,9 @@ def camvid(args: argparse.Namespace) -> None:
     data = describe_camvid(args)
     weights = args.weights if args.train is None else train(args, "camvid", data)
     segmenter = SemanticSegmenter.from_config(pretrained=weights)
-    scores = evaluate(segmenter, SegmentationDataset.open(data, "val"))
-    print(f"60 images of the validation split, {scores.present} classes")
+    images = SegmentationDataset.open(data, "val")
+    scores = evaluate(segmenter, images)
+    print(f"{len(images)} images of the validation split, {scores.present} classes")
     print(f"    mean IoU {scores.mean_iou:5.2f} %   pixel accuracy {scores.pixel_accuracy:5.2f} %")
     show_classes("IoU", segmenter.class_names, scores.per_class)
 
