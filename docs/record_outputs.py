@@ -84,7 +84,10 @@ def recipes_table() -> str:
 
 
 def _row(recipe: Recipe) -> list[object]:
-    changes = "".join(f", {key} {value:g}" for key, value in recipe.changes.items())
+    changes = "".join(
+        f", {key} {' to '.join(f'{each:g}' for each in (value if isinstance(value, tuple) else (value,)))}"
+        for key, value in recipe.changes.items()
+    )
     return [
         recipe.img_size,
         f"{recipe.epochs} ({recipe.warmup_epochs:g})",

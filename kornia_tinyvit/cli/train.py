@@ -24,7 +24,7 @@ _PROMPTABLE = "Promptable segmentation"
 _OPTIONS_OF_TASKS = {
     TaskName.semantic: ("class_balance",),
     TaskName.promptable: ("prompts", "box_fraction", "min_area"),
-    TaskName.detection: ("queries",),
+    TaskName.detection: ("queries", "hidden_dim"),
 }
 
 
@@ -49,8 +49,17 @@ class TrainRequest(shared.LoopRequest):
     freeze: list[str] | None = option(
         "Training",
         "Part that is not trained: backbone, stages=N (stem and first N stages of the backbone), prompt_encoder "
-        "(promptable); may be repeated.",
+        "(promptable), or none; may be repeated. Default: that of the recipe.",
         None,
+    )
+    layer_decay: float | None = option(
+        "Training", "Ratio of the learning rates of a block and the next one. Default: that of the recipe.", None
+    )
+    ema_decay: float | None = option(
+        "Training", "Decay of the moving average of the weights; 0: none. Default: that of the recipe.", None
+    )
+    crop_scale: str | None = option(
+        "Training", "LOW,HIGH: area of the random crop as a fraction of the image's. Default: that of the recipe.", None
     )
     rotate: bool = option(
         "Training", "Rotate images by multiples of 90 degrees, for data without an upright direction.", False
@@ -65,6 +74,7 @@ class TrainRequest(shared.LoopRequest):
     )
     min_area: int = option(_PROMPTABLE, MIN_AREA, 1, min=1)
     queries: int = option("Detection", "Maximum number of objects per image.", 300, min=1)
+    hidden_dim: int = option("Detection", "Channels of encoder and decoder, a multiple of 8.", 256, min=8)
     out: Path = option("Output", shared.OUT, Path("runs/train"))
 
 
@@ -91,10 +101,28 @@ def train(request: TrainRequest) -> None:
 def _find_recipe(request: TrainRequest, images: Any) -> tuple[Recipe, str]:
     """Return the recipe that was requested, or the one for the data with a note of the reason."""
     name, reason = training.choose_recipe(request.task, len(images), request.weights is not None)
-    recipe = request.find_recipe(name, freeze=tuple(request.freeze) if request.freeze else None)
-    if request.rotate:
-        recipe = replace(recipe, changes=recipe.changes | {"rotate": True})
-    return recipe, "" if request.recipe else f"Recipe {name}: {reason}"
+    fields = {"layer_decay": request.layer_decay, "ema_decay": request.ema_decay}
+    freeze = tuple(part for part in request.freeze if part != "none") if request.freeze else None
+    recipe = request.find_recipe(name, freeze=freeze, **fields)
+    changes: dict[str, Any] = {"rotate": True} if request.rotate else {}
+    if request.crop_scale is not None:
+        changes["crop_scale"] = _parse_range(request.crop_scale)
+    return replace(recipe, changes=recipe.changes | changes), "" if request.recipe else f"Recipe {name}: {reason}"
+
+
+def _parse_range(text: str) -> tuple[float, float]:
+    """Return the two numbers of ``--crop-scale``.
+
+    Raises:
+        ValueError: if they are no ascending fractions.
+    """
+    try:
+        low, high = (float(each) for each in text.split(","))
+    except ValueError:
+        low, high = 0.0, 0.0
+    if not 0 < low <= high <= 1:
+        raise ValueError(f"--crop-scale must be LOW,HIGH with 0 < LOW <= HIGH <= 1, such as 0.2,1; got {text!r}.")
+    return low, high
 
 
 def _augment(request: TrainRequest, recipe: Recipe, kind: Callable[..., Any], **options: Any) -> Any:
@@ -137,7 +165,11 @@ def _plan_promptable(request: TrainRequest, recipe: Recipe, images: InstanceData
 
 def _plan_detector(request: TrainRequest, recipe: Recipe, images: DetectionDataset) -> _Plan:
     samples = training.DetectionSamples(images, _augment(request, recipe, training.BoxAugmentation), request.on_broken)
-    options: dict[str, Any] = {"class_names": images.class_names, "num_queries": request.queries}
+    options: dict[str, Any] = {
+        "class_names": images.class_names,
+        "num_queries": request.queries,
+        "hidden_dim": request.hidden_dim,
+    }
     detector = request.build_network(TinyViTDetector.from_config, recipe, scale_windows=False, **options)
     model = training.DetectorTraining(detector)
     validation = request.open_validation(DetectionDataset.open, images)

@@ -64,6 +64,7 @@ class Recipe:
             "batch_size": self.batch_size >= 2 and self.batch_size % 2 == 0,
             "base_lr": self.base_lr > 0,
             "min_lr": 0 <= self.min_lr <= self.base_lr,
+            "layer_decay": 0 < self.layer_decay <= 1,
             "ema_decay": 0 <= self.ema_decay < 1,
             "patience": self.patience >= 0,
         }
@@ -71,7 +72,7 @@ class Recipe:
         if wrong:
             raise ValueError(
                 f"Out of range: {', '.join(wrong)}. Expected epochs >= 1, 0 <= warmup_epochs <= epochs, an even "
-                "batch_size, 0 <= min_lr <= base_lr, ema_decay in [0, 1) and patience >= 0."
+                "batch_size, 0 <= min_lr <= base_lr, layer_decay in (0, 1], ema_decay in [0, 1) and patience >= 0."
             )
 
     @property
@@ -119,8 +120,7 @@ _LARGER = dataclasses.replace(_FINE, base_lr=2e-5, min_lr=2e-7, layer_decay=1.0)
 #: 1e-4 for batches of 16, 72 epochs, a moving average of the weights, and a tenth of the learning rate in the first
 #: layers of the backbone.
 #: Those that end in ``"_small"`` fine-tune pretrained weights on hundreds of images, see :func:`choose_recipe`: small
-#: batches, layer-wise decay, few epochs and early stopping. Their batches are too small for batch statistics in the
-#: backbone.
+#: batches, layer-wise decay, few epochs and early stopping.
 RECIPES: dict[str, Recipe] = {
     "in1k": Recipe(drop_path={"21m": 0.2}),
     "in22k_distill": Recipe(
@@ -155,16 +155,18 @@ RECIPES: dict[str, Recipe] = {
         frozen_batch_norm=True, patience=10, preset="finetune",
     ),
     "semantic_small": Recipe(
-        img_size=512, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.064, min_lr=6.4e-4, weight_decay=0.01,
-        layer_decay=0.8, frozen_batch_norm=True, patience=20, preset="semantic",
+        img_size=512, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.05, min_lr=5e-4, weight_decay=0.01,
+        layer_decay=0.8, patience=20, preset="semantic",
     ),
     "promptable_small": Recipe(
         img_size=1024, epochs=15, warmup_epochs=0.5, batch_size=4, base_lr=0.0256, min_lr=2.56e-4, weight_decay=0.01,
-        layer_decay=0.8, frozen_batch_norm=True, patience=5, preset="promptable",
+        layer_decay=0.8, frozen_batch_norm=True, freeze=("prompt_encoder",), ema_decay=0.97, patience=5,
+        preset="promptable",
     ),
     "detection_small": Recipe(
-        img_size=640, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.0192, min_lr=1.92e-4, weight_decay=1e-4,
-        layer_decay=0.8, frozen_batch_norm=True, clip_norm=0.1, ema_decay=0.998, patience=20, preset="detection",
+        img_size=640, epochs=60, warmup_epochs=2, batch_size=8, base_lr=0.0256, min_lr=2.56e-4, weight_decay=1e-4,
+        layer_decay=0.8, freeze=("stages=1",), clip_norm=0.1, ema_decay=0.99, patience=20, preset="detection",
+        changes={"crop_scale": (0.4, 1.0), "crop_ratio": (0.8, 1.25)},
     ),
 }  # fmt: skip
 

@@ -87,6 +87,18 @@ class TestTrain:
         recipe = recorded(tmp_path)["recipe"]
         assert (recipe["preset"], recipe["patience"], recipe["layer_decay"]) == ("finetune", 10, 0.8)
 
+    def test_fields_of_the_recipe(self, folder, tmp_path, capfd, monkeypatch):
+        fields = ("--layer-decay", "0.5", "--ema-decay", "0.9", "--freeze", "stages=1", "--crop-scale", "0.7,0.9")
+        run(*command(folder, tmp_path, *fields))
+        recipe = recorded(tmp_path)["recipe"]
+        assert (recipe["layer_decay"], recipe["ema_decay"], recipe["freeze"]) == (0.5, 0.9, ["stages=1"])
+        assert recorded(tmp_path)["augmentation"]["crop_scale"] == [0.7, 0.9]
+        for wrong in ("0.9,0.7", "0.5", "a,b"):
+            error = error_of(capfd, monkeypatch, *command(folder, tmp_path, "--crop-scale", wrong))
+            assert f"--crop-scale must be LOW,HIGH with 0 < LOW <= HIGH <= 1, such as 0.2,1; got '{wrong}'" in error
+        error = error_of(capfd, monkeypatch, *command(folder, tmp_path, "--rotate"))
+        assert "--rotate has no effect with --task classification" in error
+
     def test_early_stopping(self, folder, tmp_path):
         """Without a learning rate the score stays that of the first epoch."""
         options = ("--validation", str(folder), "--epochs", "4", "--base-lr", "1e-12", "--patience", "1")

@@ -133,7 +133,6 @@ class TestChooseRecipe:
         assert choose_recipe(task, limit - 1, True) == (small, f"fine-tuning on fewer than {limit:,} images")
         assert choose_recipe(task, limit, True)[0] == choose_recipe(task, 2, False)[0] == usual
         assert RECIPES[small].patience > 0
-        assert RECIPES[small].frozen_batch_norm
         assert RECIPES[small].layer_decay < 1
         assert RECIPES[small].epochs < RECIPES[usual].epochs
         assert RECIPES[usual].patience == 0

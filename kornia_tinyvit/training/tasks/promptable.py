@@ -338,7 +338,7 @@ class PromptableTask(Task):
     def draw(self, network: MobileSAM, image: Image.Image, target: Tensor) -> list[tuple[Image.Image, str]]:
         """Return the image and its masks: of the ground truth, from their boxes, and from a point in each.
 
-        Of many masks those of the largest objects are drawn.
+        Of many masks :math:`(N, H, W)` those of the largest objects are drawn.
         """
         masks = target[target.flatten(1).sum(1).argsort(descending=True, stable=True)[:_DRAWN]]
         if not len(masks):

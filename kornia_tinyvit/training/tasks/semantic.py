@@ -156,7 +156,7 @@ class SegmentationTask(Task):
     network_class = SemanticSegmenter
 
     def draw(self, network: SemanticSegmenter, image: Image.Image, target: Tensor) -> list[tuple[Image.Image, str]]:
-        """Return the image and the class maps; ignored pixels are black in the ground truth."""
+        """Return the image and the class maps, of which the target is :math:`(H, W)`; ignored pixels are black."""
         (predicted,) = network.predict(image)
         labeled = target != IGNORED
         right = 100 * float((predicted.cpu() == target)[labeled].float().mean()) if labeled.any() else 0.0
