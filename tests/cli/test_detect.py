@@ -117,7 +117,8 @@ class TestTrain:
     def test_yolo(self, tmp_path):
         data, validation = (scenes.make_boxes(tmp_path / name, 2, seed=1) for name in ("data", "val"))
         result = json.loads(run(*self.command(data, tmp_path, "--validation", str(validation), "--json")))
-        assert result.keys() == {"steps", "map", "best", "last", "broken", "seconds", "is_main_process"}
+        files = {"best", "last", "broken", "seconds", "is_main_process"}
+        assert result.keys() == files | {"steps", "map", "best_epoch", "stopped_early"}
         detector = TinyViTDetector.from_config(pretrained=result["best"])
         assert (detector.class_names, detector.config.num_queries) == (scenes.BOX_NAMES, 10)
         scores = evaluate(detector, DetectionDataset.open(validation))
@@ -129,11 +130,13 @@ class TestTrain:
         annotations = [*make_coco()["annotations"], {"id": 5, "image_id": 9, "category_id": 3, "bbox": [50, 0, 9, 9]}]
         path = write_coco(tmp_path / "coco", make_coco(annotations=annotations))
         printed, notes = run_both(*self.command(path, tmp_path, "--validation", str(path), "--weights", "cifar10"))
-        opening, validation, dropped = notes.splitlines()
+        opening, validation, recipe, dropped, rates = notes.splitlines()
         found = "2 images, 1 object, 2 classes, 1 crowd or difficult object ignored, 1 box without an area left out"
         assert opening == f"{found}; not divided into splits; device cpu; weights cifar10"
         assert validation == f"Validation: {found}; not divided into splits"
+        assert recipe.startswith("Recipe detection_small: fine-tuning on fewer than 2,000 images")
         assert dropped.startswith("Boxes left out: 1, e.g. ")
+        assert rates.startswith("Learning rate ")
         assert ", mAP " in printed.strip().splitlines()[-1]
 
     @pytest.mark.skipif(

@@ -14,7 +14,7 @@ TASKS = {
     "detection": ("--tta", "--min-area 9", "--linear x"),
 }
 TRAININGS = {
-    "classification": ("--class-balance 0", "--freeze image_encoder", "--prompts 8", "--queries 9"),
+    "classification": ("--class-balance 0", "--rotate", "--prompts 8", "--queries 9", "--hidden-dim 64"),
     "semantic": ("--box-fraction 0.5", "--min-area 2", "--queries 9"),
     "promptable": ("--class-balance 1", "--queries 9"),
     "detection": ("--class-balance 1", "--prompts 8"),

@@ -187,8 +187,8 @@ class TestOutputs:
         assert result.to_dict() == json.loads(json.dumps(result.to_dict())) | {"broken": ()}
         assert result.top1 == pytest.approx(max(line.get("top1", 0) for line in lines), abs=1e-4)
         names = {path.name for path in out.iterdir()} - {"tensorboard"}
-        wanted = {"metrics.jsonl", "run.json", "best.safetensors", "last.safetensors", "state-000000006", ".lock"}
-        assert names == wanted
+        weights = {"best.safetensors", "last.safetensors", "state-000000006"}
+        assert names == weights | {"metrics.jsonl", "run.json", "predictions.png", ".lock"}
 
     def test_losses_are_means_over_the_logged_steps(self, folder, tmp_path):
         fit(folder, tmp_path / "each")
