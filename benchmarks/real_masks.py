@@ -81,7 +81,7 @@ def segment(args: argparse.Namespace, weights: str, who: str, photos: Sequence[P
 
 def segment_ours(task: dict) -> None:
     """Segment everything in the photos of a task."""
-    sam = MobileSAM.from_config(pretrained=task["weights"])
+    sam = MobileSAM.from_config(pretrained=task["weights"], img_size=1024)  # also if trained on smaller crops
     settings = task["settings"] | {"dtype": GENERATORS[task["who"]]}
     for photo, out in zip(task["photos"], task["files"], strict=True):
         found, times = measured(lambda photo=photo: sam.generate_masks(photo, **settings))

@@ -13,6 +13,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 __all__ = ["ProgressBar", "track_progress"]
 
 _LINE_FRACTION, _LINE_SECONDS, _MIN_SECONDS = 0.1, 30.0, 3.0  # between two lines
+_RATE_SECONDS = 600.0  # over which a bar averages the rate
 
 
 class ProgressBar(Progress):
@@ -36,9 +37,11 @@ class ProgressBar(Progress):
             TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(),
             TextColumn("{task.fields[text]}", markup=False), TimeRemainingColumn(),
         )  # fmt: skip
-        super().__init__(*columns, console=console, transient=True, disable=not shown or self._prints_lines)
+        settings: dict[str, Any] = {"transient": True, "disable": not shown or self._prints_lines}
+        super().__init__(*columns, console=console, speed_estimate_period=_RATE_SECONDS, **settings)
         self.add_task(name, total=total, completed=completed, text="")
-        self._printed, self._is_first = (time.monotonic(), completed), True
+        self._started = self._printed = time.monotonic(), completed
+        self._is_first = True
 
     def step(self, count: int = 1, text: str | None = None) -> None:
         """Add completed steps.
@@ -53,7 +56,8 @@ class ProgressBar(Progress):
         due = self._is_first or task.completed - completed >= _LINE_FRACTION * (task.total or 0)
         if self._prints_lines and now - then >= (_MIN_SECONDS if due else _LINE_SECONDS):
             self._printed, self._is_first = (now, int(task.completed)), False
-            minutes, seconds = divmod(int(task.time_remaining or 0), 60)
+            start, before = self._started  # rich's estimate needs several steps within its period
+            minutes, seconds = divmod(round((now - start) / (task.completed - before) * (task.remaining or 0)), 60)
             parts = (
                 f"{task.description} {task.completed:g}/{task.total:g}",
                 task.fields["text"],
