@@ -92,7 +92,7 @@ KORNIA = {
 
 
 class TestKornia:
-    @pytest.mark.parametrize("name", KORNIA)
+    @pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] * n.startswith("21m")) for n in KORNIA])
     def test_weights_outputs_and_input_gradients(self, name):
         variant, kwargs, size = KORNIA[name]
         theirs = kornia_network(variant, **kwargs)

@@ -1111,6 +1111,7 @@ class TestSaving:
             save_checkpoint(tiny, tmp_path / "model.safetensors")
         assert os.listdir(tmp_path) == ["model.safetensors"]
 
+    @pytest.mark.slow
     def test_disk_full(self, tiny, tmp_path):
         """With a limit on the file size, as on a full disk, the old file is kept."""
         path = save_checkpoint(tiny, tmp_path / "model.safetensors")

@@ -49,6 +49,7 @@ def count_evaluated(out: Path) -> int:
 
 
 class TestContract:
+    @pytest.mark.slow
     def test_json(self, folder, seed, tmp_path):
         limits = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--min-depth", "2")
         report = json.loads(run(*command(folder, seed, tmp_path / "out", *limits, "--json")))
@@ -125,6 +126,7 @@ class TestContract:
         report = f"mlp_ratio {first.mlp_ratio:g} -> {grown.mlp_ratio:g} for depths[2] {before} -> {after}"
         assert [change(result, each) for each in pair] == ["start", report]
 
+    @pytest.mark.slow
     def test_killed(self, folder, seed, tmp_path):
         """A search that is killed twice repeats no evaluation and finds the same as an uninterrupted one."""
         options = ("--max-parameters", "25k", "--max-macs", "2.5e6", "--device", "cpu", "--json")
@@ -149,6 +151,7 @@ class TestContract:
         assert len(lines) == len(set(lines))
         assert [line for line in journal(out) if line["event"] == "evaluated"][: len(evaluated)] == evaluated
 
+    @pytest.mark.slow
     def test_processes_end_with_a_killed_search(self, folder, seed, tmp_path):
         options = ("--max-parameters", "15k", "--processes", "2", "--device", "cpu", "--json")
         arguments = command(folder, seed, tmp_path / "out", *options)

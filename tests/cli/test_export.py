@@ -27,6 +27,7 @@ class TestOnnx:
         pytest.importorskip("onnxscript")
         return pytest.importorskip("onnxruntime")
 
+    @pytest.mark.slow
     def test_network(self, runtime, weights, tmp_path):
         out = tmp_path / "new" / "network.onnx"
         report = json.loads(run("export", "--out", str(out), "--weights", weights, "--json"))
@@ -72,6 +73,7 @@ class TestOnnx:
 
 
 class TestProgram:
+    @pytest.mark.slow
     def test_program(self, weights, tmp_path):
         out = tmp_path / "network.pt2"
         assert "(B, 3, 64, 64), float32 normalized, to logits (B, 10)" in run(

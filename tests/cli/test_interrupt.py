@@ -53,6 +53,7 @@ def interrupt(folder: Path, command: tuple[str, ...], ready: Callable[[], bool])
     return shlex.split(last.partition(": kornia-tinyvit ")[2])
 
 
+@pytest.mark.slow
 def test_train(folder, network, tmp_path):
     command = (
         "train",

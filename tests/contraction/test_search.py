@@ -198,6 +198,7 @@ class TestSearch:
         contract(SMALL, Budget(max_parameters=1e9), again, tmp_path)
 
     @pytest.mark.usefixtures("shared_workers")
+    @pytest.mark.slow
     def test_processes(self, tmp_path):
         one = contract(SMALL, BUDGET, deep, tmp_path / "one", steps=1)
         assert contract(SMALL, BUDGET, deep, tmp_path / "two", steps=1, processes=2) == one
@@ -300,6 +301,7 @@ class TestRefine:
         assert again.candidates == whole.candidates
         assert again.weights.exists()
 
+    @pytest.mark.slow
     @pytest.mark.usefixtures("shared_workers")
     def test_processes(self, tmp_path):
         one = improve(out=tmp_path / "one", rounds=1)

@@ -174,6 +174,7 @@ class TestScan:
         (folder / "bee").mkdir()
         assert ", 4 classes, 1 without images (bee); " in ClassificationDataset.open(folder).summary
 
+    @pytest.mark.slow
     def test_many_images(self, tmp_path):
         (tmp_path / "cat").mkdir()
         for number in range(1001):

@@ -39,6 +39,7 @@ def engines(model):
 class TestSameResults:
     @pytest.mark.parametrize("shape", SHAPES)
     @pytest.mark.parametrize("name", ["eager", "onnxruntime", "openvino"])
+    @pytest.mark.slow
     def test_any_batch_and_size(self, engines, model, name, shape):
         images = random_images(*shape)
         torch.testing.assert_close(engines(name)(images), model(images).detach(), atol=1e-4, rtol=1e-4)

@@ -200,6 +200,7 @@ def detector(backbone):
 
 
 class TestTasks:
+    @pytest.mark.slow
     def test_segmenter(self, segmenter, folder):
         path = str(export_onnx(segmenter, folder / "segmenter.onnx"))
         images = torch.rand(2, 3, 64, 64)
@@ -305,6 +306,7 @@ class TestErrors:
         assert [entry.name for entry in tmp_path.iterdir()] == ["network.pt2"]
         assert path.read_text() == "old"
 
+    @pytest.mark.slow
     def test_mismatch(self, model, place, monkeypatch):
         load = torch.export.load
 

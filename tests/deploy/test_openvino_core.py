@@ -32,6 +32,7 @@ os.wait()
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+@pytest.mark.slow
 def test_signals_after_destroyed_engines():
     done = subprocess.run([sys.executable, "-c", DESTROYED_ENGINES], capture_output=True, text=True, check=False)
     assert (done.returncode, done.stdout) == (0, "signal handled\n"), done.stderr

@@ -312,6 +312,7 @@ class TestCheckpoints:
             MobileSAM.from_config(pretrained=path)
 
     @pytest.mark.parametrize("wrap", [partial(torch.compile, backend="eager"), nn.DataParallel])
+    @pytest.mark.slow
     def test_wrapped_parts(self, sam, tmp_path, wrap):
         """A compiled or parallel part is saved, loaded and compared under its plain names."""
         sam = copy.deepcopy(sam)

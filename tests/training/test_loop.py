@@ -210,6 +210,7 @@ class TestOutputs:
         answer = ImageClassifier.from_config(pretrained=result.last).predict(Image.new("RGB", (40, 40), "red"))
         assert {each.label for each in answer[0]} == set(CLASSES)
 
+    @pytest.mark.slow
     def test_the_best_is_kept(self, folder, tmp_path):
         """The gradient is inverted in the last epochs, and the weights of an earlier epoch remain the best."""
         validation = ClassificationDataset.open(folder)
@@ -438,6 +439,7 @@ class TestErrors:
             fit(tmp_path / "more", out)
         assert (out / "metrics.jsonl").read_text() == before
 
+    @pytest.mark.slow
     def test_another_process_trains_in_the_folder(self, folder, tmp_path):
         out = tmp_path / "out"
         receiver, sender = PROCESSES.Pipe()
@@ -569,6 +571,7 @@ class TestResuming:
         assert_same_run(out, tmp_path / "undisturbed")
 
     @pytest.mark.parametrize("save_minutes", [0, 10], ids=["each step", "each epoch"])
+    @pytest.mark.slow
     def test_killed(self, folder, tmp_path, save_minutes):
         """A training that is killed several times within epochs equals an uninterrupted one."""
         make_images(tmp_path / "val", each=3, seed=9)
@@ -871,6 +874,7 @@ def test_sharded_ranks_equal_one_process(folder, tmp_path):
 
 
 @needs_gloo
+@pytest.mark.slow
 def test_two_ranks_equal_one_process(folder, tmp_path):
     """Losses, accuracy, weights and names of corrupt images; an interrupted training resumes in one process."""
     damage(folder / "red" / "02.png")

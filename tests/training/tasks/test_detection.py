@@ -248,6 +248,7 @@ def fit(folder, out, recipe=RECIPE, stop_at=0, on_broken="stop", **options):
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_it_learns(self, folder, tmp_path):
         recipe = replace(RECIPE, epochs=3, ema_decay=0.5)
         data = make_boxes(tmp_path / "more", 24)
@@ -263,6 +264,7 @@ class TestTraining:
         assert {"map50", "best_f1", "threshold"} < logged.keys()
         assert DETECTION.report(scores) == pytest.approx({name: logged[name] for name in DETECTION.metrics}, abs=1e-3)
 
+    @pytest.mark.slow
     def test_resuming(self, folder, tmp_path):
         fit(folder, tmp_path / "whole")
         with pytest.raises(Interrupted):

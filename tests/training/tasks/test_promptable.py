@@ -412,6 +412,7 @@ class TestBuildSam:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_it_learns_boxes(self, tmp_path):
         data = make_instances(tmp_path / "data", 2)
         for copied in range(2, 40):  # fewer epochs, each of which saves a state

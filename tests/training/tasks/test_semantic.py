@@ -207,6 +207,7 @@ class TestSegmentationLoss:
 
 
 class TestTraining:
+    @pytest.mark.slow
     def test_it_learns(self, tmp_path):
         data = make_scenes(tmp_path / "data", 2)
         for copied in range(2, 40):  # fewer epochs, each of which saves a state
