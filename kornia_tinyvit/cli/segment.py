@@ -209,9 +209,10 @@ def _segment_classes(request: SegmentRequest) -> None:
         ("point", "box", "everything", "max_area"), "with a semantic network, which gives each pixel a class"
     )
     photo, out = request.photo, request.out
+    pixels = open_image(photo)
     segmenter = _build(request, SemanticSegmenter)
     names = segmenter.class_names
-    classes = segmenter.predict(photo)[0].cpu()
+    classes = segmenter.predict(pixels)[0].cpu()
     present, counts = classes.unique(return_counts=True)
     order = counts.argsort(descending=True, stable=True)
     rows = [
@@ -219,7 +220,7 @@ def _segment_classes(request: SegmentRequest) -> None:
         for index, count in zip(present[order].tolist(), counts[order].tolist(), strict=True)
     ]
     written = [out / f"{photo.stem}_overlay.png"]
-    save_image(written[0], draw_class_map(classes, photo, names))
+    save_image(written[0], draw_class_map(classes, pixels, names))
     if request.format is Format.coco:
         written.append(out / f"{photo.stem}.json")
         found = (_encode(classes == row["index"]) | {"category_id": row["index"] + 1} for row in rows)

@@ -171,7 +171,7 @@ def build_sam(
         changes["mobile_sam"] = found.config.mobile_sam  # an encoder's file keeps its neck
     size = img_size or 1024
     bare = TinyViT.from_config(
-        variant, pretrained=pretrained, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
+        variant, pretrained=found or False, num_classes=0, img_size=size, window_sizes=window_sizes, **changes
     )
     encoder = TinyViT.from_config(bare.config.replace(mobile_sam=True))
     encoder.load_state_dict(encoder.state_dict() | bare.state_dict())
