@@ -160,10 +160,11 @@ def _open(request: EvaluateRequest) -> tuple[nn.Module, ImageDataset[Any]]:
     if request.task is TaskName.classification:
         images = ClassificationDataset.open(request.data, request.split)
         if request.knn is not None or request.linear is not None:
-            config = open_pretrained(request.pretrained, request.variant, request.img_size).config
-            if config.mobile_sam or not config.num_classes:  # features only, MobileSAM's at the size of its variant
-                size = {"img_size": config.as_backbone().img_size} if config.mobile_sam else {}
-                return request.build_network(TinyViT, request.pretrained, **size), images
+            found = open_pretrained(request.pretrained, request.variant, request.img_size)
+            if found.config.mobile_sam or not found.config.num_classes:  # features only
+                # MobileSAM's at the size of its variant
+                size = {"img_size": found.config.as_backbone().img_size} if found.config.mobile_sam else {}
+                return request.build_network(TinyViT, found, **size), images
         return request.build_classifier(request.tta), images
     if request.task is TaskName.promptable:
         sam = request.build_network(MobileSAM, request.weights or True)
